@@ -1,0 +1,39 @@
+# Everything runs in a virtual environment of its own, made on first use; nothing needs installing by hand.
+#   PYTHON  the interpreter to make it with (3.10 or later)
+#   VENV    where it lies
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test bench lint clean
+.DELETE_ON_ERROR:
+
+help:  ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+
+demo: $(INSTALLED)  ## train, index and search MovieLens-100K; results in demo-output/
+	$(BIN)/dgi demo --output demo-output
+
+test: $(INSTALLED)  ## run the tests
+	$(BIN)/python -m pytest
+
+bench: $(INSTALLED)  ## run the benchmarks
+	$(BIN)/python -m pytest $(wildcard bench/*.py)
+
+lint: $(INSTALLED)  ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:  ## remove the virtual environment and all that was built
+	rm -rf $(VENV) build dist *.egg-info dgi_kernels/_C*.so demo-output .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Without build isolation the extension is built against the torch of the environment itself, with its ninja.
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt torch ninja setuptools
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[test,lint]'
+	touch $@
