@@ -1,0 +1,50 @@
+// Gumbel noise on CUDA: one thread makes the four values of a Philox block and walks the blocks with a grid stride.
+//
+// Everything is recomputed from (row, code), nothing is read but the seed; 4 bytes per element are written. Bound by
+// instruction issue, not by memory: per element a quarter of Philox's 10 rounds and two polynomial logarithms.
+//
+// Compiles to cubin for sm_80, sm_90a and sm_100 (32 to 40 registers, no spills); not yet run on a GPU.
+#include "noise.h"
+
+#include <algorithm>
+
+#include "dgi/gumbel.h"
+#include "dgi/philox.h"
+
+namespace dgi::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int64_t kMaxGrid = 1 << 16;  // enough to fill any GPU; the grid stride covers the rest
+
+__global__ void __launch_bounds__(kThreads)
+    gumbel_noise_kernel(NoiseShape shape, const int64_t* __restrict__ seed, float* __restrict__ out) {
+  const PhiloxKey key = philox_key(*seed);
+  const int64_t per_row = shape.blocks_per_row(), blocks = shape.blocks();
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < blocks; i += stride) {
+    const int64_t row = i / per_row, block = i % per_row;
+    const PhiloxBlock random = philox4x32_10(shape.counter(row, block), key);
+    float* target = out + row * shape.codes + 4 * block;
+    if (shape.codes % 4 == 0) {  // then every target is aligned to 16 bytes
+      *reinterpret_cast<float4*>(target) = make_float4(gumbel_from_word(random.word[0]), gumbel_from_word(random.word[1]),
+                                                       gumbel_from_word(random.word[2]), gumbel_from_word(random.word[3]));
+    } else {
+      for (int w = 0; w < 4; ++w) {
+        if (4 * block + w < shape.codes) target[w] = gumbel_from_word(random.word[w]);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+const char* gumbel_noise(const NoiseShape& shape, const int64_t* seed, float* out, void* stream) {
+  const int64_t grid = std::min((shape.blocks() + kThreads - 1) / kThreads, kMaxGrid);
+  gumbel_noise_kernel<<<static_cast<unsigned>(grid), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(shape, seed,
+                                                                                                       out);
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace dgi::cuda

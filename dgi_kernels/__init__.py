@@ -1,0 +1,39 @@
+"""Fast, exact building blocks for generative retrieval.
+
+Cosine logits and their cross-entropy, Gumbel-Softmax and soft residual quantization, tries and trie-constrained beam
+search, after *Differentiable Geometric Indexing for End-to-End Generative Retrieval* (arXiv 2603.10409).  Every op
+takes ``backend="auto" | "reference" | "triton" | "native"``; :func:`backends` says what is available here.
+"""
+
+from dgi_kernels.backend import BackendStatus, BackendUnavailable, backends, debug
+from dgi_kernels.beam import BeamResult, Beams, beam_search, beam_step, cosine_beam_step
+from dgi_kernels.cosine import cosine_cross_entropy, cosine_logits
+from dgi_kernels.gumbel import ResidualQuantization, gumbel_noise, gumbel_softmax, residual_quantize
+from dgi_kernels.ranking import Ranking, rank_candidates
+from dgi_kernels.trie import ItemRanges, Trie, TrieFilter, TrieFormatError
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendStatus",
+    "BackendUnavailable",
+    "BeamResult",
+    "Beams",
+    "ItemRanges",
+    "Ranking",
+    "ResidualQuantization",
+    "Trie",
+    "TrieFilter",
+    "TrieFormatError",
+    "backends",
+    "beam_search",
+    "beam_step",
+    "cosine_beam_step",
+    "cosine_cross_entropy",
+    "cosine_logits",
+    "debug",
+    "gumbel_noise",
+    "gumbel_softmax",
+    "rank_candidates",
+    "residual_quantize",
+]

@@ -1,0 +1,40 @@
+"""Loads the compiled extension, or remembers why it could not be loaded.
+
+The extension registers its ops under ``torch.ops.dgi_kernels``; the fake kernels here tell ``torch.compile`` the
+shapes and dtypes of what they return.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+LIBRARY = Path(__file__).with_name("_C.abi3.so")
+
+
+def _load() -> str | None:
+    """Load the extension and register its fake kernels; return the reason where that cannot be."""
+    if not LIBRARY.exists():
+        return ("the extension is not built (there was no C++ compiler when dgi-kernels was installed, or compiling "
+                "failed); install one, e.g. `apt install g++`, then install dgi-kernels again: `pip install -v` shows "
+                "the build's messages")
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except (OSError, RuntimeError) as error:
+        return f"{LIBRARY} was found but could not be loaded by torch {torch.__version__}: {error}"
+    torch.library.register_fake("dgi_kernels::gumbel_noise", _fake_gumbel_noise)
+    torch.library.register_fake("dgi_kernels::trie_sort", _fake_trie_sort)
+    return None
+
+
+def _fake_gumbel_noise(seed: Tensor, level: int, stream: int, row_offset: int, rows: int, codes: int) -> Tensor:
+    return seed.new_empty((rows, codes), dtype=torch.float32)
+
+
+def _fake_trie_sort(codes: Tensor) -> tuple[Tensor, Tensor]:
+    return codes.new_empty(codes.shape[0]), codes.new_empty(codes.shape[0])
+
+
+load_error: str | None = _load()

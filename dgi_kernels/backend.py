@@ -1,0 +1,166 @@
+"""What can run here, what is chosen, and why not: the one place that knows.
+
+Every public op asks :func:`choose` which implementation to call.  ``native`` is the compiled extension (C++ on
+CPU tensors, CUDA on CUDA tensors), ``triton`` the Triton kernels, ``reference`` plain PyTorch, which every kernel
+falls back to and is tested against.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from dgi_kernels import _extension
+
+BACKENDS = ("auto", "reference", "triton", "native")
+
+logger = logging.getLogger("dgi_kernels")
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend was asked for by name and cannot run here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Where one implementation of one op runs: device types, and the dtypes of its main floating-point input."""
+
+    devices: frozenset[str]
+    dtypes: frozenset[torch.dtype] | None = None  # None: the op takes no floating-point tensor
+
+
+# op -> backend -> where it runs, in order of preference.  The reference runs everywhere and is not listed.
+KERNELS: dict[str, dict[str, Kernel]] = {
+    "cosine_logits": {},
+    "cosine_cross_entropy": {},
+    "gumbel_softmax": {},
+    "residual_quantize": {},
+    "gumbel_noise": {"native": Kernel(frozenset({"cpu"}))},
+    "trie_build": {"native": Kernel(frozenset({"cpu"}))},
+    "beam_step": {},
+    "cosine_beam_step": {},
+    "rank_candidates": {},
+}
+
+
+def _why_no_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        return "no CUDA device is available"
+    return None
+
+
+def _why_no_native() -> str | None:
+    return _extension.load_error
+
+
+_BACKEND_PROBLEM = {"reference": None, "triton": _why_no_triton(), "native": _why_no_native()}
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """One backend on this machine: can it run at all, why not, and for which ops it has kernels."""
+
+    available: bool
+    reason: str
+    ops: tuple[str, ...]
+
+
+def backends() -> dict[str, BackendStatus]:
+    """Return what is available here, and why not where it is not.
+
+    Returns:
+        ``{"reference": BackendStatus, "triton": ..., "native": ...}``; ``reason`` is empty where available.
+    """
+    status = {"reference": BackendStatus(True, "", tuple(KERNELS))}
+    for backend in ("triton", "native"):
+        problem = _BACKEND_PROBLEM[backend]
+        ops = tuple(op for op, kernels in KERNELS.items() if backend in kernels)
+        status[backend] = BackendStatus(problem is None, problem or "", ops)
+    return status
+
+
+def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
+    """Why ``backend`` cannot run ``op`` on ``device`` with ``dtype``; None where it can."""
+    if backend == "reference":
+        return None
+    kernel = KERNELS[op].get(backend)
+    if kernel is None:
+        return f"{op} has no {backend} kernel in this version"
+    problem = _BACKEND_PROBLEM[backend]
+    if problem is not None:
+        return f"the {backend} backend is not available: {problem}"
+    if device.type not in kernel.devices:
+        return f"{op} has no {backend} kernel for {device.type} tensors (it runs on {_names(kernel.devices)})"
+    if kernel.dtypes is not None and dtype not in kernel.dtypes:
+        return f"{op} has no {backend} kernel for {dtype} (it takes {_names(kernel.dtypes)})"
+    return None
+
+
+def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
+    """Resolve ``backend`` to ``"reference"``, ``"triton"`` or ``"native"`` for one call.
+
+    Raises:
+        ValueError: ``backend`` is not one of :data:`BACKENDS`.
+        BackendUnavailable: a backend asked for by name cannot run this op here.
+    """
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
+    if backend != "auto":
+        problem = why_not(op, backend, device, dtype)
+        if problem is not None:
+            raise BackendUnavailable(f'backend="{backend}" cannot run {op} here: {problem}')
+        return backend
+    problems = []
+    for candidate in KERNELS[op]:
+        problem = why_not(op, candidate, device, dtype)
+        if problem is None:
+            return candidate
+        problems.append(problem)
+    if problems:
+        _log_fallback(op, "; ".join(problems))
+    return "reference"
+
+
+_logged: set[tuple[str, str]] = set()
+
+
+def _log_fallback(op: str, reason: str) -> None:
+    """Say once per op and reason that the reference runs in place of a kernel."""
+    if torch.compiler.is_compiling() or (op, reason) in _logged:
+        return
+    _logged.add((op, reason))
+    logger.info("%s: falling back to the PyTorch reference (%s)", op, reason)
+
+
+def _names(values: frozenset) -> str:
+    return ", ".join(sorted(str(value) for value in values))
+
+
+_debug = os.environ.get("DGI_DEBUG") == "1"
+
+
+@contextlib.contextmanager
+def debug() -> Iterator[None]:
+    """Check the *values* of CUDA inputs too (indices, scales), at the price of a host sync per op.
+
+    On CPU tensors values are always checked.  ``DGI_DEBUG=1`` in the environment turns this on for a whole run.
+    """
+    global _debug
+    before, _debug = _debug, True
+    try:
+        yield
+    finally:
+        _debug = before
+
+
+def checks_values(device: torch.device) -> bool:
+    """Whether a check that reads tensor values is made on ``device``: always on the CPU, in :func:`debug` elsewhere."""
+    return device.type == "cpu" or _debug
