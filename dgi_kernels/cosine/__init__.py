@@ -1,0 +1,109 @@
+"""Scaled cosine logits and their cross-entropy (paper eq. 10, 13).
+
+    s_k = scale * h^ . w^_k,    x^ = x / max(||x||_2, eps),    P(k | h) = softmax_k(s_k)
+
+The logits depend on directions only, so no stored vector wins by its norm, and the gradient of a stored vector has no
+radial part (eq. 15, 22): ``w . dL/dw = 0``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dgi_kernels import checks
+from dgi_kernels.backend import choose
+from dgi_kernels.cosine import reference
+
+__all__ = ["cosine_cross_entropy", "cosine_logits"]
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def cosine_logits(h: Tensor, weight: Tensor, scale: float | Tensor, *, eps: float = 1e-12,
+                  backend: str = "auto") -> Tensor:
+    """Scaled cosine similarity of every vector of ``h`` with every row of ``weight`` (paper eq. 10, 13).
+
+    Equal to ``scale * F.normalize(h, dim=-1, eps=eps) @ F.normalize(weight, dim=-1, eps=eps).T``, computed in float32
+    (float64 for float64 inputs).
+
+    Args:
+        h: (..., D) float32, bfloat16, float16 or float64; any strides.
+        weight: (K, D), the dtype of ``h``. Under ``torch.autocast`` the dtypes may differ: both are converted to the
+            autocast dtype, as ``F.linear`` does (float64 is left as it is).
+        scale: the logit scale (gamma), a finite float or a 0-d tensor, which receives its gradient.
+        eps: lower bound of the norms; a zero vector has cosine 0 with everything.
+        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"``.
+
+    Returns:
+        (..., K) logits in the dtype of ``h`` and ``weight``, the autocast dtype under autocast.
+
+    Raises:
+        ValueError: a shape or device does not fit, or ``scale`` or ``eps`` is out of range.
+        TypeError: an argument has the wrong type or dtype.
+        BackendUnavailable: ``backend``, asked for by name, cannot run here.
+    """
+    h, weight, scale, eps = _check(h, weight, scale, eps)
+    choose("cosine_logits", backend, h.device, h.dtype)
+    dtype = torch.promote_types(h.dtype, weight.dtype)
+    compute = checks.compute_dtype(dtype)
+    with torch.autocast(h.device.type, enabled=False):
+        logits = reference.cosine_logits(h.to(compute), weight.to(compute), checks.to_dtype(scale, compute), eps)
+    return logits.to(dtype)
+
+
+def cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: float | Tensor, *, ignore_index: int = -100,
+                         reduction: str = "mean", label_smoothing: float = 0.0, eps: float = 1e-12,
+                         backend: str = "auto") -> Tensor:
+    """Cross-entropy of scaled cosine logits (the ``ntp`` loss, paper eq. 13, 16; InfoNCE with a batch as ``weight``).
+
+    Equal to ``F.cross_entropy(scale * F.normalize(h) @ F.normalize(weight).T, target, ...)``, argument for argument.
+
+    Args:
+        h: (..., D) float32, bfloat16, float16 or float64; any strides.
+        weight: (K, D), the dtype of ``h``; mixed dtypes under ``torch.autocast`` as in :func:`cosine_logits`.
+        target: (...) integers, ``h.shape[:-1]``: the row of ``weight`` that is right, or ``ignore_index``.
+        scale: the logit scale (gamma), a finite float or a 0-d tensor, which receives its gradient.
+        ignore_index: targets with this value have loss and gradient 0 and do not count in the mean.
+        reduction: ``"mean"`` over the targets that are not ignored (NaN where there is none, as ``F.cross_entropy``),
+            ``"sum"`` or ``"none"``.
+        label_smoothing: in [0, 1], the share of the target's probability that is spread over all K rows.
+        eps: lower bound of the norms.
+        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"``.
+
+    Returns:
+        () for ``"mean"`` and ``"sum"``, (...) for ``"none"``; float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: a shape or device does not fit, a value is out of range, ``reduction`` is unknown, or a target is
+            outside of [0, K) and not ``ignore_index``. On CUDA targets are checked inside ``dgi_kernels.debug()`` only;
+            elsewhere such a target gives NaN for its row.
+        TypeError: an argument has the wrong type or dtype.
+        BackendUnavailable: ``backend``, asked for by name, cannot run here.
+    """
+    h, weight, scale, eps = _check(h, weight, scale, eps)
+    checks.tensor("target", target, dtypes=checks.INDEX_DTYPES, like=h)
+    checks.shape("target", target, tuple(h.shape[:-1]), "h.shape[:-1]")
+    ignore_index = checks.integer("ignore_index", ignore_index, low=-(2**63), high=2**63 - 1)
+    checks.choice("reduction", reduction, REDUCTIONS)
+    label_smoothing = checks.number("label_smoothing", label_smoothing, low=0.0, high=1.0)
+    target = checks.index("target", target.long(), 0, weight.shape[0], also=ignore_index)
+    choose("cosine_cross_entropy", backend, h.device, h.dtype)
+    compute = checks.compute_dtype(torch.promote_types(h.dtype, weight.dtype))
+    with torch.autocast(h.device.type, enabled=False):
+        loss = reference.cosine_cross_entropy(
+            h.reshape(target.numel(), h.shape[-1]).to(compute), weight.to(compute), target.flatten(),
+            checks.to_dtype(scale, compute), ignore_index, reduction, label_smoothing, eps)
+    return loss.reshape(target.shape) if reduction == "none" else loss
+
+
+def _check(h: Tensor, weight: Tensor, scale: float | Tensor,
+           eps: float) -> tuple[Tensor, Tensor, float | Tensor, float]:
+    """The arguments that both ops share: checked, ``h`` and ``weight`` in the dtype that autocast gives them."""
+    checks.float_tensor("h", h, min_ndim=1)
+    checks.float_tensor("weight", weight, ndim=2, like=h)
+    checks.shape("weight", weight, (None, h.shape[-1]), "(K, D)")
+    checks.same_dtype("weight", weight, "h", h)
+    scale = checks.scalar("scale", scale, h)
+    eps = checks.number("eps", eps, positive=True)
+    return checks.autocast_operand(h), checks.autocast_operand(weight), scale, eps

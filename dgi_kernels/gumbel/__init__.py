@@ -1,0 +1,211 @@
+"""Gumbel-Softmax and differentiable residual quantization (paper eq. 6, 7, 10), with noise that is a function.
+
+    s_j = scale * r^_{j-1} . e^_j        p_j = softmax((s_j + g_j) / tau),    g ~ Gumbel(0, 1)
+    z~_j = p_j E_j                       r_j = r_{j-1} - z~_j,                r_0 = z
+
+One seed gives one sample on every backend and any tiling, see :mod:`dgi_kernels.noise`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from dgi_kernels import checks
+from dgi_kernels import noise as reference_noise
+from dgi_kernels.backend import choose
+from dgi_kernels.gumbel import native, reference
+from dgi_kernels.gumbel.reference import ResidualQuantization
+
+__all__ = ["ResidualQuantization", "gumbel_noise", "gumbel_softmax", "residual_quantize"]
+
+MODES = ("soft", "straight_through", "hard")
+
+
+def gumbel_noise(seed: int | Tensor | None, level: int, rows: int, codes: int, *, stream: int = 0,
+                 row_offset: int = 0, device: torch.device | str | None = None, backend: str = "auto") -> Tensor:
+    """Gumbel(0, 1) noise for rows ``row_offset ... row_offset + rows - 1`` and codes ``0 ... codes - 1`` of one level.
+
+    The noise of (row, code) depends on ``seed``, ``level``, ``stream``, the row's number and the code only, not on how
+    many rows and codes are asked for: see :mod:`dgi_kernels.noise` for the formula.
+
+    Args:
+        seed: an int in [-2**63, 2**64), taken modulo 2**64; an int64 tensor of one element, used on its device without
+            reading it; or None: drawn from torch's default generator.
+        level: level of the quantizer, 0 <= level < 2**32.
+        rows, codes: the counts.
+        stream: 0 is the noise of :func:`residual_quantize`, 1 that of :func:`gumbel_softmax`; below 2**32.
+        row_offset: added to the row numbers; row numbers end below 2**32.
+        device: of the result; None: the seed's where it is a tensor, else the CPU.
+        backend: ``"auto"``, ``"reference"`` or ``"native"``.
+
+    Returns:
+        (rows, codes) float32.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range, of the wrong type or on the wrong device; it is named.
+        BackendUnavailable: ``backend``, asked for by name, cannot run here.
+    """
+    level = checks.integer("level", level, low=0, high=reference_noise.WORD)
+    rows, codes = checks.integer("rows", rows, low=0), checks.integer("codes", codes, low=0, high=2**34)
+    stream = checks.integer("stream", stream, low=0, high=reference_noise.WORD)
+    row_offset = reference_noise.check_row_offset(row_offset, rows)
+    if device is None:
+        device = seed.device if isinstance(seed, Tensor) else "cpu"
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be a torch.device or its name; got {device!r}: {error}") from None
+    return _noise(reference_noise.resolve_seed(seed, device), level, rows, codes, stream, row_offset, backend)
+
+
+def gumbel_softmax(logits: Tensor, tau: float | Tensor = 1.0, hard: bool = False, *, seed: int | Tensor | None = None,
+                   backend: str = "auto") -> Tensor:
+    """Sample from the Gumbel-Softmax distribution over the last dimension (paper eq. 6).
+
+    Drop-in for ``F.gumbel_softmax(logits, tau, hard, dim=-1)`` with the noise of :func:`gumbel_noise` at level 0 and
+    stream 1, where a row's number is its flattened leading index: ``softmax((logits + g) / tau)``. Computed in float32
+    (float64 for float64 logits).
+
+    Args:
+        logits: (..., K) float32, bfloat16, float16 or float64; any strides. A logit of -inf has probability 0; a row
+            that holds only -inf, or any NaN or +inf, gives NaN, as softmax does.
+        tau: temperature, positive and finite; a float or a 0-d tensor, which receives its gradient.
+        hard: return the one-hot of the argmax of ``logits + g``, with the gradient of the soft sample.
+        seed: as in :func:`gumbel_noise`.
+        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"``.
+
+    Returns:
+        (..., K) in the dtype of ``logits``.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, type or device, or is out of range; it is named.
+        BackendUnavailable: ``backend``, asked for by name, cannot run here.
+    """
+    checks.float_tensor("logits", logits, min_ndim=1)
+    if logits.shape[-1] == 0:
+        raise ValueError(f"logits must have at least one entry in the last dimension; got shape {tuple(logits.shape)}")
+    tau = checks.scalar("tau", tau, logits, positive=True)
+    if not isinstance(hard, bool):
+        raise TypeError(f"hard must be a bool; got {type(hard).__name__}")
+    seed = reference_noise.resolve_seed(seed, logits.device)
+    choose("gumbel_softmax", backend, logits.device, logits.dtype)
+    compute = checks.compute_dtype(logits.dtype)
+    rows, codes = math.prod(logits.shape[:-1]), logits.shape[-1]
+    reference_noise.check_row_offset(0, rows)
+    noise = _noise(seed, 0, rows, codes, reference_noise.STREAM_GUMBEL_SOFTMAX, 0, _noise_backend(backend))
+    with torch.autocast(logits.device.type, enabled=False):
+        p = reference.gumbel_softmax(logits.to(compute), noise.reshape(logits.shape).to(compute),
+                                     checks.to_dtype(tau, compute), hard)
+    return p.to(logits.dtype)
+
+
+def residual_quantize(z: Tensor, codebooks: Iterable[Tensor], scale: float | Tensor, tau: float | Tensor = 1.0, *,
+                      mode: str = "soft", noise: bool = True, seed: int | Tensor | None = None, row_offset: int = 0,
+                      eps: float = 1e-12, backend: str = "auto") -> ResidualQuantization:
+    """Quantize vectors by a sequence of codebooks, each level the residual of the levels before (paper eq. 6, 7, 10).
+
+    Level j has logits ``s_j = scale * r^_{j-1} . e^_j`` and probabilities ``p_j = softmax((s_j + g_j) / tau)``, emits
+    z~_j and leaves ``r_j = r_{j-1} - z~_j``, with ``r_0 = z``. What it emits is the mode's:
+
+    - ``"soft"``: ``z~_j = p_j E_j``.
+    - ``"straight_through"``: the row of E_j with the largest ``s_j + g_j``, exactly; backward takes the softmax's
+      Jacobian for the one-hot's, as ``F.gumbel_softmax(hard=True) @ E_j`` does.
+    - ``"hard"``: the row of E_j with the largest ``s_j``, exactly, without noise and gradients: the final codes.
+
+    Everything is computed in float32 (float64 for float64 inputs).
+
+    Args:
+        z: (N, D) float32, bfloat16, float16 or float64; any strides; N may be 0.
+        codebooks: m >= 1 tensors (K_j, D), K_j >= 1, in the dtype of ``z`` (under ``torch.autocast`` in any).
+        scale: the logit scale (gamma), a finite float or a 0-d tensor, which receives its gradient.
+        tau: temperature, positive and finite; a float or a 0-d tensor, which receives its gradient.
+        mode: ``"soft"``, ``"straight_through"`` or ``"hard"``.
+        noise: add Gumbel noise g to the logits; False: g = 0. In hard mode noise is drawn only where a ``seed`` is
+            given as well, and shows in ``sampled`` and ``log_normalizer`` alone.
+        seed: as in :func:`gumbel_noise`, whose stream 0 this is.
+        row_offset: number of the first row, for the noise: data-parallel ranks draw what one process would.
+        eps: lower bound of the norms; a zero vector has cosine 0 with everything.
+        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"``.
+
+    Returns:
+        ResidualQuantization, a named tuple. ``quantized``, ``usage``, ``residuals`` and ``log_normalizer`` carry
+        gradients to ``z``, every codebook, ``scale`` and ``tau``; in hard mode nothing does.
+
+        - ``quantized`` (N, m, D), z~_j, in the dtype of ``z`` (promoted with the codebooks').
+        - ``codes`` (N, m) int64, the argmax of ``s_j``, without noise, on the path that the mode takes; ties go to the
+          lower code.
+        - ``sampled`` (N, m) int64, the argmax of ``s_j + g_j``; equal to ``codes`` without noise.
+        - ``usage``, a list of m tensors (K_j,), the batch mean of p_j, in hard mode the frequency of the codes; zeros
+          for an empty batch; float32 (float64).
+        - ``residuals`` (N, m, D), the r_{j-1} that level j saw, in the dtype of ``quantized``.
+        - ``log_normalizer`` (N, m), ``logsumexp_k((s_j + g_j) / tau)``, the log-normalizer of p_j; float32 (float64).
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, type or device, or is out of range; it is named.
+        BackendUnavailable: ``backend``, asked for by name, cannot run here.
+    """
+    checks.float_tensor("z", z, ndim=2)
+    codebooks = _check_codebooks(codebooks, z)
+    scale, tau = checks.scalar("scale", scale, z), checks.scalar("tau", tau, z, positive=True)
+    checks.choice("mode", mode, MODES)
+    if not isinstance(noise, bool):
+        raise TypeError(f"noise must be a bool; got {type(noise).__name__}")
+    eps = checks.number("eps", eps, positive=True)
+    row_offset = reference_noise.check_row_offset(row_offset, z.shape[0])
+    choose("residual_quantize", backend, z.device, z.dtype)
+    level_noise = None
+    if seed is not None or (noise and mode != "hard"):
+        level_noise = _level_noise(reference_noise.resolve_seed(seed, z.device), z.shape[0], row_offset, backend)
+    dtype = z.dtype
+    for codebook in codebooks:
+        dtype = torch.promote_types(dtype, codebook.dtype)
+    compute = checks.compute_dtype(dtype)
+    gradients = torch.is_grad_enabled() and mode != "hard"
+    with torch.autocast(z.device.type, enabled=False), torch.set_grad_enabled(gradients):
+        result = reference.residual_quantize(
+            z.to(compute), [codebook.to(compute) for codebook in codebooks], checks.to_dtype(scale, compute),
+            checks.to_dtype(tau, compute), mode, level_noise if noise else None, eps)
+        return result._replace(quantized=result.quantized.to(dtype), residuals=result.residuals.to(dtype))
+
+
+def _check_codebooks(codebooks: Iterable[Tensor], z: Tensor) -> list[Tensor]:
+    if isinstance(codebooks, Tensor):
+        raise TypeError("codebooks must be a sequence of (K_j, D) tensors, one per level; got one tensor")
+    try:
+        codebooks = list(codebooks)
+    except TypeError:
+        raise TypeError(f"codebooks must be a sequence of (K_j, D) tensors, one per level; "
+                        f"got {type(codebooks).__name__}") from None
+    if not codebooks:
+        raise ValueError("codebooks must hold at least one (K_j, D) tensor; got none")
+    for level, codebook in enumerate(codebooks):
+        name = f"codebooks[{level}]"
+        checks.float_tensor(name, codebook, ndim=2, like=z)
+        checks.shape(name, codebook, (None, z.shape[1]), "(K_j, D)")
+        checks.same_dtype(name, codebook, "z", z)
+        if codebook.shape[0] == 0:
+            raise ValueError(f"{name} must have at least one row; got shape {tuple(codebook.shape)}")
+    return codebooks
+
+
+def _level_noise(seed: Tensor, rows: int, row_offset: int, backend: str) -> Callable[[int, int], Tensor]:
+    """g_j of :func:`residual_quantize` as a function of the level and its number of codes."""
+    def noise(level: int, codes: int) -> Tensor:
+        return _noise(seed, level, rows, codes, reference_noise.STREAM_RESIDUAL_QUANTIZE, row_offset,
+                      _noise_backend(backend))
+    return noise
+
+
+def _noise(seed: Tensor, level: int, rows: int, codes: int, stream: int, row_offset: int, backend: str) -> Tensor:
+    if choose("gumbel_noise", backend, seed.device) == "native":
+        return native.gumbel_noise(seed, level, stream, row_offset, rows, codes)
+    return reference_noise.gumbel_noise(seed, level, rows, codes, stream, row_offset)
+
+
+def _noise_backend(backend: str) -> str:
+    """The backend of the noise inside another op's reference: PyTorch's alone where that was asked for by name."""
+    return "reference" if backend == "reference" else "auto"
