@@ -1,0 +1,211 @@
+"""Beam search over the sequences of a trie: exact, in every case, with nothing but items of the catalog as result.
+
+    score(c_1 … c_t | q) = Σ_j log P(c_j | q, c_{<j})          (paper eq. 13; method: inference, coarse to fine)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dgi_kernels import checks
+from dgi_kernels.backend import choose
+from dgi_kernels.beam import reference
+from dgi_kernels.cosine import cosine_logits
+from dgi_kernels.trie import MAX_COUNT, Beams, Trie
+from dgi_kernels.trie.filters import Filters, check_filters
+
+__all__ = ["BeamResult", "Beams", "beam_search", "beam_step", "cosine_beam_step"]
+
+NORMALIZERS = ("full", "children", "none")
+
+Step = Callable[[int, Tensor | None, Tensor | None], Tensor]
+
+
+class BeamResult(NamedTuple):
+    """The result of a search: M beams for each of B requests, best first; dead ones hold -1 and score -inf.
+
+    Attributes:
+        codes: (B, M, L) int64 semantic IDs; -1 behind the end of one that is shorter than L.
+        scores: (B, M) float32 log-probabilities, descending.
+        nodes: (B, M) int64 leaves of the trie; ``trie.items(nodes, trie.depth)`` lists their items.
+    """
+
+    codes: Tensor
+    scores: Tensor
+    nodes: Tensor
+
+
+def beam_step(trie: Trie, logits: Tensor, beams: Beams, *, num_beams: int, normalize: str = "full",
+              log_normalizer: Tensor | None = None, filters: Filters = None, backend: str = "auto") -> Beams:
+    """Extend every live beam by every code that the trie allows, and keep the ``num_beams`` best.
+
+    The result is the exact top of ``scores[parent] + logp[token]`` over all allowed children of all live beams, sorted
+    by score, ties to the lower parent, then the lower token. A child of log-probability -inf is not allowed. The end of
+    a sequence that is shorter than others (token -1) has log-probability 0, whatever the logits.
+
+    Args:
+        trie: the trie, on the device of ``logits``.
+        logits: (B, M, K) for the codes of level ``beams.depth``, any float dtype, any strides; K is the size of the
+            level's codebook (or more, where the trie inferred its sizes). NaN counts as -inf, in the normaliser too,
+            and +inf as the largest finite number.
+        beams: (B, M), from :meth:`Trie.root` or the step before. A beam with node -1 or score -inf or NaN is dead.
+        num_beams: how many to keep, any number from 1.
+        normalize: ``"full"``: log-softmax over all K codes; ``"children"``: over a beam's allowed children only, not
+            counting the end of a sequence; ``"none"``: the logits are log-probabilities already.
+        log_normalizer: (B, M) log-sum-exp to use instead of the computed one; not with ``"none"``. No child survives
+            a value that is not finite.
+        filters: one :class:`TrieFilter` for all requests, or a list with one (or None) per request. A child is allowed
+            only while it leads to an allowed item.
+        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"``.
+
+    Returns:
+        Beams (B, num_beams) of depth ``beams.depth + 1``. Where fewer exist, the rest are dead: score -inf, and node,
+        token and parent -1.
+
+    Raises:
+        ValueError: a shape, device or filter does not fit, a node is out of range (on CUDA checked inside
+            ``dgi_kernels.debug()`` only; it is dead otherwise), or the beams are at the trie's last depth already.
+        TypeError: an argument has the wrong type or dtype.
+        BackendUnavailable: ``backend``, asked for by name, cannot run here.
+    """
+    beams = _check_beams(trie, beams)
+    checks.float_tensor("logits", logits, ndim=3, like=trie.item_ids)
+    _check_codes_dimension("logits", logits.shape[2], trie, beams.depth)
+    checks.shape("logits", logits, (*beams.nodes.shape, None), "(B, M, K)")
+    _check_options(beams, num_beams, normalize, log_normalizer)
+    filters = check_filters(filters, trie, beams.nodes.shape[0])
+    choose("beam_step", backend, logits.device, logits.dtype)
+    compute = checks.compute_dtype(logits.dtype)
+    if log_normalizer is not None:
+        log_normalizer = log_normalizer.to(compute)
+    with torch.autocast(logits.device.type, enabled=False):
+        return reference.beam_step(trie, logits.to(compute), beams, num_beams, normalize, log_normalizer, filters)
+
+
+def cosine_beam_step(trie: Trie, h: Tensor, codebook: Tensor, scale: float | Tensor, beams: Beams, *, num_beams: int,
+                     normalize: str = "full", log_normalizer: Tensor | None = None, filters: Filters = None,
+                     eps: float = 1e-12, backend: str = "auto") -> Beams:
+    """Do a :func:`beam_step` on the scaled cosine logits of a head, ``beam_step(cosine_logits(h, codebook, scale))``.
+
+    The logits stay in float32 (float64 for float64 inputs) whatever the dtype of the inputs.
+
+    Args:
+        h: (B, M, D) hidden states; float32, bfloat16, float16 or float64.
+        codebook: (K, D), the dtype of ``h`` (under autocast they may differ), K as for the logits of ``beam_step``.
+        scale: the logit scale (gamma), a finite float or a 0-d tensor.
+        eps: lower bound of the norms; a zero vector has cosine 0 with everything.
+        trie, beams, num_beams, normalize, log_normalizer, filters, backend: as in :func:`beam_step`.
+
+    Returns:
+        Beams (B, num_beams) of depth ``beams.depth + 1``.
+
+    Raises:
+        ValueError, TypeError, BackendUnavailable: as :func:`beam_step`.
+    """
+    beams = _check_beams(trie, beams)
+    checks.float_tensor("h", h, ndim=3, like=trie.item_ids)
+    checks.shape("h", h, (*beams.nodes.shape, None), "(B, M, D)")
+    checks.float_tensor("codebook", codebook, ndim=2, like=h)
+    checks.shape("codebook", codebook, (None, h.shape[2]), "(K, D)")
+    _check_codes_dimension("codebook", codebook.shape[0], trie, beams.depth)
+    checks.same_dtype("codebook", codebook, "h", h)
+    scale = checks.scalar("scale", scale, h)
+    eps = checks.number("eps", eps, positive=True)
+    _check_options(beams, num_beams, normalize, log_normalizer)
+    filters = check_filters(filters, trie, beams.nodes.shape[0])
+    h, codebook = checks.autocast_operand(h), checks.autocast_operand(codebook)
+    choose("cosine_beam_step", backend, h.device, h.dtype)
+    compute = checks.compute_dtype(torch.promote_types(h.dtype, codebook.dtype))
+    if log_normalizer is not None:
+        log_normalizer = log_normalizer.to(compute)
+    with torch.autocast(h.device.type, enabled=False):
+        logits = cosine_logits(h.to(compute), codebook.to(compute), checks.to_dtype(scale, compute), eps=eps,
+                               backend="reference")
+        return reference.beam_step(trie, logits, beams, num_beams, normalize, log_normalizer, filters)
+
+
+def beam_search(trie: Trie, step: Step, *, batch_size: int, num_beams: int, normalize: str = "full",
+                filters: Filters = None, backend: str = "auto") -> BeamResult:
+    """Search the whole depth of a trie for the best semantic IDs of each request.
+
+    Args:
+        trie: the trie, on the device of the logits.
+        step: the model's side, ``step(depth, tokens, parents) -> logits``. At depth 0 tokens and parents are None and
+            the logits (B, 1, K_0). Later tokens and parents are (B, num_beams) int64, -1 where dead: the code that each
+            beam has just got, and the beam of the step before that it continues (reorder a key-value cache by it); the
+            logits are (B, num_beams, K_depth). In a live beam token -1 says that its sequence has ended.
+        batch_size: the number of requests B.
+        num_beams: beams per request M, any number from 1.
+        normalize, filters, backend: as in :func:`beam_step`.
+
+    Returns:
+        BeamResult: codes (B, M, L), scores (B, M), nodes (B, M), best first. A dead row, where the catalog has fewer
+        (allowed) semantic IDs than beams, has codes and node -1 and score -inf.
+
+    Raises:
+        ValueError, TypeError, BackendUnavailable: as :func:`beam_step`, also for what ``step`` returns.
+    """
+    _check_trie(trie)
+    if not callable(step):
+        raise TypeError(f"step must be callable as step(depth, tokens, parents); got {type(step).__name__}")
+    beams = trie.root(batch_size)
+    codes = beams.tokens.new_empty(batch_size, 1, 0)
+    for depth in range(trie.depth):
+        logits = step(depth, None, None) if depth == 0 else step(depth, beams.tokens, beams.parents)
+        name = f"logits of step(depth={depth})"
+        checks.float_tensor(name, logits, ndim=3, like=trie.item_ids)
+        checks.shape(name, logits, (*beams.nodes.shape, None), "(B, M, K)")
+        _check_codes_dimension(name, logits.shape[2], trie, depth)
+        beams = beam_step(trie, logits, beams, num_beams=num_beams, normalize=normalize, filters=filters,
+                          backend=backend)
+        codes = _extend(codes, beams)
+    return BeamResult(codes.masked_fill(beams.nodes.unsqueeze(-1) < 0, -1), beams.scores, beams.nodes)
+
+
+def _extend(codes: Tensor, beams: Beams) -> Tensor:
+    """The codes of each beam: its parent's (B, M', t), then its own token; (B, M, t + 1)."""
+    parents = beams.parents.clamp(min=0).unsqueeze(-1).expand(-1, -1, codes.shape[2])
+    return torch.cat([codes.gather(1, parents), beams.tokens.unsqueeze(-1)], dim=-1)
+
+
+def _check_trie(trie: object) -> None:
+    if not isinstance(trie, Trie):
+        raise TypeError(f"trie must be a Trie; got {type(trie).__name__}")
+
+
+def _check_beams(trie: Trie, beams: Beams) -> Beams:
+    """Check the trie and the beams against each other; only nodes, scores and depth are read."""
+    _check_trie(trie)
+    if not isinstance(beams, Beams):
+        raise TypeError(f"beams must be Beams, from trie.root() or the step before; got {type(beams).__name__}")
+    depth = checks.integer("beams.depth", beams.depth, low=0)
+    if depth >= trie.depth:
+        raise ValueError(f"beams.depth must be less than the trie's depth {trie.depth}: there is no level {depth}")
+    checks.tensor("beams.nodes", beams.nodes, dtypes=(torch.int64, torch.int32), ndim=2, like=trie.item_ids)
+    checks.float_tensor("beams.scores", beams.scores, like=trie.item_ids)
+    checks.shape("beams.scores", beams.scores, tuple(beams.nodes.shape), "(B, M)")
+    nodes = checks.index("beams.nodes", beams.nodes, 0, trie.num_nodes_at(depth), also=-1)
+    return beams._replace(nodes=nodes)
+
+
+def _check_codes_dimension(name: str, codes: int, trie: Trie, depth: int) -> None:
+    size = trie.codebook_sizes[depth]
+    if codes != size and not (trie.sizes_inferred and codes > size):
+        at_least = "at least " if trie.sizes_inferred else ""
+        raise ValueError(f"{name} must be over {at_least}{size} codes, the codebook of level {depth}; got {codes}")
+
+
+def _check_options(beams: Beams, num_beams: int, normalize: str, log_normalizer: Tensor | None) -> None:
+    checks.integer("num_beams", num_beams, low=1, high=MAX_COUNT)
+    if normalize not in NORMALIZERS:
+        raise ValueError(f"normalize must be one of {', '.join(map(repr, NORMALIZERS))}; got {normalize!r}")
+    if log_normalizer is None:
+        return
+    if normalize == "none":
+        raise ValueError('log_normalizer must be None with normalize="none", which subtracts no normaliser')
+    checks.float_tensor("log_normalizer", log_normalizer, like=beams.nodes)
+    checks.shape("log_normalizer", log_normalizer, tuple(beams.nodes.shape), "(B, M)")

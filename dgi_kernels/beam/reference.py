@@ -1,0 +1,76 @@
+"""One step of a trie-constrained beam search in plain PyTorch, with static shapes.
+
+    score(m, k) = scores[m] + logp[m, k]   over all allowed children k of all live beams m
+    result      = the num_beams best, ties to the lower parent, then the lower token
+
+Every beam is given as many candidate slots as the widest node of its depth has children; the slots follow each other
+by parent, then by token, so that a stable sort settles ties as required.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dgi_kernels.trie import Beams, Trie
+from dgi_kernels.trie.build import END
+from dgi_kernels.trie.filters import TrieFilter, allowed_nodes
+
+DEAD = -torch.inf
+
+
+def beam_step(trie: Trie, logits: Tensor, beams: Beams, num_beams: int, normalize: str, log_normalizer: Tensor | None,
+              filters: TrieFilter | list[TrieFilter | None] | None) -> Beams:
+    """``logits`` (B, M, K) and ``log_normalizer`` (B, M) arrive in the compute dtype, float32 or float64."""
+    depth, slots = beams.depth, trie.max_degree[beams.depth]
+    batch, width = beams.nodes.shape
+    if slots == 0 or width == 0:  # no item, or no beam to continue
+        return _dead_beams(batch, num_beams, depth + 1, trie.device)
+    scores = _finite_or_dead(beams.scores.to(logits.dtype))
+    live = (beams.nodes >= 0) & (beams.nodes < trie.num_nodes_at(depth)) & (scores > DEAD)
+    nodes = beams.nodes.long().masked_fill(~live, 0)
+
+    first, end = trie.child_start[depth][nodes], trie.child_start[depth][nodes + 1]
+    children = first.unsqueeze(-1) + torch.arange(slots, device=trie.device)  # (B, M, slots)
+    allowed = live.unsqueeze(-1) & (children < end.unsqueeze(-1))
+    children = torch.where(allowed, children, 0)
+    allowed = allowed & allowed_nodes(filters, children, depth + 1)
+    tokens = trie.tokens[depth][children].long()
+
+    logp = _log_probabilities(_finite_or_dead(logits), tokens, allowed, normalize, log_normalizer)
+    candidates = torch.where(allowed, _finite_or_dead(scores.unsqueeze(-1) + logp), DEAD).flatten(1)
+    candidates = F.pad(candidates, (0, max(0, num_beams - width * slots)), value=DEAD)
+    best, place = candidates.sort(dim=-1, descending=True, stable=True)
+    best, place = best[:, :num_beams], place[:, :num_beams].clamp(max=width * slots - 1)
+    dead = best == DEAD
+    return Beams(nodes=children.flatten(1).gather(1, place).masked_fill(dead, -1),
+                 tokens=tokens.flatten(1).gather(1, place).masked_fill(dead, -1),
+                 parents=(place // slots).masked_fill(dead, -1),
+                 scores=best.float(), depth=depth + 1)
+
+
+def _log_probabilities(logits: Tensor, tokens: Tensor, allowed: Tensor, normalize: str,
+                       log_normalizer: Tensor | None) -> Tensor:
+    """Log-probability (B, M, slots) of each child; 0 for the end of a sequence, which is no part of the normaliser."""
+    ended = tokens == END
+    if logits.shape[-1] == 0:
+        return torch.zeros_like(tokens, dtype=logits.dtype)
+    if normalize == "full" and log_normalizer is None:
+        logits = logits.log_softmax(-1)
+    children = logits.gather(-1, tokens.clamp(min=0))
+    if log_normalizer is not None:
+        children = children - log_normalizer.nan_to_num(torch.inf, torch.inf, torch.inf).unsqueeze(-1)
+    elif normalize == "children":
+        children = children.masked_fill(ended | ~allowed, DEAD).log_softmax(-1)
+    return children.masked_fill(ended, 0)
+
+
+def _finite_or_dead(values: Tensor) -> Tensor:
+    """NaN counts as -inf, and +inf as the largest finite number, so that no sum or difference makes a NaN of it."""
+    return values.nan_to_num(nan=DEAD, posinf=torch.finfo(values.dtype).max, neginf=DEAD)
+
+
+def _dead_beams(batch: int, num_beams: int, depth: int, device: torch.device) -> Beams:
+    none = torch.full((batch, num_beams), -1, dtype=torch.int64, device=device)
+    return Beams(none, none, none, torch.full_like(none, DEAD, dtype=torch.float32), depth)

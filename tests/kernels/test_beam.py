@@ -1,0 +1,419 @@
+"""Beam steps and searches against a brute-force float64 search, on every edge that breaks other systems."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from dgi_kernels import (
+    BackendUnavailable,
+    BeamResult,
+    Beams,
+    Trie,
+    TrieFilter,
+    beam_search,
+    beam_step,
+    cosine_beam_step,
+    cosine_logits,
+    debug,
+)
+
+from . import oracles
+from .oracles import Catalog, random_catalog
+
+CASES = 300
+
+
+def make(catalog: Catalog) -> Trie:
+    return Trie.from_codes(catalog.codes, catalog.ids, codebook_sizes=catalog.sizes)
+
+
+def random_filters(catalog: Catalog, trie: Trie, batch: int) -> tuple[object, list[set[int] | None]]:
+    """No filter, one for all, or one per request, with the ids that each request may have."""
+    def one() -> tuple[TrieFilter | None, set[int] | None]:
+        if random.random() < 0.3:
+            return None, None
+        items = random.sample(catalog.ids, random.randint(0, len(catalog.ids)))
+        return trie.filter(items=items), set(items)
+
+    if random.random() < 0.5:
+        chosen, items = one()
+        return chosen, [items] * batch
+    pairs = [one() for _ in range(batch)]
+    return [chosen for chosen, _ in pairs], [items for _, items in pairs]
+
+
+def hurt(logits: Tensor) -> Tensor:
+    """Put NaN and -inf (banned codes) into some places, sometimes into all of a row."""
+    logits = logits.masked_fill(torch.rand(logits.shape) < 0.15, -math.inf)
+    logits = logits.masked_fill(torch.rand(logits.shape) < 0.1, math.nan)
+    return logits.masked_fill(torch.rand(*logits.shape[:2], 1) < 0.05, random.choice([math.nan, -math.inf]))
+
+
+def strided(values: Tensor) -> Tensor:
+    """The same values as a slice of something larger, transposed."""
+    batch, width, size = values.shape
+    larger = torch.full((size + 3, width, batch + 1), math.nan, dtype=values.dtype)
+    view = larger.permute(2, 1, 0)[1:, :, 2:2 + size]
+    view.copy_(values)
+    return view
+
+
+def prefixes_of(catalog: Catalog, nodes: list[int], depth: int) -> list[tuple[int, ...] | None]:
+    names = catalog.prefixes(depth) if depth else [()]
+    return [names[node] if node >= 0 else None for node in nodes]
+
+
+def check_step(catalog: Catalog, before: Beams, logits: Tensor, after: Beams, normalize: str,
+               log_normalizer: Tensor | None, allowed: list[set[int] | None], *, exact: bool) -> None:
+    """Check one step, request by request. ``exact``: scores are sums without rounding, so ties are told, too."""
+    num_beams = after.nodes.shape[1]
+    assert after.depth == before.depth + 1
+    assert after.scores.dtype == torch.float32 and after.nodes.dtype == torch.int64
+    for b in range(len(before.nodes)):
+        candidates = oracles.step_candidates(
+            catalog, logits[b].double().tolist(), prefixes_of(catalog, before.nodes[b].tolist(), before.depth),
+            before.scores[b].tolist(), normalize, None if log_normalizer is None else log_normalizer[b].tolist(),
+            allowed[b])
+        expected = oracles.best(candidates, num_beams)
+        live = after.scores[b] > -math.inf
+        count = len(expected)
+        assert live.tolist() == [True] * count + [False] * (num_beams - count)
+        for part in (after.nodes, after.tokens, after.parents):
+            assert (part[b, count:] == -1).all()
+        found = list(zip(after.parents[b, :count].tolist(), after.tokens[b, :count].tolist(), strict=True))
+        assert len(set(found)) == count
+        scores = after.scores[b, :count].tolist()
+        assert scores == sorted(scores, reverse=True)
+        if exact:
+            assert list(zip(scores, found, strict=True)) == expected
+        assert scores == pytest.approx([score for score, _ in expected], rel=1e-5, abs=1e-5)
+        assert scores == pytest.approx([candidates[candidate] for candidate in found], rel=1e-5, abs=1e-5)
+        parents = prefixes_of(catalog, before.nodes[b].tolist(), before.depth)
+        assert after.nodes[b, :count].tolist() == [catalog.node((*parents[parent], token)) for parent, token in found]
+
+
+def walk(catalog: Catalog, *, dtype: torch.dtype, normalize: str, exact: bool) -> None:
+    """Search one random catalog step by step, checking each step from where the one before arrived."""
+    trie = make(catalog)
+    batch = random.randint(1, 3)
+    filters, allowed = random_filters(catalog, trie, batch)
+    beams = trie.root(batch)
+    for depth in range(catalog.depth):
+        num_beams = random.choice([1, 2, 5, 17])
+        shape = (batch, beams.nodes.shape[1], catalog.sizes[depth])
+        logits = torch.randint(-4, 4, shape).to(dtype) if exact else (3 * torch.randn(shape)).to(dtype)
+        logits = strided(hurt(logits)) if random.random() < 0.7 else logits
+        log_normalizer = torch.randn(shape[:2]).to(dtype) if normalize != "none" and random.random() < 0.3 else None
+        after = beam_step(trie, logits, beams, num_beams=num_beams, normalize=normalize, log_normalizer=log_normalizer,
+                          filters=filters, backend="reference")
+        check_step(catalog, beams, logits, after, normalize, log_normalizer, allowed, exact=exact)
+        beams = after
+
+
+@pytest.mark.parametrize("normalize", ["full", "children", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_steps_are_the_top_of_all_allowed_children(dtype: torch.dtype, normalize: str) -> None:
+    for _ in range(CASES // 8):
+        walk(random_catalog(), dtype=dtype, normalize=normalize, exact=False)
+
+
+def test_ties_go_to_the_lower_parent_then_the_lower_token() -> None:
+    for _ in range(CASES):
+        walk(random_catalog(), dtype=torch.float32, normalize="none", exact=True)
+
+
+def test_searches_find_exactly_what_brute_force_finds() -> None:
+    for _ in range(CASES):
+        catalog = random_catalog(max_items=30)
+        trie = make(catalog)
+        batch, num_beams = random.randint(1, 3), random.choice([1, 3, 8, 40])
+        filters, allowed = random_filters(catalog, trie, batch)
+        levels = [hurt(torch.randint(-5, 5, (batch, 1, size)).float()) for size in catalog.sizes]
+        result = beam_search(trie, lambda depth, tokens, parents, levels=levels, width=num_beams:
+                             levels[depth].expand(-1, 1 if depth == 0 else width, -1),
+                             batch_size=batch, num_beams=num_beams, normalize="none", filters=filters)
+        for b in range(batch):
+            expected = oracles.search(catalog, [level[b, 0].tolist() for level in levels], num_beams, allowed[b])
+            dead = num_beams - len(expected)
+            assert result.scores[b].tolist() == [score for score, _ in expected] + [-math.inf] * dead
+            assert list(map(tuple, result.codes[b].tolist())) == (
+                [code for _, code in expected] + [(-1,) * catalog.depth] * dead)
+            assert result.nodes[b].tolist() == [catalog.node(code) for _, code in expected] + [-1] * dead
+
+
+def test_step_is_called_as_promised() -> None:
+    trie = Trie.from_codes([[0, 1, 2], [0, 2], [1, 0, 0]], codebook_sizes=[2, 3, 3])
+    calls = []
+
+    def step(depth: int, tokens: Tensor | None, parents: Tensor | None) -> Tensor:
+        calls.append((depth, tokens, parents))
+        return torch.zeros(2, 1 if depth == 0 else 4, trie.codebook_sizes[depth])
+
+    result = beam_search(trie, step, batch_size=2, num_beams=4, normalize="none")
+    assert [depth for depth, _, _ in calls] == [0, 1, 2]
+    assert calls[0][1:] == (None, None)
+    assert calls[1][1].tolist() == [[0, 1, -1, -1]] * 2 and calls[1][2].tolist() == [[0, 0, -1, -1]] * 2
+    assert calls[2][1].tolist() == [[1, 2, 0, -1]] * 2 and calls[2][2].tolist() == [[0, 0, 1, -1]] * 2
+    assert result.codes.tolist() == [[[0, 1, 2], [0, 2, -1], [1, 0, 0], [-1, -1, -1]]] * 2
+
+
+def test_an_ended_sequence_keeps_its_score_whatever_the_logits() -> None:
+    trie = Trie.from_codes([[0], [1, 0], [1]], codebook_sizes=[2, 1])
+    beams = beam_step(trie, torch.log(torch.tensor([[[0.25, 0.75]]])), trie.root(1), num_beams=2)
+    for normalize in ("full", "children"):
+        after = beam_step(trie, torch.full((1, 2, 1), math.nan), beams, num_beams=3, normalize=normalize)
+        assert after.tokens.tolist() == [[-1, -1, -1]]
+        assert after.parents.tolist() == [[0, 1, -1]]
+        assert after.scores[0, :2].tolist() == pytest.approx([math.log(0.75), math.log(0.25)])
+        after = beam_step(trie, torch.zeros(1, 2, 1), beams, num_beams=3, normalize=normalize)
+        assert after.tokens.tolist() == [[-1, 0, -1]]  # the end and code 0 tie, both at log-probability 0
+        assert after.nodes.tolist() == [[1, 2, 0]]
+
+
+def test_dead_beams_never_come_back() -> None:
+    trie = Trie.from_codes([[0, 0], [1, 1]])
+    nodes = torch.tensor([[0, -1, 1, 1, 0]])
+    scores = torch.tensor([[-math.inf, 0.0, math.nan, -1.0, -math.inf]])
+    beams = Beams(nodes, nodes, nodes, scores, 1)
+    after = beam_step(trie, torch.zeros(1, 5, 2), beams, num_beams=5, normalize="none")
+    assert after.parents.tolist() == [[3, -1, -1, -1, -1]]
+    assert after.scores.tolist() == [[-1.0] + [-math.inf] * 4]
+
+
+def test_banning_every_code_leaves_nothing() -> None:
+    trie = Trie.from_codes([[0, 0], [1, 1]])
+    for value in (-math.inf, math.nan):
+        for normalize in ("full", "children", "none"):
+            result = beam_search(trie, lambda depth, tokens, parents, value=value: torch.full(
+                (1, 1 if depth == 0 else 3, 2), value), batch_size=1, num_beams=3, normalize=normalize)
+            assert (result.nodes == -1).all() and (result.codes == -1).all() and (result.scores == -math.inf).all()
+
+
+@pytest.mark.parametrize("normalize", ["full", "children", "none"])
+def test_infinite_logits_count_as_the_largest_number(normalize: str) -> None:
+    trie = Trie.from_codes([[0, 0], [1, 1], [2, 0]])
+    logits = torch.tensor([[[1.0, math.inf, math.inf]]])
+    after = beam_step(trie, logits, trie.root(1), num_beams=3, normalize=normalize)
+    assert after.tokens[0, :2].tolist() == [1, 2]
+    assert torch.isfinite(after.scores[0, :2]).all() and after.scores[0, 0] == after.scores[0, 1]
+    if normalize != "none":
+        assert after.scores[0, 0].item() == pytest.approx(-math.log(2))
+    again = beam_step(trie, torch.full((1, 3, 2), math.inf), after, num_beams=4, normalize=normalize)
+    assert not again.scores.isnan().any() and (again.nodes[0, :2] >= 0).all()
+
+
+def test_a_log_normalizer_that_is_not_finite_kills_its_beam() -> None:
+    trie = Trie.from_codes([[0, 0], [0, 1], [1, 0], [2, 0], [3, 1]])
+    beams = beam_step(trie, torch.zeros(1, 1, 4), trie.root(1), num_beams=4)
+    after = beam_step(trie, torch.zeros(1, 4, 2), beams, num_beams=6,
+                      log_normalizer=torch.tensor([[math.nan, math.inf, -math.inf, 1.0]]))
+    assert after.parents.tolist() == [[3, -1, -1, -1, -1, -1]]
+
+
+def test_empty_tries_batches_and_wide_logits() -> None:
+    empty = Trie.from_codes(torch.empty(0, 2), codebook_sizes=[3, 4])
+    result = beam_search(empty, lambda depth, tokens, parents: torch.zeros(2, 1 if depth == 0 else 5, 3 + depth),
+                         batch_size=2, num_beams=5)
+    assert (result.nodes == -1).all() and (result.codes == -1).all() and (result.scores == -math.inf).all()
+    inferred = Trie.from_codes([[0, 1], [2, 0]])  # codebooks may be larger than the codes in use
+    result = beam_search(inferred, lambda depth, tokens, parents: torch.zeros(0, 1 if depth == 0 else 5, 7),
+                         batch_size=0, num_beams=5, filters=[])
+    assert result.codes.shape == (0, 5, 2) and result.scores.shape == (0, 5)
+    wide = beam_step(inferred, torch.zeros(1, 1, 8), inferred.root(1), num_beams=2)
+    assert wide.scores.tolist() == [pytest.approx([-math.log(8)] * 2)]
+
+
+def test_int32_nodes_and_no_beams() -> None:
+    trie = Trie.from_codes([[0, 1], [1, 0]])
+    root = trie.root(2)
+    after = beam_step(trie, torch.zeros(2, 1, 2), root._replace(nodes=root.nodes.int()), num_beams=2)
+    assert after.nodes.tolist() == [[0, 1], [0, 1]]
+    none = Beams(*(part[:, :0] for part in root[:4]), 0)
+    assert (beam_step(trie, torch.zeros(2, 0, 2), none, num_beams=2).nodes == -1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_cosine_steps_are_steps_on_cosine_logits(dtype: torch.dtype) -> None:
+    for _ in range(CASES // 10):
+        catalog = random_catalog()
+        trie = make(catalog)
+        beams = trie.root(2)
+        filters, allowed = random_filters(catalog, trie, 2)
+        for size in catalog.sizes:
+            h, codebook = torch.randn(2, beams.nodes.shape[1], 5).to(dtype), torch.randn(size, 5).to(dtype)
+            scale = torch.tensor(7.0) if random.random() < 0.5 else 7.0
+            normalize = random.choice(["full", "children", "none"])
+            after = cosine_beam_step(trie, h, codebook, scale, beams, num_beams=4, normalize=normalize, filters=filters)
+            logits = torch.tensor([[[7.0 * oracles.cosine(row, code) for code in codebook.double().tolist()]
+                                    for row in request] for request in h.double().tolist()], dtype=torch.float64)
+            check_step(catalog, beams, logits, after, normalize, None, allowed, exact=False)
+            beams = after
+
+
+def test_cosine_steps_take_a_log_normalizer_and_mixed_dtypes_under_autocast() -> None:
+    trie = Trie.from_codes([[0], [2], [3]])
+    h, codebook = torch.randn(2, 1, 8), torch.randn(4, 8)
+    lse = cosine_logits(h, codebook, 5.0).logsumexp(-1)
+    given = cosine_beam_step(trie, h, codebook, 5.0, trie.root(2), num_beams=3, log_normalizer=lse)
+    computed = cosine_beam_step(trie, h, codebook, 5.0, trie.root(2), num_beams=3)
+    assert torch.equal(given.tokens, computed.tokens)
+    torch.testing.assert_close(given.scores, computed.scores)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = cosine_beam_step(trie, h.bfloat16(), codebook, 5.0, trie.root(2), num_beams=3)
+    plain = cosine_beam_step(trie, h.bfloat16(), codebook.bfloat16(), 5.0, trie.root(2), num_beams=3)
+    assert torch.equal(mixed.scores, plain.scores)
+
+
+@pytest.fixture(scope="module")
+def catalog_trie() -> Trie:
+    codes = torch.randint(0, 5, (30, 3), generator=torch.Generator().manual_seed(3))
+    return Trie.from_codes(codes, codebook_sizes=[5, 5, 5])
+
+
+@pytest.mark.parametrize("filtered", [False, True], ids=["all", "filtered"])
+def test_compiled_steps_match(catalog_trie: Trie, filtered: bool) -> None:
+    trie = catalog_trie
+    filters = [trie.filter(items=range(0, 30, 2)), None] if filtered else None
+
+    def step(logits: Tensor, beams: Beams) -> Beams:
+        return beam_step(trie, logits, beams, num_beams=4, filters=filters)
+
+    def cosine_step(h: Tensor, codebook: Tensor, scale: Tensor, beams: Beams) -> Beams:
+        return cosine_beam_step(trie, h, codebook, scale, beams, num_beams=4, filters=filters)
+
+    torch._dynamo.reset()
+    compiled, compiled_cosine = (torch.compile(f, fullgraph=True, backend="eager") for f in (step, cosine_step))
+    beams = trie.root(2)
+    for _ in range(2):
+        logits = torch.randn(2, beams.nodes.shape[1], 5)
+        cosine_args = torch.randn(2, beams.nodes.shape[1], 6), torch.randn(5, 6), torch.tensor(4.0), beams
+        for got, expected in ((compiled(logits, beams), step(logits, beams)),
+                              (compiled_cosine(*cosine_args), cosine_step(*cosine_args))):
+            assert torch.equal(got.nodes, expected.nodes) and torch.equal(got.parents, expected.parents)
+            torch.testing.assert_close(got.scores, expected.scores)
+        beams = step(logits, beams)
+
+
+def search(trie: Trie, levels: Tensor, filters: object) -> BeamResult:
+    """A search of two requests, four beams wide, whose logits are ``levels`` (depth, 2, 4, K)."""
+    return beam_search(trie, lambda depth, tokens, parents: levels[depth][:, :1 if depth == 0 else 4],
+                       batch_size=2, num_beams=4, filters=filters)
+
+
+def test_a_compiled_search_matches(catalog_trie: Trie) -> None:
+    levels = torch.randn(3, 2, 4, 5)
+    torch._dynamo.reset()
+    compiled = torch.compile(search, fullgraph=True, backend="aot_eager")(catalog_trie, levels, None)
+    expected = search(catalog_trie, levels, None)
+    assert torch.equal(compiled.codes, expected.codes)
+    torch.testing.assert_close(compiled.scores, expected.scores)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_search_on_cuda_is_the_same_and_captures_in_one_graph(catalog_trie: Trie) -> None:
+    levels = torch.randn(3, 2, 4, 5)
+    trie, static = catalog_trie.to("cuda"), torch.zeros_like(levels, device="cuda")
+    for items in (None, range(0, 30, 2)):
+        here, there = (None if items is None else [t.filter(items=items), None] for t in (catalog_trie, trie))
+        expected = search(catalog_trie, levels, here)
+        search(trie, static, there)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = search(trie, static, there)
+        static.copy_(levels)
+        graph.replay()
+        assert torch.equal(captured.codes.cpu(), expected.codes) and torch.equal(captured.nodes.cpu(), expected.nodes)
+        torch.testing.assert_close(captured.scores.cpu(), expected.scores)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_a_node_out_of_range_is_dead_and_named_in_debug(catalog_trie: Trie) -> None:
+    trie = catalog_trie.to("cuda")
+    beams = trie.root(2)._replace(nodes=torch.tensor([[0], [10**12]], device="cuda"))
+    logits = torch.zeros(2, 1, 5, device="cuda")
+    nodes = beam_step(trie, logits, beams, num_beams=3).nodes.cpu()
+    assert (nodes[0] >= 0).all() and (nodes[1] == -1).all()
+    with debug(), pytest.raises(ValueError, match="beams.nodes must be in"):
+        beam_step(trie, logits, beams, num_beams=3)
+
+
+def step_with(trie: Trie, changes: dict[str, object]) -> Beams:
+    arguments = {"trie": trie, "logits": torch.zeros(2, 1, 3), "beams": trie.root(2), "num_beams": 2}
+    return beam_step(**(arguments | changes))
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), [
+    ({"trie": [[0, 1]]}, TypeError, "trie must be a Trie"),
+    ({"beams": (0, 1)}, TypeError, "beams must be Beams"),
+    ({"logits": [[0.0]]}, TypeError, "logits must be a torch.Tensor"),
+    ({"logits": torch.zeros(2, 1, 3, dtype=torch.int64)}, TypeError, "logits must have dtype"),
+    ({"logits": torch.zeros(2, 3)}, ValueError, "logits must have 3 dimensions"),
+    ({"logits": torch.zeros(2, 1, 4)}, ValueError, "logits must be over 3 codes, the codebook of level 0; got 4"),
+    ({"logits": torch.zeros(2, 1, 2)}, ValueError, "logits must be over 3 codes"),
+    ({"logits": torch.zeros(2, 2, 3)}, ValueError, "logits must have shape"),
+    ({"logits": torch.zeros(1, 1, 3)}, ValueError, "logits must have shape"),
+    ({"num_beams": 0}, ValueError, "num_beams must be at least 1"),
+    ({"num_beams": 2.0}, TypeError, "num_beams must be an integer"),
+    ({"normalize": "softmax"}, ValueError, "normalize must be one of"),
+    ({"log_normalizer": torch.zeros(2)}, ValueError, "log_normalizer must have shape"),
+    ({"log_normalizer": 1.0}, TypeError, "log_normalizer must be a torch.Tensor"),
+    ({"log_normalizer": torch.zeros(2, 1), "normalize": "none"}, ValueError, "log_normalizer must be None"),
+    ({"backend": "fast"}, ValueError, "backend must be one of"),
+    ({"backend": "triton"}, BackendUnavailable, "beam_step"),
+])
+def test_bad_arguments_are_named(changes: dict[str, object], error: type[Exception], message: str) -> None:
+    trie = Trie.from_codes([[0, 1], [2, 1]], codebook_sizes=[3, 2])
+    with pytest.raises(error, match=message):
+        step_with(trie, changes)
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), [
+    ({"depth": 2}, ValueError, "beams.depth must be less than the trie's depth 2"),
+    ({"depth": -1}, ValueError, "beams.depth must be at least 0"),
+    ({"nodes": torch.tensor([[0], [1]])}, ValueError, r"beams.nodes must be in \[0, 1\) or -1; got 1"),
+    ({"nodes": torch.tensor([[0], [-2]])}, ValueError, "beams.nodes must be in"),
+    ({"nodes": torch.zeros(2, 1)}, TypeError, "beams.nodes must have dtype"),
+    ({"nodes": torch.tensor([0, 0])}, ValueError, "beams.nodes must have 2 dimensions"),
+    ({"scores": torch.zeros(2, 2)}, ValueError, "beams.scores must have shape"),
+])
+def test_bad_beams_are_named(changes: dict[str, object], error: type[Exception], message: str) -> None:
+    trie = Trie.from_codes([[0, 1], [2, 1]], codebook_sizes=[3, 2])
+    with pytest.raises(error, match=message):
+        step_with(trie, {"beams": trie.root(2)._replace(**changes)})
+
+
+@pytest.mark.parametrize(("step", "error", "message"), [
+    (None, TypeError, "step must be callable"),
+    (lambda depth, tokens, parents: None, TypeError, r"logits of step\(depth=0\) must be a torch.Tensor"),
+    (lambda depth, tokens, parents: torch.zeros(2, 1, 3), ValueError, r"logits of step\(depth=1\) must have shape"),
+    (lambda depth, tokens, parents: torch.zeros(2, 1, 2), ValueError, r"step\(depth=0\) must be over 3 codes"),
+])
+def test_a_bad_step_function_is_named(step: object, error: type[Exception], message: str) -> None:
+    trie = Trie.from_codes([[0, 1], [2, 1]], codebook_sizes=[3, 3])
+    with pytest.raises(error, match=message):
+        beam_search(trie, step, batch_size=2, num_beams=4)
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), [
+    ({"h": torch.zeros(2, 2, 4)}, ValueError, "h must have shape"),
+    ({"codebook": torch.zeros(3, 5)}, ValueError, "codebook must have shape"),
+    ({"codebook": torch.zeros(4, 4)}, ValueError, "codebook must be over 3 codes"),
+    ({"codebook": torch.zeros(3, 4, dtype=torch.float64)}, TypeError, "codebook"),
+    ({"scale": math.inf}, ValueError, "scale must be finite"),
+    ({"eps": 0.0}, ValueError, "eps must be positive"),
+    ({"num_beams": 0}, ValueError, "num_beams must be at least 1"),
+])
+def test_bad_cosine_arguments_are_named(changes: dict[str, object], error: type[Exception], message: str) -> None:
+    trie = Trie.from_codes([[0, 1], [2, 1]], codebook_sizes=[3, 2])
+    arguments = {"trie": trie, "h": torch.zeros(2, 1, 4), "codebook": torch.zeros(3, 4), "scale": 1.0,
+                 "beams": trie.root(2), "num_beams": 2} | changes
+    with pytest.raises(error, match=message):
+        cosine_beam_step(**arguments)

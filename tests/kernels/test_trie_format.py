@@ -1,0 +1,255 @@
+"""The trie's file: it comes back as it was, and no altered or hostile file crashes or misleads a reader."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dgi_kernels import Trie, TrieFormatError, beam_search, rank_candidates
+
+from .oracles import random_catalog
+
+DIGEST = 32
+MODES = pytest.mark.parametrize("mmap", [False, True], ids=["read", "mmap"])
+
+
+@pytest.fixture
+def small() -> Trie:
+    return Trie.from_codes([[3, 1], [0], [3, 1], [2, 2], [3, 0]], [10, 7, 8, 0, 2], codebook_sizes=[4, 3])
+
+
+def assert_same(a: Trie, b: Trie) -> None:
+    for name, array in a.arrays.items():
+        assert torch.equal(array, b.arrays[name]), name
+    assert (a.codebook_sizes, a.sizes_inferred) == (b.codebook_sizes, b.sizes_inferred)
+
+
+def signed(data: bytes) -> bytes:
+    """The file with a checksum that fits: what someone who means harm would write."""
+    return data[:-DIGEST] + hashlib.sha256(data[:-DIGEST]).digest()
+
+
+def use(trie: Trie) -> None:
+    """Read every array of a trie the way that searches do."""
+    logits = [torch.randn(2, 5, size + 1 if trie.sizes_inferred else size) for size in trie.codebook_sizes]
+    result = beam_search(trie, lambda depth, tokens, parents: logits[depth][:, :1 if depth == 0 else 5], batch_size=2,
+                         num_beams=5, filters=trie.filter(mask=torch.rand(trie.num_items) < 0.5))
+    assert torch.equal(trie.find(result.codes), result.nodes)
+    trie.items(result.nodes, trie.depth)
+    if trie.id_bounds[0] >= 0 and trie.id_bounds[1] < 100:
+        rank_candidates(torch.randn(2, 3), torch.randn(100, 3), trie, result, 3)
+    assert trie.is_valid(trie.codes()[0]).all()
+
+
+@MODES
+def test_a_trie_comes_back_as_it_was(tmp_path: Path, mmap: bool) -> None:
+    for _ in range(5):
+        catalog = random_catalog()
+        for sizes in (None, catalog.sizes):
+            trie = Trie.from_codes(catalog.codes, catalog.ids, codebook_sizes=sizes)
+            trie.save(tmp_path / "trie")
+            loaded = Trie.load(tmp_path / "trie", mmap=mmap)
+            assert_same(loaded, trie)
+            use(loaded)
+    empty = Trie.from_codes(torch.empty(0, 3))
+    empty.save(str(tmp_path / "trie"))
+    assert_same(Trie.load(str(tmp_path / "trie"), mmap), empty)
+    assert [path.name for path in tmp_path.iterdir()] == ["trie"]
+
+
+def test_the_file_is_what_the_readme_says(tmp_path: Path, small: Trie) -> None:
+    small.save(tmp_path / "trie")
+    data = (tmp_path / "trie").read_bytes()
+    magic, version, header_bytes, total = struct.unpack("<8sIIQ", data[:24])
+    assert (magic, version, total) == (b"DGITRIE\n", 1, len(data))
+    assert data[-32:] == hashlib.sha256(data[:-32]).digest()
+    header = json.loads(data[24:24 + header_bytes])
+    assert header["meta"] == {"codebook_sizes": [4, 3], "sizes_inferred": False}
+    arrays, end = {}, 24 + header_bytes
+    for name, dtype, length in header["arrays"]:
+        start = -(-end // 64) * 64
+        assert not any(data[end:start])
+        arrays[name] = np.frombuffer(data, {"int32": "<i4", "int64": "<i8"}[dtype], length, start).tolist()
+        end = start + length * {"int32": 4, "int64": 8}[dtype]
+    assert -(-end // 64) * 64 == len(data) - 32
+    assert arrays == {
+        "tokens.0": [0, 2, 3], "child_start.0": [0, 3],
+        "tokens.1": [-1, 2, 0, 1], "child_start.1": [0, 1, 2, 4],
+        "item_start": [0, 1, 2, 3, 5], "item_order": [1, 3, 4, 0, 2], "item_ids": [10, 7, 8, 0, 2],
+    }
+
+
+@MODES
+def test_every_flipped_byte_is_found(tmp_path: Path, small: Trie, mmap: bool) -> None:
+    path = tmp_path / "trie"
+    small.save(path)
+    data = path.read_bytes()
+    for place in range(len(data)):
+        path.write_bytes(data[:place] + bytes([data[place] ^ random.randint(1, 255)]) + data[place + 1:])
+        with pytest.raises(TrieFormatError, match="trie: "):
+            Trie.load(path, mmap=mmap)
+
+
+@MODES
+def test_every_truncation_and_any_added_byte_is_found(tmp_path: Path, small: Trie, mmap: bool) -> None:
+    path = tmp_path / "trie"
+    small.save(path)
+    data = path.read_bytes()
+    for length in range(len(data)):
+        path.write_bytes(data[:length])
+        with pytest.raises(TrieFormatError, match="truncated"):
+            Trie.load(path, mmap=mmap)
+    path.write_bytes(data + b"\0")
+    with pytest.raises(TrieFormatError, match="truncated or altered"):
+        Trie.load(path, mmap=mmap)
+
+
+def test_a_file_made_to_harm_is_refused_or_is_a_trie(tmp_path: Path, small: Trie) -> None:
+    path = tmp_path / "trie"
+    small.save(path)
+    data = path.read_bytes()
+    accepted = 0
+    for place in random.sample(range(len(data) - DIGEST), 150):
+        path.write_bytes(signed(data[:place] + bytes([random.randrange(256)]) + data[place + 1:]))
+        try:
+            trie = Trie.load(path)
+        except TrieFormatError:
+            continue
+        use(trie)
+        accepted += 1
+    assert accepted > 0
+
+
+def altered(small: Trie, name: str, value: list[int]) -> dict[str, torch.Tensor]:
+    arrays, _ = small.state()
+    return {**arrays, name: torch.tensor(value, dtype=arrays[name].dtype)}
+
+
+@pytest.mark.parametrize(("name", "value", "message"), [
+    ("child_start.0", [0, 2], "child_start.0 does not cut 3 elements into 1 runs"),
+    ("child_start.1", [0, 1, 1, 4], "child_start.1 does not cut"),
+    ("child_start.1", [0, 3, 2, 4], "child_start.1 does not cut"),
+    ("child_start.1", [1, 2, 3, 4], "child_start.1 does not cut"),
+    ("child_start.1", [0, 1, 2, 5], "child_start.1 does not cut"),
+    ("child_start.1", [0, 1, 4], "child_start.1 does not cut"),
+    ("tokens.0", [0, 2, 4], "tokens.0 holds codes outside of its codebook of 4"),
+    ("tokens.0", [0, -2, 3], "tokens.0 holds codes outside"),
+    ("tokens.0", [0, 2, 2], "tokens.0 holds codes that do not ascend"),
+    ("tokens.0", [-1, 2, 3], "an empty sequence"),
+    ("tokens.1", [-1, 2, 1, 1], "tokens.1 holds codes that do not ascend"),
+    ("item_start", [0, 1, 2, 2, 5], "item_start does not cut"),
+    ("item_start", [0, 1, 2, 3, 6], "item_start does not cut"),
+    ("item_order", [1, 3, 4, 0, 5], "item_order holds rows that do not exist"),
+    ("item_order", [1, 3, 4, 0, -1], "item_order holds rows that do not exist"),
+    ("item_order", [1, 3, 4, 0, 0], "item_order repeats a row"),
+    ("item_order", [1, 3, 4, 0], "item_order has 4"),
+])
+def test_arrays_that_form_no_trie_are_refused(small: Trie, name: str, value: list[int], message: str) -> None:
+    with pytest.raises(TrieFormatError, match=message):
+        Trie.from_state(altered(small, name, value), small.state()[1])
+
+
+def test_a_sequence_does_not_go_on_after_its_end() -> None:
+    arrays, meta = Trie.from_codes([[1], [0, 1, 2]]).state()
+    assert arrays["tokens.2"].tolist() == [2, -1]
+    with pytest.raises(TrieFormatError, match="after the end of a sequence"):
+        Trie.from_state({**arrays, "tokens.2": torch.tensor([2, 0], dtype=torch.int32)}, meta)
+
+
+@pytest.mark.parametrize("meta", [
+    {}, {"codebook_sizes": [4, 3]}, {"codebook_sizes": [4], "sizes_inferred": False},
+    {"codebook_sizes": [4, 3, 3], "sizes_inferred": False}, {"codebook_sizes": [], "sizes_inferred": False},
+    {"codebook_sizes": [4, 2.0], "sizes_inferred": False}, {"codebook_sizes": [4, -1], "sizes_inferred": False},
+    {"codebook_sizes": [4, 2**40], "sizes_inferred": False}, {"codebook_sizes": 4, "sizes_inferred": False},
+    {"codebook_sizes": [4, 3], "sizes_inferred": 0}, None, [1],
+])
+def test_meta_data_of_no_trie_is_refused(small: Trie, meta: object) -> None:
+    with pytest.raises(TrieFormatError):
+        Trie.from_state(small.state()[0], meta)
+
+
+def test_state_arrays_of_the_wrong_kind_are_refused(small: Trie) -> None:
+    arrays, meta = small.state()
+    for wrong in (arrays["item_ids"].int(), arrays["item_ids"].unsqueeze(0), [0, 1, 2, 3, 4]):
+        with pytest.raises(TrieFormatError, match="item_ids must be a vector"):
+            Trie.from_state({**arrays, "item_ids": wrong}, meta)
+    with pytest.raises(TrieFormatError, match="wrong arrays.*extra"):
+        Trie.from_state({**arrays, "extra": arrays["item_ids"]}, meta)
+
+
+@pytest.mark.parametrize("header", [
+    b"", b"{", b"[]", b"null", b"{}", b'{"meta":{},"arrays":3}', b'{"meta":{},"arrays":[["a","int64"]]}',
+    b'{"meta":{},"arrays":[["a","int64",-1]]}', b'{"meta":{},"arrays":[["a","int64",1e3]]}',
+    b'{"meta":{},"arrays":[["a","float",1]]}', b'{"meta":{},"arrays":[["a","int64",999999999999999]]}',
+    b'{"meta":{},"arrays":[[[],"int32",0]]}', b'{"meta":{},"arrays":[["a",[],0]]}', b"\xff\xfe", b"[" * 100_000,
+])
+def test_hostile_headers_are_refused(tmp_path: Path, header: bytes) -> None:
+    body = header + bytes(-(24 + len(header)) % 64)
+    data = struct.pack("<8sIIQ", b"DGITRIE\n", 1, len(header), 24 + len(body) + DIGEST) + body + bytes(DIGEST)
+    (tmp_path / "trie").write_bytes(signed(data))
+    with pytest.raises(TrieFormatError):
+        Trie.load(tmp_path / "trie")
+
+
+def test_another_version_is_named(tmp_path: Path, small: Trie) -> None:
+    path = tmp_path / "trie"
+    small.save(path)
+    data = bytearray(path.read_bytes())
+    data[8] = 2
+    path.write_bytes(signed(bytes(data)))
+    with pytest.raises(TrieFormatError, match="format version 2; this library reads version 1"):
+        Trie.load(path)
+
+
+def test_other_files_and_no_file(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("not a trie, and long enough to hold the fixed part of a header and a checksum")
+    with pytest.raises(TrieFormatError, match="no trie file"):
+        Trie.load(tmp_path / "text")
+    with pytest.raises(FileNotFoundError):
+        Trie.load(tmp_path / "missing")
+
+
+def test_a_save_that_fails_leaves_the_old_file(tmp_path: Path, small: Trie, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "trie"
+    small.save(path)
+    before = path.read_bytes()
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        small.update(remove=[7]).save(path)
+    assert path.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["trie"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_mmap_maps_the_file_and_never_writes_to_it(tmp_path: Path, small: Trie) -> None:
+    path = tmp_path / "trie"
+    small.save(path)
+    before = path.read_bytes()
+    mapped = Trie.load(path, mmap=True)
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(path))]
+    ranges = [[int(end, 16) for end in line[0].split("-")] for line in lines]
+    for name, array in mapped.arrays.items():
+        assert any(low <= array.data_ptr() < high for low, high in ranges), name
+        assert array.data_ptr() % 64 == 0, name
+    mapped.item_ids.fill_(0)
+    assert path.read_bytes() == before
+
+
+@MODES
+def test_a_loaded_trie_outlives_a_replaced_file(tmp_path: Path, small: Trie, mmap: bool) -> None:
+    small.save(tmp_path / "trie")
+    loaded = Trie.load(tmp_path / "trie", mmap=mmap)
+    small.update(remove=[7]).save(tmp_path / "trie")
+    assert_same(loaded, small)
