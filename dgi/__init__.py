@@ -1,0 +1,98 @@
+"""Differentiable Geometric Indexing: model, training, index, search, evaluation and command line.
+
+After *Differentiable Geometric Indexing for End-to-End Generative Retrieval* (arXiv 2603.10409), on the ops of
+:mod:`dgi_kernels`.  The names below are imported when first used: torch takes seconds, ``dgi --help`` should not.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dgi import data, metrics
+    from dgi.batches import Batch, make_batch
+    from dgi.checkpoint import CheckpointError, load_model, save_model
+    from dgi.config import ModelConfig, TrainConfig
+    from dgi.data import (
+        Catalog,
+        DataError,
+        Dataset,
+        Interactions,
+        Judgments,
+        load_catalog,
+        load_dataset,
+        load_interactions,
+        load_judgments,
+        load_movielens,
+    )
+    from dgi.heads import CosineHead
+    from dgi.index import DGIIndex, IndexFormatError, SearchResult
+    from dgi.losses import DGILoss
+    from dgi.model import DGIModel, DualEncoder
+    from dgi.quantizer import ResidualQuantizer
+    from dgi.search import Searcher
+    from dgi.train import Trainer
+
+_MODULES = {
+    "batches": ("Batch", "make_batch"),
+    "checkpoint": ("CheckpointError", "load_model", "save_model"),
+    "config": ("ModelConfig", "TrainConfig"),
+    "data": ("Catalog", "DataError", "Dataset", "Interactions", "Judgments", "load_catalog", "load_dataset",
+             "load_interactions", "load_judgments", "load_movielens"),
+    "heads": ("CosineHead",),
+    "index": ("DGIIndex", "IndexFormatError", "SearchResult"),
+    "losses": ("DGILoss",),
+    "metrics": (),
+    "model": ("DGIModel", "DualEncoder"),
+    "quantizer": ("ResidualQuantizer",),
+    "search": ("Searcher",),
+    "train": ("Trainer",),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Batch",
+    "Catalog",
+    "CheckpointError",
+    "CosineHead",
+    "DGIIndex",
+    "DGILoss",
+    "DGIModel",
+    "DataError",
+    "Dataset",
+    "DualEncoder",
+    "IndexFormatError",
+    "Interactions",
+    "Judgments",
+    "ModelConfig",
+    "ResidualQuantizer",
+    "SearchResult",
+    "Searcher",
+    "TrainConfig",
+    "Trainer",
+    "data",
+    "load_catalog",
+    "load_dataset",
+    "load_interactions",
+    "load_judgments",
+    "load_model",
+    "load_movielens",
+    "make_batch",
+    "metrics",
+    "save_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        return getattr(importlib.import_module(f"dgi.{_MODULE_OF[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"dgi.{name}")
+    raise AttributeError(f"module 'dgi' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

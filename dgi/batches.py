@@ -1,0 +1,52 @@
+"""What one training or search step reads: features of the distinct items, and indices into them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch whose items, targets and histories alike, are encoded once each.
+
+    Attributes:
+        item_rows: (U,) int64 catalog rows of the distinct items, ascending.
+        item_features: (U, ...) their features, as the encoder's ``prepare_items`` made them.
+        targets: (B,) int64 index into ``item_rows`` of each row's clicked item, or None in search.
+        histories: (B, H) int64 index into ``item_rows``, oldest first, -1 where there is none.
+        query_features: (B, ...) features of the query texts, or None where no row has a query.
+    """
+
+    item_rows: Tensor
+    item_features: Tensor
+    targets: Tensor | None
+    histories: Tensor
+    query_features: Tensor | None
+
+    def to(self, device: torch.device | str) -> Batch:
+        moved = (value if value is None else value.to(device, non_blocking=True) for value in (
+            self.item_rows, self.item_features, self.targets, self.histories, self.query_features))
+        return Batch(*moved)
+
+    def __len__(self) -> int:
+        return len(self.histories)
+
+
+def make_batch(item_features: Tensor, histories: Tensor, targets: Tensor | None,
+               query_features: Tensor | None) -> Batch:
+    """Collect the distinct items of ``histories`` (B, H) and ``targets`` (B,), catalog rows with -1 for none.
+
+    Args:
+        item_features: (num_items, ...) features of the whole catalog.
+        histories: (B, H) int64.
+        targets: (B,) int64, or None in search.
+        query_features: (B, ...) or None.
+    """
+    read = histories.flatten() if targets is None else torch.cat([targets, histories.flatten()])
+    rows = torch.unique(read)
+    rows = rows[rows >= 0]
+    return Batch(rows, item_features[rows], None if targets is None else torch.searchsorted(rows, targets),
+                 torch.where(histories < 0, -1, torch.searchsorted(rows, histories.contiguous())), query_features)

@@ -1,0 +1,105 @@
+"""Arguments that commands share, and the loading of what they name."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from dgi.data import Catalog, Dataset
+    from dgi.model import DGIModel
+    from dgi.search import Searcher
+
+MOVIELENS = "movielens-100k"
+MODEL_FILE = "model.safetensors"
+
+DATA_FORMAT = f"""\
+data: a folder with items.* (columns id, text) and interactions.* (item_id, timestamp, and query and/or history: ids
+  of the items chosen before, oldest first); the last fifth by time is the test set. Or, already split,
+  interactions.train.* and interactions.test.*. * is tsv, jsonl (both also .gz) or parquet. Optional vectors, one per
+  row: items.npy and queries.npy (or queries.train.npy and queries.test.npy).
+  "{MOVIELENS}" names the data of "dgi demo", which pip fetches."""
+
+
+def positive(text: str) -> int:
+    """An argument that is a whole number from 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1; got {value}")
+    return value
+
+
+def add_data(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    parser.add_argument("--data", metavar="DIR", required=required, help="the data, see below")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="DIR", required=True, type=Path, help='output folder of "dgi train"')
+
+
+def add_index(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--index", metavar="FILE", required=True, type=Path, help='output file of "dgi index"')
+
+
+def add_num_beams(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num-beams", metavar="M", type=positive, default=50,
+                        help="semantic IDs that survive each level of the search (default: %(default)s)")
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU if there is one, else the CPU)")
+    parser.add_argument("--no-progress", dest="progress", action="store_false", help="show no progress bars")
+
+
+def device(name: str | None) -> torch.device:
+    """The device of that name, by default this process's GPU or the CPU."""
+    import torch
+
+    from dgi.distributed import local_device
+
+    if name is None:
+        return local_device()
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # what torch raises depends on how it was built
+        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+
+
+def load_data(name: str) -> Dataset:
+    """The dataset of a folder, or MovieLens-100K."""
+    from dgi.data import load_dataset, load_movielens
+
+    return load_movielens() if name == MOVIELENS else load_dataset(name)
+
+
+def load_items(name: str) -> Catalog:
+    """The catalog of a folder, whose interactions are not read, or of MovieLens-100K."""
+    from dgi.data import load_catalog
+    from dgi.data.dataset import _need, _vectors
+
+    if name == MOVIELENS:
+        return load_data(name).catalog
+    return load_catalog(_need(Path(name), "items"), vectors=_vectors(Path(name), "items"))
+
+
+def load_trained(folder: Path, on: torch.device) -> DGIModel:
+    """The model that ``dgi train`` left in a folder."""
+    from dgi.checkpoint import load_model
+
+    path = folder / MODEL_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f'{path}: there is no such file; "dgi train --output {folder}" makes it')
+    return load_model(path).to(on)
+
+
+def load_searcher(args: argparse.Namespace, catalog: Catalog) -> Searcher:
+    """Model and index of ``--model`` and ``--index``, on ``--device``."""
+    from dgi.index import DGIIndex
+    from dgi.search import Searcher
+
+    if not args.index.is_file():
+        raise FileNotFoundError(f'{args.index}: there is no such file; "dgi index --output {args.index}" makes it')
+    return Searcher(load_trained(args.model, device(args.device)), DGIIndex.load(args.index), catalog)

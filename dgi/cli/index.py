@@ -1,0 +1,41 @@
+"""``dgi index``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dgi.cli.common import DATA_FORMAT, add_data, add_model, add_run_options, device, load_items, load_trained, positive
+
+HELP = "give every item of a catalog its semantic ID and store them as an index"
+EPILOG = f"""\
+example:
+  dgi index --model run --data my-data --output run/index.safetensors
+
+{DATA_FORMAT}
+  Of the folder only the items are read.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    add_data(parser)
+    parser.add_argument("--output", metavar="FILE", required=True, type=Path, help="the index file to write")
+    parser.add_argument("--batch-size", metavar="N", type=positive, default=1024,
+                        help="items encoded at once (default: %(default)s)")
+    add_run_options(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from dgi.index import DGIIndex
+    from dgi.metrics import collisions
+
+    model = load_trained(args.model, device(args.device))
+    index = DGIIndex.build(model, load_items(args.data), batch_size=args.batch_size, progress=args.progress)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    index.save(args.output)
+    shared = collisions(index.codes.cpu().numpy())
+    print(f"indexed {len(index):,} items under {shared['unique_sids']:,} semantic IDs; "
+          f"{shared['colliding_items']:.1%} of the items share theirs")
+    print(f"{args.output} is the index")
+    print(f"next: dgi search --index {args.output} --model {args.model} --data {args.data} --query TEXT")

@@ -1,0 +1,135 @@
+"""``dgi train``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from dgi.cli.common import DATA_FORMAT, MODEL_FILE, add_data, add_run_options, device, load_data
+from dgi.config import ModelConfig, TrainConfig, from_dict, to_dict
+
+HELP = "train a model on the interactions of a data set"
+CONFIG_FILE = "config.json"
+_INDENT = " " * 4
+
+
+def _fields(config: type) -> str:
+    """Names and defaults of a configuration, as JSON."""
+    values = json.loads(json.dumps({field.name: _default(field) for field in dataclasses.fields(config)}))
+    return "\n".join(f"{_INDENT}{name} = {json.dumps(value)}" for name, value in values.items())
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+
+
+EPILOG = f"""\
+examples:
+  dgi train --data my-data --output run --set epochs=5 --set codebook_sizes=256,128,64
+  torchrun --nproc-per-node 4 -m dgi train --data my-data --output run
+  dgi train --data my-data --output run --resume
+
+{DATA_FORMAT}
+
+settings, for --config (one JSON object) and --set, with their defaults; dgi/config.py explains them:
+  model
+{_fields(ModelConfig)}
+  training
+{_fields(TrainConfig)}
+
+The output folder receives {MODEL_FILE}, {CONFIG_FILE}, metrics.jsonl, training_curve.png and checkpoints/.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_data(parser)
+    parser.add_argument("--output", metavar="DIR", required=True, type=Path, help="folder of the run")
+    parser.add_argument("--config", metavar="FILE", type=Path, help="settings as a JSON file")
+    parser.add_argument("--set", metavar="NAME=VALUE", action="append", default=[], dest="settings",
+                        help="one setting, over those of --config; may be repeated")
+    parser.add_argument("--resume", action="store_true",
+                        help=f"continue the run in --output from its last checkpoint, with its {CONFIG_FILE}")
+    add_run_options(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    import torch
+
+    from dgi.distributed import process_group, rank
+    from dgi.model import DGIModel
+    from dgi.train import Trainer
+
+    with process_group():
+        data = load_data(args.data)
+        vectors = data.catalog.vectors
+        model_config, train_config = configs(_settings(args), 0 if vectors is None else vectors.shape[1])
+        torch.manual_seed(train_config.seed)
+        trainer = Trainer(DGIModel(model_config), train_config, data.catalog, data.train, args.output,
+                          device=None if args.device is None else device(args.device), progress=args.progress)
+        if trainer.folder is not None and not trainer.folder.checkpoints.paths():
+            _write_config(args.output / CONFIG_FILE, model_config, train_config)
+        last = trainer.fit(resume=args.resume)
+        if rank() == 0:
+            print(f"trained {int(trainer.steps_done):,} steps on {len(data.train):,} interactions with "
+                  f"{len(data.catalog):,} items; loss {last['loss']:.4g}")
+            print(f"{args.output} holds {MODEL_FILE}, {CONFIG_FILE}, metrics.jsonl and training_curve.png")
+            print(f"next: dgi index --model {args.output} --data {args.data} --output {args.output}/index.safetensors")
+
+
+def configs(settings: dict[str, Any], vector_dim: int) -> tuple[ModelConfig, TrainConfig]:
+    """Split flat settings into the two configurations; ``vector_dim`` is that of the catalog's vectors.
+
+    Raises:
+        ValueError: a setting is unknown or has a wrong value.
+    """
+    of_model = {field.name for field in dataclasses.fields(ModelConfig)}
+    of_training = {field.name for field in dataclasses.fields(TrainConfig)}
+    unknown = sorted(set(settings) - of_model - of_training)
+    if unknown:
+        raise ValueError(f"unknown setting {unknown[0]!r}; known are {', '.join(sorted(of_model | of_training))}")
+    if settings.get("encoder") == "vectors":
+        settings = {"vector_dim": vector_dim, **settings}
+    return (from_dict(ModelConfig, {name: value for name, value in settings.items() if name in of_model}),
+            from_dict(TrainConfig, {name: value for name, value in settings.items() if name in of_training}))
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    stored = args.output / CONFIG_FILE
+    settings = _read_config(stored) if args.resume and stored.is_file() else {}
+    if args.config is not None:
+        settings |= _read_config(args.config)
+    for text in args.settings:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--set takes NAME=VALUE; got {text!r}")
+        settings[name.strip()] = _parse(value.strip())
+    return settings
+
+
+def _parse(text: str) -> Any:
+    """JSON, a list without its brackets, or a plain word."""
+    for candidate in (text, f"[{text}]"):
+        try:
+            return json.loads(candidate)
+        except json.JSONDecodeError:
+            continue
+    return text
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold one JSON object of settings; it holds a {type(settings).__name__}")
+    return settings
+
+
+def _write_config(path: Path, model: ModelConfig, training: TrainConfig) -> None:
+    from dgi.evaluate import write_json
+
+    write_json(path, {**to_dict(model), **to_dict(training)})

@@ -1,0 +1,166 @@
+"""Configuration of a model and of its training: plain dataclasses, stored as JSON beside the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+EncoderKind = Literal["text", "vectors", "t5"]
+GradientKind = Literal["soft", "straight_through", "detached"]
+HeadKind = Literal["shared", "separate"]
+SimilarityKind = Literal["cosine", "inner_product"]
+
+LOSS_TERMS = ("ntp", "global", "local", "infonce", "diversity")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What the model is made of.
+
+    The last three fields are the paper's ablations: ``gradient`` is how the next-token loss reaches the quantizer
+    (``soft``: through p; ``straight_through``: one-hot forward, soft Jacobian backward; ``detached``: not at all, the
+    two-stage setting), ``heads`` whether level j's output head is the codebook E_j itself, ``similarity`` whether
+    logits are scaled cosines or plain inner products.
+
+    Attributes:
+        encoder: ``text`` (built-in transformer over hashed words), ``vectors`` (precomputed item and query vectors) or
+            ``t5`` (a Hugging Face T5-family model).
+        dim: width d of items, queries, codebooks and hidden states.
+        codebook_sizes: K_j of every level.
+        attention_heads, history_layers, text_layers, decoder_layers, dropout: the built-in transformers.
+        vocabulary_size: hash buckets of the ``text`` encoder.
+        max_tokens: words (``text``) or word pieces (``t5``) kept of one text.
+        max_history: items of the history that are read, the latest ones.
+        vector_dim: width of precomputed vectors (``vectors``).
+        pretrained: name or folder of a T5-family model (``t5``).
+        initial_scale: starting value of the learnable logit scale γ.
+    """
+
+    encoder: EncoderKind = "text"
+    dim: int = 64
+    codebook_sizes: tuple[int, ...] = (4096, 1024, 256)
+    attention_heads: int = 4
+    history_layers: int = 2
+    text_layers: int = 1
+    decoder_layers: int = 2
+    dropout: float = 0.1
+    vocabulary_size: int = 16384
+    max_tokens: int = 32
+    max_history: int = 10
+    vector_dim: int = 0
+    pretrained: str = ""
+    initial_scale: float = 30.0
+    gradient: GradientKind = "soft"
+    heads: HeadKind = "shared"
+    similarity: SimilarityKind = "cosine"
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "attention_heads", "history_layers", "decoder_layers", "vocabulary_size", "max_tokens"):
+            _at_least(self, name, 1)
+        for name in ("text_layers", "max_history", "vector_dim"):
+            _at_least(self, name, 0)
+        if not self.codebook_sizes or any(size < 1 for size in self.codebook_sizes):
+            raise ValueError(f"codebook_sizes must hold one positive size per level; got {self.codebook_sizes}")
+        if self.dim % self.attention_heads:
+            raise ValueError(f"dim must be a multiple of attention_heads; got {self.dim} and {self.attention_heads}")
+        if self.encoder == "vectors" and not self.vector_dim:
+            raise ValueError('vector_dim must be the width of the vectors where encoder is "vectors"; got 0')
+        if self.encoder == "t5" and not self.pretrained:
+            raise ValueError('pretrained must name a T5-family model or folder where encoder is "t5"; got ""')
+        if not self.initial_scale > 0:
+            raise ValueError(f"initial_scale must be positive; got {self.initial_scale}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1); got {self.dropout}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the model is trained.
+
+    Attributes:
+        epochs: passes over the training interactions.
+        batch_size: interactions per step, over all processes.
+        backbone_lr, quantizer_lr: peak learning rates of encoder and decoder, and of codebooks, heads and γ.
+        warmup_steps: linear warm-up, then linear decay to zero at the last step.
+        weight_decay, clip_norm: AdamW's decay, largest norm of the whole gradient.
+        tau_start, tau_end: Gumbel-Softmax temperature, annealed geometrically over training.
+        loss_weights: weight of every term of the objective; a term left out has weight 1.
+        beta: weight of the commitment half of the local loss.
+        contrastive_temperature: τ_CL of InfoNCE.
+        revive_every: steps between revivals of dead codes; 0 turns them off.
+        log_every, checkpoint_every: steps between rows of metrics, and between checkpoints.
+        seed: of weights, data order and noise.
+    """
+
+    epochs: int = 10
+    batch_size: int = 128
+    backbone_lr: float = 1e-3
+    quantizer_lr: float = 1e-3
+    warmup_steps: int = 100
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    tau_start: float = 1.0
+    tau_end: float = 0.1
+    loss_weights: dict[str, float] = field(default_factory=dict)
+    beta: float = 0.25
+    contrastive_temperature: float = 0.05
+    revive_every: int = 200
+    log_every: int = 10
+    checkpoint_every: int = 500
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "log_every", "checkpoint_every"):
+            _at_least(self, name, 1)
+        for name in ("warmup_steps", "revive_every", "seed"):
+            _at_least(self, name, 0)
+        for name in ("backbone_lr", "quantizer_lr", "clip_norm", "tau_start", "tau_end", "contrastive_temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
+        unknown = sorted(set(self.loss_weights) - set(LOSS_TERMS))
+        if unknown:
+            raise ValueError(f"loss_weights must name terms among {', '.join(LOSS_TERMS)}; got {', '.join(unknown)}")
+
+
+Config = TypeVar("Config", ModelConfig, TrainConfig)
+
+
+def to_dict(config: ModelConfig | TrainConfig) -> dict[str, Any]:
+    """The configuration as JSON-ready values."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
+    """Build a configuration from JSON values; an unknown field or a value of the wrong type is named."""
+    types = get_type_hints(cls)
+    unknown = sorted(set(values) - set(types))
+    if unknown:
+        raise ValueError(f"unknown field {unknown[0]!r} in {cls.__name__}; known: {', '.join(sorted(types))}")
+    return cls(**{name: _typed(f"{cls.__name__}.{name}", types[name], value) for name, value in values.items()})
+
+
+def _typed(name: str, kind: Any, value: Any) -> Any:
+    origin = get_origin(kind)
+    if origin is Literal:
+        if value not in get_args(kind):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}; got {value!r}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)) or any(type(item) is not int for item in value):
+            raise ValueError(f"{name} must be a list of integers; got {value!r}")
+        return tuple(value)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} must map names to numbers; got {value!r}")
+        return {str(key): float(item) for key, item in value.items()}
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{name} must be {kind.__name__}; got {value!r}")
+    return value
+
+
+def _at_least(config: Any, name: str, low: int) -> None:
+    if getattr(config, name) < low:
+        raise ValueError(f"{name} must be at least {low}; got {getattr(config, name)}")

@@ -1,0 +1,127 @@
+"""The demo: popularity, a dense dual encoder and DGI on one data set, with the same encoder and budget."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from dgi import evaluate
+from dgi.baselines import rank_by_popularity
+from dgi.checkpoint import RunFolder
+from dgi.config import ModelConfig, TrainConfig, to_dict
+from dgi.data import Catalog, Dataset, Interactions
+from dgi.index import DGIIndex, encode_items
+from dgi.model import DGIModel, DualEncoder
+from dgi.search import Requests, Searcher, encode_requests, rank_by_cosine
+from dgi.train import Trainer
+
+DEMO_MODEL = ModelConfig(dim=64, codebook_sizes=(64, 32, 16), text_layers=0, dropout=0.1)
+DEMO_TRAINING = TrainConfig(epochs=6, batch_size=256, backbone_lr=1e-3, quantizer_lr=1e-3)
+NUM_BEAMS = 50
+TEST_SAMPLE = 4000  # test interactions evaluated, unless all are asked for
+EXAMPLES = 5
+SHOWN_HISTORY = 3  # items of the history printed with an example
+TITLE_WIDTH = 60
+
+Model = TypeVar("Model", bound=DualEncoder)
+
+
+def run_demo(data: Dataset, output: Path, *, device: torch.device | str = "cpu", full: bool = False,
+             progress: bool = True) -> dict[str, Any]:
+    """Train both models, index, evaluate and show searches; leave everything in ``output``, and print as it goes.
+
+    Training of a demo that was interrupted continues from its last checkpoint.
+
+    Args:
+        data: catalog, training and test interactions.
+        output: folder for the results.
+        device: where to train and search.
+        full: evaluate all test interactions, not a fixed sample of ``TEST_SAMPLE``.
+        progress: show progress bars.
+
+    Returns:
+        What ``metrics.json`` holds.
+    """
+    started = time.perf_counter()
+    print(f"{data.name}: {len(data.catalog):,} items, {len(data.train):,} training and {len(data.test):,} test "
+          f"interactions, split by time")
+    print("\nTraining the dense dual encoder (InfoNCE only)")
+    dense = _train(DualEncoder, data, output / "dense", device, progress)
+    print("Training DGI")
+    model = _train(DGIModel, data, output, device, progress)
+    print("Indexing and searching")
+    index = DGIIndex.build(model, data.catalog, progress=progress)
+    index.save(output / "index.safetensors")
+    searcher = Searcher(model, index, data.catalog)
+    results = _evaluate(data, dense, searcher, full, progress)
+    evaluate.write_results(output, results)
+    print(f"\n{_caption(results)}\n{evaluate.results_table(results['systems'])}\n")
+    _show_searches(data, searcher)
+    print(f"{output} holds metrics.json, buckets.png, training_curve.png, index.safetensors and model.safetensors "
+          f"(the dense model: {output / 'dense'})\nfinished in {(time.perf_counter() - started) / 60:.1f} minutes")
+    return results
+
+
+def _train(kind: type[Model], data: Dataset, output: Path, device: torch.device | str, progress: bool) -> Model:
+    torch.manual_seed(DEMO_TRAINING.seed)
+    model = kind(DEMO_MODEL)
+    trainer = Trainer(model, DEMO_TRAINING, data.catalog, data.train, output, device=device, progress=progress)
+    trainer.fit(resume=bool(RunFolder(output).checkpoints.paths()))
+    return model
+
+
+def _evaluate(data: Dataset, dense: DualEncoder, searcher: Searcher, full: bool, progress: bool) -> dict[str, Any]:
+    test = evaluate.sample(data.test, None if full else TEST_SAMPLE)
+    counts = evaluate.train_counts(data.train, len(data.catalog))
+    exclude = evaluate.history_rows(test)
+    features = searcher.item_features
+    queries = encode_requests(dense, Requests.of(dense, test), features)
+    found = searcher.search_interactions(test, k=evaluate.DEPTH, num_beams=NUM_BEAMS, exclude_history=True,
+                                         progress=progress)
+    rankings = {
+        "popularity": rank_by_popularity(counts, len(test), evaluate.DEPTH, exclude=exclude),
+        "dense": rank_by_cosine(queries, encode_items(dense, features), evaluate.DEPTH, exclude=exclude),
+        "DGI": found.items,
+    }
+    return {"data": data.name, "queries": len(test), "test_interactions": len(data.test), "num_beams": NUM_BEAMS,
+            "model": to_dict(DEMO_MODEL), "training": to_dict(DEMO_TRAINING),
+            "systems": evaluate.evaluate_systems(rankings, test, counts),
+            "index": evaluate.evaluate_index(searcher.index)}
+
+
+def _caption(results: dict[str, Any]) -> str:
+    queries, total = results["queries"], results["test_interactions"]
+    which = f"all {total:,}" if queries == total else f"a fixed random sample of {queries:,} of the {total:,}"
+    return (f"Which item comes next? On {which} test interactions; items of the history are left out.\n"
+            f"Rows: by popularity of the item looked for, buckets of equally many training interactions.")
+
+
+def _show_searches(data: Dataset, searcher: Searcher) -> None:
+    test = evaluate.sample(data.test, EXAMPLES)
+    print(f"{len(test)} searches, drawn at random from the test interactions")
+    found = searcher.search_interactions(test, k=5, num_beams=NUM_BEAMS, exclude_history=True)
+    for row, items in enumerate(found.items.tolist()):
+        print(f"\n  {_request(test, row, data.catalog)}")
+        for rank, item in enumerate((item for item in items if item >= 0), start=1):
+            mark = "  <- chosen next" if item == test.items[row] else ""
+            print(f"    {rank}. {_title(data.catalog, item)}{mark}")
+        if test.items[row] not in items:
+            print(f"    (chosen next: {_title(data.catalog, test.items[row])})")
+    print()
+
+
+def _request(test: Interactions, row: int, catalog: Catalog) -> str:
+    history: np.ndarray = test.histories[row][test.histories[row] >= 0]
+    shown = " | ".join(_title(catalog, item) for item in history[-SHOWN_HISTORY:])
+    parts = [f'query "{test.queries[row]}"'] if test.queries[row] else []
+    parts += [f"last of {len(history)} before: {shown}"] if len(history) else []
+    return ", ".join(parts)
+
+
+def _title(catalog: Catalog, item: int) -> str:
+    text = catalog.texts[item]
+    return text if len(text) <= TITLE_WIDTH else text[: TITLE_WIDTH - 1] + "…"

@@ -1,0 +1,75 @@
+"""The processes of a ``torchrun``, and collectives that carry gradients and do nothing in a single process.
+
+With the mean of gradients that DistributedDataParallel takes, a loss built from these has the gradient that one
+process would compute on the whole batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.nn import functional as collectives
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """Join the processes that ``torchrun`` started, one GPU each where there are GPUs; without it, do nothing.
+
+    After an error the group is left as it is: to take it down would wait for ranks that may never come.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_device())
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    yield
+    dist.destroy_process_group()
+
+
+def local_device() -> torch.device:
+    """This process's own device: the GPU of its ``LOCAL_RANK`` (0 outside ``torchrun``), or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def world_size() -> int:
+    """Number of processes; 1 outside ``torchrun``."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number; 0 outside ``torchrun``."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def gather_rows(value: Tensor) -> Tensor:
+    """Concatenate (B, ...) of all ranks, rank by rank, with the gradient of every rank's use flowing back."""
+    if world_size() == 1:
+        return value
+    if value.requires_grad:
+        return torch.cat(collectives.all_gather(value.contiguous()))
+    parts = [torch.empty_like(value) for _ in range(world_size())]
+    dist.all_gather(parts, value.contiguous())
+    return torch.cat(parts)
+
+
+def global_mean(value: Tensor) -> Tensor:
+    """Mean of equally weighted values of all ranks, with its gradient."""
+    if world_size() == 1:
+        return value
+    return collectives.all_reduce(value) / world_size()
+
+
+@torch.no_grad()
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Overwrite ``tensors`` with rank 0's; every rank passes the same shapes in the same order."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)

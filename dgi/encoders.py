@@ -1,0 +1,143 @@
+"""Built-in encoders: items to vectors, queries with their history to a vector and a memory for the decoder.
+
+An encoder is a module with the following members; :class:`dgi.t5.T5Encoder` is a third one::
+
+    width: int                                                    of its memory
+    reads_item_vectors: bool                                      whether encode_queries reads them (else it gets None)
+    prepare_items(catalog) -> (num_items, ...) features           once, on the CPU
+    prepare_queries(texts, vectors) -> (B, ...) features or None  once, on the CPU
+    encode_items(features) -> (N, dim)                            z
+    encode_queries(batch, item_vectors) -> QueryEncoding          z_q, memory
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dgi.batches import Batch
+from dgi.config import ModelConfig
+from dgi.data import Catalog
+
+_WORD = re.compile(r"\w+")
+
+
+class QueryEncoding(NamedTuple):
+    """A batch of encoded queries: ``vector`` (B, dim) z_q; ``memory`` (B, S, width) and ``mask`` (B, S), True where real."""
+
+    vector: Tensor
+    memory: Tensor
+    mask: Tensor
+
+
+def hash_words(texts: Sequence[str], vocabulary_size: int, max_tokens: int) -> Tensor:
+    """Words of each text as hash buckets: (len(texts), T) int64, 0 for padding, T the longest text's length.
+
+    CRC-32 of the lower-cased word picks one of ``vocabulary_size - 1`` buckets: no vocabulary to store, any language.
+    """
+    rows = [[1 + zlib.crc32(word.encode()) % (vocabulary_size - 1) for word in _WORD.findall(text.lower())[:max_tokens]]
+            for text in texts]
+    width = max(1, max(map(len, rows), default=1))
+    return torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int64).reshape(-1, width)
+
+
+def transformer_encoder(config: ModelConfig, layers: int) -> nn.TransformerEncoder:
+    """Pre-norm transformer layers of the configured width."""
+    layer = nn.TransformerEncoderLayer(config.dim, config.attention_heads, 4 * config.dim, config.dropout, "gelu",
+                                       batch_first=True, norm_first=True)
+    return nn.TransformerEncoder(layer, layers, norm=nn.LayerNorm(config.dim), enable_nested_tensor=False)
+
+
+class TextTower(nn.Module):
+    """(N, T) hashed words to (N, dim): word embeddings, transformer layers, mean over the words."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.words = nn.Embedding(config.vocabulary_size, config.dim, padding_idx=0)
+        self.layers = transformer_encoder(config, config.text_layers) if config.text_layers else None
+        self.output = nn.Linear(config.dim, config.dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        real = tokens > 0
+        states = self.words(tokens)
+        if self.layers is not None:
+            # A text without words still attends to its padding, so that no softmax runs over nothing.
+            states = self.layers(states, src_key_padding_mask=~real & real.any(1, keepdim=True))
+        weights = real.to(states.dtype).unsqueeze(-1)
+        return self.output((states * weights).sum(1) / weights.sum(1).clamp(min=1))
+
+
+class VectorTower(nn.Module):
+    """(N, vector_dim) precomputed vectors to (N, dim): a linear map plus a correction by two layers."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.linear = nn.Linear(config.vector_dim, config.dim)
+        self.correction = nn.Sequential(nn.Linear(config.vector_dim, 4 * config.dim), nn.GELU(),
+                                        nn.Dropout(config.dropout), nn.Linear(4 * config.dim, config.dim))
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        return self.linear(vectors) + self.correction(vectors)
+
+
+class SequenceEncoder(nn.Module):
+    """Items through a tower; queries through a transformer over [summary, query, history oldest to newest].
+
+    The tower is :class:`TextTower` or :class:`VectorTower` by ``config.encoder``; query texts go through the same tower.
+    """
+
+    reads_item_vectors = True
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tower: nn.Module = TextTower(config) if config.encoder == "text" else VectorTower(config)
+        self.width = config.dim
+        self.summary = nn.Parameter(torch.randn(config.dim) / config.dim**0.5)
+        self.positions = nn.Parameter(0.02 * torch.randn(config.max_history + 2, config.dim))
+        self.layers = transformer_encoder(config, config.history_layers)
+        self.output = nn.Linear(config.dim, config.dim)
+
+    def prepare_items(self, catalog: Catalog) -> Tensor:
+        if self.config.encoder == "text":
+            return hash_words(catalog.texts, self.config.vocabulary_size, self.config.max_tokens)
+        if catalog.vectors is None:
+            raise ValueError('the catalog has no vectors, which encoder "vectors" reads; give them beside the items')
+        return _checked_vectors("item vectors", catalog.vectors, self.config.vector_dim)
+
+    def prepare_queries(self, texts: Sequence[str], vectors: np.ndarray | None = None) -> Tensor | None:
+        if self.config.encoder == "text":
+            return hash_words(texts, self.config.vocabulary_size, self.config.max_tokens) if any(texts) else None
+        return None if vectors is None else _checked_vectors("query vectors", vectors, self.config.vector_dim)
+
+    def encode_items(self, features: Tensor) -> Tensor:
+        return self.tower(features)
+
+    def encode_queries(self, batch: Batch, item_vectors: Tensor) -> QueryEncoding:
+        size, history = batch.histories.shape
+        known = batch.histories >= 0
+        items = item_vectors[batch.histories.clamp(min=0)] if len(item_vectors) else item_vectors.new_zeros(
+            size, history, self.width)
+        # Positions count from the newest item back, whatever the length of the history.
+        newest_first = torch.arange(history, 0, -1, device=known.device)
+        states = [self.summary.expand(size, 1, -1) + self.positions[0], items + self.positions[1 + newest_first]]
+        mask = [known.new_ones(size, 1), known]
+        if batch.query_features is not None:
+            queries = self.tower(batch.query_features).unsqueeze(1)
+            states.insert(1, queries + self.positions[1])
+            mask.insert(1, (batch.query_features != 0).any(1, keepdim=True))
+        real = torch.cat(mask, 1)
+        memory = self.layers(torch.cat(states, 1), src_key_padding_mask=~real)
+        return QueryEncoding(self.output(memory[:, 0]), memory, real)
+
+
+def _checked_vectors(name: str, vectors: np.ndarray, width: int) -> Tensor:
+    if vectors.ndim != 2 or vectors.shape[1] != width:
+        raise ValueError(f"{name} must have shape (N, {width}), as the model's vector_dim; got {vectors.shape}")
+    return torch.from_numpy(np.ascontiguousarray(vectors, dtype=np.float32))

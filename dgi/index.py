@@ -1,0 +1,292 @@
+"""The index of a catalog: its semantic IDs as a trie, its vectors and its ids; and the search over it.
+
+Offline, all items are hard-quantized; their semantic IDs form the trie, and their vectors are kept.  Online, beam
+search constrained to the trie finds semantic IDs, and the items below them are ranked lexicographically: beam score
+first, then ``ẑ_q · ẑ_item`` (paper, inference).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from dgi.batches import Batch
+from dgi.checkpoint import CheckpointError, read_tensors, write_tensors
+from dgi.data import Catalog
+from dgi.encoders import QueryEncoding
+from dgi.model import DGIModel, DualEncoder
+from dgi_kernels import Ranking, Trie, TrieFilter, beam_search, rank_candidates
+
+KIND = "DGIIndex"
+# The decoder reads every request's memory once per beam; requests are searched in parts that keep it below this.
+MEMORY_FLOATS = 2**26
+UNIT_TOLERANCE = 1e-3
+
+
+class IndexFormatError(ValueError):
+    """An index file is truncated, altered, of another kind, or does not describe an index; the message says which."""
+
+
+@dataclass(frozen=True, eq=False)
+class SearchResult:
+    """The k best items of each of B requests, best first.
+
+    Attributes:
+        items: (B, k) int64 catalog rows, -1 where there are fewer.
+        scores: (B, k) float32 log-probability of the item's semantic ID, -inf where there is none.
+        cosines: (B, k) float32 cosine of query and item, -1 where there is none.
+        ids: for each request the ids of its items, without padding.
+    """
+
+    items: Tensor
+    scores: Tensor
+    cosines: Tensor
+    ids: list[list[str]]
+
+
+@dataclass(frozen=True, eq=False)
+class DGIIndex:
+    """What a search needs besides the model.  Make one with :meth:`build` or :meth:`load`.
+
+    Attributes:
+        trie: semantic IDs of all items; the trie's item ids are catalog rows.
+        vectors: (N, d) float32, z of every item divided by its norm.
+        ids: one distinct id per item, in row order.
+
+    Raises:
+        ValueError: the parts do not fit each other.
+    """
+
+    trie: Trie
+    vectors: Tensor
+    ids: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        size = len(self.ids)
+        if len(set(self.ids)) != size or not all(self.ids):
+            raise ValueError("ids must be distinct and not empty")
+        if not torch.equal(self.trie.item_ids.sort().values, torch.arange(size, device=self.trie.device)):
+            raise ValueError(f"trie must hold each of the {size} rows once; it has {self.trie.num_items} items")
+        if self.vectors.ndim != 2 or len(self.vectors) != size or self.vectors.dtype != torch.float32:
+            raise ValueError(f"vectors must be float32 of shape ({size}, d); got {self.vectors.dtype} of shape "
+                             f"{tuple(self.vectors.shape)}")
+        norms = torch.linalg.vector_norm(self.vectors, dim=1)
+        if not bool((((norms - 1).abs() < UNIT_TOLERANCE) | (norms == 0)).all()):
+            raise ValueError("vectors must have norm 1, or 0 for an item without a direction")
+
+    @classmethod
+    def build(cls, model: DGIModel, catalog: Catalog, *, batch_size: int = 1024, progress: bool = False) -> DGIIndex:
+        """Encode and hard-quantize a catalog in batches, on the model's device.
+
+        Args:
+            model: the trained model.
+            catalog: the items.
+            batch_size: items encoded at once.
+            progress: show a progress bar.
+
+        Returns:
+            The index, on the model's device.
+
+        Raises:
+            ValueError: the catalog is empty, or the model gives an item a vector that is not finite.
+        """
+        if not isinstance(model, DGIModel):
+            raise TypeError(f"model must be a DGIModel; got {type(model).__name__}")
+        z = encode_items(model, model.encoder.prepare_items(catalog), batch_size=batch_size, progress=progress)
+        finite = torch.isfinite(z).all(1)
+        if not bool(finite.all()):
+            row = int((~finite).nonzero()[0])
+            raise ValueError(f"the model gives {int((~finite).sum())} items a vector that is not finite, first "
+                             f"{catalog.ids[row]!r}; it cannot be indexed")
+        trie = Trie.from_codes(model.quantizer.assign(z), codebook_sizes=_codebook_sizes(model))
+        return cls(trie, F.normalize(z.float(), dim=1), catalog.ids)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def codes(self) -> Tensor:
+        """(N, m) int64 semantic IDs in row order."""
+        codes, rows = self.trie.codes()
+        return codes[rows.argsort()]
+
+    def to(self, device: torch.device | str) -> DGIIndex:
+        """The index on ``device``."""
+        return DGIIndex(self.trie.to(device), self.vectors.to(device), self.ids)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file: whole or not at all, versioned, with a checksum."""
+        arrays, trie_meta = self.trie.state()
+        texts = [item_id.encode() for item_id in self.ids]
+        tensors = {f"trie.{name}": array for name, array in arrays.items()}
+        tensors |= {"vectors": self.vectors,
+                    "id_bytes": torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8),
+                    "id_offsets": torch.tensor([0, *map(len, texts)]).cumsum(0)}
+        write_tensors(path, tensors, {"kind": KIND, "trie": trie_meta})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> DGIIndex:
+        """Read what :meth:`save` wrote, onto the CPU, after checking its checksum and its structure.
+
+        Raises:
+            IndexFormatError: the file is truncated, altered, of another kind or version, or describes no index.
+            OSError: the file cannot be read.
+        """
+        try:
+            tensors, description = read_tensors(path, KIND)
+        except CheckpointError as error:
+            raise IndexFormatError(str(error)) from error
+        try:
+            parts = {name: tensors.pop(name) for name in ("vectors", "id_bytes", "id_offsets")}
+            trie = Trie.from_state({name.removeprefix("trie."): array for name, array in tensors.items()},
+                                   description["trie"])
+            ids = _decode_ids(parts["id_bytes"], parts["id_offsets"])
+            return cls(trie, parts["vectors"], ids)
+        except KeyError as error:
+            raise IndexFormatError(f"{path} describes no index: it has no {error}") from error
+        except ValueError as error:
+            raise IndexFormatError(f"{path} describes no index: {error}") from error
+
+    @torch.no_grad()
+    def search(self, model: DGIModel, batch: Batch, k: int = 10, *, num_beams: int = 50, exclude: Tensor | None = None,
+               filters: Sequence[TrieFilter | None] | TrieFilter | None = None) -> SearchResult:
+        """Search for a batch of requests; :class:`dgi.Searcher` makes batches from texts and ids.
+
+        Args:
+            model: the model that the index was built with, on the index's device.
+            batch: B requests; their items are rows of the catalog, their targets are not read.
+            k: items per request.
+            num_beams: semantic IDs that survive each level; every item below a surviving one is a candidate.
+            exclude: (B, E) int64 catalog rows to leave out of each ranking, -1 for none.  They are dropped after the
+                search, which therefore looks for k + E items; let ``num_beams`` leave room for them.
+            filters: restrict the search to a subset of the items, for all requests or for each.
+
+        Raises:
+            ValueError: the index and the model, or the batch, do not fit.
+        """
+        self._check_fit(model, batch, exclude)
+        with evaluating(model):
+            query = model.encode_queries(batch)
+            at_once = max(1, MEMORY_FLOATS // (num_beams * max(1, query.memory[0].numel()))) if len(batch) else 1
+            parts = []
+            for start in range(0, max(1, len(batch)), at_once):
+                rows = slice(start, start + at_once)
+                part = QueryEncoding(*(value[rows] for value in query))
+                own = list(filters[rows]) if isinstance(filters, Sequence) else filters
+                parts.append(self._rank(model, part, k, num_beams, None if exclude is None else exclude[rows], own))
+        items, scores, cosines = map(torch.cat, zip(*parts, strict=True))
+        return SearchResult(items, scores, cosines, item_ids(self.ids, items))
+
+    def _rank(self, model: DGIModel, query: QueryEncoding, k: int, num_beams: int, exclude: Tensor | None,
+              filters: list[TrieFilter | None] | TrieFilter | None) -> Ranking:
+        beams = beam_search(self.trie, model.beam_step_function(query), batch_size=len(query.vector),
+                            num_beams=num_beams, filters=filters)
+        wanted = k if exclude is None else k + exclude.shape[1]
+        ranking = rank_candidates(query.vector.float(), self.vectors, self.trie, beams, wanted, filters=filters)
+        if exclude is None:
+            return ranking
+        places, exist = first_allowed(ranking.items, exclude, k)
+        return Ranking(ranking.items.gather(1, places).masked_fill(~exist, -1),
+                       ranking.scores.gather(1, places).masked_fill(~exist, -torch.inf),
+                       ranking.cosines.gather(1, places).masked_fill(~exist, -1))
+
+    def _check_fit(self, model: DGIModel, batch: Batch, exclude: Tensor | None) -> None:
+        self.check_model(model)
+        if batch.item_rows.device != self.vectors.device:
+            raise ValueError(f"batch must be on {self.vectors.device}, as the index; it is on {batch.item_rows.device}")
+        if len(batch.item_rows) and int(batch.item_rows.max()) >= len(self):
+            raise ValueError(f"batch.item_rows must be rows of the {len(self)} items indexed; got "
+                             f"{int(batch.item_rows.max())}")
+        if exclude is not None and (exclude.ndim != 2 or len(exclude) != len(batch)):
+            raise ValueError(f"exclude must have shape (B, E) with B = {len(batch)}; got {tuple(exclude.shape)}")
+
+    def check_model(self, model: DGIModel) -> None:
+        """Raise ValueError where this index cannot be one of ``model``: other codebooks, width or device."""
+        if not isinstance(model, DGIModel):
+            raise TypeError(f"model must be a DGIModel; got {type(model).__name__}")
+        sizes, width = _codebook_sizes(model), model.config.dim
+        if sizes != self.trie.codebook_sizes or width != self.vectors.shape[1]:
+            raise ValueError(f"the index has codebooks of {self.trie.codebook_sizes} and width "
+                             f"{self.vectors.shape[1]}, the model {sizes} and {width}; index the catalog with this "
+                             f"model")
+        device = device_of(model)
+        if device != self.vectors.device:
+            raise ValueError(f"the index is on {self.vectors.device}, the model on {device}; move one with to()")
+
+
+@torch.no_grad()
+def encode_items(model: DualEncoder, item_features: Tensor, *, batch_size: int = 1024,
+                 progress: bool = False) -> Tensor:
+    """z (N, d) of items in batches, in evaluation mode, from the features that the encoder prepared.
+
+    Raises:
+        ValueError: there are no items.
+    """
+    if len(item_features) == 0:
+        raise ValueError("the catalog must hold at least one item; got none")
+    device = device_of(model)
+    with evaluating(model), tqdm(total=len(item_features), desc="encoding items", disable=not progress) as bar:
+        parts = []
+        for features in item_features.split(batch_size):
+            parts.append(model.encoder.encode_items(features.to(device)))
+            bar.update(len(features))
+    return torch.cat(parts)
+
+
+@contextlib.contextmanager
+def evaluating(model: DualEncoder) -> Iterator[None]:
+    """Evaluation mode within the block, the mode before after it."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def device_of(model: DualEncoder) -> torch.device:
+    """The device that a model is on."""
+    return next(model.parameters()).device
+
+
+def first_allowed(items: Tensor, exclude: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Where in each list the first k items are that ``exclude`` does not name.
+
+    Args:
+        items: (B, w) int64, w >= k, -1 where there is none.
+        exclude: (B, E) int64, -1 for none.
+
+    Returns:
+        places (B, k) int64 into the lists, and (B, k) bool whether there is such an item.
+    """
+    dropped = (items.unsqueeze(-1) == exclude.unsqueeze(1)).any(-1) | (items < 0)
+    places = dropped.to(torch.int8).argsort(dim=1, stable=True)[:, :k]
+    return places, ~dropped.gather(1, places)
+
+
+def item_ids(ids: Sequence[str], items: Tensor) -> list[list[str]]:
+    """The ids of catalog rows (B, k), without the padding of -1."""
+    return [[ids[row] for row in rows if row >= 0] for rows in items.tolist()]
+
+
+def _codebook_sizes(model: DGIModel) -> tuple[int, ...]:
+    return tuple(len(codebook) for codebook in model.quantizer.codebooks)
+
+
+def _decode_ids(content: Tensor, offsets: Tensor) -> tuple[str, ...]:
+    """Cut UTF-8 bytes at ``offsets`` (N + 1,)."""
+    bounds = np.asarray(offsets)
+    if offsets.dtype != torch.int64 or content.dtype != torch.uint8 or offsets.ndim != 1 or content.ndim != 1:
+        raise ValueError("ids must be stored as uint8 bytes and int64 offsets")
+    if not len(bounds) or bounds[0] != 0 or bounds[-1] != len(content) or (np.diff(bounds) < 0).any():
+        raise ValueError(f"the offsets of the ids do not cut {len(content)} bytes")
+    data = content.numpy().tobytes()
+    return tuple(data[start:end].decode() for start, end in zip(bounds[:-1], bounds[1:], strict=True))

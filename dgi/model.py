@@ -1,0 +1,174 @@
+"""The model: item encoder → residual quantizer → decoder with soft teacher forcing, heads sharing the codebooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dgi.batches import Batch
+from dgi.config import ModelConfig
+from dgi.decoders import TransformerDecoder
+from dgi.encoders import QueryEncoding, SequenceEncoder
+from dgi.heads import CosineHead, InnerProductHead
+from dgi.quantizer import ResidualQuantizer
+from dgi_kernels import ResidualQuantization
+
+
+class DGIOutput(NamedTuple):
+    """What :class:`dgi.DGILoss` reads.
+
+    Attributes:
+        z: (B, d) vectors of the clicked items.
+        query: (B, d) z_q.
+        item_rows: (B,) catalog rows of the clicked items.
+        quantization: of z, or None for a :class:`DualEncoder`.
+        codes: (B, m) hard codes of z, the decoder's targets, or None.
+        hidden: (B, m, d) decoder states h_j, or None.
+    """
+
+    z: Tensor
+    query: Tensor
+    item_rows: Tensor
+    quantization: ResidualQuantization | None = None
+    codes: Tensor | None = None
+    hidden: Tensor | None = None
+
+
+class DualEncoder(nn.Module):
+    """Two towers and nothing else: the dense baseline, and what :class:`DGIModel` builds on.
+
+    Args:
+        config: the model's configuration.
+        encoder: any module with the methods that :mod:`dgi.encoders` lists; built from ``config`` if None.
+    """
+
+    def __init__(self, config: ModelConfig, encoder: nn.Module | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = encoder if encoder is not None else build_encoder(config)
+
+    def encode_queries(self, batch: Batch) -> QueryEncoding:
+        """The batch's encoded queries."""
+        return self._encode(batch)[1]
+
+    def _encode(self, batch: Batch) -> tuple[Tensor | None, QueryEncoding]:
+        """Vectors z (B, d) of the clicked items where they are known, and the encoded queries."""
+        if self.encoder.reads_item_vectors:
+            items = self.encoder.encode_items(batch.item_features)
+            query = self.encoder.encode_queries(batch, items)
+            return (None if batch.targets is None else items[batch.targets]), query
+        query = self.encoder.encode_queries(batch, None)
+        if batch.targets is None:
+            return None, query
+        clicked, place = torch.unique(batch.targets, return_inverse=True)
+        return self.encoder.encode_items(batch.item_features[clicked])[place], query
+
+    def encode_clicks(self, batch: Batch) -> tuple[Tensor, Tensor, QueryEncoding]:
+        """Vectors z (B, d) and catalog rows (B,) of the clicked items, and the encoded queries; an item is encoded once."""
+        z, query = self._encode(batch)
+        if z is None or batch.targets is None:
+            raise ValueError("batch must have targets in training; it has none")
+        return z, batch.item_rows[batch.targets], query
+
+    def forward(self, batch: Batch, *, tau: float = 1.0, seed: int | Tensor | None = None,
+                row_offset: int = 0) -> DGIOutput:
+        """Encode the batch.  The arguments of the quantizer's noise are accepted, so that one trainer serves both."""
+        z, rows, query = self.encode_clicks(batch)
+        return DGIOutput(z, query.vector, rows)
+
+
+class DGIModel(DualEncoder):
+    """Differentiable Geometric Indexing.
+
+    Args:
+        config: the model's configuration, ablation switches included.
+        encoder: any module with the methods that :mod:`dgi.encoders` lists; built from ``config`` if None.
+        decoder: any module ``(inputs (B, t, d), memory, mask) -> (B, t + 1, d)``; built from ``config`` if None.
+
+    Attributes:
+        quantizer: :class:`dgi.ResidualQuantizer`, owner of the codebooks and of γ.
+        heads: one :class:`dgi.CosineHead` per level; its weight *is* the codebook unless ``config.heads`` says separate.
+    """
+
+    def __init__(self, config: ModelConfig, encoder: nn.Module | None = None, decoder: nn.Module | None = None) -> None:
+        super().__init__(config, encoder)
+        self.decoder = decoder if decoder is not None else build_decoder(config, self.encoder)
+        self.quantizer = ResidualQuantizer(config.dim, config.codebook_sizes, initial_scale=config.initial_scale,
+                                           similarity=config.similarity)
+        head = CosineHead if config.similarity == "cosine" else InnerProductHead
+        detached = config.gradient == "detached" and config.heads == "shared"
+        self.heads = nn.ModuleList(
+            head(self._head_weight(codebook), self.quantizer.log_scale, detached=detached)
+            for codebook in self.quantizer.codebooks)
+
+    def _head_weight(self, codebook: nn.Parameter) -> nn.Parameter:
+        if self.config.heads == "shared":
+            return codebook
+        return nn.Parameter(torch.randn_like(codebook) / codebook.shape[1] ** 0.5)
+
+    @property
+    def depth(self) -> int:
+        """Number of levels m."""
+        return len(self.heads)
+
+    def forward(self, batch: Batch, *, tau: float = 1.0, seed: int | Tensor | None = None,
+                row_offset: int = 0) -> DGIOutput:
+        """One training step's forward pass with soft teacher forcing: decoder inputs BOS, z̃_1, …, z̃_{m-1}.
+
+        Args:
+            batch: B rows with known targets.
+            tau: Gumbel-Softmax temperature.
+            seed, row_offset: of the quantizer's noise; ``row_offset`` is the first row's place in the global batch.
+        """
+        z, rows, query = self.encode_clicks(batch)
+        mode = "straight_through" if self.config.gradient == "straight_through" else "soft"
+        quantization = self.quantizer(z, tau, mode=mode, seed=seed, row_offset=row_offset)
+        codes = self.quantizer.assign(z)
+        if self.config.gradient == "detached":
+            inputs = torch.stack([self.quantizer.embed(codes[:, j], j) for j in range(self.depth)], 1).detach()
+        else:
+            inputs = quantization.quantized
+        hidden = self.decoder(inputs[:, :-1], query.memory, query.mask)
+        return DGIOutput(z, query.vector, rows, quantization, codes, hidden)
+
+    def beam_step_function(self, query: QueryEncoding) -> Callable[[int, Tensor | None, Tensor | None], Tensor]:
+        """The model's side of :func:`dgi_kernels.beam_search` for a batch of encoded queries.
+
+        The decoder reads the selected codes' vectors ``e_{j, c_j}`` (hard codes, as search has them).
+        """
+        batch = len(query.vector)
+        prefix = query.vector.new_empty(batch, 1, 0, self.config.dim)
+
+        def step(depth: int, tokens: Tensor | None, parents: Tensor | None) -> Tensor:
+            nonlocal prefix
+            if tokens is not None and parents is not None:
+                survivors = parents.clamp(min=0)[..., None, None].expand(-1, -1, *prefix.shape[2:])
+                chosen = self.quantizer.embed(tokens, depth - 1).to(prefix.dtype)
+                prefix = torch.cat([prefix.gather(1, survivors), chosen.unsqueeze(2)], 2)
+            beams = prefix.shape[1]
+            hidden = self.decoder(prefix.flatten(0, 1), query.memory.repeat_interleave(beams, 0),
+                                  query.mask.repeat_interleave(beams, 0))[:, -1]
+            return self.heads[depth](hidden).unflatten(0, (batch, beams))
+
+        return step
+
+
+def build_encoder(config: ModelConfig) -> nn.Module:
+    """The encoder that ``config.encoder`` names."""
+    if config.encoder == "t5":
+        from dgi.t5 import T5Encoder  # transformers is an optional dependency
+
+        return T5Encoder.from_pretrained(config)
+    return SequenceEncoder(config)
+
+
+def build_decoder(config: ModelConfig, encoder: nn.Module) -> nn.Module:
+    """A T5 decoder beside a T5 encoder, else the built-in one."""
+    if config.encoder == "t5":
+        from dgi.t5 import T5Decoder
+
+        return T5Decoder.from_pretrained(config)
+    return TransformerDecoder(config, encoder.width)

@@ -1,0 +1,112 @@
+"""The residual quantizer: codebooks, soft and hard assignment, K-means initialisation, revival of dead codes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dgi.ablations import inner_product_residual_quantize
+from dgi.clustering import cosine_kmeans
+from dgi.config import SimilarityKind
+from dgi_kernels import ResidualQuantization, residual_quantize
+
+# A code is dead when its decayed count is below this; with the decay of ResidualQuantizer.count, one use fades to it in
+# 300 batches.
+DEAD_BELOW = 0.05
+
+
+class ResidualQuantizer(nn.Module):
+    """Soft residual quantization (eq. 6, 7, 10) with learnable codebooks and logit scale γ.
+
+    Args:
+        dim: width D of the vectors.
+        codebook_sizes: K_j of every level.
+        initial_scale: starting γ; it is learnt as log γ and so stays positive.
+        similarity: ``cosine``, or ``inner_product`` for the paper's ablation.
+        backend: backend of the op.
+
+    Attributes:
+        codebooks: m parameters (K_j, D).
+        log_scale: 0-d parameter, log γ.
+        code_counts: m float buffers (K_j,): decayed counts of hard codes seen in training, for :meth:`revive`.
+    """
+
+    def __init__(self, dim: int, codebook_sizes: Sequence[int], *, initial_scale: float = 30.0,
+                 similarity: SimilarityKind = "cosine", backend: str = "auto") -> None:
+        super().__init__()
+        self.codebooks = nn.ParameterList(
+            nn.Parameter(torch.randn(size, dim) / dim**0.5) for size in codebook_sizes)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(initial_scale)))
+        self.similarity = similarity
+        self.backend = backend
+        for level, size in enumerate(codebook_sizes):
+            self.register_buffer(f"code_counts_{level}", torch.ones(size))
+
+    @property
+    def code_counts(self) -> list[Tensor]:
+        return [self.get_buffer(f"code_counts_{level}") for level in range(len(self.codebooks))]
+
+    @property
+    def scale(self) -> Tensor:
+        """0-d γ, with its gradient."""
+        return self.log_scale.exp()
+
+    def forward(self, z: Tensor, tau: float | Tensor = 1.0, *, mode: str = "soft", noise: bool = True,
+                seed: int | Tensor | None = None, row_offset: int = 0) -> ResidualQuantization:
+        """Quantize ``z`` (N, D); see :func:`dgi_kernels.residual_quantize`."""
+        if self.similarity == "inner_product":
+            return inner_product_residual_quantize(z, list(self.codebooks), tau, mode=mode, noise=noise, seed=seed,
+                                                   row_offset=row_offset)
+        return residual_quantize(z, list(self.codebooks), self.scale, tau, mode=mode, noise=noise, seed=seed,
+                                 row_offset=row_offset, backend=self.backend)
+
+    @torch.no_grad()
+    def assign(self, z: Tensor, *, batch_size: int = 65536) -> Tensor:
+        """Final semantic IDs: noise-free hard codes (N, m) int64 of ``z`` (N, D), in batches."""
+        if len(z) == 0:
+            return torch.empty(0, len(self.codebooks), dtype=torch.int64, device=z.device)
+        return torch.cat([self(batch, mode="hard", noise=False).codes for batch in z.split(batch_size)])
+
+    def embed(self, codes: Tensor, level: int) -> Tensor:
+        """(..., D) the vectors ``e_{level, c}`` of ``codes`` (...); a dead beam's -1 takes code 0's."""
+        return self.codebooks[level][codes.clamp(min=0)]
+
+    @torch.no_grad()
+    def initialize(self, z: Tensor, *, generator: torch.Generator | None = None, iterations: int = 20) -> None:
+        """Set every codebook to the K-means centres of the residuals that the levels before it leave of ``z`` (N, D)."""
+        residual = z.detach().to(self.codebooks[0].dtype)
+        for codebook in self.codebooks:
+            codebook.copy_(cosine_kmeans(residual, len(codebook), iterations=iterations, generator=generator))
+            nearest = residual_quantize(residual, [codebook.detach()], 1.0, mode="hard", backend=self.backend)
+            residual = residual - nearest.quantized[:, 0]
+
+    @torch.no_grad()
+    def count(self, codes: Tensor, *, decay: float = 0.99) -> None:
+        """Add a batch's hard ``codes`` (N, m) to the decayed counts that :meth:`revive` goes by."""
+        for level, counts in enumerate(self.code_counts):
+            counts.mul_(decay).add_(torch.bincount(codes[:, level], minlength=len(counts)).to(counts.dtype))
+
+    @torch.no_grad()
+    def usage(self) -> list[float]:
+        """Share of each level's codes that are in use, that is, not dead."""
+        return [float((counts >= DEAD_BELOW).double().mean()) for counts in self.code_counts]
+
+    @torch.no_grad()
+    def revive(self, residuals: Tensor, *, generator: torch.Generator | None = None) -> int:
+        """Move codes that training no longer uses onto residuals that it sees; return how many moved.
+
+        Args:
+            residuals: (N, m, D) what each level saw of the current batch.
+            generator: source of the choice.
+        """
+        moved = 0
+        for level, (codebook, counts) in enumerate(zip(self.codebooks, self.code_counts)):
+            dead = (counts < DEAD_BELOW).nonzero()[:, 0][: len(residuals)]
+            chosen = torch.randperm(len(residuals), generator=generator)[: len(dead)].to(residuals.device)
+            codebook[dead] = residuals[chosen, level].to(codebook.dtype)
+            counts[dead] = 1.0
+            moved += len(dead)
+        return moved
