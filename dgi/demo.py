@@ -21,7 +21,7 @@ from dgi.search import Requests, Searcher, encode_requests, rank_by_cosine
 from dgi.train import Trainer
 
 DEMO_MODEL = ModelConfig(dim=64, codebook_sizes=(64, 32, 16), text_layers=0, dropout=0.1)
-DEMO_TRAINING = TrainConfig(epochs=6, batch_size=256, backbone_lr=1e-3, quantizer_lr=1e-3)
+DEMO_TRAINING = TrainConfig(epochs=4, batch_size=256, backbone_lr=1e-3, quantizer_lr=1e-3)
 NUM_BEAMS = 50
 TEST_SAMPLE = 4000  # test interactions evaluated, unless all are asked for
 EXAMPLES = 5

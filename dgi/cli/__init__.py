@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -29,6 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.pytest_arguments = unknown
     elif unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    # Threads that spin while they wait for each other stall when another process has one of the cores: a training step
+    # of the demo then took ten times as long.  OpenMP reads this when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("dgi").setLevel(logging.INFO)
     try:
