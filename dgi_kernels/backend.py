@@ -36,9 +36,10 @@ class Kernel:
 
 
 # op -> backend -> where it runs, in order of preference.  The reference runs everywhere and is not listed.
+_FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 KERNELS: dict[str, dict[str, Kernel]] = {
-    "cosine_logits": {},
-    "cosine_cross_entropy": {},
+    "cosine_logits": {"native": Kernel(frozenset({"cpu"}), _FLOATS)},
+    "cosine_cross_entropy": {"native": Kernel(frozenset({"cpu"}), _FLOATS)},
     "gumbel_softmax": {},
     "residual_quantize": {},
     "gumbel_noise": {"native": Kernel(frozenset({"cpu"}))},

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dgi_kernels import checks
 from dgi_kernels.backend import choose
-from dgi_kernels.cosine import reference
+from dgi_kernels.cosine import native, reference
 
 __all__ = ["cosine_cross_entropy", "cosine_logits"]
 
@@ -44,7 +44,9 @@ def cosine_logits(h: Tensor, weight: Tensor, scale: float | Tensor, *, eps: floa
         BackendUnavailable: ``backend``, asked for by name, cannot run here.
     """
     h, weight, scale, eps = _check(h, weight, scale, eps)
-    choose("cosine_logits", backend, h.device, h.dtype)
+    chosen = choose("cosine_logits", backend, h.device, h.dtype)
+    if chosen == "native":
+        return native.cosine_logits(h, weight, scale, eps, reference.cosine_logits)
     dtype = torch.promote_types(h.dtype, weight.dtype)
     compute = checks.compute_dtype(dtype)
     with torch.autocast(h.device.type, enabled=False):
@@ -88,7 +90,10 @@ def cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: float
     checks.choice("reduction", reduction, REDUCTIONS)
     label_smoothing = checks.number("label_smoothing", label_smoothing, low=0.0, high=1.0)
     target = checks.index("target", target.long(), 0, weight.shape[0], also=ignore_index)
-    choose("cosine_cross_entropy", backend, h.device, h.dtype)
+    chosen = choose("cosine_cross_entropy", backend, h.device, h.dtype)
+    if chosen == "native":
+        return native.cosine_cross_entropy(h, weight, target, scale, ignore_index, reduction, label_smoothing, eps,
+                                           reference.cosine_cross_entropy)
     compute = checks.compute_dtype(torch.promote_types(h.dtype, weight.dtype))
     with torch.autocast(h.device.type, enabled=False):
         loss = reference.cosine_cross_entropy(
