@@ -21,7 +21,7 @@ test: $(INSTALLED)  ## run the tests
 	$(BIN)/python -m pytest
 
 bench: $(INSTALLED)  ## run the benchmarks
-	$(BIN)/python -m pytest $(wildcard bench/*.py)
+	$(BIN)/python -m pytest $(wildcard bench/bench_*.py)
 
 lint: $(INSTALLED)  ## check style and types
 	$(BIN)/ruff check .

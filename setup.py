@@ -54,6 +54,8 @@ def why_no_compiler() -> str | None:
 
 def why_no_cuda() -> str | None:
     """Why CUDA kernels cannot be built here; None where they can, with or without a GPU."""
+    if why_no_compiler() is not None:
+        return why_no_compiler()
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA: install a CUDA build of torch"
     home = cpp_extension.CUDA_HOME
@@ -101,10 +103,10 @@ class BuildExtension(cpp_extension.BuildExtension):
             self.extensions = []  # nothing to copy into the package
 
 
-def extension() -> Extension:
+def extension(cuda: bool) -> Extension:
     sources = ["csrc/register.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
     macros, kind = [], cpp_extension.CppExtension
-    if with_cuda():
+    if cuda:
         sources += sorted(map(str, Path("csrc/cuda").glob("*.cu")))
         # USE_CUDA shows the stable ABI's CUDA functions.
         macros, kind = [("DGI_WITH_CUDA", None), ("USE_CUDA", None)], cpp_extension.CUDAExtension
@@ -114,8 +116,9 @@ def extension() -> Extension:
                 extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS}, py_limited_api=True)
 
 
+build_cuda = with_cuda()
 if why_no_compiler() is None:
-    setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension},
+    setup(ext_modules=[extension(build_cuda)], cmdclass={"build_ext": BuildExtension},
           options={"bdist_wheel": {"py_limited_api": "cp310"}})
 else:
     setup(cmdclass={"build_py": BuildPurePython})

@@ -32,11 +32,11 @@ def inner_product_residual_quantize(z: Tensor, codebooks: Sequence[Tensor], tau:
             soft = torch.softmax(noisy / tau, dim=-1)
             one_hot = F.one_hot(sampled, len(codebook)).to(soft.dtype)
             weights = {"soft": soft, "straight_through": one_hot + soft - soft.detach(), "hard": one_hot}[mode]
-            quantized = weights.to(codebook.dtype) @ codebook
+            emitted = weights.to(codebook.dtype) @ codebook
             usage = (one_hot if mode == "hard" else soft).mean(0)
-            levels.append((quantized, chosen, sampled, usage, residual, torch.logsumexp(noisy / tau, dim=-1)))
-            residual = residual - quantized
-    quantized, chosen, sampled, usages, residuals, normalizers = zip(*levels)
+            levels.append((emitted, chosen, sampled, usage, residual, torch.logsumexp(noisy / tau, dim=-1)))
+            residual = residual - emitted
+    emissions, choices, samples, usages, residuals, normalizers = zip(*levels, strict=True)
     return ResidualQuantization(
-        quantized=torch.stack(quantized, 1), codes=torch.stack(chosen, 1), sampled=torch.stack(sampled, 1),
+        quantized=torch.stack(emissions, 1), codes=torch.stack(choices, 1), sampled=torch.stack(samples, 1),
         usage=list(usages), residuals=torch.stack(residuals, 1), log_normalizer=torch.stack(normalizers, 1))

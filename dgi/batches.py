@@ -27,9 +27,12 @@ class Batch:
     query_features: Tensor | None
 
     def to(self, device: torch.device | str) -> Batch:
-        moved = (value if value is None else value.to(device, non_blocking=True) for value in (
-            self.item_rows, self.item_features, self.targets, self.histories, self.query_features))
-        return Batch(*moved)
+        def move(value: Tensor) -> Tensor:
+            return value.to(device, non_blocking=True)
+
+        return Batch(move(self.item_rows), move(self.item_features),
+                     None if self.targets is None else move(self.targets), move(self.histories),
+                     None if self.query_features is None else move(self.query_features))
 
     def __len__(self) -> int:
         return len(self.histories)

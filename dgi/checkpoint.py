@@ -6,6 +6,7 @@ tensor's name, dtype, shape and bytes, so that a truncated or altered file is to
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -70,7 +71,7 @@ def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Ten
     try:
         envelope = json.loads(metadata[METADATA_KEY])
         description, sha256 = envelope["description"], envelope["sha256"]
-    except (KeyError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} is damaged or not of dgi: its metadata has no entry {METADATA_KEY!r} with a "
                               f"description and its SHA-256") from error
     if sha256 != _digest(description, tensors):
@@ -112,7 +113,15 @@ def copy_tensors(source: Mapping[str, Tensor], target: Mapping[str, Tensor], ori
 
 
 def save_model(model: DualEncoder, path: str | os.PathLike[str]) -> None:
-    """Write a model's weights, buffers and configuration to one safetensors file."""
+    """Write a model's weights, buffers and configuration to one safetensors file.
+
+    Beside that of a Hugging Face encoder, ``NAME.backbone/`` receives its configuration and tokenizer.
+    """
+    if model.config.encoder == "t5":
+        from dgi.t5 import T5Encoder  # transformers is an optional dependency
+
+        if isinstance(model.encoder, T5Encoder):
+            model.encoder.save_backbone(_backbone(path))
     write_tensors(path, unique_tensors(model), {"kind": type(model).__name__, "model_config": to_dict(model.config)})
 
 
@@ -127,9 +136,18 @@ def load_model(path: str | os.PathLike[str], kind: type[Model] = DGIModel) -> Mo
         CheckpointError: the file is damaged, of another kind, or does not fit its own configuration.
     """
     tensors, description = read_tensors(path, kind.__name__)
-    model = kind(from_dict(ModelConfig, description["model_config"]))
+    config = from_dict(ModelConfig, description["model_config"])
+    if config.encoder == "t5":
+        if not _backbone(path).is_dir():
+            raise CheckpointError(f"{path} needs the folder {_backbone(path)}, which was written with it, beside it")
+        config = dataclasses.replace(config, pretrained=str(_backbone(path)))
+    model = kind(config)
     copy_tensors(tensors, unique_tensors(model), path)
     return model.eval()
+
+
+def _backbone(path: str | os.PathLike[str]) -> Path:
+    return Path(path).with_suffix(".backbone")
 
 
 class Checkpoints:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +28,7 @@ EXAMPLES = 5
 SHOWN_HISTORY = 3  # items of the history printed with an example
 TITLE_WIDTH = 60
 
+say = functools.partial(print, flush=True)  # at once, also into a pipe: training takes minutes
 Model = TypeVar("Model", bound=DualEncoder)
 
 
@@ -47,22 +49,22 @@ def run_demo(data: Dataset, output: Path, *, device: torch.device | str = "cpu",
         What ``metrics.json`` holds.
     """
     started = time.perf_counter()
-    print(f"{data.name}: {len(data.catalog):,} items, {len(data.train):,} training and {len(data.test):,} test "
-          f"interactions, split by time")
-    print("\nTraining the dense dual encoder (InfoNCE only)")
+    say(f"{data.name}: {len(data.catalog):,} items, {len(data.train):,} training and {len(data.test):,} test "
+        f"interactions")
+    say("\nTraining the dense dual encoder (InfoNCE only)")
     dense = _train(DualEncoder, data, output / "dense", device, progress)
-    print("Training DGI")
+    say("Training DGI")
     model = _train(DGIModel, data, output, device, progress)
-    print("Indexing and searching")
+    say("Indexing and searching")
     index = DGIIndex.build(model, data.catalog, progress=progress)
     index.save(output / "index.safetensors")
     searcher = Searcher(model, index, data.catalog)
     results = _evaluate(data, dense, searcher, full, progress)
     evaluate.write_results(output, results)
-    print(f"\n{_caption(results)}\n{evaluate.results_table(results['systems'])}\n")
+    say(f"\n{_caption(results)}\n{evaluate.results_table(results['systems'])}\n")
     _show_searches(data, searcher)
-    print(f"{output} holds metrics.json, buckets.png, training_curve.png, index.safetensors and model.safetensors "
-          f"(the dense model: {output / 'dense'})\nfinished in {(time.perf_counter() - started) / 60:.1f} minutes")
+    say(f"{output} holds metrics.json, buckets.png, training_curve.png, index.safetensors and model.safetensors "
+        f"(the dense model: {output / 'dense'})\nfinished in {(time.perf_counter() - started) / 60:.1f} minutes")
     return results
 
 
@@ -102,16 +104,16 @@ def _caption(results: dict[str, Any]) -> str:
 
 def _show_searches(data: Dataset, searcher: Searcher) -> None:
     test = evaluate.sample(data.test, EXAMPLES)
-    print(f"{len(test)} searches, drawn at random from the test interactions")
+    say(f"{len(test)} searches, drawn at random from the test interactions")
     found = searcher.search_interactions(test, k=5, num_beams=NUM_BEAMS, exclude_history=True)
     for row, items in enumerate(found.items.tolist()):
-        print(f"\n  {_request(test, row, data.catalog)}")
+        say(f"\n  {_request(test, row, data.catalog)}")
         for rank, item in enumerate((item for item in items if item >= 0), start=1):
             mark = "  <- chosen next" if item == test.items[row] else ""
-            print(f"    {rank}. {_title(data.catalog, item)}{mark}")
+            say(f"    {rank}. {_title(data.catalog, item)}{mark}")
         if test.items[row] not in items:
-            print(f"    (chosen next: {_title(data.catalog, test.items[row])})")
-    print()
+            say(f"    (chosen next: {_title(data.catalog, test.items[row])})")
+    say()
 
 
 def _request(test: Interactions, row: int, catalog: Catalog) -> str:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn import functional as collectives
 
 
 @contextlib.contextmanager
@@ -51,20 +51,26 @@ def rank() -> int:
 
 def gather_rows(value: Tensor) -> Tensor:
     """Concatenate (B, ...) of all ranks, rank by rank, with the gradient of every rank's use flowing back."""
-    if world_size() == 1:
-        return value
-    if value.requires_grad:
-        return torch.cat(collectives.all_gather(value.contiguous()))
-    parts = [torch.empty_like(value) for _ in range(world_size())]
-    dist.all_gather(parts, value.contiguous())
-    return torch.cat(parts)
+    return value if world_size() == 1 else _GatherRows.apply(value)
 
 
 def global_mean(value: Tensor) -> Tensor:
     """Mean of equally weighted values of all ranks, with its gradient."""
-    if world_size() == 1:
-        return value
-    return collectives.all_reduce(value) / world_size()
+    return value if world_size() == 1 else gather_rows(value.unsqueeze(0)).mean(0)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        parts = [torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(world_size())]
+        dist.all_gather(parts, value.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total.chunk(world_size())[rank()]
 
 
 @torch.no_grad()

@@ -1,13 +1,7 @@
-"""Built-in encoders: items to vectors, queries with their history to a vector and a memory for the decoder.
+"""Encoders: items to vectors, queries with their history to a vector and a memory for the decoder.
 
-An encoder is a module with the following members; :class:`dgi.t5.T5Encoder` is a third one::
-
-    width: int                                                    of its memory
-    reads_item_vectors: bool                                      whether encode_queries reads them (else it gets None)
-    prepare_items(catalog) -> (num_items, ...) features           once, on the CPU
-    prepare_queries(texts, vectors) -> (B, ...) features or None  once, on the CPU
-    encode_items(features) -> (N, dim)                            z
-    encode_queries(batch, item_vectors) -> QueryEncoding          z_q, memory
+:class:`Encoder` is what the model asks of one.  Built in are :class:`SequenceEncoder`, over words or precomputed
+vectors, and :class:`dgi.t5.T5Encoder`.
 """
 
 from __future__ import annotations
@@ -15,7 +9,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -29,11 +23,35 @@ _WORD = re.compile(r"\w+")
 
 
 class QueryEncoding(NamedTuple):
-    """A batch of encoded queries: ``vector`` (B, dim) z_q; ``memory`` (B, S, width) and ``mask`` (B, S), True where real."""
+    """B encoded queries: ``vector`` (B, dim) z_q, ``memory`` (B, S, width) and ``mask`` (B, S), True where real."""
 
     vector: Tensor
     memory: Tensor
     mask: Tensor
+
+
+class Encoder(Protocol):
+    """The members that a module needs to serve as ``DGIModel(config, encoder=…)``.
+
+    Attributes:
+        width: width of the memory.
+        reads_item_vectors: whether ``encode_queries`` reads the vectors of the history's items.
+    """
+
+    width: int
+    reads_item_vectors: bool
+
+    def prepare_items(self, catalog: Catalog) -> Tensor:
+        """Features (num_items, ...) of a catalog, made once, on the CPU."""
+
+    def prepare_queries(self, texts: Sequence[str], vectors: np.ndarray | None = None) -> Tensor | None:
+        """Features (n, ...) of query texts or their precomputed vectors, on the CPU; None where no row has a query."""
+
+    def encode_items(self, features: Tensor) -> Tensor:
+        """Vectors z (N, dim) of items."""
+
+    def encode_queries(self, batch: Batch, item_vectors: Tensor | None) -> QueryEncoding:
+        """Encode a batch's queries; ``item_vectors`` (U, dim) of its items, None unless ``reads_item_vectors``."""
 
 
 def hash_words(texts: Sequence[str], vocabulary_size: int, max_tokens: int) -> Tensor:
@@ -89,7 +107,7 @@ class VectorTower(nn.Module):
 class SequenceEncoder(nn.Module):
     """Items through a tower; queries through a transformer over [summary, query, history oldest to newest].
 
-    The tower is :class:`TextTower` or :class:`VectorTower` by ``config.encoder``; query texts go through the same tower.
+    The tower is :class:`TextTower` or :class:`VectorTower` by ``config.encoder``; it reads the query texts too.
     """
 
     reads_item_vectors = True
@@ -119,7 +137,9 @@ class SequenceEncoder(nn.Module):
     def encode_items(self, features: Tensor) -> Tensor:
         return self.tower(features)
 
-    def encode_queries(self, batch: Batch, item_vectors: Tensor) -> QueryEncoding:
+    def encode_queries(self, batch: Batch, item_vectors: Tensor | None) -> QueryEncoding:
+        if item_vectors is None:
+            raise ValueError("item_vectors must be the vectors of the batch's items; got None")
         size, history = batch.histories.shape
         known = batch.histories >= 0
         items = item_vectors[batch.histories.clamp(min=0)] if len(item_vectors) else item_vectors.new_zeros(

@@ -18,15 +18,17 @@ class CosineHead(nn.Module):
         weight: (K, D) the codebook parameter itself; passing the quantizer's shares it.
         log_scale: 0-d parameter holding log γ, shared likewise.
         detached: stop the gradient at the codebook (the two-stage ablation).
+        eps: lower bound of the norms; with a shared codebook the quantizer's, so that both see the same cosines.
         backend: backend of the ops.
     """
 
-    def __init__(self, weight: nn.Parameter, log_scale: nn.Parameter, *, detached: bool = False,
+    def __init__(self, weight: nn.Parameter, log_scale: nn.Parameter, *, detached: bool = False, eps: float = 1e-12,
                  backend: str = "auto") -> None:
         super().__init__()
         self.weight = weight
         self.log_scale = log_scale
         self.detached = detached
+        self.eps = eps
         self.backend = backend
 
     @property
@@ -36,11 +38,12 @@ class CosineHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits (..., K) of hidden states (..., D)."""
-        return cosine_logits(hidden, self.codebook, self.log_scale.exp(), backend=self.backend)
+        return cosine_logits(hidden, self.codebook, self.log_scale.exp(), eps=self.eps, backend=self.backend)
 
     def loss(self, hidden: Tensor, codes: Tensor) -> Tensor:
         """Mean cross-entropy of ``codes`` (...) under the logits of ``hidden`` (..., D), never forming them whole."""
-        return cosine_cross_entropy(hidden, self.codebook, codes, self.log_scale.exp(), backend=self.backend)
+        return cosine_cross_entropy(hidden, self.codebook, codes, self.log_scale.exp(), eps=self.eps,
+                                    backend=self.backend)
 
 
 class InnerProductHead(CosineHead):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dgi.batches import Batch
 from dgi.config import ModelConfig
 from dgi.decoders import TransformerDecoder
-from dgi.encoders import QueryEncoding, SequenceEncoder
+from dgi.encoders import Encoder, QueryEncoding, SequenceEncoder
 from dgi.heads import CosineHead, InnerProductHead
 from dgi.quantizer import ResidualQuantizer
 from dgi_kernels import ResidualQuantization
@@ -42,10 +42,12 @@ class DualEncoder(nn.Module):
 
     Args:
         config: the model's configuration.
-        encoder: any module with the methods that :mod:`dgi.encoders` lists; built from ``config`` if None.
+        encoder: any module that is an :class:`dgi.encoders.Encoder`; built from ``config`` if None.
     """
 
-    def __init__(self, config: ModelConfig, encoder: nn.Module | None = None) -> None:
+    encoder: Encoder
+
+    def __init__(self, config: ModelConfig, encoder: Encoder | None = None) -> None:
         super().__init__()
         self.config = config
         self.encoder = encoder if encoder is not None else build_encoder(config)
@@ -67,7 +69,7 @@ class DualEncoder(nn.Module):
         return self.encoder.encode_items(batch.item_features[clicked])[place], query
 
     def encode_clicks(self, batch: Batch) -> tuple[Tensor, Tensor, QueryEncoding]:
-        """Vectors z (B, d) and catalog rows (B,) of the clicked items, and the encoded queries; an item is encoded once."""
+        """Vectors z (B, d) and catalog rows (B,) of the clicked items, and the encoded queries."""
         z, query = self._encode(batch)
         if z is None or batch.targets is None:
             raise ValueError("batch must have targets in training; it has none")
@@ -85,15 +87,15 @@ class DGIModel(DualEncoder):
 
     Args:
         config: the model's configuration, ablation switches included.
-        encoder: any module with the methods that :mod:`dgi.encoders` lists; built from ``config`` if None.
+        encoder: any module that is an :class:`dgi.encoders.Encoder`; built from ``config`` if None.
         decoder: any module ``(inputs (B, t, d), memory, mask) -> (B, t + 1, d)``; built from ``config`` if None.
 
     Attributes:
         quantizer: :class:`dgi.ResidualQuantizer`, owner of the codebooks and of γ.
-        heads: one :class:`dgi.CosineHead` per level; its weight *is* the codebook unless ``config.heads`` says separate.
+        heads: one :class:`dgi.CosineHead` per level; its weight *is* the codebook unless ``config.heads`` is separate.
     """
 
-    def __init__(self, config: ModelConfig, encoder: nn.Module | None = None, decoder: nn.Module | None = None) -> None:
+    def __init__(self, config: ModelConfig, encoder: Encoder | None = None, decoder: nn.Module | None = None) -> None:
         super().__init__(config, encoder)
         self.decoder = decoder if decoder is not None else build_decoder(config, self.encoder)
         self.quantizer = ResidualQuantizer(config.dim, config.codebook_sizes, initial_scale=config.initial_scale,
@@ -101,7 +103,7 @@ class DGIModel(DualEncoder):
         head = CosineHead if config.similarity == "cosine" else InnerProductHead
         detached = config.gradient == "detached" and config.heads == "shared"
         self.heads = nn.ModuleList(
-            head(self._head_weight(codebook), self.quantizer.log_scale, detached=detached)
+            head(self._head_weight(codebook), self.quantizer.log_scale, detached=detached, eps=self.quantizer.eps)
             for codebook in self.quantizer.codebooks)
 
     def _head_weight(self, codebook: nn.Parameter) -> nn.Parameter:
@@ -156,7 +158,7 @@ class DGIModel(DualEncoder):
         return step
 
 
-def build_encoder(config: ModelConfig) -> nn.Module:
+def build_encoder(config: ModelConfig) -> Encoder:
     """The encoder that ``config.encoder`` names."""
     if config.encoder == "t5":
         from dgi.t5 import T5Encoder  # transformers is an optional dependency
@@ -165,7 +167,7 @@ def build_encoder(config: ModelConfig) -> nn.Module:
     return SequenceEncoder(config)
 
 
-def build_decoder(config: ModelConfig, encoder: nn.Module) -> nn.Module:
+def build_decoder(config: ModelConfig, encoder: Encoder) -> nn.Module:
     """A T5 decoder beside a T5 encoder, else the built-in one."""
     if config.encoder == "t5":
         from dgi.t5 import T5Decoder

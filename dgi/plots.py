@@ -152,8 +152,8 @@ def _code_panel(panel: Axes, codes: Sequence[Mapping[str, Any]]) -> None:
                           "perplexity / K": [level["perplexity"] / level["size"] for level in codes]})
     panel.set_xticks(range(len(codes)), [f"level {j + 1}\nK = {level['size']:,}" for j, level in enumerate(codes)],
                      fontsize=9)
-    panel.set_ylim(0, 1.12)
-    panel.legend(frameon=False, fontsize=9)
+    panel.set_ylim(0, 1.35)  # room for the legend above full bars
+    panel.legend(frameon=False, fontsize=9, loc="upper right", ncols=2)
     _dress(panel, "Use of the codebooks", "share of K")
 
 

@@ -26,6 +26,8 @@ class ResidualQuantizer(nn.Module):
         codebook_sizes: K_j of every level.
         initial_scale: starting γ; it is learnt as log γ and so stays positive.
         similarity: ``cosine``, or ``inner_product`` for the paper's ablation.
+        eps: lower bound of the norms.  An item that K-means leaves alone in a cluster has a residual of almost nothing,
+            and the cosine's gradient there is γ / max(‖r‖, eps): with the ops' own 1e-12 it drowns all others.
         backend: backend of the op.
 
     Attributes:
@@ -35,12 +37,13 @@ class ResidualQuantizer(nn.Module):
     """
 
     def __init__(self, dim: int, codebook_sizes: Sequence[int], *, initial_scale: float = 30.0,
-                 similarity: SimilarityKind = "cosine", backend: str = "auto") -> None:
+                 similarity: SimilarityKind = "cosine", eps: float = 0.1, backend: str = "auto") -> None:
         super().__init__()
         self.codebooks = nn.ParameterList(
             nn.Parameter(torch.randn(size, dim) / dim**0.5) for size in codebook_sizes)
         self.log_scale = nn.Parameter(torch.tensor(math.log(initial_scale)))
         self.similarity = similarity
+        self.eps = eps
         self.backend = backend
         for level, size in enumerate(codebook_sizes):
             self.register_buffer(f"code_counts_{level}", torch.ones(size))
@@ -61,7 +64,7 @@ class ResidualQuantizer(nn.Module):
             return inner_product_residual_quantize(z, list(self.codebooks), tau, mode=mode, noise=noise, seed=seed,
                                                    row_offset=row_offset)
         return residual_quantize(z, list(self.codebooks), self.scale, tau, mode=mode, noise=noise, seed=seed,
-                                 row_offset=row_offset, backend=self.backend)
+                                 row_offset=row_offset, eps=self.eps, backend=self.backend)
 
     @torch.no_grad()
     def assign(self, z: Tensor, *, batch_size: int = 65536) -> Tensor:
@@ -76,11 +79,12 @@ class ResidualQuantizer(nn.Module):
 
     @torch.no_grad()
     def initialize(self, z: Tensor, *, generator: torch.Generator | None = None, iterations: int = 20) -> None:
-        """Set every codebook to the K-means centres of the residuals that the levels before it leave of ``z`` (N, D)."""
+        """Set every codebook to the K-means centres of what the levels before it leave of ``z`` (N, D)."""
         residual = z.detach().to(self.codebooks[0].dtype)
         for codebook in self.codebooks:
             codebook.copy_(cosine_kmeans(residual, len(codebook), iterations=iterations, generator=generator))
-            nearest = residual_quantize(residual, [codebook.detach()], 1.0, mode="hard", backend=self.backend)
+            nearest = residual_quantize(residual, [codebook.detach()], 1.0, mode="hard", eps=self.eps,
+                                        backend=self.backend)
             residual = residual - nearest.quantized[:, 0]
 
     @torch.no_grad()
@@ -103,7 +107,7 @@ class ResidualQuantizer(nn.Module):
             generator: source of the choice.
         """
         moved = 0
-        for level, (codebook, counts) in enumerate(zip(self.codebooks, self.code_counts)):
+        for level, (codebook, counts) in enumerate(zip(self.codebooks, self.code_counts, strict=True)):
             dead = (counts < DEAD_BELOW).nonzero()[:, 0][: len(residuals)]
             chosen = torch.randperm(len(residuals), generator=generator)[: len(dead)].to(residuals.device)
             codebook[dead] = residuals[chosen, level].to(codebook.dtype)

@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -249,7 +250,8 @@ class Trainer:
         loss_step = _distributed(LossStep(self.model, self.config))
         started = time.perf_counter()
         done = int(self.steps_done)
-        with tqdm(total=self.schedule.total_steps, initial=done, disable=not self.progress, unit="step") as bar:
+        with tqdm(total=self.schedule.total_steps, initial=done, disable=not self.progress, unit="step",
+                  mininterval=0.1 if sys.stderr.isatty() else 10.0) as bar:
             for step, batch in self._batches(done):
                 result, values = self._update(loss_step, batch, step)
                 self._tend_codes(step, result)

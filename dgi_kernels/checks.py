@@ -17,6 +17,7 @@ from torch import Tensor
 from dgi_kernels.backend import checks_values
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_FLOAT32 = torch.finfo(torch.float32)
 INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
@@ -25,8 +26,9 @@ def tensor(name: str, value: object, *, dtypes: Sequence[torch.dtype] | None = N
     """Check that ``value`` is a dense tensor with one of ``dtypes``, ``ndim`` dimensions, on the device of ``like``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense (strided) tensor; got layout {value.layout}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{name} must be a dense (strided) tensor; got {kind}")
     if value.is_meta:
         raise TypeError(f"{name} must hold data; it is on the meta device")
     if dtypes is not None and value.dtype not in dtypes:
@@ -93,7 +95,7 @@ def number(name: str, value: object, *, positive: bool = False, low: float | Non
     try:
         value = float(value)
     except OverflowError:  # an int beyond float64
-        value = math.copysign(math.inf, value)
+        value = math.inf if value > 0 else -math.inf
     _check_finite(name, value, positive)
     if (low is not None and value < low) or (high is not None and value > high):
         raise ValueError(f"{name} must be within [{low}, {high}]; got {value}")
@@ -139,10 +141,10 @@ def index(name: str, value: Tensor, low: int, high: int, *, also: int | None = N
 
 
 def _check_finite(name: str, value: float, positive: bool) -> None:
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite; got {value}")
-    if positive and value <= 0:
-        raise ValueError(f"{name} must be positive; got {value}")
+    if not -_FLOAT32.max <= value <= _FLOAT32.max:  # what ops compute in; also rejects NaN
+        raise ValueError(f"{name} must be finite in float32; got {value}")
+    if positive and value < _FLOAT32.tiny:
+        raise ValueError(f"{name} must be positive in float32; got {value}")
 
 
 def _check_index(name: str, value: Tensor, low: int, high: int, also: int | None) -> None:

@@ -25,19 +25,26 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 
 
-def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10: four words from a counter of four and a key of two, all int64 in [0, 2**32) and broadcast."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(_ROUNDS):
-        high0, low0 = _multiply(_MULTIPLIERS[0], c0)
-        high1, low1 = _multiply(_MULTIPLIERS[1], c2)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + _KEY_STEPS[0]) & WORD, (k1 + _KEY_STEPS[1]) & WORD
-    return c0, c1, c2, c3
+def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
+    """Philox4x32-10: counters (..., 4) and a key (2,) -> words (..., 4), all int64 in [0, 2**32).
+
+    A round takes words 0 and 2 of the counter, ``even``, times a multiplier each, and exchanges the two.
+    """
+    multipliers, key_steps = _constants(_MULTIPLIERS, key), _constants(_KEY_STEPS, key)
+    keys = (key + torch.arange(_ROUNDS, device=key.device).unsqueeze(1) * key_steps) & WORD
+    even, odd = counter[..., 0::2], counter[..., 1::2]
+    for round_key in keys.unbind():
+        high, low = _multiply(multipliers, even)
+        even, odd = high.flip(-1) ^ odd ^ round_key, low.flip(-1)
+    return torch.stack((even, odd), dim=-1).flatten(-2)
 
 
-def _multiply(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
+def _constants(values: tuple[int, ...], like: Tensor) -> Tensor:
+    """Made on the device: ``torch.tensor`` would copy from the host, which a CUDA graph cannot capture."""
+    return torch.stack([like.new_full((), value) for value in values])
+
+
+def _multiply(multiplier: Tensor, word: Tensor) -> tuple[Tensor, Tensor]:
     """High and low word of a 32 x 32-bit product, by 16-bit halves: the whole product could overflow int64."""
     low = multiplier * (word & 0xFFFF)
     high = multiplier * (word >> 16) + (low >> 16)
@@ -47,12 +54,13 @@ def _multiply(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
 def random_words(seed: Tensor, level: int, rows: int, codes: int, stream: int, row_offset: int) -> Tensor:
     """The uniform words of one level, (rows, codes) int64 in [0, 2**32)."""
     device = seed.device
-    blocks = torch.arange((codes + 3) // 4, device=device)
-    row = torch.arange(rows, device=device).unsqueeze(1) + row_offset
-    seed = seed.reshape(1)
-    key = (seed & WORD, (seed >> 32) & WORD)
-    words = philox4x32((blocks, row, seed.new_full((1,), level), seed.new_full((1,), stream)), key)
-    return torch.stack(words, dim=-1).flatten(1)[:, :codes]
+    counter = torch.stack(torch.broadcast_tensors(
+        torch.arange((codes + 3) // 4, device=device),
+        torch.arange(rows, device=device).unsqueeze(1) + row_offset,
+        seed.new_full((), level),
+        seed.new_full((), stream)), dim=-1)
+    key = torch.cat([seed & WORD, (seed >> 32) & WORD])
+    return philox4x32(counter, key).flatten(1)[:, :codes]
 
 
 def gumbel_from_words(words: Tensor) -> Tensor:

@@ -23,7 +23,12 @@ INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit status: 0, or 2 after an error of the user's, told in one message."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if args.command == "bench":
+        args.pytest_arguments = unknown
+    elif unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("dgi").setLevel(logging.INFO)
     try:
@@ -50,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, module in COMMANDS.items():
         description = f"{module.HELP[0].upper()}{module.HELP[1:]}."
         command = commands.add_parser(name, help=module.HELP, description=description, epilog=module.EPILOG,
-                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+                                      allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
         module.add_arguments(command)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         command.set_defaults(run=module.run)

@@ -75,14 +75,11 @@ def load_data(name: str) -> Dataset:
     return load_movielens() if name == MOVIELENS else load_dataset(name)
 
 
-def load_items(name: str) -> Catalog:
+def load_catalog(name: str) -> Catalog:
     """The catalog of a folder, whose interactions are not read, or of MovieLens-100K."""
-    from dgi.data import load_catalog
-    from dgi.data.dataset import _need, _vectors
+    from dgi.data import load_items
 
-    if name == MOVIELENS:
-        return load_data(name).catalog
-    return load_catalog(_need(Path(name), "items"), vectors=_vectors(Path(name), "items"))
+    return load_data(name).catalog if name == MOVIELENS else load_items(name)
 
 
 def load_trained(folder: Path, on: torch.device) -> DGIModel:

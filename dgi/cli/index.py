@@ -5,7 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dgi.cli.common import DATA_FORMAT, add_data, add_model, add_run_options, device, load_items, load_trained, positive
+from dgi.cli.common import (
+    DATA_FORMAT,
+    add_data,
+    add_model,
+    add_run_options,
+    device,
+    load_catalog,
+    load_trained,
+    positive,
+)
 
 HELP = "give every item of a catalog its semantic ID and store them as an index"
 EPILOG = f"""\
@@ -31,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     from dgi.metrics import collisions
 
     model = load_trained(args.model, device(args.device))
-    index = DGIIndex.build(model, load_items(args.data), batch_size=args.batch_size, progress=args.progress)
+    index = DGIIndex.build(model, load_catalog(args.data), batch_size=args.batch_size, progress=args.progress)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     index.save(args.output)
     shared = collisions(index.codes.cpu().numpy())

@@ -14,7 +14,7 @@ from dgi.cli.common import (
     add_model,
     add_num_beams,
     add_run_options,
-    load_items,
+    load_catalog,
     load_searcher,
     positive,
 )
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
 
     if not args.query.strip() and not args.history and args.query_vector is None:
         raise ValueError("nothing to search for: give --query, --history or both")
-    catalog = load_items(args.data)
+    catalog = load_catalog(args.data)
     searcher = load_searcher(args, catalog)
     vectors = None if args.query_vector is None else read_vectors(args.query_vector, 1, "query")
     found = searcher.search([args.query], [args.history], query_vectors=vectors, k=args.k, num_beams=args.num_beams,

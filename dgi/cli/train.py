@@ -130,6 +130,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _write_config(path: Path, model: ModelConfig, training: TrainConfig) -> None:
-    from dgi.evaluate import write_json
+    from dgi_kernels.files import atomic_write
 
-    write_json(path, {**to_dict(model), **to_dict(training)})
+    with atomic_write(path) as file:
+        file.write(json.dumps({**to_dict(model), **to_dict(training)}, indent=2).encode() + b"\n")

@@ -34,10 +34,7 @@ def load_dataset(folder: str | os.PathLike[str], *, test_fraction: float = 0.2) 
         DataError: a file is missing or given twice, or its content is wrong, with file, line and cure.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise DataError(f"{folder}: there is no such folder; it must hold items.* and interactions.* as tsv, jsonl or "
-                        f"parquet")
-    catalog = load_catalog(_need(folder, "items"), vectors=_vectors(folder, "items"))
+    catalog = load_items(folder)
     together = _find(folder, "interactions")
     parts = {part: _find(folder, f"interactions.{part}") for part in ("train", "test")}
     if together and any(parts.values()):
@@ -53,6 +50,15 @@ def load_dataset(folder: str | os.PathLike[str], *, test_fraction: float = 0.2) 
         except DataError as error:
             raise DataError(f"{path}: {error}") from None
     return Dataset(catalog, train, test, folder.resolve().name)
+
+
+def load_items(folder: str | os.PathLike[str]) -> Catalog:
+    """Load the catalog of a dataset's folder alone, without its interactions; see :func:`load_dataset`."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: there is no such folder; it must hold items.* and interactions.* as tsv, jsonl or "
+                        f"parquet")
+    return load_catalog(_need(folder, "items"), vectors=_vectors(folder, "items"))
 
 
 def _find(folder: Path, stem: str) -> Path | None:

@@ -201,8 +201,7 @@ def _check_codes_dimension(name: str, codes: int, trie: Trie, depth: int) -> Non
 
 def _check_options(beams: Beams, num_beams: int, normalize: str, log_normalizer: Tensor | None) -> None:
     checks.integer("num_beams", num_beams, low=1, high=MAX_COUNT)
-    if normalize not in NORMALIZERS:
-        raise ValueError(f"normalize must be one of {', '.join(map(repr, NORMALIZERS))}; got {normalize!r}")
+    checks.choice("normalize", normalize, NORMALIZERS)
     if log_normalizer is None:
         return
     if normalize == "none":

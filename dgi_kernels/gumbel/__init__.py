@@ -57,7 +57,7 @@ def gumbel_noise(seed: int | Tensor | None, level: int, rows: int, codes: int, *
         device = seed.device if isinstance(seed, Tensor) else "cpu"
     try:
         device = torch.device(device)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"device must be a torch.device or its name; got {device!r}: {error}") from None
     return _noise(reference_noise.resolve_seed(seed, device), level, rows, codes, stream, row_offset, backend)
 
@@ -116,7 +116,8 @@ def residual_quantize(z: Tensor, codebooks: Iterable[Tensor], scale: float | Ten
       Jacobian for the one-hot's, as ``F.gumbel_softmax(hard=True) @ E_j`` does.
     - ``"hard"``: the row of E_j with the largest ``s_j``, exactly, without noise and gradients: the final codes.
 
-    Everything is computed in float32 (float64 for float64 inputs).
+    Everything is computed in float32 (float64 for float64 inputs). A row of ``z`` with a NaN has ``log_normalizer``
+    NaN in every mode and emits NaN, in hard mode code 0.
 
     Args:
         z: (N, D) float32, bfloat16, float16 or float64; any strides; N may be 0.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dgi_kernels import backend as backends
 from dgi_kernels import checks
-from dgi_kernels.trie import reference
+from dgi_kernels.trie import native, reference
 
 END = -1  # the token of a sequence that has ended; it sorts before every code
 INTEGER_DTYPES = (*checks.INDEX_DTYPES, torch.uint16, torch.uint32)
@@ -37,7 +37,7 @@ class TrieArrays(NamedTuple):
 def sort_rows(codes: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """Run ``trie_sort`` (see :func:`reference.trie_sort`) on the backend chosen; all of them agree bit for bit."""
     if backends.choose("trie_build", backend, codes.device) == "native":
-        return torch.ops.dgi_kernels.trie_sort(codes.contiguous())
+        return native.trie_sort(codes)
     return reference.trie_sort(codes)
 
 

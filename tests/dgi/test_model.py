@@ -74,7 +74,7 @@ def test_detached_variant_freezes_item_tower_parameters_when_histories_are_empty
 
 def test_quantizer_and_head_share_one_parameter_object() -> None:
     model = DGIModel(tiny_config())
-    for codebook, head in zip(model.quantizer.codebooks, model.heads):
+    for codebook, head in zip(model.quantizer.codebooks, model.heads, strict=True):
         assert head.weight is codebook
         assert head.log_scale is model.quantizer.log_scale
     names = [name for name, _ in model.named_parameters() if "codebooks" in name or "heads" in name]
@@ -83,7 +83,7 @@ def test_quantizer_and_head_share_one_parameter_object() -> None:
 
 def test_separate_heads_are_parameters_of_their_own() -> None:
     model = DGIModel(tiny_config(heads="separate"))
-    for codebook, head in zip(model.quantizer.codebooks, model.heads):
+    for codebook, head in zip(model.quantizer.codebooks, model.heads, strict=True):
         assert head.weight is not codebook and head.weight.shape == codebook.shape
         assert not torch.equal(head.weight, codebook)
 
@@ -108,7 +108,8 @@ def test_search_step_follows_the_parents_of_its_beams() -> None:
     with torch.no_grad():
         query = model.encode_queries(batch)
         first = torch.tensor([[0, 1, 2]]).expand(len(batch), 3)
-        chosen, parents = torch.tensor([[3, 0, 1]]).expand(len(batch), 3), torch.tensor([[2, 2, 0]]).expand(len(batch), 3)
+        chosen = torch.tensor([[3, 0, 1]]).expand(len(batch), 3)
+        parents = torch.tensor([[2, 2, 0]]).expand(len(batch), 3)
         step = model.beam_step_function(query)
         step(0, None, None)
         step(1, first, torch.zeros_like(first))
@@ -141,6 +142,23 @@ def test_a_longer_padding_of_the_history_changes_nothing() -> None:
     with torch.no_grad():
         vectors = [model.encode_queries(make_batch(features, h, None, None)).vector for h in (histories, padded)]
     torch.testing.assert_close(vectors[0], vectors[1])
+
+
+@pytest.mark.parametrize("eps, norm_is_sane", [(None, True), (1e-12, False)])
+def test_items_alone_in_their_cluster_do_not_drown_the_gradient(eps: float | None, norm_is_sane: bool) -> None:
+    """With as many codes as items K-means leaves residuals of nothing; the ops' own eps of 1e-12 blows them up."""
+    model = DGIModel(tiny_config(codebook_sizes=(64, 16, 8)))
+    features = torch.randn(70, 6)
+    with torch.no_grad():
+        model.quantizer.initialize(model.encoder.encode_items(features), generator=torch.Generator().manual_seed(0))
+    if eps is not None:
+        for module in (model.quantizer, *model.heads):
+            module.eps = eps
+    batch = make_batch(features, torch.randint(0, 70, (64, 4)), torch.arange(64), None)
+    terms = DGILoss()(model(batch, tau=1.0, seed=0), model.heads, list(model.quantizer.codebooks))
+    gradients = torch.autograd.grad(terms["loss"], list(model.parameters()), allow_unused=True)
+    norm = torch.stack([g.norm() for g in gradients if g is not None]).norm()
+    assert (norm < 1e5) == norm_is_sane
 
 
 def test_batch_holds_each_item_once() -> None:

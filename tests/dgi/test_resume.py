@@ -61,7 +61,7 @@ def newest_step(output: Path) -> int:
 
 
 def test_killed_at_random_moments_and_resumed(tmp_path: Path, seed: int) -> None:
-    train = {"epochs": 8}  # 24 steps, each with dropout, noise and a checkpoint, every second one with a revival
+    train = {"epochs": 8}  # 24 steps with dropout, noise, revival and a checkpoint
     finish(tmp_path / "whole", seed, train)
     for step in sorted(random.sample(range(20), 3)):
         process = start(tmp_path / "killed", seed, train)

@@ -105,13 +105,13 @@ def read_tokens(encoder: T5Encoder, histories: list[list[int]], queries: list[st
     lengths = recorder.mask.sum(1)
     assert torch.equal(recorder.mask, torch.arange(recorder.mask.shape[1]) < lengths[:, None])
     assert recorder.mask.shape[1] == lengths.max()
-    return [row[:length].tolist() for row, length in zip(recorder.tokens, lengths)]
+    return [row[:length].tolist() for row, length in zip(recorder.tokens, lengths, strict=True)]
 
 
 def test_items_are_the_mapped_mean_of_t5s_own_states(model: DGIModel) -> None:
     encoder = model.encoder
     vectors = encoder.encode_items(encoder.prepare_items(CATALOG))
-    for text, vector in zip(CATALOG.texts, vectors):
+    for text, vector in zip(CATALOG.texts, vectors, strict=True):
         states = encoder.stack(input_ids=torch.tensor([ids(text)]))
         torch.testing.assert_close(vector, encoder.output(states.last_hidden_state[0].mean(0)), rtol=1e-4, atol=1e-5)
 

@@ -86,6 +86,21 @@ def test_codebooks_start_at_the_clusters_of_the_catalog(seed: int, monkeypatch: 
     torch.testing.assert_close(seen, [expected])
 
 
+def test_dead_codes_are_revived_until_the_last_fifth(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = {}
+    revive = ResidualQuantizer.revive
+
+    def recorded(self: ResidualQuantizer, *arguments: Any, **options: Any) -> int:
+        moved[int(trainer.steps_done)] = revive(self, *arguments, **options)
+        return moved[int(trainer.steps_done)]
+
+    monkeypatch.setattr(ResidualQuantizer, "revive", recorded)
+    trainer = tiny_trainer(None, seed, {"codebook_sizes": [20, 16]})
+    trainer.fit()
+    assert list(moved) == [0, 1, 2, 3]  # of 6 steps
+    assert moved[0] == 2 * 8  # the batch uses at most 8 codes of either level, and has a residual for 8 others
+
+
 def test_a_run_depends_on_nothing_but_its_seed(seed: int) -> None:
     first, second = tiny_trainer(None, seed), tiny_trainer(None, seed)
     first.fit()

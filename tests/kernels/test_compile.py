@@ -14,8 +14,6 @@ from torch import Tensor
 
 from dgi_kernels import cosine_cross_entropy, cosine_logits, gumbel_noise, gumbel_softmax, residual_quantize
 
-SIZES = (5, 3)
-
 
 @pytest.fixture(autouse=True)
 def fresh_cache() -> Iterator[None]:
@@ -33,7 +31,7 @@ def cosine_ops(h: Tensor, weight: Tensor, scale: float | Tensor, target: Tensor)
             cosine_cross_entropy(h, weight, target, scale, reduction="none"))
 
 
-def quantize(z: Tensor, codebooks: Sequence[Tensor], scale: float | Tensor, tau: float | Tensor, seed: int | Tensor | None,
+def quantize(z: Tensor, codebooks: Sequence[Tensor], scale: float | Tensor, tau: float | Tensor, seed: int | Tensor,
              mode: str, backend: str) -> tuple[Tensor, ...]:
     r = residual_quantize(z, codebooks, scale, tau, mode=mode, seed=seed, row_offset=3, backend=backend)
     return r.quantized, *r.usage, r.residuals, r.log_normalizer, r.codes, r.sampled
@@ -67,7 +65,7 @@ def assert_same(function: Callable[..., Sequence[Tensor]], arguments: Sequence[o
 @pytest.mark.parametrize("kind", ["float", "tensor"])
 def test_cosine(kind: str) -> None:
     run = compiled(cosine_ops)
-    for rows, value in ((6, 20.0), (6, 21.0), (9, 22.0), (1, 23.0)):
+    for rows, value in ((6, 20.0), (9, 21.0)):
         scale, = scalars(kind, value)
         arguments = [torch.randn(rows, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True), scale,
                      torch.randint(7, (rows,))]
@@ -75,23 +73,28 @@ def test_cosine(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["float", "tensor"])
-@pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("mode", ["soft", "straight_through", "hard"])
-def test_residual_quantize(mode: str, backend: str, kind: str) -> None:
+def test_residual_quantize(mode: str, kind: str) -> None:
+    """One function for all calls: another seed, another temperature, another batch and another kind of seed."""
     run = compiled(quantize)
-    codebooks = [torch.randn(size, 4, requires_grad=True) for size in SIZES]
-    for rows, seed in ((6, 1), (6, 2), (8, -3), (8, torch.tensor(4)), (8, torch.tensor([-5]))):
-        scale, tau = scalars(kind, 9.0, 0.8)
-        assert_same(quantize, [torch.randn(rows, 4, requires_grad=True), codebooks, scale, tau, seed, mode, backend], run)
+    codebooks = [torch.randn(size, 4, requires_grad=True) for size in (5, 3)]
+    for rows, seed, tau in ((6, 1, 1.0), (6, 2, 0.9), (8, -3, 0.8), (8, torch.tensor(4), 0.7)):
+        arguments = [torch.randn(rows, 4, requires_grad=True), codebooks, *scalars(kind, 9.0, tau), seed, mode, "auto"]
+        assert_same(quantize, arguments, run)
+
+
+@pytest.mark.parametrize("mode", ["soft", "straight_through", "hard"])
+def test_residual_quantize_traces_the_reference_of_the_noise(mode: str) -> None:
+    codebooks = [torch.randn(5, 4, requires_grad=True)]
+    arguments = [torch.randn(6, 4, requires_grad=True), codebooks, 9.0, 0.8, torch.tensor([-3]), mode, "reference"]
+    assert_same(quantize, arguments, compiled(quantize))
 
 
 @pytest.mark.parametrize("hard", [False, True])
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_gumbel_softmax(backend: str, hard: bool) -> None:
-    run = compiled(softmax)
-    for rows, seed in ((6, 1), (7, torch.tensor(4))):
-        tau, = scalars("tensor", 0.8)
-        assert_same(softmax, [torch.randn(rows, 2, 5, requires_grad=True), tau, seed, hard, backend], run)
+    arguments = [torch.randn(6, 2, 5, requires_grad=True), *scalars("tensor", 0.8), 4, hard, backend]
+    assert_same(softmax, arguments, compiled(softmax))
 
 
 @pytest.mark.parametrize("seed", [2**64 - 1, 2**63, -(2**63)])
@@ -111,15 +114,15 @@ def test_no_seed_is_a_new_draw_at_every_call(backend: str) -> None:
 
 def test_backward_sees_the_noise_of_forward() -> None:
     """Guards against a seed drawn again where backward recomputes: then the gradient belongs to another sample."""
-    z, codebook = torch.randn(6, 4, requires_grad=True), torch.randn(5, 4)
+    z, codebook = torch.randn(6, 4, requires_grad=True), torch.cat([torch.eye(4), torch.full((1, 4), -0.5)])
 
     def run(z: Tensor) -> tuple[Tensor, Tensor]:
         result = residual_quantize(z, [codebook], 9.0)
         return result.quantized, result.log_normalizer
 
-    (quantized, _), p = compiled(run)(z), None
+    quantized, _ = compiled(run)(z)
     gradient, = torch.autograd.grad(quantized.sum(), z)
-    # p from z~ = p E alone (5 codes in 4 dimensions and sum p = 1), then the soft Jacobian by hand
+    # p from z~ = p E alone (5 codes in 4 dimensions, and sum p = 1), then the soft Jacobian by hand
     p = torch.linalg.solve(torch.cat([codebook.double().T, torch.ones(1, 5, dtype=torch.float64)]),
                            torch.cat([quantized[:, 0].double(), torch.ones(6, 1, dtype=torch.float64)], 1).T).T
     dp = codebook.double().sum(1)
@@ -131,7 +134,8 @@ def test_backward_sees_the_noise_of_forward() -> None:
 
 
 def test_autocast_and_no_grad() -> None:
-    h, weight, target = torch.randn(6, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True), torch.arange(6) % 5
+    h, weight = (torch.randn(rows, 4, requires_grad=True) for rows in (6, 5))
+    target = torch.arange(6) % 5
 
     def run(h: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast("cpu", torch.bfloat16):
@@ -153,6 +157,7 @@ def test_values_are_checked_when_the_compiled_code_runs() -> None:
         run(h, weight, target, torch.tensor(torch.nan))
 
 
+@pytest.mark.slow
 def test_all_ops_in_one_graph_through_inductor() -> None:
     def everything(z: Tensor, weight: Tensor, scale: Tensor, target: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
         quantized = quantize(z, [weight], scale, 0.9, seed, "straight_through", "auto")

@@ -215,7 +215,8 @@ def test_one_tensor_as_both_inputs_and_a_weight_in_two_ops() -> None:
     h, target = torch.randn(3, 4, dtype=torch.float64), torch.randint(6, (6,))
     ours = cosine_cross_entropy(x, x, target, scale) + cosine_cross_entropy(h, x, target[:3], scale) \
         + cosine_logits(h, x, scale).square().mean()
-    truth = true_loss(x, x, target, scale) + true_loss(h, x, target[:3], scale) + true_logits(h, x, scale).square().mean()
+    truth = true_loss(x, x, target, scale) + true_loss(h, x, target[:3], scale) \
+        + true_logits(h, x, scale).square().mean()
     assert_gradients_close(gradients(ours, (x, scale)), gradients(truth, (x, scale)), 1e-10)
 
 

@@ -65,7 +65,7 @@ def test_items_come_by_beam_score_then_cosine_then_id(dtype: torch.dtype) -> Non
 
 
 def test_many_dimensions_against_the_formula() -> None:
-    codes = torch.randint(0, 4, (60, 2))
+    codes = torch.cat([torch.cartesian_prod(torch.arange(4), torch.arange(4)), torch.randint(0, 4, (44, 2))])
     trie = Trie.from_codes(codes)
     query, vectors = torch.randn(2, 33), 5 * torch.randn(60, 33)
     for width in (2, 16):  # fewer candidates than vectors, and more

@@ -1,0 +1,240 @@
+"""The command line, in this process: train, index, search, eval on a tiny data set, and what users get wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import dgi
+from dgi.cli import COMMANDS, main
+from dgi.cli.train import configs
+from dgi.data import load_dataset
+from dgi.evaluate import sample
+from dgi.index import DGIIndex
+from tests.dgi.tiny_folder import ITEMS, SETTINGS, write_data, write_judgments
+
+QUIET = "--no-progress"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data, and the model and index that the command line made of them."""
+    folder = tmp_path_factory.mktemp("run")
+    write_data(folder / "data", np.random.default_rng(1))
+    (folder / "settings.json").write_text(json.dumps({**SETTINGS, "epochs": 1}))
+    assert main(["train", "--data", str(folder / "data"), "--output", str(folder / "model"), "--config",
+                 str(folder / "settings.json"), "--set", "epochs=2", "--set", "codebook_sizes=8,3", QUIET]) == 0
+    assert main(["index", "--model", str(folder / "model"), "--data", str(folder / "data"), "--output",
+                 str(folder / "new" / "index.safetensors"), QUIET]) == 0
+    return folder
+
+
+@pytest.fixture
+def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the picture out, which takes longest in a run so small."""
+    monkeypatch.setattr("dgi.plots.bucket_picture", lambda *_, **__: None)
+
+
+def search(run: Path, *arguments: str) -> int:
+    return main(["search", "--index", str(run / "new/index.safetensors"), "--model", str(run / "model"), "--data",
+                 str(run / "data"), *arguments])
+
+
+def evaluate(run: Path, output: Path, *arguments: str) -> dict[str, Any]:
+    assert main(["eval", "--model", str(run / "model"), "--index", str(run / "new/index.safetensors"), "--data",
+                 str(run / "data"), "--output", str(output), QUIET, *arguments]) == 0
+    return json.loads((output / "metrics.json").read_text())
+
+
+def test_training_leaves_what_it_announces(run: Path) -> None:
+    settings = json.loads((run / "model/config.json").read_text())
+    assert settings["epochs"] == 2 and settings["codebook_sizes"] == [8, 3] and settings["dim"] == SETTINGS["dim"]
+    assert (run / "model/training_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert DGIIndex.load(run / "new/index.safetensors").trie.codebook_sizes == (8, 3)
+
+
+def test_every_result_is_an_item_of_the_catalog(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    history = ["film-3", "film-4"]
+    assert search(run, "--query", "genre0", "--history", *history, "--k", str(ITEMS), "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    ids = [result["id"] for result in answer["results"]]
+    catalog = load_dataset(run / "data").catalog
+    assert sorted(ids) == sorted(set(catalog.ids) - set(history))
+    assert [result["rank"] for result in answer["results"]] == list(range(1, len(ids) + 1))
+    assert all(result["text"] == catalog.texts[catalog.row(result["id"])] for result in answer["results"])
+    assert search(run, "--history", *history, "--keep-history", "--k", str(ITEMS), "--json") == 0
+    assert len(json.loads(capsys.readouterr().out)["results"]) == ITEMS
+
+
+def test_search_prints_titles(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert search(run, "--query", "genre0", "--k", "3", "--json") == 0
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert search(run, "--query", "genre0", "--k", "3") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    for line, result in zip(lines, results, strict=True):
+        assert line.split()[0] == str(result["rank"]) and line.endswith(f"{result['id']}  {result['text']}")
+
+
+def test_eval_counts_the_hits_that_searching_gives(run: Path, tmp_path: Path, no_picture: None,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    results = evaluate(run, tmp_path / "out", "--max-queries", "10")
+    test = sample(load_dataset(run / "data").test, 10)
+    hits = []
+    for query, history, target in zip(test.queries, test.histories.tolist(), test.items.tolist(), strict=True):
+        before = [f"film-{item}" for item in history if item >= 0]
+        request = ["--query", query] + (["--history", *before] if before else [])
+        capsys.readouterr()
+        assert search(run, *request, "--k", "5", "--json") == 0
+        found = json.loads(capsys.readouterr().out)["results"]
+        hits.append(f"film-{target}" in [result["id"] for result in found])
+    assert set(results["systems"]) == {"popularity", "exact cosine", "DGI"}
+    assert results["systems"]["DGI"]["overall"]["queries"] == results["queries"] == 10
+    assert results["systems"]["DGI"]["overall"]["hit_rate@5"] == pytest.approx(np.mean(hits))
+
+
+def test_eval_reports_index_judgments_and_a_sample_and_is_deterministic(
+        run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    judgments = write_judgments(tmp_path / "judgments.tsv")
+    results = evaluate(run, tmp_path / "a", "--judgments", str(judgments), "--max-queries", "7")
+    assert results["queries"] == 7 and results["systems"]["DGI"]["overall"]["queries"] == 7
+    assert [level["size"] for level in results["index"]["codes"]] == [8, 3]
+    assert set(results["judgments"]) == {"DGI", "exact cosine"} and results["judgments"]["DGI"]["queries"] == 2
+    assert (tmp_path / "a/buckets.png").read_bytes().startswith(b"\x89PNG")
+    assert "metrics.json" in capsys.readouterr().out
+    monkeypatch.setattr("dgi.plots.bucket_picture", lambda *_, **__: None)
+    again = evaluate(run, tmp_path / "b", "--judgments", str(judgments), "--max-queries", "7")
+    assert again == results
+
+
+def test_a_target_in_its_history_is_told_and_can_be_kept(run: Path, tmp_path: Path, no_picture: None,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards against clicks on known items that silently count as misses."""
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "items.tsv").write_text((run / "data/items.tsv").read_text())
+    rows = [{"history": ["film-1"], "item_id": "film-1"}, {"history": ["film-1"], "item_id": "film-2"}]
+    for part in ("train", "test"):
+        (data / f"interactions.{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ["eval", "--model", str(run / "model"), "--index", str(run / "new/index.safetensors"), "--data", str(data),
+              "--output", str(tmp_path / "out"), "--num-beams", str(ITEMS), QUIET]
+    assert main(common) == 0
+    assert "1 of 2 test interactions choose an item of their own history" in capsys.readouterr().err
+    assert main([*common, "--keep-history"]) == 0
+    assert "own history" not in capsys.readouterr().err
+
+
+def test_resume_takes_the_settings_of_the_run(run: Path, monkeypatch: pytest.MonkeyPatch,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("dgi.plots.training_curve", lambda *_: None)
+    model = (run / "model/model.safetensors").read_bytes()
+    common = ["train", "--data", str(run / "data"), "--output", str(run / "model"), QUIET]
+    assert main(common) == 2
+    assert "holds checkpoints of an earlier run" in capsys.readouterr().err
+    assert main([*common, "--resume", "--set", "epochs=3"]) == 2
+    assert "epochs is 3 now and was 2" in capsys.readouterr().err
+    assert main([*common, "--resume"]) == 0
+    assert (run / "model/model.safetensors").read_bytes() == model
+    assert json.loads((run / "model/config.json").read_text())["epochs"] == 2
+
+
+def test_settings_are_split_and_checked() -> None:
+    model, training = configs({"dim": 8, "epochs": 3, "loss_weights": {"ntp": 2}}, 0)
+    assert (model.dim, training.epochs, training.loss_weights) == (8, 3, {"ntp": 2.0})
+    assert configs({"encoder": "vectors"}, 384)[0].vector_dim == 384
+    with pytest.raises(ValueError, match="unknown setting 'epoch'; known are .*epochs"):
+        configs({"epoch": 3}, 0)
+
+
+# What is typed -> what the message must say.  {run} is the folder of the fixture.
+MISTAKES = {
+    "train --data {run}/nothing --output {run}/x": "nothing: there is no such folder",
+    "train --data {run}/data --output {run}/x --set epochs": "--set takes NAME=VALUE; got 'epochs'",
+    "train --data {run}/data --output {run}/x --set epochs=many": "epochs must be int; got 'many'",
+    "train --data {run}/data --output {run}/x --set encoder=vectors": "vector_dim must be the width",
+    "train --data {run}/data --output {run}/x --config {run}/data/items.tsv": "items.tsv is not JSON",
+    "train --data {run}/data --output {run}/x --device warp": "--device warp cannot be used",
+    "index --model {run}/data --data {run}/data --output {run}/x": "data/model.safetensors: there is no such file",
+    "search --index {run}/new/index.safetensors --model {run}/model --data {run}/data":
+        "give --query, --history or both",
+    "search --index {run}/x --model {run}/model --data {run}/data --query a": "dgi index --output",
+    "search --index {run}/model/model.safetensors --model {run}/model --data {run}/data --query a":
+        "holds a DGIModel; a DGIIndex is needed",
+    "search --index {run}/new/index.safetensors --model {run}/model --data {run}/data --history film-99":
+        "no item 'film-99'",
+    "eval --model {run}/model --index {run}/new/index.safetensors --data {run}/data --output {run}/x --judgments "
+    "{run}/none.tsv": "none.tsv: there is no such file",
+    "demo --data {run}/model --output {run}/x": "there is no items file",
+}
+
+
+@pytest.mark.parametrize("typed", MISTAKES)
+def test_a_mistake_is_told_in_one_message(run: Path, capsys: pytest.CaptureFixture[str], typed: str) -> None:
+    words = [word.format(run=run) for word in typed.split()]
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"dgi {words[0]}: error: ") and "Traceback" not in captured.err
+    assert MISTAKES[typed] in captured.err
+    with pytest.raises((ValueError, OSError)):
+        main([*words, "--debug"])
+
+
+def test_a_fault_that_is_no_mistake_of_the_user_is_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: object) -> None:
+        raise AttributeError("ours")
+
+    monkeypatch.setattr(COMMANDS["index"], "run", broken)
+    with pytest.raises(AttributeError, match="ours"):
+        main(["index", "--model", "m", "--data", "d", "--output", "o"])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_explains_each_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    assert f"dgi {command}" in capsys.readouterr().out.split("example")[1]
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    """Guards against an import at the top of a command's file, which costs seconds on every --help."""
+    code = "import sys, dgi.cli; dgi.cli.build_parser(); print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
+
+
+def test_bench_passes_arguments_on_and_says_where_benchmarks_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    calls: list[list[str]] = []
+    monkeypatch.setattr("dgi.cli.bench.FOLDER", tmp_path)
+    monkeypatch.setattr("subprocess.call", lambda command: calls.append(command) or 0)
+    assert main(["bench"]) == 2
+    assert "clone the repository" in capsys.readouterr().err
+    (tmp_path / "bench_a.py").touch()
+    with monkeypatch.context() as without:
+        without.setattr("importlib.util.find_spec", lambda _: None)
+        assert main(["bench"]) == 2
+    assert "pip install 'dgi-kernels[bench]'" in capsys.readouterr().err
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+    assert main(["bench", "-k", "trie"]) == 0
+    assert calls == [[sys.executable, "-m", "pytest", str(tmp_path / "bench_a.py"), "-k", "trie"]]
+
+
+def test_an_unknown_argument_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards against one that is passed over, since bench passes unknown ones on."""
+    with pytest.raises(SystemExit):
+        main(["demo", "--ful"])
+    assert "--ful" in capsys.readouterr().err
+
+
+def test_every_public_name_of_the_package_is_there() -> None:
+    assert {name: getattr(dgi, name).__name__.rpartition(".")[2] for name in dgi.__all__} == {n: n for n in dgi.__all__}
+    assert set(dgi.__all__) <= set(dir(dgi))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        dgi.nothing  # noqa: B018

@@ -1,0 +1,120 @@
+"""The one place that knows which backend runs: choice, reasons, fallbacks, debug mode and the printed report."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import dgi_kernels
+from dgi_kernels import BackendUnavailable, backend, info
+from dgi_kernels.backend import Kernel, choose, why_not
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An op with both kernels, on a machine that has both backends; nothing has been logged yet."""
+    both = {"native": Kernel(frozenset({"cpu"}), frozenset({torch.float32})), "triton": Kernel(frozenset({"cuda"}))}
+    monkeypatch.setattr(backend, "KERNELS", {"op": both, "plain": {}})
+    monkeypatch.setattr(backend, "_BACKEND_PROBLEM", {"reference": None, "triton": None, "native": None})
+    monkeypatch.setattr(backend, "_logged", set())
+
+
+@pytest.mark.parametrize(("device", "dtype", "chosen"), [
+    ("cpu", torch.float32, "native"),
+    ("cpu", torch.float64, "reference"),
+    ("cuda", torch.float64, "triton"),
+    ("mps", torch.float32, "reference"),
+])
+def test_auto_takes_the_first_kernel_that_runs(kernels: None, device: str, dtype: torch.dtype, chosen: str) -> None:
+    assert choose("op", "auto", torch.device(device), dtype) == chosen
+    assert choose("op", "reference", torch.device(device), dtype) == "reference"
+
+
+def test_a_named_backend_that_cannot_run_says_why(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose("op", "native", CPU, torch.float32) == "native"
+    for name, device, dtype, reason in (
+            ("native", "cpu", torch.float64, "op has no native kernel for torch.float64 (it takes torch.float32)"),
+            ("native", "cuda", torch.float32, "op has no native kernel for cuda tensors (it runs on cpu)"),
+            ("triton", "cpu", torch.float32, "op has no triton kernel for cpu tensors (it runs on cuda)")):
+        assert why_not("op", name, torch.device(device), dtype) == reason
+        with pytest.raises(BackendUnavailable) as error:
+            choose("op", name, torch.device(device), dtype)
+        assert str(error.value) == f'backend="{name}" cannot run op here: {reason}'
+    with pytest.raises(BackendUnavailable, match="plain has no native kernel in this version"):
+        choose("plain", "native", CPU)
+    monkeypatch.setitem(backend._BACKEND_PROBLEM, "native", "the disk was full")
+    with pytest.raises(BackendUnavailable, match="the native backend is not available: the disk was full"):
+        choose("op", "native", CPU, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["cuda", "", None, 3, ("auto",)])
+def test_unknown_backend(name: object) -> None:
+    with pytest.raises(ValueError, match="^backend must be one of 'auto', 'reference', 'triton', 'native'; got "):
+        choose("gumbel_noise", name, CPU)
+
+
+def test_a_fallback_is_logged_once_with_its_reason(kernels: None, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="dgi_kernels"):
+        for _ in range(3):
+            choose("op", "auto", CPU, torch.float64)
+            choose("op", "auto", CPU, torch.float32)
+            choose("plain", "auto", CPU, torch.float32)
+        choose("op", "auto", CPU, torch.float16)
+    assert [record.getMessage().split(" (")[0] for record in caplog.records] \
+        == ["op: falling back to the PyTorch reference"] * 2
+    assert "no native kernel for torch.float64" in caplog.messages[0]
+    assert "no native kernel for torch.float16" in caplog.messages[1]
+
+
+def test_backends_lists_what_is_here_and_why_not_where_it_is_not(kernels: None,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backend._BACKEND_PROBLEM, "triton", "no CUDA device is available")
+    status = dgi_kernels.backends()
+    assert list(status) == ["reference", "triton", "native"]
+    assert status["reference"] == backend.BackendStatus(True, "", ("op", "plain"))
+    assert status["triton"] == backend.BackendStatus(False, "no CUDA device is available", ("op",))
+    assert status["native"] == backend.BackendStatus(True, "", ("op",))
+
+
+def test_here_a_reason_is_given_exactly_where_a_backend_is_missing() -> None:
+    status = dgi_kernels.backends()
+    assert status["reference"].available
+    for name in ("triton", "native"):
+        assert bool(status[name].reason) != status[name].available
+
+
+def test_debug_checks_values_off_the_cpu_and_ends_with_its_block() -> None:
+    cuda, before = torch.device("cuda"), backend._debug
+    assert backend.checks_values(CPU)
+    with dgi_kernels.debug():
+        assert backend.checks_values(cuda)
+        with dgi_kernels.debug():
+            pass
+        assert backend.checks_values(cuda)
+    with pytest.raises(KeyError), dgi_kernels.debug():
+        raise KeyError
+    assert backend._debug == before == backend.checks_values(cuda)
+
+
+def test_report_names_versions_backends_and_ops(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backend._BACKEND_PROBLEM, "triton", "no CUDA device is available")
+    facts, status, ops = (section.splitlines() for section in info.report().split("\n\n"))
+    assert facts[0].split() == ["dgi-kernels", dgi_kernels.__version__]
+    assert facts[2].split() == ["torch", torch.__version__]
+    assert [line.split(maxsplit=2) for line in status] == [
+        ["backend", "available", "why not"], ["reference", "yes"], ["triton", "no", "no CUDA device is available"],
+        ["native", "yes"]]
+    assert [line.split() for line in ops] == [
+        ["op", "reference", "triton", "native"], ["op", "yes", "no", "yes"], ["plain", "yes", "no", "no"]]
+
+
+def test_module_prints_the_report() -> None:
+    run = subprocess.run([sys.executable, "-W", "error::RuntimeWarning", "-m", "dgi_kernels.info"], capture_output=True,
+                         text=True, check=True)
+    assert run.stdout.startswith("dgi-kernels") and "residual_quantize" in run.stdout and not run.stderr
