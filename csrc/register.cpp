@@ -190,10 +190,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cosine_cross_entropy_cpu(
   });
 }
 
-int64_t count_wild_targets_cpu(const Tensor& target, int64_t codes, int64_t ignore_index) {
-  STD_TORCH_CHECK(target.is_contiguous() && target.scalar_type() == ScalarType::Long, kCosine,
-                  "target must be contiguous int64");
-  return dgi::cpu::count_wild_targets(data_of<int64_t>(target), target.numel(), codes, ignore_index);
+// How many values are outside of [low, high) and not `also`: the check of indices in one pass and one call.
+int64_t count_outside_cpu(const Tensor& values, int64_t low, int64_t high, std::optional<int64_t> also) {
+  STD_TORCH_CHECK(values.is_contiguous() && values.scalar_type() == ScalarType::Long,
+                  "count_outside: values must be contiguous int64");
+  const int64_t *const data = data_of<int64_t>(values), count = values.numel();
+  int64_t outside = 0;
+  for (int64_t i = 0; i < count; ++i) outside += (data[i] < low || data[i] >= high) && !(also && data[i] == *also);
+  return outside;
 }
 
 #ifdef DGI_WITH_CUDA
@@ -263,7 +267,7 @@ STABLE_TORCH_LIBRARY(dgi_kernels, m) {
   m.def("cosine_cross_entropy(Tensor h, Tensor weight, Tensor target, Tensor scale, Tensor? upstream, "
         "int ignore_index, int reduction, float label_smoothing, float eps, bool wants_h, bool wants_weight, "
         "bool wants_scale) -> (Tensor loss, Tensor dh, Tensor dweight, Tensor dscale)");
-  m.def("count_wild_targets(Tensor target, int codes, int ignore_index) -> int");
+  m.def("count_outside(Tensor values, int low, int high, int? also) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dgi_kernels, CPU, m) {
@@ -272,7 +276,7 @@ STABLE_TORCH_LIBRARY_IMPL(dgi_kernels, CPU, m) {
   m.impl("cosine_logits", TORCH_BOX(&cosine_logits_cpu));
   m.impl("cosine_logits_backward", TORCH_BOX(&cosine_logits_backward_cpu));
   m.impl("cosine_cross_entropy", TORCH_BOX(&cosine_cross_entropy_cpu));
-  m.impl("count_wild_targets", TORCH_BOX(&count_wild_targets_cpu));
+  m.impl("count_outside", TORCH_BOX(&count_outside_cpu));
 }
 
 #ifdef DGI_WITH_CUDA

@@ -464,14 +464,6 @@ void cosine_cross_entropy(const Cosine<Stored>& in, const CrossEntropy<Compute<S
   if (gradients.any()) backward.finish();
 }
 
-int64_t count_wild_targets(const int64_t* target, int64_t rows, int64_t codes, int64_t ignore_index) {
-  int64_t wild = 0;
-  for (int64_t n = 0; n < rows; ++n) {
-    wild += (target[n] < 0 || target[n] >= codes) && target[n] != ignore_index;
-  }
-  return wild;
-}
-
 #define DGI_INSTANTIATE(Stored)                                                                                      \
   template void cosine_logits(const Cosine<Stored>&, Stored*);                                                       \
   template void cosine_logits_backward(const Cosine<Stored>&, const Stored*, const CosineGradients<Stored>&);        \
