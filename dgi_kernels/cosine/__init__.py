@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from dgi_kernels import checks
-from dgi_kernels.backend import choose
+from dgi_kernels.backend import backends, choose
 from dgi_kernels.cosine import native, reference
+
+if backends()["triton"].available:
+    from dgi_kernels.cosine import triton
 
 __all__ = ["cosine_cross_entropy", "cosine_logits"]
 
@@ -86,15 +89,20 @@ def cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: float
     h, weight, scale, eps = check_operands(h, weight, scale, eps)
     ignore_index, label_smoothing = check_loss(h, target, ignore_index, reduction, label_smoothing)
     target = checks.index("target", target.long(), 0, weight.shape[0], also=ignore_index)
-    chosen = choose("cosine_cross_entropy", backend, h.device, h.dtype)
+    dtype = torch.promote_types(h.dtype, weight.dtype)
+    chosen = choose("cosine_cross_entropy", backend, h.device, dtype)
     if chosen == "native":
         return native.cosine_cross_entropy(h, weight, target, scale, ignore_index, reduction, label_smoothing, eps,
                                            reference.cosine_cross_entropy)
-    compute = checks.compute_dtype(torch.promote_types(h.dtype, weight.dtype))
+    h = h.reshape(target.numel(), h.shape[-1])
+    options = (ignore_index, reduction, label_smoothing, eps)
+    compute = checks.compute_dtype(dtype)
     with torch.autocast(h.device.type, enabled=False):
-        loss = reference.cosine_cross_entropy(
-            h.reshape(target.numel(), h.shape[-1]).to(compute), weight.to(compute), target.flatten(),
-            checks.to_dtype(scale, compute), ignore_index, reduction, label_smoothing, eps)
+        if chosen == "triton":
+            loss = triton.cosine_cross_entropy(h, weight, target.flatten(), scale, *options)
+        else:
+            loss = reference.cosine_cross_entropy(h.to(compute), weight.to(compute), target.flatten(),
+                                                  checks.to_dtype(scale, compute), *options)
     return loss.reshape(target.shape) if reduction == "none" else loss
 
 
