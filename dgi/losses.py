@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dgi.config import LOSS_TERMS, SimilarityKind
-from dgi.distributed import gather_rows, global_mean, rank
+from dgi.distributed import gather_rows, global_mean
 from dgi.heads import CosineHead
 from dgi.model import DGIOutput
-from dgi_kernels import ResidualQuantization, vocabulary_parallel_cosine_cross_entropy
+from dgi_kernels import ResidualQuantization, cosine_cross_entropy
 
 _LOG_EPSILON = 1e-9
 
@@ -77,25 +77,18 @@ class DGILoss(nn.Module):
     def _infonce(self, output: DGIOutput) -> Tensor:
         """InfoNCE over the distinct items of the global batch: an item clicked twice is no negative of itself.
 
-        Every rank keeps its items, those of which the global batch has an earlier click aside, and sees all queries.
+        Items are gathered: with as many items as queries on every rank, to gather the queries instead
+        (:func:`dgi_kernels.vocabulary_parallel_cosine_cross_entropy`) sends as many bytes, in more exchanges.
         """
-        rows, batch = gather_rows(output.item_rows), len(output.item_rows)
-        own = slice(rank() * batch, (rank() + 1) * batch)
-        first = first_occurrences(rows)
-        distinct = torch.unique(first)  # in the order of the global batch, hence rank by rank
-        target = torch.searchsorted(distinct, first[own])
+        rows, items = gather_rows(output.item_rows), gather_rows(output.z)
+        distinct, group = torch.unique(rows, return_inverse=True)
+        first = torch.full_like(distinct, len(rows)).scatter_reduce_(
+            0, group, torch.arange(len(rows), device=rows.device), "amin")
+        targets = torch.searchsorted(distinct, output.item_rows)
+        scale = 1.0 / self.contrastive_temperature
         if self.similarity == "inner_product":
-            return F.cross_entropy((output.query @ gather_rows(output.z)[distinct].T).float(), target)
-        items = output.z[distinct[(distinct >= own.start) & (distinct < own.stop)] - own.start]
-        return vocabulary_parallel_cosine_cross_entropy(
-            output.query, items, target, 1.0 / self.contrastive_temperature, rows="sharded", backend=self.backend)
-
-
-def first_occurrences(values: Tensor) -> Tensor:
-    """(B,) where each of ``values`` (B,) occurs first."""
-    distinct, group = torch.unique(values, return_inverse=True)
-    places = torch.arange(len(values), device=values.device)
-    return torch.full_like(distinct, len(values)).scatter_reduce_(0, group, places, "amin")[group]
+            return F.cross_entropy((output.query @ items[first].T).float(), targets)
+        return cosine_cross_entropy(output.query, items[first], targets, scale, backend=self.backend)
 
 
 def reconstruction_loss(z: Tensor, quantization: ResidualQuantization) -> Tensor:

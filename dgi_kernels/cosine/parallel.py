@@ -141,7 +141,8 @@ def _partial_loss(h: Tensor, weight: Tensor, place: Tensor, owned: Tensor, ignor
                                backend=backend)
     with torch.autocast(h.device.type, enabled=False):
         h, weight = h.to(nll.dtype), weight.to(nll.dtype)
-        logit = scale * (F.normalize(h, dim=-1, eps=eps) * F.normalize(weight[row], dim=-1, eps=eps)).sum(-1)
+        chosen = F.normalize(F.embedding(row, weight), dim=-1, eps=eps)
+        logit = scale * (F.normalize(h, dim=-1, eps=eps) * chosen).sum(-1)
     return nll, logit
 
 
