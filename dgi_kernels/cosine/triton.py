@@ -18,8 +18,8 @@ from dgi_kernels.cosine import triton_kernels as kernels
 
 HALF = (torch.float16, torch.bfloat16)
 
-# Weights below this part of their row's mass need no product: what float32 sums drop, and for 16-bit operands the square of
-# their rounding, a 2^-9th (bfloat16) or 2^-11th (float16) of what rounding the weights themselves does to a flat row.
+# Base-2 logarithm of the part of its row's mass below which a weight needs no product: what float32 sums drop, and for
+# 16-bit operands the square of the rounding (2^-9 in bfloat16, 2^-11 in float16) that every weight suffers anyway.
 LOG2_SKIP = {torch.float32: -24.0, torch.float16: -22.0, torch.bfloat16: -18.0}
 
 
@@ -39,9 +39,9 @@ class FlashConfig(NamedTuple):
     weight: Tiles
 
 
-# Architecture -> dimensions up to -> tiles: all that the launchers can choose, each compiled by bench/gpu_code.py. They are
-# the largest that spill no registers; which of these is fastest is to be measured. Others than 9 and 10 take those of 8,
-# which need at most 99 KB of shared memory.
+# Architecture -> dimensions up to -> tiles: all that the launchers can choose, each compiled by bench/gpu_code.py. They
+# are the largest tried that spill no registers; which are the fastest is to be measured. Others than 9 and 10 take
+# those of 8, which need at most 99 KB of shared memory.
 FLASH = {
     8: {64: FlashConfig(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3)),
         128: FlashConfig(Tiles(128, 32, 8, 3), Tiles(128, 64, 8, 2)),
@@ -65,8 +65,8 @@ ORDER_FROM = (4096, 512)  # rows and columns from which sorting rows costs less 
 def uses_flash(dim: int, dtype: torch.dtype) -> bool:
     """Flash or chunked form: the one place that chooses.
 
-    float32 is chunked: Triton's exact float32 product does not reach cuBLAS's. Beyond D = 256 the float32 accumulators of a
-    tile of whole rows do not fit the registers. Both crossovers are to be measured on a GPU.
+    float32 is chunked: Triton's exact float32 product does not reach cuBLAS's. Beyond D = 256 the float32 accumulators
+    of a tile of whole rows do not fit the registers. Both crossovers are to be measured on a GPU.
     """
     return dtype in HALF and dim <= FLASH_LARGEST
 
@@ -113,8 +113,8 @@ def _forward(h: Tensor, weight: Tensor, target: Tensor, scale: Tensor, ignore_in
         key = torch.empty_like(label)
         b_n, b_d = NORM_BLOCK
         kernels.target_kernel[(triton.cdiv(rows, b_n),)](
-            h, weight, target.contiguous(), scale, centre, rnorm_h, logit, extra, label, key, rows, codes, dim, h.stride(0),
-            weight.stride(0), ignore_index, eps, smoothing, b_n=b_n, b_d=b_d, num_warps=4)
+            h, weight, target.contiguous(), scale, centre, rnorm_h, logit, extra, label, key, rows, codes, dim,
+            h.stride(0), weight.stride(0), ignore_index, eps, smoothing, b_n=b_n, b_d=b_d, num_warps=4)
         if not uses_flash(dim, h.dtype):
             _chunked_loss(h, weight, scale, rnorm_h, rnorm_w, logit, extra, label, smoothing, loss, lse, residue)
             return outputs
@@ -126,12 +126,14 @@ def _forward(h: Tensor, weight: Tensor, target: Tensor, scale: Tensor, ignore_in
         b_d, config = flash_config(dim, h.device)
         tiles = config.forward if with_grad else config.weight
         kernels.flash_forward_kernel[(triton.cdiv(rows, tiles.owned),)](
-            h, weight, rnorm_h, rnorm_w, logit, extra, label, order, scale, gain, loss, lse, residue, mean, rows, codes, dim,
-            h.stride(0), weight.stride(0), smoothing, LOG2_SKIP[h.dtype], with_grad=with_grad, b_n=tiles.owned, b_k=tiles.step, b_d=b_d, num_warps=tiles.warps, num_stages=tiles.stages)
+            h, weight, rnorm_h, rnorm_w, logit, extra, label, order, scale, gain, loss, lse, residue, mean, rows, codes,
+            dim, h.stride(0), weight.stride(0), smoothing, LOG2_SKIP[h.dtype], with_grad=with_grad, b_n=tiles.owned,
+            b_k=tiles.step, b_d=b_d, num_warps=tiles.warps, num_stages=tiles.stages)
     return outputs
 
 
-def _empty_outputs(h: Tensor, weight: Tensor, with_grad: bool) -> tuple[Tensor, ...]:
+def _empty_outputs(h: Tensor, weight: Tensor, with_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                                                                       Tensor, Tensor, Tensor]:
     rows, codes = h.shape[0], weight.shape[0]
     flash = uses_flash(_tiled_dim(h.shape[1]), h.dtype)
     kept = rows if with_grad or not flash else 0
@@ -144,7 +146,7 @@ def _empty_outputs(h: Tensor, weight: Tensor, with_grad: bool) -> tuple[Tensor, 
 
 
 @_forward.register_fake
-def _(h, weight, target, scale, ignore_index, smoothing, eps, with_grad):  # type: ignore[no-untyped-def]
+def _(h, weight, target, scale, ignore_index, smoothing, eps, with_grad):
     return _empty_outputs(h, weight, with_grad)
 
 
@@ -162,11 +164,11 @@ def _backward(upstream: Tensor, h: Tensor, weight: Tensor, scale: Tensor, lse: T
     flash = uses_flash(h.shape[1], h.dtype)
     with torch.cuda.device_of(h):
         if not flash:
-            radial = _chunked_gradients(upstream, h, weight, scale, lse, residue, rnorm_h, rnorm_w, label, smoothing, eps,
-                                        dh, dweight)
+            radial = _chunked_gradients(upstream, h, weight, scale, lse, residue, rnorm_h, rnorm_w, label, smoothing,
+                                        eps, dh, dweight)
         else:
-            radial = _flash_hidden(upstream, h, weight, scale, residue, mean, centre, rnorm_h, rnorm_w, label, order, eps,
-                                   dh)
+            radial = _flash_hidden(upstream, h, weight, scale, residue, mean, centre, rnorm_h, rnorm_w, label, order,
+                                   eps, dh)
             if dweight.numel():
                 _flash_weight(upstream * rnorm_h, h, weight, scale, lse, residue, rnorm_h, rnorm_w, label, order,
                               smoothing, eps, dweight)
@@ -174,20 +176,20 @@ def _backward(upstream: Tensor, h: Tensor, weight: Tensor, scale: Tensor, lse: T
 
 
 @_backward.register_fake
-def _(upstream, h, weight, scale, lse, residue, mean, centre, rnorm_h, rnorm_w, label, order, smoothing, eps,  # type: ignore
+def _(upstream, h, weight, scale, lse, residue, mean, centre, rnorm_h, rnorm_w, label, order, smoothing, eps,
       need_h, need_weight):
     return (h.new_empty(h.shape if need_h else 0), weight.new_empty(weight.shape if need_weight else 0),
             torch.empty_like(scale))
 
 
-def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save(ctx, inputs, output) -> None:
     h, weight, _, scale, _, ctx.smoothing, ctx.eps, _ = inputs
     ctx.save_for_backward(h, weight, scale, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, upstream: Tensor, *_: None):  # type: ignore[no-untyped-def]
+def _differentiate(ctx, upstream: Tensor, *_: None):
     need_h, need_weight, _, need_scale = ctx.needs_input_grad[:4]
     dh, dweight, dscale = _backward(upstream, *ctx.saved_tensors, ctx.smoothing, ctx.eps, need_h, need_weight)
     return (dh if need_h else None, dweight if need_weight else None, None, dscale if need_scale else None,
@@ -197,8 +199,9 @@ def _differentiate(ctx, upstream: Tensor, *_: None):  # type: ignore[no-untyped-
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
-def _flash_hidden(upstream: Tensor, h: Tensor, weight: Tensor, scale: Tensor, residue: Tensor, mean: Tensor, centre: Tensor,
-                  rnorm_h: Tensor, rnorm_w: Tensor, label: Tensor, order: Tensor, eps: float, dh: Tensor) -> Tensor:
+def _flash_hidden(upstream: Tensor, h: Tensor, weight: Tensor, scale: Tensor, residue: Tensor, mean: Tensor,
+                  centre: Tensor, rnorm_h: Tensor, rnorm_w: Tensor, label: Tensor, order: Tensor, eps: float,
+                  dh: Tensor) -> Tensor:
     """Fill dh where it has elements; return each row's part of dscale."""
     rows, dim = h.shape
     radial = torch.empty_like(upstream)
@@ -228,14 +231,14 @@ def _flash_weight(upstream: Tensor, h: Tensor, weight: Tensor, scale: Tensor, ls
     _finish(partial, weight, rnorm_w, scale, gain, centre, eps, False, dweight, None)
 
 
-def _chunked_loss(h: Tensor, weight: Tensor, scale: Tensor, rnorm_h: Tensor, rnorm_w: Tensor, logit: Tensor, extra: Tensor,
-                  label: Tensor, smoothing: float, loss: Tensor, lse: Tensor, residue: Tensor) -> None:
+def _chunked_loss(h: Tensor, weight: Tensor, scale: Tensor, rnorm_h: Tensor, rnorm_w: Tensor, logit: Tensor,
+                  extra: Tensor, label: Tensor, smoothing: float, loss: Tensor, lse: Tensor, residue: Tensor) -> None:
     codes = weight.shape[0]
     for rows, s in _chunks(h, weight):
         _product(h[rows], weight.T, s)
         kernels.chunk_loss_kernel[(len(s),)](
-            s, rnorm_h[rows], rnorm_w, logit[rows], extra[rows], label[rows], scale, loss[rows], lse[rows], residue[rows],
-            codes, smoothing, b_k=CHUNK_STEP, num_warps=8)
+            s, rnorm_h[rows], rnorm_w, logit[rows], extra[rows], label[rows], scale, loss[rows], lse[rows],
+            residue[rows], codes, smoothing, b_k=CHUNK_STEP, num_warps=8)
 
 
 def _chunked_gradients(upstream: Tensor, h: Tensor, weight: Tensor, scale: Tensor, lse: Tensor, residue: Tensor,
@@ -266,7 +269,7 @@ def _chunked_gradients(upstream: Tensor, h: Tensor, weight: Tensor, scale: Tenso
     return radial
 
 
-def _chunks(h: Tensor, weight: Tensor):  # type: ignore[no-untyped-def]
+def _chunks(h: Tensor, weight: Tensor):
     """Slices of rows, each with a float32 buffer for its products (one memory for all); none without codes."""
     rows, codes = h.shape[0], weight.shape[0]
     size = max(1, CHUNK_BYTES // (max(codes, 1) * (4 if h.dtype == torch.float32 else 6)))
@@ -308,7 +311,8 @@ def _gain(per_row: Tensor, dtype: torch.dtype, per_column: Tensor | None = None)
 def _norms(x: Tensor, eps: float, rnorm: Tensor) -> None:
     b_n, b_d = NORM_BLOCK
     if len(x):
-        kernels.norm_kernel[(triton.cdiv(len(x), b_n),)](x, rnorm, *x.shape, x.stride(0), eps, b_n=b_n, b_d=b_d, num_warps=4)
+        kernels.norm_kernel[(triton.cdiv(len(x), b_n),)](x, rnorm, *x.shape, x.stride(0), eps, b_n=b_n, b_d=b_d,
+                                                         num_warps=4)
 
 
 def _weighted_sum(x: Tensor, weight: Tensor, factor: float, out: Tensor) -> None:
@@ -347,7 +351,7 @@ def _multiprocessors(x: Tensor) -> int:
 
 
 def _tiled(x: Tensor) -> Tensor:
-    """x (rows, D), padded with zeros to a multiple of 16 dimensions where its rows cannot be read 16 bytes at a time."""
+    """x (rows, D), padded with zeros to a multiple of 16 dimensions where rows cannot be read 16 bytes at a time."""
     if x.stride(1) == 1 and x.shape[1] and x.shape[1] % 16 == 0 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0:
         return x
     padded = x.new_zeros(len(x), _tiled_dim(x.shape[1]))

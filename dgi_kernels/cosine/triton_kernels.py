@@ -10,25 +10,28 @@ What makes it legal and cheap:
 - The operands of every product are the stored vectors; a tile of products is scaled by ``scale rh_n rw_k``.
 - ``dh`` needs of the softmax only ``o_n``, so the forward pass accumulates it as attention accumulates its values, and
   backward recomputes the logits once, for dw: 8 N K D operations in all, and nothing of size N x K leaves a tile.
-- The target is kept out of the tiles: its logit is known beforehand from one row gather, starts the running maximum, and
+- The target is kept out of the tiles: its logit, known beforehand from one row gather, starts the running maximum, and
   ``p_t - 1 = -(sum of the others) / (sum of all)`` has no cancellation where p_t is nearly 1.
 - Smoothing is of rank one: ``e sum_k w^_k / K`` is one vector of D numbers, never a term of a tile.
-- The running maximum is raised (and the sums rescaled) only by a step of more than 2^SLACK, so after the first tiles of
-  a row it costs one comparison a tile. It therefore serves every scale, and a scale that lies on the device needs no
-  look by the host; a fixed offset for scale <= 64 would save only the maximum that the skipping needs anyway.
+- The running maximum is raised (and the sums rescaled) only by a step of more than 2^SLACK: after the first tiles of a
+  row it costs one comparison a tile. So it serves every scale, with no look by the host at a scale that lies on the
+  device; a fixed offset for scale <= 64 would save only the maximum that the skipping needs anyway.
 - A tile whose weights are all below ``2^log2_skip`` of their rows' mass does no second product. The running maximum is
   a lower bound of the mass from the first tile on, since it starts at the target's logit.
 - dw has no atomics: a program owns its columns and loops over rows; row splits write partials, added in a fixed order.
 
-Logits are in base 2 inside the kernels (exp2 is one instruction). ``label`` is the target, -1 where it is ignored and -2
-where it is out of range: such a row has no gradient, and the loss 0 or NaN.
+Logits are in base 2 inside the kernels (exp2 is one instruction). ``label`` is the target, -1 where it is ignored and
+-2 where it is out of range: such a row has no gradient, and the loss 0 or NaN.
 
-Operations for each of the N K elements beside the products, counted: about 10 forward, 10 in dw (scale 2, target 2,
-maximum 1, exp2 1, sum or weight 1, conversion 1). PREDICTED, not measured (no kernel of this file has run on a GPU yet), for
-one H200 at N = 65536, K = 4096, D = 256, bfloat16: products 0.70 ms at 790 TFLOP/s (the floor), element work 2 x 0.09 ms
-where it does not overlap with them, norms, order and partials 0.06 ms: 0.85-0.95 ms or 1.2-1.4 times the floor; at D = 64
-(products 0.17 ms, element work 0.19 ms and bound by it) 0.30-0.40 ms; peaked rows skip both second products: 0.50-0.55 ms at
-D = 256. Chunked, D = 768: products 2.1 ms, 10 bytes of L2 traffic an element 0.7 ms: 2.6-3.0 ms.
+Operations for each of the N K elements beside the products, counted: about 10 forward and 10 in dw (scale 2, target 2,
+maximum 1, exp2 1, sum or weight 2, conversion 1); bytes: h and w once for each tile that owns rows of the other, from
+L2, and 8 N D of device memory. PREDICTED, not measured (no kernel of this file has run on a GPU yet), for one H200 at
+N = 65536, K = 4096, bfloat16, forward and backward:
+
+- D = 256: products 0.70 ms at 790 TFLOP/s (the floor); element work 2 x 0.09 ms where it does not overlap with them;
+  norms, order and partials 0.06 ms. 0.85-0.95 ms, 1.2-1.4 times the floor; peaked (9 tiles in 10 skipped) 0.50-0.55.
+- D = 64: products 0.17 ms, element work 0.19 ms, which binds. 0.30-0.40 ms.
+- D = 768, chunked: products 2.1 ms, 10 bytes of L2 traffic an element in the epilogues 0.7 ms. 2.6-3.0 ms.
 """
 
 from __future__ import annotations
@@ -41,7 +44,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 SLACK = tl.constexpr(8.0)  # weights stay below 2^8 (and float16 ones, times their gain of 2^6, below its largest)
 IGNORED = tl.constexpr(-1)
 WILD = tl.constexpr(-2)
-PER_ROW = ["p_rnorm_h", "p_logit", "p_extra", "p_label", "p_loss", "p_lse", "p_residue", "p_upstream"]  # slices of a chunk
+# Slices of a chunk, read one number a program: their alignment changes nothing, and would only compile kernels twice.
+PER_ROW = ["p_rnorm_h", "p_logit", "p_extra", "p_label", "p_loss", "p_lse", "p_residue", "p_upstream"]
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -83,9 +87,9 @@ def target_kernel(p_h, p_w, p_target, p_scale, p_centre, p_rnorm, p_logit, p_ext
                   stride_w, ignore_index, eps, smoothing, b_n: tl.constexpr, b_d: tl.constexpr):
     """All that a row knows before it meets the codebook: its norm, its target's logit, its part of the order.
 
-    centre (D,) is e mean_k w^_k. Writes rnorm, logit (base 2), extra = e s_t - e mean_k s_k (natural), label and key (N,).
-    Rows of one key share tiles: first those whose target is not near (their softmax is flat), then those whose target is
-    (cosine >= 1/2: most of a tile's weights are negligible), by target, so that few tiles hold targets; last the ignored.
+    centre (D,) is e mean_k w^_k. Writes rnorm, logit (base 2), extra = e s_t - e mean_k s_k (natural), label, key (N,).
+    Rows of near keys share tiles: first those far from their target (a flat softmax), then those near it (cosine >=
+    1/2: most of a tile's weights are negligible), by target, so that few tiles hold targets; last the ignored.
     """
     o_n = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
     m_n = o_n < N
@@ -99,7 +103,8 @@ def target_kernel(p_h, p_w, p_target, p_scale, p_centre, p_rnorm, p_logit, p_ext
         o_d = start + tl.arange(0, b_d)
         m_d = o_d < D
         h = tl.load(p_h + o_n[:, None] * stride_h + o_d[None, :], mask=m_n[:, None] & m_d[None, :], other=0.0)
-        w = tl.load(p_w + target[:, None] * stride_w + o_d[None, :], mask=(m_n & known)[:, None] & m_d[None, :], other=0.0)
+        m_w = (m_n & known)[:, None] & m_d[None, :]
+        w = tl.load(p_w + target[:, None] * stride_w + o_d[None, :], mask=m_w, other=0.0)
         centre = tl.load(p_centre + o_d, mask=m_d, other=0.0)
         h = h.to(tl.float32)
         w = w.to(tl.float32)
@@ -124,7 +129,7 @@ def target_kernel(p_h, p_w, p_target, p_scale, p_centre, p_rnorm, p_logit, p_ext
 def finish_loss(top, others, logit, extra, label, smoothing):
     """Maximum and sum of the others' weights -> loss, base-2 log-sum-exp, g_t, all of the row's.
 
-    log(u) + (others - (u - own)) / u is log(own + others) with the part of ``others`` that u, their sum, has rounded away.
+    log(u) + (others - (u - own)) / u is log(own + others) with the part of others that u, their sum, has rounded away.
     """
     own = tl.exp2(logit - top)
     total = own + others
@@ -135,14 +140,13 @@ def finish_loss(top, others, logit, extra, label, smoothing):
 
 
 @triton.jit(do_not_specialize=["N", "K"])
-def flash_forward_kernel(p_h, p_w, p_rnorm_h, p_rnorm_w, p_logit, p_extra, p_label, p_order, p_scale, p_gain, p_loss, p_lse,
-                         p_residue, p_mean, N, K, D, stride_h, stride_w, smoothing, log2_skip, with_grad: tl.constexpr,
-                         b_n: tl.constexpr, b_k: tl.constexpr, b_d: tl.constexpr):
-    """h (N, D), w (K, D) -> loss (N,); with_grad: lse (N,), residue g_t (N,), mean = sum over k != t of p_k w^_k (N, D),
-    by slot.
+def flash_forward_kernel(p_h, p_w, p_rnorm_h, p_rnorm_w, p_logit, p_extra, p_label, p_order, p_scale, p_gain, p_loss,
+                         p_lse, p_residue, p_mean, N, K, D, stride_h, stride_w, smoothing, log2_skip,
+                         with_grad: tl.constexpr, b_n: tl.constexpr, b_k: tl.constexpr, b_d: tl.constexpr):
+    """h (N, D), w (K, D) -> loss (N,); with_grad: lse, residue g_t (N,), mean = sum_(k != t) p_k w^_k (N, D) by slot.
 
-    A program owns b_n rows. Kept in registers: the mean, maximum and sum of each; h in shared memory. A slot is a place in
-    the order; rows are not stored where they were read, since 64-bit addresses kept for that would cost 32 registers.
+    A program owns b_n rows. Kept in registers: the mean, maximum and sum of each; h in shared memory. A slot is a place
+    in the order: to store rows where they were read, 64-bit addresses would take 32 registers all through the loop.
     """
     o_slot = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
     m_n = o_slot < N
@@ -195,8 +199,9 @@ def flash_forward_kernel(p_h, p_w, p_rnorm_h, p_rnorm_w, p_logit, p_extra, p_lab
 
 
 @triton.jit(do_not_specialize=["N"])
-def flash_hidden_kernel(p_mean, p_h, p_w, p_rnorm_h, p_rnorm_w, p_residue, p_upstream, p_label, p_order, p_scale, p_centre,
-                        p_out, p_radial, N, D, width, stride_h, stride_w, eps, b_n: tl.constexpr, b_d: tl.constexpr):
+def flash_hidden_kernel(p_mean, p_h, p_w, p_rnorm_h, p_rnorm_w, p_residue, p_upstream, p_label, p_order, p_scale,
+                        p_centre, p_out, p_radial, N, D, width, stride_h, stride_w, eps, b_n: tl.constexpr,
+                        b_d: tl.constexpr):
     """mean (N, D) by slot -> dh (N, width), radial_n = u_n h^_n . o_n (N,), both by row; width <= D <= b_d."""
     o_slot = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
     m_n = o_slot < N
@@ -222,8 +227,9 @@ def flash_hidden_kernel(p_mean, p_h, p_w, p_rnorm_h, p_rnorm_w, p_residue, p_ups
 
 
 @triton.jit(do_not_specialize=["N", "K"])
-def flash_weight_kernel(p_h, p_w, p_rnorm_h, p_rnorm_w, p_lse, p_residue, p_upstream, p_label, p_order, p_scale, p_partial,
-                        N, K, D, stride_h, stride_w, skip, b_k: tl.constexpr, b_n: tl.constexpr, b_d: tl.constexpr):
+def flash_weight_kernel(p_h, p_w, p_rnorm_h, p_rnorm_w, p_lse, p_residue, p_upstream, p_label, p_order, p_scale,
+                        p_partial, N, K, D, stride_h, stride_w, skip, b_k: tl.constexpr, b_n: tl.constexpr,
+                        b_d: tl.constexpr):
     """-> partial (splits, K, D): sum_n upstream_n (p_nk - (1 - e) [k = t]) h_n over every splits-th tile of rows.
 
     upstream (N,) is u_n rh_n (times the gain that keeps float16 in range). A program owns b_k columns of one split.
@@ -261,8 +267,8 @@ def finish_kernel(p_partial, p_x, p_rnorm, p_scale, p_gain, p_centre, p_out, p_p
                   eps, scaled: tl.constexpr, b_n: tl.constexpr, b_d: tl.constexpr):
     """partial (splits, N, D), x (N, D) -> out (N, width) = scale rx (I - x^ x^T) (sum partial / gain - centre).
 
-    The end of dw, and of dh in the chunked form, where rx is in the partials already (``scaled``); product (N,) is x . sum
-    there. width <= D <= b_d.
+    The end of dw, and of dh in the chunked form, where rx is in the partials already (``scaled``) and product (N,), x .
+    partial, is wanted too. width <= D <= b_d.
     """
     o_n = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
     o_d = tl.arange(0, b_d)
