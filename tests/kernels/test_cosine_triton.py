@@ -1,7 +1,7 @@
 """The Triton cosine cross-entropy against float64: on a GPU where there is one, else in Triton's interpreter.
 
-The interpreter must be chosen before Triton is imported, so without a GPU one test runs this file in a process of its own.
-There bfloat16 is left out (the interpreter's tl.dot multiplies its raw bits) and float32 goes through the flash form too.
+The interpreter must be chosen before Triton is imported, so without a GPU one test runs this file in a process of its
+own. There bfloat16 is left out (the interpreter's tl.dot multiplies its raw bits), and float32 goes through both forms.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def ours(h: Tensor, weight: Tensor, target: Tensor, scale: Tensor, ignore_index:
     return triton.cosine_cross_entropy(h, weight, target, scale, ignore_index, reduction, label_smoothing, eps)
 
 
-def loss_and_gradients(function, h: Tensor, weight: Tensor, target: Tensor, scale: float,  # type: ignore[no-untyped-def]
+def loss_and_gradients(function, h: Tensor, weight: Tensor, target: Tensor, scale: float,
                        dtype: torch.dtype | None = None, **options: object) -> list[Tensor]:
     """With an upstream gradient of its own for every loss, the same for every call."""
     h, weight = (x.detach().to(dtype or x.dtype).requires_grad_() for x in (h, weight))
@@ -92,7 +92,7 @@ def assert_exact(h: Tensor, weight: Tensor, target: Tensor, scale: float, **opti
     expected = loss_and_gradients(exact, h, weight, target, scale, torch.float64, **options)
     assert error(actual[0], expected[0], floor=0.01 + abs(scale) / 20) < 2e-5  # a loss near 0 is a difference of logits
     for gradient, truth, name in zip(actual[1:], expected[1:], ("dh", "dweight", "dscale"), strict=True):
-        # where a gradient cancels to nothing, what it is summed from (of the size of p, times the norms) is still rounded
+        # where a gradient cancels to nothing, what it is summed from is still rounded
         assert error(gradient, truth, floor=1e-3) < TOLERANCE[h.dtype], name
 
 
@@ -156,8 +156,8 @@ def test_nothing_to_learn_from(form: str) -> None:
     assert not loss.any() and not any(gradient.any() for gradient in gradients)
     assert ours(h, weight, torch.full_like(target, -100), torch.tensor(1.0, device=DEVICE)).isnan()
     for rows, codes in ((0, 6), (0, 0), (5, 0)):
-        loss, dh, dweight, dscale = loss_and_gradients(ours, h[:rows], weight[:codes], torch.full_like(target[:rows], -100),
-                                                       30.0, reduction="sum")
+        ignored = torch.full_like(target[:rows], -100)
+        loss, dh, dweight, dscale = loss_and_gradients(ours, h[:rows], weight[:codes], ignored, 30.0, reduction="sum")
         assert loss == 0 and dh.shape == (rows, 4) and dweight.shape == (codes, 4) and dscale == 0
         assert not dh.any() and not dweight.any()
 
@@ -266,7 +266,8 @@ def test_gradients_only_where_asked(form: str) -> None:
 @runs
 def test_public_op_autocast_and_leading_dimensions(form: str) -> None:
     h, weight, target = inputs(24, 8, 12)
-    loss = cosine_cross_entropy(h.view(2, 3, 4, 8), weight, target.view(2, 3, 4), 20.0, reduction="none", backend="triton")
+    loss = cosine_cross_entropy(h.view(2, 3, 4, 8), weight, target.view(2, 3, 4), 20.0, reduction="none",
+                                backend="triton")
     truth = exact(h.double(), weight.double(), target, 20.0, reduction="none")
     assert loss.shape == (2, 3, 4) and error(loss.flatten(), truth) < 2e-5
     with torch.autocast(DEVICE, torch.float16):
@@ -278,8 +279,8 @@ def test_public_op_autocast_and_leading_dimensions(form: str) -> None:
 @runs
 def test_operator_registration(form: str) -> None:
     h, weight, target = inputs(9, 5, 11)
-    arguments = (h.requires_grad_(), weight.requires_grad_(), target, torch.tensor(20.0, device=DEVICE, requires_grad=True),
-                 -100, 0.1, 1e-12, True)
+    gamma = torch.tensor(20.0, device=DEVICE, requires_grad=True)
+    arguments = (h.requires_grad_(), weight.requires_grad_(), target, gamma, -100, 0.1, 1e-12, True)
     torch.library.opcheck(torch.ops.dgi_kernels.cosine_loss_triton.default, arguments)
 
 
