@@ -176,5 +176,5 @@ class _AcrossRanks(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         share, owned = ctx.saved_tensors
-        upstream = upstream.repeat(world_size(ctx.group)) if ctx.sharded else upstream
+        upstream = all_gather(upstream, ctx.group) if ctx.sharded else upstream
         return upstream * share, upstream * (share - owned.to(share.dtype)), upstream, None, None, None
