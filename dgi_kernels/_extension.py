@@ -26,6 +26,9 @@ def _load() -> str | None:
         return f"{LIBRARY} was found but could not be loaded by torch {torch.__version__}: {error}"
     torch.library.register_fake("dgi_kernels::gumbel_noise", _fake_gumbel_noise)
     torch.library.register_fake("dgi_kernels::trie_sort", _fake_trie_sort)
+    torch.library.register_fake("dgi_kernels::cosine_logits", _fake_cosine_logits)
+    torch.library.register_fake("dgi_kernels::cosine_logits_backward", _fake_cosine_logits_backward)
+    torch.library.register_fake("dgi_kernels::cosine_cross_entropy", _fake_cosine_cross_entropy)
     return None
 
 
@@ -35,6 +38,27 @@ def _fake_gumbel_noise(seed: Tensor, level: int, stream: int, row_offset: int, r
 
 def _fake_trie_sort(codes: Tensor) -> tuple[Tensor, Tensor]:
     return codes.new_empty(codes.shape[0]), codes.new_empty(codes.shape[0])
+
+
+def _fake_cosine_logits(h: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tensor:
+    return h.new_empty((h.shape[0], weight.shape[0]))
+
+
+def _fake_cosine_gradients(h: Tensor, weight: Tensor, scale: Tensor, *wanted: bool) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(x) if want else x.new_empty(0, dtype=torch.float32)
+                 for x, want in zip((h, weight, scale), wanted, strict=True))
+
+
+def _fake_cosine_logits_backward(dlogits: Tensor, h: Tensor, weight: Tensor, scale: Tensor, eps: float, wants_h: bool,
+                                 wants_weight: bool, wants_scale: bool) -> tuple[Tensor, ...]:
+    return _fake_cosine_gradients(h, weight, scale, wants_h, wants_weight, wants_scale)
+
+
+def _fake_cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: Tensor, upstream: Tensor | None,
+                               ignore_index: int, reduction: int, label_smoothing: float, eps: float, wants_h: bool,
+                               wants_weight: bool, wants_scale: bool) -> tuple[Tensor, ...]:
+    loss = scale.new_empty((h.shape[0],) if reduction == 0 else ())
+    return loss, *_fake_cosine_gradients(h, weight, scale, wants_h, wants_weight, wants_scale)
 
 
 load_error: str | None = _load()

@@ -1,0 +1,489 @@
+// Scaled cosine logits and their cross-entropy on the CPU, with all gradients from one pass.
+//
+//   s_nk = scale h^_n . e^_k,   x^ = x / max(||x||, eps)
+//
+// Rows are taken in blocks: X = scale h^ of the block is the only copy that is normalised. With T_nk = g_nk rnorm_k, where
+// g = dL/ds, one tile serves both products:
+//   S = X E^T (then T in its place),   dL/dh^ = scale T E,   V += T^T X = dL/de^ / rnorm,
+// and at the end dh and dE lose their radial part, and dscale = sum_n h^_n . (T E)_n comes free. Nothing is recomputed.
+// Rows whose softmax is peaked leave the tile as short lists (dgi/softmax_row.h); the other rows stay, move up, and are
+// multiplied once enough have gathered.
+//
+// 6 N K D operations (2 N K D and those of the lists where rows are peaked), the tile of kTileRows x K in the cache, V in
+// place of dE. HEADER_FIGURES
+//
+// Blocks and the rows within them are worked off in fixed order, so the same inputs give the same bits on any number of
+// threads, as far as torch's matrix product does.
+#include "cosine.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "host.h"
+#include "isa.h"
+#include "dgi/softmax_row.h"
+#include "dgi/vector.h"
+
+namespace dgi::cpu {
+namespace {
+
+// Rows of a range that make a second thread worth its start: about 0.05 ms of work.
+int64_t grain(int64_t elements_per_row) { return std::max<int64_t>(1, 65536 / std::max<int64_t>(1, elements_per_row)); }
+
+// E in the compute dtype, and the reciprocal norms of its rows.
+template <class Stored>
+class Codebook {
+ public:
+  using Real = Compute<Stored>;
+
+  explicit Codebook(const Cosine<Stored>& in)
+      : codes(in.codes), dim(in.dim), stored_(in.weight), rnorm_(make_buffer<Real>(codes)) {
+    if constexpr (!std::is_same_v<Stored, Real>) converted_ = make_buffer<Real>(codes * dim);
+    parallel_for(codes, grain(dim), [&](int64_t first, int64_t last) {
+      with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
+        for (int64_t k = first; k < last; ++k) {
+          rnorm_[k] = reciprocal_norm<fused.value>(stored_ + k * dim, dim, in.eps);
+          if constexpr (!std::is_same_v<Stored, Real>) {
+            for (int64_t d = 0; d < dim; ++d) converted_[k * dim + d] = load(stored_[k * dim + d]);
+          }
+        }
+      });
+    });
+  }
+
+  const Real* rnorm() const { return rnorm_.get(); }
+
+  const Real* vectors() const {
+    if constexpr (std::is_same_v<Stored, Real>) {
+      return stored_;
+    } else {
+      return converted_.get();
+    }
+  }
+
+  Matrix<Real> matrix() const { return {const_cast<Real*>(vectors()), codes, dim}; }
+
+  // sum_k e^_k, whatever the number of threads in the same order.
+  std::vector<Real> sum_of_unit_vectors() const {
+    constexpr int64_t kRun = 64;
+    const int64_t runs = (codes + kRun - 1) / kRun;
+    std::vector<Real> partial(runs * dim, 0), sum(dim, 0);
+    parallel_for(runs, grain(kRun * dim), [&](int64_t first, int64_t last) {
+      with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
+        for (int64_t k = first * kRun; k < std::min(last * kRun, codes); ++k) {
+          Real* const out = partial.data() + k / kRun * dim;
+          const Real *row = vectors() + k * dim, factor = rnorm_[k];
+#pragma omp simd
+          for (int64_t d = 0; d < dim; ++d) out[d] = multiply_add<fused.value>(factor, row[d], out[d]);
+        }
+      });
+    });
+    for (int64_t run = 0; run < runs; ++run) {
+      for (int64_t d = 0; d < dim; ++d) sum[d] += partial[run * dim + d];
+    }
+    return sum;
+  }
+
+  const int64_t codes, dim;
+
+ private:
+  const Stored* stored_;
+  Buffer<Real> rnorm_, converted_;
+};
+
+// Rows of h on their way through the tile. A slot holds one row: its number, 1 / norm, X = scale h^, and the tile's row.
+template <class Stored>
+class Tile {
+ public:
+  using Real = Compute<Stored>;
+
+  Tile(const Cosine<Stored>& in, int64_t capacity)
+      : capacity(capacity), in_(in), row_(capacity), rnorm_(make_buffer<Real>(capacity)),
+        x_(make_buffer<Real>(capacity * in.dim)), values_(make_buffer<Real>(capacity * in.codes)) {}
+
+  int64_t row_of(int64_t slot) const { return row_[slot]; }
+  Real rnorm(int64_t slot) const { return rnorm_[slot]; }
+  const Real* x(int64_t slot) const { return x_.get() + slot * in_.dim; }
+  Real* values(int64_t slot) const { return values_.get() + slot * in_.codes; }
+  Matrix<Real> x_matrix(int64_t first, int64_t count) const { return {x_.get() + first * in_.dim, count, in_.dim}; }
+  Matrix<Real> matrix(int64_t first, int64_t count) const { return {values(first), count, in_.codes}; }
+
+  // Fills slots from `first` with the given rows of h, scaled and normalised.
+  void load_rows(int64_t first, const int64_t* rows, int64_t count) {
+    parallel_for(count, grain(in_.dim), [&](int64_t begin, int64_t end) {
+      with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t slot = first + i;
+          const Stored* const h = in_.h + rows[i] * in_.dim;
+          row_[slot] = rows[i];
+          rnorm_[slot] = reciprocal_norm<fused.value>(h, in_.dim, in_.eps);
+          const Real factor = in_.scale, rnorm = rnorm_[slot];
+          Real* const out = x_.get() + slot * in_.dim;
+#pragma omp simd
+          for (int64_t d = 0; d < in_.dim; ++d) out[d] = factor * (rnorm * load(h[d]));
+        }
+      });
+    });
+  }
+
+  void move(int64_t from, int64_t to) {
+    if (from == to) return;
+    row_[to] = row_[from];
+    rnorm_[to] = rnorm_[from];
+    std::copy_n(x(from), in_.dim, x_.get() + to * in_.dim);
+    std::copy_n(values(from), in_.codes, values(to));
+  }
+
+  const int64_t capacity;
+
+ private:
+  const Cosine<Stored>& in_;
+  std::vector<int64_t> row_;
+  Buffer<Real> rnorm_, x_, values_;
+};
+
+// What a block of rows with peaked softmaxes leaves behind.
+template <class Real>
+class Lists {
+ public:
+  Lists(int64_t rows, int64_t limit)
+      : limit(limit), lists_(rows), index_(make_buffer<int32_t>(rows * list_capacity(limit))),
+        value_(make_buffer<Real>(rows * list_capacity(limit))) {
+    for (int64_t i = 0; i < rows; ++i) {
+      lists_[i] = {index_.get() + i * list_capacity(limit), value_.get() + i * list_capacity(limit), 0, 0.0};
+    }
+  }
+
+  SparseRow<Real>& operator[](int64_t i) { return lists_[i]; }
+  const SparseRow<Real>& operator[](int64_t i) const { return lists_[i]; }
+
+  const int64_t limit;  // entries of a list
+
+ private:
+  std::vector<SparseRow<Real>> lists_;
+  Buffer<int32_t> index_;
+  Buffer<Real> value_;
+};
+
+// Turns tiles T, and lists, into dh, dweight and dscale.
+template <class Stored>
+class Backward {
+ public:
+  using Real = Compute<Stored>;
+
+  Backward(const Cosine<Stored>& in, const Codebook<Stored>& codebook, const CosineGradients<Stored>& out,
+           int64_t capacity)
+      : in_(in), codebook_(codebook), out_(out), along_(out.dscale ? in.rows : 0) {
+    if (wants_rows()) u_ = make_buffer<Real>(capacity * in.dim);
+    if (out.dweight == nullptr) return;
+    if constexpr (std::is_same_v<Stored, Real>) {
+      v_ = out.dweight;
+    } else {
+      own_v_ = make_buffer<Real>(in.codes * in.dim);
+      v_ = own_v_.get();
+    }
+  }
+
+  // The first `count` slots of the tile hold T.
+  void add_tile(const Tile<Stored>& tile, int64_t count) {
+    if (count == 0) return;
+    if (wants_rows()) {
+      matrix_product(tile.matrix(0, count), codebook_.matrix(), {u_.get(), count, in_.dim}, Into::kOverwrite);
+      parallel_for(count, grain(in_.dim), [&](int64_t first, int64_t last) {
+        with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
+          for (int64_t slot = first; slot < last; ++slot) {
+            const Real* const u = u_.get() + slot * in_.dim;
+            const int64_t row = tile.row_of(slot);
+            set_along(row, tile.rnorm(slot) * dot<fused.value>(in_.h + row * in_.dim, u, in_.dim));
+            if (out_.dh != nullptr) finish_dh<fused.value>(tile, slot, u);
+          }
+        });
+      });
+    }
+    if (out_.dweight != nullptr) {
+      matrix_product(tile.matrix(0, count).transposed(), tile.x_matrix(0, count), {v_, in_.codes, in_.dim},
+                     v_is_set_ ? Into::kAdd : Into::kOverwrite);
+      v_is_set_ = true;
+    }
+  }
+
+  // h^ . dL/dh^ / scale of a row whose list does not tell it.
+  void set_along(int64_t row, double along) {
+    if (out_.dscale != nullptr) along_[row] = along;
+  }
+
+  // `members` of the rows from slot `first` on left lists instead of T.
+  void add_lists(const Tile<Stored>& tile, const Lists<Real>& lists, int64_t first, const std::vector<int64_t>& members) {
+    if (members.empty()) return;
+    if (out_.dh != nullptr) add_lists_to_rows(tile, lists, first, members);
+    if (out_.dweight != nullptr) add_lists_to_codes(tile, lists, first, members);
+  }
+
+  // dweight loses its radial part and takes its dtype; dscale is summed up.
+  void finish() {
+    if (out_.dscale != nullptr) {
+      double sum = 0;
+      for (double along : along_) sum += along;
+      *out_.dscale = static_cast<Real>(sum);
+    }
+    if (out_.dweight == nullptr) return;
+    parallel_for(in_.codes, grain(in_.dim), [&](int64_t first, int64_t last) {
+      with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
+        for (int64_t k = first; k < last; ++k) {
+          const Real rnorm = codebook_.rnorm()[k];
+          Real* const v = v_ + k * in_.dim;
+          if (!v_is_set_) std::fill_n(v, in_.dim, Real{0});
+          if (!even_.empty()) {
+#pragma omp simd
+            for (int64_t d = 0; d < in_.dim; ++d) v[d] = multiply_add<fused.value>(rnorm, even_[d], v[d]);
+          }
+          // V = rnorm dL/de^ already.
+          through_normalization<fused.value>(in_.weight + k * in_.dim, v, in_.dim, rnorm, in_.eps, Real{1},
+                                             out_.dweight + k * in_.dim);
+        }
+      });
+    });
+  }
+
+ private:
+  bool wants_rows() const { return out_.dh != nullptr || out_.dscale != nullptr; }
+
+  void add_lists_to_rows(const Tile<Stored>& tile, const Lists<Real>& lists, int64_t first,
+                         const std::vector<int64_t>& members) {
+    if (unit_sum_.empty()) unit_sum_ = codebook_.sum_of_unit_vectors();
+    parallel_for(members.size(), grain(16 * in_.dim), [&](int64_t begin, int64_t end) {
+      const Buffer<Real> u = make_buffer<Real>(in_.dim);
+      with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
+        for (int64_t m = begin; m < end; ++m) {
+          const SparseRow<Real>& list = lists[members[m]];
+          const Real even = static_cast<Real>(list.even);
+          for (int64_t d = 0; d < in_.dim; ++d) u[d] = even * unit_sum_[d];
+          add_rows<fused.value>(list.index, list.value, list.count, codebook_.vectors(), in_.dim, u.get());
+          finish_dh<fused.value>(tile, first + members[m], u.get());
+        }
+      });
+    });
+  }
+
+  // Each thread has codes of its own, and each code takes the rows in order.
+  void add_lists_to_codes(const Tile<Stored>& tile, const Lists<Real>& lists, int64_t first,
+                          const std::vector<int64_t>& members) {
+    if (!v_is_set_) std::fill_n(v_, in_.codes * in_.dim, Real{0});
+    v_is_set_ = true;
+    even_.resize(in_.dim, Real{0});
+    int64_t entries = 0;
+    for (int64_t i : members) {
+      const Real even = static_cast<Real>(lists[i].even);
+      const Real* const x = tile.x(first + i);
+      for (int64_t d = 0; d < in_.dim; ++d) even_[d] += even * x[d];
+      entries += lists[i].count;
+    }
+    parallel_for(in_.codes, grain(entries * in_.dim / in_.codes), [&](int64_t begin, int64_t end) {
+      with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
+        for (int64_t i : members) {
+          const SparseRow<Real>& list = lists[i];
+          const Real* const x = tile.x(first + i);
+          int64_t j = std::lower_bound(list.index, list.index + list.count, begin) - list.index;
+          for (; j < list.count && list.index[j] < end; ++j) {
+            Real* const v = v_ + list.index[j] * in_.dim;
+            const Real value = list.value[j];
+#pragma omp simd
+            for (int64_t d = 0; d < in_.dim; ++d) v[d] = multiply_add<fused.value>(value, x[d], v[d]);
+          }
+        }
+      });
+    });
+  }
+
+  // u = dL/dh^ / scale of the row in a slot.
+  template <bool kFused>
+  DGI_ALWAYS_INLINE void finish_dh(const Tile<Stored>& tile, int64_t slot, const Real* u) {
+    const int64_t row = tile.row_of(slot);
+    through_normalization<kFused>(in_.h + row * in_.dim, u, in_.dim, tile.rnorm(slot), in_.eps,
+                                  in_.scale * tile.rnorm(slot), out_.dh + row * in_.dim);
+  }
+
+  const Cosine<Stored>& in_;
+  const Codebook<Stored>& codebook_;
+  const CosineGradients<Stored>& out_;
+  std::vector<double> along_;   // h^ . dL/dh^ / scale of every row
+  Buffer<Real> u_, own_v_;
+  Real* v_ = nullptr;
+  bool v_is_set_ = false;
+  std::vector<Real> unit_sum_;  // sum_k e^_k
+  std::vector<Real> even_;      // what every code gets alike of the lists: sum_n v_n X_n
+};
+
+// Rows that are multiplied at once: enough for an efficient product, few enough that the tile stays in the cache.
+int64_t block_rows(int64_t rows, int64_t codes) {
+  constexpr int64_t kElements = int64_t{1} << 20;
+  const int64_t fit = kElements / std::max<int64_t>(1, codes) / 16 * 16;
+  return std::max<int64_t>(1, std::min(rows, std::clamp<int64_t>(fit, 128, 256)));
+}
+
+// With more entries than this a list saves nothing over its row of a matrix product.
+template <class Real>
+int64_t list_limit(int64_t codes) {
+  return std::is_same_v<Real, float> ? std::min<int64_t>(codes / 16, 1024) : 0;
+}
+
+template <class Real>
+double weight_of(const CrossEntropy<Real>& options, int64_t row, double uniform) {
+  return options.reduction == Reduction::kNone && options.upstream ? static_cast<double>(options.upstream[row]) : uniform;
+}
+
+}  // namespace
+
+template <class Stored>
+void cosine_logits(const Cosine<Stored>& in, Stored* out) {
+  using Real = Compute<Stored>;
+  const Codebook<Stored> codebook(in);
+  const int64_t block = block_rows(in.rows, in.codes);
+  Tile<Stored> tile(in, block);
+  std::vector<int64_t> rows(block);
+  for (int64_t begin = 0; begin < in.rows; begin += block) {
+    const int64_t count = std::min(block, in.rows - begin);
+    std::iota(rows.begin(), rows.begin() + count, begin);
+    tile.load_rows(0, rows.data(), count);
+    matrix_product(tile.x_matrix(0, count), codebook.matrix().transposed(), tile.matrix(0, count), Into::kOverwrite);
+    parallel_for(count, grain(in.codes), [&](int64_t first, int64_t last) {
+      with_best_instructions([&](auto) DGI_ALWAYS_INLINE {
+        for (int64_t i = first; i < last; ++i) {
+          const Real *const s = tile.values(i), *const rnorm = codebook.rnorm();
+          Stored* const logits = out + (begin + i) * in.codes;
+#pragma omp simd
+          for (int64_t k = 0; k < in.codes; ++k) store(s[k] * rnorm[k], logits[k]);
+        }
+      });
+    });
+  }
+}
+
+template <class Stored>
+void cosine_logits_backward(const Cosine<Stored>& in, const Stored* dlogits, const CosineGradients<Stored>& out) {
+  using Real = Compute<Stored>;
+  const Codebook<Stored> codebook(in);
+  const int64_t block = block_rows(in.rows, in.codes);
+  Tile<Stored> tile(in, block);
+  Backward<Stored> backward(in, codebook, out, block);
+  std::vector<int64_t> rows(block);
+  for (int64_t begin = 0; begin < in.rows; begin += block) {
+    const int64_t count = std::min(block, in.rows - begin);
+    std::iota(rows.begin(), rows.begin() + count, begin);
+    tile.load_rows(0, rows.data(), count);
+    parallel_for(count, grain(in.codes), [&](int64_t first, int64_t last) {
+      with_best_instructions([&](auto) DGI_ALWAYS_INLINE {
+        for (int64_t i = first; i < last; ++i) {
+          const Stored* const g = dlogits + (begin + i) * in.codes;
+          const Real* const rnorm = codebook.rnorm();
+          Real* const t = tile.values(i);
+#pragma omp simd
+          for (int64_t k = 0; k < in.codes; ++k) t[k] = load(g[k]) * rnorm[k];
+        }
+      });
+    });
+    backward.add_tile(tile, count);
+  }
+  backward.finish();
+}
+
+template <class Stored>
+void cosine_cross_entropy(const Cosine<Stored>& in, const CrossEntropy<Compute<Stored>>& options, Compute<Stored>* loss,
+                          const CosineGradients<Stored>& gradients) {
+  using Real = Compute<Stored>;
+  const bool per_row = options.reduction == Reduction::kNone;
+  if (per_row) std::fill_n(loss, in.rows, Real{0});
+  if (gradients.dh != nullptr) std::fill_n(gradients.dh, in.rows * in.dim, Stored{});
+
+  double total = 0;
+  std::vector<int64_t> active;  // rows with work to do
+  int64_t counted = 0;
+  for (int64_t n = 0; n < in.rows; ++n) {
+    const int64_t target = options.target[n];
+    if (target == options.ignore_index) continue;
+    ++counted;
+    if (target < 0 || target >= in.codes) {
+      total = std::numeric_limits<double>::quiet_NaN();
+      if (per_row) loss[n] = std::numeric_limits<Real>::quiet_NaN();
+    } else {
+      active.push_back(n);
+    }
+  }
+  const double uniform = options.reduction == Reduction::kMean ? 1.0 / static_cast<double>(counted) : 1.0;
+  const SoftmaxOptions softmax{options.smoothing, std::abs(static_cast<double>(in.scale)) > kMaxScaleWithoutMaximum};
+
+  const int64_t rows = static_cast<int64_t>(active.size()), block = block_rows(rows, in.codes);
+  const int64_t limit = gradients.any() ? list_limit<Real>(in.codes) : 0;
+  const int64_t capacity = limit > 0 ? std::min(rows, block + block / 2) : block;
+  const Codebook<Stored> codebook(in);
+  Tile<Stored> tile(in, std::max<int64_t>(1, capacity));
+  Lists<Real> lists(limit > 0 ? block : 0, limit);
+  Backward<Stored> backward(in, codebook, gradients, capacity);
+  std::vector<double> losses(block);
+  std::vector<char> is_sparse(block);
+  std::vector<int64_t> sparse;
+  int64_t filled = 0;  // slots that hold T of rows before this block
+  for (int64_t begin = 0; begin < rows;) {
+    const int64_t count = std::min({block, rows - begin, capacity - filled});
+    tile.load_rows(filled, active.data() + begin, count);
+    matrix_product(tile.x_matrix(filled, count), codebook.matrix().transposed(), tile.matrix(filled, count),
+                   Into::kOverwrite);
+    parallel_for(count, grain(4 * in.codes), [&](int64_t first, int64_t last) {
+      with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
+        for (int64_t i = first; i < last; ++i) {
+          const int64_t n = tile.row_of(filled + i);
+          const SoftmaxRow<Real> row{tile.values(filled + i), codebook.rnorm(), in.codes, options.target[n]};
+          const SoftmaxSums sums = softmax_row<fused.value>(row, softmax, &losses[i]);
+          if (!gradients.any()) continue;
+          const double weight = weight_of(options, n, uniform);
+          is_sparse[i] = limit > 0 && sparse_gradient_row<fused.value>(row, softmax, sums, weight, limit, lists[i]);
+          if (is_sparse[i]) {
+            backward.set_along(n, weight * sums.tilt / static_cast<double>(in.scale));  // peaked: scale is not 0
+          } else {
+            dense_gradient_row<fused.value>(row, softmax, sums, weight);
+          }
+        }
+      });
+    });
+    for (int64_t i = 0; i < count; ++i) {
+      if (per_row) loss[active[begin + i]] = static_cast<Real>(losses[i]);
+      total += losses[i];
+    }
+    begin += count;
+    if (!gradients.any()) continue;
+
+    sparse.clear();
+    for (int64_t i = 0; i < count; ++i) {
+      if (is_sparse[i]) sparse.push_back(i);
+    }
+    backward.add_lists(tile, lists, filled, sparse);
+    const int64_t first = filled;
+    for (int64_t i = 0; i < count; ++i) {
+      if (!is_sparse[i]) tile.move(first + i, filled++);
+    }
+    if (filled > capacity - block || begin == rows) {
+      backward.add_tile(tile, filled);
+      filled = 0;
+    }
+  }
+  if (!per_row) *loss = static_cast<Real>(options.reduction == Reduction::kMean ? total / static_cast<double>(counted) : total);
+  if (gradients.any()) backward.finish();
+}
+
+#define DGI_INSTANTIATE(Stored)                                                                                      \
+  template void cosine_logits(const Cosine<Stored>&, Stored*);                                                       \
+  template void cosine_logits_backward(const Cosine<Stored>&, const Stored*, const CosineGradients<Stored>&);        \
+  template void cosine_cross_entropy(const Cosine<Stored>&, const CrossEntropy<Compute<Stored>>&, Compute<Stored>*,  \
+                                     const CosineGradients<Stored>&);
+DGI_INSTANTIATE(float)
+DGI_INSTANTIATE(double)
+DGI_INSTANTIATE(BFloat16)
+DGI_INSTANTIATE(Float16)
+#undef DGI_INSTANTIATE
+
+}  // namespace dgi::cpu
