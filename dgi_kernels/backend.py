@@ -40,8 +40,8 @@ _FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64
 KERNELS: dict[str, dict[str, Kernel]] = {
     "cosine_logits": {"native": Kernel(frozenset({"cpu"}), _FLOATS)},
     "cosine_cross_entropy": {"native": Kernel(frozenset({"cpu"}), _FLOATS)},
-    "gumbel_softmax": {},
-    "residual_quantize": {},
+    "gumbel_softmax": {"native": Kernel(frozenset({"cpu"}), _FLOATS)},
+    "residual_quantize": {"native": Kernel(frozenset({"cpu"}), _FLOATS)},
     "gumbel_noise": {"native": Kernel(frozenset({"cpu"}))},
     "trie_build": {"native": Kernel(frozenset({"cpu"}))},
     "beam_step": {},
