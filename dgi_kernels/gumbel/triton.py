@@ -15,7 +15,8 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from dgi_kernels.cosine.triton import HALF, _add_product, _multiprocessors, _norms, _product, finish_block
+from dgi_kernels.cosine import triton as cosine
+from dgi_kernels.cosine.triton import Tiles, _add_product, _multiprocessors, _norms, _product, finish_block, uses_flash
 from dgi_kernels.gumbel import triton_chunks as chunks
 from dgi_kernels.gumbel import triton_kernels as kernels
 from dgi_kernels.gumbel.reference import ResidualQuantization
@@ -29,31 +30,31 @@ LOG2_SKIP = {torch.float32: -24.0, torch.float16: -22.0, torch.bfloat16: -20.0}
 
 
 class FlashConfig(NamedTuple):
-    """Tiles of the flash form for D <= b_d: the same rows by codes in every kernel, so that backward knows what to skip."""
+    """Tiles of the passes that own rows, forward and backward, and of the two that own codes.
 
-    b_d: int
-    rows: int
-    codes: int
-    warps: int
-    stages: int
+    What matters is noted for tiles of ``codes.step`` rows and ``codes.owned`` codes: multiples of these are what ``gradient``
+    owns, and divisors what it steps by.
+    """
+
+    forward: Tiles
+    gradient: Tiles
+    codes: Tiles
 
 
-# All that the launchers can choose: bench/gpu_code.py compiles each for every architecture. Leads, not yet measured.
-FLASH = (
-    FlashConfig(b_d=64, rows=64, codes=64, warps=4, stages=2),
-    FlashConfig(b_d=128, rows=64, codes=64, warps=8, stages=2),
-    FlashConfig(b_d=256, rows=64, codes=64, warps=8, stages=1),
-)
+# Architecture -> dimensions up to -> tiles: all that the launchers can choose, each compiled by bench/gpu_code.py. They are
+# the largest that spill no registers; which of these is fastest is to be measured. Others than 9 and 10 take those of 8.
+_TILES = FlashConfig(Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2), Tiles(128, 32, 8, 2))
+FLASH = {arch: {dim: _TILES for dim in (64, 128, 256)} for arch in (8, 9, 10)}
 CHUNK_BYTES = 32 << 20  # products and weights of one chunk: they stay in the L2 of an H100 or H200 (50 MB)
 CHUNK_STEP = 1024  # codes of one pass of the chunked epilogues
 ORDER_FROM = (4096, 512)  # rows and codes from which sorting rows costs less than the tiles it can save
 
 
-def flash_config(dim: int, dtype: torch.dtype) -> FlashConfig | None:
-    """The flash form's tiles, or None for the chunked form: float32, and beyond D = 256, as for the cosine cross-entropy."""
-    if dtype not in HALF:
-        return None
-    return next((config for config in FLASH if dim <= config.b_d), None)
+def flash_config(dim: int, device: torch.device) -> tuple[int, FlashConfig]:
+    """Dimensions of a tile, and the tiles, for vectors of ``dim`` dimensions."""
+    table = FLASH.get(cosine.architecture(device), FLASH[8])
+    b_d = min(largest for largest in table if dim <= largest)
+    return b_d, table[b_d]
 
 
 def residual_quantize(z: Tensor, codebooks: Sequence[Tensor], scale: float | Tensor, tau: float | Tensor, mode: str,
@@ -109,17 +110,19 @@ class Sampling:
 def _levels(sizes: Sequence[int], weight: Tensor, rnorm_e: Tensor, residuals: Tensor, codes: Tensor, sampled: Tensor,
             lse: Tensor, rnorm: Tensor, order: Tensor, largest: Tensor) -> Iterator[Level]:
     starts = [sum(sizes[:j]) for j in range(len(sizes))]
-    tiles = _tile_counts(residuals.shape[0], sizes, flash_config(weight.shape[1], weight.dtype))
+    tiles = _tile_counts(residuals, sizes)
     for j, (start, size) in enumerate(zip(starts, sizes, strict=True)):
         own = slice(start, start + size)
         yield Level(j, weight[own], rnorm_e[own], residuals[:, j], codes[:, j], sampled[:, j], lse[:, j], rnorm[:, j],
                     order[j], largest[sum(tiles[:j]):sum(tiles[:j + 1])])
 
 
-def _tile_counts(rows: int, sizes: Sequence[int], config: FlashConfig | None) -> list[int]:
-    if config is None:
+def _tile_counts(x: Tensor, sizes: Sequence[int]) -> list[int]:
+    """How many tiles :func:`kernels.usage_kernel` has for each level: none in the chunked form."""
+    if not uses_flash(x.shape[-1], x.dtype):
         return [0] * len(sizes)
-    return [triton.cdiv(rows, config.rows) * triton.cdiv(size, config.codes) for size in sizes]
+    tiles = flash_config(x.shape[-1], x.device)[1].codes
+    return [triton.cdiv(len(x), tiles.step) * triton.cdiv(size, tiles.owned) for size in sizes]
 
 
 @torch.library.custom_op("dgi_kernels::residual_quantize_triton", mutates_args=())
@@ -134,30 +137,27 @@ def _forward(z: Tensor, weight: Tensor, sizes: list[int], scale: Tensor, tau: Te
         usage.zero_()
         return outputs
     weight = weight.contiguous()
-    config = flash_config(weight.shape[1], weight.dtype)
     sampling = Sampling(scale, tau, seed, row_offset, eps, mode, noisy)
     rest = torch.empty_like(z, dtype=torch.float32, memory_format=torch.contiguous_format).copy_(z)
     usages = usage.split(sizes)
     with torch.cuda.device_of(z):
         _norms(weight, eps, rnorm_e)
-        for level in _levels(sizes, weight, rnorm_e, residuals, codes, sampled, lse, rnorm, order, largest):
-            out = usages[level.index]
-            if config is None:
-                _chunked_level(level, sampling, rest, quantized[:, level.index], out)
-            else:
-                _flash_level(config, level, sampling, rest, quantized[:, level.index], out, with_grad)
+        levels = list(_levels(sizes, weight, rnorm_e, residuals, codes, sampled, lse, rnorm, order, largest))
+        _emit(rest, None, None, None, levels[0], sampling)
+        for level, after in zip(levels, [*levels[1:], None], strict=True):
+            run = _flash_level if uses_flash(weight.shape[1], weight.dtype) else _chunked_level
+            mean = run(level, sampling, usages[level.index], with_grad)
+            _emit(rest, mean, level, quantized[:, level.index], after, sampling)
             if mode == HARD:
                 ones = torch.ones_like(level.codes)
-                out.copy_(torch.zeros_like(out, dtype=torch.int64).index_add_(0, level.codes, ones))
-            out.div_(rows)
+                usages[level.index].copy_(ones.new_zeros(len(level.e)).index_add_(0, level.codes, ones))
+    usage.div_(rows)
     return outputs
 
 
 def _empty_outputs(z: Tensor, weight: Tensor, sizes: Sequence[int]) -> tuple[
         Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (rows, dim), levels, codes = z.shape, len(sizes), weight.shape[0]
-    config = flash_config(dim, weight.dtype)
-    tiles = sum(_tile_counts(rows, sizes, config))
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return z.new_empty(shape, dtype=dtype)
@@ -165,7 +165,7 @@ def _empty_outputs(z: Tensor, weight: Tensor, sizes: Sequence[int]) -> tuple[
     return (empty(rows, levels, dim, dtype=z.dtype), empty(rows, levels, dtype=torch.int64),
             empty(rows, levels, dtype=torch.int64), empty(codes), empty(rows, levels, dim, dtype=z.dtype),
             empty(rows, levels), empty(rows, levels), empty(codes),
-            empty(levels, rows if config else 0, dtype=torch.int64), empty(tiles))
+            empty(levels, rows if uses_flash(dim, z.dtype) else 0, dtype=torch.int64), empty(sum(_tile_counts(z, sizes))))
 
 
 @_forward.register_fake
@@ -173,63 +173,77 @@ def _(z, weight, sizes, scale, tau, seed, row_offset, eps, mode, noisy, with_gra
     return _empty_outputs(z, weight, sizes)
 
 
-def _flash_level(config: FlashConfig, level: Level, sampling: Sampling, rest: Tensor, quantized: Tensor, usage: Tensor,
-                 with_grad: bool) -> None:
+def _emit(rest: Tensor, mean: Tensor | None, level: Level | None, quantized: Tensor | None, after: Level | None,
+          sampling: Sampling) -> None:
+    """From ``level``, None before the first, to the one after, None after the last."""
     rows, dim = rest.shape
-    codes = len(level.e)
-    blocks = {"b_n": config.rows, "b_k": config.codes, "b_d": config.b_d, "num_warps": config.warps,
-              "num_stages": config.stages}
-    kernels.level_kernel[(triton.cdiv(rows, config.rows),)](
-        rest, level.e, level.rnorm_e, sampling.seed, sampling.scale, sampling.tau, level.residual, quantized, level.codes,
-        level.sampled, level.lse, level.rnorm, rows, codes, dim, quantized.stride(0), level.lse.stride(0), level.index,
-        sampling.row_offset, sampling.eps, LOG2_SKIP[level.e.dtype], mode=sampling.mode, noisy=sampling.noisy, **blocks)
+    e = index = lse = residual = rnorm = None
+    if level is not None:
+        e, index = level.e, level.codes if sampling.mode == HARD else level.sampled
+        lse = level.lse if sampling.mode == STRAIGHT_THROUGH else None
+    if after is not None:
+        residual, rnorm = after.residual, after.rnorm
+    near = after or level
+    assert near is not None
+    b_n, b_d = finish_block(dim)
+    kernels.emit_kernel[(triton.cdiv(rows, b_n),)](
+        rest, mean, e, index, lse, quantized, residual, rnorm, rows, dim, near.residual.stride(0), near.lse.stride(0),
+        sampling.eps, b_n=b_n, b_d=b_d, num_warps=4)
+
+
+def _blocks(b_d: int, tiles: Tiles, *, own: str, step: str) -> dict[str, int]:
+    return {own: tiles.owned, step: tiles.step, "b_d": b_d, "num_warps": tiles.warps, "num_stages": tiles.stages}
+
+
+def _flash_level(level: Level, sampling: Sampling, usage: Tensor, with_grad: bool) -> Tensor | None:
+    """Fill codes, sampled, lse and ``usage``, a sum still; return p E in soft mode."""
+    (rows, dim), codes, soft = level.residual.shape, len(level.e), sampling.mode == SOFT
+    b_d, config = flash_config(dim, level.e.device)
+    common = (level.residual, level.e, level.rnorm, level.rnorm_e, sampling.seed, sampling.scale, sampling.tau)
+    where = (rows, codes, dim, level.residual.stride(0), level.lse.stride(0), level.index, sampling.row_offset)
+    mean = level.lse.new_empty(rows, dim) if soft else None
+    kernels.level_kernel[(triton.cdiv(rows, config.forward.owned),)](
+        *common, mean, level.codes, level.sampled, level.lse, *where, LOG2_SKIP[level.e.dtype], soft=soft,
+        noisy=sampling.noisy, **_blocks(b_d, config.forward, own="b_n", step="b_k"))
     if sampling.mode == HARD:
-        return
+        return None
     if with_grad and rows >= ORDER_FROM[0] and codes >= ORDER_FROM[1]:
         level.order.copy_(torch.sort(level.sampled, stable=True).indices)
     else:
         torch.arange(rows, out=level.order)
-    tiles, splits = _splits(config, rest, codes)
-    partial = rest.new_empty(splits, codes)
+    tiles, splits = _splits(config.codes, level)
+    partial = level.lse.new_empty(splits, codes)
     kernels.usage_kernel[(tiles, splits)](
-        level.residual, level.e, level.rnorm, level.rnorm_e, sampling.seed, sampling.scale, sampling.tau, level.lse,
-        level.sampled, level.order, partial, level.largest, rows, codes, dim, level.residual.stride(0), level.lse.stride(0),
-        level.index, sampling.row_offset, noisy=sampling.noisy, **blocks)
+        *common, level.lse, level.sampled, level.order, partial, level.largest, *where, noisy=sampling.noisy,
+        **_blocks(b_d, config.codes, own="b_k", step="b_n"))
     torch.sum(partial, 0, out=usage)
+    return mean
 
 
-def _splits(config: FlashConfig, x: Tensor, codes: int) -> tuple[int, int]:
+def _splits(tiles: Tiles, level: Level) -> tuple[int, int]:
     """Tiles of codes, and into how many parts their rows are split so that the GPU is full."""
-    tiles = triton.cdiv(codes, config.codes)
-    return tiles, max(1, min(triton.cdiv(len(x), config.rows), 2 * _multiprocessors(x) // tiles))
+    count = triton.cdiv(len(level.e), tiles.owned)
+    return count, max(1, min(triton.cdiv(len(level.residual), tiles.step), 2 * _multiprocessors(level.e) // count))
 
 
-def _chunked_level(level: Level, sampling: Sampling, rest: Tensor, quantized: Tensor, usage: Tensor) -> None:
-    e, codes, soft = level.e, len(level.e), sampling.mode != HARD
-    level.residual.copy_(rest)
-    norm = torch.linalg.vector_norm(rest, dim=1)
-    level.rnorm.copy_(torch.where(norm == 0, 0.0, 1 / norm.clamp(min=sampling.eps)))
+def _chunked_level(level: Level, sampling: Sampling, usage: Tensor, with_grad: bool) -> Tensor | None:
+    """What :func:`_flash_level` does."""
+    e, codes, weights = level.e, len(level.e), sampling.mode != HARD
     log2_gain = 10.0 if e.dtype == torch.float16 else 0.0  # small p stay normal numbers
+    mean = level.lse.new_empty(level.residual.shape) if sampling.mode == SOFT else None
     usage.zero_()
     for own, s in _chunks(level, 1):
-        p = _weights(s, e) if soft else s
+        p = _weights(s, e) if weights else None
         _product(level.residual[own], e.T, s)
         chunks.chunk_level_kernel[(len(s),)](
             s, p, level.rnorm[own], level.rnorm_e, sampling.seed, sampling.scale, sampling.tau, level.codes[own],
             level.sampled[own], level.lse[own], codes, level.lse.stride(0), level.index, sampling.row_offset + own.start,
-            log2_gain, noisy=sampling.noisy, soft=soft, b_k=CHUNK_STEP, num_warps=4)
-        if soft:
+            log2_gain, noisy=sampling.noisy, b_k=CHUNK_STEP, num_warps=4)
+        if p is not None:
             usage.add_(p.sum(0, dtype=torch.float32), alpha=2.0**-log2_gain)
-        if sampling.mode == SOFT:
-            emitted = torch.empty_like(rest[own])
-            _product(p, e, emitted)
-            emitted.mul_(2.0**-log2_gain)
-        else:
-            emitted = e.index_select(0, (level.sampled if soft else level.codes)[own]).float()
-            if soft:
-                emitted.masked_fill_(level.lse[own].isnan()[:, None], torch.nan)
-        quantized[own].copy_(emitted)
-        rest[own].sub_(emitted)
+        if mean is not None:
+            _product(p, e, mean[own])
+    return None if mean is None else mean.mul_(2.0**-log2_gain)
 
 
 def _chunks(level: Level, buffers: int) -> Iterator[tuple]:
@@ -264,7 +278,7 @@ def _backward(dquantized: Tensor | None, dusage: Tensor | None, dresiduals: Tens
     sampling = Sampling(scale, tau, seed, row_offset, eps, mode, noisy)
     parts = dweight.split(sizes)
     dusages = (dusage.float() / rows).split(sizes) if dusage is not None else [None] * len(sizes)
-    config = flash_config(dim, weight.dtype)
+    run = _flash_gradients if uses_flash(dim, weight.dtype) else _chunked_gradients
     with torch.cuda.device_of(residuals):
         levels = list(_levels(sizes, weight, rnorm_e, residuals, codes, sampled, lse, rnorm, order, largest))
         for j, level in reversed(list(enumerate(levels))):
@@ -272,7 +286,6 @@ def _backward(dquantized: Tensor | None, dusage: Tensor | None, dresiduals: Tens
                                  None if dlse is None else dlse.contiguous()[:, j])
             if dresiduals is not None:
                 flow.add_(dresiduals[:, j])
-            run = _chunked_gradients if config is None else _flash_gradients
             radial, of_tau = run(level, sampling, upstream, flow, parts[j])
             dscale += radial.sum()
             dtau -= of_tau.sum() * kernels.LN2.value
@@ -340,39 +353,33 @@ def _or_one(rnorm: Tensor) -> Tensor:
 def _flash_gradients(level: Level, sampling: Sampling, upstream: Upstream, flow: Tensor,
                      de: Tensor) -> tuple[Tensor, Tensor]:
     """Add a level's gradient of r to ``flow``, fill ``de``; return each row's parts of those of the scale and tau."""
-    rows, dim = flow.shape
-    codes, dtype = len(level.e), level.e.dtype
-    config = flash_config(dim, dtype)
-    assert config is not None
-    blocks = {"b_n": config.rows, "b_k": config.codes, "b_d": config.b_d, "num_warps": config.warps,
-              "num_stages": config.stages}
-    strides = (level.residual.stride(0), level.lse.stride(0))
+    (rows, dim), codes, dtype = flow.shape, len(level.e), level.e.dtype
+    b_d, config = flash_config(dim, flow.device)
     common = (level.residual, level.e, level.rnorm, level.rnorm_e, sampling.seed, sampling.scale, sampling.tau, level.lse)
-    skip = 2.0 ** LOG2_SKIP[dtype]
+    where = (rows, codes, dim, level.residual.stride(0), level.lse.stride(0), level.index, sampling.row_offset,
+             2.0 ** LOG2_SKIP[dtype])
     mean, of_tau, total = torch.empty_like(upstream.norm), torch.empty_like(upstream.norm), torch.empty_like(flow)
-    kernels.row_gradient_kernel[(triton.cdiv(rows, config.rows),)](
+    kernels.row_gradient_kernel[(triton.cdiv(rows, config.gradient.owned),)](
         *common, level.order, level.largest, upstream.unit, upstream.norm, upstream.bound, upstream.dusage, upstream.dlse,
-        _gain(level.rnorm_e, dtype), mean, total, of_tau, rows, codes, dim, *strides, level.index, sampling.row_offset, skip,
-        noisy=sampling.noisy, **blocks)
+        _gain(level.rnorm_e, dtype), mean, total, of_tau, *where, noisy=sampling.noisy, g_n=config.codes.step,
+        g_k=config.codes.owned, **_blocks(b_d, config.gradient, own="b_n", step="b_k"))
 
-    shift = mean if upstream.dlse is None else mean - upstream.dlse
-    key_gain, value_gain = _gain(upstream.bound * level.rnorm, dtype), _gain(upstream.norm, dtype)
-    tiles, splits = _splits(config, flow, codes)
-    key = flow.new_empty(splits, codes, dim)
-    value = torch.empty_like(key)
+    factor = torch.where(level.rnorm_e == 0, 1 / sampling.eps, level.rnorm_e).amax() * (sampling.scale / sampling.tau).abs()
+    gain = _gain(torch.maximum(upstream.bound * level.rnorm * factor, upstream.norm), dtype)
+    tiles, splits = _splits(config.codes, level)
+    partial, radial_e = flow.new_empty(splits, codes, dim), flow.new_empty(splits, codes)
     kernels.code_gradient_kernel[(tiles, splits)](
-        *common, level.sampled, level.order, level.largest, upstream.unit, upstream.norm, upstream.dusage, shift,
-        _times(level.rnorm, key_gain).contiguous(), _times(upstream.norm, value_gain), key, value, rows, codes, dim, *strides,
-        level.index, sampling.row_offset, skip, mode=sampling.mode, noisy=sampling.noisy, **blocks)
+        *common, level.sampled, level.order, level.largest, upstream.unit, upstream.norm, upstream.dusage,
+        mean if upstream.dlse is None else mean - upstream.dlse, gain, partial, radial_e, *where, sampling.eps,
+        straight_through=sampling.mode == STRAIGHT_THROUGH, noisy=sampling.noisy,
+        **_blocks(b_d, config.codes, own="b_k", step="b_n"))
+    b_k, b_d = finish_block(dim)
+    kernels.finish_codes_kernel[(triton.cdiv(codes, b_k),)](
+        partial, radial_e, level.e, level.rnorm_e, gain, de, splits, codes, dim, sampling.eps, b_k=b_k, b_d=b_d, num_warps=4)
 
     radial = torch.empty_like(upstream.norm)
-    _finish(total[None], level.residual, level.rnorm, sampling, None, flow[None], None, flow, radial)
-    _finish(key, level.e, level.rnorm_e, sampling, key_gain, value, value_gain, de, None)
+    _finish(total, level.residual, level.rnorm, level.order, sampling, None, flow, None, flow, radial)
     return radial, of_tau
-
-
-def _times(x: Tensor, gain: Tensor | None) -> Tensor:
-    return x if gain is None else x * gain
 
 
 def _chunked_gradients(level: Level, sampling: Sampling, upstream: Upstream, flow: Tensor,
@@ -392,21 +399,20 @@ def _chunked_gradients(level: Level, sampling: Sampling, upstream: Upstream, flo
             s, c, w, y, level.rnorm[own], level.rnorm_e, sampling.seed, sampling.scale, sampling.tau, level.lse[own],
             level.sampled[own], upstream.norm[own], upstream.dusage, None if upstream.dlse is None else upstream.dlse[own],
             key_gain, value_gain, of_tau[own], codes, level.lse.stride(0), level.index, sampling.row_offset + own.start,
-            mode=sampling.mode, noisy=sampling.noisy, b_k=CHUNK_STEP, num_warps=4)
+            straight_through=sampling.mode == STRAIGHT_THROUGH, noisy=sampling.noisy, b_k=CHUNK_STEP, num_warps=4)
         _add_product(w.T, level.residual[own], key)
         _add_product(y.T, upstream.unit[own], value)
         total = torch.empty_like(flow[own])
         _product(w, e, total)
-        _finish(total[None], level.residual[own], level.rnorm[own], sampling, key_gain, flow[own][None], None, flow[own],
-                radial[own])
-    _finish(key[None], e, level.rnorm_e, sampling, key_gain, value[None], value_gain, de, None)
+        _finish(total, level.residual[own], level.rnorm[own], None, sampling, key_gain, flow[own], None, flow[own], radial[own])
+    _finish(key, e, level.rnorm_e, None, sampling, key_gain, value, value_gain, de, None)
     return radial, of_tau
 
 
-def _finish(total: Tensor, x: Tensor, rnorm: Tensor, sampling: Sampling, gain: Tensor | None, add: Tensor,
-            add_gain: Tensor | None, out: Tensor, radial: Tensor | None) -> None:
-    splits, rows, dim = total.shape
+def _finish(total: Tensor, x: Tensor, rnorm: Tensor, order: Tensor | None, sampling: Sampling, gain: Tensor | None,
+            add: Tensor, add_gain: Tensor | None, out: Tensor, radial: Tensor | None) -> None:
+    rows, dim = total.shape
     b_n, b_d = finish_block(dim)
     kernels.finish_kernel[(triton.cdiv(rows, b_n),)](
-        total, x, rnorm, sampling.scale / sampling.tau, gain, add, add_gain, out, radial, splits, rows, dim, x.stride(0),
+        total, x, rnorm, order, sampling.scale / sampling.tau, gain, add, add_gain, out, radial, rows, dim, x.stride(0),
         rnorm.stride(0), sampling.eps, b_n=b_n, b_d=b_d, num_warps=4)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dgi_kernels.gumbel.triton_kernels import LN2, LOG2E, STRAIGHT_THROUGH, STREAM, VARYING
+from dgi_kernels.gumbel.triton_kernels import LN2, LOG2E, STREAM, VARYING
 from dgi_kernels.gumbel.triton_noise import noise_tile
 
 # Slices of a chunk of rows begin anywhere: no code of their own for aligned ones.
@@ -26,8 +26,8 @@ def row_noise(p_seed, i_n, row_offset, level, first, b_k: tl.constexpr):
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=PER_ROW)
 def chunk_level_kernel(p_s, p_p, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p_codes, p_sampled, p_lse, K, stride_m, level,
-                       row_offset, log2_gain, noisy: tl.constexpr, soft: tl.constexpr, b_k: tl.constexpr):
-    """Products s (rows, K) -> codes, sampled, lse (rows,); soft: p 2^log2_gain (rows, K), which may be s itself."""
+                       row_offset, log2_gain, noisy: tl.constexpr, b_k: tl.constexpr):
+    """Products s (rows, K) -> codes, sampled, lse (rows,); where p is not None, p 2^log2_gain (rows, K), maybe in the place of s."""
     i_n = tl.program_id(0).to(tl.int64)
     scale_r = tl.load(p_rnorm + i_n * stride_m) * (tl.load(p_scale) * LOG2E)
     inv_tau = 1.0 / tl.load(p_tau)
@@ -52,13 +52,13 @@ def chunk_level_kernel(p_s, p_p, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p_c
         raised = tl.maximum(top, highest)
         total = total * tl.exp2((top - raised) * inv_tau) + tl.sum(tl.exp2((y - raised) * inv_tau), axis=0)
         top = raised
-        if soft:
+        if p_p is not None:
             tl.store(p_s + o_k, y, mask=m_k)
     lse = top * inv_tau + tl.log2(total)
     tl.store(p_codes + i_n * stride_m, code.to(tl.int64))
     tl.store(p_sampled + i_n * stride_m, sampled.to(tl.int64))
     tl.store(p_lse + i_n * stride_m, lse * LN2)
-    if soft:
+    if p_p is not None:
         tl.debug_barrier()
         for first in range(0, K, b_k):
             o_k = first + tl.arange(0, b_k)
@@ -68,7 +68,7 @@ def chunk_level_kernel(p_s, p_p, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p_c
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=PER_ROW)
 def chunk_gradient_kernel(p_s, p_c, p_w, p_y, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p_lse, p_sampled, p_norm, p_dusage,
-                          p_dlse, p_gain, p_value_gain, p_dtau, K, stride_m, level, row_offset, mode: tl.constexpr,
+                          p_dlse, p_gain, p_value_gain, p_dtau, K, stride_m, level, row_offset, straight_through: tl.constexpr,
                           noisy: tl.constexpr, b_k: tl.constexpr):
     """Products s = r . e and c = unit . e (rows, K) -> w rr_n re_k and y |z_n|, ready for products; may be s and c themselves.
 
@@ -116,10 +116,10 @@ def chunk_gradient_kernel(p_s, p_c, p_w, p_y, p_rnorm, p_rnorm_e, p_seed, p_scal
         rnorm_e = tl.load(p_rnorm_e + o_k, mask=m_k, other=0.0)
         p = tl.where(m_k, tl.exp2(log_p), 0.0)
         w = p * (c - shift)
-        dtau += tl.sum(w * log_p, axis=0)
+        dtau += tl.sum(tl.where(p > 0.0, w * log_p, p), axis=0)
         w *= gain * tl.where(rnorm_e == 0.0, 1.0, rnorm_e)
         tl.store(p_w + i_n * K + o_k, w.to(p_w.dtype.element_ty), mask=m_k)
-        if mode == STRAIGHT_THROUGH:
+        if straight_through:
             p = (o_k == sampled).to(tl.float32)
         tl.store(p_y + i_n * K + o_k, (p * value_gain).to(p_y.dtype.element_ty), mask=m_k)
     tl.store(p_dtau + i_n, dtau)
