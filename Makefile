@@ -8,11 +8,11 @@ INSTALLED := $(VENV)/.installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test bench lint clean
+.PHONY: help demo test bench gpu-code lint clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
 
 demo: $(INSTALLED)  ## train, index and search MovieLens-100K; results in demo-output/
 	$(BIN)/dgi demo --output demo-output
@@ -22,6 +22,9 @@ test: $(INSTALLED)  ## run the tests
 
 bench: $(INSTALLED)  ## run the benchmarks
 	$(BIN)/python -m pytest $(wildcard bench/bench_*.py)
+
+gpu-code: $(INSTALLED)  ## compile every Triton kernel for GPUs that need not be here; show registers and spills
+	$(BIN)/python bench/gpu_code.py
 
 lint: $(INSTALLED)  ## check style and types
 	$(BIN)/ruff check .

@@ -192,10 +192,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cosine_cross_entropy_cpu(
   });
 }
 
-int64_t count_wild_targets_cpu(const Tensor& target, int64_t codes, int64_t ignore_index) {
-  STD_TORCH_CHECK(target.is_contiguous() && target.scalar_type() == ScalarType::Long, kCosine,
-                  "target must be contiguous int64");
-  return dgi::cpu::count_wild_targets(data_of<int64_t>(target), target.numel(), codes, ignore_index);
+// How many values are outside of [low, high) and not `also`: the check of indices in one pass and one call.
+int64_t count_outside_cpu(const Tensor& values, int64_t low, int64_t high, std::optional<int64_t> also) {
+  STD_TORCH_CHECK(values.is_contiguous() && values.scalar_type() == ScalarType::Long,
+                  "count_outside: values must be contiguous int64");
+  const int64_t *const data = data_of<int64_t>(values), count = values.numel();
+  int64_t outside = 0;
+  for (int64_t i = 0; i < count; ++i) outside += (data[i] < low || data[i] >= high) && !(also && data[i] == *also);
+  return outside;
 }
 
 constexpr const char* kGumbel = "dgi_kernels, gumbel: ";
@@ -428,7 +432,7 @@ STABLE_TORCH_LIBRARY(dgi_kernels, m) {
         "Tensor residuals, Tensor sampled, Tensor codebooks, int[] sizes, Tensor scale, Tensor tau, Tensor? seed, "
         "int row_offset, int mode, float eps, bool wants_z, bool wants_codebooks, bool wants_scale, bool wants_tau) "
         "-> (Tensor dz, Tensor dcodebooks, Tensor dscale, Tensor dtau)");
-  m.def("count_wild_targets(Tensor target, int codes, int ignore_index) -> int");
+  m.def("count_outside(Tensor values, int low, int high, int? also) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dgi_kernels, CPU, m) {
@@ -441,7 +445,7 @@ STABLE_TORCH_LIBRARY_IMPL(dgi_kernels, CPU, m) {
   m.impl("gumbel_softmax_backward", TORCH_BOX(&gumbel_softmax_backward_cpu));
   m.impl("residual_quantize", TORCH_BOX(&residual_quantize_cpu));
   m.impl("residual_quantize_backward", TORCH_BOX(&residual_quantize_backward_cpu));
-  m.impl("count_wild_targets", TORCH_BOX(&count_wild_targets_cpu));
+  m.impl("count_outside", TORCH_BOX(&count_outside_cpu));
 }
 
 #ifdef DGI_WITH_CUDA

@@ -9,11 +9,14 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from dgi_kernels.collectives import gather_rows, rank, world_size
+
+__all__ = ["broadcast", "gather_rows", "global_mean", "local_device", "process_group", "rank", "world_size"]
 
 
 @contextlib.contextmanager
@@ -39,38 +42,9 @@ def local_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def world_size() -> int:
-    """Number of processes; 1 outside ``torchrun``."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def rank() -> int:
-    """This process's number; 0 outside ``torchrun``."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def gather_rows(value: Tensor) -> Tensor:
-    """Concatenate (B, ...) of all ranks, rank by rank, with the gradient of every rank's use flowing back."""
-    return value if world_size() == 1 else _GatherRows.apply(value)
-
-
 def global_mean(value: Tensor) -> Tensor:
     """Mean of equally weighted values of all ranks, with its gradient."""
     return value if world_size() == 1 else gather_rows(value.unsqueeze(0)).mean(0)
-
-
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
-        parts = [torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(world_size())]
-        dist.all_gather(parts, value.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        total = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total.chunk(world_size())[rank()]
 
 
 @torch.no_grad()

@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dgi_kernels import cosine_cross_entropy, cosine_logits
+from dgi_kernels import CosineLinear
 
 
-class CosineHead(nn.Module):
+class CosineHead(CosineLinear):
     """The head of one level, over a codebook that it may share with the quantizer (eq. 9).
 
     Args:
@@ -24,33 +26,21 @@ class CosineHead(nn.Module):
 
     def __init__(self, weight: nn.Parameter, log_scale: nn.Parameter, *, detached: bool = False, eps: float = 1e-12,
                  backend: str = "auto") -> None:
-        super().__init__()
-        self.weight = weight
-        self.log_scale = log_scale
+        codes, dim = weight.shape
+        super().__init__(dim, codes, weight=weight, log_scale=log_scale, eps=eps, backend=backend)
         self.detached = detached
-        self.eps = eps
-        self.backend = backend
 
     @property
-    def codebook(self) -> Tensor:
+    def vectors(self) -> Tensor:
         """(K, D) the codebook as this head sees it."""
         return self.weight.detach() if self.detached else self.weight
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Logits (..., K) of hidden states (..., D)."""
-        return cosine_logits(hidden, self.codebook, self.log_scale.exp(), eps=self.eps, backend=self.backend)
-
-    def loss(self, hidden: Tensor, codes: Tensor) -> Tensor:
-        """Mean cross-entropy of ``codes`` (...) under the logits of ``hidden`` (..., D), never forming them whole."""
-        return cosine_cross_entropy(hidden, self.codebook, codes, self.log_scale.exp(), eps=self.eps,
-                                    backend=self.backend)
 
 
 class InnerProductHead(CosineHead):
     """The ablation without scaled cosine: logits ``h · e_k``, where long vectors win."""
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.codebook)
+    def forward(self, h: Tensor) -> Tensor:
+        return F.linear(h, self.vectors)
 
-    def loss(self, hidden: Tensor, codes: Tensor) -> Tensor:
-        return F.cross_entropy(self(hidden).flatten(0, -2).float(), codes.flatten())
+    def loss(self, h: Tensor, target: Tensor, **options: Any) -> Tensor:
+        return F.cross_entropy(self(h).flatten(0, -2).float(), target.flatten(), **options)

@@ -75,7 +75,11 @@ class DGILoss(nn.Module):
         return terms
 
     def _infonce(self, output: DGIOutput) -> Tensor:
-        """InfoNCE over the distinct items of the global batch: an item clicked twice is no negative of itself."""
+        """InfoNCE over the distinct items of the global batch: an item clicked twice is no negative of itself.
+
+        Items are gathered: with as many items as queries on every rank, to gather the queries instead
+        (:func:`dgi_kernels.vocabulary_parallel_cosine_cross_entropy`) sends as many bytes, in more exchanges.
+        """
         rows, items = gather_rows(output.item_rows), gather_rows(output.z)
         distinct, group = torch.unique(rows, return_inverse=True)
         first = torch.full_like(distinct, len(rows)).scatter_reduce_(

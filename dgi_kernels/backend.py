@@ -35,11 +35,16 @@ class Kernel:
     dtypes: frozenset[torch.dtype] | None = None  # None: the op takes no floating-point tensor
 
 
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter runs its kernels on CPU tensors
+_TRITON_DEVICES = frozenset({"cuda", "cpu"} if _INTERPRETED else {"cuda"})
+_TRITON_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
 # op -> backend -> where it runs, in order of preference.  The reference runs everywhere and is not listed.
 _FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 KERNELS: dict[str, dict[str, Kernel]] = {
     "cosine_logits": {"native": Kernel(frozenset({"cpu"}), _FLOATS)},
-    "cosine_cross_entropy": {"native": Kernel(frozenset({"cpu"}), _FLOATS)},
+    "cosine_cross_entropy": {"native": Kernel(frozenset({"cpu"}), _FLOATS),
+                             "triton": Kernel(_TRITON_DEVICES, _TRITON_DTYPES)},
     "gumbel_softmax": {"native": Kernel(frozenset({"cpu"}), _FLOATS)},
     "residual_quantize": {"native": Kernel(frozenset({"cpu"}), _FLOATS)},
     "gumbel_noise": {"native": Kernel(frozenset({"cpu"}))},
@@ -53,7 +58,7 @@ KERNELS: dict[str, dict[str, Kernel]] = {
 def _why_no_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    if not torch.cuda.is_available() and not _INTERPRETED:
         return "no CUDA device is available"
     return None
 

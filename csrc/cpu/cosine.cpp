@@ -152,10 +152,10 @@ template <class Real>
 class Lists {
  public:
   Lists(int64_t rows, int64_t limit)
-      : limit(limit), lists_(rows), index_(make_buffer<int32_t>(rows * (limit + 1))),
-        value_(make_buffer<Real>(rows * (limit + 1))) {
+      : limit(limit), lists_(rows), index_(make_buffer<int32_t>(rows * list_capacity(limit))),
+        value_(make_buffer<Real>(rows * list_capacity(limit))) {
     for (int64_t i = 0; i < rows; ++i) {
-      lists_[i] = {index_.get() + i * (limit + 1), value_.get() + i * (limit + 1), 0, 0.0};
+      lists_[i] = {index_.get() + i * list_capacity(limit), value_.get() + i * list_capacity(limit), 0, 0.0};
     }
   }
 
@@ -196,7 +196,12 @@ class Backward {
       matrix_product(tile.matrix(0, count), codebook_.matrix(), {u_.get(), count, in_.dim}, Into::kOverwrite);
       parallel_for(count, grain(in_.dim), [&](int64_t first, int64_t last) {
         with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
-          for (int64_t slot = first; slot < last; ++slot) finish_row<fused.value>(tile, slot, u_.get() + slot * in_.dim);
+          for (int64_t slot = first; slot < last; ++slot) {
+            const Real* const u = u_.get() + slot * in_.dim;
+            const int64_t row = tile.row_of(slot);
+            set_along(row, tile.rnorm(slot) * dot<fused.value>(in_.h + row * in_.dim, u, in_.dim));
+            if (out_.dh != nullptr) finish_dh<fused.value>(tile, slot, u);
+          }
         });
       });
     }
@@ -207,10 +212,15 @@ class Backward {
     }
   }
 
+  // h^ . dL/dh^ / scale of a row whose list does not tell it.
+  void set_along(int64_t row, double along) {
+    if (out_.dscale != nullptr) along_[row] = along;
+  }
+
   // `members` of the rows from slot `first` on left lists instead of T.
   void add_lists(const Tile<Stored>& tile, const Lists<Real>& lists, int64_t first, const std::vector<int64_t>& members) {
     if (members.empty()) return;
-    if (wants_rows()) add_lists_to_rows(tile, lists, first, members);
+    if (out_.dh != nullptr) add_lists_to_rows(tile, lists, first, members);
     if (out_.dweight != nullptr) add_lists_to_codes(tile, lists, first, members);
   }
 
@@ -254,7 +264,7 @@ class Backward {
           const Real even = static_cast<Real>(list.even);
           for (int64_t d = 0; d < in_.dim; ++d) u[d] = even * unit_sum_[d];
           add_rows<fused.value>(list.index, list.value, list.count, codebook_.vectors(), in_.dim, u.get());
-          finish_row<fused.value>(tile, first + members[m], u.get());
+          finish_dh<fused.value>(tile, first + members[m], u.get());
         }
       });
     });
@@ -292,13 +302,10 @@ class Backward {
 
   // u = dL/dh^ / scale of the row in a slot.
   template <bool kFused>
-  DGI_ALWAYS_INLINE void finish_row(const Tile<Stored>& tile, int64_t slot, const Real* u) {
+  DGI_ALWAYS_INLINE void finish_dh(const Tile<Stored>& tile, int64_t slot, const Real* u) {
     const int64_t row = tile.row_of(slot);
-    const Stored* const h = in_.h + row * in_.dim;
-    const Real rnorm = tile.rnorm(slot);
-    if (out_.dscale != nullptr) along_[row] = static_cast<double>(rnorm * dot<kFused>(h, u, in_.dim));
-    if (out_.dh == nullptr) return;
-    through_normalization<kFused>(h, u, in_.dim, rnorm, in_.eps, in_.scale * rnorm, out_.dh + row * in_.dim);
+    through_normalization<kFused>(in_.h + row * in_.dim, u, in_.dim, tile.rnorm(slot), in_.eps,
+                                  in_.scale * tile.rnorm(slot), out_.dh + row * in_.dim);
   }
 
   const Cosine<Stored>& in_;
@@ -434,8 +441,12 @@ void cosine_cross_entropy(const Cosine<Stored>& in, const CrossEntropy<Compute<S
           const SoftmaxSums sums = softmax_row<fused.value>(row, softmax, &losses[i]);
           if (!gradients.any()) continue;
           const double weight = weight_of(options, n, uniform);
-          is_sparse[i] = limit > 0 && sparse_gradient_row(row, softmax, sums, weight, limit, lists[i]);
-          if (!is_sparse[i]) dense_gradient_row<fused.value>(row, softmax, sums, weight);
+          is_sparse[i] = limit > 0 && sparse_gradient_row<fused.value>(row, softmax, sums, weight, limit, lists[i]);
+          if (is_sparse[i]) {
+            backward.set_along(n, weight * sums.tilt / static_cast<double>(in.scale));  // peaked: scale is not 0
+          } else {
+            dense_gradient_row<fused.value>(row, softmax, sums, weight);
+          }
         }
       });
     });
@@ -462,14 +473,6 @@ void cosine_cross_entropy(const Cosine<Stored>& in, const CrossEntropy<Compute<S
   }
   if (!per_row) *loss = static_cast<Real>(options.reduction == Reduction::kMean ? total / static_cast<double>(counted) : total);
   if (gradients.any()) backward.finish();
-}
-
-int64_t count_wild_targets(const int64_t* target, int64_t rows, int64_t codes, int64_t ignore_index) {
-  int64_t wild = 0;
-  for (int64_t n = 0; n < rows; ++n) {
-    wild += (target[n] < 0 || target[n] >= codes) && target[n] != ignore_index;
-  }
-  return wild;
 }
 
 #define DGI_INSTANTIATE(Stored)                                                                                      \

@@ -47,7 +47,4 @@ template <class Stored>
 void cosine_cross_entropy(const Cosine<Stored>& in, const CrossEntropy<Compute<Stored>>& options, Compute<Stored>* loss,
                           const CosineGradients<Stored>& gradients);
 
-// How many targets are neither in [0, codes) nor ignore_index.
-int64_t count_wild_targets(const int64_t* target, int64_t rows, int64_t codes, int64_t ignore_index);
-
 }  // namespace dgi::cpu

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from dgi_kernels import checks
-from dgi_kernels.backend import choose
+from dgi_kernels.backend import backends, choose
 from dgi_kernels.cosine import native, reference
+
+if backends()["triton"].available:
+    from dgi_kernels.cosine import triton
 
 __all__ = ["cosine_cross_entropy", "cosine_logits"]
 
@@ -43,7 +46,7 @@ def cosine_logits(h: Tensor, weight: Tensor, scale: float | Tensor, *, eps: floa
         TypeError: an argument has the wrong type or dtype.
         BackendUnavailable: ``backend``, asked for by name, cannot run here.
     """
-    h, weight, scale, eps = _check(h, weight, scale, eps)
+    h, weight, scale, eps = check_operands(h, weight, scale, eps)
     chosen = choose("cosine_logits", backend, h.device, h.dtype)
     if chosen == "native":
         return native.cosine_logits(h, weight, scale, eps, reference.cosine_logits)
@@ -83,28 +86,29 @@ def cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: float
         TypeError: an argument has the wrong type or dtype.
         BackendUnavailable: ``backend``, asked for by name, cannot run here.
     """
-    h, weight, scale, eps = _check(h, weight, scale, eps)
-    checks.tensor("target", target, dtypes=checks.INDEX_DTYPES, like=h)
-    checks.shape("target", target, tuple(h.shape[:-1]), "h.shape[:-1]")
-    ignore_index = checks.integer("ignore_index", ignore_index, low=-(2**63), high=2**63 - 1)
-    checks.choice("reduction", reduction, REDUCTIONS)
-    label_smoothing = checks.number("label_smoothing", label_smoothing, low=0.0, high=1.0)
+    h, weight, scale, eps = check_operands(h, weight, scale, eps)
+    ignore_index, label_smoothing = check_loss(h, target, ignore_index, reduction, label_smoothing)
     target = checks.index("target", target.long(), 0, weight.shape[0], also=ignore_index)
-    chosen = choose("cosine_cross_entropy", backend, h.device, h.dtype)
+    dtype = torch.promote_types(h.dtype, weight.dtype)
+    chosen = choose("cosine_cross_entropy", backend, h.device, dtype)
     if chosen == "native":
         return native.cosine_cross_entropy(h, weight, target, scale, ignore_index, reduction, label_smoothing, eps,
                                            reference.cosine_cross_entropy)
-    compute = checks.compute_dtype(torch.promote_types(h.dtype, weight.dtype))
+    h = h.reshape(target.numel(), h.shape[-1])
+    options = (ignore_index, reduction, label_smoothing, eps)
+    compute = checks.compute_dtype(dtype)
     with torch.autocast(h.device.type, enabled=False):
-        loss = reference.cosine_cross_entropy(
-            h.reshape(target.numel(), h.shape[-1]).to(compute), weight.to(compute), target.flatten(),
-            checks.to_dtype(scale, compute), ignore_index, reduction, label_smoothing, eps)
+        if chosen == "triton":
+            loss = triton.cosine_cross_entropy(h, weight, target.flatten(), scale, *options)
+        else:
+            loss = reference.cosine_cross_entropy(h.to(compute), weight.to(compute), target.flatten(),
+                                                  checks.to_dtype(scale, compute), *options)
     return loss.reshape(target.shape) if reduction == "none" else loss
 
 
-def _check(h: Tensor, weight: Tensor, scale: float | Tensor,
-           eps: float) -> tuple[Tensor, Tensor, float | Tensor, float]:
-    """The arguments that both ops share: checked, ``h`` and ``weight`` in the dtype that autocast gives them."""
+def check_operands(h: Tensor, weight: Tensor, scale: float | Tensor,
+                   eps: float) -> tuple[Tensor, Tensor, float | Tensor, float]:
+    """The arguments that all ops share: checked, ``h`` and ``weight`` in the dtype that autocast gives them."""
     checks.float_tensor("h", h, min_ndim=1)
     checks.float_tensor("weight", weight, ndim=2, like=h)
     checks.shape("weight", weight, (None, h.shape[-1]), "(K, D)")
@@ -112,3 +116,13 @@ def _check(h: Tensor, weight: Tensor, scale: float | Tensor,
     scale = checks.scalar("scale", scale, h)
     eps = checks.number("eps", eps, positive=True)
     return checks.autocast_operand(h), checks.autocast_operand(weight), scale, eps
+
+
+def check_loss(h: Tensor, target: Tensor, ignore_index: int, reduction: str,
+               label_smoothing: float) -> tuple[int, float]:
+    """The arguments of losses alone, but for the values of ``target``: checked."""
+    checks.tensor("target", target, dtypes=checks.INDEX_DTYPES, like=h)
+    checks.shape("target", target, tuple(h.shape[:-1]), "h.shape[:-1]")
+    checks.choice("reduction", reduction, REDUCTIONS)
+    return (checks.integer("ignore_index", ignore_index, low=-(2**63), high=2**63 - 1),
+            checks.number("label_smoothing", label_smoothing, low=0.0, high=1.0))

@@ -38,11 +38,6 @@ def cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: float
     return _CosineCrossEntropy.apply(h, weight, scale, target, options, reference)
 
 
-def count_wild_targets(target: Tensor, codes: int, ignore_index: int) -> int:
-    """How many of the int64 targets are neither in [0, codes) nor ``ignore_index``, in one pass."""
-    return torch.ops.dgi_kernels.count_wild_targets(target.contiguous(), codes, ignore_index)
-
-
 def _scale_tensor(scale: float | Tensor, h: Tensor) -> Tensor:
     dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
     return scale.to(dtype) if isinstance(scale, Tensor) else torch.tensor(scale, dtype=dtype)

@@ -8,14 +8,15 @@
 // The target's own term is kept out of the sum: with R = Z - exp(s_target), -log p_target = log1p(R / exp(s_target)) and
 // p_target - 1 = -R / Z keep their relative accuracy where the softmax is peaked, which float32 sums would lose.
 //
-// Of a peaked row only the entries with p_k >= 2^-24 are listed. What the others weigh in all is spread evenly over all
-// codes, as label smoothing is: p_k ~ u there, u = (skipped mass) / K, so that the gradients still sum to zero and a
-// direction that all codes share gets its exact share. Evenly means that T_k = (g_k - v) rnorm_k for the listed, and
-// v rnorm_k more for every code, v = weight (u - smoothing / K), which costs one vector per row and not one per entry.
+// Of a peaked row only the entries with p_k >= 2^-24 are listed, or more where they are few. What the others weigh in all is
+// spread evenly over them, p_k ~ u, so that the gradients still sum to zero and a direction that all codes share gets its
+// exact share. With label smoothing everything is then even but for the list: T_k = (g_k - v) rnorm_k for the listed,
+// and v rnorm_k more for every code, v = weight (u - smoothing / K), which costs one vector per row and not one per entry.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
+#include <initializer_list>
 
 #include "dgi/exp.h"
 #include "dgi/macros.h"
@@ -42,6 +43,7 @@ struct SoftmaxSums {
   double offset;      // what was subtracted from the logits before exp
   double rest;        // sum of exp(s_k - offset) over the codes other than the target
   double target;      // exp(s_target - offset)
+  double tilt;        // dL/dscale * scale = sum_k g_k s_k, for weight 1
   double total() const { return rest + target; }
 };
 
@@ -49,21 +51,23 @@ namespace detail {
 
 constexpr int64_t kChunk = 2048;  // sums over chunks are added in float64
 
+// Adds sum exp(x) to `total` and sum x exp(x) to `moment`, for x = s - offset.
 template <bool kFused, class Real>
-DGI_HOST_DEVICE double exponentials(Real* s, const Real* rnorm, int64_t count, Real offset) {
-  double total = 0;
+DGI_HOST_DEVICE void exponentials(Real* s, const Real* rnorm, int64_t count, Real offset, double& total,
+                                  double& moment) {
   for (int64_t first = 0; first < count; first += kChunk) {
     const int64_t last = first + kChunk < count ? first + kChunk : count;
-    Real sum = 0;
-#pragma omp simd reduction(+ : sum)
+    Real sum = 0, weighted = 0;
+#pragma omp simd reduction(+ : sum, weighted)
     for (int64_t k = first; k < last; ++k) {
-      const Real e = exponential<kFused>(multiply_add<kFused>(s[k], rnorm[k], -offset));
+      const Real x = multiply_add<kFused>(s[k], rnorm[k], -offset), e = exponential<kFused>(x);
       s[k] = e;
       sum += e;
+      weighted = multiply_add<kFused>(x, e, weighted);
     }
     total += sum;
+    moment += weighted;
   }
-  return total;
 }
 
 template <bool kFused, class Real>
@@ -95,11 +99,12 @@ DGI_HOST_DEVICE void gradients(Real* e, const Real* rnorm, int64_t count, Real f
   for (int64_t k = 0; k < count; ++k) e[k] = multiply_add<kFused>(e[k], factor, shift) * rnorm[k];
 }
 
+constexpr int64_t kGroup = 32;  // entries that are looked at together
+
 // Appends the positions of entries of at least `cut`; returns how many there are now, or -1 beyond `limit`.
 template <class Real>
 DGI_HOST_DEVICE int64_t list_entries(const Real* e, int64_t first, int64_t last, Real cut, int32_t* index,
                                      int64_t count, int64_t limit) {
-  constexpr int64_t kGroup = 32;
   for (int64_t k = first; k < last; k += kGroup) {
     const int64_t end = k + kGroup < last ? k + kGroup : last;
     int any = 0;
@@ -110,11 +115,11 @@ DGI_HOST_DEVICE int64_t list_entries(const Real* e, int64_t first, int64_t last,
       any = 1;
     }
     if (!any) continue;
-    if (count + kGroup > limit) return -1;
     for (int64_t i = k; i < end; ++i) {
       index[count] = static_cast<int32_t>(i);
       count += e[i] >= cut;
     }
+    if (count > limit) return -1;
   }
   return count;
 }
@@ -140,13 +145,16 @@ DGI_HOST_DEVICE SoftmaxSums softmax_row(const SoftmaxRow<Real>& row, const Softm
   }
   SoftmaxSums sums;
   sums.offset = offset;
-  sums.rest = detail::exponentials<kFused>(s, r, row.target, offset);
-  sums.rest += detail::exponentials<kFused>(rest, rest_r, left, offset);
+  sums.rest = 0;
+  double moment = 0;
+  detail::exponentials<kFused>(s, r, row.target, offset, sums.rest, moment);
+  detail::exponentials<kFused>(rest, rest_r, left, offset, sums.rest, moment);
   const double below = logit - offset;
   sums.target = std::exp(below);
   // log Z - s_target; exp(-700) is about the least that float64 divides by
   const double nll = below > -700 ? std::log1p(sums.rest / sums.target) : std::log(sums.rest) - below;
   *loss = nll + options.smoothing * (logit - mean_logit);
+  sums.tilt = (moment - below * sums.rest) / sums.total() + options.smoothing * (logit - mean_logit);
   return sums;
 }
 
@@ -163,8 +171,13 @@ DGI_HOST_DEVICE void dense_gradient_row(const SoftmaxRow<Real>& row, const Softm
   row.products[row.target] = static_cast<Real>(target) * row.rnorm[row.target];
 }
 
-constexpr double kNegligible = 0x1p-24;          // an entry below this share of the row may be skipped
-constexpr double kNegligibleInAll = 0x1p-14;     // as long as all that are skipped weigh less than this
+// Entries below a share of their row are skipped: below 2^-24 of what is not the target's, if then the list is short, i.e.
+// half of the longest that pays; else below 2^-26 of the row, if then it is; else below 2^-24 of the row, if that changes
+// the row's gradient by no more than about what a float32 softmax rounds away: by kNoise for every code in the norm of p
+// (a sum near 1 loses part of every small term), and by kDrift in the sum of p.
+constexpr double kNegligible = 0x1p-24, kNoise = 1.5e-10, kDrift = 0x1p-14;
+
+constexpr int64_t list_capacity(int64_t limit) { return limit + 1 + detail::kGroup; }
 
 // The list of a row that is worth one: positions ascending, the target among them, and T_k without what is even.
 template <class Real>
@@ -175,38 +188,66 @@ struct SparseRow {
   double even;  // v: every code k gets T_k = v rnorm_k on top
 };
 
-// Lists the entries that count, where they are at most `limit` and the others negligible in all; false where not, also
-// where anything is NaN. `list.index` and `list.value` hold `limit` + 1 entries.
-template <class Real>
+namespace detail {
+
+struct Skipped {
+  double sum = 0, squares = 0;
+};
+
+// What is below `cut`, each entry relative to the cut, lest squares of small numbers vanish.
+template <bool kFused, class Real>
+DGI_HOST_DEVICE void add_skipped(const Real* e, int64_t count, Real cut, Skipped& skipped) {
+  const Real per_cut = 1 / cut;
+  for (int64_t first = 0; first < count; first += kChunk) {
+    const int64_t last = first + kChunk < count ? first + kChunk : count;
+    Real sum = 0, squares = 0;
+#pragma omp simd reduction(+ : sum, squares)
+    for (int64_t k = first; k < last; ++k) {
+      const Real part = e[k] < cut ? e[k] * per_cut : Real{0};
+      sum += part;
+      squares = multiply_add<kFused>(part, part, squares);
+    }
+    skipped.sum += sum;
+    skipped.squares += squares;
+  }
+}
+
+}  // namespace detail
+
+// Lists the entries that count, where they are at most `limit` and the rest is negligible; false where not, and where
+// anything is NaN. `list.index` and `list.value` have room for list_capacity(limit) entries.
+template <bool kFused, class Real>
 DGI_HOST_DEVICE bool sparse_gradient_row(const SoftmaxRow<Real>& row, const SoftmaxOptions& options,
                                          const SoftmaxSums& sums, double weight, int64_t limit,
                                          SparseRow<Real>& list) {
-  const double total = sums.total();
-  const Real cut = static_cast<Real>(kNegligible * total);
-  if (!(total > 0) || !(total <= 0x1p126)) return false;
-  const int64_t before = detail::list_entries(row.products, 0, row.target, cut, list.index, 0, limit);
-  if (before < 0) return false;
-  list.index[before] = static_cast<int32_t>(row.target);
-  const int64_t count = detail::list_entries(row.products, row.target + 1, row.codes, cut, list.index, before + 1,
-                                             limit);
-  if (count < 0) return false;
-  double listed = 0;
-  for (int64_t i = 0; i < count; ++i) listed += i == before ? 0.0 : static_cast<double>(row.products[list.index[i]]);
-  const double skipped = sums.rest - listed > 0 ? sums.rest - listed : 0.0;
-  if (!(skipped <= kNegligibleInAll * total)) return false;
+  const double total = sums.total(), codes = static_cast<double>(row.codes);
+  if (!(total > 0x1p-60 && total < 0x1p120)) return false;
+  const int64_t after = row.target + 1;
+  const Real* const e = row.products;
+  for (const double share : {kNegligible * sums.rest / total, kNegligible / 4, kNegligible}) {
+    const Real cut = static_cast<Real>(share * total);
+    const int64_t longest = share == kNegligible ? limit : limit / 2;
+    const int64_t before = detail::list_entries(e, 0, row.target, cut, list.index, 0, longest);
+    if (before < 0) continue;
+    list.index[before] = static_cast<int32_t>(row.target);
+    list.count = detail::list_entries(e, after, row.codes, cut, list.index, before + 1, longest);
+    if (list.count < 0) continue;
+    detail::Skipped skipped;
+    detail::add_skipped<kFused>(e, row.target, cut, skipped);
+    detail::add_skipped<kFused>(e + after, row.codes - after, cut, skipped);
+    if (skipped.sum * share > kDrift || std::sqrt(skipped.squares) * share > kNoise * codes) return false;
 
-  const double codes = static_cast<double>(row.codes), uniform = options.smoothing / codes;
-  // The entries that were not listed share what they weigh evenly.
-  const double share = row.codes > count ? skipped / total / static_cast<double>(row.codes - count) : 0.0;
-  list.even = weight * (share - uniform);
-  list.count = count;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t k = list.index[i];
-    const double p = static_cast<double>(row.products[k]) / total;
-    const double g = i == before ? options.smoothing - sums.rest / total : p;
-    list.value[i] = static_cast<Real>(weight * (g - share)) * row.rnorm[k];
+    const double left = codes - static_cast<double>(list.count);
+    const double even = left > 0 ? skipped.sum * share / left : 0.0;
+    list.even = weight * (even - options.smoothing / codes);
+    for (int64_t j = 0; j < list.count; ++j) {
+      const int64_t k = list.index[j];
+      const double g = j == before ? options.smoothing - sums.rest / total : static_cast<double>(e[k]) / total;
+      list.value[j] = static_cast<Real>(weight * (g - even)) * row.rnorm[k];
+    }
+    return true;
   }
-  return true;
+  return false;
 }
 
 }  // namespace dgi

@@ -57,18 +57,15 @@ DGI_HOST_DEVICE void add_rows(const int32_t* index, const Real* factor, int64_t 
 }
 
 // The gradient of a stored vector x from the gradient g of x^ = rnorm x: out = factor (g - x^ (x^ . g)), factor = rnorm, or
-// whatever of it is not in g yet. Where x is so short that eps took the place of its norm nothing is radial. Returns
-// x^ . g. `out` may be `g`.
+// whatever of it is not in g yet. Where x is so short that eps took the place of its norm nothing is radial. `out` may
+// be `g`.
 template <bool kFused, class Stored>
-DGI_HOST_DEVICE Compute<Stored> through_normalization(const Stored* x, const Compute<Stored>* g, int64_t dim,
-                                                      Compute<Stored> rnorm, Compute<Stored> eps,
-                                                      Compute<Stored> factor, Stored* out) {
+DGI_HOST_DEVICE void through_normalization(const Stored* x, const Compute<Stored>* g, int64_t dim, Compute<Stored> rnorm,
+                                           Compute<Stored> eps, Compute<Stored> factor, Stored* out) {
   using Real = Compute<Stored>;
-  const Real along = rnorm * dot<kFused>(x, g, dim);
-  const Real radial = rnorm == 1 / eps ? Real{0} : -along * rnorm;
+  const Real radial = rnorm == 1 / eps ? Real{0} : -rnorm * rnorm * dot<kFused>(x, g, dim);
 #pragma omp simd
   for (int64_t d = 0; d < dim; ++d) store(factor * multiply_add<kFused>(radial, load(x[d]), g[d]), out[d]);
-  return along;
 }
 
 }  // namespace dgi

@@ -1,0 +1,170 @@
+"""Compile every Triton kernel for GPUs that need not be there, and show what each costs in registers and memory.
+
+    python bench/gpu_code.py [--arch 80 90 100] [--jobs 2]
+
+The launchers themselves run, on small CPU tensors, with the launch replaced by a note of it, so what is compiled is
+what a GPU would be asked to run: every dtype, every tile configuration, with the argument specialisations of Triton.
+Fails on a kernel that spills more than JUSTIFIED_SPILLS allows it, or takes more shared memory than the architecture
+has. Registers and spills are ptxas's, so they vary with Triton: the tiles are chosen for 3.6 and 3.7.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dgi_kernels.cosine import triton as cosine
+
+ARCHITECTURES = (80, 90, 100)
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may use
+# (kernel, architecture) -> bytes a thread, and why.
+JUSTIFIED_SPILLS = {
+    ("flash_forward_kernel", 80): (24, "ptxas keeps to 128 registers, for two blocks a multiprocessor, in the pass for "
+                                       "the loss alone, and puts up to six words into local memory"),
+}
+TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32",
+         torch.int64: "*i64"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel as one launcher calls it: everything that decides the code Triton makes."""
+
+    label: str
+    kernel: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    aligned: tuple[int, ...]
+    options: tuple[tuple[str, int], ...]
+
+
+def describe(label: str, kernel: triton.JITFunction, args: tuple, kwargs: dict[str, Any]) -> Launch:
+    """What Triton specialises on: dtypes, None, constants, integers equal to 1, and multiples of 16."""
+    values = dict(zip(kernel.arg_names, args, strict=False))
+    options = tuple((name, kwargs.pop(name)) for name in ("num_warps", "num_stages") if name in kwargs)
+    values |= kwargs
+    signature, constants, aligned = [], [], []
+    for i, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and isinstance(value, int) and value == 1):
+            kind = "constexpr"
+            constants.append((parameter.name, value))
+        elif isinstance(value, torch.Tensor):
+            kind = TYPES[value.dtype]
+            aligned += [i] * (value.data_ptr() % 16 == 0 and not parameter.do_not_specialize_on_alignment)
+        elif isinstance(value, float):
+            kind = "fp32"
+        else:
+            kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+            aligned += [i] * (special and value % 16 == 0)
+        signature.append((parameter.name, kind))
+    return Launch(label, kernel.__name__, tuple(signature), tuple(constants), tuple(aligned), options)
+
+
+def launches_of(label: str, call: Callable[[], None]) -> list[Launch]:
+    """Run a launcher; note its launches instead of making them."""
+    noted: list[Launch] = []
+
+    def note(kernel: triton.JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        noted.append(describe(label, kernel, args, kwargs))
+
+    run, triton.JITFunction.run = triton.JITFunction.run, note
+    try:
+        call()
+    finally:
+        triton.JITFunction.run = run
+    return noted
+
+
+def cosine_launches(arch: int) -> Iterator[Launch]:
+    """Each dtype and form with aligned sizes, and once each with sizes of which nothing is a multiple of 16."""
+    cases = [(dtype, dim) for dtype in cosine.HALF for dim in cosine.FLASH[9]]
+    cases += [(torch.bfloat16, 200), (torch.bfloat16, 768), (torch.float16, 768), (torch.float32, 256),
+              (torch.float32, 17)]
+    cosine.architecture = lambda device: arch // 10  # type: ignore[assignment]
+    for dtype, dim in cases:
+        def call(dtype: torch.dtype = dtype, dim: int = dim) -> None:
+            rows, codes = (32, 48) if dim % 16 == 0 else (33, 47)
+            h = torch.randn(rows, dim).to(dtype).requires_grad_()
+            weight = torch.randn(codes, dim).to(dtype).requires_grad_()
+            target, scale = torch.zeros(rows, dtype=torch.int64), torch.tensor(30.0, requires_grad=True)
+            loss = cosine.cosine_cross_entropy(h, weight, target, scale, -100, "mean", 0.1, 1e-12)
+            loss.backward()
+            with torch.no_grad():
+                cosine.cosine_cross_entropy(h, weight, target, scale, -100, "mean", 0.1, 1e-12)
+        yield from launches_of(f"{str(dtype).removeprefix('torch.')} D={dim}", call)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one kernel takes on one architecture; ``shared`` and ``spilled`` in bytes."""
+
+    launch: Launch
+    arch: int
+    registers: int
+    spilled: int
+    shared: int
+    instructions: int
+    seconds: float
+
+
+def compile_for(launch: Launch, arch: int) -> Report:
+    start = time.perf_counter()
+    kernel = getattr(cosine.kernels, launch.kernel)
+    constants = {(kernel.arg_names.index(name),): value for name, value in launch.constants}
+    attributes = {(i,): [["tt.divisibility", 16]] for i in launch.aligned}
+    source = ASTSource(kernel, dict(launch.signature), constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
+    registers, spilled = resources(compiled.asm["cubin"])
+    instructions = compiled.asm["ptx"].count(";\n")
+    return Report(launch, arch, registers, spilled, compiled.metadata.shared, instructions, time.perf_counter() - start)
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread and bytes of local memory, as cuobjdump reads them from the machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+    registers, stack, local = (int(re.search(rf"\b{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL"))
+    return registers, stack + local
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES))
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
+    options = parser.parse_args()
+    failed = False
+    print(f"{'kernel':28}{'case':18}{'sm':>4}{'regs':>6}{'spill':>7}{'shared':>8}{'ptx':>6}{'s':>6}")
+    with ProcessPoolExecutor(options.jobs) as pool:
+        jobs = [(launch, arch) for arch in options.arch for launch in dict.fromkeys(cosine_launches(arch))]
+        for report in pool.map(compile_for, *zip(*jobs, strict=True)):
+            name, arch = report.launch.kernel, report.arch
+            bad = report.spilled > JUSTIFIED_SPILLS.get((name, arch), (0, ""))[0] or report.shared > SHARED_LIMIT[arch]
+            failed |= bad
+            print(f"{name:28}{report.launch.label:18}{arch:4}{report.registers:6}{report.spilled:7}{report.shared:8}"
+                  f"{report.instructions:6}{report.seconds:6.1f}{'  FAILS' if bad else ''}", flush=True)
+    outcome = "FAILED" if failed else "all as they should be"
+    print(f"Triton {triton.__version__}: {len(jobs)} compilations, {outcome}")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

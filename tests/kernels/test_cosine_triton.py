@@ -1,0 +1,369 @@
+"""The Triton cosine cross-entropy against float64: on a GPU where there is one, else in Triton's interpreter.
+
+The interpreter must be chosen before Triton is imported, so without a GPU one test runs this file in a process of its
+own. There bfloat16 is left out (the interpreter's tl.dot multiplies its raw bits), and float32 goes through both forms.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+GPU = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if GPU else "cpu"
+TRITON = importlib.util.find_spec("triton") is not None
+
+runs = pytest.mark.skipif(not (TRITON and (GPU or INTERPRETED)), reason="needs Triton and a GPU or its interpreter")
+interpreted = pytest.mark.skipif(not (TRITON and INTERPRETED), reason="needs Triton's interpreter")
+
+if TRITON and (GPU or INTERPRETED):
+    from dgi_kernels import cosine_cross_entropy
+    from dgi_kernels.cosine import triton
+
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * GPU
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # of gradients, relative to their norm
+
+
+@pytest.mark.skipif(not TRITON or GPU or INTERPRETED, reason="needs Triton; a GPU runs the tests of this file itself")
+def test_all_of_this_file_in_the_interpreter() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.fixture(params=["flash", "chunked"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Both forms for any size; in the interpreter with small tiles, so that small inputs fill several."""
+    flash = request.param == "flash"
+    monkeypatch.setattr(triton, "uses_flash", lambda dim, dtype: flash and (INTERPRETED or dtype != torch.float32))
+    monkeypatch.setattr(triton, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(triton, "CHUNK_STEP", 32)
+    if INTERPRETED:
+        tiles = triton.Tiles(owned=32, step=16, warps=4, stages=2)
+        config = triton.FlashConfig(tiles, tiles)
+        monkeypatch.setattr(triton, "flash_config", lambda dim, device: (max(16, 1 << (dim - 1).bit_length()), config))
+    return request.param
+
+
+def inputs(n: int, d: int, k: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    h, weight = (torch.randn(rows, d) * torch.empty(rows, 1).uniform_(0.1, 5) for rows in (n, k))
+    return h.to(DEVICE, dtype), weight.to(DEVICE, dtype), torch.randint(k, (n,), device=DEVICE)
+
+
+def exact(h: Tensor, weight: Tensor, target: Tensor, scale: Tensor, eps: float = 1e-12, **options: object) -> Tensor:
+    logits = scale * F.normalize(h, dim=-1, eps=eps) @ F.normalize(weight, dim=-1, eps=eps).T
+    return F.cross_entropy(logits, target, **options)
+
+
+def ours(h: Tensor, weight: Tensor, target: Tensor, scale: Tensor, ignore_index: int = -100, reduction: str = "mean",
+         label_smoothing: float = 0.0, eps: float = 1e-12) -> Tensor:
+    """Below the public op, which would check the values of CPU tensors."""
+    return triton.cosine_cross_entropy(h, weight, target, scale, ignore_index, reduction, label_smoothing, eps)
+
+
+def loss_and_gradients(function, h: Tensor, weight: Tensor, target: Tensor, scale: float,
+                       dtype: torch.dtype | None = None, **options: object) -> list[Tensor]:
+    """With an upstream gradient of its own for every loss, the same for every call."""
+    h, weight = (x.detach().to(dtype or x.dtype).requires_grad_() for x in (h, weight))
+    gamma = torch.tensor(scale, device=DEVICE, dtype=dtype or torch.float32, requires_grad=True)
+    loss = function(h, weight, target, gamma, **options)
+    upstream = torch.linspace(-1, 2, loss.numel(), device=DEVICE).reshape(loss.shape).to(loss.dtype)
+    return [loss.detach(), *torch.autograd.grad((loss * upstream).sum(), (h, weight, gamma))]
+
+
+def error(actual: Tensor, expected: Tensor, floor: float = 1e-30) -> float:
+    """Relative to the norm of what is expected."""
+    return ((actual.double() - expected).norm() / expected.norm().clamp(min=floor)).item()
+
+
+def assert_exact(h: Tensor, weight: Tensor, target: Tensor, scale: float, **options: object) -> None:
+    actual = loss_and_gradients(ours, h, weight, target, scale, **options)
+    expected = loss_and_gradients(exact, h, weight, target, scale, torch.float64, **options)
+    assert error(actual[0], expected[0], floor=0.01 + abs(scale) / 20) < 2e-5  # a loss near 0 is a difference of logits
+    for gradient, truth, name in zip(actual[1:], expected[1:], ("dh", "dweight", "dscale"), strict=True):
+        # where a gradient cancels to nothing, what it is summed from is still rounded
+        assert error(gradient, truth, floor=1e-3) < TOLERANCE[h.dtype], name
+
+
+@runs
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 3, 2), (33, 17, 65), (40, 40, 50)], ids=str)
+def test_every_option(form: str, shape: tuple[int, int, int], dtype: torch.dtype, reduction: str) -> None:
+    h, weight, target = inputs(*shape, dtype)
+    ignore_index = random.choice([-100, 1, 10**12])
+    target[torch.rand(shape[0], device=DEVICE) < 0.3] = ignore_index
+    target[0] = 0
+    assert_exact(h, weight, target, random.choice([1.0, 30.0, 120.0]), reduction=reduction, ignore_index=ignore_index,
+                 label_smoothing=random.choice([0.0, 0.1, 1.0]))
+
+
+@runs
+@pytest.mark.parametrize("scale", [0.0, -30.0, 64.0, 300.0])
+def test_any_scale(form: str, scale: float) -> None:
+    """At 300 the running maximum rises by more than 2^8 within a row, at 0 dscale is still a gradient."""
+    assert_exact(*inputs(40, 24, 70), scale)
+
+
+@runs
+def test_norms_of_any_size_stay_in_the_range_of_float16(form: str) -> None:
+    """Weights of products hold 1 / norm and the upstream gradient: float16 would overflow or lose both."""
+    h, weight, target = inputs(40, 16, 50)
+    h, weight = F.normalize(h, dim=-1) * 2e-3, F.normalize(weight, dim=-1) * 500
+    assert_exact((h + 0.0).half(), weight.half(), target, 30.0, reduction="mean")
+
+
+@runs
+def test_wild_targets_and_nan_stay_in_their_row(form: str) -> None:
+    h, weight, target = inputs(40, 8, 33)
+    clean = ours(h, weight, target, torch.tensor(30.0, device=DEVICE), reduction="none")
+    target[1], target[3], target[5] = 33, -1, 2**40
+    _, dh, dweight, dscale = loss_and_gradients(ours, h, weight, target, 30.0, reduction="none")
+    assert not dh[[1, 3, 5]].any() and dweight.isfinite().all() and dscale.isfinite()
+    h[7, 2], h[35, 0] = torch.nan, torch.inf
+    dirty = ours(h, weight, target, torch.tensor(30.0, device=DEVICE), reduction="none")
+    bad = [1, 3, 5, 7, 35]
+    assert dirty[bad].isnan().all()
+    good = [i for i in range(40) if i not in bad]
+    torch.testing.assert_close(dirty[good], clean[good])
+    assert ours(h, weight, target, torch.tensor(30.0, device=DEVICE)).isnan()
+
+
+@runs
+def test_nan_reaches_the_gradient_through_tiles_that_are_skipped(form: str) -> None:
+    h, weight, target = inputs(40, 8, 33)
+    h[3, 1] = torch.nan
+    _, dh, dweight, _ = loss_and_gradients(ours, h, weight, target, 30.0)
+    assert dh.isnan().any(1).nonzero().flatten().tolist() == [3]
+    assert dweight.isnan().all()
+
+
+@runs
+def test_nothing_to_learn_from(form: str) -> None:
+    h, weight, target = inputs(5, 4, 6)
+    loss, *gradients = loss_and_gradients(ours, h, weight, torch.full_like(target, -100), 30.0, reduction="none")
+    assert not loss.any() and not any(gradient.any() for gradient in gradients)
+    assert ours(h, weight, torch.full_like(target, -100), torch.tensor(1.0, device=DEVICE)).isnan()
+    for rows, codes in ((0, 6), (0, 0), (5, 0)):
+        ignored = torch.full_like(target[:rows], -100)
+        loss, dh, dweight, dscale = loss_and_gradients(ours, h[:rows], weight[:codes], ignored, 30.0, reduction="sum")
+        assert loss == 0 and dh.shape == (rows, 4) and dweight.shape == (codes, 4) and dscale == 0
+        assert not dh.any() and not dweight.any()
+
+
+@runs
+@pytest.mark.parametrize("eps", [1e-12, 0.5])
+def test_zero_vectors_and_norms_below_eps(form: str, eps: float) -> None:
+    h, weight, target = inputs(9, 5, 11)
+    h[1] *= 0.1
+    weight[2] *= 0.1
+    assert_exact(h, weight, target, 20.0, eps=eps)
+    h[4], weight[7] = 0, 0
+    actual = loss_and_gradients(ours, h, weight, target, 20.0, eps=eps)
+    expected = loss_and_gradients(exact, h, weight, target, 20.0, torch.float64, eps=eps)
+    for gradient, truth in zip(actual, expected, strict=True):
+        assert error(gradient, truth) < 1e-5
+    for row in range(9):
+        assert error(actual[1][row], expected[1][row], floor=1e-3) < 1e-4
+
+
+@runs
+def test_strides_and_one_tensor_as_both_inputs(form: str) -> None:
+    x = torch.randn(2, 40, 48, device=DEVICE)[:, :, 5:29].transpose(1, 2)[1].T  # 40 rows of 24 numbers, unaligned
+    target = torch.randperm(40, device=DEVICE)
+    leaf = x.detach().requires_grad_()
+    gamma = torch.tensor(20.0, device=DEVICE)
+    gradient, = torch.autograd.grad(ours(leaf, leaf, target, gamma), leaf)
+    double = x.detach().double().requires_grad_()
+    truth, = torch.autograd.grad(exact(double, double, target, gamma.double()), double)
+    assert error(gradient, truth) < 2e-5
+
+
+def peaked(n: int, d: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Nine rows in ten at cosine 0.7 to their target, the tenth anywhere: a trained head."""
+    weight = F.normalize(torch.randn(k, d), dim=-1)
+    target = torch.randint(k, (n,))
+    h = F.normalize(torch.randn(n, d), dim=-1)
+    near = torch.rand(n, 1) < 0.9
+    h = torch.where(near, 0.7 * weight[target] + 0.714 * h, h)
+    return h.to(DEVICE, dtype), weight.to(DEVICE, dtype), target.to(DEVICE)
+
+
+@runs
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_skipped_is_below_rounding(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of negligible tiles are left out (the bits show it), and the error stays what the dense kernel's is."""
+    n, d, k, scale = (4096, 256, 1024, 30.0) if GPU else (128, 64, 96, 60.0)
+    if not GPU:
+        tiles = triton.Tiles(owned=16, step=16, warps=4, stages=2)
+        monkeypatch.setattr(triton, "flash_config", lambda dim, device: (64, triton.FlashConfig(tiles, tiles)))
+    monkeypatch.setattr(triton, "uses_flash", lambda dim, dtype: True)
+    monkeypatch.setattr(triton, "ORDER_FROM", (1, 1))
+    if GPU and dtype == torch.float32:
+        pytest.skip("float32 is chunked on a GPU")
+    h, weight, target = peaked(n, d, k, dtype)
+    truth = loss_and_gradients(exact, h, weight, target, scale, torch.float64)
+    eager = loss_and_gradients(exact, h, weight, target, scale, torch.float32)
+    sparse = loss_and_gradients(ours, h, weight, target, scale)
+    monkeypatch.setattr(triton, "LOG2_SKIP", dict.fromkeys(triton.LOG2_SKIP, -1e30))
+    dense = loss_and_gradients(ours, h, weight, target, scale)
+    assert torch.equal(sparse[0], dense[0])  # the loss sums every weight
+    assert not torch.equal(sparse[1], dense[1]) and not torch.equal(sparse[2], dense[2])
+    for gradients in zip(sparse[1:], dense[1:], eager[1:], truth[1:], strict=True):
+        sparse_error, dense_error, eager_error = (error(x, gradients[3]) for x in gradients[:3])
+        if dtype == torch.float32:
+            assert sparse_error <= 2 * eager_error + 1e-7
+        assert sparse_error <= 1.1 * dense_error + 1e-7
+
+
+@runs
+def test_the_order_of_rows_changes_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    h, weight, target = peaked(50, 16, 40, torch.float16)
+    target[::7] = -100
+    plain = loss_and_gradients(ours, h, weight, target, 30.0, reduction="none", label_smoothing=0.1)
+    monkeypatch.setattr(triton, "ORDER_FROM", (1, 1))
+    ordered = loss_and_gradients(ours, h, weight, target, 30.0, reduction="none", label_smoothing=0.1)
+    for a, b in zip(ordered, plain, strict=True):
+        assert error(a, b.double(), floor=1e-3) < 2e-3
+
+
+@runs
+def test_bits_repeat_and_gradients_have_no_radial_part(form: str) -> None:
+    h, weight, target = inputs(40, 24, 50)
+    runs = [loss_and_gradients(ours, h, weight, target, 30.0) for _ in range(2)]
+    for a, b in zip(*runs, strict=True):
+        assert torch.equal(a, b)
+    _, dh, dweight, _ = runs[0]
+    for x, dx in ((h, dh), (weight, dweight)):
+        assert ((x * dx).sum(-1).abs() <= 1e-5 * x.norm(dim=-1) * dx.norm(dim=-1) + 1e-9).all()
+
+
+@runs
+def test_gradients_only_where_asked(form: str) -> None:
+    h, weight, target = inputs(20, 8, 12)
+    gamma = torch.tensor(30.0, device=DEVICE)
+    for wanted in range(3):
+        leaves = [x.detach().requires_grad_(i == wanted) for i, x in enumerate((h, weight, gamma))]
+        gradient, = torch.autograd.grad(ours(leaves[0], leaves[1], target, leaves[2], reduction="sum"), leaves[wanted])
+        double = [x.detach().double().requires_grad_(i == wanted) for i, x in enumerate((h, weight, gamma))]
+        loss = exact(double[0], double[1], target, double[2], reduction="sum")
+        assert error(gradient, torch.autograd.grad(loss, double[wanted])[0]) < 2e-5
+    with torch.no_grad():
+        assert not ours(h, weight, target, gamma).requires_grad
+
+
+@runs
+def test_public_op_autocast_and_leading_dimensions(form: str) -> None:
+    h, weight, target = inputs(24, 8, 12)
+    loss = cosine_cross_entropy(h.view(2, 3, 4, 8), weight, target.view(2, 3, 4), 20.0, reduction="none",
+                                backend="triton")
+    truth = exact(h.double(), weight.double(), target, 20.0, reduction="none")
+    assert loss.shape == (2, 3, 4) and error(loss.flatten(), truth) < 2e-5
+    with torch.autocast(DEVICE, torch.float16):
+        cast = cosine_cross_entropy(h.requires_grad_(), weight, target, 20.0, backend="triton")
+        assert torch.equal(cast, cosine_cross_entropy(h.half(), weight.half(), target, 20.0, backend="triton"))
+    assert cast.dtype == torch.float32 and torch.autograd.grad(cast, h)[0].dtype == torch.float32
+
+
+@runs
+def test_operator_registration(form: str) -> None:
+    h, weight, target = inputs(9, 5, 11)
+    gamma = torch.tensor(20.0, device=DEVICE, requires_grad=True)
+    arguments = (h.requires_grad_(), weight.requires_grad_(), target, gamma, -100, 0.1, 1e-12, True)
+    torch.library.opcheck(torch.ops.dgi_kernels.cosine_loss_triton.default, arguments)
+
+
+@runs
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiles_as_one_graph(form: str, reduction: str) -> None:
+    h, weight, target = inputs(20, 8, 12)
+    step = torch.compile(ours, fullgraph=True, backend="inductor" if GPU else "aot_eager")
+    expected = loss_and_gradients(ours, h, weight, target, 20.0, reduction=reduction)
+    for a, b in zip(loss_and_gradients(step, h, weight, target, 20.0, reduction=reduction), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def large(dtype: torch.dtype, d: int) -> tuple[Tensor, Tensor, Tensor]:
+    return inputs(random.randint(1000, 5000), d, random.randint(500, 5000), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("d", [17, 64, 100, 128, 256, 300, 768])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_on_a_gpu(dtype: torch.dtype, d: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "ORDER_FROM", random.choice([(1, 1), (10**9, 1)]))
+    h, weight, target = large(dtype, d)
+    scale, smoothing = random.uniform(1, 120), random.choice([0.0, 0.1])
+    options = {"reduction": random.choice(["mean", "sum"]), "label_smoothing": smoothing}
+    assert_exact(h, weight, target, scale, **options)
+    truth = loss_and_gradients(exact, h, weight, target, scale, torch.float64, **options)
+    eager = loss_and_gradients(exact, h, weight, target, scale, dtype, **options)
+    for actual, plain, expected in zip(loss_and_gradients(ours, h, weight, target, scale, **options), eager, truth,
+                                       strict=True):
+        assert error(actual, expected) <= 1.5 * error(plain, expected) + 2e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("d", [64, 128, 256, 768])
+def test_bits_repeat_on_a_gpu(d: int) -> None:
+    h, weight, target = large(torch.bfloat16, d)
+    first = loss_and_gradients(ours, h, weight, target, 30.0)
+    for _ in range(100):
+        for a, b in zip(loss_and_gradients(ours, h, weight, target, 30.0), first, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("d", [128, 768])
+def test_a_cuda_graph_holds_a_step(d: int) -> None:
+    """No host sync and no launch that depends on values: captured once, replayed with new numbers and a new scale."""
+    h, weight, target = inputs(5000, d, 1000, torch.bfloat16)
+    h, weight = h.requires_grad_(), weight.requires_grad_()
+    gamma = torch.tensor(30.0, device=DEVICE, requires_grad=True)
+
+    def step() -> tuple[Tensor, ...]:
+        loss = ours(h, weight, target, gamma)
+        return loss.detach(), *torch.autograd.grad(loss, (h, weight, gamma))
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        h.normal_()
+        gamma.fill_(100.0)
+        target.random_(1000)
+    graph.replay()
+    for a, b in zip(captured, step(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("d", [64, 256])
+def test_memory_on_a_gpu(d: int) -> None:
+    """Beyond the gradients: the mean of each row (as large as dh), and 2 % of the logits that are never formed."""
+    h, weight, target = inputs(65536, d, 4096, torch.bfloat16)
+    h, weight = h.requires_grad_(), weight.requires_grad_()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    ours(h, weight, target, torch.tensor(30.0, device=DEVICE)).backward()
+    gradients = 2 * (h.numel() + weight.numel())
+    assert torch.cuda.max_memory_allocated() - before <= gradients + 2 * h.numel() + 0.02 * 65536 * 4096 * 4
