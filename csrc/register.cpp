@@ -292,11 +292,11 @@ dgi::cpu::Quantize<Real> quantize_inputs(const Tensor& z, const Tensor& codebook
           *data_of<Real>(tau), static_cast<Real>(eps), static_cast<dgi::cpu::QuantizeMode>(mode), noise};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> residual_quantize_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> residual_quantize_cpu(
     const Tensor& z, const Tensor& codebooks, std::vector<int64_t> sizes, const Tensor& scale, const Tensor& tau,
     const std::optional<Tensor>& seed, int64_t row_offset, int64_t mode, double eps) {
   STD_TORCH_CHECK(z.dim() == 2, kGumbel, "z must be (N, D)");
-  return for_compute_dtype(z, [&](auto real) -> std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> {
+  return for_compute_dtype(z, [&](auto real) -> std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> {
     using Real = decltype(real);
     const auto inputs = quantize_inputs<Real>(z, codebooks, sizes, scale, tau, seed, row_offset, mode, eps);
     const int64_t rows = inputs.rows, levels = inputs.levels();
@@ -307,17 +307,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> residual_quantize_cpu
     Tensor sampled = torch::stable::empty({rows, levels}, ScalarType::Long);
     Tensor usage = torch::stable::empty({codebooks.size(0)}, dtype);
     Tensor log_normalizer = torch::stable::empty({rows, levels}, dtype);
+    Tensor is_peaked = torch::stable::empty({rows, levels}, ScalarType::Bool);
     const auto of = [](Tensor& x) { return static_cast<Real*>(x.mutable_data_ptr()); };
     dgi::cpu::residual_quantize<Real>(inputs, {of(quantized), of(residuals), of(usage), of(log_normalizer),
-                                               codes.mutable_data_ptr<int64_t>(), sampled.mutable_data_ptr<int64_t>()});
-    return {quantized, codes, sampled, usage, residuals, log_normalizer};
+                                               codes.mutable_data_ptr<int64_t>(), sampled.mutable_data_ptr<int64_t>(),
+                                               is_peaked.mutable_data_ptr<bool>()});
+    return {quantized, codes, sampled, usage, residuals, log_normalizer, is_peaked};
   });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> residual_quantize_backward_cpu(
     const std::optional<Tensor>& dquantized, const std::optional<Tensor>& dusage,
     const std::optional<Tensor>& dresiduals, const std::optional<Tensor>& dlog_normalizer, const Tensor& residuals,
-    const Tensor& sampled, const Tensor& codebooks, std::vector<int64_t> sizes, const Tensor& scale, const Tensor& tau,
+    const Tensor& sampled, const Tensor& is_peaked, const Tensor& codebooks, std::vector<int64_t> sizes, const Tensor& scale, const Tensor& tau,
     const std::optional<Tensor>& seed, int64_t row_offset, int64_t mode, double eps, bool wants_z, bool wants_codebooks,
     bool wants_scale, bool wants_tau) {
   STD_TORCH_CHECK(residuals.dim() == 3 && residuals.size(1) == static_cast<int64_t>(sizes.size()), kGumbel,
@@ -325,6 +327,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_quantize_backward_cpu(
   STD_TORCH_CHECK(sampled.is_contiguous() && sampled.scalar_type() == ScalarType::Long
                       && sampled.numel() == residuals.size(0) * residuals.size(1),
                   kGumbel, "sampled must be contiguous int64 (N, m)");
+  STD_TORCH_CHECK(is_peaked.is_contiguous() && is_peaked.scalar_type() == ScalarType::Bool
+                      && is_peaked.numel() == sampled.numel(),
+                  kGumbel, "is_peaked must be contiguous bool (N, m)");
   return for_compute_dtype(residuals, [&](auto real) -> std::tuple<Tensor, Tensor, Tensor, Tensor> {
     using Real = decltype(real);
     const auto inputs = quantize_inputs<Real>(residuals, codebooks, sizes, scale, tau, seed, row_offset, mode, eps);
@@ -345,7 +350,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_quantize_backward_cpu(
       const int64_t size = sizes[i % inputs.levels()];
       STD_TORCH_CHECK(0 <= chosen[i] && chosen[i] < size, kGumbel, "sampled must hold codes; got ", chosen[i]);
     }
-    dgi::cpu::residual_quantize_backward<Real>(inputs, data_of<Real>(residuals), chosen, upstream,
+    dgi::cpu::residual_quantize_backward<Real>(inputs, {data_of<Real>(residuals), chosen, data_of<bool>(is_peaked)},
+                                               upstream,
                                                {result<Real>(dz), result<Real>(dcodebooks), result<Real>(dscale),
                                                 result<Real>(dtau)});
     const auto or_empty = [&](const std::optional<Tensor>& x) {
@@ -427,9 +433,9 @@ STABLE_TORCH_LIBRARY(dgi_kernels, m) {
         "(Tensor dlogits, Tensor dtau)");
   m.def("residual_quantize(Tensor z, Tensor codebooks, int[] sizes, Tensor scale, Tensor tau, Tensor? seed, "
         "int row_offset, int mode, float eps) -> (Tensor quantized, Tensor codes, Tensor sampled, Tensor usage, "
-        "Tensor residuals, Tensor log_normalizer)");
+        "Tensor residuals, Tensor log_normalizer, Tensor is_peaked)");
   m.def("residual_quantize_backward(Tensor? dquantized, Tensor? dusage, Tensor? dresiduals, Tensor? dlog_normalizer, "
-        "Tensor residuals, Tensor sampled, Tensor codebooks, int[] sizes, Tensor scale, Tensor tau, Tensor? seed, "
+        "Tensor residuals, Tensor sampled, Tensor is_peaked, Tensor codebooks, int[] sizes, Tensor scale, Tensor tau, Tensor? seed, "
         "int row_offset, int mode, float eps, bool wants_z, bool wants_codebooks, bool wants_scale, bool wants_tau) "
         "-> (Tensor dz, Tensor dcodebooks, Tensor dscale, Tensor dtau)");
   m.def("count_outside(Tensor values, int low, int high, int? also) -> int");

@@ -79,12 +79,12 @@ def _fake_residual_quantize(z: Tensor, codebooks: Tensor, sizes: list[int], scal
     rows, levels = z.shape[0], len(sizes)
     vectors, codes = z.new_empty((rows, levels, z.shape[1])), z.new_empty((rows, levels), dtype=torch.int64)
     return (vectors, codes, torch.empty_like(codes), z.new_empty(codebooks.shape[0]), torch.empty_like(vectors),
-            z.new_empty((rows, levels)))
+            z.new_empty((rows, levels)), z.new_empty((rows, levels), dtype=torch.bool))
 
 
 def _fake_residual_quantize_backward(
         dquantized: Tensor | None, dusage: Tensor | None, dresiduals: Tensor | None, dlog_normalizer: Tensor | None,
-        residuals: Tensor, sampled: Tensor, codebooks: Tensor, sizes: list[int], scale: Tensor, tau: Tensor,
+        residuals: Tensor, sampled: Tensor, is_peaked: Tensor, codebooks: Tensor, sizes: list[int], scale: Tensor, tau: Tensor,
         seed: Tensor | None, row_offset: int, mode: int, eps: float, *wanted: bool) -> tuple[Tensor, ...]:
     shapes = ((residuals.shape[0], residuals.shape[2]), codebooks.shape, (), ())
     return tuple(codebooks.new_empty(shape if want else (0,)) for shape, want in zip(shapes, wanted, strict=True))

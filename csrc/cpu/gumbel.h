@@ -46,14 +46,24 @@ struct Quantize {
   int64_t levels() const { return static_cast<int64_t>(sizes.size()); }
 };
 
-// quantized, residuals (rows, levels, dim); codes, sampled, log_normalizer (rows, levels); usage (sum of sizes)
+// quantized, residuals (rows, levels, dim); codes, sampled, log_normalizer, is_peaked (rows, levels); usage (sum of sizes).
+// is_peaked: so few of the row's entries count that backward, too, takes them one by one.
 template <class Real>
 struct Quantized {
   Real *quantized, *residuals, *usage, *log_normalizer;
   int64_t *codes, *sampled;
+  bool* is_peaked;
 };
 
-// Of the results' gradients each may be null, which is zero. `residuals` and `sampled` are the results themselves.
+// What backward takes of the results.
+template <class Real>
+struct QuantizeSaved {
+  const Real* residuals;
+  const int64_t* sampled;
+  const bool* is_peaked;
+};
+
+// Of the results' gradients each may be null, which is zero.
 template <class Real>
 struct QuantizeUpstream {
   const Real *quantized, *residuals, *usage, *log_normalizer;
@@ -69,7 +79,7 @@ template <class Real>
 void residual_quantize(const Quantize<Real>& in, const Quantized<Real>& out);
 
 template <class Real>
-void residual_quantize_backward(const Quantize<Real>& in, const Real* residuals, const int64_t* sampled,
+void residual_quantize_backward(const Quantize<Real>& in, const QuantizeSaved<Real>& saved,
                                 const QuantizeUpstream<Real>& upstream, const QuantizeGradients<Real>& out);
 
 }  // namespace dgi::cpu

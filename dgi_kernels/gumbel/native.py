@@ -49,7 +49,7 @@ def residual_quantize(z: Tensor, codebooks: Sequence[Tensor], scale: float | Ten
         result = _ResidualQuantize.apply(z, joined, scale, tau, options, reference)
     else:
         result = _quantize(z, joined, scale, tau, options)
-    quantized, codes, sampled, usage, residuals, log_normalizer = result
+    quantized, codes, sampled, usage, residuals, log_normalizer, _ = result
     return ResidualQuantization(quantized, codes, sampled, list(usage.split(sizes)), residuals, log_normalizer)
 
 
@@ -113,19 +113,19 @@ class _ResidualQuantize(torch.autograd.Function):
     def forward(ctx: Any, z: Tensor, codebooks: Tensor, scale: Tensor, tau: Tensor, options: _Options,
                 reference: Callable[..., ResidualQuantization]) -> tuple[Tensor, ...]:
         result = _quantize(z, codebooks, scale, tau, options)
-        _, codes, sampled, _, residuals, _ = result
-        ctx.mark_non_differentiable(codes, sampled)
+        _, codes, sampled, _, residuals, _, is_peaked = result
+        ctx.mark_non_differentiable(codes, sampled, is_peaked)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(z, codebooks, scale, tau, residuals, sampled, options.seed)
+        ctx.save_for_backward(z, codebooks, scale, tau, residuals, sampled, is_peaked, options.seed)
         ctx.options, ctx.reference = options._replace(seed=None), reference
         return result
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        z, codebooks, scale, tau, residuals, sampled, seed = ctx.saved_tensors
+        z, codebooks, scale, tau, residuals, sampled, is_peaked, seed = ctx.saved_tensors
         sizes, _, row_offset, mode, eps = ctx.options
         wanted = ctx.needs_input_grad[:4]
-        dquantized, _, _, dusage, dresiduals, dlog_normalizer = upstream
+        dquantized, _, _, dusage, dresiduals, dlog_normalizer, _ = upstream
         if _create_graph():
             with torch.enable_grad():
                 result = ctx.reference(z, codebooks.split(sizes), scale, tau)
@@ -135,7 +135,7 @@ class _ResidualQuantize(torch.autograd.Function):
                 return *gradients, None, None
         gradients = torch.ops.dgi_kernels.residual_quantize_backward(
             *(x if x is None else x.contiguous() for x in (dquantized, dusage, dresiduals, dlog_normalizer)),
-            residuals, sampled, codebooks.contiguous(), sizes, scale, tau, seed, row_offset, mode, eps, *wanted)
+            residuals, sampled, is_peaked, codebooks.contiguous(), sizes, scale, tau, seed, row_offset, mode, eps, *wanted)
         return *(g if want else None for g, want in zip(gradients, wanted, strict=True)), None, None
 
 

@@ -223,7 +223,7 @@ def test_ops_are_well_registered(seeded: bool) -> None:
     result = ops.residual_quantize(z, books, *options)
     upstream = (torch.randn(5, 2, 3), None, None, torch.randn(5, 2))
     torch.library.opcheck(ops.residual_quantize_backward.default,
-                          (*upstream, result[4], result[2], books, *options, True, seeded, True, not seeded))
+                          (*upstream, result[4], result[2], result[6], books, *options, True, seeded, True, not seeded))
     logits = torch.randn(4, 6)
     torch.library.opcheck(ops.gumbel_softmax.default, (logits, tau, torch.tensor([3]), seeded))
     torch.library.opcheck(ops.gumbel_softmax_backward.default, (logits, logits, tau, torch.tensor([3]), seeded))
@@ -237,5 +237,5 @@ def test_direct_callers_are_stopped_too() -> None:
     with pytest.raises(RuntimeError, match="mode must be"):
         ops.residual_quantize(z, books, [9], one, one, None, 0, 3, 1e-12)
     with pytest.raises(RuntimeError, match="sampled must hold codes"):
-        ops.residual_quantize_backward(None, None, None, None, torch.randn(5, 1, 3), torch.full((5, 1), 9), books, [9],
-                                       one, one, None, 0, 1, 1e-12, True, True, True, True)
+        ops.residual_quantize_backward(None, None, None, None, torch.randn(5, 1, 3), torch.full((5, 1), 9),
+                                       torch.zeros(5, 1, dtype=torch.bool), books, [9], one, one, None, 0, 1, 1e-12, True, True, True, True)

@@ -13,6 +13,7 @@
 
 #include "dgi/exp.h"
 #include "dgi/macros.h"
+#include "dgi/softmax_row.h"
 
 namespace dgi {
 
@@ -145,6 +146,18 @@ DGI_HOST_DEVICE GumbelSums soften(const Real* s, int64_t codes, Real maximum, Re
   }
   if (result.sum != result.sum) result.sampled = argmax_with_nan(out, codes, Real{0});
   return result;
+}
+
+// What a list may leave out of a row in all: half a unit in the last place of a float32 sum.
+constexpr double kNegligibleShare = 0x1p-23;
+
+// Lists the entries that count, at least `share` of the row's mean each. Returns how many, or -1 where there are more than
+// `limit`; `index` holds limit + detail::kGroup.
+template <class Real>
+DGI_HOST_DEVICE int64_t list_row(const Real* e, int64_t codes, double sum, double share, int64_t limit, int32_t* index) {
+  if (!(sum > 0) || !(sum <= 0x1p126)) return -1;
+  const Real cut = static_cast<Real>(share * sum / static_cast<double>(codes));
+  return detail::list_entries(e, 0, codes, cut, index, 0, limit);
 }
 
 // sum_k e_k dp_k
