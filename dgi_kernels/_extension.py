@@ -29,6 +29,10 @@ def _load() -> str | None:
     torch.library.register_fake("dgi_kernels::cosine_logits", _fake_cosine_logits)
     torch.library.register_fake("dgi_kernels::cosine_logits_backward", _fake_cosine_logits_backward)
     torch.library.register_fake("dgi_kernels::cosine_cross_entropy", _fake_cosine_cross_entropy)
+    torch.library.register_fake("dgi_kernels::gumbel_softmax", _fake_gumbel_softmax)
+    torch.library.register_fake("dgi_kernels::gumbel_softmax_backward", _fake_gumbel_softmax_backward)
+    torch.library.register_fake("dgi_kernels::residual_quantize", _fake_residual_quantize)
+    torch.library.register_fake("dgi_kernels::residual_quantize_backward", _fake_residual_quantize_backward)
     return None
 
 
@@ -59,6 +63,31 @@ def _fake_cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale:
                                wants_weight: bool, wants_scale: bool) -> tuple[Tensor, ...]:
     loss = scale.new_empty((h.shape[0],) if reduction == 0 else ())
     return loss, *_fake_cosine_gradients(h, weight, scale, wants_h, wants_weight, wants_scale)
+
+
+def _fake_gumbel_softmax(logits: Tensor, tau: Tensor, seed: Tensor, hard: bool) -> Tensor:
+    return torch.empty_like(logits)
+
+
+def _fake_gumbel_softmax_backward(dout: Tensor, logits: Tensor, tau: Tensor, seed: Tensor,
+                                  wants_tau: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(logits), tau.new_empty(()) if wants_tau else tau.new_empty(0)
+
+
+def _fake_residual_quantize(z: Tensor, codebooks: Tensor, sizes: list[int], scale: Tensor, tau: Tensor,
+                            seed: Tensor | None, row_offset: int, mode: int, eps: float) -> tuple[Tensor, ...]:
+    rows, levels = z.shape[0], len(sizes)
+    vectors, codes = z.new_empty((rows, levels, z.shape[1])), z.new_empty((rows, levels), dtype=torch.int64)
+    return (vectors, codes, torch.empty_like(codes), z.new_empty(codebooks.shape[0]), torch.empty_like(vectors),
+            z.new_empty((rows, levels)), z.new_empty((rows, levels), dtype=torch.bool))
+
+
+def _fake_residual_quantize_backward(
+        dquantized: Tensor | None, dusage: Tensor | None, dresiduals: Tensor | None, dlog_normalizer: Tensor | None,
+        residuals: Tensor, sampled: Tensor, is_peaked: Tensor, codebooks: Tensor, sizes: list[int], scale: Tensor, tau: Tensor,
+        seed: Tensor | None, row_offset: int, mode: int, eps: float, *wanted: bool) -> tuple[Tensor, ...]:
+    shapes = ((residuals.shape[0], residuals.shape[2]), codebooks.shape, (), ())
+    return tuple(codebooks.new_empty(shape if want else (0,)) for shape, want in zip(shapes, wanted, strict=True))
 
 
 load_error: str | None = _load()

@@ -1,5 +1,5 @@
-// Gumbel noise on the CPU, tile by tile: words of Philox in one loop, words to noise in the next, both vectorised by
-// the compiler for AVX-512, AVX2 or what the machine has.
+// Gumbel noise on the CPU, tile by tile: words of Philox first (philox.cpp), then words to noise in a loop that the
+// compiler vectorises for AVX-512, AVX2 or what the machine has.
 //
 // Nothing is read, 4 bytes per element are written; per element a quarter of Philox (5 products of 32 x 32 bits) and
 // two polynomial logarithms, each about half of the time. Two cores of an AMD EPYC with AVX-512 at 2.6 GHz, (2048, 256):
@@ -11,7 +11,7 @@
 #include <cstring>
 
 #include "dgi/gumbel.h"
-#include "dgi/philox.h"
+#include "isa.h"
 
 namespace dgi::cpu {
 namespace {
@@ -43,10 +43,7 @@ DGI_HOST_DEVICE void fill(const NoiseShape& shape, int64_t seed, int64_t first, 
         row_of[at + i] = static_cast<uint32_t>(shape.row_offset + row);
       }
     });
-    for (int64_t i = 0; i < kNoiseTile; ++i) {
-      const PhiloxBlock random = philox4x32_10({{block_of[i], row_of[i], shape.level, shape.stream}}, key);
-      for (int w = 0; w < 4; ++w) words[4 * i + w] = random.word[w];
-    }
+    philox_tile(key, block_of, row_of, kNoiseTile, shape.level, shape.stream, words);
     for (int64_t i = 0; i < 4 * kNoiseTile; ++i) noise[i] = gumbel_from_word(words[i]);
     for_each_row(shape, tile, [&](int64_t at, int64_t row, int64_t block, int64_t length) {
       const int64_t codes = std::min(4 * length, shape.codes - 4 * block);
@@ -57,36 +54,8 @@ DGI_HOST_DEVICE void fill(const NoiseShape& shape, int64_t seed, int64_t first, 
 
 }  // namespace
 
-// The same code for each instruction set, chosen when it runs: the binary must not need more than the machine has. Not
-// `target_clones`, whose ifuncs some C libraries lack.
-#if defined(__x86_64__) && defined(__GNUC__)
-
-__attribute__((target("avx512f,avx512dq"))) static void fill_avx512(const NoiseShape& shape, int64_t seed,
-                                                                    int64_t first, int64_t last, float* out) {
-  fill(shape, seed, first, last, out);
-}
-
-__attribute__((target("avx2"))) static void fill_avx2(const NoiseShape& shape, int64_t seed, int64_t first,
-                                                      int64_t last, float* out) {
-  fill(shape, seed, first, last, out);
-}
-
 void gumbel_noise(const NoiseShape& shape, int64_t seed, int64_t first, int64_t last, float* out) {
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")) {
-    fill_avx512(shape, seed, first, last, out);
-  } else if (__builtin_cpu_supports("avx2")) {
-    fill_avx2(shape, seed, first, last, out);
-  } else {
-    fill(shape, seed, first, last, out);
-  }
+  with_best_instructions([&](auto) DGI_ALWAYS_INLINE { fill(shape, seed, first, last, out); });
 }
-
-#else
-
-void gumbel_noise(const NoiseShape& shape, int64_t seed, int64_t first, int64_t last, float* out) {
-  fill(shape, seed, first, last, out);
-}
-
-#endif
 
 }  // namespace dgi::cpu

@@ -9,7 +9,7 @@ One seed gives one sample on every backend and any tiling, see :mod:`dgi_kernels
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -92,15 +92,21 @@ def gumbel_softmax(logits: Tensor, tau: float | Tensor = 1.0, hard: bool = False
     if not isinstance(hard, bool):
         raise TypeError(f"hard must be a bool; got {type(hard).__name__}")
     seed = reference_noise.resolve_seed(seed, logits.device)
-    choose("gumbel_softmax", backend, logits.device, logits.dtype)
+    chosen = choose("gumbel_softmax", backend, logits.device, logits.dtype)
     compute = checks.compute_dtype(logits.dtype)
     rows, codes = math.prod(logits.shape[:-1]), logits.shape[-1]
     reference_noise.check_row_offset(0, rows)
-    noise = _noise(seed, 0, rows, codes, reference_noise.STREAM_GUMBEL_SOFTMAX, 0, _noise_backend(backend))
-    with torch.autocast(logits.device.type, enabled=False):
-        p = reference.gumbel_softmax(logits.to(compute), noise.reshape(logits.shape).to(compute),
-                                     checks.to_dtype(tau, compute), hard)
-    return p.to(logits.dtype)
+
+    def in_pytorch(logits: Tensor, tau: float | Tensor) -> Tensor:
+        noise = _noise(seed, 0, rows, codes, reference_noise.STREAM_GUMBEL_SOFTMAX, 0, _noise_backend(backend))
+        with torch.autocast(logits.device.type, enabled=False):
+            p = reference.gumbel_softmax(logits.to(compute), noise.reshape(logits.shape).to(compute),
+                                         checks.to_dtype(tau, compute), hard)
+        return p.to(logits.dtype)
+
+    if chosen == "native":
+        return native.gumbel_softmax(logits, tau, hard, seed, in_pytorch)
+    return in_pytorch(logits, tau)
 
 
 def residual_quantize(z: Tensor, codebooks: Iterable[Tensor], scale: float | Tensor, tau: float | Tensor = 1.0, *,
@@ -157,19 +163,28 @@ def residual_quantize(z: Tensor, codebooks: Iterable[Tensor], scale: float | Ten
         raise TypeError(f"noise must be a bool; got {type(noise).__name__}")
     eps = checks.number("eps", eps, positive=True)
     row_offset = reference_noise.check_row_offset(row_offset, z.shape[0])
-    choose("residual_quantize", backend, z.device, z.dtype)
-    level_noise = None
+    chosen = choose("residual_quantize", backend, z.device, z.dtype)
     if seed is not None or (noise and mode != "hard"):
-        level_noise = _level_noise(reference_noise.resolve_seed(seed, z.device), z.shape[0], row_offset, backend)
+        seed = reference_noise.resolve_seed(seed, z.device)
+    seed = seed if noise else None
     dtype = z.dtype
     for codebook in codebooks:
         dtype = torch.promote_types(dtype, codebook.dtype)
     compute = checks.compute_dtype(dtype)
     gradients = torch.is_grad_enabled() and mode != "hard"
+
+    def in_pytorch(z: Tensor, codebooks: Sequence[Tensor], scale: float | Tensor,
+                   tau: float | Tensor) -> ResidualQuantization:
+        level_noise = None if seed is None else _level_noise(seed, z.shape[0], row_offset, backend)
+        return reference.residual_quantize(z, codebooks, scale, tau, mode, level_noise, eps)
+
     with torch.autocast(z.device.type, enabled=False), torch.set_grad_enabled(gradients):
-        result = reference.residual_quantize(
-            z.to(compute), [codebook.to(compute) for codebook in codebooks], checks.to_dtype(scale, compute),
-            checks.to_dtype(tau, compute), mode, level_noise if noise else None, eps)
+        inputs = (z.to(compute), [codebook.to(compute) for codebook in codebooks], checks.to_dtype(scale, compute),
+                  checks.to_dtype(tau, compute))
+        if chosen == "native":
+            result = native.residual_quantize(*inputs, mode, seed, row_offset, eps, in_pytorch)
+        else:
+            result = in_pytorch(*inputs)
         return result._replace(quantized=result.quantized.to(dtype), residuals=result.residuals.to(dtype))
 
 

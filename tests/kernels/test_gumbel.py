@@ -450,4 +450,4 @@ def test_a_backend_asked_for_by_name_says_why_it_cannot_run() -> None:
     with pytest.raises(BackendUnavailable, match="cannot run gumbel_softmax here: "):
         gumbel_softmax(torch.randn(2, 3), backend="triton")
     with pytest.raises(BackendUnavailable, match="cannot run residual_quantize here: "):
-        residual_quantize(torch.randn(2, 3), [torch.randn(4, 3)], 1.0, backend="native")
+        residual_quantize(torch.randn(2, 3), [torch.randn(4, 3)], 1.0, backend="triton")

@@ -1,0 +1,85 @@
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "dgi/convert.h"
+
+namespace dgi::cpu {
+
+// Where the noise of an op comes from; none at all without a seed.
+struct NoiseSource {
+  bool present = false;
+  int64_t seed = 0, row_offset = 0;
+};
+
+// logits (rows, codes) and all of its shape: row-major without gaps
+template <class Stored>
+struct GumbelSoftmax {
+  const Stored* logits;
+  int64_t rows, codes;
+  Compute<Stored> tau;
+  int64_t seed;
+  bool hard;
+};
+
+template <class Stored>
+void gumbel_softmax(const GumbelSoftmax<Stored>& in, Stored* out);
+
+// dtau may be null.
+template <class Stored>
+void gumbel_softmax_backward(const GumbelSoftmax<Stored>& in, const Stored* dout, Stored* dlogits,
+                             Compute<Stored>* dtau);
+
+enum class QuantizeMode { kSoft, kStraightThrough, kHard };
+
+// z (rows, dim); codebooks (sum of sizes, dim), level after level
+template <class Real>
+struct Quantize {
+  const Real *z, *codebooks;
+  std::vector<int64_t> sizes;
+  int64_t rows, dim;
+  Real scale, tau, eps;
+  QuantizeMode mode;
+  NoiseSource noise;
+
+  int64_t levels() const { return static_cast<int64_t>(sizes.size()); }
+};
+
+// quantized, residuals (rows, levels, dim); codes, sampled, log_normalizer, is_peaked (rows, levels); usage (sum of sizes).
+// is_peaked: so few of the row's entries count that backward, too, takes them one by one.
+template <class Real>
+struct Quantized {
+  Real *quantized, *residuals, *usage, *log_normalizer;
+  int64_t *codes, *sampled;
+  bool* is_peaked;
+};
+
+// What backward takes of the results.
+template <class Real>
+struct QuantizeSaved {
+  const Real* residuals;
+  const int64_t* sampled;
+  const bool* is_peaked;
+};
+
+// Of the results' gradients each may be null, which is zero.
+template <class Real>
+struct QuantizeUpstream {
+  const Real *quantized, *residuals, *usage, *log_normalizer;
+};
+
+// Null where not wanted.
+template <class Real>
+struct QuantizeGradients {
+  Real *z, *codebooks, *scale, *tau;
+};
+
+template <class Real>
+void residual_quantize(const Quantize<Real>& in, const Quantized<Real>& out);
+
+template <class Real>
+void residual_quantize_backward(const Quantize<Real>& in, const QuantizeSaved<Real>& saved,
+                                const QuantizeUpstream<Real>& upstream, const QuantizeGradients<Real>& out);
+
+}  // namespace dgi::cpu

@@ -1,0 +1,418 @@
+"""Launchers of residual quantization in Triton, as operators that torch.compile keeps whole.
+
+Formulas, what is kept and what is made again: :mod:`dgi_kernels.gumbel.triton_kernels`. The codebooks come as one tensor
+(sum K_j, D) and a list of sizes. Grids depend on shapes alone and nothing is read back, so a CUDA graph can hold a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from dgi_kernels.cosine import triton as cosine
+from dgi_kernels.cosine.triton import Tiles, _add_product, _multiprocessors, _norms, _product, finish_block, uses_flash
+from dgi_kernels.gumbel import triton_chunks as chunks
+from dgi_kernels.gumbel import triton_kernels as kernels
+from dgi_kernels.gumbel.reference import ResidualQuantization
+
+MODES = ("soft", "straight_through", "hard")  # the numbers of the kernels
+SOFT, STRAIGHT_THROUGH, HARD = range(3)
+
+# Tiles of codes whose p are all below this part of their row are left out: what is lost of a row's mass, at most K times as
+# much, stays below the rounding of 16-bit weights.
+LOG2_SKIP = {torch.float32: -24.0, torch.float16: -22.0, torch.bfloat16: -20.0}
+
+
+class FlashConfig(NamedTuple):
+    """Tiles of the passes that own rows, forward and backward, and of the two that own codes.
+
+    What matters is noted for tiles of ``codes.step`` rows and ``codes.owned`` codes: multiples of these are what ``gradient``
+    owns, and divisors what it steps by.
+    """
+
+    forward: Tiles
+    gradient: Tiles
+    codes: Tiles
+
+
+# Architecture -> dimensions up to -> tiles: all that the launchers can choose, each compiled by bench/gpu_code.py. They are
+# the largest that spill no registers; which of these is fastest is to be measured. Others than 9 and 10 take those of 8.
+_TILES = FlashConfig(Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2), Tiles(128, 32, 8, 2))
+FLASH = {arch: {dim: _TILES for dim in (64, 128, 256)} for arch in (8, 9, 10)}
+CHUNK_BYTES = 32 << 20  # products and weights of one chunk: they stay in the L2 of an H100 or H200 (50 MB)
+CHUNK_STEP = 1024  # codes of one pass of the chunked epilogues
+ORDER_FROM = (4096, 512)  # rows and codes from which sorting rows costs less than the tiles it can save
+
+
+def flash_config(dim: int, device: torch.device) -> tuple[int, FlashConfig]:
+    """Dimensions of a tile, and the tiles, for vectors of ``dim`` dimensions."""
+    table = FLASH.get(cosine.architecture(device), FLASH[8])
+    b_d = min(largest for largest in table if dim <= largest)
+    return b_d, table[b_d]
+
+
+def residual_quantize(z: Tensor, codebooks: Sequence[Tensor], scale: float | Tensor, tau: float | Tensor, mode: str,
+                      seed: Tensor | None, row_offset: int, eps: float) -> ResidualQuantization:
+    """(N, D), m of (K_j, D), all of one dtype -> ResidualQuantization. ``seed`` None: no noise."""
+    sizes = [len(codebook) for codebook in codebooks]
+    dim = z.shape[1]
+    padding = max(16, (dim + 15) // 16 * 16) - dim  # rows are read 16 bytes at a time
+    z, weight = F.pad(z, (0, padding)), F.pad(torch.cat(list(codebooks)), (0, padding))
+    scale, tau = _scalar(scale, z), _scalar(tau, z)
+    with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (z, weight, scale, tau))
+    noisy = seed is not None
+    seed = torch.zeros(1, dtype=torch.int64, device=z.device) if seed is None else seed
+    quantized, codes, sampled, usage, residuals, log_normalizer, *_ = _forward(
+        z, weight, sizes, scale, tau, seed, row_offset, eps, MODES.index(mode), noisy, with_grad)
+    return ResidualQuantization(quantized[..., :dim], codes, sampled, list(usage.split(sizes)), residuals[..., :dim],
+                                log_normalizer)
+
+
+def _scalar(value: float | Tensor, like: Tensor) -> Tensor:
+    return value.float() if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float32, device=like.device)
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level's share of what the operators take and keep: views, each kernel's common arguments."""
+
+    index: int
+    e: Tensor  # (K, D)
+    rnorm_e: Tensor  # (K,)
+    residual: Tensor  # (N, D), its rows m D apart; the others' elements m apart
+    codes: Tensor
+    sampled: Tensor
+    lse: Tensor
+    rnorm: Tensor
+    order: Tensor  # (N,), empty in the chunked form
+    largest: Tensor  # (row tiles, code tiles), empty in the chunked form
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What all levels share."""
+
+    scale: Tensor
+    tau: Tensor
+    seed: Tensor
+    row_offset: int
+    eps: float
+    mode: int
+    noisy: bool
+
+
+def _levels(sizes: Sequence[int], weight: Tensor, rnorm_e: Tensor, residuals: Tensor, codes: Tensor, sampled: Tensor,
+            lse: Tensor, rnorm: Tensor, order: Tensor, largest: Tensor) -> Iterator[Level]:
+    starts = [sum(sizes[:j]) for j in range(len(sizes))]
+    tiles = _tile_counts(residuals, sizes)
+    for j, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+        own = slice(start, start + size)
+        yield Level(j, weight[own], rnorm_e[own], residuals[:, j], codes[:, j], sampled[:, j], lse[:, j], rnorm[:, j],
+                    order[j], largest[sum(tiles[:j]):sum(tiles[:j + 1])])
+
+
+def _tile_counts(x: Tensor, sizes: Sequence[int]) -> list[int]:
+    """How many tiles :func:`kernels.usage_kernel` has for each level: none in the chunked form."""
+    if not uses_flash(x.shape[-1], x.dtype):
+        return [0] * len(sizes)
+    tiles = flash_config(x.shape[-1], x.device)[1].codes
+    return [triton.cdiv(len(x), tiles.step) * triton.cdiv(size, tiles.owned) for size in sizes]
+
+
+@torch.library.custom_op("dgi_kernels::residual_quantize_triton", mutates_args=())
+def _forward(z: Tensor, weight: Tensor, sizes: list[int], scale: Tensor, tau: Tensor, seed: Tensor, row_offset: int,
+             eps: float, mode: int, noisy: bool, with_grad: bool) -> tuple[
+                 Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> quantized, codes, sampled, usage, residuals, log_normalizer; for backward rnorm, rnorm_e, order, largest."""
+    outputs = _empty_outputs(z, weight, sizes)
+    quantized, codes, sampled, usage, residuals, lse, rnorm, rnorm_e, order, largest = outputs
+    rows = z.shape[0]
+    if rows == 0:
+        usage.zero_()
+        return outputs
+    weight = weight.contiguous()
+    sampling = Sampling(scale, tau, seed, row_offset, eps, mode, noisy)
+    rest = torch.empty_like(z, dtype=torch.float32, memory_format=torch.contiguous_format).copy_(z)
+    usages = usage.split(sizes)
+    with torch.cuda.device_of(z):
+        _norms(weight, eps, rnorm_e)
+        levels = list(_levels(sizes, weight, rnorm_e, residuals, codes, sampled, lse, rnorm, order, largest))
+        _emit(rest, None, None, None, levels[0], sampling)
+        for level, after in zip(levels, [*levels[1:], None], strict=True):
+            run = _flash_level if uses_flash(weight.shape[1], weight.dtype) else _chunked_level
+            mean = run(level, sampling, usages[level.index], with_grad)
+            _emit(rest, mean, level, quantized[:, level.index], after, sampling)
+            if mode == HARD:
+                ones = torch.ones_like(level.codes)
+                usages[level.index].copy_(ones.new_zeros(len(level.e)).index_add_(0, level.codes, ones))
+    usage.div_(rows)
+    return outputs
+
+
+def _empty_outputs(z: Tensor, weight: Tensor, sizes: Sequence[int]) -> tuple[
+        Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (rows, dim), levels, codes = z.shape, len(sizes), weight.shape[0]
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return z.new_empty(shape, dtype=dtype)
+
+    return (empty(rows, levels, dim, dtype=z.dtype), empty(rows, levels, dtype=torch.int64),
+            empty(rows, levels, dtype=torch.int64), empty(codes), empty(rows, levels, dim, dtype=z.dtype),
+            empty(rows, levels), empty(rows, levels), empty(codes),
+            empty(levels, rows if uses_flash(dim, z.dtype) else 0, dtype=torch.int64), empty(sum(_tile_counts(z, sizes))))
+
+
+@_forward.register_fake
+def _(z, weight, sizes, scale, tau, seed, row_offset, eps, mode, noisy, with_grad):  # type: ignore[no-untyped-def]
+    return _empty_outputs(z, weight, sizes)
+
+
+def _emit(rest: Tensor, mean: Tensor | None, level: Level | None, quantized: Tensor | None, after: Level | None,
+          sampling: Sampling) -> None:
+    """From ``level``, None before the first, to the one after, None after the last."""
+    rows, dim = rest.shape
+    e = index = lse = residual = rnorm = None
+    if level is not None:
+        e, index = level.e, level.codes if sampling.mode == HARD else level.sampled
+        lse = level.lse if sampling.mode == STRAIGHT_THROUGH else None
+    if after is not None:
+        residual, rnorm = after.residual, after.rnorm
+    near = after or level
+    assert near is not None
+    b_n, b_d = finish_block(dim)
+    kernels.emit_kernel[(triton.cdiv(rows, b_n),)](
+        rest, mean, e, index, lse, quantized, residual, rnorm, rows, dim, near.residual.stride(0), near.lse.stride(0),
+        sampling.eps, b_n=b_n, b_d=b_d, num_warps=4)
+
+
+def _blocks(b_d: int, tiles: Tiles, *, own: str, step: str) -> dict[str, int]:
+    return {own: tiles.owned, step: tiles.step, "b_d": b_d, "num_warps": tiles.warps, "num_stages": tiles.stages}
+
+
+def _flash_level(level: Level, sampling: Sampling, usage: Tensor, with_grad: bool) -> Tensor | None:
+    """Fill codes, sampled, lse and ``usage``, a sum still; return p E in soft mode."""
+    (rows, dim), codes, soft = level.residual.shape, len(level.e), sampling.mode == SOFT
+    b_d, config = flash_config(dim, level.e.device)
+    common = (level.residual, level.e, level.rnorm, level.rnorm_e, sampling.seed, sampling.scale, sampling.tau)
+    where = (rows, codes, dim, level.residual.stride(0), level.lse.stride(0), level.index, sampling.row_offset)
+    mean = level.lse.new_empty(rows, dim) if soft else None
+    kernels.level_kernel[(triton.cdiv(rows, config.forward.owned),)](
+        *common, mean, level.codes, level.sampled, level.lse, *where, LOG2_SKIP[level.e.dtype], soft=soft,
+        noisy=sampling.noisy, **_blocks(b_d, config.forward, own="b_n", step="b_k"))
+    if sampling.mode == HARD:
+        return None
+    if with_grad and rows >= ORDER_FROM[0] and codes >= ORDER_FROM[1]:
+        level.order.copy_(torch.sort(level.sampled, stable=True).indices)
+    else:
+        torch.arange(rows, out=level.order)
+    tiles, splits = _splits(config.codes, level)
+    partial = level.lse.new_empty(splits, codes)
+    kernels.usage_kernel[(tiles, splits)](
+        *common, level.lse, level.sampled, level.order, partial, level.largest, *where, noisy=sampling.noisy,
+        **_blocks(b_d, config.codes, own="b_k", step="b_n"))
+    torch.sum(partial, 0, out=usage)
+    return mean
+
+
+def _splits(tiles: Tiles, level: Level) -> tuple[int, int]:
+    """Tiles of codes, and into how many parts their rows are split so that the GPU is full."""
+    count = triton.cdiv(len(level.e), tiles.owned)
+    return count, max(1, min(triton.cdiv(len(level.residual), tiles.step), 2 * _multiprocessors(level.e) // count))
+
+
+def _chunked_level(level: Level, sampling: Sampling, usage: Tensor, with_grad: bool) -> Tensor | None:
+    """What :func:`_flash_level` does."""
+    e, codes, weights = level.e, len(level.e), sampling.mode != HARD
+    log2_gain = 10.0 if e.dtype == torch.float16 else 0.0  # small p stay normal numbers
+    mean = level.lse.new_empty(level.residual.shape) if sampling.mode == SOFT else None
+    usage.zero_()
+    for own, s in _chunks(level, 1):
+        p = _weights(s, e) if weights else None
+        _product(level.residual[own], e.T, s)
+        chunks.chunk_level_kernel[(len(s),)](
+            s, p, level.rnorm[own], level.rnorm_e, sampling.seed, sampling.scale, sampling.tau, level.codes[own],
+            level.sampled[own], level.lse[own], codes, level.lse.stride(0), level.index, sampling.row_offset + own.start,
+            log2_gain, noisy=sampling.noisy, b_k=CHUNK_STEP, num_warps=4)
+        if p is not None:
+            usage.add_(p.sum(0, dtype=torch.float32), alpha=2.0**-log2_gain)
+        if mean is not None:
+            _product(p, e, mean[own])
+    return None if mean is None else mean.mul_(2.0**-log2_gain)
+
+
+def _chunks(level: Level, buffers: int) -> Iterator[tuple]:
+    """Slices of rows, each with float32 buffers (rows, K) for products: the same memory for all."""
+    rows, codes = len(level.residual), len(level.e)
+    size = max(1, CHUNK_BYTES // (codes * buffers * (4 if level.e.dtype == torch.float32 else 6)))
+    size = min(rows, size if size < 128 else size // 128 * 128)
+    memory = level.rnorm_e.new_empty(buffers, size, codes)
+    for start in range(0, rows, size):
+        end = min(start + size, rows)
+        yield slice(start, end), *memory[:, :end - start]
+
+
+def _weights(products: Tensor, e: Tensor) -> Tensor:
+    """Where weights in the dtype of ``e`` go: into the place of their products where they fit."""
+    return products if e.dtype == torch.float32 else torch.empty_like(products, dtype=e.dtype)
+
+
+@torch.library.custom_op("dgi_kernels::residual_quantize_triton_backward", mutates_args=())
+def _backward(dquantized: Tensor | None, dusage: Tensor | None, dresiduals: Tensor | None, dlse: Tensor | None,
+              weight: Tensor, scale: Tensor, tau: Tensor, seed: Tensor, codes: Tensor, sampled: Tensor, residuals: Tensor,
+              lse: Tensor, rnorm: Tensor, rnorm_e: Tensor, order: Tensor, largest: Tensor, sizes: list[int], row_offset: int,
+              eps: float, mode: int, noisy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> dz, dweight, dscale, dtau."""
+    rows, _, dim = residuals.shape
+    flow = residuals.new_zeros(rows, dim, dtype=torch.float32)  # the gradient of r_j, then of r_{j-1}
+    dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    dscale, dtau = torch.zeros_like(scale), torch.zeros_like(tau)
+    if rows == 0:
+        return flow.to(residuals.dtype), dweight, dscale, dtau
+    weight = weight.contiguous()
+    sampling = Sampling(scale, tau, seed, row_offset, eps, mode, noisy)
+    parts = dweight.split(sizes)
+    dusages = (dusage.float() / rows).split(sizes) if dusage is not None else [None] * len(sizes)
+    run = _flash_gradients if uses_flash(dim, weight.dtype) else _chunked_gradients
+    with torch.cuda.device_of(residuals):
+        levels = list(_levels(sizes, weight, rnorm_e, residuals, codes, sampled, lse, rnorm, order, largest))
+        for j, level in reversed(list(enumerate(levels))):
+            upstream = _upstream(level, None if dquantized is None else dquantized[:, j], flow, dusages[j],
+                                 None if dlse is None else dlse.contiguous()[:, j])
+            if dresiduals is not None:
+                flow.add_(dresiduals[:, j])
+            radial, of_tau = run(level, sampling, upstream, flow, parts[j])
+            dscale += radial.sum()
+            dtau -= of_tau.sum() * kernels.LN2.value
+            if upstream.dlse is not None:
+                dtau -= torch.where(upstream.dlse == 0, 0.0, level.lse * upstream.dlse).sum()
+    return flow.to(residuals.dtype), dweight, dscale / tau, dtau / tau
+
+
+@_backward.register_fake
+def _(dquantized, dusage, dresiduals, dlse, weight, scale, tau, seed, codes, sampled, residuals, lse, rnorm,  # type: ignore
+      rnorm_e, order, largest, sizes, row_offset, eps, mode, noisy):
+    rows, _, dim = residuals.shape
+    return (residuals.new_empty(rows, dim), weight.new_empty(weight.shape), torch.empty_like(scale), torch.empty_like(tau))
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, weight, ctx.sizes, scale, tau, seed, ctx.row_offset, ctx.eps, ctx.mode, ctx.noisy, _ = inputs
+    _, codes, sampled, _, residuals, lse, rnorm, rnorm_e, order, largest = output
+    ctx.save_for_backward(weight, scale, tau, seed, codes, sampled, residuals, lse, rnorm, rnorm_e, order, largest)
+    ctx.mark_non_differentiable(codes, sampled, rnorm, rnorm_e, order, largest)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, dquantized, _codes, _sampled, dusage, dresiduals, dlse, *_):  # type: ignore[no-untyped-def]
+    dz, dweight, dscale, dtau = _backward(dquantized, dusage, dresiduals, dlse, *ctx.saved_tensors, ctx.sizes,
+                                          ctx.row_offset, ctx.eps, ctx.mode, ctx.noisy)
+    return dz, dweight, None, dscale, dtau, None, None, None, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+class Upstream(NamedTuple):
+    """The gradients that enter one level: z = norm x unit, v, L, and a bound of what they can make of a logit's."""
+
+    unit: Tensor  # (N, D) in the dtype of the operands
+    norm: Tensor  # (N,)
+    bound: Tensor  # (N,)
+    dusage: Tensor | None  # (K,)
+    dlse: Tensor | None  # (N,), elements m apart
+
+
+def _upstream(level: Level, dquantized: Tensor | None, flow: Tensor, dusage: Tensor | None,
+              dlse: Tensor | None) -> Upstream:
+    gradient = -flow if dquantized is None else dquantized.float() - flow  # r_j = r_{j-1} - z~_j
+    norm = torch.linalg.vector_norm(gradient, dim=1)
+    unit = (gradient / norm.clamp(min=1e-30)[:, None]).to(level.e.dtype)
+    bound = 2 * norm * torch.where(level.rnorm_e > 0, 1 / level.rnorm_e, 0.0).amax()
+    if dusage is not None:
+        bound = bound + 2 * dusage.abs().amax()
+    if dlse is not None:
+        bound = bound + dlse.abs()
+    return Upstream(unit, norm, bound.clamp(min=1e-30), dusage, dlse)
+
+
+def _gain(largest: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """What brings weights of up to ``largest`` near the top of float16's range; other dtypes need nothing."""
+    return 2.0**14 / largest.amax().clamp(min=1e-30) if dtype == torch.float16 else None
+
+
+def _or_one(rnorm: Tensor) -> Tensor:
+    return torch.where(rnorm == 0, 1.0, rnorm)
+
+
+def _flash_gradients(level: Level, sampling: Sampling, upstream: Upstream, flow: Tensor,
+                     de: Tensor) -> tuple[Tensor, Tensor]:
+    """Add a level's gradient of r to ``flow``, fill ``de``; return each row's parts of those of the scale and tau."""
+    (rows, dim), codes, dtype = flow.shape, len(level.e), level.e.dtype
+    b_d, config = flash_config(dim, flow.device)
+    common = (level.residual, level.e, level.rnorm, level.rnorm_e, sampling.seed, sampling.scale, sampling.tau, level.lse)
+    where = (rows, codes, dim, level.residual.stride(0), level.lse.stride(0), level.index, sampling.row_offset,
+             2.0 ** LOG2_SKIP[dtype])
+    mean, of_tau, total = torch.empty_like(upstream.norm), torch.empty_like(upstream.norm), torch.empty_like(flow)
+    kernels.row_gradient_kernel[(triton.cdiv(rows, config.gradient.owned),)](
+        *common, level.order, level.largest, upstream.unit, upstream.norm, upstream.bound, upstream.dusage, upstream.dlse,
+        _gain(level.rnorm_e, dtype), mean, total, of_tau, *where, noisy=sampling.noisy, g_n=config.codes.step,
+        g_k=config.codes.owned, **_blocks(b_d, config.gradient, own="b_n", step="b_k"))
+
+    factor = torch.where(level.rnorm_e == 0, 1 / sampling.eps, level.rnorm_e).amax() * (sampling.scale / sampling.tau).abs()
+    gain = _gain(torch.maximum(upstream.bound * level.rnorm * factor, upstream.norm), dtype)
+    tiles, splits = _splits(config.codes, level)
+    partial, radial_e = flow.new_empty(splits, codes, dim), flow.new_empty(splits, codes)
+    kernels.code_gradient_kernel[(tiles, splits)](
+        *common, level.sampled, level.order, level.largest, upstream.unit, upstream.norm, upstream.dusage,
+        mean if upstream.dlse is None else mean - upstream.dlse, gain, partial, radial_e, *where, sampling.eps,
+        straight_through=sampling.mode == STRAIGHT_THROUGH, noisy=sampling.noisy,
+        **_blocks(b_d, config.codes, own="b_k", step="b_n"))
+    b_k, b_d = finish_block(dim)
+    kernels.finish_codes_kernel[(triton.cdiv(codes, b_k),)](
+        partial, radial_e, level.e, level.rnorm_e, gain, de, splits, codes, dim, sampling.eps, b_k=b_k, b_d=b_d, num_warps=4)
+
+    radial = torch.empty_like(upstream.norm)
+    _finish(total, level.residual, level.rnorm, level.order, sampling, None, flow, None, flow, radial)
+    return radial, of_tau
+
+
+def _chunked_gradients(level: Level, sampling: Sampling, upstream: Upstream, flow: Tensor,
+                       de: Tensor) -> tuple[Tensor, Tensor]:
+    """What :func:`_flash_gradients` does. Products of a chunk are made again, not kept."""
+    e, codes, dtype = level.e, len(level.e), level.e.dtype
+    key_gain = _gain(upstream.bound * _or_one(level.rnorm) * _or_one(level.rnorm_e).amax(), dtype)
+    value_gain = _gain(upstream.norm, dtype)
+    key = torch.zeros_like(e, dtype=torch.float32)
+    value = torch.zeros_like(key)
+    radial, of_tau = torch.empty_like(upstream.norm), torch.empty_like(upstream.norm)
+    for own, s, c in _chunks(level, 2):
+        w, y = _weights(s, e), _weights(c, e)
+        _product(level.residual[own], e.T, s)
+        _product(upstream.unit[own], e.T, c)
+        chunks.chunk_gradient_kernel[(len(s),)](
+            s, c, w, y, level.rnorm[own], level.rnorm_e, sampling.seed, sampling.scale, sampling.tau, level.lse[own],
+            level.sampled[own], upstream.norm[own], upstream.dusage, None if upstream.dlse is None else upstream.dlse[own],
+            key_gain, value_gain, of_tau[own], codes, level.lse.stride(0), level.index, sampling.row_offset + own.start,
+            straight_through=sampling.mode == STRAIGHT_THROUGH, noisy=sampling.noisy, b_k=CHUNK_STEP, num_warps=4)
+        _add_product(w.T, level.residual[own], key)
+        _add_product(y.T, upstream.unit[own], value)
+        total = torch.empty_like(flow[own])
+        _product(w, e, total)
+        _finish(total, level.residual[own], level.rnorm[own], None, sampling, key_gain, flow[own], None, flow[own], radial[own])
+    _finish(key, e, level.rnorm_e, None, sampling, key_gain, value, value_gain, de, None)
+    return radial, of_tau
+
+
+def _finish(total: Tensor, x: Tensor, rnorm: Tensor, order: Tensor | None, sampling: Sampling, gain: Tensor | None,
+            add: Tensor, add_gain: Tensor | None, out: Tensor, radial: Tensor | None) -> None:
+    rows, dim = total.shape
+    b_n, b_d = finish_block(dim)
+    kernels.finish_kernel[(triton.cdiv(rows, b_n),)](
+        total, x, rnorm, order, sampling.scale / sampling.tau, gain, add, add_gain, out, radial, rows, dim, x.stride(0),
+        rnorm.stride(0), sampling.eps, b_n=b_n, b_d=b_d, num_warps=4)

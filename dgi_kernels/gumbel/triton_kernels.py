@@ -1,0 +1,382 @@
+"""Triton kernels of soft residual quantization: flash form for D <= 256, epilogues of the chunked form beyond.
+
+    l_nk = (scale r^_n . e^_k + g_nk) / tau,    p = softmax(l),    z~_n = sum_k p_nk e_k,    r'_n = r_n - z~_n
+    c_nk = z_n . e_k + v_k   (z: gradient of z~ at the row, v: gradient of usage / N)
+    w_nk = p_nk (c_nk - sum_k p_nk c_nk + L_n) = dl_nk   (L: gradient of the log-normalizer)
+    dr_n = scale / tau rr_n (I - r^ r^T) sum_k w_nk e^_k
+    de_k = scale / tau re_k (I - e^ e^T) sum_n w_nk r^_n + sum_n p_nk z_n
+    dscale = sum_n r^_n . (sum_k w_nk e^_k) / tau,    dtau = -sum_nk w_nk l_nk / tau
+
+This is attention with the residual as query and the codebook as key and as value, with noise made inside.
+
+- Operands of products are the stored vectors; a tile of products is scaled by ``scale rr_n re_k``. The residual is carried
+  from level to level in float32 and rounded only as an operand: N x D numbers against N x K of work, so each level is
+  launches of its own and the residuals, which are an output, are written once and read once.
+- The softmax is never stored: forward keeps the log-normalizer, every other pass makes logits and noise again. ``w`` needs
+  sum_k p c before the first product with it (p c and its mean cancel where p is peaked, so rounded operands cannot be
+  corrected afterwards); the row kernel therefore passes over the codes twice.
+- No atomics: a program owns its rows or its codes; splits write partials that are added in a fixed order.
+- A code's two gradients, as key and as value, share one accumulator: the projection needs of the key's only its product
+  with e, which is a sum over the tile of w times the logits' own products.
+- Peaked rows: the pass for ``usage`` notes the largest p of every tile; backward leaves out whole tiles, noise and products,
+  that lie below ``skip``. Rows are visited in the order of their sampled codes, so that what is large shares tiles.
+- A slot is a place in that order. Whole rows are stored by slot, not where they were read: the 64-bit addresses, kept for
+  that through the loop, would cost more registers than the accumulators.
+- 16-bit gradients keep their range: z_n enters products with norm 1, weights are scaled by powers of a bound of theirs.
+
+Logits, noise and log-normalizers are in base 2 inside the kernels.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from dgi_kernels.cosine.triton_kernels import reciprocal_norm
+from dgi_kernels.gumbel.triton_noise import LN2, LOG2E, noise_tile, noise_tile_by_code
+
+SLACK = tl.constexpr(8.0)  # the running maximum may lag by this much: weights stay below 2^8
+STREAM = tl.constexpr(0)  # of the noise of residual_quantize
+VARYING = ["N", "level", "row_offset"]  # no code of their own for the value 1 or a multiple of 16
+
+
+@triton.jit(do_not_specialize=["N"])
+def emit_kernel(p_rest, p_mean, p_e, p_index, p_lse, p_quantized, p_residual, p_rnorm, N, D, stride_d, stride_m, eps,
+                b_n: tl.constexpr, b_d: tl.constexpr):
+    """The seam of two levels: rest (N, D) float32 -= z~, and its rounding and norm for the next level. b_d >= D.
+
+    z~ is ``mean`` (N, D), or the codebook's rows at ``index`` (N,), NaN where ``lse``, if given, is. Before the first level
+    ``quantized`` is None and rest is z; after the last ``residual`` is None.
+    """
+    o_n = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
+    o_d = tl.arange(0, b_d)
+    m_n = o_n < N
+    m_nd = m_n[:, None] & (o_d < D)[None, :]
+    rest = tl.load(p_rest + o_n[:, None] * D + o_d[None, :], mask=m_nd, other=0.0)
+    if p_quantized is not None:
+        if p_mean is not None:
+            quantized = tl.load(p_mean + o_n[:, None] * D + o_d[None, :], mask=m_nd, other=0.0)
+        else:
+            index = tl.load(p_index + o_n * stride_m, mask=m_n, other=0)
+            quantized = tl.load(p_e + index[:, None] * D + o_d[None, :], mask=m_nd, other=0.0).to(tl.float32)
+            if p_lse is not None:
+                lse = tl.load(p_lse + o_n * stride_m, mask=m_n, other=0.0)
+                quantized = tl.where((lse == lse)[:, None], quantized, float("nan"))
+        tl.store(p_quantized + o_n[:, None] * stride_d + o_d[None, :], quantized.to(p_quantized.dtype.element_ty), mask=m_nd)
+        rest -= quantized
+        tl.store(p_rest + o_n[:, None] * D + o_d[None, :], rest, mask=m_nd)
+    if p_residual is not None:
+        tl.store(p_residual + o_n[:, None] * stride_d + o_d[None, :], rest.to(p_residual.dtype.element_ty), mask=m_nd)
+        tl.store(p_rnorm + o_n * stride_m, reciprocal_norm(tl.sum(rest * rest, axis=1), eps), mask=m_n)
+
+
+@triton.jit
+def best_of(y, o_k):
+    """Maximum of every row, and the first of the codes ``o_k`` (b_k,) that reaches it."""
+    highest = tl.max(y, axis=1)
+    return highest, tl.min(tl.where(y == highest[:, None], o_k[None, :], 0x7FFFFFFF), axis=1)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def level_kernel(p_r, p_e, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p_mean, p_codes, p_sampled, p_lse, N, K, D, stride_d,
+                 stride_m, level, row_offset, log2_skip, soft: tl.constexpr, noisy: tl.constexpr, b_n: tl.constexpr,
+                 b_k: tl.constexpr, b_d: tl.constexpr):
+    """r (N, D), e (K, D) -> codes, sampled, lse (N,); soft: mean (N, D) = p E. A program owns b_n rows.
+
+    In registers: the mean (b_n, b_d); maximum, sum and the best two codes of each row. r lies in shared memory.
+    """
+    o_n = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
+    m_n = o_n < N
+    o_d = tl.arange(0, b_d)
+    m_d = o_d < D
+    r = tl.load(p_r + o_n[:, None] * stride_d + o_d[None, :], mask=m_n[:, None] & m_d[None, :], other=0.0)
+    scale_r = tl.load(p_rnorm + o_n * stride_m, mask=m_n, other=0.0) * (tl.load(p_scale) * LOG2E)
+    inv_tau = 1.0 / tl.load(p_tau)
+    seed = tl.load(p_seed)
+    o_row = (o_n + row_offset).to(tl.uint32)
+
+    code = tl.zeros((b_n,), tl.int32)
+    sampled = tl.zeros((b_n,), tl.int32)
+    best = tl.full((b_n,), float("-inf"), tl.float32)
+    best_noisy = tl.full((b_n,), float("-inf"), tl.float32)
+    top = tl.full((b_n,), float("-inf"), tl.float32)
+    total = tl.zeros((b_n,), tl.float32)
+    mean = tl.zeros((b_n, b_d), tl.float32)
+    o_tile = tl.arange(0, b_k)[:, None] * D + o_d[None, :]
+    for first in range(0, K, b_k):
+        o_k = first + tl.arange(0, b_k)
+        m_k = o_k < K
+        e = tl.load(p_e + o_tile, mask=m_k[:, None] & m_d[None, :], other=0.0)
+        p_e += b_k * D
+        rnorm_e = tl.load(p_rnorm_e + o_k, mask=m_k, other=0.0)
+        y = tl.dot(r, tl.trans(e), input_precision="ieee") * scale_r[:, None] * rnorm_e[None, :]
+        y = tl.where(m_k[None, :], y, float("-inf"))
+        highest, where = best_of(y, o_k)
+        code = tl.where(highest > best, where, code)
+        best = tl.maximum(best, highest)
+        if noisy:
+            y += noise_tile(seed, first, o_row, level, STREAM, b_k)
+            highest, where = best_of(y, o_k)
+            sampled = tl.where(highest > best_noisy, where, sampled)
+            best_noisy = tl.maximum(best_noisy, highest)
+        rise = highest * inv_tau - top
+        if tl.max(rise) > SLACK:
+            raised = tl.where(rise > 0.0, highest * inv_tau, top)
+            shrink = tl.exp2(top - raised)
+            top = raised
+            total *= shrink
+            if soft:
+                mean *= shrink[:, None]
+            rise = tl.minimum(rise, 0.0)
+        p = tl.exp2(y * inv_tau - top[:, None])
+        total += tl.sum(p, axis=1)
+        if soft:  # noqa: SIM102 (the first is decided when the kernel is compiled)
+            if tl.max(rise) >= log2_skip:
+                mean = tl.dot(p.to(e.dtype), e, mean, input_precision="ieee")
+
+    if not noisy:
+        sampled = code
+    tl.store(p_codes + o_n * stride_m, code.to(tl.int64), mask=m_n)
+    tl.store(p_sampled + o_n * stride_m, sampled.to(tl.int64), mask=m_n)
+    tl.store(p_lse + o_n * stride_m, (top + tl.log2(total)) * LN2, mask=m_n)
+    if soft:
+        tl.store(p_mean + o_n[:, None] * D + o_d[None, :], mean / total[:, None], mask=m_n[:, None] & m_d[None, :])
+
+
+@triton.jit(do_not_specialize=VARYING)
+def usage_kernel(p_r, p_e, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p_lse, p_sampled, p_order, p_partial, p_largest, N, K,
+                 D, stride_d, stride_m, level, row_offset, noisy: tl.constexpr, b_n: tl.constexpr, b_k: tl.constexpr,
+                 b_d: tl.constexpr):
+    """-> partial (splits, K) = sum_n p_nk, largest (row tiles, code tiles) = max p, 1 in a tile that holds a sampled code.
+
+    A program owns b_k codes of one split: every splits-th tile of b_n rows.
+    """
+    i_k = tl.program_id(0)
+    o_k = i_k * b_k + tl.arange(0, b_k)
+    m_k = o_k < K
+    o_d = tl.arange(0, b_d)
+    m_d = o_d < D
+    e = tl.load(p_e + o_k.to(tl.int64)[:, None] * D + o_d[None, :], mask=m_k[:, None] & m_d[None, :], other=0.0)
+    scale_e = tl.load(p_rnorm_e + o_k, mask=m_k, other=0.0) * (tl.load(p_scale) * LOG2E)
+    inv_tau = 1.0 / tl.load(p_tau)
+    seed = tl.load(p_seed)
+    usage = tl.zeros((b_k,), tl.float32)
+    for first in range(tl.program_id(1) * b_n, N, tl.num_programs(1) * b_n):
+        o_slot = first + tl.arange(0, b_n)
+        m_n = o_slot < N
+        o_n = tl.load(p_order + o_slot, mask=m_n, other=0)
+        r = tl.load(p_r + o_n[:, None] * stride_d + o_d[None, :], mask=m_n[:, None] & m_d[None, :], other=0.0)
+        rnorm = tl.load(p_rnorm + o_n * stride_m, mask=m_n, other=0.0)
+        lse = tl.load(p_lse + o_n * stride_m, mask=m_n, other=float("inf"))
+        sampled = tl.load(p_sampled + o_n * stride_m, mask=m_n, other=-1).to(tl.int32)
+        y = tl.dot(e, tl.trans(r), input_precision="ieee") * scale_e[:, None] * rnorm[None, :]
+        if noisy:
+            y += noise_tile_by_code(seed, i_k * b_k, (o_n + row_offset).to(tl.uint32), level, STREAM, b_k)
+        p = tl.exp2(y * inv_tau - (lse * LOG2E)[None, :])
+        usage += tl.sum(p, axis=1)
+        known = tl.where((o_k[:, None] == sampled[None, :]) | (p != p), 1.0, p)  # NaN must reach the gradients
+        largest = tl.max(tl.where(m_k[:, None], known, 0.0))
+        tl.store(p_largest + (first // b_n) * tl.num_programs(0) + i_k, largest)
+    tl.store(p_partial + tl.program_id(1) * K + o_k, usage, mask=m_k)
+
+
+@triton.jit
+def gradient_tile(r, unit, e, scale_r, lse, norm, p_rnorm_e, p_dusage, seed, inv_tau, o_row, first, K, level,
+                  noisy: tl.constexpr, b_k: tl.constexpr):
+    """log2 p (-inf beyond K) and c of the codes first ... first + b_k - 1, (b_n, b_k), and their rnorm (b_k,)."""
+    o_k = first + tl.arange(0, b_k)
+    m_k = o_k < K
+    rnorm_e = tl.load(p_rnorm_e + o_k, mask=m_k, other=0.0)
+    y = tl.dot(r, tl.trans(e), input_precision="ieee") * scale_r[:, None] * rnorm_e[None, :]
+    if noisy:
+        y += noise_tile(seed, first, o_row, level, STREAM, b_k)
+    log_p = tl.where(m_k[None, :], y * inv_tau - lse[:, None], float("-inf"))
+    c = tl.dot(unit, tl.trans(e), input_precision="ieee") * norm[:, None]
+    if p_dusage is not None:
+        c += tl.load(p_dusage + o_k, mask=m_k, other=0.0)[None, :]
+    return log_p, c, rnorm_e
+
+
+@triton.jit
+def matters(p_largest, i_first, parts: tl.constexpr, row_tiles, code_tiles, i_k, skip):
+    """Whether one of ``parts`` row tiles from ``i_first`` on has a p that counts for the codes of tile i_k."""
+    i_n = i_first + tl.arange(0, parts)
+    return tl.max(tl.load(p_largest + i_n * code_tiles + i_k, mask=i_n < row_tiles, other=0.0)) >= skip
+
+
+@triton.jit(do_not_specialize=VARYING)
+def row_gradient_kernel(p_r, p_e, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p_lse, p_order, p_largest, p_unit, p_norm,
+                        p_bound, p_dusage, p_dlse, p_gain, p_mean, p_out, p_dtau, N, K, D, stride_d, stride_m, level,
+                        row_offset, skip, noisy: tl.constexpr, b_n: tl.constexpr, b_k: tl.constexpr, b_d: tl.constexpr,
+                        g_n: tl.constexpr, g_k: tl.constexpr):
+    """By row: mean = sum_k p c; by slot: out (N, D) = rr_n sum_k w e^_k, dtau = sum_k w log2 p. Passes twice over the codes.
+
+    unit (N, D) and norm (N,) are z; bound (N,) is one of |c - mean + L|; dusage (K,) is v, None where it is 0. ``largest``
+    is of tiles of g_n rows and g_k codes: multiples of a program's rows and of its step.
+    """
+    i_n = tl.program_id(0)
+    o_slot = i_n * b_n + tl.arange(0, b_n)
+    m_n = o_slot < N
+    o_n = tl.load(p_order + o_slot, mask=m_n, other=0)
+    o_d = tl.arange(0, b_d)
+    m_d = o_d < D
+    m_nd = m_n[:, None] & m_d[None, :]
+    r = tl.load(p_r + o_n[:, None] * stride_d + o_d[None, :], mask=m_nd, other=0.0)
+    unit = tl.load(p_unit + o_n[:, None] * D + o_d[None, :], mask=m_nd, other=0.0)
+    rnorm = tl.load(p_rnorm + o_n * stride_m, mask=m_n, other=0.0)
+    lse = tl.load(p_lse + o_n * stride_m, mask=m_n, other=float("inf")) * LOG2E
+    norm = tl.load(p_norm + o_n, mask=m_n, other=0.0)
+    scale_r = rnorm * (tl.load(p_scale) * LOG2E)
+    inv_tau = 1.0 / tl.load(p_tau)
+    seed = tl.load(p_seed)
+    o_row = (o_n + row_offset).to(tl.uint32)
+    row_tiles = tl.cdiv(N, g_n)
+    code_tiles = tl.cdiv(K, g_k)
+    o_tile = tl.arange(0, b_k)[:, None] * D + o_d[None, :]
+
+    mean = tl.zeros((b_n,), tl.float32)
+    mass = tl.zeros((b_n,), tl.float32)
+    for first in range(0, K, b_k):
+        if matters(p_largest, i_n * (b_n // g_n), b_n // g_n, row_tiles, code_tiles, first // g_k, skip):
+            m_e = (first + tl.arange(0, b_k) < K)[:, None] & m_d[None, :]
+            e = tl.load(p_e + tl.cast(first, tl.int64) * D + o_tile, mask=m_e, other=0.0)
+            log_p, c, _ = gradient_tile(r, unit, e, scale_r, lse, norm, p_rnorm_e, p_dusage, seed, inv_tau, o_row, first, K,
+                                        level, noisy, b_k)
+            p = tl.exp2(log_p)
+            mean += tl.sum(p * c, axis=1)
+            mass += tl.sum(p, axis=1)
+    mean = tl.where(mass == 0.0, 0.0, mean / mass)  # what the tiles left out would add to the mass is not to weigh on it
+    tl.store(p_mean + o_n, mean, mask=m_n)
+    if p_dlse is not None:
+        mean -= tl.load(p_dlse + o_n * stride_m, mask=m_n, other=0.0)
+
+    bound = tl.load(p_bound + o_n, mask=m_n, other=1.0)
+    if p_gain is not None:
+        bound /= tl.load(p_gain)
+    inv_bound = 1.0 / bound
+    dtau = tl.zeros((b_n,), tl.float32)
+    out = tl.zeros((b_n, b_d), tl.float32)
+    for first in range(0, K, b_k):
+        if matters(p_largest, i_n * (b_n // g_n), b_n // g_n, row_tiles, code_tiles, first // g_k, skip):
+            m_e = (first + tl.arange(0, b_k) < K)[:, None] & m_d[None, :]
+            e = tl.load(p_e + tl.cast(first, tl.int64) * D + o_tile, mask=m_e, other=0.0)
+            log_p, c, rnorm_e = gradient_tile(r, unit, e, scale_r, lse, norm, p_rnorm_e, p_dusage, seed, inv_tau, o_row, first,
+                                              K, level, noisy, b_k)
+            p = tl.exp2(log_p)
+            w = p * (c - mean[:, None])
+            dtau += tl.sum(tl.where(p > 0.0, w * log_p, p), axis=1)
+            w = w * inv_bound[:, None] * rnorm_e[None, :]
+            out = tl.dot(w.to(e.dtype), e, out, input_precision="ieee")
+    out *= (tl.where(rnorm == 0.0, 1.0, rnorm) * bound)[:, None]
+    tl.store(p_out + o_slot.to(tl.int64)[:, None] * D + o_d[None, :], out, mask=m_nd)
+    tl.store(p_dtau + o_slot, dtau, mask=m_n)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def code_gradient_kernel(p_r, p_e, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p_lse, p_sampled, p_order, p_largest, p_unit,
+                         p_norm, p_dusage, p_shift, p_gain, p_partial, p_radial, N, K, D, stride_d, stride_m, level,
+                         row_offset, skip, eps, straight_through: tl.constexpr, noisy: tl.constexpr, b_n: tl.constexpr,
+                         b_k: tl.constexpr, b_d: tl.constexpr):
+    """-> partial (splits, K, D) = scale / tau re_k sum_n w r^_n + sum_n y z_n, radial (splits, K) = e . its first part.
+
+    y is p, or the one-hot of ``sampled``. shift (N,) is mean - L. gain keeps float16 in range; it is left in the result.
+    """
+    i_k = tl.program_id(0)
+    i_split = tl.program_id(1)
+    o_k = i_k * b_k + tl.arange(0, b_k)
+    m_k = o_k < K
+    o_d = tl.arange(0, b_d)
+    m_d = o_d < D
+    m_kd = m_k[:, None] & m_d[None, :]
+    e = tl.load(p_e + o_k.to(tl.int64)[:, None] * D + o_d[None, :], mask=m_kd, other=0.0)
+    rnorm_e = tl.load(p_rnorm_e + o_k, mask=m_k, other=0.0)
+    scale = tl.load(p_scale)
+    inv_tau = 1.0 / tl.load(p_tau)
+    scale_e = rnorm_e * (scale * LOG2E)
+    factor = tl.where(rnorm_e == 0.0, 1.0 / eps, rnorm_e) * (scale * inv_tau)
+    gain = 1.0 if p_gain is None else tl.load(p_gain)
+    seed = tl.load(p_seed)
+    total = tl.zeros((b_k, b_d), tl.float32)
+    radial = tl.zeros((b_k,), tl.float32)
+    for first in range(i_split * b_n, N, tl.num_programs(1) * b_n):
+        if tl.load(p_largest + (first // b_n) * tl.num_programs(0) + i_k) >= skip:
+            o_slot = first + tl.arange(0, b_n)
+            m_n = o_slot < N
+            o_n = tl.load(p_order + o_slot, mask=m_n, other=0)
+            m_nd = m_n[:, None] & m_d[None, :]
+            r = tl.load(p_r + o_n[:, None] * stride_d + o_d[None, :], mask=m_nd, other=0.0)
+            rnorm = tl.load(p_rnorm + o_n * stride_m, mask=m_n, other=0.0)
+            lse = tl.load(p_lse + o_n * stride_m, mask=m_n, other=float("inf")) * LOG2E
+            products = tl.dot(e, tl.trans(r), input_precision="ieee")
+            y = products * scale_e[:, None] * rnorm[None, :]
+            if noisy:
+                y += noise_tile_by_code(seed, i_k * b_k, (o_n + row_offset).to(tl.uint32), level, STREAM, b_k)
+            p = tl.exp2(y * inv_tau - lse[None, :])
+            unit = tl.load(p_unit + o_n[:, None] * D + o_d[None, :], mask=m_nd, other=0.0)
+            norm = tl.load(p_norm + o_n, mask=m_n, other=0.0)
+            shift = tl.load(p_shift + o_n, mask=m_n, other=0.0)
+            c = tl.dot(e, tl.trans(unit), input_precision="ieee") * norm[None, :] - shift[None, :]
+            if p_dusage is not None:
+                c += tl.load(p_dusage + o_k, mask=m_k, other=0.0)[:, None]
+            w = (p * c * factor[:, None] * (rnorm * gain)[None, :]).to(r.dtype)
+            radial += tl.sum(w.to(tl.float32) * products, axis=1)
+            total = tl.dot(w, r, total, input_precision="ieee")
+            if straight_through:
+                sampled = tl.load(p_sampled + o_n * stride_m, mask=m_n, other=-1).to(tl.int32)
+                p = (o_k[:, None] == sampled[None, :]).to(tl.float32)
+            total = tl.dot((p * (norm * gain)[None, :]).to(r.dtype), unit, total, input_precision="ieee")
+    tl.store(p_partial + (i_split.to(tl.int64) * K + o_k[:, None]) * D + o_d[None, :], total, mask=m_kd)
+    tl.store(p_radial + i_split * K + o_k, radial, mask=m_k)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def finish_codes_kernel(p_partial, p_radial, p_e, p_rnorm_e, p_gain, p_out, splits, K, D, eps, b_k: tl.constexpr,
+                        b_d: tl.constexpr):
+    """The partials of :func:`code_gradient_kernel`, added up, less what is radial -> out (K, D). b_d >= D."""
+    o_k = tl.program_id(0) * b_k + tl.arange(0, b_k)
+    o_d = tl.arange(0, b_d)
+    m_k = o_k < K
+    m_kd = m_k[:, None] & (o_d < D)[None, :]
+    o_kd = o_k.to(tl.int64)[:, None] * D + o_d[None, :]
+    total = tl.zeros((b_k, b_d), tl.float32)
+    radial = tl.zeros((b_k,), tl.float32)
+    for i in range(splits):
+        total += tl.load(p_partial + o_kd, mask=m_kd, other=0.0)
+        radial += tl.load(p_radial + i * K + o_k, mask=m_k, other=0.0)
+        p_partial += K * D
+    e = tl.load(p_e + o_kd, mask=m_kd, other=0.0).to(tl.float32)
+    rnorm_e = tl.load(p_rnorm_e + o_k, mask=m_k, other=0.0)
+    total -= tl.where(rnorm_e >= 1.0 / eps, 0.0, radial * rnorm_e * rnorm_e)[:, None] * e
+    if p_gain is not None:
+        total /= tl.load(p_gain)
+    tl.store(p_out + o_kd, total.to(p_out.dtype.element_ty), mask=m_kd)
+
+
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["p_rnorm", "p_radial"])
+def finish_kernel(p_sum, p_x, p_rnorm, p_order, p_factor, p_gain, p_add, p_add_gain, p_out, p_radial, N, D, stride_d,
+                  stride_m, eps, b_n: tl.constexpr, b_d: tl.constexpr):
+    """sum (N, D) = rx times a gradient of x^ -> out (N, D) = factor rx (I - x^ x^T) (...) + add / add_gain. b_d >= D.
+
+    sum is by slot where there is an order. ``add`` (N, D) may be ``out`` itself. radial (N,) = x^ . (...).
+    """
+    o_slot = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
+    o_d = tl.arange(0, b_d)
+    m_n = o_slot < N
+    m_nd = m_n[:, None] & (o_d < D)[None, :]
+    o_n = o_slot if p_order is None else tl.load(p_order + o_slot, mask=m_n, other=0)
+    o_nd = o_n[:, None] * D + o_d[None, :]
+    total = tl.load(p_sum + o_slot[:, None] * D + o_d[None, :], mask=m_nd, other=0.0)
+    added = tl.load(p_add + o_nd, mask=m_nd, other=0.0)
+    if p_gain is not None:
+        total /= tl.load(p_gain)
+    if p_add_gain is not None:
+        added /= tl.load(p_add_gain)
+    x = tl.load(p_x + o_n[:, None] * stride_d + o_d[None, :], mask=m_nd, other=0.0).to(tl.float32)
+    rnorm = tl.load(p_rnorm + o_n * stride_m, mask=m_n, other=0.0)
+    radial = tl.sum(total * x, axis=1)
+    free = tl.where(rnorm >= 1.0 / eps, 0.0, radial * rnorm * rnorm)  # a norm below eps is a constant: nothing to project out
+    total -= free[:, None] * x
+    factor = tl.where(rnorm == 0.0, 1.0 / eps, 1.0) * tl.load(p_factor)
+    tl.store(p_out + o_nd, (added + total * factor[:, None]).to(p_out.dtype.element_ty), mask=m_nd)
+    if p_radial is not None:
+        tl.store(p_radial + o_n, radial, mask=m_n)

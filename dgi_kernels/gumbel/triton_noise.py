@@ -1,0 +1,160 @@
+"""The noise of the contract in Triton, and the kernels that need no codebook: gumbel_noise and gumbel_softmax.
+
+    u = (x + 1/2) 2^-32,    E = -log1p(-u),    g = -log E,    x = word k % 4 of Philox4x32-10 at (k // 4, n, level, stream)
+
+Everything here is in base 2, G = g / ln 2, so that both logarithms and the softmax's exponential are one instruction of the
+GPU each. ``lg2.approx`` errs by 2^-22, absolutely where its argument is within (1/2, 2) and relatively elsewhere (PTX ISA).
+Near u = 0, where E = -log(1 - u) loses what 1 - u has rounded away, a polynomial in u takes its place below u = 1/16: then
+the error of g is below 2e-5 for every word: 3e-6 from E, 6e-6 from log E at its largest, 23 (a test adds them up over both
+ends and a sample). One conversion serves both sides: it takes x for small u and ~x, which is 1 - u, for the rest.
+
+A tile computes one Philox block for four neighbouring codes and uses all four words. A row's and a code's parts of the first
+two rounds stay vectors of b_n and b_k / 4 elements by broadcasting, so that eight rounds are paid for.
+"""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+if os.environ.get("TRITON_INTERPRET") == "1":  # the interpreter has no inline assembly
+    @triton.jit
+    def log2_approx(x):
+        return tl.log2(x)
+else:
+    @triton.jit
+    def log2_approx(x):
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def gumbel_from_word(word):
+    """Uniform uint32 -> G = -log2(-ln(1 - u)). The polynomial is a fit of -log2(1 - u) / u, relative error 2.1e-6."""
+    small = word < 0x10000000
+    v = tl.where(small, word, ~word).to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
+    series = v * ((0.5168004631996155 * v + 0.7204892635345459) * v + 1.4426980018615723)
+    return 0.5287663729448977 - log2_approx(tl.where(small, series, -log2_approx(v)))  # -log2(ln 2): E is in base 2
+
+
+@triton.jit
+def noise_tile(seed, first_code, o_row, level, stream, b_k: tl.constexpr):
+    """G of b_k codes from ``first_code``, a multiple of 4, for the rows ``o_row`` (b_n,) uint32 -> (b_n, b_k)."""
+    o_block = (first_code // 4 + tl.arange(0, b_k // 4)).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, o_block[None, :], o_row[:, None], level, stream)
+    even = tl.join(gumbel_from_word(w0), gumbel_from_word(w2))
+    odd = tl.join(gumbel_from_word(w1), gumbel_from_word(w3))
+    return tl.reshape(tl.join(even, odd), (o_row.shape[0], b_k))
+
+
+@triton.jit
+def noise_tile_by_code(seed, first_code, o_row, level, stream, b_k: tl.constexpr):
+    """:func:`noise_tile`, transposed: (b_k, b_n)."""
+    o_block = (first_code // 4 + tl.arange(0, b_k // 4)).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, o_block[:, None], o_row[None, :], level, stream)
+    even = tl.join(gumbel_from_word(w0), gumbel_from_word(w2))
+    odd = tl.join(gumbel_from_word(w1), gumbel_from_word(w3))
+    return tl.reshape(tl.permute(tl.join(even, odd), (0, 2, 3, 1)), (b_k, o_row.shape[0]))
+
+
+@triton.jit(do_not_specialize=["N", "K", "level", "stream", "row_offset"])
+def noise_kernel(p_seed, p_out, N, K, level, stream, row_offset, b_n: tl.constexpr, b_k: tl.constexpr):
+    """-> out (N, K) = g. Nothing is read but the seed; 4 bytes an element are written."""
+    o_n = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
+    first = tl.program_id(1).to(tl.int64) * b_k
+    noise = noise_tile(tl.load(p_seed), first, (o_n + row_offset).to(tl.uint32), level, stream, b_k) * LN2
+    o_k = first + tl.arange(0, b_k)
+    tl.store(p_out + o_n[:, None] * K + o_k[None, :], noise, mask=(o_n < N)[:, None] & (o_k < K)[None, :])
+
+
+@triton.jit
+def noisy_tile(p_x, seed, inv_tau, o_n, m_n, first, K, stream: tl.constexpr, b_k: tl.constexpr):
+    """One tile of (x + g) / (tau ln 2), -inf beyond K."""
+    o_k = first + tl.arange(0, b_k)
+    x = tl.load(p_x + o_n[:, None] * K + o_k[None, :], mask=m_n[:, None] & (o_k < K)[None, :], other=float("-inf"))
+    return (x.to(tl.float32) * LOG2E + noise_tile(seed, first, o_n.to(tl.uint32), 0, stream, b_k)) * inv_tau
+
+
+@triton.jit
+def softmax_kernel(p_x, p_seed, p_tau, p_out, p_lse, N, K, stream: tl.constexpr, hard: tl.constexpr,
+                   one_tile: tl.constexpr, b_n: tl.constexpr, b_k: tl.constexpr):
+    """x (N, K) -> out (N, K) = softmax((x + g) / tau) or its one-hot, lse (N,) in base 2.
+
+    A program owns b_n rows. Where a row does not fit one tile, its noise is made twice rather than its softmax stored once.
+    """
+    o_n = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
+    m_n = o_n < N
+    seed = tl.load(p_seed)
+    inv_tau = 1.0 / tl.load(p_tau)
+    top = tl.full((b_n,), float("-inf"), tl.float32)
+    total = tl.zeros((b_n,), tl.float32)
+    index = tl.zeros((b_n,), tl.int64)
+    if one_tile:
+        y = noisy_tile(p_x, seed, inv_tau, o_n, m_n, 0, K, stream, b_k)
+        top, total, index = extend(y, 0, top, total, index)
+    else:
+        for first in range(0, K, b_k):
+            y = noisy_tile(p_x, seed, inv_tau, o_n, m_n, first, K, stream, b_k)
+            top, total, index = extend(y, first, top, total, index)
+    lse = tl.where(top == float("-inf"), 0.0, top) + tl.log2(total)  # log2(0): -inf for a row of -inf alone
+    tl.store(p_lse + o_n, lse, mask=m_n)
+    for first in range(0, K, b_k):
+        o_k = first + tl.arange(0, b_k)
+        if hard:
+            p = tl.where(o_k[None, :] == index[:, None], 1.0, 0.0) + (lse - lse)[:, None]  # NaN without a softmax
+        else:
+            if not one_tile:
+                y = noisy_tile(p_x, seed, inv_tau, o_n, m_n, first, K, stream, b_k)
+            p = tl.exp2(y - lse[:, None])
+        tl.store(p_out + o_n[:, None] * K + o_k[None, :], p, mask=m_n[:, None] & (o_k < K)[None, :])
+
+
+@triton.jit
+def extend(y, first, top, total, index):
+    """Maximum, sum of exp2(y - maximum) and argmax of a row by one more tile; -inf counts as nothing."""
+    highest, where = tl.max(y, axis=1, return_indices=True)
+    index = tl.where(highest > top, first + where, index)
+    raised = tl.maximum(top, highest)
+    anchor = tl.where(raised == float("-inf"), 0.0, raised)
+    total = total * tl.exp2(top - anchor) + tl.sum(tl.exp2(y - anchor[:, None]), axis=1)
+    return raised, total, index
+
+
+@triton.jit
+def softmax_backward_kernel(p_x, p_seed, p_tau, p_lse, p_upstream, p_out, p_dtau, N, K, stream: tl.constexpr,
+                            one_tile: tl.constexpr, b_n: tl.constexpr, b_k: tl.constexpr):
+    """-> out (N, K) = p (u - p . u) / tau, dtau (N,) = -sum_k out_k log p_k: each row's part. p is made again."""
+    o_n = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
+    m_n = o_n < N
+    seed = tl.load(p_seed)
+    inv_tau = 1.0 / tl.load(p_tau)
+    lse = tl.load(p_lse + o_n, mask=m_n, other=0.0)
+    mean = tl.zeros((b_n,), tl.float32)
+    for first in range(0, K, b_k):
+        o_k = first + tl.arange(0, b_k)
+        m_nk = m_n[:, None] & (o_k < K)[None, :]
+        y = noisy_tile(p_x, seed, inv_tau, o_n, m_n, first, K, stream, b_k) - lse[:, None]
+        u = tl.load(p_upstream + o_n[:, None] * K + o_k[None, :], mask=m_nk, other=0.0).to(tl.float32)
+        mean += tl.sum(tl.exp2(y) * u, axis=1)
+        if one_tile:
+            dtau = gradient_tile(y, u, mean, inv_tau, p_out + o_n[:, None] * K + o_k[None, :], m_nk)
+    if not one_tile:
+        dtau = tl.zeros((b_n,), tl.float32)
+        for first in range(0, K, b_k):
+            o_k = first + tl.arange(0, b_k)
+            m_nk = m_n[:, None] & (o_k < K)[None, :]
+            y = noisy_tile(p_x, seed, inv_tau, o_n, m_n, first, K, stream, b_k) - lse[:, None]
+            u = tl.load(p_upstream + o_n[:, None] * K + o_k[None, :], mask=m_nk, other=0.0).to(tl.float32)
+            dtau += gradient_tile(y, u, mean, inv_tau, p_out + o_n[:, None] * K + o_k[None, :], m_nk)
+    tl.store(p_dtau + o_n, dtau, mask=m_n)
+
+
+@triton.jit
+def gradient_tile(y, u, mean, inv_tau, p_out, m_nk):
+    dx = tl.exp2(y) * (u - mean[:, None]) * inv_tau
+    tl.store(p_out, dx, mask=m_nk)
+    return -tl.sum(tl.where(y > float("-inf"), dx * y, 0.0), axis=1) * LN2

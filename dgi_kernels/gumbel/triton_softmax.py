@@ -1,0 +1,100 @@
+"""Launchers of gumbel_noise and gumbel_softmax in Triton: an operator that torch.compile keeps whole, and its gradient."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from dgi_kernels.gumbel import triton_noise as kernels
+from dgi_kernels.noise import STREAM_GUMBEL_SOFTMAX
+
+# (rows, codes) of a tile, for at most so many codes; beyond, a row is several tiles. bench/gpu_code.py compiles them all.
+NOISE_TILES = ((64, 32), (4, 512))
+SOFTMAX_TILES = ((64, 32), (8, 256), (1, 2048))
+
+
+def tile(codes: int, tiles: tuple[tuple[int, int], ...]) -> tuple[int, int]:
+    return next((tile for tile in tiles if codes <= tile[1]), tiles[-1])
+
+
+@torch.library.custom_op("dgi_kernels::gumbel_noise_triton", mutates_args=())
+def gumbel_noise(seed: Tensor, level: int, stream: int, row_offset: int, rows: int, codes: int) -> Tensor:
+    """``seed`` int64 of one element -> (rows, codes) float32 on its device."""
+    out = seed.new_empty(rows, codes, dtype=torch.float32)
+    b_n, b_k = tile(codes, NOISE_TILES)
+    if out.numel():
+        with torch.cuda.device_of(seed):
+            kernels.noise_kernel[(triton.cdiv(rows, b_n), triton.cdiv(codes, b_k))](
+                seed, out, rows, codes, level, stream, row_offset, b_n=b_n, b_k=b_k, num_warps=4)
+    return out
+
+
+@gumbel_noise.register_fake
+def _(seed, level, stream, row_offset, rows, codes):  # type: ignore[no-untyped-def]
+    return seed.new_empty(rows, codes, dtype=torch.float32)
+
+
+def gumbel_softmax(logits: Tensor, tau: float | Tensor, hard: bool, seed: Tensor) -> Tensor:
+    """(..., K) float32, bfloat16 or float16 -> (..., K) of the same dtype."""
+    if not isinstance(tau, Tensor):
+        tau = torch.full((), tau, dtype=torch.float32, device=logits.device)
+    rows = logits.reshape(logits.shape[:-1].numel(), logits.shape[-1])
+    return _softmax(rows, tau.float(), hard, seed)[0].reshape(logits.shape)
+
+
+@torch.library.custom_op("dgi_kernels::gumbel_softmax_triton", mutates_args=())
+def _softmax(logits: Tensor, tau: Tensor, hard: bool, seed: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, K) -> the sample (N, K), and the log-normalizer (N,) in base 2, from which backward makes the softmax again."""
+    logits = logits.contiguous()
+    rows, codes = logits.shape
+    out, lse = torch.empty_like(logits), logits.new_empty(rows, dtype=torch.float32)
+    b_n, b_k = tile(codes, SOFTMAX_TILES)
+    if rows:
+        with torch.cuda.device_of(logits):
+            kernels.softmax_kernel[(triton.cdiv(rows, b_n),)](
+                logits, seed, tau, out, lse, rows, codes, stream=STREAM_GUMBEL_SOFTMAX, hard=hard, one_tile=codes <= b_k,
+                b_n=b_n, b_k=b_k, num_warps=4)
+    return out, lse
+
+
+@_softmax.register_fake
+def _(logits, tau, hard, seed):  # type: ignore[no-untyped-def]
+    return logits.new_empty(logits.shape), logits.new_empty(logits.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("dgi_kernels::gumbel_softmax_triton_backward", mutates_args=())
+def _softmax_backward(upstream: Tensor, logits: Tensor, tau: Tensor, seed: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """-> dlogits (N, K), dtau ()."""
+    logits, upstream = logits.contiguous(), upstream.contiguous()
+    rows, codes = logits.shape
+    dlogits, dtau = torch.empty_like(logits), torch.empty_like(lse)
+    b_n, b_k = tile(codes, SOFTMAX_TILES)
+    if rows:
+        with torch.cuda.device_of(logits):
+            kernels.softmax_backward_kernel[(triton.cdiv(rows, b_n),)](
+                logits, seed, tau, lse, upstream, dlogits, dtau, rows, codes, stream=STREAM_GUMBEL_SOFTMAX,
+                one_tile=codes <= b_k, b_n=b_n, b_k=b_k, num_warps=4)
+    return dlogits, dtau.sum()
+
+
+@_softmax_backward.register_fake
+def _(upstream, logits, tau, seed, lse):  # type: ignore[no-untyped-def]
+    return logits.new_empty(logits.shape), torch.empty_like(tau)
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    logits, tau, _, seed = inputs
+    ctx.save_for_backward(logits, tau, seed, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, upstream: Tensor | None, _: None):  # type: ignore[no-untyped-def]
+    if upstream is None:
+        return None, None, None, None
+    dlogits, dtau = _softmax_backward(upstream, *ctx.saved_tensors)
+    return dlogits, dtau, None, None
+
+
+_softmax.register_autograd(_differentiate, setup_context=_save)

@@ -1,0 +1,241 @@
+"""Gumbel-Softmax and residual quantization in C++ against the float64 oracle and the reference with the same noise."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dgi_kernels import _extension, gumbel_softmax, residual_quantize
+
+from .shapes import GUMBEL, QUANTIZE, Quantize
+from .test_gumbel import GRADIENT_MODES, Inputs, differentiable, gradients, make, oracle, weighted_sum
+
+pytestmark = pytest.mark.skipif(_extension.load_error is not None, reason=str(_extension.load_error))
+
+FORWARD, BACKWARD = 1e-4, 1e-3  # relative error of float32 against float64
+SHAPES = (*QUANTIZE, Quantize(n=37, d=24, sizes=(300, 1, 257)), Quantize(n=301, d=16, sizes=(512, 70)))
+
+
+def relative_error(actual: Tensor, truth: Tensor) -> float:
+    return (torch.dist(actual.double(), truth) / truth.norm().clamp_min(1e-6)).item() if truth.numel() else 0.0
+
+
+def scaled(inputs: Inputs, scale: float, tau: float) -> Inputs:
+    like = inputs.scale
+    return inputs._replace(scale=torch.full_like(like, scale).requires_grad_(),
+                           tau=torch.full_like(like, tau).requires_grad_())
+
+
+def peaked(n: int, d: int, sizes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Inputs:
+    """Like a trained quantizer: codes in families of neighbours at cosine 0.8, rows near a path of codes."""
+    codebooks, z = [], torch.zeros(n, d)
+    for level, size in enumerate(sizes):
+        centre = F.normalize(torch.randn(-(-size // 8), d), dim=-1).repeat_interleave(8, 0)[:size]
+        codebook = 0.5**level * F.normalize(0.8 * centre + 0.6 * F.normalize(torch.randn(size, d), dim=-1), dim=-1)
+        codebooks.append(codebook.to(dtype).requires_grad_())
+        z += codebook[torch.randint(size, (n,))]
+    z = z + 0.02 * torch.randn(n, d)
+    return Inputs(z.detach().to(dtype).requires_grad_(), codebooks, torch.tensor(30.0), torch.tensor(1.0))
+
+
+def assert_matches_oracle(inputs: Inputs, mode: str, seed: int | None, forward: float, backward: float,
+                          with_tau: bool = True) -> None:
+    row_offset = random.randrange(2**31)
+    tau = inputs.tau if with_tau else float(inputs.tau.detach())
+    result = residual_quantize(inputs.z, inputs.codebooks, inputs.scale, tau, mode=mode, noise=seed is not None,
+                               seed=seed, row_offset=row_offset, backend="native")
+    truth = oracle(inputs, mode, seed, result, row_offset)
+    compared = differentiable(result), differentiable(truth)
+    for actual, expected in zip(*compared, strict=True):
+        assert actual.dtype == inputs.z.dtype and actual.shape == expected.shape
+        assert relative_error(actual, expected) <= forward
+    if mode == "hard":
+        return
+    weights = [torch.randn_like(expected) for expected in compared[1]]
+    leaves = inputs.leaves if with_tau else inputs.leaves[:-1]
+    for ours, theirs in zip(*(gradients(weighted_sum(c, weights), leaves) for c in compared), strict=True):
+        assert (ours - theirs).norm() <= backward * theirs.norm().clamp_min(1e-2)
+
+
+@pytest.mark.parametrize("seeded", [True, False], ids=["noise", "no noise"])
+@pytest.mark.parametrize("mode", ["soft", "straight_through", "hard"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_quantization_and_gradients(shape: Quantize, dtype: torch.dtype, mode: str, seeded: bool) -> None:
+    tolerances = (1e-9, 1e-8) if dtype == torch.float64 else (FORWARD, BACKWARD if shape.d > 3 else 1e-1)
+    assert_matches_oracle(make(shape, dtype), mode, random.randrange(2**63) if seeded else None, *tolerances)
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.5, 0.1])
+@pytest.mark.parametrize("mode", GRADIENT_MODES)
+@pytest.mark.parametrize("family", ["flat", "peaked"])
+def test_flat_and_peaked_assignments(family: str, mode: str, tau: float) -> None:
+    n, d, sizes = 290, 32, (520, 96)
+    inputs = peaked(n, d, sizes) if family == "peaked" else make(Quantize(n, d, sizes), torch.float32)
+    assert_matches_oracle(scaled(inputs, 30.0, tau), mode, random.randrange(2**63), FORWARD, BACKWARD)
+
+
+def test_unit_temperature_without_its_gradient_needs_one_logarithm() -> None:
+    """The shortcut exp(s + g) = exp(s) / E, which a tensor tau that wants its gradient cannot take."""
+    for shape in SHAPES[3:]:
+        inputs = scaled(make(shape, torch.float32), 9.0, 1.0)
+        for mode in GRADIENT_MODES:
+            assert_matches_oracle(inputs, mode, random.randrange(2**63), FORWARD, BACKWARD, with_tau=False)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("tau", [1.0, 0.4])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [*GUMBEL, (3, 700), (2, 0, 4)], ids=str)
+def test_softmax_is_the_references(shape: tuple[int, ...], dtype: torch.dtype, tau: float, hard: bool) -> None:
+    seed, logits = random.randrange(2**63), (torch.randn(shape) * 3).to(dtype).requires_grad_()
+    upstream = torch.randn_like(logits)
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    for temperature in (tau, torch.tensor(tau).to(dtype).requires_grad_()):
+        wide = [x.detach().double().requires_grad_() for x in (logits, torch.as_tensor(temperature, dtype=compute))]
+        truth = gumbel_softmax(*wide, hard, seed=seed, backend="reference")
+        actual = gumbel_softmax(logits, temperature, hard, seed=seed, backend="native")
+        assert actual.dtype == dtype and actual.shape == shape
+        resolution = {torch.float64: 1e-9, torch.float32: 1e-5}.get(dtype, torch.finfo(dtype).eps)
+        torch.testing.assert_close(actual.double(), truth, rtol=0, atol=resolution)
+        leaves = [logits, temperature] if isinstance(temperature, Tensor) else [logits]
+        ours = torch.autograd.grad(actual, leaves, upstream)
+        theirs = torch.autograd.grad(truth, wide, upstream.double())
+        for a, e in zip(ours, theirs, strict=False):
+            torch.testing.assert_close(a.double(), e, rtol=4 * resolution, atol=8 * resolution * max(1, logits.numel() / 99))
+
+
+def test_gradients_of_gradients_are_the_references() -> None:
+    inputs = make(Quantize(n=3, d=2, sizes=(3, 2)))
+    z, codebooks, scale, tau = inputs
+
+    def second(backend: str) -> list[Tensor]:
+        result = residual_quantize(*inputs, seed=4, backend=backend)
+        first = torch.autograd.grad(weighted_sum(differentiable(result), [torch.tensor(1.0)] * 5), inputs.leaves,
+                                    create_graph=True)
+        return list(torch.autograd.grad(sum(g.square().sum() for g in first), inputs.leaves))
+
+    torch.testing.assert_close(second("native"), second("reference"), rtol=1e-4, atol=1e-4)
+    logits = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: gumbel_softmax(x, 0.8, seed=1, backend="native"), (logits,),
+                                        atol=1e-4)
+
+
+def test_infinite_logits_have_no_gradient_to_tau() -> None:
+    logits = torch.tensor([[0.5, -torch.inf, 1.0]])
+    tau = torch.tensor(0.7, requires_grad=True)
+    p = gumbel_softmax(logits, tau, seed=3, backend="native")
+    assert p[0, 1] == 0
+    gradient, = torch.autograd.grad(p[0, 0], tau)
+    assert gradient.isfinite() and gradient != 0
+
+
+def test_a_codebook_row_of_nan_reaches_every_row_as_in_the_reference() -> None:
+    z, codebook = torch.randn(4, 3), torch.randn(70, 3)
+    codebook[66] = torch.nan
+    for mode in ("soft", "straight_through", "hard"):
+        ours, theirs = (residual_quantize(z, [codebook], 9.0, mode=mode, seed=1, backend=b) for b in ("native", "reference"))
+        assert torch.equal(ours.codes, theirs.codes) and torch.equal(ours.sampled, theirs.sampled)
+        for a, b in zip(differentiable(ours)[:2], differentiable(theirs)[:2], strict=True):
+            assert torch.equal(a.isnan(), b.isnan())
+
+
+def test_zero_rows_and_short_vectors_keep_finite_gradients() -> None:
+    z = torch.zeros(3, 4)
+    z[1] = 1e-20
+    codebook = torch.randn(5, 4)
+    codebook[2] = 0
+    leaves = [z.requires_grad_(), codebook.requires_grad_()]
+    ours, theirs = (torch.autograd.grad(residual_quantize(z, [codebook], 9.0, seed=1, eps=1e-3, backend=b).quantized
+                                        .square().sum(), leaves) for b in ("native", "reference"))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * theirs[0].abs().max().item())
+
+
+@pytest.mark.parametrize("mode", GRADIENT_MODES)
+def test_bits_do_not_depend_on_the_number_of_threads(mode: str) -> None:
+    """Of everything but torch's matrix products, whose own bits may: sizes so small that they run on one thread."""
+    inputs = scaled(make(Quantize(n=150, d=4, sizes=(64, 9)), torch.float32), 20.0, 0.5)
+    threads = torch.get_num_threads()
+    runs = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            result = residual_quantize(*inputs, mode=mode, seed=11, backend="native")
+            loss = weighted_sum(differentiable(result), [torch.tensor(1.0)] * 5)
+            runs.append([*differentiable(result), *torch.autograd.grad(loss, inputs.leaves)])
+    finally:
+        torch.set_num_threads(threads)
+    for run in runs[1:]:
+        for a, b in zip(run, runs[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6 * max(1, b.abs().max().item()))
+
+
+def test_backward_without_some_upstream_gradients() -> None:
+    inputs = make(Quantize(n=9, d=5, sizes=(7, 6)), torch.float32)
+    wide = Inputs(*(x.detach().double().requires_grad_() if isinstance(x, Tensor)
+                    else [c.detach().double().requires_grad_() for c in x] for x in inputs))
+    picks: list[Callable[..., Tensor]] = [
+        lambda r: r.quantized[:, 0].sum(), lambda r: (r.usage[1]**2).sum(), lambda r: r.log_normalizer.sum(),
+        lambda r: r.residuals[:, 1].square().sum()]
+    for pick in picks:
+        ours, theirs = (torch.autograd.grad(pick(residual_quantize(*x, seed=5, backend=b)), x.leaves, allow_unused=True)
+                        for x, b in ((inputs, "native"), (wide, "reference")))
+        for a, b in zip(ours, theirs, strict=True):
+            expected = torch.zeros_like(a, dtype=torch.float64) if b is None else b
+            torch.testing.assert_close(a.double(), expected, rtol=BACKWARD,
+                                       atol=BACKWARD * max(expected.abs().max().item(), 1e-3))
+
+
+def test_memory_stays_far_below_one_assignment_matrix() -> None:
+    """N = 16384, D = 64, K up to 4096: inputs, results and gradients aside under 100 MiB; one N x K is 256 MiB."""
+    code = """
+import resource, torch
+from dgi_kernels import residual_quantize
+torch.set_num_threads(2)
+def run(n):
+    z = torch.randn(n, 64, requires_grad=True)
+    books = [torch.randn(k, 64, requires_grad=True) for k in (4096, 1024, 256)]
+    result = residual_quantize(z, books, 30.0, seed=1, backend="native")
+    result.quantized.sum().backward()
+run(256)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run(16384)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    added = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert added / 1024 < 100
+
+
+@pytest.mark.parametrize("seeded", [True, False])
+def test_ops_are_well_registered(seeded: bool) -> None:
+    ops = torch.ops.dgi_kernels
+    z, books, scale, tau = torch.randn(5, 3), torch.randn(9, 3), torch.tensor(9.0), torch.tensor(0.8)
+    seed = torch.tensor([3]) if seeded else None
+    options = ([4, 5], scale, tau, seed, 7, 0, 1e-12)
+    torch.library.opcheck(ops.residual_quantize.default, (z, books, *options))
+    result = ops.residual_quantize(z, books, *options)
+    upstream = (torch.randn(5, 2, 3), None, None, torch.randn(5, 2))
+    torch.library.opcheck(ops.residual_quantize_backward.default,
+                          (*upstream, result[4], result[2], result[6], books, *options, True, seeded, True, not seeded))
+    logits = torch.randn(4, 6)
+    torch.library.opcheck(ops.gumbel_softmax.default, (logits, tau, torch.tensor([3]), seeded))
+    torch.library.opcheck(ops.gumbel_softmax_backward.default, (logits, logits, tau, torch.tensor([3]), seeded))
+
+
+def test_direct_callers_are_stopped_too() -> None:
+    ops = torch.ops.dgi_kernels
+    z, books, one = torch.randn(5, 3), torch.randn(9, 3), torch.tensor(1.0)
+    with pytest.raises(RuntimeError, match="sizes must add up"):
+        ops.residual_quantize(z, books, [4, 4], one, one, None, 0, 0, 1e-12)
+    with pytest.raises(RuntimeError, match="mode must be"):
+        ops.residual_quantize(z, books, [9], one, one, None, 0, 3, 1e-12)
+    with pytest.raises(RuntimeError, match="sampled must hold codes"):
+        ops.residual_quantize_backward(None, None, None, None, torch.randn(5, 1, 3), torch.full((5, 1), 9),
+                                       torch.zeros(5, 1, dtype=torch.bool), books, [9], one, one, None, 0, 1, 1e-12, True, True, True, True)
