@@ -26,6 +26,7 @@ def _load() -> str | None:
         return f"{LIBRARY} was found but could not be loaded by torch {torch.__version__}: {error}"
     torch.library.register_fake("dgi_kernels::gumbel_noise", _fake_gumbel_noise)
     torch.library.register_fake("dgi_kernels::trie_sort", _fake_trie_sort)
+    torch.library.register_fake("dgi_kernels::beam_step", _fake_beam_step)
     return None
 
 
@@ -35,6 +36,17 @@ def _fake_gumbel_noise(seed: Tensor, level: int, stream: int, row_offset: int, r
 
 def _fake_trie_sort(codes: Tensor) -> tuple[Tensor, Tensor]:
     return codes.new_empty(codes.shape[0]), codes.new_empty(codes.shape[0])
+
+
+def _fake_beams(like: Tensor, num_beams: int) -> tuple[Tensor, ...]:
+    integers = [like.new_empty((like.shape[0], num_beams), dtype=torch.int64) for _ in range(3)]
+    return *integers, like.new_empty((like.shape[0], num_beams), dtype=torch.float32)
+
+
+def _fake_beam_step(tokens: Tensor, child_start: Tensor, lower: list[Tensor], counts: list[Tensor],
+                    filter_of: list[int], logits: Tensor, nodes: Tensor, scores: Tensor,
+                    log_normalizer: Tensor | None, num_beams: int, normalize: int) -> tuple[Tensor, ...]:
+    return _fake_beams(logits, num_beams)
 
 
 load_error: str | None = _load()

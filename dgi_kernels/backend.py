@@ -35,6 +35,7 @@ class Kernel:
     dtypes: frozenset[torch.dtype] | None = None  # None: the op takes no floating-point tensor
 
 
+_FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 # op -> backend -> where it runs, in order of preference.  The reference runs everywhere and is not listed.
 KERNELS: dict[str, dict[str, Kernel]] = {
     "cosine_logits": {},
@@ -43,7 +44,7 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     "residual_quantize": {},
     "gumbel_noise": {"native": Kernel(frozenset({"cpu"}))},
     "trie_build": {"native": Kernel(frozenset({"cpu"}))},
-    "beam_step": {},
+    "beam_step": {"native": Kernel(frozenset({"cpu"}), _FLOATS)},
     "cosine_beam_step": {},
     "rank_candidates": {},
 }

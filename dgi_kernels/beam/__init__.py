@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dgi_kernels import checks
-from dgi_kernels.backend import choose
-from dgi_kernels.beam import reference
+from dgi_kernels.backend import BackendUnavailable, choose
+from dgi_kernels.beam import native, reference
 from dgi_kernels.cosine import cosine_logits
 from dgi_kernels.trie import MAX_COUNT, Beams, Trie
 from dgi_kernels.trie.filters import Filters, check_filters
@@ -78,10 +78,11 @@ def beam_step(trie: Trie, logits: Tensor, beams: Beams, *, num_beams: int, norma
     checks.shape("logits", logits, (*beams.nodes.shape, None), "(B, M, K)")
     _check_options(beams, num_beams, normalize, log_normalizer)
     filters = check_filters(filters, trie, beams.nodes.shape[0])
-    choose("beam_step", backend, logits.device, logits.dtype)
     compute = checks.compute_dtype(logits.dtype)
     if log_normalizer is not None:
         log_normalizer = log_normalizer.to(compute)
+    if _choose("beam_step", backend, logits, beams.scores, log_normalizer) == "native":
+        return native.beam_step(trie, logits, beams, num_beams, normalize, log_normalizer, filters)
     with torch.autocast(logits.device.type, enabled=False):
         return reference.beam_step(trie, logits.to(compute), beams, num_beams, normalize, log_normalizer, filters)
 
@@ -170,6 +171,19 @@ def _extend(codes: Tensor, beams: Beams) -> Tensor:
     """The codes of each beam: its parent's (B, M', t), then its own token; (B, M, t + 1)."""
     parents = beams.parents.clamp(min=0).unsqueeze(-1).expand(-1, -1, codes.shape[2])
     return torch.cat([codes.gather(1, parents), beams.tokens.unsqueeze(-1)], dim=-1)
+
+
+def _choose(op: str, backend: str, main: Tensor, *others: Tensor | None) -> str:
+    """As :func:`choose`, but only the reference passes gradients on to the scores."""
+    chosen = choose(op, backend, main.device, main.dtype)
+    if chosen == "reference" or not torch.is_grad_enabled():
+        return chosen
+    if not any(tensor is not None and tensor.requires_grad for tensor in (main, *others)):
+        return chosen
+    if backend != "auto":
+        raise BackendUnavailable(f'backend="{backend}" cannot run {op} here: it gives no gradients, and an input '
+                                 "requires one (call it under torch.no_grad(), or take the reference)")
+    return "reference"
 
 
 def _check_trie(trie: object) -> None:

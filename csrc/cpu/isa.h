@@ -1,0 +1,54 @@
+// One piece of code for several instruction sets, chosen when it runs: the binary must not need more than the machine has.
+#pragma once
+
+#include <type_traits>
+
+#if defined(__GNUC__)
+#define DGI_ALWAYS_INLINE __attribute__((always_inline))
+#else
+#define DGI_ALWAYS_INLINE
+#endif
+
+namespace dgi::cpu {
+
+// Calls body(fused), where the type of `fused` says at compile time whether multiply-adds are fused. `body` must be a
+// lambda marked DGI_ALWAYS_INLINE, and so must all that it calls: then it takes the instruction set of the function that
+// it ends up in. Not `target_clones`, whose ifuncs some C libraries lack.
+#if defined(__x86_64__) && defined(__GNUC__)
+
+template <class Body>
+__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma"))) void on_avx512(const Body& body) {
+  body(std::true_type{});
+}
+
+template <class Body>
+__attribute__((target("avx2,fma"))) void on_avx2(const Body& body) {
+  body(std::true_type{});
+}
+
+template <class Body>
+void with_best_instructions(const Body& body) {
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw")
+      && __builtin_cpu_supports("avx512vl")) {
+    on_avx512(body);
+  } else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    on_avx2(body);
+  } else {
+    body(std::false_type{});
+  }
+}
+
+#else
+
+template <class Body>
+void with_best_instructions(const Body& body) {
+#if defined(__aarch64__) || defined(__FMA__)
+  body(std::true_type{});
+#else
+  body(std::false_type{});
+#endif
+}
+
+#endif
+
+}  // namespace dgi::cpu
