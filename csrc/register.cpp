@@ -3,6 +3,8 @@
 // Only torch's stable ABI is used, so that one binary serves every torch from 2.10 on and every Python from 3.10 on.
 // The public Python functions check their arguments and name them in their errors; the checks here only keep a direct
 // caller of torch.ops.dgi_kernels from reading or writing memory that is not there.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -18,11 +20,11 @@
 #include <vector>
 
 #include "cpu/beam.h"
+#include "cpu/host.h"
 #include "cpu/noise.h"
 #include "cpu/trie.h"
 
 #ifdef DGI_WITH_CUDA
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include "cuda/noise.h"
@@ -164,43 +166,86 @@ void check_nodes(const dgi::cpu::View<int64_t>& nodes, int64_t rows, int64_t col
   }
 }
 
-// normalize: 0 full, 1 children, 2 none. lower, counts and filter_of are empty where there are no filters; filter_of (B)
-// holds positions in counts, or -1.
+// What both steps have in common. normalize: 0 full, 1 children, 2 none. lower, counts and filter_of are empty where there
+// are no filters; filter_of (B) holds positions in counts, or -1.
+struct BeamArguments {
+  const Tensor &tokens, &child_start;
+  const Filters& filters;
+  const Tensor &nodes, &scores;
+  const std::optional<Tensor>& log_normalizer;
+  int64_t num_beams, normalize;
+
+  template <class Real>
+  dgi::cpu::BeamStep<Real> step(int64_t requests, int64_t width) const {
+    STD_TORCH_CHECK(num_beams >= 1, kBeam, "num_beams must be at least 1; got ", num_beams);
+    STD_TORCH_CHECK(0 <= normalize && normalize <= 2, kBeam, "normalize must be 0, 1 or 2; got ", normalize);
+    dgi::cpu::BeamStep<Real> step{};
+    step.level = {trie_array<int32_t>("tokens", tokens, ScalarType::Int),
+                  trie_array<int64_t>("child_start", child_start, ScalarType::Long), child_start.numel() - 1};
+    step.lower = filters.lower();
+    step.counts = filters.counts();
+    step.requests = requests, step.width = width, step.num_beams = num_beams;
+    step.nodes = view_of<int64_t>("nodes", nodes, requests, width);
+    step.scores = view_of<Real>("scores", scores, requests, width);
+    if (log_normalizer) step.log_normalizer = view_of<Real>("log_normalizer", *log_normalizer, requests, width);
+    step.normalize = static_cast<dgi::Normalize>(normalize);
+    check_nodes(step.nodes, requests, width, step.level.nodes);
+    return step;
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> finished(const NewBeams& beams, bool fits) {
+  STD_TORCH_CHECK(fits, kBeam, "more than 2**32 candidates of one request need float64 logits");
+  return {beams.nodes, beams.tokens, beams.parents, beams.scores};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> beam_step_cpu(
     const Tensor& tokens, const Tensor& child_start, const std::vector<Tensor>& lower, const std::vector<Tensor>& counts,
     const std::vector<int64_t>& filter_of, const Tensor& logits, const Tensor& nodes, const Tensor& scores,
     const std::optional<Tensor>& log_normalizer, int64_t num_beams, int64_t normalize) {
   STD_TORCH_CHECK(logits.dim() == 3, kBeam, "logits must be (B, M, K)");
-  STD_TORCH_CHECK(num_beams >= 0, kBeam, "num_beams must not be negative; got ", num_beams);
-  STD_TORCH_CHECK(0 <= normalize && normalize <= 2, kBeam, "normalize must be 0, 1 or 2; got ", normalize);
   const int64_t requests = logits.size(0), width = logits.size(1), codes = logits.size(2);
   const Filters filters(lower, counts, filter_of, requests);
-  NewBeams beams(requests, num_beams);
-  for_dtype(logits, [&](auto stored) {
+  const BeamArguments arguments{tokens, child_start, filters, nodes, scores, log_normalizer, num_beams, normalize};
+  return for_dtype(logits, [&](auto stored) {
     using Stored = decltype(stored);
-    using Real = dgi::Compute<Stored>;
-    dgi::cpu::BeamStep<Stored> step{};
-    step.level = {trie_array<int32_t>("tokens", tokens, ScalarType::Int),
-                  trie_array<int64_t>("child_start", child_start, ScalarType::Long), child_start.numel() - 1};
-    step.lower = filters.lower();
-    step.counts = filters.counts();
-    step.width = width, step.codes = codes, step.num_beams = num_beams;
-    step.nodes = view_of<int64_t>("nodes", nodes, requests, width);
-    step.scores = view_of<Real>("scores", scores, requests, width);
-    step.logits = data_of<Stored>(logits);
-    step.request_stride = logits.stride(0), step.beam_stride = logits.stride(1), step.code_stride = logits.stride(2);
-    if (log_normalizer) step.log_normalizer = view_of<Real>("log_normalizer", *log_normalizer, requests, width);
-    step.normalize = static_cast<dgi::Normalize>(normalize);
-    check_nodes(step.nodes, requests, width, step.level.nodes);
+    const auto step = arguments.step<dgi::Compute<Stored>>(requests, width);
+    const dgi::cpu::Logits<Stored> view{data_of<Stored>(logits), codes, logits.stride(0), logits.stride(1),
+                                        logits.stride(2)};
+    NewBeams beams(requests, num_beams);
     const dgi::cpu::BeamOutput out = beams.pointers();
     std::atomic<bool> fits{true};
     const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, width * codes));  // about 0.05 ms
     torch::stable::parallel_for(0, requests, grain, [&](int64_t first, int64_t last) {
-      if (!dgi::cpu::beam_step(step, first, last, out)) fits = false;
+      if (!dgi::cpu::beam_step(step, view, first, last, out)) fits = false;
     });
-    STD_TORCH_CHECK(fits, kBeam, "more than 2**32 candidates of one request need float64 logits");
+    return finished(beams, fits);
   });
-  return {beams.nodes, beams.tokens, beams.parents, beams.scores};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> cosine_beam_step_cpu(
+    const Tensor& tokens, const Tensor& child_start, const std::vector<Tensor>& lower, const std::vector<Tensor>& counts,
+    const std::vector<int64_t>& filter_of, const Tensor& h, const Tensor& codebook, const Tensor& scale, double eps,
+    const Tensor& nodes, const Tensor& scores, const std::optional<Tensor>& log_normalizer, int64_t num_beams,
+    int64_t normalize) {
+  STD_TORCH_CHECK(h.dim() == 3 && h.is_contiguous(), kBeam, "h must be contiguous (B, M, D)");
+  STD_TORCH_CHECK(codebook.dim() == 2 && codebook.is_contiguous() && codebook.size(1) == h.size(2)
+                      && codebook.scalar_type() == h.scalar_type(),
+                  kBeam, "codebook must be contiguous (K, D), of the dtype of h");
+  const int64_t requests = h.size(0), width = h.size(1);
+  const Filters filters(lower, counts, filter_of, requests);
+  const BeamArguments arguments{tokens, child_start, filters, nodes, scores, log_normalizer, num_beams, normalize};
+  return for_dtype(h, [&](auto stored) {
+    using Stored = decltype(stored);
+    using Real = dgi::Compute<Stored>;
+    STD_TORCH_CHECK(scale.numel() == 1 && scale.scalar_type() == kDtype<Real>, kBeam,
+                    "scale must hold one element of the compute dtype");
+    const auto step = arguments.step<Real>(requests, width);
+    const dgi::cpu::CosineLogits<Stored> head{data_of<Stored>(h), data_of<Stored>(codebook), codebook.size(0), h.size(2),
+                                              *data_of<Real>(scale), static_cast<Real>(eps)};
+    NewBeams beams(requests, num_beams);
+    return finished(beams, dgi::cpu::cosine_beam_step(step, head, beams.pointers()));
+  });
 }
 
 #ifdef DGI_WITH_CUDA
@@ -219,7 +264,47 @@ Tensor gumbel_noise_cuda(const Tensor& seed, int64_t level, int64_t stream, int6
 }
 #endif
 
+// A tensor over memory that stays its owner's.
+template <class Real>
+Tensor view(const dgi::cpu::Matrix<Real>& x) {
+  const int64_t sizes[] = {x.rows, x.columns}, strides[] = {x.row_stride, x.column_stride};
+  const int32_t dtype = std::is_same_v<Real, double> ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(x.data, 2, sizes, strides, 0, dtype,
+                                                                   aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+template <class Real>
+void product(const dgi::cpu::Matrix<Real>& a, const dgi::cpu::Matrix<Real>& b, const dgi::cpu::Matrix<Real>& out,
+             dgi::cpu::Into into) {
+  if (out.rows == 0 || out.columns == 0) return;
+  const Tensor left = view(a), right = view(b), target = view(out);
+  if (into == dgi::cpu::Into::kAdd) {
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_cpu_addmm_out(target.get(), target.get(), left.get(), right.get(), 1.0, 1.0));
+  } else {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(target.get(), left.get(), right.get()));
+  }
+}
+
 }  // namespace
+
+namespace dgi::cpu {
+
+void matrix_product(const Matrix<float>& a, const Matrix<float>& b, const Matrix<float>& out, Into into) {
+  product(a, b, out, into);
+}
+
+void matrix_product(const Matrix<double>& a, const Matrix<double>& b, const Matrix<double>& out, Into into) {
+  product(a, b, out, into);
+}
+
+void parallel_ranges(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, body, context));
+}
+
+}  // namespace dgi::cpu
 
 STABLE_TORCH_LIBRARY(dgi_kernels, m) {
   m.def("gumbel_noise(Tensor seed, int level, int stream, int row_offset, int rows, int codes) -> Tensor");
@@ -227,12 +312,16 @@ STABLE_TORCH_LIBRARY(dgi_kernels, m) {
   m.def("beam_step(Tensor tokens, Tensor child_start, Tensor[] lower, Tensor[] counts, int[] filter_of, Tensor logits, "
         "Tensor nodes, Tensor scores, Tensor? log_normalizer, int num_beams, int normalize) -> (Tensor nodes, "
         "Tensor tokens, Tensor parents, Tensor scores)");
+  m.def("cosine_beam_step(Tensor tokens, Tensor child_start, Tensor[] lower, Tensor[] counts, int[] filter_of, Tensor h, "
+        "Tensor codebook, Tensor scale, float eps, Tensor nodes, Tensor scores, Tensor? log_normalizer, int num_beams, "
+        "int normalize) -> (Tensor nodes, Tensor tokens, Tensor parents, Tensor scores)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dgi_kernels, CPU, m) {
   m.impl("gumbel_noise", TORCH_BOX(&gumbel_noise_cpu));
   m.impl("trie_sort", TORCH_BOX(&trie_sort_cpu));
   m.impl("beam_step", TORCH_BOX(&beam_step_cpu));
+  m.impl("cosine_beam_step", TORCH_BOX(&cosine_beam_step_cpu));
 }
 
 #ifdef DGI_WITH_CUDA

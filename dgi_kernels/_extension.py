@@ -27,6 +27,7 @@ def _load() -> str | None:
     torch.library.register_fake("dgi_kernels::gumbel_noise", _fake_gumbel_noise)
     torch.library.register_fake("dgi_kernels::trie_sort", _fake_trie_sort)
     torch.library.register_fake("dgi_kernels::beam_step", _fake_beam_step)
+    torch.library.register_fake("dgi_kernels::cosine_beam_step", _fake_cosine_beam_step)
     return None
 
 
@@ -47,6 +48,13 @@ def _fake_beam_step(tokens: Tensor, child_start: Tensor, lower: list[Tensor], co
                     filter_of: list[int], logits: Tensor, nodes: Tensor, scores: Tensor,
                     log_normalizer: Tensor | None, num_beams: int, normalize: int) -> tuple[Tensor, ...]:
     return _fake_beams(logits, num_beams)
+
+
+def _fake_cosine_beam_step(tokens: Tensor, child_start: Tensor, lower: list[Tensor], counts: list[Tensor],
+                           filter_of: list[int], h: Tensor, codebook: Tensor, scale: Tensor, eps: float, nodes: Tensor,
+                           scores: Tensor, log_normalizer: Tensor | None, num_beams: int,
+                           normalize: int) -> tuple[Tensor, ...]:
+    return _fake_beams(h, num_beams)
 
 
 load_error: str | None = _load()

@@ -45,7 +45,7 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     "gumbel_noise": {"native": Kernel(frozenset({"cpu"}))},
     "trie_build": {"native": Kernel(frozenset({"cpu"}))},
     "beam_step": {"native": Kernel(frozenset({"cpu"}), _FLOATS)},
-    "cosine_beam_step": {},
+    "cosine_beam_step": {"native": Kernel(frozenset({"cpu"}), _FLOATS)},
     "rank_candidates": {},
 }
 

@@ -1,275 +1,248 @@
-// Beam steps on the CPU, one request at a time: for each live beam, best first, the log-sum-exp of its logits, then its
-// real children and no others.
+// Beam steps on the CPU, given logits or the head that would make them: for each live beam, best first, the log-sum-exp
+// of its logits, then its real children and no others; beams that are hopeless by then are not looked at
+// (beam_request.h).
 //
-// The best num_beams candidates so far give a threshold. A beam whose own score lies below it has no child that counts
-// (log-probabilities are at most 0), and neither have those behind it: their logits are not even read. The threshold
-// also becomes a bound on the logit, so that most children cost a load and a comparison; only those that pass are scored,
-// looked up in the filter and kept.
-//
-// Logits are read once, chunk by chunk, and never copied but for a chunk that must be converted or gathered.
+// Given logits are read once, chunk by chunk, and never copied but for a chunk that must be converted or gathered. Of a
+// head, a tile of raw products is made, of the best beams of several requests at a time, and used up while it is in the
+// cache; where only children count, and are few, only their products are made.
 #include "beam.h"
 
 #include <algorithm>
+#include <atomic>
+#include <type_traits>
 #include <vector>
 
+#include "beam_request.h"
 #include "dgi/log_sum_exp.h"
+#include "dgi/vector.h"
+#include "host.h"
 #include "isa.h"
 
 namespace dgi::cpu {
 namespace {
 
-// Keeps the best `limit` of the keys that it is given: all of them at first, then what beats the threshold; whenever the
-// room is used up, the best are selected and the threshold rises. A linear number of comparisons in all.
-template <class Real>
-class Best {
- public:
-  using Candidate = CandidateKey<Real>;
-  using Key = typename Candidate::Key;
+constexpr int64_t kChunk = 1024;  // logits: a chunk is read again from the first-level cache
 
-  void start(int64_t limit) {
-    limit_ = limit;
-    room_ = limit + std::max<int64_t>(64, limit / 2);
-    keys_.clear();
-    full_ = false;
+// The log-sum-exp of `codes` logits; `read(first, count, buffer)` returns a pointer to some of them.
+template <bool kFused, class Real, class Read>
+DGI_ALWAYS_INLINE inline LogSumExp<Real> log_sum_exp(int64_t codes, const Read& read) {
+  alignas(64) Real buffer[kChunk];
+  LogSumExp<Real> sum;
+  for (int64_t first = 0; first < codes; first += kChunk) {
+    const int64_t count = std::min(kChunk, codes - first);
+    sum.template add<kFused>(read(first, count, buffer), count);
   }
+  return sum;
+}
 
-  // Whether `limit` candidates are held, so that others need to beat the threshold.
-  bool full() const { return full_; }
-  Real threshold() const { return Candidate::score(worst_); }
-
-  // Returns whether the threshold has changed.
-  bool add(Real score, int64_t slot) {
-    const Key key = Candidate::of(score, static_cast<typename Candidate::Bits>(slot));
-    if (full_ && key > worst_) return false;
-    keys_.push_back(key);
-    if (static_cast<int64_t>(keys_.size()) < room_) return false;
-    select();
-    return true;
-  }
-
-  // Raises the threshold where enough candidates have come in since to be worth it.
-  void refresh() {
-    if (static_cast<int64_t>(keys_.size()) >= (full_ ? limit_ + limit_ / 8 + 1 : limit_)) select();
-  }
-
-  // Drops all but the best `limit`, where there are more than that or just so many.
-  void select() {
-    if (limit_ == 0 || static_cast<int64_t>(keys_.size()) < limit_) return;
-    const auto last = keys_.begin() + (limit_ - 1);
-    std::nth_element(keys_.begin(), last, keys_.end());
-    worst_ = *last;
-    keys_.resize(limit_);
-    full_ = true;
-  }
-
-  const std::vector<Key>& sorted() {
-    select();
-    std::sort(keys_.begin(), keys_.end());
-    return keys_;
-  }
-
- private:
-  int64_t limit_ = 0, room_ = 0;
-  std::vector<Key> keys_;
-  Key worst_ = 0;
-  bool full_ = false;
-};
-
-// A live beam with children.
-template <class Real>
-struct Parent {
-  Real score;
-  int64_t beam, first, end;  // children [first, end)
-  int64_t slot;              // of the first child
-};
-
+// `count` logits from `data` on, as contiguous numbers of the compute dtype.
 template <class Stored>
-class Request {
- public:
+DGI_ALWAYS_INLINE inline const Compute<Stored>* read_logits(const Stored* data, int64_t stride, int64_t count,
+                                                            Compute<Stored>* buffer) {
+  if constexpr (std::is_same_v<Stored, Compute<Stored>>) {
+    if (stride == 1) return data;
+  }
+  if (stride == 1) {
+    for (int64_t k = 0; k < count; ++k) buffer[k] = load(data[k]);
+  } else {
+    for (int64_t k = 0; k < count; ++k) buffer[k] = load(data[k * stride]);
+  }
+  return buffer;
+}
+
+int64_t grain(int64_t elements) { return std::max<int64_t>(1, 65536 / std::max<int64_t>(1, elements)); }
+
+// scale h^ of one beam.
+template <bool kFused, class Stored>
+DGI_ALWAYS_INLINE inline void scaled_row(const CosineLogits<Stored>& in, const Stored* h, Compute<Stored>* out) {
+  const Compute<Stored> factor = in.scale, rnorm = reciprocal_norm<kFused>(h, in.dim, in.eps);
+#pragma omp simd
+  for (int64_t d = 0; d < in.dim; ++d) out[d] = factor * (rnorm * load(h[d]));
+}
+
+// Each child's product by itself.
+template <class Stored>
+bool step_by_children(const BeamStep<Compute<Stored>>& step, const CosineLogits<Stored>& in, const BeamOutput& out,
+                      int64_t children) {
   using Real = Compute<Stored>;
-
-  explicit Request(const BeamStep<Stored>& step) : step_(step) {}
-
-  template <bool kFused>
-  DGI_ALWAYS_INLINE inline bool run(int64_t request, const BeamOutput& out) {
-    request_ = request;
-    counts_ = step_.counts == nullptr ? nullptr : step_.counts[request];
-    if (!list_parents()) return false;
-    best_.start(step_.num_beams);
-    // A child's log-probability is at most 0 where it is normalised here.
-    const bool bounded = step_.normalize != Normalize::kNone && step_.log_normalizer.data == nullptr;
-    for (const Parent<Real>& parent : parents_) {
-      if (bounded) {
-        best_.refresh();
-        if (best_.full() && parent.score < best_.threshold()) break;
+  std::atomic<bool> fits{true};
+  parallel_for(step.requests, grain(children * in.dim / std::max<int64_t>(1, step.requests)),
+               [&](int64_t first, int64_t last) {
+    Request<Real> worker(step);
+    const Buffer<Real> x = make_buffer<Real>(in.dim);
+    with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
+      for (int64_t request = first; request < last; ++request) {
+        if (!worker.start(request)) fits = false;
+        for (const Parent<Real>& parent : worker.parents()) {
+          if (worker.is_done(parent)) break;
+          scaled_row<fused.value>(in, in.h + (request * step.width + parent.beam) * in.dim, x.get());
+          worker.template extend<fused.value>(
+              parent,
+              [&](int32_t token) DGI_ALWAYS_INLINE {
+                const Stored* const code = in.codebook + token * in.dim;
+                return dot<fused.value>(code, x.get(), in.dim) * reciprocal_norm<fused.value>(code, in.dim, in.eps);
+              },
+              [] { return LogSumExp<Real>{}; });
+        }
+        worker.write(out);
       }
-      extend<kFused>(parent);
-    }
-    write(out);
-    return true;
-  }
+    });
+  });
+  return fits;
+}
 
- private:
-  static constexpr int64_t kChunk = 1024;
-  static constexpr Real kDead = -std::numeric_limits<Real>::infinity();
+// The codebook in the compute dtype and the reciprocal norms of its rows.
+template <class Stored>
+struct Codes {
+  using Real = Compute<Stored>;
+  Buffer<Real> rnorm, converted;
+  Matrix<Real> matrix;
 
-  // The live beams, best first.
-  bool list_parents() {
-    parents_.clear();
-    int64_t slots = 0;
-    for (int64_t m = 0; m < step_.width; ++m) {
-      const int64_t node = step_.nodes.at(request_, m);
-      const Real score = finite_or_dead(step_.scores.at(request_, m));
-      if (node < 0 || node >= step_.level.nodes || score == kDead) continue;
-      const int64_t first = step_.level.child_start[node], end = step_.level.child_start[node + 1];
-      parents_.push_back({score, m, first, end, slots});
-      slots += end - first;
-    }
-    by_beam_ = parents_;
-    const auto better = [](const Parent<Real>& a, const Parent<Real>& b) { return a.score > b.score; };
-    if (!std::is_sorted(parents_.begin(), parents_.end(), better)) {
-      std::stable_sort(parents_.begin(), parents_.end(), better);
-    }
-    return static_cast<uint64_t>(slots) <= std::numeric_limits<typename CandidateKey<Real>::Bits>::max();
-  }
-
-  const Stored* row(const Parent<Real>& parent) const {
-    return step_.logits + request_ * step_.request_stride + parent.beam * step_.beam_stride;
-  }
-
-  template <bool kFused>
-  DGI_ALWAYS_INLINE inline void extend(const Parent<Real>& parent) {
-    int64_t child = parent.first;
-    if (child < parent.end && step_.level.tokens[child] == kEndToken) {
-      if (is_allowed(counts_, step_.lower, child)) best_.add(parent.score, parent.slot);
-      ++child;
-    }
-    if (child == parent.end) return;
-    if (step_.normalize == Normalize::kChildren && step_.log_normalizer.data == nullptr) {
-      extend_by_children<kFused>(parent, child);
-      return;
-    }
-    Normalizer<Real> normalizer;
-    if (step_.log_normalizer.data != nullptr) {
-      normalizer.offset = step_.log_normalizer.at(request_, parent.beam);
-      if (!(std::abs(normalizer.offset) <= std::numeric_limits<Real>::max())) return;
-    } else if (step_.normalize == Normalize::kFull) {
-      const LogSumExp<Real> sum = log_sum_exp<kFused>(row(parent));
-      if (sum.empty()) return;
-      normalizer = {sum.maximum, sum.log_sum()};
-    }
-    const Stored* const logits = row(parent);
-    const int32_t* const tokens = step_.level.tokens;
-    const int64_t stride = step_.code_stride;
-    add_children(parent, child, normalizer, counts_,
-                 [=](int64_t i) DGI_ALWAYS_INLINE { return load(logits[tokens[i] * stride]); });
-  }
-
-  // Normalises over the allowed children only, so that the filter is asked for all of them.
-  template <bool kFused>
-  DGI_ALWAYS_INLINE inline void extend_by_children(const Parent<Real>& parent, int64_t child) {
-    const Stored* const logits = row(parent);
-    values_.resize(parent.end - child);
-    for (int64_t i = child; i < parent.end; ++i) {
-      values_[i - child] = is_allowed(counts_, step_.lower, i)
-                               ? Real{load(logits[step_.level.tokens[i] * step_.code_stride])} : kDead;
-    }
-    LogSumExp<Real> sum;
-    for (int64_t i = 0; i < parent.end - child; i += kChunk) {
-      sum.template add<kFused>(values_.data() + i, std::min(kChunk, parent.end - child - i));
-    }
-    if (sum.empty()) return;
-    const Real* const values = values_.data();
-    add_children(parent, child, {sum.maximum, sum.log_sum()}, nullptr,
-                 [=](int64_t i) DGI_ALWAYS_INLINE { return values[i - child]; });
-  }
-
-  // `logit(i)` is that of child i, from `child` on; `counts` is the filter that has not been asked yet.
-  template <class Logit>
-  DGI_ALWAYS_INLINE inline void add_children(const Parent<Real>& parent, int64_t child, const Normalizer<Real>& normalizer,
-                                             const int64_t* counts, const Logit& logit) {
-    const auto current_cut = [&] {
-      return best_.full() ? normalizer.cut(parent.score, best_.threshold()) : std::numeric_limits<Real>::lowest();
-    };
-    Real cut = current_cut();
-    for (int64_t i = child; i < parent.end; ++i) {
-      const Real x = logit(i);
-      if (!(x >= cut)) continue;
-      const Real score = normalizer.score(parent.score, x);
-      if (score == kDead || !is_allowed(counts, step_.lower, i)) continue;
-      if (best_.add(score, parent.slot + (i - parent.first))) cut = current_cut();
-    }
-  }
-
-  template <bool kFused>
-  DGI_ALWAYS_INLINE inline LogSumExp<Real> log_sum_exp(const Stored* logits) {
-    LogSumExp<Real> sum;
-    for (int64_t first = 0; first < step_.codes; first += kChunk) {
-      const int64_t count = std::min(kChunk, step_.codes - first);
-      sum.template add<kFused>(chunk(logits + first * step_.code_stride, count), count);
-    }
-    return sum;
-  }
-
-  // The next logits of a row as contiguous numbers of the compute dtype.
-  DGI_ALWAYS_INLINE inline const Real* chunk(const Stored* logits, int64_t count) {
+  explicit Codes(const CosineLogits<Stored>& in) : rnorm(make_buffer<Real>(in.codes)), matrix(nullptr, in.codes, in.dim) {
     if constexpr (std::is_same_v<Stored, Real>) {
-      if (step_.code_stride == 1) return logits;
-    }
-    if (step_.code_stride == 1) {
-      for (int64_t k = 0; k < count; ++k) chunk_[k] = load(logits[k]);
+      matrix.data = const_cast<Real*>(in.codebook);
     } else {
-      for (int64_t k = 0; k < count; ++k) chunk_[k] = load(logits[k * step_.code_stride]);
+      converted = make_buffer<Real>(in.codes * in.dim);
+      matrix.data = converted.get();
     }
-    return chunk_;
+    parallel_for(in.codes, grain(in.dim), [&](int64_t first, int64_t last) {
+      with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
+        for (int64_t k = first; k < last; ++k) {
+          const Stored* const code = in.codebook + k * in.dim;
+          rnorm[k] = reciprocal_norm<fused.value>(code, in.dim, in.eps);
+          if constexpr (!std::is_same_v<Stored, Real>) {
+            for (int64_t d = 0; d < in.dim; ++d) converted[k * in.dim + d] = load(code[d]);
+          }
+        }
+      });
+    });
   }
-
-  void write(const BeamOutput& out) {
-    const auto& keys = best_.sorted();
-    const int64_t found = static_cast<int64_t>(keys.size()), begin = request_ * step_.num_beams;
-    for (int64_t i = 0; i < found; ++i) {
-      const int64_t slot = static_cast<int64_t>(CandidateKey<Real>::slot(keys[i]));
-      const auto behind = std::upper_bound(by_beam_.begin(), by_beam_.end(), slot,
-                                           [](int64_t s, const Parent<Real>& parent) { return s < parent.slot; });
-      const Parent<Real>& parent = *(behind - 1);
-      const int64_t child = parent.first + (slot - parent.slot);
-      out.nodes[begin + i] = child;
-      out.tokens[begin + i] = step_.level.tokens[child];
-      out.parents[begin + i] = parent.beam;
-      out.scores[begin + i] = static_cast<float>(CandidateKey<Real>::score(keys[i]));
-    }
-    std::fill(out.nodes + begin + found, out.nodes + begin + step_.num_beams, -1);
-    std::fill(out.tokens + begin + found, out.tokens + begin + step_.num_beams, -1);
-    std::fill(out.parents + begin + found, out.parents + begin + step_.num_beams, -1);
-    std::fill(out.scores + begin + found, out.scores + begin + step_.num_beams, -std::numeric_limits<float>::infinity());
-  }
-
-  const BeamStep<Stored>& step_;
-  int64_t request_ = 0;
-  const int64_t* counts_ = nullptr;
-  std::vector<Parent<Real>> parents_, by_beam_;
-  std::vector<Real> values_;
-  Best<Real> best_;
-  alignas(64) Real chunk_[kChunk];
 };
+
+// A request of the group that a tile is made for, and which of its parents have rows in the tile.
+template <class Real>
+struct Turn {
+  Request<Real> worker;
+  size_t next = 0, end = 0;  // its parents [next, end)
+  int64_t row = 0;           // of the tile, that of `next`
+};
+
+// Tiles of products of all codes with the best beams left of each of a group of requests.
+template <class Stored>
+bool step_by_tiles(const BeamStep<Compute<Stored>>& step, const CosineLogits<Stored>& in, const BeamOutput& out) {
+  using Real = Compute<Stored>;
+  constexpr int64_t kTileElements = int64_t{1} << 19, kBeamsAtOnce = 32;
+  const int64_t rows = std::clamp<int64_t>(kTileElements / std::max<int64_t>(1, in.codes), 64, 256);
+  const int64_t at_once = std::clamp<int64_t>(step.width, 1, kBeamsAtOnce);
+  const int64_t group = std::min(step.requests, std::max<int64_t>(1, rows / at_once));
+  const Codes<Stored> codes(in);
+  const Buffer<Real> x = make_buffer<Real>(group * at_once * in.dim), tile = make_buffer<Real>(group * at_once * in.codes);
+  std::vector<Turn<Real>> turns(group, Turn<Real>{Request<Real>(step)});
+
+  for (int64_t begin = 0; begin < step.requests; begin += group) {
+    const int64_t count = std::min(group, step.requests - begin);
+    for (int64_t i = 0; i < count; ++i) {
+      turns[i].next = turns[i].end = 0;
+      if (!turns[i].worker.start(begin + i)) return false;
+    }
+    while (true) {
+      int64_t used = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        Turn<Real>& turn = turns[i];
+        const auto& parents = turn.worker.parents();
+        turn.row = used;
+        for (turn.next = turn.end; turn.end < parents.size() && turn.end - turn.next < static_cast<size_t>(at_once);
+             ++turn.end, ++used) {
+          if (turn.worker.is_done(parents[turn.end])) break;
+          const Stored* const h = in.h + ((begin + i) * step.width + parents[turn.end].beam) * in.dim;
+          with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
+            scaled_row<fused.value>(in, h, x.get() + used * in.dim);
+          });
+        }
+      }
+      if (used == 0) break;
+      matrix_product({x.get(), used, in.dim}, codes.matrix.transposed(), {tile.get(), used, in.codes}, Into::kOverwrite);
+      parallel_for(count, grain(at_once * in.codes), [&](int64_t first, int64_t last) {
+        with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
+          for (int64_t i = first; i < last; ++i) {
+            Turn<Real>& turn = turns[i];
+            for (size_t p = turn.next; p < turn.end; ++p) {
+              const Parent<Real>& parent = turn.worker.parents()[p];
+              if (turn.worker.is_done(parent)) break;
+              const Real* const products = tile.get() + (turn.row + static_cast<int64_t>(p - turn.next)) * in.codes;
+              const Real* const rnorm = codes.rnorm.get();
+              turn.worker.template extend<fused.value>(
+                  parent, [=](int32_t token) DGI_ALWAYS_INLINE { return products[token] * rnorm[token]; },
+                  [&]() DGI_ALWAYS_INLINE {
+                    return log_sum_exp<fused.value, Real>(in.codes, [=](int64_t from, int64_t n, Real* buffer) DGI_ALWAYS_INLINE {
+                      for (int64_t k = 0; k < n; ++k) buffer[k] = products[from + k] * rnorm[from + k];
+                      return static_cast<const Real*>(buffer);
+                    });
+                  });
+            }
+          }
+        });
+      });
+    }
+    for (int64_t i = 0; i < count; ++i) turns[i].worker.write(out);
+  }
+  return true;
+}
 
 }  // namespace
 
 template <class Stored>
-bool beam_step(const BeamStep<Stored>& step, int64_t first, int64_t last, const BeamOutput& out) {
-  Request<Stored> worker(step);
+bool beam_step(const BeamStep<Compute<Stored>>& step, const Logits<Stored>& logits, int64_t first, int64_t last,
+               const BeamOutput& out) {
+  using Real = Compute<Stored>;
+  Request<Real> worker(step);
   bool fits = true;
   with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
     for (int64_t request = first; request < last; ++request) {
-      fits = worker.template run<decltype(fused)::value>(request, out) && fits;
+      fits = worker.start(request) && fits;
+      for (const Parent<Real>& parent : worker.parents()) {
+        if (worker.is_done(parent)) break;
+        const Stored* const row = logits.data + request * logits.request_stride + parent.beam * logits.beam_stride;
+        const int64_t stride = logits.code_stride;
+        worker.template extend<fused.value>(
+            parent, [=](int32_t token) DGI_ALWAYS_INLINE { return load(row[token * stride]); },
+            [&]() DGI_ALWAYS_INLINE {
+              return log_sum_exp<fused.value, Real>(logits.codes, [=](int64_t from, int64_t n, Real* buffer) DGI_ALWAYS_INLINE {
+                return read_logits(row + from * stride, stride, n, buffer);
+              });
+            });
+      }
+      worker.write(out);
     }
   });
   return fits;
 }
 
-template bool beam_step(const BeamStep<float>&, int64_t, int64_t, const BeamOutput&);
-template bool beam_step(const BeamStep<double>&, int64_t, int64_t, const BeamOutput&);
-template bool beam_step(const BeamStep<BFloat16>&, int64_t, int64_t, const BeamOutput&);
-template bool beam_step(const BeamStep<Float16>&, int64_t, int64_t, const BeamOutput&);
+template <class Stored>
+bool cosine_beam_step(const BeamStep<Compute<Stored>>& step, const CosineLogits<Stored>& logits, const BeamOutput& out) {
+  constexpr int64_t kDotCost = 4;  // a product by itself takes about four times as long as one in a matrix product
+  if (step.normalize != Normalize::kFull || !step.normalizes()) {
+    int64_t children = 0, rows = 0;
+    for (int64_t b = 0; b < step.requests; ++b) {
+      for (int64_t m = 0; m < step.width; ++m) {
+        const int64_t node = step.nodes.at(b, m);
+        if (node < 0 || node >= step.level.nodes) continue;
+        children += step.level.child_start[node + 1] - step.level.child_start[node];
+        ++rows;
+      }
+    }
+    if (children * kDotCost <= rows * logits.codes) return step_by_children(step, logits, out, children);
+  }
+  return step_by_tiles(step, logits, out);
+}
+
+template bool beam_step(const BeamStep<float>&, const Logits<float>&, int64_t, int64_t, const BeamOutput&);
+template bool beam_step(const BeamStep<double>&, const Logits<double>&, int64_t, int64_t, const BeamOutput&);
+template bool beam_step(const BeamStep<float>&, const Logits<BFloat16>&, int64_t, int64_t, const BeamOutput&);
+template bool beam_step(const BeamStep<float>&, const Logits<Float16>&, int64_t, int64_t, const BeamOutput&);
+template bool cosine_beam_step(const BeamStep<float>&, const CosineLogits<float>&, const BeamOutput&);
+template bool cosine_beam_step(const BeamStep<double>&, const CosineLogits<double>&, const BeamOutput&);
+template bool cosine_beam_step(const BeamStep<float>&, const CosineLogits<BFloat16>&, const BeamOutput&);
+template bool cosine_beam_step(const BeamStep<float>&, const CosineLogits<Float16>&, const BeamOutput&);
 
 }  // namespace dgi::cpu

@@ -114,7 +114,6 @@ def cosine_beam_step(trie: Trie, h: Tensor, codebook: Tensor, scale: float | Ten
         ValueError, TypeError, BackendUnavailable: as :func:`beam_step`.
     """
     _check_beams(trie, beams)
-    beams = _check_nodes(trie, beams)
     checks.float_tensor("h", h, ndim=3, like=trie.item_ids)
     checks.shape("h", h, (*beams.nodes.shape, None), "(B, M, D)")
     checks.float_tensor("codebook", codebook, ndim=2, like=h)
@@ -126,10 +125,15 @@ def cosine_beam_step(trie: Trie, h: Tensor, codebook: Tensor, scale: float | Ten
     _check_options(beams, num_beams, normalize, log_normalizer)
     filters = check_filters(filters, trie, beams.nodes.shape[0])
     h, codebook = checks.autocast_operand(h), checks.autocast_operand(codebook)
-    choose("cosine_beam_step", backend, h.device, h.dtype)
-    compute = checks.compute_dtype(torch.promote_types(h.dtype, codebook.dtype))
+    common = torch.promote_types(h.dtype, codebook.dtype)
+    compute = checks.compute_dtype(common)
     if log_normalizer is not None:
         log_normalizer = log_normalizer.to(compute)
+    differentiable = (codebook, scale if isinstance(scale, Tensor) else None, beams.scores, log_normalizer)
+    if _choose("cosine_beam_step", backend, h, *differentiable) == "native":
+        return _native_step(trie, beams, lambda beams: native.cosine_beam_step(
+            trie, h.to(common), codebook.to(common), scale, eps, beams, num_beams, normalize, log_normalizer, filters))
+    beams = _check_nodes(trie, beams)
     with torch.autocast(h.device.type, enabled=False):
         logits = cosine_logits(h.to(compute), codebook.to(compute), checks.to_dtype(scale, compute), eps=eps,
                                backend="reference")

@@ -11,6 +11,34 @@
 #include <vector>
 
 #include "beam.h"
+#include "host.h"
+
+namespace dgi::cpu {
+
+// What torch provides otherwise.
+template <class Real>
+void product(const Matrix<Real>& a, const Matrix<Real>& b, const Matrix<Real>& out) {
+  for (int64_t i = 0; i < out.rows; ++i) {
+    for (int64_t j = 0; j < out.columns; ++j) {
+      Real sum = 0;
+      for (int64_t k = 0; k < a.columns; ++k) {
+        sum += a.data[i * a.row_stride + k * a.column_stride] * b.data[k * b.row_stride + j * b.column_stride];
+      }
+      out.data[i * out.row_stride + j * out.column_stride] = sum;
+    }
+  }
+}
+
+void matrix_product(const Matrix<float>& a, const Matrix<float>& b, const Matrix<float>& out, Into) { product(a, b, out); }
+void matrix_product(const Matrix<double>& a, const Matrix<double>& b, const Matrix<double>& out, Into) {
+  product(a, b, out);
+}
+
+void parallel_ranges(int64_t count, int64_t, void (*body)(int64_t, int64_t, void*), void* context) {
+  if (count > 0) body(0, count, context);
+}
+
+}  // namespace dgi::cpu
 
 namespace {
 
@@ -52,8 +80,9 @@ struct Expected {
 };
 
 // With "none" and small integers every sum is exact, so that ties are told.
+// With `head` the logits are those of random hidden states and codes.
 template <class Real>
-bool one_case(Random& random, dgi::Normalize normalize) {
+bool one_case(Random& random, dgi::Normalize normalize, bool head) {
   const int64_t requests = below(random, 3), width = below(random, 6), codes = 1 + below(random, 40);
   const int64_t nodes = 1 + below(random, 5), num_beams = 1 + below(random, 90);
   const Level level(random, nodes, codes);
@@ -66,10 +95,26 @@ bool one_case(Random& random, dgi::Normalize normalize) {
   std::vector<const int64_t*> counts_of(requests);
   for (auto& entry : counts_of) entry = below(random, 2) ? counts.data() : nullptr;
 
-  const int64_t stride = 1 + below(random, 2);
+  const int64_t stride = head ? 1 : 1 + below(random, 2), dim = 1 + below(random, 20);
   std::vector<Real> logits(requests * width * codes * stride), scores(requests * width);
   std::vector<int64_t> beams(requests * width);
   for (auto& x : logits) x = number<Real>(random);
+  std::vector<Real> h(requests * width * dim), codebook(codes * dim);
+  if (head) {
+    for (auto& x : h) x = static_cast<Real>(below(random, 9)) - 4;
+    for (auto& x : codebook) x = static_cast<Real>(below(random, 9)) - 4;
+    for (int64_t i = 0; i < requests * width; ++i) {
+      for (int64_t k = 0; k < codes; ++k) {
+        double dot = 0, a = 0, b = 0;
+        for (int64_t d = 0; d < dim; ++d) {
+          dot += static_cast<double>(h[i * dim + d]) * codebook[k * dim + d];
+          a += static_cast<double>(h[i * dim + d]) * h[i * dim + d];
+          b += static_cast<double>(codebook[k * dim + d]) * codebook[k * dim + d];
+        }
+        logits[i * codes + k] = static_cast<Real>(a > 0 && b > 0 ? 5 * dot / std::sqrt(a * b) : 0);
+      }
+    }
+  }
   for (auto& x : scores) x = number<Real>(random);
   for (auto& x : beams) x = below(random, nodes + 1) - 1;
 
@@ -79,14 +124,17 @@ bool one_case(Random& random, dgi::Normalize normalize) {
   step.level = {level.tokens.data(), level.child_start.data(), nodes};
   step.lower = {&starts, 1};
   step.counts = counts_of.data();
-  step.width = width, step.codes = codes, step.num_beams = num_beams;
+  step.requests = requests, step.width = width, step.num_beams = num_beams;
   step.nodes = {beams.data(), width, 1};
   step.scores = {scores.data(), width, 1};
-  step.logits = logits.data();
-  step.request_stride = width * codes * stride, step.beam_stride = codes * stride, step.code_stride = stride;
   step.normalize = normalize;
-  if (!dgi::cpu::beam_step(step, 0, requests, {out_nodes.data(), out_tokens.data(), out_parents.data(), out_scores.data()})) {
-    return false;
+  const dgi::cpu::BeamOutput out{out_nodes.data(), out_tokens.data(), out_parents.data(), out_scores.data()};
+  if (head) {
+    const dgi::cpu::CosineLogits<Real> source{h.data(), codebook.data(), codes, dim, Real{5}, static_cast<Real>(1e-12)};
+    if (!dgi::cpu::cosine_beam_step(step, source, out)) return false;
+  } else {
+    const dgi::cpu::Logits<Real> source{logits.data(), codes, width * codes * stride, codes * stride, stride};
+    if (!dgi::cpu::beam_step(step, source, 0, requests, out)) return false;
   }
 
   for (int64_t b = 0; b < requests; ++b) {
@@ -134,7 +182,7 @@ bool one_case(Random& random, dgi::Normalize normalize) {
       const Expected& want = expected[i];
       if (out_scores[at] != static_cast<float>(want.score)
           && !(std::fabs(out_scores[at] - want.score) <= 1e-4 * (1 + std::fabs(want.score)))) return false;
-      if (normalize == dgi::Normalize::kNone && (out_nodes[at] != want.child || out_parents[at] != want.parent)) return false;
+      if (normalize == dgi::Normalize::kNone && !head && (out_nodes[at] != want.child || out_parents[at] != want.parent)) return false;
       if (out_tokens[at] != level.tokens[out_nodes[at]]) return false;
     }
   }
@@ -149,8 +197,10 @@ int main(int argc, char** argv) {
   const int64_t cases = std::atoll(argv[2]);
   for (int64_t i = 0; i < cases; ++i) {
     for (const auto normalize : {dgi::Normalize::kFull, dgi::Normalize::kChildren, dgi::Normalize::kNone}) {
-      if (!one_case<float>(random, normalize) || !one_case<double>(random, normalize)) {
-        std::printf("case %lld, normalize %d, differs\n", static_cast<long long>(i), static_cast<int>(normalize));
+      for (const bool head : {false, true}) {
+        if (one_case<float>(random, normalize, head) && one_case<double>(random, normalize, head)) continue;
+        std::printf("case %lld, normalize %d, head %d, differs\n", static_cast<long long>(i),
+                    static_cast<int>(normalize), head);
         return 1;
       }
     }

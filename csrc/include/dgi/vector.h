@@ -1,0 +1,71 @@
+// Vectors of a cosine: norms, normalised rows, and the gradient through the normalisation. Loops over the elements of
+// one row; the reductions say that they may be reordered, so that the compiler vectorises them.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "dgi/convert.h"
+#include "dgi/exp.h"
+#include "dgi/macros.h"
+
+namespace dgi {
+
+// 1 / max(||x||, eps)
+template <bool kFused, class Stored>
+DGI_HOST_DEVICE Compute<Stored> reciprocal_norm(const Stored* x, int64_t dim, Compute<Stored> eps) {
+  Compute<Stored> sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t d = 0; d < dim; ++d) {
+    const Compute<Stored> value = load(x[d]);
+    sum = multiply_add<kFused>(value, value, sum);
+  }
+  const Compute<Stored> norm = std::sqrt(sum);
+  return 1 / (norm < eps ? eps : norm);
+}
+
+template <bool kFused, class Stored>
+DGI_HOST_DEVICE Compute<Stored> dot(const Stored* x, const Compute<Stored>* y, int64_t dim) {
+  Compute<Stored> sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t d = 0; d < dim; ++d) sum = multiply_add<kFused>(load(x[d]), y[d], sum);
+  return sum;
+}
+
+// out += sum_i factor[i] * rows[index[i]]: four rows at a time, so that `out` is read and written once for the four.
+template <bool kFused, class Real>
+DGI_HOST_DEVICE void add_rows(const int32_t* index, const Real* factor, int64_t count, const Real* rows, int64_t dim,
+                              Real* out) {
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) {
+    const Real *r0 = rows + index[i] * dim, *r1 = rows + index[i + 1] * dim, *r2 = rows + index[i + 2] * dim,
+               *r3 = rows + index[i + 3] * dim;
+    const Real f0 = factor[i], f1 = factor[i + 1], f2 = factor[i + 2], f3 = factor[i + 3];
+#pragma omp simd
+    for (int64_t d = 0; d < dim; ++d) {
+      Real sum = multiply_add<kFused>(f0, r0[d], out[d]);
+      sum = multiply_add<kFused>(f1, r1[d], sum);
+      sum = multiply_add<kFused>(f2, r2[d], sum);
+      out[d] = multiply_add<kFused>(f3, r3[d], sum);
+    }
+  }
+  for (; i < count; ++i) {
+    const Real *row = rows + index[i] * dim, f = factor[i];
+#pragma omp simd
+    for (int64_t d = 0; d < dim; ++d) out[d] = multiply_add<kFused>(f, row[d], out[d]);
+  }
+}
+
+// The gradient of a stored vector x from the gradient g of x^ = rnorm x: out = factor (g - x^ (x^ . g)), factor = rnorm, or
+// whatever of it is not in g yet. Where x is so short that eps took the place of its norm nothing is radial. `out` may
+// be `g`.
+template <bool kFused, class Stored>
+DGI_HOST_DEVICE void through_normalization(const Stored* x, const Compute<Stored>* g, int64_t dim, Compute<Stored> rnorm,
+                                           Compute<Stored> eps, Compute<Stored> factor, Stored* out) {
+  using Real = Compute<Stored>;
+  const Real radial = rnorm == 1 / eps ? Real{0} : -rnorm * rnorm * dot<kFused>(x, g, dim);
+#pragma omp simd
+  for (int64_t d = 0; d < dim; ++d) store(factor * multiply_add<kFused>(radial, load(x[d]), g[d]), out[d]);
+}
+
+}  // namespace dgi
