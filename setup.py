@@ -104,7 +104,7 @@ class BuildExtension(cpp_extension.BuildExtension):
 
 
 def extension(cuda: bool) -> Extension:
-    sources = ["csrc/register.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
+    sources = sorted(str(path) for folder in ("register", "cpu") for path in Path("csrc", folder).glob("*.cpp"))
     macros, kind = [], cpp_extension.CppExtension
     if cuda:
         sources += sorted(map(str, Path("csrc/cuda").glob("*.cu")))
@@ -112,7 +112,8 @@ def extension(cuda: bool) -> Extension:
         macros, kind = [("DGI_WITH_CUDA", None), ("USE_CUDA", None)], cpp_extension.CUDAExtension
         # torch's own default is the GPUs that it sees here, and an error where there is none.
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
-    return kind("dgi_kernels._C", sources, include_dirs=[str(Path("csrc/include").absolute())], define_macros=macros,
+    include = [str(Path(folder).absolute()) for folder in ("csrc", "csrc/include")]
+    return kind("dgi_kernels._C", sources, include_dirs=include, define_macros=macros,
                 extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS}, py_limited_api=True)
 
 

@@ -33,6 +33,8 @@ def _load() -> str | None:
     torch.library.register_fake("dgi_kernels::gumbel_softmax_backward", _fake_gumbel_softmax_backward)
     torch.library.register_fake("dgi_kernels::residual_quantize", _fake_residual_quantize)
     torch.library.register_fake("dgi_kernels::residual_quantize_backward", _fake_residual_quantize_backward)
+    torch.library.register_fake("dgi_kernels::beam_step", _fake_beam_step)
+    torch.library.register_fake("dgi_kernels::cosine_beam_step", _fake_cosine_beam_step)
     return None
 
 
@@ -88,6 +90,24 @@ def _fake_residual_quantize_backward(
         seed: Tensor | None, row_offset: int, mode: int, eps: float, *wanted: bool) -> tuple[Tensor, ...]:
     shapes = ((residuals.shape[0], residuals.shape[2]), codebooks.shape, (), ())
     return tuple(codebooks.new_empty(shape if want else (0,)) for shape, want in zip(shapes, wanted, strict=True))
+
+
+def _fake_beams(like: Tensor, num_beams: int) -> tuple[Tensor, ...]:
+    integers = [like.new_empty((like.shape[0], num_beams), dtype=torch.int64) for _ in range(3)]
+    return *integers, like.new_empty((like.shape[0], num_beams), dtype=torch.float32)
+
+
+def _fake_beam_step(tokens: Tensor, child_start: Tensor, lower: list[Tensor], counts: list[Tensor],
+                    filter_of: list[int], logits: Tensor, nodes: Tensor, scores: Tensor,
+                    log_normalizer: Tensor | None, num_beams: int, normalize: int) -> tuple[Tensor, ...]:
+    return _fake_beams(logits, num_beams)
+
+
+def _fake_cosine_beam_step(tokens: Tensor, child_start: Tensor, lower: list[Tensor], counts: list[Tensor],
+                           filter_of: list[int], h: Tensor, codebook: Tensor, scale: Tensor, eps: float, nodes: Tensor,
+                           scores: Tensor, log_normalizer: Tensor | None, num_beams: int,
+                           normalize: int) -> tuple[Tensor, ...]:
+    return _fake_beams(h, num_beams)
 
 
 load_error: str | None = _load()

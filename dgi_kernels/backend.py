@@ -49,8 +49,8 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     "residual_quantize": {"native": Kernel(frozenset({"cpu"}), _FLOATS)},
     "gumbel_noise": {"native": Kernel(frozenset({"cpu"}))},
     "trie_build": {"native": Kernel(frozenset({"cpu"}))},
-    "beam_step": {},
-    "cosine_beam_step": {},
+    "beam_step": {"native": Kernel(frozenset({"cpu"}), _FLOATS)},
+    "cosine_beam_step": {"native": Kernel(frozenset({"cpu"}), _FLOATS)},
     "rank_candidates": {},
 }
 

@@ -101,7 +101,7 @@ print(tuple(dgi_kernels.gumbel_noise(9, 1, 3, 4).shape))
 
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="needs a C++ compiler")
 def test_where_compiling_fails_it_is_pure_python_with_one_warning(sources: Path) -> None:
-    (sources / "csrc" / "register.cpp").write_text("#error a compiler that is too old\n")
+    (sources / "csrc" / "register" / "trie.cpp").write_text("#error a compiler that is too old\n")
     result, wheels = build_wheel(sources, *BUILD_STEP, DGI_BUILD_CUDA="0")
     assert result.returncode == 0, result.stdout
     assert result.stdout.count("WARNING: dgi-kernels") == 1

@@ -1,4 +1,4 @@
-// What the C++ here borrows from torch without knowing it: matrix products and threads. Defined in register.cpp.
+// What the C++ here borrows from torch without knowing it: matrix products and threads. Defined in register/host.cpp.
 #pragma once
 
 #include <cstdint>

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from dgi_kernels import checks
-from dgi_kernels.backend import choose
-from dgi_kernels.beam import reference
+from dgi_kernels.backend import BackendUnavailable, choose
+from dgi_kernels.beam import native, reference
 from dgi_kernels.cosine import cosine_logits
 from dgi_kernels.trie import MAX_COUNT, Beams, Trie
-from dgi_kernels.trie.filters import Filters, check_filters
+from dgi_kernels.trie.filters import Filters, TrieFilter, check_filters
 
 __all__ = ["BeamResult", "Beams", "beam_search", "beam_step", "cosine_beam_step"]
 
@@ -72,16 +72,23 @@ def beam_step(trie: Trie, logits: Tensor, beams: Beams, *, num_beams: int, norma
         TypeError: an argument has the wrong type or dtype.
         BackendUnavailable: ``backend``, asked for by name, cannot run here.
     """
-    beams = _check_beams(trie, beams)
-    checks.float_tensor("logits", logits, ndim=3, like=trie.item_ids)
-    _check_codes_dimension("logits", logits.shape[2], trie, beams.depth)
-    checks.shape("logits", logits, (*beams.nodes.shape, None), "(B, M, K)")
+    _check_beams(trie, beams)
+    _check_logits("logits", logits, trie, beams)
     _check_options(beams, num_beams, normalize, log_normalizer)
     filters = check_filters(filters, trie, beams.nodes.shape[0])
-    choose("beam_step", backend, logits.device, logits.dtype)
+    return _beam_step(trie, logits, beams, num_beams, normalize, log_normalizer, filters, backend)
+
+
+def _beam_step(trie: Trie, logits: Tensor, beams: Beams, num_beams: int, normalize: str, log_normalizer: Tensor | None,
+               filters: TrieFilter | list[TrieFilter | None] | None, backend: str) -> Beams:
+    """:func:`beam_step` on arguments that are checked, but for the nodes."""
     compute = checks.compute_dtype(logits.dtype)
     if log_normalizer is not None:
         log_normalizer = log_normalizer.to(compute)
+    if _choose("beam_step", backend, logits, beams.scores, log_normalizer) == "native":
+        return _native_step(trie, beams, lambda beams: native.beam_step(trie, logits, beams, num_beams, normalize,
+                                                                        log_normalizer, filters))
+    beams = _check_nodes(trie, beams)
     with torch.autocast(logits.device.type, enabled=False):
         return reference.beam_step(trie, logits.to(compute), beams, num_beams, normalize, log_normalizer, filters)
 
@@ -106,7 +113,7 @@ def cosine_beam_step(trie: Trie, h: Tensor, codebook: Tensor, scale: float | Ten
     Raises:
         ValueError, TypeError, BackendUnavailable: as :func:`beam_step`.
     """
-    beams = _check_beams(trie, beams)
+    _check_beams(trie, beams)
     checks.float_tensor("h", h, ndim=3, like=trie.item_ids)
     checks.shape("h", h, (*beams.nodes.shape, None), "(B, M, D)")
     checks.float_tensor("codebook", codebook, ndim=2, like=h)
@@ -118,10 +125,15 @@ def cosine_beam_step(trie: Trie, h: Tensor, codebook: Tensor, scale: float | Ten
     _check_options(beams, num_beams, normalize, log_normalizer)
     filters = check_filters(filters, trie, beams.nodes.shape[0])
     h, codebook = checks.autocast_operand(h), checks.autocast_operand(codebook)
-    choose("cosine_beam_step", backend, h.device, h.dtype)
-    compute = checks.compute_dtype(torch.promote_types(h.dtype, codebook.dtype))
+    common = torch.promote_types(h.dtype, codebook.dtype)
+    compute = checks.compute_dtype(common)
     if log_normalizer is not None:
         log_normalizer = log_normalizer.to(compute)
+    differentiable = (codebook, scale if isinstance(scale, Tensor) else None, beams.scores, log_normalizer)
+    if _choose("cosine_beam_step", backend, h, *differentiable) == "native":
+        return _native_step(trie, beams, lambda beams: native.cosine_beam_step(
+            trie, h.to(common), codebook.to(common), scale, eps, beams, num_beams, normalize, log_normalizer, filters))
+    beams = _check_nodes(trie, beams)
     with torch.autocast(h.device.type, enabled=False):
         logits = cosine_logits(h.to(compute), codebook.to(compute), checks.to_dtype(scale, compute), eps=eps,
                                backend="reference")
@@ -153,23 +165,49 @@ def beam_search(trie: Trie, step: Step, *, batch_size: int, num_beams: int, norm
     if not callable(step):
         raise TypeError(f"step must be callable as step(depth, tokens, parents); got {type(step).__name__}")
     beams = trie.root(batch_size)
-    codes = beams.tokens.new_empty(batch_size, 1, 0)
+    _check_options(beams, num_beams, normalize, None)
+    filters = check_filters(filters, trie, batch_size)
+    history = []
     for depth in range(trie.depth):
         logits = step(depth, None, None) if depth == 0 else step(depth, beams.tokens, beams.parents)
-        name = f"logits of step(depth={depth})"
-        checks.float_tensor(name, logits, ndim=3, like=trie.item_ids)
-        checks.shape(name, logits, (*beams.nodes.shape, None), "(B, M, K)")
-        _check_codes_dimension(name, logits.shape[2], trie, depth)
-        beams = beam_step(trie, logits, beams, num_beams=num_beams, normalize=normalize, filters=filters,
-                          backend=backend)
-        codes = _extend(codes, beams)
-    return BeamResult(codes.masked_fill(beams.nodes.unsqueeze(-1) < 0, -1), beams.scores, beams.nodes)
+        _check_logits(f"logits of step(depth={depth})", logits, trie, beams)
+        beams = _beam_step(trie, logits, beams, num_beams, normalize, None, filters, backend)
+        history.append(beams)
+    return BeamResult(_codes(history), beams.scores, beams.nodes)
 
 
-def _extend(codes: Tensor, beams: Beams) -> Tensor:
-    """The codes of each beam: its parent's (B, M', t), then its own token; (B, M, t + 1)."""
-    parents = beams.parents.clamp(min=0).unsqueeze(-1).expand(-1, -1, codes.shape[2])
-    return torch.cat([codes.gather(1, parents), beams.tokens.unsqueeze(-1)], dim=-1)
+def _codes(history: list[Beams]) -> Tensor:
+    """The codes (B, M, L) of the last beams, following each one's parents back through all steps; -1 where dead."""
+    place, columns = None, []
+    for beams in reversed(history):
+        columns.append(beams.tokens if place is None else beams.tokens.gather(1, place))
+        parents = beams.parents if place is None else beams.parents.gather(1, place)
+        place = parents.clamp(min=0)  # of a dead beam any will do
+    return torch.stack(columns[::-1], dim=-1).masked_fill(history[-1].nodes.unsqueeze(-1) < 0, -1)
+
+
+def _native_step(trie: Trie, beams: Beams, step: Callable[[Beams], Beams]) -> Beams:
+    """Run a compiled step. It refuses nodes out of range itself: here they are looked at only to name them."""
+    if torch.compiler.is_compiling():
+        return step(_check_nodes(trie, beams))
+    try:
+        return step(beams)
+    except RuntimeError:
+        _check_nodes(trie, beams)
+        raise
+
+
+def _choose(op: str, backend: str, main: Tensor, *others: Tensor | None) -> str:
+    """As :func:`choose`, but only the reference passes gradients on to the scores."""
+    chosen = choose(op, backend, main.device, main.dtype)
+    if chosen == "reference" or not torch.is_grad_enabled():
+        return chosen
+    if not any(tensor is not None and tensor.requires_grad for tensor in (main, *others)):
+        return chosen
+    if backend != "auto":
+        raise BackendUnavailable(f'backend="{backend}" cannot run {op} here: it gives no gradients, and an input '
+                                 "requires one (call it under torch.no_grad(), or take the reference)")
+    return "reference"
 
 
 def _check_trie(trie: object) -> None:
@@ -177,7 +215,7 @@ def _check_trie(trie: object) -> None:
         raise TypeError(f"trie must be a Trie; got {type(trie).__name__}")
 
 
-def _check_beams(trie: Trie, beams: Beams) -> Beams:
+def _check_beams(trie: Trie, beams: Beams) -> None:
     """Check the trie and the beams against each other; only nodes, scores and depth are read."""
     _check_trie(trie)
     if not isinstance(beams, Beams):
@@ -188,8 +226,16 @@ def _check_beams(trie: Trie, beams: Beams) -> Beams:
     checks.tensor("beams.nodes", beams.nodes, dtypes=(torch.int64, torch.int32), ndim=2, like=trie.item_ids)
     checks.float_tensor("beams.scores", beams.scores, like=trie.item_ids)
     checks.shape("beams.scores", beams.scores, tuple(beams.nodes.shape), "(B, M)")
-    nodes = checks.index("beams.nodes", beams.nodes, 0, trie.num_nodes_at(depth), also=-1)
-    return beams._replace(nodes=nodes)
+
+
+def _check_nodes(trie: Trie, beams: Beams) -> Beams:
+    return beams._replace(nodes=checks.index("beams.nodes", beams.nodes, 0, trie.num_nodes_at(beams.depth), also=-1))
+
+
+def _check_logits(name: str, logits: Tensor, trie: Trie, beams: Beams) -> None:
+    checks.float_tensor(name, logits, ndim=3, like=trie.item_ids)
+    _check_codes_dimension(name, logits.shape[2], trie, beams.depth)
+    checks.shape(name, logits, (*beams.nodes.shape, None), "(B, M, K)")
 
 
 def _check_codes_dimension(name: str, codes: int, trie: Trie, depth: int) -> None:

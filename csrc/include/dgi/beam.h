@@ -1,0 +1,98 @@
+// A step of a trie-constrained beam search, but for how the work is shared out: what a child scores, which children there
+// are, and in which order candidates stand.
+//
+//   score(m, k) = scores[m] + logp[m, k],   logp = (logit - offset) - log_sum,   0 for the end of a sequence
+//
+// The candidates of a request are numbered by parent, then by token (their slot), so that the order (score descending,
+// slot ascending) settles ties as the contract says. Score and slot make one unsigned key, less is better.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+#include "dgi/macros.h"
+
+namespace dgi {
+
+constexpr int32_t kEndToken = -1;  // the sequence has ended; sorts before every code
+
+enum class Normalize { kFull, kChildren, kNone };
+
+// The edges out of one depth of a trie. Node i has the children child_start[i] to child_start[i + 1] - 1, by token.
+struct TrieLevel {
+  const int32_t* tokens;       // (children)
+  const int64_t* child_start;  // (nodes + 1)
+  int64_t nodes;
+};
+
+// The levels below those children, down to the ranges of items.
+struct LowerLevels {
+  const int64_t* const* starts;
+  int64_t count;
+};
+
+// Whether an item that is allowed lies below `child`; counts[i] is the number of allowed ones among the first i items in
+// leaf order. Null counts allow all.
+DGI_HOST_DEVICE bool is_allowed(const int64_t* counts, const LowerLevels& lower, int64_t child) {
+  if (counts == nullptr) return true;
+  int64_t first = child, end = child + 1;
+  for (int64_t level = 0; level < lower.count; ++level) {
+    first = lower.starts[level][first];
+    end = lower.starts[level][end];
+  }
+  return counts[end] > counts[first];
+}
+
+// NaN counts as -inf, and +inf as the largest number, so that no sum or difference makes a NaN of it.
+template <class Real>
+DGI_HOST_DEVICE Real finite_or_dead(Real x) {
+  if (x != x) return -std::numeric_limits<Real>::infinity();
+  return x > std::numeric_limits<Real>::max() ? std::numeric_limits<Real>::max() : x;
+}
+
+// log P = (logit - offset) - log_sum, in this order: with logits beyond 1e8 it matters.
+template <class Real>
+struct Normalizer {
+  Real offset = 0, log_sum = 0;
+
+  DGI_HOST_DEVICE Real score(Real parent, Real logit) const {
+    return finite_or_dead(parent + ((finite_or_dead(logit) - offset) - log_sum));
+  }
+
+  // A logit less than this scores less than `score`: the exact bound less a margin for the rounding of either. At least
+  // the lowest finite number, so that NaN and -inf always fail the test `logit >= cut`.
+  DGI_HOST_DEVICE Real cut(Real parent, Real score) const {
+    constexpr Real kLowest = std::numeric_limits<Real>::lowest();
+    const auto magnitude = [](double x) { return x < 0 ? -x : x; };
+    const double exact = static_cast<double>(score) - parent + offset + log_sum;
+    const double margin = 8.0 * std::numeric_limits<Real>::epsilon()
+                          * (magnitude(score) + magnitude(parent) + magnitude(offset) + magnitude(log_sum));
+    const double bound = exact - margin;
+    return bound > kLowest && bound < std::numeric_limits<Real>::max() ? static_cast<Real>(bound) : kLowest;
+  }
+};
+
+template <class Real>
+struct CandidateKey {
+  using Bits = std::conditional_t<std::is_same_v<Real, float>, uint32_t, uint64_t>;
+  using Key = std::conditional_t<std::is_same_v<Real, float>, uint64_t, unsigned __int128>;
+  static constexpr int kWidth = 8 * sizeof(Bits);
+  static constexpr Bits kSign = Bits{1} << (kWidth - 1);
+
+  DGI_HOST_DEVICE static Key of(Real score, Bits slot) {
+    const Bits bits = std::bit_cast<Bits>(score + Real{0});  // -0 becomes 0: they tie
+    const Bits descending = bits & kSign ? bits : ~(bits | kSign);
+    return static_cast<Key>(descending) << kWidth | slot;
+  }
+
+  DGI_HOST_DEVICE static Real score(Key key) {
+    const Bits descending = static_cast<Bits>(key >> kWidth);
+    return std::bit_cast<Real>(descending & kSign ? descending : static_cast<Bits>(~descending & ~kSign));
+  }
+
+  DGI_HOST_DEVICE static Bits slot(Key key) { return static_cast<Bits>(key); }
+};
+
+}  // namespace dgi

@@ -1,0 +1,179 @@
+// Beam steps, as torch sees them: schemas, argument checks, and the calls into the code that knows no torch.
+#include <algorithm>
+#include <atomic>
+
+#include "tensors.h"
+#include "cpu/beam.h"
+
+namespace dgi::registration {
+namespace {
+
+constexpr const char* kBeam = "dgi_kernels, beam_step: ";
+
+template <class Real>
+constexpr ScalarType kDtype = std::is_same_v<Real, double> ? ScalarType::Double
+                              : std::is_same_v<Real, float> ? ScalarType::Float : ScalarType::Long;
+
+// A (B, M) tensor.
+template <class Real>
+dgi::cpu::View<Real> view_of(const char* name, const Tensor& x, int64_t rows, int64_t columns) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == rows && x.size(1) == columns, kBeam, name, " must be (B, M)");
+  STD_TORCH_CHECK(x.scalar_type() == kDtype<Real>, kBeam, name, " has the wrong dtype");
+  return {data_of<Real>(x), x.stride(0), x.stride(1)};
+}
+
+// An array of a trie.
+template <class Element>
+const Element* trie_array(const char* name, const Tensor& x, ScalarType dtype) {
+  STD_TORCH_CHECK(x.dim() == 1 && x.is_contiguous() && x.scalar_type() == dtype, kBeam, name,
+                  " must be a contiguous array of a trie");
+  return data_of<Element>(x);
+}
+
+// The filters of a step: the arrays that lead from its children down to items, and counts for each request.
+class Filters {
+ public:
+  Filters(const std::vector<Tensor>& lower, const std::vector<Tensor>& counts, const std::vector<int64_t>& filter_of,
+          int64_t requests) {
+    STD_TORCH_CHECK(counts.empty() || !lower.empty(), kBeam, "filters need the lower levels of the trie");
+    for (const Tensor& starts : lower) starts_.push_back(trie_array<int64_t>("lower", starts, ScalarType::Long));
+    if (counts.empty()) return;
+    STD_TORCH_CHECK(static_cast<int64_t>(filter_of.size()) == requests, kBeam, "filter_of must have B entries");
+    for (int64_t filter : filter_of) {
+      STD_TORCH_CHECK(-1 <= filter && filter < static_cast<int64_t>(counts.size()), kBeam, "there is no filter ", filter);
+      counts_.push_back(filter < 0 ? nullptr : trie_array<int64_t>("counts", counts[filter], ScalarType::Long));
+    }
+  }
+
+  dgi::LowerLevels lower() const { return {starts_.data(), static_cast<int64_t>(starts_.size())}; }
+  const int64_t* const* counts() const { return counts_.empty() ? nullptr : counts_.data(); }
+
+ private:
+  std::vector<const int64_t*> starts_, counts_;
+};
+
+// Beams of a step as they leave it; see dgi::cpu::BeamOutput.
+struct NewBeams {
+  Tensor nodes, tokens, parents, scores;
+
+  NewBeams(int64_t requests, int64_t num_beams)
+      : nodes(torch::stable::empty({requests, num_beams}, ScalarType::Long)),
+        tokens(torch::stable::empty({requests, num_beams}, ScalarType::Long)),
+        parents(torch::stable::empty({requests, num_beams}, ScalarType::Long)),
+        scores(torch::stable::empty({requests, num_beams}, ScalarType::Float)) {}
+
+  dgi::cpu::BeamOutput pointers() {
+    return {nodes.mutable_data_ptr<int64_t>(), tokens.mutable_data_ptr<int64_t>(), parents.mutable_data_ptr<int64_t>(),
+            scores.mutable_data_ptr<float>()};
+  }
+};
+
+// A node out of range is an error: the caller need not look at the nodes itself.
+void check_nodes(const dgi::cpu::View<int64_t>& nodes, int64_t rows, int64_t columns, int64_t count) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) {
+      const int64_t node = nodes.at(i, j);
+      STD_TORCH_CHECK(-1 <= node && node < count, kBeam, "nodes must be in [0, ", count, ") or -1; got ", node);
+    }
+  }
+}
+
+// What both steps have in common. normalize: 0 full, 1 children, 2 none. lower, counts and filter_of are empty where there
+// are no filters; filter_of (B) holds positions in counts, or -1.
+struct BeamArguments {
+  const Tensor &tokens, &child_start;
+  const Filters& filters;
+  const Tensor &nodes, &scores;
+  const std::optional<Tensor>& log_normalizer;
+  int64_t num_beams, normalize;
+
+  template <class Real>
+  dgi::cpu::BeamStep<Real> step(int64_t requests, int64_t width) const {
+    STD_TORCH_CHECK(num_beams >= 1, kBeam, "num_beams must be at least 1; got ", num_beams);
+    STD_TORCH_CHECK(0 <= normalize && normalize <= 2, kBeam, "normalize must be 0, 1 or 2; got ", normalize);
+    dgi::cpu::BeamStep<Real> step{};
+    step.level = {trie_array<int32_t>("tokens", tokens, ScalarType::Int),
+                  trie_array<int64_t>("child_start", child_start, ScalarType::Long), child_start.numel() - 1};
+    step.lower = filters.lower();
+    step.counts = filters.counts();
+    step.requests = requests, step.width = width, step.num_beams = num_beams;
+    step.nodes = view_of<int64_t>("nodes", nodes, requests, width);
+    step.scores = view_of<Real>("scores", scores, requests, width);
+    if (log_normalizer) step.log_normalizer = view_of<Real>("log_normalizer", *log_normalizer, requests, width);
+    step.normalize = static_cast<dgi::Normalize>(normalize);
+    check_nodes(step.nodes, requests, width, step.level.nodes);
+    return step;
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> finished(const NewBeams& beams, bool fits) {
+  STD_TORCH_CHECK(fits, kBeam, "more than 2**32 candidates of one request need float64 logits");
+  return {beams.nodes, beams.tokens, beams.parents, beams.scores};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> beam_step_cpu(
+    const Tensor& tokens, const Tensor& child_start, const std::vector<Tensor>& lower, const std::vector<Tensor>& counts,
+    const std::vector<int64_t>& filter_of, const Tensor& logits, const Tensor& nodes, const Tensor& scores,
+    const std::optional<Tensor>& log_normalizer, int64_t num_beams, int64_t normalize) {
+  STD_TORCH_CHECK(logits.dim() == 3, kBeam, "logits must be (B, M, K)");
+  const int64_t requests = logits.size(0), width = logits.size(1), codes = logits.size(2);
+  const Filters filters(lower, counts, filter_of, requests);
+  const BeamArguments arguments{tokens, child_start, filters, nodes, scores, log_normalizer, num_beams, normalize};
+  return for_dtype(logits, [&](auto stored) {
+    using Stored = decltype(stored);
+    const auto step = arguments.step<dgi::Compute<Stored>>(requests, width);
+    const dgi::cpu::Logits<Stored> view{data_of<Stored>(logits), codes, logits.stride(0), logits.stride(1),
+                                        logits.stride(2)};
+    NewBeams beams(requests, num_beams);
+    const dgi::cpu::BeamOutput out = beams.pointers();
+    std::atomic<bool> fits{true};
+    const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, width * codes));  // about 0.05 ms
+    torch::stable::parallel_for(0, requests, grain, [&](int64_t first, int64_t last) {
+      if (!dgi::cpu::beam_step(step, view, first, last, out)) fits = false;
+    });
+    return finished(beams, fits);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> cosine_beam_step_cpu(
+    const Tensor& tokens, const Tensor& child_start, const std::vector<Tensor>& lower, const std::vector<Tensor>& counts,
+    const std::vector<int64_t>& filter_of, const Tensor& h, const Tensor& codebook, const Tensor& scale, double eps,
+    const Tensor& nodes, const Tensor& scores, const std::optional<Tensor>& log_normalizer, int64_t num_beams,
+    int64_t normalize) {
+  STD_TORCH_CHECK(h.dim() == 3 && h.is_contiguous(), kBeam, "h must be contiguous (B, M, D)");
+  STD_TORCH_CHECK(codebook.dim() == 2 && codebook.is_contiguous() && codebook.size(1) == h.size(2)
+                      && codebook.scalar_type() == h.scalar_type(),
+                  kBeam, "codebook must be contiguous (K, D), of the dtype of h");
+  const int64_t requests = h.size(0), width = h.size(1);
+  const Filters filters(lower, counts, filter_of, requests);
+  const BeamArguments arguments{tokens, child_start, filters, nodes, scores, log_normalizer, num_beams, normalize};
+  return for_dtype(h, [&](auto stored) {
+    using Stored = decltype(stored);
+    using Real = dgi::Compute<Stored>;
+    STD_TORCH_CHECK(scale.numel() == 1 && scale.scalar_type() == kDtype<Real>, kBeam,
+                    "scale must hold one element of the compute dtype");
+    const auto step = arguments.step<Real>(requests, width);
+    const dgi::cpu::CosineLogits<Stored> head{data_of<Stored>(h), data_of<Stored>(codebook), codebook.size(0), h.size(2),
+                                              *data_of<Real>(scale), static_cast<Real>(eps)};
+    NewBeams beams(requests, num_beams);
+    return finished(beams, dgi::cpu::cosine_beam_step(step, head, beams.pointers()));
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dgi_kernels, m) {
+  m.def("beam_step(Tensor tokens, Tensor child_start, Tensor[] lower, Tensor[] counts, int[] filter_of, Tensor logits, "
+        "Tensor nodes, Tensor scores, Tensor? log_normalizer, int num_beams, int normalize) -> (Tensor nodes, "
+        "Tensor tokens, Tensor parents, Tensor scores)");
+  m.def("cosine_beam_step(Tensor tokens, Tensor child_start, Tensor[] lower, Tensor[] counts, int[] filter_of, Tensor h, "
+        "Tensor codebook, Tensor scale, float eps, Tensor nodes, Tensor scores, Tensor? log_normalizer, int num_beams, "
+        "int normalize) -> (Tensor nodes, Tensor tokens, Tensor parents, Tensor scores)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dgi_kernels, CPU, m) {
+  m.impl("beam_step", TORCH_BOX(&beam_step_cpu));
+  m.impl("cosine_beam_step", TORCH_BOX(&cosine_beam_step_cpu));
+}
+
+}  // namespace dgi::registration

@@ -1,0 +1,64 @@
+"""Calls into the compiled extension: beam steps in C++, given logits or the head that would make them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dgi_kernels.trie import Beams, Trie
+from dgi_kernels.trie.filters import TrieFilter
+
+NORMALIZE = {"full": 0, "children": 1, "none": 2}
+
+
+def beam_step(trie: Trie, logits: Tensor, beams: Beams, num_beams: int, normalize: str, log_normalizer: Tensor | None,
+              filters: TrieFilter | list[TrieFilter | None] | None) -> Beams:
+    """``logits`` (B, M, K) of any float dtype and strides; ``log_normalizer`` (B, M) float64 for float64 logits, else
+    float32.
+
+    Raises:
+        RuntimeError: a node is out of range.
+    """
+    return _step(torch.ops.dgi_kernels.beam_step, trie, beams, filters, (logits,), num_beams, normalize, log_normalizer)
+
+
+def cosine_beam_step(trie: Trie, h: Tensor, codebook: Tensor, scale: float | Tensor, eps: float, beams: Beams,
+                     num_beams: int, normalize: str, log_normalizer: Tensor | None,
+                     filters: TrieFilter | list[TrieFilter | None] | None) -> Beams:
+    """``h`` (B, M, D) and ``codebook`` (K, D) of one float dtype; the rest as in :func:`beam_step`."""
+    compute = _compute_dtype(h)
+    scale = scale.detach().to(compute) if isinstance(scale, Tensor) else torch.tensor(scale, dtype=compute)
+    return _step(torch.ops.dgi_kernels.cosine_beam_step, trie, beams, filters,
+                 (h.contiguous(), codebook.contiguous(), scale, eps), num_beams, normalize, log_normalizer)
+
+
+def _step(op: Callable[..., tuple[Tensor, ...]], trie: Trie, beams: Beams,
+          filters: TrieFilter | list[TrieFilter | None] | None, source: tuple[Any, ...], num_beams: int,
+          normalize: str, log_normalizer: Tensor | None) -> Beams:
+    depth = beams.depth
+    return Beams(*op(trie.tokens[depth], trie.child_start[depth],
+                     *filter_arguments(trie, filters, depth, beams.nodes.shape[0]), *source, beams.nodes.long(),
+                     beams.scores.to(_compute_dtype(source[0])), log_normalizer, num_beams, NORMALIZE[normalize]),
+                 depth + 1)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def filter_arguments(trie: Trie, filters: TrieFilter | list[TrieFilter | None] | None, depth: int,
+                     batch: int) -> tuple[list[Tensor], list[Tensor], list[int]]:
+    """The levels below the children of ``depth``, the counts of each distinct filter, and its number (-1: none) for each
+    of the ``batch`` requests; all empty without filters.
+    """
+    if filters is None:
+        return [], [], []
+    lower = [*trie.child_start[depth + 1:], trie.item_start]
+    if isinstance(filters, TrieFilter):
+        return lower, [filters.counts], [0] * batch
+    distinct = {id(entry): entry for entry in filters if entry is not None}
+    number = {key: i for i, key in enumerate(distinct)}
+    return lower, [entry.counts for entry in distinct.values()], [number.get(id(entry), -1) for entry in filters]

@@ -1,0 +1,273 @@
+"""Beam steps in C++ against the reference and a brute-force float64 search, on every edge that breaks other systems."""
+
+from __future__ import annotations
+
+import math
+import random
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dgi_kernels import (
+    BackendUnavailable,
+    Beams,
+    Trie,
+    _extension,
+    beam_search,
+    beam_step,
+    cosine_beam_step,
+    cosine_logits,
+)
+
+from .oracles import Catalog, random_catalog
+from .test_beam import check_step, hurt, make, random_filters, strided
+
+pytestmark = pytest.mark.skipif(_extension.load_error is not None, reason=str(_extension.load_error))
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+CSRC = Path(__file__).parents[2] / "csrc"
+
+
+def assert_same(got: Beams, expected: Beams, *, exact: bool) -> None:
+    """The same beams; without ``exact`` two whose scores differ by rounding alone may have changed places."""
+    assert got.depth == expected.depth
+    assert [part.dtype for part in got[:4]] == [part.dtype for part in expected[:4]]
+    assert torch.equal(got.scores == -math.inf, expected.scores == -math.inf)
+    torch.testing.assert_close(got.scores, expected.scores, rtol=1e-5, atol=1e-5)
+    if exact:
+        assert torch.equal(got.scores, expected.scores)
+        for name in ("nodes", "tokens", "parents"):
+            assert torch.equal(getattr(got, name), getattr(expected, name)), name
+
+
+def walk(catalog: Catalog, *, dtype: torch.dtype, normalize: str, exact: bool) -> None:
+    """Search one catalog step by step; each step from where the one before arrived."""
+    trie, batch = make(catalog), random.randint(0, 3)
+    filters, allowed = random_filters(catalog, trie, batch)
+    beams = trie.root(batch)
+    for depth in range(catalog.depth):
+        num_beams = random.choice([1, 2, 5, 17, 400])
+        shape = (batch, beams.nodes.shape[1], catalog.sizes[depth])
+        logits = torch.randint(-4, 4, shape).to(dtype) if exact else (3 * torch.randn(shape)).to(dtype)
+        logits = strided(hurt(logits)) if random.random() < 0.7 else logits
+        log_normalizer = torch.randn(shape[:2]).to(dtype) if normalize != "none" and random.random() < 0.3 else None
+        options = {"num_beams": num_beams, "normalize": normalize, "log_normalizer": log_normalizer,
+                   "filters": filters}
+        after = beam_step(trie, logits, beams, backend="native", **options)
+        check_step(catalog, beams, logits, after, normalize, log_normalizer, allowed, exact=exact)
+        assert_same(after, beam_step(trie, logits, beams, backend="reference", **options), exact=exact)
+        beams = shuffled(after) if random.random() < 0.3 else after
+
+
+def shuffled(beams: Beams) -> Beams:
+    """The same beams in another order, as nobody promises that a caller keeps them sorted."""
+    order = torch.randperm(beams.nodes.shape[1])
+    return Beams(*(part[:, order] for part in beams[:4]), beams.depth)
+
+
+@pytest.mark.parametrize("normalize", ["full", "children", "none"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_steps_are_the_top_of_all_allowed_children(dtype: torch.dtype, normalize: str) -> None:
+    for _ in range(50):
+        walk(random_catalog(), dtype=dtype, normalize=normalize, exact=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ties_go_to_the_lower_parent_then_the_lower_token(dtype: torch.dtype) -> None:
+    for _ in range(80):
+        walk(random_catalog(max_items=40), dtype=dtype, normalize="none", exact=True)
+
+
+@pytest.mark.parametrize("num_beams", [1, 7, 64, 65, 300])
+@pytest.mark.parametrize("normalize", ["full", "children", "none"])
+def test_many_children_and_equal_scores(normalize: str, num_beams: int) -> None:
+    """The threshold rises several times within a row, and most candidates tie with it."""
+    codes = torch.randint(0, 700, (20000, 2))
+    trie = Trie.from_codes(codes, codebook_sizes=[700, 700])
+    beams = trie.root(2)
+    for _ in range(2):
+        logits = torch.randint(0, 3, (2, 1, 700)).float().expand(-1, beams.nodes.shape[1], -1)
+        got, expected = (beam_step(trie, logits, beams, num_beams=num_beams, normalize=normalize, backend=backend)
+                         for backend in ("native", "reference"))
+        assert_same(got, expected, exact=normalize == "none")
+        beams = got
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_peaked_rows_and_hopeless_beams(dtype: torch.dtype) -> None:
+    """Beams below the threshold are skipped, their logits unread; the result must not show it."""
+    trie = Trie.from_codes(torch.randint(0, 300, (5000, 3)), codebook_sizes=[300] * 3)
+    for _ in range(5):
+        beams = trie.root(2)
+        for _ in range(3):
+            logits = (20 * torch.randn(2, beams.nodes.shape[1], 300)).to(dtype)
+            got, expected = (beam_step(trie, logits, beams, num_beams=40, backend=backend)
+                             for backend in ("native", "reference"))
+            torch.testing.assert_close(got.scores, expected.scores, rtol=1e-5, atol=1e-4)
+            beams = got
+
+
+def test_a_child_of_probability_one_ties_with_its_parent() -> None:
+    """Exactly 0 is the largest log-probability: a beam that equals the threshold still counts."""
+    trie = Trie.from_codes([[0, 0], [1, 0], [2, 0], [3, 0]], codebook_sizes=[4, 1])
+    nodes = torch.tensor([[3, 2, 1, 0]])
+    beams = Beams(nodes, nodes, nodes, torch.full((1, 4), -2.5), 1)
+    after = beam_step(trie, torch.randn(1, 4, 1), beams, num_beams=2, backend="native")
+    assert after.parents.tolist() == [[0, 1]] and after.scores.tolist() == [[-2.5, -2.5]]
+
+
+def test_zeros_of_either_sign_tie() -> None:
+    trie = Trie.from_codes([[0], [1], [2]], codebook_sizes=[3])
+    root = trie.root(1)
+    for sign in (1.0, -1.0):
+        logits = torch.tensor([[[0.0, -0.0, 0.0]]]) * sign
+        after = beam_step(trie, logits, root._replace(scores=torch.tensor([[-0.0]])), num_beams=3, normalize="none",
+                          backend="native")
+        assert after.tokens.tolist() == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("normalize", ["full", "children", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_numbers_at_the_end_of_the_range(dtype: torch.dtype, normalize: str) -> None:
+    trie = Trie.from_codes(torch.arange(9).unsqueeze(1), codebook_sizes=[9])
+    huge = torch.finfo(dtype).max
+    values = torch.tensor([math.inf, huge, -huge, huge / 2, 0.0, 1.0, -math.inf, math.nan, -1e30], dtype=dtype)
+    for _ in range(200):
+        logits = values[torch.randint(0, 9, (1, 1, 9))]
+        scores = values[torch.randint(0, 9, (1, 1))]
+        got, expected = (beam_step(trie, logits, trie.root(1)._replace(scores=scores), num_beams=6, normalize=normalize,
+                                   backend=backend) for backend in ("native", "reference"))
+        assert_same(got, expected, exact=normalize == "none")
+
+
+def test_the_log_sum_exp_is_exact_to_rounding() -> None:
+    trie = Trie.from_codes([[0]], codebook_sizes=[1])
+    for codes in (1, 15, 16, 17, 1023, 1024, 1025, 5000):
+        trie.codebook_sizes = (codes,)
+        logits = torch.randn(3, 1, codes) * torch.tensor([0.1, 3.0, 40.0]).view(3, 1, 1)
+        scores = beam_step(trie, logits, trie.root(3), num_beams=1, backend="native").scores[:, 0]
+        expected = logits.double().log_softmax(-1)[:, 0, 0]
+        torch.testing.assert_close(scores.double(), expected, rtol=4e-7, atol=1e-6)
+
+
+def test_a_search_is_the_same_on_any_number_of_threads() -> None:
+    trie = Trie.from_codes(torch.randint(0, 50, (3000, 3)), codebook_sizes=[50] * 3)
+    levels = torch.randn(3, 7, 30, 50)
+
+    def search() -> tuple[Tensor, Tensor]:
+        result = beam_search(trie, lambda depth, tokens, parents: levels[depth][:, :1 if depth == 0 else 30],
+                             batch_size=7, num_beams=30, backend="native")
+        return result.codes, result.scores
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = search()
+        torch.set_num_threads(2)
+        two = search()
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("normalize", ["full", "children", "none"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cosine_steps_match_the_reference(dtype: torch.dtype, normalize: str) -> None:
+    """Wide and narrow requests, few and many children: tiles of all products, and products of children alone."""
+    for _ in range(12):
+        size, dim, batch = random.choice([3, 40, 700]), random.choice([1, 5, 32]), random.randint(0, 12)
+        trie = Trie.from_codes(torch.randint(0, size, (random.choice([1, 50, 3000]), 3)), codebook_sizes=[size] * 3)
+        filters = trie.filter(items=range(0, trie.num_items, 2)) if random.random() < 0.5 else None
+        beams = trie.root(batch)
+        for _ in range(3):
+            shape = (batch, beams.nodes.shape[1])
+            h, codebook = torch.randn(*shape, 2 * dim).to(dtype)[..., ::2], torch.randn(size, dim).to(dtype)
+            h[torch.rand(shape) < 0.05] = random.choice([0, math.nan])
+            lse = torch.randn(shape).to(dtype) if normalize != "none" and random.random() < 0.3 else None
+            got, expected = (cosine_beam_step(
+                trie, h, codebook, random.choice([1.0, torch.tensor(1.0)]), beams, num_beams=random_beams,
+                normalize=normalize, log_normalizer=lse, filters=filters, backend=backend)
+                for random_beams in [random.choice([1, 5, 33, 200])] for backend in ("native", "reference"))
+            assert_same(got, expected, exact=False)
+            check_consistent(trie, beams, got, cosine_logits(h.double(), codebook.double(), 1.0), normalize, lse)
+            beams = got
+
+
+def check_consistent(trie: Trie, before: Beams, after: Beams, logits: Tensor, normalize: str,
+                     log_normalizer: Tensor | None) -> None:
+    """Each live result is a child of its parent, once, and its score what this parent and code give."""
+    live = after.nodes >= 0
+    parents, tokens = after.parents.clamp(min=0), after.tokens.clamp(min=0)
+    for row, alive in zip(after.nodes, live, strict=True):
+        assert len(set(row[alive].tolist())) == int(alive.sum())
+    nodes = before.nodes.gather(1, parents)[live]
+    start = trie.child_start[before.depth]
+    assert ((start[nodes] <= after.nodes[live]) & (after.nodes[live] < start[nodes + 1])).all()
+    assert torch.equal(trie.tokens[before.depth][after.nodes[live]].long(), after.tokens[live])
+    if normalize == "children" and log_normalizer is None:
+        return
+    logp = logits.nan_to_num(-math.inf)
+    if log_normalizer is not None:
+        logp = logp - log_normalizer.double().unsqueeze(-1)
+    elif normalize == "full":
+        logp = logp.log_softmax(-1)
+    rows = logp.gather(1, parents.unsqueeze(-1).expand(-1, -1, logp.shape[2])).gather(2, tokens.unsqueeze(-1)).squeeze(-1)
+    expected = before.scores.double().gather(1, parents) + rows
+    torch.testing.assert_close(after.scores.double()[live], expected[live], rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_need_the_reference() -> None:
+    trie = Trie.from_codes([[0], [2]], codebook_sizes=[3])
+    logits = torch.randn(1, 1, 3, requires_grad=True)
+    beam_step(trie, logits, trie.root(1), num_beams=2).scores.sum().backward()
+    assert logits.grad is not None and logits.grad.abs().sum() > 0
+    with pytest.raises(BackendUnavailable, match="gives no gradients"):
+        beam_step(trie, logits, trie.root(1), num_beams=2, backend="native")
+    with torch.no_grad():
+        beam_step(trie, logits, trie.root(1), num_beams=2, backend="native")
+
+
+def test_the_op_is_well_registered() -> None:
+    trie = Trie.from_codes(torch.randint(0, 5, (30, 2)), codebook_sizes=[5, 5])
+    chosen = trie.filter(items=[1, 2, 3])
+    for lower, counts, filter_of in (([], [], []), ([trie.child_start[1], trie.item_start], [chosen.counts], [0, -1])):
+        torch.library.opcheck(torch.ops.dgi_kernels.beam_step.default, (
+            trie.tokens[0], trie.child_start[0], lower, counts, filter_of, torch.randn(2, 1, 5), trie.root(2).nodes,
+            trie.root(2).scores, torch.zeros(2, 1), 3, 0))
+
+
+def test_direct_callers_are_stopped_too() -> None:
+    trie = Trie.from_codes([[0], [1]], codebook_sizes=[2])
+    root = trie.root(1)
+    good = [trie.tokens[0], trie.child_start[0], [], [], [], torch.zeros(1, 1, 2), root.nodes, root.scores, None, 2, 0]
+    for place, value, message in (
+            (0, trie.tokens[0].long(), "tokens must be a contiguous array"),
+            (4, [0], None), (5, torch.zeros(1, 2), "logits must be"), (6, root.nodes + 1, "nodes must be in"),
+            (6, root.nodes.int(), "nodes has the wrong dtype"), (7, root.scores.double(), "scores has the wrong dtype"),
+            (8, torch.zeros(2, 1), "log_normalizer must be"), (9, 0, "num_beams must be at least 1"),
+            (10, 3, "normalize must be")):
+        arguments = [value if i == place else argument for i, argument in enumerate(good)]
+        if message is None:
+            torch.ops.dgi_kernels.beam_step(*arguments)
+            continue
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.dgi_kernels.beam_step(*arguments)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_the_kernel_is_clean_under_sanitizers(tmp_path: Path, seed: int) -> None:
+    """Random tries and beams through the same C++ with AddressSanitizer and UBSan, against a search of all children."""
+    binary = tmp_path / "beam"
+    compiled = subprocess.run(
+        ["c++", "-std=c++20", "-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
+         f"-I{CSRC / 'include'}", f"-I{CSRC / 'cpu'}", str(Path(__file__).with_name("beam_driver.cpp")),
+         str(CSRC / "cpu" / "beam.cpp"), "-o", str(binary)], capture_output=True, text=True)
+    if compiled.returncode and "sanitize" in compiled.stderr + compiled.stdout or "asan" in compiled.stderr:
+        pytest.skip(f"the compiler has no sanitizers: {compiled.stderr[-300:]}")
+    assert compiled.returncode == 0, compiled.stderr
+    done = subprocess.run([str(binary), str(seed), "700"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
