@@ -59,7 +59,7 @@ def vocabulary_parallel_cosine_cross_entropy(
     ==================  ====================================  =========================================
 
     So its traffic does not grow with K: it is the cheaper way wherever the ranks hold more rows of the weight than of
-    ``h``.  Where they hold as many (in-batch InfoNCE) it sends 1 + 18 / (b D) times as much, in five more exchanges, and
+    ``h``.  Where they hold as many (in-batch InfoNCE) it sends 1 + 18 / (b D) times as much, in five more steps, and
     on the CPU cannot make the gradients together with the loss: there it is better to gather the weight.
 
     Args:
