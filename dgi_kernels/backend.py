@@ -108,7 +108,13 @@ def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype | No
         return f"{op} has no {backend} kernel for {device.type} tensors (it runs on {_names(kernel.devices)})"
     if kernel.dtypes is not None and dtype not in kernel.dtypes:
         return f"{op} has no {backend} kernel for {dtype} (it takes {_names(kernel.dtypes)})"
+    if kernel.dtypes is not None and _is_transformed():
+        return "inside torch.func's transforms (vmap, grad, jvp, ...) only the reference can run"
     return None
+
+
+def _is_transformed() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype | None = None) -> str:

@@ -123,7 +123,8 @@ def scalar(name: str, value: object, like: Tensor, *, positive: bool = False) ->
     if checks_values(value.device):
         if torch.compiler.is_compiling():
             return torch.ops.dgi_kernels.checked_scalar(value, name, positive)
-        _check_finite(name, float(value.detach()), positive)
+        for element in _untransformed(value).detach().flatten().tolist():
+            _check_finite(name, element, positive)
     return value
 
 
@@ -149,7 +150,8 @@ def _check_finite(name: str, value: float, positive: bool) -> None:
 
 
 def _check_index(name: str, value: Tensor, low: int, high: int, also: int | None) -> None:
-    value = value.long()  # a narrow dtype may not hold the bounds, and compares with them modulo its range
+    # A narrow dtype may not hold the bounds, and compares with them modulo its range.
+    value = _untransformed(value).long()
     if _extension.load_error is None and value.device.type == "cpu" and value.is_contiguous() \
             and torch.ops.dgi_kernels.count_outside(value, low, high, also) == 0:
         return
@@ -160,6 +162,13 @@ def _check_index(name: str, value: Tensor, low: int, high: int, also: int | None
         first = value[bad][0].item()
         allowed = f"in [{low}, {high})" + (f" or {also}" if also is not None else "")
         raise ValueError(f"{name} must be {allowed}; got {first} ({int(bad.sum())} of {value.numel()} out of range)")
+
+
+def _untransformed(value: Tensor) -> Tensor:
+    """The plain tensor, of all examples, behind one that a transform of ``torch.func`` shows as a single example."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(value):
+        value = torch._C._functorch.get_unwrapped(value)
+    return value
 
 
 def _one_of(dtypes: Sequence[torch.dtype]) -> str:

@@ -47,19 +47,20 @@ def vocabulary_parallel_cosine_cross_entropy(
     the sum.  The mean of ranks' means is the mean over all queries where equally many count on every rank.
 
     How it scales, per rank, with R ranks, N rows of ``h`` in all (N / R on each if sharded) and b bytes per element of
-    ``h``, beside the 8-byte targets and sizes. (R - 1) / R is left out.
+    ``h`` and weight; bytes are those of rings (NCCL's), times (R - 1) / R.
 
     ==================  ====================================  =========================================
-    ..                  this op                               gathering the weight
+    ..                  this op                               gathering the weight, ``h`` sharded
     ==================  ====================================  =========================================
-    sent, replicated    24 N + 2 b N D                        2 b K D
+    sent, replicated    24 N + 2 b N D                        ..
     sent, sharded       36 N + 2 b N D                        2 b K D
-    multiply-adds       8 N (K / R) D                         8 (N / R) K D, sharded
+    multiply-adds       8 N (K / R) D                         6 to 8 (N / R) K D
     memory              O(N D + K D / R), a tile of logits    O(N D / R + K D), a tile of logits
     ==================  ====================================  =========================================
 
     So its traffic does not grow with K: it is the cheaper way wherever the ranks hold more rows of the weight than of
-    ``h``; where they hold as many (in-batch InfoNCE) it is dearer by a share of 18 / (b D) and four short exchanges.
+    ``h``.  Where they hold as many (in-batch InfoNCE) it sends 1 + 18 / (b D) times as much, in five more steps, and
+    on the CPU cannot make the gradients together with the loss: there it is better to gather the weight.
 
     Args:
         h: (..., D); if sharded, this rank's, of the same shape on every rank.
@@ -176,5 +177,5 @@ class _AcrossRanks(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         share, owned = ctx.saved_tensors
-        upstream = upstream.repeat(world_size(ctx.group)) if ctx.sharded else upstream
+        upstream = all_gather(upstream, ctx.group) if ctx.sharded else upstream
         return upstream * share, upstream * (share - owned.to(share.dtype)), upstream, None, None, None

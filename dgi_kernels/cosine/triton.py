@@ -168,7 +168,7 @@ def _backward(upstream: Tensor, h: Tensor, weight: Tensor, scale: Tensor, lse: T
                                         eps, dh, dweight)
         else:
             radial = _flash_hidden(upstream, h, weight, scale, residue, mean, centre, rnorm_h, rnorm_w, label, order,
-                                   eps, dh)
+                                   smoothing, eps, dh)
             if dweight.numel():
                 _flash_weight(upstream * rnorm_h, h, weight, scale, lse, residue, rnorm_h, rnorm_w, label, order,
                               smoothing, eps, dweight)
@@ -200,8 +200,8 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def _flash_hidden(upstream: Tensor, h: Tensor, weight: Tensor, scale: Tensor, residue: Tensor, mean: Tensor,
-                  centre: Tensor, rnorm_h: Tensor, rnorm_w: Tensor, label: Tensor, order: Tensor, eps: float,
-                  dh: Tensor) -> Tensor:
+                  centre: Tensor, rnorm_h: Tensor, rnorm_w: Tensor, label: Tensor, order: Tensor,
+                  smoothing: float, eps: float, dh: Tensor) -> Tensor:
     """Fill dh where it has elements; return each row's part of dscale."""
     rows, dim = h.shape
     radial = torch.empty_like(upstream)
@@ -209,7 +209,7 @@ def _flash_hidden(upstream: Tensor, h: Tensor, weight: Tensor, scale: Tensor, re
     b_n, b_d = finish_block(dim)
     kernels.flash_hidden_kernel[(triton.cdiv(rows, b_n),)](
         mean, h, weight, rnorm_h, rnorm_w, residue, upstream, label, order, scale, centre, dh, radial, rows, dim, width,
-        h.stride(0), weight.stride(0), eps, b_n=b_n, b_d=b_d, num_warps=4)
+        h.stride(0), weight.stride(0), smoothing, eps, b_n=b_n, b_d=b_d, num_warps=4)
     return radial
 
 

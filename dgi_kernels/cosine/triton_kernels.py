@@ -143,10 +143,11 @@ def finish_loss(top, others, logit, extra, label, smoothing):
 def flash_forward_kernel(p_h, p_w, p_rnorm_h, p_rnorm_w, p_logit, p_extra, p_label, p_order, p_scale, p_gain, p_loss,
                          p_lse, p_residue, p_mean, N, K, D, stride_h, stride_w, smoothing, log2_skip,
                          with_grad: tl.constexpr, b_n: tl.constexpr, b_k: tl.constexpr, b_d: tl.constexpr):
-    """h (N, D), w (K, D) -> loss (N,); with_grad: lse, residue g_t (N,), mean = sum_(k != t) p_k w^_k (N, D) by slot.
+    """h (N, D), w (K, D) -> loss (N,); with_grad: lse (N,), residue g_t (N,), mean (N, D).
 
-    A program owns b_n rows. Kept in registers: the mean, maximum and sum of each; h in shared memory. A slot is a place
-    in the order: to store rows where they were read, 64-bit addresses would take 32 registers all through the loop.
+    A program owns b_n rows. Kept in registers: the mean, maximum and sum of each; h in shared memory. The mean of w^_k
+    over all k but the target, by their p_k, is of the size of 1 however small they are, so float16 can keep it. It is
+    stored by slot, a place in the order: for its row, 64-bit addresses would take 32 registers all through the loop.
     """
     o_slot = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
     m_n = o_slot < N
@@ -192,7 +193,7 @@ def flash_forward_kernel(p_h, p_w, p_rnorm_h, p_rnorm_w, p_logit, p_extra, p_lab
     loss, lse, residue = finish_loss(top, others, logit, extra, label, smoothing)
     tl.store(p_loss + o_n, loss, mask=m_n)
     if with_grad:
-        mean *= (1.0 / ((tl.exp2(logit - top) + others) * gain))[:, None]
+        mean *= tl.where(others > 0.0, 1.0 / (others * gain), 0.0)[:, None]
         tl.store(p_mean + o_slot[:, None] * D + o_d[None, :], mean.to(h.dtype), mask=m_nd)
         tl.store(p_lse + o_n, lse, mask=m_n)
         tl.store(p_residue + o_n, residue, mask=m_n)
@@ -200,8 +201,8 @@ def flash_forward_kernel(p_h, p_w, p_rnorm_h, p_rnorm_w, p_logit, p_extra, p_lab
 
 @triton.jit(do_not_specialize=["N"])
 def flash_hidden_kernel(p_mean, p_h, p_w, p_rnorm_h, p_rnorm_w, p_residue, p_upstream, p_label, p_order, p_scale,
-                        p_centre, p_out, p_radial, N, D, width, stride_h, stride_w, eps, b_n: tl.constexpr,
-                        b_d: tl.constexpr):
+                        p_centre, p_out, p_radial, N, D, width, stride_h, stride_w, smoothing, eps,
+                        b_n: tl.constexpr, b_d: tl.constexpr):
     """mean (N, D) by slot -> dh (N, width), radial_n = u_n h^_n . o_n (N,), both by row; width <= D <= b_d."""
     o_slot = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
     m_n = o_slot < N
@@ -213,11 +214,13 @@ def flash_hidden_kernel(p_mean, p_h, p_w, p_rnorm_h, p_rnorm_w, p_residue, p_ups
     known = label >= 0
     upstream = tl.load(p_upstream + o_n, mask=m_n, other=0.0)
     rnorm = tl.load(p_rnorm_h + o_n, mask=m_n, other=0.0)
-    of_target = tl.load(p_residue + o_n, mask=m_n, other=0.0) * tl.load(p_rnorm_w + label, mask=known, other=0.0)
+    residue = tl.load(p_residue + o_n, mask=m_n, other=0.0)
+    of_target = residue * tl.load(p_rnorm_w + label, mask=known, other=0.0)
     w = tl.load(p_w + label[:, None] * stride_w + o_d[None, :], mask=known[:, None] & m_d[None, :], other=0.0)
     h = tl.load(p_h + o_n[:, None] * stride_h + o_d[None, :], mask=m_nd, other=0.0).to(tl.float32)
     o = tl.load(p_mean + o_slot[:, None] * D + o_d[None, :], mask=m_nd & known[:, None], other=0.0).to(tl.float32)
-    o += w.to(tl.float32) * of_target[:, None] - tl.load(p_centre + o_d, mask=m_d, other=0.0)[None, :]
+    centre = tl.load(p_centre + o_d, mask=m_d, other=0.0)
+    o = o * (smoothing - residue)[:, None] + w.to(tl.float32) * of_target[:, None] - centre[None, :]
     radial = tl.sum(o * h, axis=1) * rnorm
     o -= tl.where(rnorm >= 1.0 / eps, 0.0, radial * rnorm)[:, None] * h  # a norm below eps is a constant
     factor = tl.load(p_scale) * upstream * tl.where(rnorm == 0.0, 1.0 / eps, rnorm)

@@ -31,7 +31,7 @@ if TRITON and (GPU or INTERPRETED):
     from dgi_kernels.cosine import triton
 
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * GPU
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # of gradients, relative to their norm
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}  # of gradients, relative to their norm
 
 
 @pytest.mark.skipif(not TRITON or GPU or INTERPRETED, reason="needs Triton; a GPU runs the tests of this file itself")

@@ -1,0 +1,151 @@
+"""Cosine cross-entropy, forward and backward, against eager PyTorch, torch.compile and F.linear_cross_entropy on the CPU.
+
+Every system gets the same inputs that need normalising.  The floor is the three matrix products that no dense method can
+do without (``torch.mm``, 6 N K D operations), measured in the same interleaved run; "memory" is the peak beyond the inputs
+of one call, gradients included.  Peaked logits are those of a trained model: nine rows in ten at cosine 0.7 to their
+target, the tenth flat, all with scale 30.
+
+Run: make bench, or pytest bench/bench_cosine.py; python bench/bench_cosine.py prints a table of every shape.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
+from dgi_kernels import cosine_cross_entropy
+
+SHAPES = [(n, d, k) for k, n in ((256, 4096), (4096, 4096), (32768, 1024)) for d in (64, 256, 768)]  # (N, D, K)
+QUICK = [(4096, 64, 4096), (4096, 256, 4096), (64, 256, 256)]  # what `make bench` runs
+SCALE = 30.0
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+Step = Callable[[], object]
+
+
+def inputs(n: int, d: int, k: int, peaked: bool) -> Inputs:
+    generator = torch.Generator().manual_seed(n + d + k)
+    weight, target = torch.randn(k, d, generator=generator), torch.randint(k, (n,), generator=generator)
+    h = F.normalize(torch.randn(n, d, generator=generator), dim=-1)
+    if peaked:
+        flat = torch.arange(n).unsqueeze(1) % 10 == 0
+        h = torch.where(flat, h, 0.7 * F.normalize(weight[target], dim=-1) + 0.51**0.5 * h)
+    return h.mul_(4).requires_grad_(), weight.requires_grad_(), target, torch.tensor(SCALE, requires_grad=True)
+
+
+def eager_loss(h: Tensor, weight: Tensor, target: Tensor, scale: Tensor) -> Tensor:
+    return F.cross_entropy(scale * F.normalize(h, dim=-1) @ F.normalize(weight, dim=-1).T, target)
+
+
+def chunked_loss(h: Tensor, weight: Tensor, target: Tensor, scale: Tensor) -> Tensor:
+    """torch's own chunked head knows neither norms nor the scale: it is given normalised copies."""
+    return F.linear_cross_entropy(scale * F.normalize(h, dim=-1), F.normalize(weight, dim=-1), target,
+                                  options=torch.nn.LinearCrossEntropyOptions())
+
+
+compiled_loss = torch.compile(eager_loss, dynamic=False)
+LOSSES = {"eager": eager_loss, "compile": compiled_loss, "linear_cross_entropy": chunked_loss,
+          "ours": cosine_cross_entropy}
+
+
+def step(loss: Callable[..., Tensor], arguments: Inputs) -> Step:
+    h, weight, target, scale = arguments
+
+    def run() -> object:
+        return torch.autograd.grad(loss(h, weight, target, scale), (h, weight, scale))
+
+    return run
+
+
+def floor(arguments: Inputs) -> Step:
+    h, weight = arguments[0].detach(), arguments[1].detach()
+    logits, dh, dweight = torch.empty(len(h), len(weight)), torch.empty_like(h), torch.empty_like(weight)
+
+    def run() -> object:
+        torch.mm(h, weight.T, out=logits)
+        torch.mm(logits, weight, out=dh)
+        return torch.mm(logits.T, h, out=dweight)
+
+    return run
+
+
+def steps(n: int, d: int, k: int, peaked: bool) -> dict[str, Step]:
+    arguments = inputs(n, d, k, peaked)
+    return {"floor": floor(arguments), **{name: step(loss, arguments) for name, loss in LOSSES.items()}}
+
+
+@pytest.mark.parametrize("system", ["floor", *LOSSES])
+@pytest.mark.parametrize("logits", ["flat", "peaked"])
+@pytest.mark.parametrize(("n", "d", "k"), QUICK)
+def test_cosine_cross_entropy(benchmark: BenchmarkFixture, n: int, d: int, k: int, logits: str, system: str) -> None:
+    benchmark.group = f"cosine cross-entropy, N={n} D={d} K={k}, {logits}, {torch.get_num_threads()} threads"
+    run = steps(n, d, k, logits == "peaked")[system]
+    run()  # compiles, and warms up
+    benchmark.pedantic(run, rounds=7, iterations=1 if n * k > 1 << 20 else 100)
+
+
+def medians(systems: dict[str, Step], rounds: int) -> dict[str, float]:
+    """Seconds of each, the systems taking turns, so that what else the machine does falls on all alike."""
+    times: dict[str, list[float]] = {name: [] for name in systems}
+    for run in systems.values():
+        run()
+    for _ in range(rounds):
+        for name, run in systems.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peak_bytes(run: Step) -> int | None:
+    """The peak of one call beyond what was resident before; None where the system does not tell."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # memory that is free but not given back would hide the peak
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        return None
+    before = _status("VmRSS")
+    run()
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines()
+                if line.startswith(name))
+
+
+def table(shapes: list[tuple[int, int, int]], rounds: int) -> None:
+    names = ["floor", *LOSSES]
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}; "
+          f"ms (ratio to the floor), MB at the peak; medians of {rounds} interleaved rounds\n")
+    print("| N | D | K | logits | " + " | ".join(names) + " |\n" + "|---" * (4 + len(names)) + "|")
+    for n, d, k in shapes:
+        for peaked in (False, True):
+            systems = steps(n, d, k, peaked)
+            seconds = medians(systems, rounds)
+            cells = []
+            for name in names:
+                memory = peak_bytes(systems[name]) if name != "floor" else None
+                cells.append(f"{1e3 * seconds[name]:.4g} ({seconds[name] / seconds['floor']:.2f})"
+                             + (f", {memory / 1e6:.0f} MB" if memory is not None else ""))
+            print(f"| {n} | {d} | {k} | {'peaked' if peaked else 'flat'} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="only the shapes that make bench runs")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds per shape (default 7)")
+    options = parser.parse_args()
+    torch._dynamo.config.cache_size_limit = len(SHAPES) + 1
+    table(QUICK if options.quick else SHAPES, options.rounds)
