@@ -38,7 +38,8 @@ STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10
 # -fopenmp-simd obeys `#pragma omp simd`, which says which sums may be reordered; it needs and links no OpenMP.
 CXX_FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fopenmp-simd",
              "-fvisibility=hidden", STABLE_ABI]
-NVCC_FLAGS = ["-std=c++20", "-O3", STABLE_ABI]
+# The headers share constexpr functions of the C++ library, std::bit_cast and limits, with device code.
+NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", STABLE_ABI]
 
 
 def why_no_compiler() -> str | None:

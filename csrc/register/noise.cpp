@@ -3,7 +3,6 @@
 #include "cpu/noise.h"
 
 #ifdef DGI_WITH_CUDA
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include "cuda/noise.h"
@@ -46,10 +45,8 @@ Tensor gumbel_noise_cuda(const Tensor& seed, int64_t level, int64_t stream, int6
   const torch::stable::accelerator::DeviceGuard guard(seed.get_device_index());
   Tensor out = torch::stable::empty({rows, codes}, ScalarType::Float, std::nullopt, seed.device());
   if (shape.blocks() == 0) return out;
-  void* cuda_stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(seed.get_device_index(), &cuda_stream));
   const char* error = dgi::cuda::gumbel_noise(shape, seed.const_data_ptr<int64_t>(), out.mutable_data_ptr<float>(),
-                                              cuda_stream);
+                                              current_stream(seed));
   STD_TORCH_CHECK(error == nullptr, "gumbel_noise: the CUDA kernel could not be launched: ", error);
   return out;
 }

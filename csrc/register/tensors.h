@@ -6,6 +6,9 @@
 // caller of torch.ops.dgi_kernels from reading or writing memory that is not there.
 #pragma once
 
+#ifdef DGI_WITH_CUDA
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -53,5 +56,14 @@ auto for_dtype(const Tensor& x, const F& f) {
     default: STD_TORCH_CHECK(false, "dgi_kernels: inputs must be float32, float64, bfloat16 or float16");
   }
 }
+
+#ifdef DGI_WITH_CUDA
+// The stream of `like`'s device that torch's operators go to now.
+inline void* current_stream(const Tensor& like) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
+  return stream;
+}
+#endif
 
 }  // namespace dgi::registration

@@ -16,9 +16,12 @@ from torch import Tensor
 
 from dgi_kernels import checks
 from dgi_kernels import noise as reference_noise
-from dgi_kernels.backend import choose
+from dgi_kernels.backend import backends, choose
 from dgi_kernels.gumbel import native, reference
 from dgi_kernels.gumbel.reference import ResidualQuantization
+
+if backends()["triton"].available:
+    from dgi_kernels.gumbel import triton, triton_softmax
 
 __all__ = ["ResidualQuantization", "gumbel_noise", "gumbel_softmax", "residual_quantize"]
 
@@ -40,7 +43,7 @@ def gumbel_noise(seed: int | Tensor | None, level: int, rows: int, codes: int, *
         stream: 0 is the noise of :func:`residual_quantize`, 1 that of :func:`gumbel_softmax`; below 2**32.
         row_offset: added to the row numbers; row numbers end below 2**32.
         device: of the result; None: the seed's where it is a tensor, else the CPU.
-        backend: ``"auto"``, ``"reference"`` or ``"native"``.
+        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"``.
 
     Returns:
         (rows, codes) float32.
@@ -106,6 +109,8 @@ def gumbel_softmax(logits: Tensor, tau: float | Tensor = 1.0, hard: bool = False
 
     if chosen == "native":
         return native.gumbel_softmax(logits, tau, hard, seed, in_pytorch)
+    if chosen == "triton":
+        return triton_softmax.gumbel_softmax(logits, tau, hard, seed)
     return in_pytorch(logits, tau)
 
 
@@ -163,13 +168,13 @@ def residual_quantize(z: Tensor, codebooks: Iterable[Tensor], scale: float | Ten
         raise TypeError(f"noise must be a bool; got {type(noise).__name__}")
     eps = checks.number("eps", eps, positive=True)
     row_offset = reference_noise.check_row_offset(row_offset, z.shape[0])
-    chosen = choose("residual_quantize", backend, z.device, z.dtype)
     if seed is not None or (noise and mode != "hard"):
         seed = reference_noise.resolve_seed(seed, z.device)
     seed = seed if noise else None
     dtype = z.dtype
     for codebook in codebooks:
         dtype = torch.promote_types(dtype, codebook.dtype)
+    chosen = choose("residual_quantize", backend, z.device, dtype)
     compute = checks.compute_dtype(dtype)
     gradients = torch.is_grad_enabled() and mode != "hard"
 
@@ -179,6 +184,9 @@ def residual_quantize(z: Tensor, codebooks: Iterable[Tensor], scale: float | Ten
         return reference.residual_quantize(z, codebooks, scale, tau, mode, level_noise, eps)
 
     with torch.autocast(z.device.type, enabled=False), torch.set_grad_enabled(gradients):
+        if chosen == "triton":
+            return triton.residual_quantize(z.to(dtype), [codebook.to(dtype) for codebook in codebooks], scale, tau, mode,
+                                            seed, row_offset, eps)
         inputs = (z.to(compute), [codebook.to(compute) for codebook in codebooks], checks.to_dtype(scale, compute),
                   checks.to_dtype(tau, compute))
         if chosen == "native":
@@ -217,8 +225,11 @@ def _level_noise(seed: Tensor, rows: int, row_offset: int, backend: str) -> Call
 
 
 def _noise(seed: Tensor, level: int, rows: int, codes: int, stream: int, row_offset: int, backend: str) -> Tensor:
-    if choose("gumbel_noise", backend, seed.device) == "native":
+    chosen = choose("gumbel_noise", backend, seed.device)
+    if chosen == "native":
         return native.gumbel_noise(seed, level, stream, row_offset, rows, codes)
+    if chosen == "triton":
+        return triton_softmax.gumbel_noise(seed, level, stream, row_offset, rows, codes)
     return reference_noise.gumbel_noise(seed, level, rows, codes, stream, row_offset)
 
 

@@ -45,7 +45,7 @@ def gumbel_from_word(word):
 def noise_tile(seed, first_code, o_row, level, stream, b_k: tl.constexpr):
     """G of b_k codes from ``first_code``, a multiple of 4, for the rows ``o_row`` (b_n,) uint32 -> (b_n, b_k)."""
     o_block = (first_code // 4 + tl.arange(0, b_k // 4)).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, o_block[None, :], o_row[:, None], level, stream)
+    w0, w1, w2, w3 = tl.philox(seed, o_block[None, :], o_row[:, None], tl.cast(level, tl.uint32), tl.cast(stream, tl.uint32))
     even = tl.join(gumbel_from_word(w0), gumbel_from_word(w2))
     odd = tl.join(gumbel_from_word(w1), gumbel_from_word(w3))
     return tl.reshape(tl.join(even, odd), (o_row.shape[0], b_k))
@@ -55,7 +55,7 @@ def noise_tile(seed, first_code, o_row, level, stream, b_k: tl.constexpr):
 def noise_tile_by_code(seed, first_code, o_row, level, stream, b_k: tl.constexpr):
     """:func:`noise_tile`, transposed: (b_k, b_n)."""
     o_block = (first_code // 4 + tl.arange(0, b_k // 4)).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, o_block[:, None], o_row[None, :], level, stream)
+    w0, w1, w2, w3 = tl.philox(seed, o_block[:, None], o_row[None, :], tl.cast(level, tl.uint32), tl.cast(stream, tl.uint32))
     even = tl.join(gumbel_from_word(w0), gumbel_from_word(w2))
     odd = tl.join(gumbel_from_word(w1), gumbel_from_word(w3))
     return tl.reshape(tl.permute(tl.join(even, odd), (0, 2, 3, 1)), (b_k, o_row.shape[0]))

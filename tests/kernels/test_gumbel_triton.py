@@ -1,0 +1,283 @@
+"""Noise, Gumbel-Softmax and residual quantization in Triton against float64: on a GPU where there is one, else interpreted.
+
+The interpreter must be chosen before Triton is imported, so without a GPU one test runs this file in a process of its own.
+There bfloat16 is left out (the interpreter's tl.dot multiplies its raw bits) and float32 goes through the flash form too.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+GPU = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if GPU else "cpu"
+TRITON = importlib.util.find_spec("triton") is not None
+
+runs = [pytest.mark.skipif(not (TRITON and (GPU or INTERPRETED)), reason="needs Triton and a GPU or its interpreter")]
+runs += [pytest.mark.gpu] * (not INTERPRETED)
+
+
+def run(test):  # type: ignore[no-untyped-def]
+    for mark in runs:
+        test = mark(test)
+    return test
+
+
+if TRITON and (GPU or INTERPRETED):
+    from dgi_kernels import ResidualQuantization, gumbel_noise, gumbel_softmax, residual_quantize
+    from dgi_kernels.gumbel import triton, triton_softmax
+
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * GPU
+VALUES = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}  # relative to the norm of all of a result
+GRADIENTS = {torch.float32: 5e-5, torch.float16: 6e-3, torch.bfloat16: 4e-2}
+
+
+@pytest.mark.skipif(not TRITON or GPU or INTERPRETED, reason="needs Triton; a GPU runs the tests of this file itself")
+def test_all_of_this_file_in_the_interpreter() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.fixture(params=["flash", "chunked"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Both forms for any size; in the interpreter with small tiles, so that small inputs fill several."""
+    flash = request.param == "flash"
+    monkeypatch.setattr(triton, "uses_flash", lambda dim, dtype: flash and (INTERPRETED or dtype != torch.float32))
+    monkeypatch.setattr(triton, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(triton, "CHUNK_STEP", 32)
+    monkeypatch.setattr(triton, "ORDER_FROM", random.choice([(2, 2), (10**9, 10**9)]))
+    if INTERPRETED:
+        tiles = triton.Tiles(owned=32, step=32, warps=4, stages=2)
+        config = triton.FlashConfig(tiles, tiles, tiles)
+        monkeypatch.setattr(triton, "flash_config", lambda dim, device: (max(16, 1 << (dim - 1).bit_length()), config))
+    return request.param
+
+
+def error(actual: Tensor, expected: Tensor, floor: float = 1e-30) -> float:
+    """Relative to the norm of what is expected."""
+    return ((actual.double() - expected.double()).norm() / expected.double().norm().clamp(min=floor)).item()
+
+
+def seed_tensor() -> Tensor:
+    return torch.tensor([random.randrange(-(2**63), 2**63)], device=DEVICE)
+
+
+@run
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (70, 33), (3, 600)], ids=str)
+def test_noise_is_the_contracts(shape: tuple[int, int]) -> None:
+    seed, level, stream = seed_tensor(), random.randrange(2**32), random.randrange(2**32)
+    row_offset = random.choice([0, random.randrange(2**31), 2**32 - shape[0]])
+    actual = triton_softmax.gumbel_noise(seed, level, stream, row_offset, *shape)
+    expected = gumbel_noise(seed, level, *shape, stream=stream, row_offset=row_offset, backend="reference")
+    assert (actual - expected).abs().max() < 2e-5
+
+
+def worst_noise_error(words: np.ndarray) -> float:
+    """Of the kernel's formula, with each logarithm wrong by the most that the PTX ISA allows ``lg2.approx``, either way."""
+    single = np.float32
+
+    def log2(x: np.ndarray, sign: int) -> np.ndarray:
+        exact = np.log2(x.astype(np.float64))
+        allowed = np.where((x > 0.5) & (x < 2), 1.0, np.abs(exact)) * 2.0**-22
+        return (exact + sign * allowed).astype(single)
+
+    small = words < 2**28
+    v = (np.where(small, words, ~words).astype(single) * single(2.0**-32) + single(2.0**-33)).astype(single)
+    series = v * ((single(0.5168004631996155) * v + single(0.7204892635345459)) * v + single(1.4426980018615723))
+    exact = -np.log(-np.log1p(-(words.astype(np.float64) + 0.5) * 2.0**-32))
+    worst = 0.0
+    for first in (-1, 1):
+        for second in (-1, 1):
+            g = (single(0.5287663729448977) - log2(np.where(small, series, -log2(v, first)), second)).astype(np.float64)
+            worst = max(worst, float(np.abs(g * math.log(2) - exact).max()))
+    return worst
+
+
+def test_noise_formula_holds_with_the_worst_logarithms() -> None:
+    """Both ends, both sides of the seam, and a sample between. The formula of triton_noise.gumbel_from_word, in numpy."""
+    seams = np.concatenate([np.arange(2**16), 2**32 - 1 - np.arange(2**16), 2**28 + np.arange(-2**15, 2**15),
+                            np.random.randint(0, 2**32, 2**19), 2 ** (np.random.rand(2**18) * 32)])
+    assert worst_noise_error(seams.astype(np.uint32)) < 2e-5
+
+
+@run
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(5,), (1, 1), (7, 3), (2, 3, 9), (33, 65), (0, 4)], ids=str)
+def test_softmax(shape: tuple[int, ...], dtype: torch.dtype, hard: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if INTERPRETED:
+        monkeypatch.setattr(triton_softmax, "SOFTMAX_TILES", ((4, 4), (2, 32)))
+    seed, x = seed_tensor(), (torch.randn(shape, device=DEVICE) * 3).to(dtype).requires_grad_()
+    tau = torch.tensor(random.uniform(0.3, 2), device=DEVICE, requires_grad=True)
+    actual = gumbel_softmax(x, tau, hard, seed=seed, backend="triton")
+    exact, exact_tau = (value.detach().double().requires_grad_() for value in (x, tau))
+    expected = gumbel_softmax(exact, exact_tau, hard, seed=seed, backend="reference")
+    assert actual.dtype == dtype
+    assert (actual - expected).abs().max() < VALUES[dtype] if actual.numel() else actual.shape == shape
+
+    upstream = torch.randn_like(actual)
+    gradients = torch.autograd.grad((actual * upstream).sum(), (x, tau))
+    truths = torch.autograd.grad((expected * upstream.double()).sum(), (exact, exact_tau))
+    for gradient, truth in zip(gradients, truths, strict=True):
+        assert error(gradient, truth, floor=1e-2) < GRADIENTS[dtype]
+
+
+@run
+def test_softmax_edge_values() -> None:
+    inf = torch.inf
+    x = torch.tensor([[0.0, -inf, 1.0], [-inf, -inf, -inf], [0.0, torch.nan, 1.0], [2.0, -inf, -inf]], device=DEVICE)
+    for hard in (False, True):
+        p = gumbel_softmax(x, hard=hard, seed=3, backend="triton")
+        assert p[0, 1] == 0 and p[0].sum().item() == pytest.approx(1)
+        assert p[3].tolist() == [1, 0, 0]
+        assert p[1].isnan().all() and p[2].isnan().all()
+
+
+Shape = tuple[int, int, tuple[int, ...]]
+SHAPES: list[Shape] = [(1, 1, (1,)), (6, 1, (4, 1, 3)), (35, 7, (9, 33))]
+
+
+def inputs(shape: Shape, dtype: torch.dtype) -> list[Tensor]:
+    n, d, sizes = shape
+    tensors = [torch.randn(rows, d, device=DEVICE) * torch.empty(rows, 1, device=DEVICE).uniform_(0.5, 2)
+               for rows in (n, *sizes)]
+    return [x.to(dtype).requires_grad_() for x in tensors]
+
+
+def scalars(scale: float, tau: float) -> tuple[Tensor, Tensor]:
+    return (torch.tensor(scale, device=DEVICE, requires_grad=True), torch.tensor(tau, device=DEVICE, requires_grad=True))
+
+
+def assert_exact(leaves: Sequence[Tensor], scale: Tensor, tau: Tensor, mode: str, weights: Sequence[float] = (1, 1, 1, 9),
+                 **options: object) -> ResidualQuantization:
+    """Every result and every gradient, for gradients of every result (``weights``: 0 for none), against float64."""
+    dtype = leaves[0].dtype
+    seed, row_offset = seed_tensor(), random.choice([0, 5, 2**32 - len(leaves[0])])
+
+    def quantize(values: Sequence[Tensor], backend: str) -> ResidualQuantization:
+        z, *codebooks, scale, tau = values
+        return residual_quantize(z, codebooks, scale, tau, mode=mode, seed=seed, row_offset=row_offset, backend=backend,
+                                 **options)  # type: ignore[arg-type]
+
+    values = [*leaves, scale, tau]
+    exact = [x.detach().double().requires_grad_() for x in values]
+    actual, expected = quantize(values, "triton"), quantize(exact, "reference")
+    if not (torch.equal(actual.codes, expected.codes) and torch.equal(actual.sampled, expected.sampled)):
+        pytest.skip("a near-tie, decided by rounding: another path")
+    assert actual.quantized.dtype == actual.residuals.dtype == dtype
+    for name in ("quantized", "residuals", "log_normalizer"):
+        assert error(getattr(actual, name), getattr(expected, name), floor=1e-2) < VALUES[dtype], name
+    assert error(torch.cat(actual.usage), torch.cat(expected.usage)) < VALUES[dtype]
+    if mode == "hard":
+        assert not actual.quantized.requires_grad
+        return actual
+
+    def loss(result: ResidualQuantization) -> Tensor:
+        results = (result.quantized, result.residuals, result.log_normalizer, torch.cat(result.usage))
+        return sum((weight * (x.double() * torch.linspace(-1, 2, x.numel(), device=DEVICE, dtype=torch.float64).view(x.shape)
+                              ).sum() for weight, x in zip(weights, results, strict=True) if weight), torch.tensor(0.0))
+
+    gradients = torch.autograd.grad(loss(actual), values, materialize_grads=True)
+    truths = torch.autograd.grad(loss(expected), exact, materialize_grads=True)
+    names = ["z", *(f"codebooks[{j}]" for j in range(len(leaves) - 1)), "scale", "tau"]
+    size = max(truth.norm().item() for truth in truths)
+    for name, gradient, truth in zip(names, gradients, truths, strict=True):
+        # where a gradient cancels to nothing, what it is summed from is still rounded
+        assert error(gradient, truth, floor=0.1 * size) < GRADIENTS[dtype], name
+    return actual
+
+
+@run
+@pytest.mark.parametrize(("mode", "noise"), [("soft", True), ("straight_through", True), ("hard", True), ("soft", False)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_quantization(form: str, shape: Shape, dtype: torch.dtype, mode: str, noise: bool) -> None:
+    leaves, (scale, tau) = inputs(shape, dtype), scalars(random.uniform(2, 6), random.uniform(0.6, 1.5))
+    result = assert_exact(leaves, scale, tau, mode, noise=noise)
+    chosen = {"straight_through": result.sampled, "hard": result.codes}.get(mode)
+    if chosen is not None:  # exactly one row of the codebook
+        for level, codebook in enumerate(leaves[1:]):
+            assert torch.equal(result.quantized[:, level], codebook[chosen[:, level]])
+
+
+@run
+@pytest.mark.parametrize("only", range(4), ids=["quantized", "residuals", "log_normalizer", "usage"])
+def test_gradient_of_one_result_alone(form: str, only: int) -> None:
+    weights, mode = [float(only == i) for i in range(4)], random.choice(["soft", "straight_through"])
+    assert_exact(inputs((6, 16, (18, 7)), torch.float32), *scalars(4.0, 0.8), mode, weights)
+
+
+@run
+def test_peaked_rows_leave_out_tiles_and_lose_nothing(form: str) -> None:
+    """Rows near a code at a low temperature: most tiles are below float32 resolution, and their gradients too."""
+    codebook = torch.randn(96, 16, device=DEVICE)
+    near = codebook[torch.arange(48, device=DEVICE) * 2] + 0.05 * torch.randn(48, 16, device=DEVICE)
+    leaves = [x.requires_grad_() for x in (near, codebook)]
+    assert_exact(leaves, *scalars(30.0, 0.3), "soft")
+
+
+@run
+def test_zero_and_tiny_vectors(form: str) -> None:
+    """A zero vector has cosine 0 with everything, a gradient of 1 / eps, and an ``eps`` above a norm takes its place."""
+    z, *codebooks = inputs((6, 16, (5, 4)), torch.float32)
+    with torch.no_grad():
+        z[1], z[2], codebooks[0][3] = 0, z[2] * 1e-3, 0
+    assert_exact([z, *codebooks], *scalars(4.0, 0.8), "soft", eps=0.05)
+
+
+@run
+def test_rows_with_nan_and_ties(form: str) -> None:
+    z, codebook = torch.randn(5, 16, device=DEVICE), torch.randn(7, 16, device=DEVICE)
+    codebook[5] = codebook[2]
+    z[0], z[1] = torch.nan, codebook[2]
+    for mode in ("soft", "straight_through", "hard"):
+        result = residual_quantize(z, [codebook], 3.0, mode=mode, seed=1, backend="triton")
+        assert result.log_normalizer[0].isnan().all() and result.log_normalizer[1:].isfinite().all()
+        assert mode == "hard" or result.quantized[0].isnan().all()
+        assert result.codes[0] == 0 and result.codes[1] == 2, "ties go to the lower code"
+        assert result.quantized[1:].isfinite().all()
+
+
+@run
+def test_views_empty_batches_and_repeats(form: str) -> None:
+    z, codebook = torch.randn(12, 40, device=DEVICE), torch.randn(7, 20, device=DEVICE)
+    for view in (z[:, ::2], z[::3, 5:25], z[:1, :20].expand(4, 20), z[:0, :20]):
+        first = residual_quantize(view, [codebook, codebook], 3.0, seed=1, backend="triton")
+        again = residual_quantize(view.contiguous(), [codebook, codebook], 3.0, seed=1, backend="triton")
+        for a, b in zip((first.quantized, first.log_normalizer, *first.usage), (again.quantized, again.log_normalizer,
+                                                                                *again.usage), strict=True):
+            assert torch.equal(a, b)
+    empty = z[:0, :20].clone().requires_grad_()
+    result = residual_quantize(empty, [codebook], 3.0, seed=1, backend="triton")
+    assert result.usage[0].tolist() == [0] * 7
+    assert torch.autograd.grad(result.quantized.sum(), empty)[0].shape == (0, 20)
+
+
+@run
+def test_ranks_draw_what_one_process_would(form: str) -> None:
+    z, codebook = torch.randn(9, 16, device=DEVICE), torch.randn(7, 16, device=DEVICE)
+    whole = residual_quantize(z, [codebook], 3.0, seed=4, backend="triton")
+    part = residual_quantize(z[5:], [codebook], 3.0, seed=4, row_offset=5, backend="triton")
+    assert torch.equal(whole.sampled[5:], part.sampled)
+    torch.testing.assert_close(whole.quantized[5:], part.quantized, rtol=0, atol=1e-5)
+
+
+@run
+@pytest.mark.parametrize("dim", [64, 128, 256, 768])
+@pytest.mark.skipif(not GPU, reason="the tiles of the launchers themselves are too large for the interpreter")
+def test_on_the_gpu_at_size(dim: int) -> None:
+    leaves = inputs((5000, dim, (1030, 256)), torch.bfloat16)
+    assert_exact(leaves, *scalars(30.0, 1.0), "soft", (1, 0, 0, 9))
