@@ -22,6 +22,7 @@
 #include "cpu/beam.h"
 #include "cpu/host.h"
 #include "cpu/noise.h"
+#include "cpu/ranking.h"
 #include "cpu/trie.h"
 
 #ifdef DGI_WITH_CUDA
@@ -248,6 +249,61 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cosine_beam_step_cpu(
   });
 }
 
+// lower: the arrays that lead from the beams' nodes down to items. allowed and filter_of as counts and filter_of above.
+std::tuple<Tensor, Tensor, Tensor> rank_candidates_cpu(
+    const Tensor& query, const Tensor& item_vectors, const std::vector<Tensor>& lower, const Tensor& item_order,
+    const Tensor& item_ids, const std::vector<Tensor>& allowed, const std::vector<int64_t>& filter_of,
+    const Tensor& nodes, const Tensor& scores, int64_t k, double eps) {
+  constexpr const char* kRank = "dgi_kernels, rank_candidates: ";
+  STD_TORCH_CHECK(query.dim() == 2 && item_vectors.dim() == 2 && query.size(1) == item_vectors.size(1)
+                      && query.scalar_type() == item_vectors.scalar_type(),
+                  kRank, "query must be (B, D) and item_vectors (rows, D), of one dtype");
+  STD_TORCH_CHECK(query.size(1) <= 1 || (query.stride(1) == 1 && item_vectors.stride(1) == 1), kRank,
+                  "vectors must be contiguous");
+  STD_TORCH_CHECK(nodes.dim() == 2 && nodes.size(0) == query.size(0), kRank, "nodes must be (B, M)");
+  STD_TORCH_CHECK(k >= 1 && !lower.empty(), kRank, "k must be at least 1, and lower not empty");
+  const int64_t requests = query.size(0), width = nodes.size(1);
+  std::vector<const int64_t*> starts;
+  for (const Tensor& level : lower) starts.push_back(trie_array<int64_t>("lower", level, ScalarType::Long));
+  std::vector<const bool*> allowed_of;
+  STD_TORCH_CHECK(allowed.empty() || static_cast<int64_t>(filter_of.size()) == requests, kRank,
+                  "filter_of must have B entries");
+  for (size_t b = 0; !allowed.empty() && b < filter_of.size(); ++b) {
+    STD_TORCH_CHECK(-1 <= filter_of[b] && filter_of[b] < static_cast<int64_t>(allowed.size()), kRank,
+                    "there is no filter ", filter_of[b]);
+    allowed_of.push_back(filter_of[b] < 0 ? nullptr
+                                          : trie_array<bool>("allowed", allowed[filter_of[b]], ScalarType::Bool));
+  }
+  return for_dtype(query, [&](auto stored) -> std::tuple<Tensor, Tensor, Tensor> {
+    using Stored = decltype(stored);
+    using Real = dgi::Compute<Stored>;
+    dgi::cpu::RankingInput<Stored> in{};
+    in.lower = {starts.data(), static_cast<int64_t>(starts.size())};
+    in.item_order = trie_array<int64_t>("item_order", item_order, ScalarType::Long);
+    in.item_ids = trie_array<int64_t>("item_ids", item_ids, ScalarType::Long);
+    in.allowed = allowed_of.empty() ? nullptr : allowed_of.data();
+    in.width = width, in.k = k, in.dim = query.size(1), in.rows = item_vectors.size(0);
+    in.nodes = view_of<int64_t>("nodes", nodes, requests, width);
+    in.scores = view_of<float>("scores", scores, requests, width);
+    in.query = data_of<Stored>(query), in.items = data_of<Stored>(item_vectors);
+    in.query_stride = query.stride(0), in.item_stride = item_vectors.stride(0);
+    in.eps = static_cast<Real>(eps);
+    check_nodes(in.nodes, requests, width, lower[0].numel() - 1);
+    Tensor items = torch::stable::empty({requests, k}, ScalarType::Long);
+    Tensor beam_scores = torch::stable::empty({requests, k}, ScalarType::Float);
+    Tensor cosines = torch::stable::empty({requests, k}, kDtype<Real>);
+    const dgi::cpu::RankingOutput<Real> out{items.mutable_data_ptr<int64_t>(), beam_scores.mutable_data_ptr<float>(),
+                                            cosines.mutable_data_ptr<Real>()};
+    std::atomic<bool> known{true};
+    const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, k * in.dim));
+    torch::stable::parallel_for(0, requests, grain, [&](int64_t first, int64_t last) {
+      if (!dgi::cpu::rank_candidates(in, first, last, out)) known = false;
+    });
+    STD_TORCH_CHECK(known, kRank, "an item id is no row of item_vectors");
+    return {items, beam_scores, cosines};
+  });
+}
+
 #ifdef DGI_WITH_CUDA
 Tensor gumbel_noise_cuda(const Tensor& seed, int64_t level, int64_t stream, int64_t row_offset, int64_t rows,
                          int64_t codes) {
@@ -315,6 +371,9 @@ STABLE_TORCH_LIBRARY(dgi_kernels, m) {
   m.def("cosine_beam_step(Tensor tokens, Tensor child_start, Tensor[] lower, Tensor[] counts, int[] filter_of, Tensor h, "
         "Tensor codebook, Tensor scale, float eps, Tensor nodes, Tensor scores, Tensor? log_normalizer, int num_beams, "
         "int normalize) -> (Tensor nodes, Tensor tokens, Tensor parents, Tensor scores)");
+  m.def("rank_candidates(Tensor query, Tensor item_vectors, Tensor[] lower, Tensor item_order, Tensor item_ids, "
+        "Tensor[] allowed, int[] filter_of, Tensor nodes, Tensor scores, int k, float eps) -> (Tensor items, "
+        "Tensor scores, Tensor cosines)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dgi_kernels, CPU, m) {
@@ -322,6 +381,7 @@ STABLE_TORCH_LIBRARY_IMPL(dgi_kernels, CPU, m) {
   m.impl("trie_sort", TORCH_BOX(&trie_sort_cpu));
   m.impl("beam_step", TORCH_BOX(&beam_step_cpu));
   m.impl("cosine_beam_step", TORCH_BOX(&cosine_beam_step_cpu));
+  m.impl("rank_candidates", TORCH_BOX(&rank_candidates_cpu));
 }
 
 #ifdef DGI_WITH_CUDA
