@@ -181,8 +181,9 @@ def _codes(history: list[Beams]) -> Tensor:
     place, columns = None, []
     for beams in reversed(history):
         columns.append(beams.tokens if place is None else beams.tokens.gather(1, place))
-        parents = beams.parents if place is None else beams.parents.gather(1, place)
-        place = parents.clamp(min=0)  # of a dead beam any will do
+        if beams is not history[0]:
+            parents = beams.parents if place is None else beams.parents.gather(1, place)
+            place = parents.clamp(min=0)  # of a dead beam any will do
     return torch.stack(columns[::-1], dim=-1).masked_fill(history[-1].nodes.unsqueeze(-1) < 0, -1)
 
 

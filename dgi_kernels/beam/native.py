@@ -41,9 +41,11 @@ def _step(op: Callable[..., tuple[Tensor, ...]], trie: Trie, beams: Beams,
     depth = beams.depth
     distinct, filter_of = distinct_filters(filters, beams.nodes.shape[0])
     lower = [*trie.child_start[depth + 1:], trie.item_start] if distinct else []
-    return Beams(*op(trie.tokens[depth], trie.child_start[depth], lower, [entry.counts for entry in distinct], filter_of,
-                     *source, beams.nodes.long(), beams.scores.to(_compute_dtype(source[0])), log_normalizer,
-                     num_beams, NORMALIZE[normalize]), depth + 1)
+    scores = beams.scores.to(_compute_dtype(source[0]))
+    nodes, tokens, parents, scores = op(
+        trie.tokens[depth], trie.child_start[depth], lower, [entry.counts for entry in distinct], filter_of, *source,
+        beams.nodes.long(), scores, log_normalizer, num_beams, NORMALIZE[normalize])
+    return Beams(nodes, tokens, parents, scores, depth + 1)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -171,7 +171,8 @@ def test_an_ended_sequence_keeps_its_score_whatever_the_logits(backend: str) -> 
     trie = Trie.from_codes([[0], [1, 0], [1]], codebook_sizes=[2, 1])
     beams = beam_step(trie, torch.log(torch.tensor([[[0.25, 0.75]]])), trie.root(1), num_beams=2, backend=backend)
     for normalize in ("full", "children"):
-        after = beam_step(trie, torch.full((1, 2, 1), math.nan), beams, num_beams=3, normalize=normalize, backend=backend)
+        after = beam_step(trie, torch.full((1, 2, 1), math.nan), beams, num_beams=3, normalize=normalize,
+                          backend=backend)
         assert after.tokens.tolist() == [[-1, -1, -1]]
         assert after.parents.tolist() == [[0, 1, -1]]
         assert after.scores[0, :2].tolist() == pytest.approx([math.log(0.75), math.log(0.25)])

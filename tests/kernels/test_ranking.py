@@ -117,7 +117,8 @@ def test_no_item_comes_twice_when_a_node_does(backend: str) -> None:
     trie = Trie.from_codes([[0], [1]])
     nodes = torch.tensor([[1, 1, 0, 1]])
     scores = torch.tensor([[-3.0, -1.0, -2.0, -1.0]])
-    ranking = rank_candidates(torch.ones(1, 2), torch.ones(2, 2), trie, Beams(nodes, nodes, nodes, scores, 1), 4, backend=backend)
+    beams = Beams(nodes, nodes, nodes, scores, 1)
+    ranking = rank_candidates(torch.ones(1, 2), torch.ones(2, 2), trie, beams, 4, backend=backend)
     assert ranking.items.tolist() == [[1, 0, -1, -1]]
     assert ranking.scores.tolist() == [[-1.0, -2.0, -math.inf, -math.inf]]
 
@@ -128,7 +129,8 @@ def test_dead_beams_and_nan_yield_nothing_wrong(backend: str) -> None:
     nodes = torch.tensor([[0, 1, -1, 2]])
     scores = torch.tensor([[math.nan, -math.inf, 0.0, -1.0]])
     vectors = torch.tensor([[1.0], [1.0], [math.nan]])
-    ranking = rank_candidates(torch.ones(1, 1), vectors, trie, Beams(nodes, nodes, nodes, scores, 1), 2, backend=backend)
+    beams = Beams(nodes, nodes, nodes, scores, 1)
+    ranking = rank_candidates(torch.ones(1, 1), vectors, trie, beams, 2, backend=backend)
     assert ranking.items.tolist() == [[2, -1]]
     assert ranking.cosines.tolist() == [[-1.0, -1.0]]
 
@@ -139,11 +141,14 @@ def test_empty_tries_batches_and_beams(backend: str) -> None:
     dead = torch.full((2, 3), -1)
     for beams in (empty.root(2), Beams(dead, dead, dead, torch.zeros(2, 3), 1),
                   BeamResult(dead.unsqueeze(-1), torch.zeros(2, 3), dead)):
-        assert rank_candidates(torch.ones(2, 4), torch.ones(0, 4), empty, beams, 3, backend=backend).items.tolist() == [[-1] * 3] * 2
+        ranking = rank_candidates(torch.ones(2, 4), torch.ones(0, 4), empty, beams, 3, backend=backend)
+        assert ranking.items.tolist() == [[-1] * 3] * 2
     trie = Trie.from_codes([[0, 1]])
-    assert rank_candidates(torch.ones(0, 4), torch.ones(1, 4), trie, trie.root(0), 3, backend=backend).items.shape == (0, 3)
+    ranking = rank_candidates(torch.ones(0, 4), torch.ones(1, 4), trie, trie.root(0), 3, backend=backend)
+    assert ranking.items.shape == (0, 3)
     none = Beams(*(part[:, :0] for part in trie.root(2)[:4]), 0)
-    assert rank_candidates(torch.ones(2, 4), torch.ones(1, 4), trie, none, 3, backend=backend).items.tolist() == [[-1] * 3] * 2
+    ranking = rank_candidates(torch.ones(2, 4), torch.ones(1, 4), trie, none, 3, backend=backend)
+    assert ranking.items.tolist() == [[-1] * 3] * 2
 
 
 def test_compiled_ranking_matches() -> None:
