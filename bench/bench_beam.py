@@ -1,9 +1,11 @@
 """Whole constrained beam searches: ours against STATIC, a dict trie with the Hugging Face processor, and a dense mask.
 
-The model's side is left out: all get the same logits, one fresh (B, M, V) tensor per level. The systems take turns within
-each round; the table has medians. The floor is torch's log-sum-exp over the same logits alone.
+The model's side is left out: all get the same logits, one (B, M, V) tensor per level. The systems take turns within each
+round; the table has medians. The floor is torch's log-sum-exp over the same logits alone. A second table has the last
+step from hidden states: the fused one, and the head's product, then the step; its floor is the raw matrix product.
 
-Run: python bench/bench_beam.py [--items N] [--codes V] [--levels L] [--batch B] [--beams M] [--spread clustered|uniform]
+Run: python bench/bench_beam.py [--items N] [--codes V] [--levels L] [--batch B] [--beams M] [--dim D]
+                                [--spread clustered|uniform]
      STATIC_SRC=<checkout of github.com/youtube/static-constraint-decoding> adds that system.
      make bench, or pytest bench/bench_beam.py, runs the target case.
 """
@@ -23,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dgi_kernels import Trie, backends, beam_search
+from dgi_kernels import Trie, backends, beam_search, beam_step, cosine_beam_step, cosine_logits
 
 Search = Callable[[], Tensor]  # -> (B, M, L) codes
 
@@ -37,6 +39,7 @@ class Case:
     levels: int = 3
     batch: int = 8
     beams: int = 50
+    dim: int = 256
     spread: str = "clustered"
 
     def sids(self) -> np.ndarray:
@@ -151,6 +154,37 @@ def systems(case: Case) -> dict[str, Callable[[np.ndarray, list[Tensor], Case], 
     return found
 
 
+def heads(sids: np.ndarray, case: Case) -> dict[str, Callable[[], object]]:
+    """The last step of a search from hidden states, by name."""
+    trie = Trie.from_codes(sids, codebook_sizes=[case.codes] * case.levels)
+    codebook = torch.randn(case.codes, case.dim)
+    beams = trie.root(case.batch)
+    for level in range(case.levels):
+        h = torch.randn(case.batch, beams.nodes.shape[1], case.dim)
+        last, beams = beams, cosine_beam_step(trie, h, codebook, 30.0, beams, num_beams=case.beams)
+
+    def fused(normalize: str) -> object:
+        return cosine_beam_step(trie, h, codebook, 30.0, last, num_beams=case.beams, normalize=normalize)
+
+    def separate(normalize: str) -> object:
+        return beam_step(trie, cosine_logits(h, codebook, 30.0), last, num_beams=case.beams, normalize=normalize)
+
+    found: dict[str, Callable[[], object]] = {"matrix product alone": lambda: h.flatten(0, 1) @ codebook.T}
+    for normalize in ("full", "children"):
+        found[f"head, then step: {normalize}"] = lambda normalize=normalize: separate(normalize)
+        found[f"fused: {normalize}"] = lambda normalize=normalize: fused(normalize)
+    return found
+
+
+def medians(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Milliseconds by name; the functions take turns."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            times[name].append(milliseconds(function))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
 def milliseconds(function: Callable[[], object]) -> float:
     start = time.perf_counter()
     function()
@@ -167,19 +201,18 @@ def measure(case: Case, rounds: int, only: list[str] | None = None) -> dict[str,
             built[name] = milliseconds(lambda name=name, make=make: searches.update({name: make(sids, logits, case)}))
     answers = {name: search() for name, search in searches.items()}
     searches["log-sum-exp alone"] = lambda: [torch.logsumexp(level, -1) for level in logits]
-    times: dict[str, list[float]] = {name: [] for name in searches}
-    for _ in range(rounds):
-        for name, search in searches.items():
-            times[name].append(milliseconds(search))
-    median = {name: statistics.median(values) for name, values in times.items()}
+    median = medians(searches, rounds)
     print(f"\n{case}, {torch.get_num_threads()} thread(s), medians of {rounds} rounds")
-    print(f"{'':20}{'search ms':>12}{'x native':>10}{'build s':>10}{'  same codes as native':>12}")
+    print(f"{'':28}{'search ms':>12}{'x native':>10}{'build s':>10}{'  same codes as native':>12}")
     for name, value in median.items():
         same = ""
         if name in answers and "native" in answers:
             same = f"{100 * (answers[name] == answers['native']).float().mean():10.1f} %"
-        print(f"{name:20}{value:12.3f}{value / median.get('native', value):10.2f}"
+        print(f"{name:28}{value:12.3f}{value / median.get('native', value):10.2f}"
               f"{built.get(name, 0) / 1e3:10.2f}{same}")
+    if only is None or "heads" in only:
+        for name, value in medians(heads(sids, case), rounds).items():
+            print(f"{name:28}{value:12.3f}")
     return median
 
 
@@ -193,7 +226,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=type(default), default=default)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", nargs="*", help="names of systems")
+    parser.add_argument("--only", nargs="*", help="names of systems, and heads")
     arguments = vars(parser.parse_args())
     torch.set_num_threads(arguments.pop("threads"))
     rounds, only = arguments.pop("rounds"), arguments.pop("only")

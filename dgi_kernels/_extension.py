@@ -35,6 +35,7 @@ def _load() -> str | None:
     torch.library.register_fake("dgi_kernels::residual_quantize_backward", _fake_residual_quantize_backward)
     torch.library.register_fake("dgi_kernels::beam_step", _fake_beam_step)
     torch.library.register_fake("dgi_kernels::cosine_beam_step", _fake_cosine_beam_step)
+    torch.library.register_fake("dgi_kernels::rank_candidates", _fake_rank_candidates)
     return None
 
 
@@ -108,6 +109,14 @@ def _fake_cosine_beam_step(tokens: Tensor, child_start: Tensor, lower: list[Tens
                            scores: Tensor, log_normalizer: Tensor | None, num_beams: int,
                            normalize: int) -> tuple[Tensor, ...]:
     return _fake_beams(h, num_beams)
+
+
+def _fake_rank_candidates(query: Tensor, item_vectors: Tensor, lower: list[Tensor], item_order: Tensor,
+                          item_ids: Tensor, allowed: list[Tensor], filter_of: list[int], nodes: Tensor, scores: Tensor,
+                          k: int, eps: float) -> tuple[Tensor, ...]:
+    shape, compute = (query.shape[0], k), torch.float64 if query.dtype == torch.float64 else torch.float32
+    return (query.new_empty(shape, dtype=torch.int64), query.new_empty(shape, dtype=torch.float32),
+            query.new_empty(shape, dtype=compute))
 
 
 load_error: str | None = _load()

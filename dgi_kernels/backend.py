@@ -52,7 +52,7 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     "trie_build": {"native": Kernel(frozenset({"cpu"}))},
     "beam_step": {"native": Kernel(frozenset({"cpu"}), _FLOATS)},
     "cosine_beam_step": {"native": Kernel(frozenset({"cpu"}), _FLOATS)},
-    "rank_candidates": {},
+    "rank_candidates": {"native": Kernel(frozenset({"cpu"}), _FLOATS)},
 }
 
 
@@ -139,6 +139,20 @@ def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype | Non
         problems.append(problem)
     if problems:
         _log_fallback(op, "; ".join(problems))
+    return "reference"
+
+
+def choose_without_gradient(op: str, backend: str, main: torch.Tensor, *others: object) -> str:
+    """As :func:`choose`, for ops whose reference alone passes gradients on: it is taken where an input requires one."""
+    chosen = choose(op, backend, main.device, main.dtype)
+    if chosen == "reference" or not torch.is_grad_enabled():
+        return chosen
+    if not any(isinstance(value, torch.Tensor) and value.requires_grad for value in (main, *others)):
+        return chosen
+    if backend != "auto":
+        raise BackendUnavailable(f'backend="{backend}" cannot run {op} here: it gives no gradients, and an input '
+                                 "requires one (call it under torch.no_grad(), or take the reference)")
+    _log_fallback(op, "an input requires a gradient, and only the reference gives one")
     return "reference"
 
 

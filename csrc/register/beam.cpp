@@ -1,9 +1,10 @@
-// Beam steps, as torch sees them: schemas, argument checks, and the calls into the code that knows no torch.
+// Beam steps and ranking, as torch sees them: schemas, argument checks, calls into the code that knows no torch.
 #include <algorithm>
 #include <atomic>
 
 #include "tensors.h"
 #include "cpu/beam.h"
+#include "cpu/ranking.h"
 
 namespace dgi::registration {
 namespace {

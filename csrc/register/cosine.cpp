@@ -1,4 +1,4 @@
-// Cosine logits and their cross-entropy, as torch sees them: schemas, argument checks, and the calls into the code that knows no torch.
+// Cosine logits and their cross-entropy, as torch sees them: schemas, argument checks, calls into the code that knows no torch.
 #include <array>
 #include <cmath>
 

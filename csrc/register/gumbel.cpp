@@ -1,4 +1,4 @@
-// Gumbel-Softmax and residual quantization, as torch sees them: schemas, argument checks, and the calls into the code that knows no torch.
+// Gumbel-Softmax and residual quantization, as torch sees them: schemas, argument checks, calls into the code that knows no torch.
 #include "tensors.h"
 #include "cpu/gumbel.h"
 

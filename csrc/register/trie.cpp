@@ -1,4 +1,4 @@
-// Trie construction, as torch sees it: schemas, argument checks, and the calls into the code that knows no torch.
+// Trie construction, as torch sees it: schemas, argument checks, calls into the code that knows no torch.
 #include "tensors.h"
 #include "cpu/trie.h"
 

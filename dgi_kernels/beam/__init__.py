@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dgi_kernels import checks
-from dgi_kernels.backend import BackendUnavailable, choose
+from dgi_kernels.backend import choose_without_gradient
 from dgi_kernels.beam import native, reference
 from dgi_kernels.cosine import cosine_logits
 from dgi_kernels.trie import MAX_COUNT, Beams, Trie
@@ -85,7 +85,7 @@ def _beam_step(trie: Trie, logits: Tensor, beams: Beams, num_beams: int, normali
     compute = checks.compute_dtype(logits.dtype)
     if log_normalizer is not None:
         log_normalizer = log_normalizer.to(compute)
-    if _choose("beam_step", backend, logits, beams.scores, log_normalizer) == "native":
+    if choose_without_gradient("beam_step", backend, logits, beams.scores, log_normalizer) == "native":
         return _native_step(trie, beams, lambda beams: native.beam_step(trie, logits, beams, num_beams, normalize,
                                                                         log_normalizer, filters))
     beams = _check_nodes(trie, beams)
@@ -129,8 +129,8 @@ def cosine_beam_step(trie: Trie, h: Tensor, codebook: Tensor, scale: float | Ten
     compute = checks.compute_dtype(common)
     if log_normalizer is not None:
         log_normalizer = log_normalizer.to(compute)
-    differentiable = (codebook, scale if isinstance(scale, Tensor) else None, beams.scores, log_normalizer)
-    if _choose("cosine_beam_step", backend, h, *differentiable) == "native":
+    chosen = choose_without_gradient("cosine_beam_step", backend, h, codebook, scale, beams.scores, log_normalizer)
+    if chosen == "native":
         return _native_step(trie, beams, lambda beams: native.cosine_beam_step(
             trie, h.to(common), codebook.to(common), scale, eps, beams, num_beams, normalize, log_normalizer, filters))
     beams = _check_nodes(trie, beams)
@@ -181,8 +181,9 @@ def _codes(history: list[Beams]) -> Tensor:
     place, columns = None, []
     for beams in reversed(history):
         columns.append(beams.tokens if place is None else beams.tokens.gather(1, place))
-        parents = beams.parents if place is None else beams.parents.gather(1, place)
-        place = parents.clamp(min=0)  # of a dead beam any will do
+        if beams is not history[0]:
+            parents = beams.parents if place is None else beams.parents.gather(1, place)
+            place = parents.clamp(min=0)  # of a dead beam any will do
     return torch.stack(columns[::-1], dim=-1).masked_fill(history[-1].nodes.unsqueeze(-1) < 0, -1)
 
 
@@ -195,19 +196,6 @@ def _native_step(trie: Trie, beams: Beams, step: Callable[[Beams], Beams]) -> Be
     except RuntimeError:
         _check_nodes(trie, beams)
         raise
-
-
-def _choose(op: str, backend: str, main: Tensor, *others: Tensor | None) -> str:
-    """As :func:`choose`, but only the reference passes gradients on to the scores."""
-    chosen = choose(op, backend, main.device, main.dtype)
-    if chosen == "reference" or not torch.is_grad_enabled():
-        return chosen
-    if not any(tensor is not None and tensor.requires_grad for tensor in (main, *others)):
-        return chosen
-    if backend != "auto":
-        raise BackendUnavailable(f'backend="{backend}" cannot run {op} here: it gives no gradients, and an input '
-                                 "requires one (call it under torch.no_grad(), or take the reference)")
-    return "reference"
 
 
 def _check_trie(trie: object) -> None:

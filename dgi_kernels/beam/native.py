@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dgi_kernels.trie import Beams, Trie
-from dgi_kernels.trie.filters import TrieFilter
+from dgi_kernels.trie.filters import TrieFilter, distinct_filters
 
 NORMALIZE = {"full": 0, "children": 1, "none": 2}
 
@@ -39,26 +39,14 @@ def _step(op: Callable[..., tuple[Tensor, ...]], trie: Trie, beams: Beams,
           filters: TrieFilter | list[TrieFilter | None] | None, source: tuple[Any, ...], num_beams: int,
           normalize: str, log_normalizer: Tensor | None) -> Beams:
     depth = beams.depth
-    return Beams(*op(trie.tokens[depth], trie.child_start[depth],
-                     *filter_arguments(trie, filters, depth, beams.nodes.shape[0]), *source, beams.nodes.long(),
-                     beams.scores.to(_compute_dtype(source[0])), log_normalizer, num_beams, NORMALIZE[normalize]),
-                 depth + 1)
+    distinct, filter_of = distinct_filters(filters, beams.nodes.shape[0])
+    lower = [*trie.child_start[depth + 1:], trie.item_start] if distinct else []
+    scores = beams.scores.to(_compute_dtype(source[0]))
+    nodes, tokens, parents, scores = op(
+        trie.tokens[depth], trie.child_start[depth], lower, [entry.counts for entry in distinct], filter_of, *source,
+        beams.nodes.long(), scores, log_normalizer, num_beams, NORMALIZE[normalize])
+    return Beams(nodes, tokens, parents, scores, depth + 1)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def filter_arguments(trie: Trie, filters: TrieFilter | list[TrieFilter | None] | None, depth: int,
-                     batch: int) -> tuple[list[Tensor], list[Tensor], list[int]]:
-    """The levels below the children of ``depth``, the counts of each distinct filter, and its number (-1: none) for each
-    of the ``batch`` requests; all empty without filters.
-    """
-    if filters is None:
-        return [], [], []
-    lower = [*trie.child_start[depth + 1:], trie.item_start]
-    if isinstance(filters, TrieFilter):
-        return lower, [filters.counts], [0] * batch
-    distinct = {id(entry): entry for entry in filters if entry is not None}
-    number = {key: i for i, key in enumerate(distinct)}
-    return lower, [entry.counts for entry in distinct.values()], [number.get(id(entry), -1) for entry in filters]

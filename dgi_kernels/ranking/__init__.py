@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from dgi_kernels import checks
-from dgi_kernels.backend import choose
+from dgi_kernels.backend import choose_without_gradient
 from dgi_kernels.beam import BeamResult
-from dgi_kernels.ranking import reference
+from dgi_kernels.ranking import native, reference
 from dgi_kernels.trie import MAX_COUNT, Beams, Trie
 from dgi_kernels.trie.filters import Filters, check_filters
 
@@ -71,8 +71,11 @@ def rank_candidates(query: Tensor, item_vectors: Tensor, trie: Trie, beams: Beam
     nodes, scores, depth = _check_beams(trie, beams, query)
     checks.integer("k", k, low=1, high=MAX_COUNT)
     filters = check_filters(filters, trie, query.shape[0])
-    choose("rank_candidates", backend, query.device, query.dtype)
-    compute = checks.compute_dtype(torch.promote_types(query.dtype, item_vectors.dtype))
+    common = torch.promote_types(query.dtype, item_vectors.dtype)
+    if choose_without_gradient("rank_candidates", backend, query, item_vectors) == "native":
+        return Ranking(*native.rank_candidates(query.to(common), item_vectors.to(common), trie, nodes, scores, depth, k,
+                                               filters))
+    compute = checks.compute_dtype(common)
     with torch.autocast(query.device.type, enabled=False):
         return Ranking(*reference.rank_candidates(query.to(compute), item_vectors, trie, nodes, scores, depth, k,
                                                   filters))

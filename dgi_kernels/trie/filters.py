@@ -107,3 +107,15 @@ def allowed_items(filters: TrieFilter | list[TrieFilter | None] | None, position
         return filters.allowed[positions]
     return torch.stack([torch.ones_like(request, dtype=torch.bool) if entry is None else entry.allowed[request]
                         for entry, request in zip(filters, positions.unbind(0), strict=True)])
+
+
+def distinct_filters(filters: TrieFilter | list[TrieFilter | None] | None,
+                     batch: int) -> tuple[list[TrieFilter], list[int]]:
+    """The filters without repetition, and for each of ``batch`` requests which of them it has, -1 for none."""
+    if filters is None:
+        return [], []
+    if isinstance(filters, TrieFilter):
+        return [filters], [0] * batch
+    distinct = list({id(entry): entry for entry in filters if entry is not None}.values())
+    number = {id(entry): i for i, entry in enumerate(distinct)}
+    return distinct, [number.get(id(entry), -1) for entry in filters]

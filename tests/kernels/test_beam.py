@@ -15,6 +15,7 @@ from dgi_kernels import (
     Beams,
     Trie,
     TrieFilter,
+    backends,
     beam_search,
     beam_step,
     cosine_beam_step,
@@ -26,6 +27,7 @@ from . import oracles
 from .oracles import Catalog, random_catalog
 
 CASES = 300
+BACKENDS = ["reference", *(["native"] if backends()["native"].available else [])]
 
 
 def make(catalog: Catalog) -> Trie:
@@ -127,7 +129,8 @@ def test_ties_go_to_the_lower_parent_then_the_lower_token() -> None:
         walk(random_catalog(), dtype=torch.float32, normalize="none", exact=True)
 
 
-def test_searches_find_exactly_what_brute_force_finds() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_searches_find_exactly_what_brute_force_finds(backend: str) -> None:
     for _ in range(CASES):
         catalog = random_catalog(max_items=30)
         trie = make(catalog)
@@ -136,7 +139,8 @@ def test_searches_find_exactly_what_brute_force_finds() -> None:
         levels = [hurt(torch.randint(-5, 5, (batch, 1, size)).float()) for size in catalog.sizes]
         result = beam_search(trie, lambda depth, tokens, parents, levels=levels, width=num_beams:
                              levels[depth].expand(-1, 1 if depth == 0 else width, -1),
-                             batch_size=batch, num_beams=num_beams, normalize="none", filters=filters)
+                             batch_size=batch, num_beams=num_beams, normalize="none", filters=filters,
+                             backend=backend)
         for b in range(batch):
             expected = oracles.search(catalog, [level[b, 0].tolist() for level in levels], num_beams, allowed[b])
             dead = num_beams - len(expected)
@@ -162,25 +166,28 @@ def test_step_is_called_as_promised() -> None:
     assert result.codes.tolist() == [[[0, 1, 2], [0, 2, -1], [1, 0, 0], [-1, -1, -1]]] * 2
 
 
-def test_an_ended_sequence_keeps_its_score_whatever_the_logits() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_ended_sequence_keeps_its_score_whatever_the_logits(backend: str) -> None:
     trie = Trie.from_codes([[0], [1, 0], [1]], codebook_sizes=[2, 1])
-    beams = beam_step(trie, torch.log(torch.tensor([[[0.25, 0.75]]])), trie.root(1), num_beams=2)
+    beams = beam_step(trie, torch.log(torch.tensor([[[0.25, 0.75]]])), trie.root(1), num_beams=2, backend=backend)
     for normalize in ("full", "children"):
-        after = beam_step(trie, torch.full((1, 2, 1), math.nan), beams, num_beams=3, normalize=normalize)
+        after = beam_step(trie, torch.full((1, 2, 1), math.nan), beams, num_beams=3, normalize=normalize,
+                          backend=backend)
         assert after.tokens.tolist() == [[-1, -1, -1]]
         assert after.parents.tolist() == [[0, 1, -1]]
         assert after.scores[0, :2].tolist() == pytest.approx([math.log(0.75), math.log(0.25)])
-        after = beam_step(trie, torch.zeros(1, 2, 1), beams, num_beams=3, normalize=normalize)
+        after = beam_step(trie, torch.zeros(1, 2, 1), beams, num_beams=3, normalize=normalize, backend=backend)
         assert after.tokens.tolist() == [[-1, 0, -1]]  # the end and code 0 tie, both at log-probability 0
         assert after.nodes.tolist() == [[1, 2, 0]]
 
 
-def test_dead_beams_never_come_back() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dead_beams_never_come_back(backend: str) -> None:
     trie = Trie.from_codes([[0, 0], [1, 1]])
     nodes = torch.tensor([[0, -1, 1, 1, 0]])
     scores = torch.tensor([[-math.inf, 0.0, math.nan, -1.0, -math.inf]])
     beams = Beams(nodes, nodes, nodes, scores, 1)
-    after = beam_step(trie, torch.zeros(1, 5, 2), beams, num_beams=5, normalize="none")
+    after = beam_step(trie, torch.zeros(1, 5, 2), beams, num_beams=5, normalize="none", backend=backend)
     assert after.parents.tolist() == [[3, -1, -1, -1, -1]]
     assert after.scores.tolist() == [[-1.0] + [-math.inf] * 4]
 
@@ -207,38 +214,42 @@ def test_infinite_logits_count_as_the_largest_number(normalize: str) -> None:
     assert not again.scores.isnan().any() and (again.nodes[0, :2] >= 0).all()
 
 
-def test_a_log_normalizer_that_is_not_finite_kills_its_beam() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_log_normalizer_that_is_not_finite_kills_its_beam(backend: str) -> None:
     trie = Trie.from_codes([[0, 0], [0, 1], [1, 0], [2, 0], [3, 1]])
-    beams = beam_step(trie, torch.zeros(1, 1, 4), trie.root(1), num_beams=4)
+    beams = beam_step(trie, torch.zeros(1, 1, 4), trie.root(1), num_beams=4, backend=backend)
     after = beam_step(trie, torch.zeros(1, 4, 2), beams, num_beams=6,
-                      log_normalizer=torch.tensor([[math.nan, math.inf, -math.inf, 1.0]]))
+                      log_normalizer=torch.tensor([[math.nan, math.inf, -math.inf, 1.0]]), backend=backend)
     assert after.parents.tolist() == [[3, -1, -1, -1, -1, -1]]
 
 
-def test_empty_tries_batches_and_wide_logits() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_tries_batches_and_wide_logits(backend: str) -> None:
     empty = Trie.from_codes(torch.empty(0, 2), codebook_sizes=[3, 4])
     result = beam_search(empty, lambda depth, tokens, parents: torch.zeros(2, 1 if depth == 0 else 5, 3 + depth),
-                         batch_size=2, num_beams=5)
+                         batch_size=2, num_beams=5, backend=backend)
     assert (result.nodes == -1).all() and (result.codes == -1).all() and (result.scores == -math.inf).all()
     inferred = Trie.from_codes([[0, 1], [2, 0]])  # codebooks may be larger than the codes in use
     result = beam_search(inferred, lambda depth, tokens, parents: torch.zeros(0, 1 if depth == 0 else 5, 7),
-                         batch_size=0, num_beams=5, filters=[])
+                         batch_size=0, num_beams=5, filters=[], backend=backend)
     assert result.codes.shape == (0, 5, 2) and result.scores.shape == (0, 5)
-    wide = beam_step(inferred, torch.zeros(1, 1, 8), inferred.root(1), num_beams=2)
+    wide = beam_step(inferred, torch.zeros(1, 1, 8), inferred.root(1), num_beams=2, backend=backend)
     assert wide.scores.tolist() == [pytest.approx([-math.log(8)] * 2)]
 
 
-def test_int32_nodes_and_no_beams() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_int32_nodes_and_no_beams(backend: str) -> None:
     trie = Trie.from_codes([[0, 1], [1, 0]])
     root = trie.root(2)
-    after = beam_step(trie, torch.zeros(2, 1, 2), root._replace(nodes=root.nodes.int()), num_beams=2)
+    after = beam_step(trie, torch.zeros(2, 1, 2), root._replace(nodes=root.nodes.int()), num_beams=2, backend=backend)
     assert after.nodes.tolist() == [[0, 1], [0, 1]]
     none = Beams(*(part[:, :0] for part in root[:4]), 0)
-    assert (beam_step(trie, torch.zeros(2, 0, 2), none, num_beams=2).nodes == -1).all()
+    assert (beam_step(trie, torch.zeros(2, 0, 2), none, num_beams=2, backend=backend).nodes == -1).all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_cosine_steps_are_steps_on_cosine_logits(dtype: torch.dtype) -> None:
+def test_cosine_steps_are_steps_on_cosine_logits(dtype: torch.dtype, backend: str) -> None:
     for _ in range(CASES // 10):
         catalog = random_catalog()
         trie = make(catalog)
@@ -248,7 +259,8 @@ def test_cosine_steps_are_steps_on_cosine_logits(dtype: torch.dtype) -> None:
             h, codebook = torch.randn(2, beams.nodes.shape[1], 5).to(dtype), torch.randn(size, 5).to(dtype)
             scale = torch.tensor(7.0) if random.random() < 0.5 else 7.0
             normalize = random.choice(["full", "children", "none"])
-            after = cosine_beam_step(trie, h, codebook, scale, beams, num_beams=4, normalize=normalize, filters=filters)
+            after = cosine_beam_step(trie, h, codebook, scale, beams, num_beams=4, normalize=normalize, filters=filters,
+                                     backend=backend)
             logits = torch.tensor([[[7.0 * oracles.cosine(row, code) for code in codebook.double().tolist()]
                                     for row in request] for request in h.double().tolist()], dtype=torch.float64)
             check_step(catalog, beams, logits, after, normalize, None, allowed, exact=False)

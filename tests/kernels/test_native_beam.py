@@ -215,8 +215,8 @@ def check_consistent(trie: Trie, before: Beams, after: Beams, logits: Tensor, no
         logp = logp - log_normalizer.double().unsqueeze(-1)
     elif normalize == "full":
         logp = logp.log_softmax(-1)
-    rows = logp.gather(1, parents.unsqueeze(-1).expand(-1, -1, logp.shape[2])).gather(2, tokens.unsqueeze(-1)).squeeze(-1)
-    expected = before.scores.double().gather(1, parents) + rows
+    rows = logp.gather(1, parents.unsqueeze(-1).expand(-1, -1, logp.shape[2])).gather(2, tokens.unsqueeze(-1))
+    expected = before.scores.double().gather(1, parents) + rows.squeeze(-1)
     torch.testing.assert_close(after.scores.double()[live], expected[live], rtol=1e-5, atol=1e-5)
 
 
@@ -231,13 +231,20 @@ def test_gradients_need_the_reference() -> None:
         beam_step(trie, logits, trie.root(1), num_beams=2, backend="native")
 
 
-def test_the_op_is_well_registered() -> None:
+def test_the_ops_are_well_registered() -> None:
     trie = Trie.from_codes(torch.randint(0, 5, (30, 2)), codebook_sizes=[5, 5])
     chosen = trie.filter(items=[1, 2, 3])
     for lower, counts, filter_of in (([], [], []), ([trie.child_start[1], trie.item_start], [chosen.counts], [0, -1])):
         torch.library.opcheck(torch.ops.dgi_kernels.beam_step.default, (
             trie.tokens[0], trie.child_start[0], lower, counts, filter_of, torch.randn(2, 1, 5), trie.root(2).nodes,
             trie.root(2).scores, torch.zeros(2, 1), 3, 0))
+    beams = trie.root(2)
+    torch.library.opcheck(torch.ops.dgi_kernels.cosine_beam_step.default, (
+        trie.tokens[0], trie.child_start[0], [], [], [], torch.randn(2, 1, 4), torch.randn(5, 4), torch.tensor(2.0),
+        1e-12, beams.nodes, beams.scores, None, 3, 0))
+    torch.library.opcheck(torch.ops.dgi_kernels.rank_candidates.default, (
+        torch.randn(2, 4), torch.randn(30, 4), [*trie.child_start, trie.item_start], trie.item_order, trie.item_ids,
+        [chosen.allowed], [0, -1], beams.nodes, beams.scores, 3, 1e-12))
 
 
 def test_direct_callers_are_stopped_too() -> None:

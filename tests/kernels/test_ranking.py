@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dgi_kernels import BackendUnavailable, BeamResult, Beams, Trie, beam_search, debug, rank_candidates
+from dgi_kernels import BackendUnavailable, BeamResult, Beams, Trie, backends, beam_search, debug, rank_candidates
 
 from . import oracles
 from .oracles import Catalog, random_catalog
 
 CASES = 100
+BACKENDS = ["reference", *(["native"] if backends()["native"].available else [])]
 
 
 def make(catalog: Catalog) -> Trie:
@@ -41,8 +42,9 @@ def integer_vectors(rows: int, dims: int, dtype: torch.dtype) -> Tensor:
     return torch.randint(-1, 2, (rows, dims)).to(dtype)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_items_come_by_beam_score_then_cosine_then_id(dtype: torch.dtype) -> None:
+def test_items_come_by_beam_score_then_cosine_then_id(dtype: torch.dtype, backend: str) -> None:
     for _ in range(CASES):
         catalog = random_catalog(max_items=20, max_size=3)
         trie, batch, k = make(catalog), random.randint(1, 3), random.randint(1, 25)
@@ -52,7 +54,7 @@ def test_items_come_by_beam_score_then_cosine_then_id(dtype: torch.dtype) -> Non
         query, vectors = integer_vectors(batch, 2, dtype), integer_vectors(rows, 2, dtype)
         items = None if random.random() < 0.5 else set(random.sample(catalog.ids, random.randint(0, len(catalog.ids))))
         filters = None if items is None else trie.filter(items=items)
-        ranking = rank_candidates(query, vectors, trie, beams, k, filters=filters)
+        ranking = rank_candidates(query, vectors, trie, beams, k, filters=filters, backend=backend)
         assert ranking.scores.dtype == torch.float32
         assert ranking.cosines.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         for b in range(batch):
@@ -64,14 +66,15 @@ def test_items_come_by_beam_score_then_cosine_then_id(dtype: torch.dtype) -> Non
             assert ranking.cosines[b].tolist() == pytest.approx(cosines, abs=1e-6)
 
 
-def test_many_dimensions_against_the_formula() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_many_dimensions_against_the_formula(backend: str) -> None:
     codes = torch.cat([torch.cartesian_prod(torch.arange(4), torch.arange(4)), torch.randint(0, 4, (44, 2))])
     trie = Trie.from_codes(codes)
     query, vectors = torch.randn(2, 33), 5 * torch.randn(60, 33)
     for width in (2, 16):  # fewer candidates than vectors, and more
         nodes = torch.arange(width).expand(2, -1)
         scores = -torch.rand(2, width)
-        ranking = rank_candidates(query, vectors, trie, Beams(nodes, nodes, nodes, scores, 2), 60)
+        ranking = rank_candidates(query, vectors, trie, Beams(nodes, nodes, nodes, scores, 2), 60, backend=backend)
         expected = torch.nn.functional.cosine_similarity(query.double().unsqueeze(1), vectors.double(), dim=-1)
         for b in range(2):
             found = ranking.items[b][ranking.items[b] >= 0]
@@ -109,35 +112,43 @@ def test_a_filter_keeps_out_items_that_share_a_semantic_id_with_an_allowed_one()
     assert ranking.items.tolist() == [[0, 1, -1], [1, -1, -1]]
 
 
-def test_no_item_comes_twice_when_a_node_does() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_item_comes_twice_when_a_node_does(backend: str) -> None:
     trie = Trie.from_codes([[0], [1]])
     nodes = torch.tensor([[1, 1, 0, 1]])
     scores = torch.tensor([[-3.0, -1.0, -2.0, -1.0]])
-    ranking = rank_candidates(torch.ones(1, 2), torch.ones(2, 2), trie, Beams(nodes, nodes, nodes, scores, 1), 4)
+    beams = Beams(nodes, nodes, nodes, scores, 1)
+    ranking = rank_candidates(torch.ones(1, 2), torch.ones(2, 2), trie, beams, 4, backend=backend)
     assert ranking.items.tolist() == [[1, 0, -1, -1]]
     assert ranking.scores.tolist() == [[-1.0, -2.0, -math.inf, -math.inf]]
 
 
-def test_dead_beams_and_nan_yield_nothing_wrong() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dead_beams_and_nan_yield_nothing_wrong(backend: str) -> None:
     trie = Trie.from_codes([[0], [1], [2]])
     nodes = torch.tensor([[0, 1, -1, 2]])
     scores = torch.tensor([[math.nan, -math.inf, 0.0, -1.0]])
     vectors = torch.tensor([[1.0], [1.0], [math.nan]])
-    ranking = rank_candidates(torch.ones(1, 1), vectors, trie, Beams(nodes, nodes, nodes, scores, 1), 2)
+    beams = Beams(nodes, nodes, nodes, scores, 1)
+    ranking = rank_candidates(torch.ones(1, 1), vectors, trie, beams, 2, backend=backend)
     assert ranking.items.tolist() == [[2, -1]]
     assert ranking.cosines.tolist() == [[-1.0, -1.0]]
 
 
-def test_empty_tries_batches_and_beams() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_tries_batches_and_beams(backend: str) -> None:
     empty = Trie.from_codes(torch.empty(0, 2), codebook_sizes=[2, 2])
     dead = torch.full((2, 3), -1)
     for beams in (empty.root(2), Beams(dead, dead, dead, torch.zeros(2, 3), 1),
                   BeamResult(dead.unsqueeze(-1), torch.zeros(2, 3), dead)):
-        assert rank_candidates(torch.ones(2, 4), torch.ones(0, 4), empty, beams, 3).items.tolist() == [[-1] * 3] * 2
+        ranking = rank_candidates(torch.ones(2, 4), torch.ones(0, 4), empty, beams, 3, backend=backend)
+        assert ranking.items.tolist() == [[-1] * 3] * 2
     trie = Trie.from_codes([[0, 1]])
-    assert rank_candidates(torch.ones(0, 4), torch.ones(1, 4), trie, trie.root(0), 3).items.shape == (0, 3)
+    ranking = rank_candidates(torch.ones(0, 4), torch.ones(1, 4), trie, trie.root(0), 3, backend=backend)
+    assert ranking.items.shape == (0, 3)
     none = Beams(*(part[:, :0] for part in trie.root(2)[:4]), 0)
-    assert rank_candidates(torch.ones(2, 4), torch.ones(1, 4), trie, none, 3).items.tolist() == [[-1] * 3] * 2
+    ranking = rank_candidates(torch.ones(2, 4), torch.ones(1, 4), trie, none, 3, backend=backend)
+    assert ranking.items.tolist() == [[-1] * 3] * 2
 
 
 def test_compiled_ranking_matches() -> None:

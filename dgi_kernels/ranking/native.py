@@ -1,0 +1,29 @@
+"""Calls into the compiled extension: lexicographic ranking in C++."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dgi_kernels.trie import Trie
+from dgi_kernels.trie.filters import TrieFilter, distinct_filters
+
+EPS = 1e-12
+
+
+def rank_candidates(query: Tensor, item_vectors: Tensor, trie: Trie, nodes: Tensor, scores: Tensor, depth: int, k: int,
+                    filters: TrieFilter | list[TrieFilter | None] | None) -> tuple[Tensor, Tensor, Tensor]:
+    """``query`` (B, D) and ``item_vectors`` (rows, D) of one dtype; ``nodes`` int64 and ``scores`` float32 (B, M).
+
+    Raises:
+        RuntimeError: a node is out of range.
+    """
+    distinct, filter_of = distinct_filters(filters, len(query))
+    return torch.ops.dgi_kernels.rank_candidates(
+        _rows(query), _rows(item_vectors), [*trie.child_start[depth:], trie.item_start], trie.item_order,
+        trie.item_ids, [entry.allowed for entry in distinct], filter_of, nodes, scores, k, EPS)
+
+
+def _rows(vectors: Tensor) -> Tensor:
+    """With contiguous rows, at any distance from each other."""
+    return vectors if vectors.stride(1) == 1 else vectors.contiguous()
