@@ -1,9 +1,9 @@
-"""Cosine cross-entropy, forward and backward, against eager PyTorch, torch.compile and F.linear_cross_entropy on the CPU.
+"""Cosine cross-entropy, forward and backward, against eager, torch.compile and F.linear_cross_entropy on the CPU.
 
-Every system gets the same inputs that need normalising.  The floor is the three matrix products that no dense method can
-do without (``torch.mm``, 6 N K D operations), measured in the same interleaved run; "memory" is the peak beyond the inputs
-of one call, gradients included.  Peaked logits are those of a trained model: nine rows in ten at cosine 0.7 to their
-target, the tenth flat, all with scale 30.
+Every system gets the same inputs that need normalising.  The floor is the three matrix products that no dense method
+can do without (``torch.mm``, 6 N K D operations), measured in the same interleaved run; MB are the peak of one call
+beyond its inputs, gradients included.  Peaked logits are those of a trained model: nine rows in ten at cosine 0.7 to
+their target, the tenth flat, all with scale 30.
 
 Run: make bench, or pytest bench/bench_cosine.py; python bench/bench_cosine.py prints a table of every shape.
 """

@@ -147,13 +147,13 @@ class Tile {
   Buffer<Real> rnorm_, x_, values_;
 };
 
-// What a block of rows with peaked softmaxes leaves behind.
+// What a block of rows with peaked softmaxes leaves behind: a list per row, and the same entries by code.
 template <class Real>
 class Lists {
  public:
-  Lists(int64_t rows, int64_t limit)
+  Lists(int64_t rows, int64_t codes, int64_t limit)
       : limit(limit), lists_(rows), index_(make_buffer<int32_t>(rows * list_capacity(limit))),
-        value_(make_buffer<Real>(rows * list_capacity(limit))) {
+        value_(make_buffer<Real>(rows * list_capacity(limit))), ends_(rows > 0 ? codes + 1 : 0) {
     for (int64_t i = 0; i < rows; ++i) {
       lists_[i] = {index_.get() + i * list_capacity(limit), value_.get() + i * list_capacity(limit), 0, 0.0};
     }
@@ -162,12 +162,38 @@ class Lists {
   SparseRow<Real>& operator[](int64_t i) { return lists_[i]; }
   const SparseRow<Real>& operator[](int64_t i) const { return lists_[i]; }
 
+  // Sorts the entries of `members` by code; each code has them in the order of the rows.
+  void sort_by_code(const std::vector<int64_t>& members) {
+    std::fill(ends_.begin(), ends_.end(), 0);
+    for (int64_t i : members) {
+      for (int64_t j = 0; j < lists_[i].count; ++j) ++ends_[lists_[i].index[j] + 1];
+    }
+    std::partial_sum(ends_.begin(), ends_.end(), ends_.begin());
+    row_.resize(ends_.back());
+    row_value_.resize(ends_.back());
+    for (int64_t i : members) {  // afterwards ends_[k] is where code k ends, which was where k + 1 began
+      for (int64_t j = 0; j < lists_[i].count; ++j) {
+        const int64_t at = ends_[lists_[i].index[j]]++;
+        row_[at] = static_cast<int32_t>(i);
+        row_value_[at] = lists_[i].value[j];
+      }
+    }
+  }
+
+  int64_t begin_of(int64_t code) const { return code == 0 ? 0 : ends_[code - 1]; }
+  int64_t count_of(int64_t code) const { return ends_[code] - begin_of(code); }
+  const int32_t* rows_of(int64_t code) const { return row_.data() + begin_of(code); }
+  const Real* values_of(int64_t code) const { return row_value_.data() + begin_of(code); }
+
   const int64_t limit;  // entries of a list
 
  private:
   std::vector<SparseRow<Real>> lists_;
   Buffer<int32_t> index_;
   Buffer<Real> value_;
+  std::vector<int64_t> ends_;
+  std::vector<int32_t> row_;
+  std::vector<Real> row_value_;
 };
 
 // Turns tiles T, and lists, into dh, dweight and dscale.
@@ -218,7 +244,7 @@ class Backward {
   }
 
   // `members` of the rows from slot `first` on left lists instead of T.
-  void add_lists(const Tile<Stored>& tile, const Lists<Real>& lists, int64_t first, const std::vector<int64_t>& members) {
+  void add_lists(const Tile<Stored>& tile, Lists<Real>& lists, int64_t first, const std::vector<int64_t>& members) {
     if (members.empty()) return;
     if (out_.dh != nullptr) add_lists_to_rows(tile, lists, first, members);
     if (out_.dweight != nullptr) add_lists_to_codes(tile, lists, first, members);
@@ -270,31 +296,23 @@ class Backward {
     });
   }
 
-  // Each thread has codes of its own, and each code takes the rows in order.
-  void add_lists_to_codes(const Tile<Stored>& tile, const Lists<Real>& lists, int64_t first,
+  // Each thread has codes of its own, and each code takes the rows in order: X of the block stays in the cache.
+  void add_lists_to_codes(const Tile<Stored>& tile, Lists<Real>& lists, int64_t first,
                           const std::vector<int64_t>& members) {
     if (!v_is_set_) std::fill_n(v_, in_.codes * in_.dim, Real{0});
     v_is_set_ = true;
     even_.resize(in_.dim, Real{0});
-    int64_t entries = 0;
     for (int64_t i : members) {
       const Real even = static_cast<Real>(lists[i].even);
       const Real* const x = tile.x(first + i);
       for (int64_t d = 0; d < in_.dim; ++d) even_[d] += even * x[d];
-      entries += lists[i].count;
     }
-    parallel_for(in_.codes, grain(entries * in_.dim / in_.codes), [&](int64_t begin, int64_t end) {
+    lists.sort_by_code(members);
+    parallel_for(in_.codes, grain(4 * in_.dim), [&](int64_t begin, int64_t end) {
       with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
-        for (int64_t i : members) {
-          const SparseRow<Real>& list = lists[i];
-          const Real* const x = tile.x(first + i);
-          int64_t j = std::lower_bound(list.index, list.index + list.count, begin) - list.index;
-          for (; j < list.count && list.index[j] < end; ++j) {
-            Real* const v = v_ + list.index[j] * in_.dim;
-            const Real value = list.value[j];
-#pragma omp simd
-            for (int64_t d = 0; d < in_.dim; ++d) v[d] = multiply_add<fused.value>(value, x[d], v[d]);
-          }
+        for (int64_t k = begin; k < end; ++k) {
+          add_rows<fused.value>(lists.rows_of(k), lists.values_of(k), lists.count_of(k), tile.x(first), in_.dim,
+                                v_ + k * in_.dim);
         }
       });
     });
@@ -329,7 +347,7 @@ int64_t block_rows(int64_t rows, int64_t codes) {
 // With more entries than this a list saves nothing over its row of a matrix product.
 template <class Real>
 int64_t list_limit(int64_t codes) {
-  return std::is_same_v<Real, float> ? std::min<int64_t>(codes / 16, 1024) : 0;
+  return std::is_same_v<Real, float> ? std::min<int64_t>(codes / 8, 1024) : 0;
 }
 
 template <class Real>
@@ -422,7 +440,7 @@ void cosine_cross_entropy(const Cosine<Stored>& in, const CrossEntropy<Compute<S
   const int64_t capacity = limit > 0 ? std::min(rows, block + block / 2) : block;
   const Codebook<Stored> codebook(in);
   Tile<Stored> tile(in, std::max<int64_t>(1, capacity));
-  Lists<Real> lists(limit > 0 ? block : 0, limit);
+  Lists<Real> lists(limit > 0 ? block : 0, in.codes, limit);
   Backward<Stored> backward(in, codebook, gradients, capacity);
   std::vector<double> losses(block);
   std::vector<char> is_sparse(block);

@@ -103,7 +103,8 @@ class _CosineLogits(torch.autograd.Function):
         h, weight, scale = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
         if _create_graph():
-            gradients = _of_reference(lambda *inputs: ctx.reference(*inputs, ctx.eps), (h, weight, scale), upstream, wanted)
+            gradients = _of_reference(lambda *inputs: ctx.reference(*inputs, ctx.eps), (h, weight, scale), upstream,
+                                      wanted)
         else:
             gradients = _present(h, torch.ops.dgi_kernels.cosine_logits_backward(
                 _rows(upstream), _rows(h), weight.contiguous(), scale, ctx.eps, *wanted), wanted)
@@ -130,10 +131,12 @@ class _CosineCrossEntropy(torch.autograd.Function):
         wanted = ctx.needs_input_grad[:3]
         if _create_graph():
             ignore_index, reduction, label_smoothing, eps = ctx.options
-            return *_of_reference(
-                lambda h, weight, scale: ctx.reference(_rows(h), weight, target.reshape(-1), scale, ignore_index, reduction,
-                                                       label_smoothing, eps).view(upstream.shape),
-                (h, weight, scale), upstream, wanted), None, None, None
+
+            def loss(h: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+                return ctx.reference(_rows(h), weight, target.reshape(-1), scale, ignore_index, reduction,
+                                     label_smoothing, eps).view(upstream.shape)
+
+            return *_of_reference(loss, (h, weight, scale), upstream, wanted), None, None, None
         if ctx.options[1] == "none":
             gradients = _loss(h, weight, target, scale, upstream.reshape(-1).contiguous(), ctx.options, wanted)[1]
         elif gradients:

@@ -16,7 +16,6 @@
 
 #include <cmath>
 #include <cstdint>
-#include <initializer_list>
 
 #include "dgi/exp.h"
 #include "dgi/macros.h"
@@ -99,7 +98,7 @@ DGI_HOST_DEVICE void gradients(Real* e, const Real* rnorm, int64_t count, Real f
   for (int64_t k = 0; k < count; ++k) e[k] = multiply_add<kFused>(e[k], factor, shift) * rnorm[k];
 }
 
-constexpr int64_t kGroup = 32;  // entries that are looked at together
+constexpr int64_t kGroup = 16;  // entries that are looked at together
 
 // Appends the positions of entries of at least `cut`; returns how many there are now, or -1 beyond `limit`.
 template <class Real>
@@ -171,11 +170,11 @@ DGI_HOST_DEVICE void dense_gradient_row(const SoftmaxRow<Real>& row, const Softm
   row.products[row.target] = static_cast<Real>(target) * row.rnorm[row.target];
 }
 
-// Entries below a share of their row are skipped: below 2^-24 of what is not the target's, if then the list is short, i.e.
-// half of the longest that pays; else below 2^-26 of the row, if then it is; else below 2^-24 of the row, if that changes
-// the row's gradient by no more than about what a float32 softmax rounds away: by kNoise for every code in the norm of p
-// (a sum near 1 loses part of every small term), and by kDrift in the sum of p.
-constexpr double kNegligible = 0x1p-24, kNoise = 1.5e-10, kDrift = 0x1p-14;
+// Entries below a share of their row are skipped: below 2^-24 of what is not the target's, if then the list is short; else
+// below 2^-24 or 2^-25 of the row, if what they skip changes the row's gradient by no more than about what a float32 softmax
+// rounds away: by kNoise for every code in the norm of p (a sum near 1 loses part of every small term), and by kDrift in
+// the sum of p.
+constexpr double kNegligible = 0x1p-24, kNoise = 1.25e-10, kDrift = 0x1p-14;
 
 constexpr int64_t list_capacity(int64_t limit) { return limit + 1 + detail::kGroup; }
 
@@ -224,18 +223,21 @@ DGI_HOST_DEVICE bool sparse_gradient_row(const SoftmaxRow<Real>& row, const Soft
   if (!(total > 0x1p-60 && total < 0x1p120)) return false;
   const int64_t after = row.target + 1;
   const Real* const e = row.products;
-  for (const double share : {kNegligible * sums.rest / total, kNegligible / 4, kNegligible}) {
+  const struct {
+    double share;
+    int64_t longest;
+  } choices[] = {{kNegligible * sums.rest / total, limit / 4}, {kNegligible, limit}, {kNegligible / 2, limit}};
+  for (const auto [share, longest] : choices) {
     const Real cut = static_cast<Real>(share * total);
-    const int64_t longest = share == kNegligible ? limit : limit / 2;
     const int64_t before = detail::list_entries(e, 0, row.target, cut, list.index, 0, longest);
-    if (before < 0) continue;
-    list.index[before] = static_cast<int32_t>(row.target);
-    list.count = detail::list_entries(e, after, row.codes, cut, list.index, before + 1, longest);
+    if (before >= 0) list.index[before] = static_cast<int32_t>(row.target);
+    list.count = before < 0 ? -1 : detail::list_entries(e, after, row.codes, cut, list.index, before + 1, longest);
+    if (list.count < 0 && longest == limit) return false;
     if (list.count < 0) continue;
     detail::Skipped skipped;
     detail::add_skipped<kFused>(e, row.target, cut, skipped);
     detail::add_skipped<kFused>(e + after, row.codes - after, cut, skipped);
-    if (skipped.sum * share > kDrift || std::sqrt(skipped.squares) * share > kNoise * codes) return false;
+    if (skipped.sum * share > kDrift || std::sqrt(skipped.squares) * share > kNoise * codes) continue;
 
     const double left = codes - static_cast<double>(list.count);
     const double even = left > 0 ? skipped.sum * share / left : 0.0;
