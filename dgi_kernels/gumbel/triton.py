@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from dgi_kernels.cosine import triton as cosine
-from dgi_kernels.cosine.triton import Tiles, _add_product, _multiprocessors, _norms, _product, finish_block, uses_flash
+from dgi_kernels.cosine.triton import HALF, Tiles, _add_product, _multiprocessors, _norms, _product, finish_block
 from dgi_kernels.gumbel import triton_chunks as chunks
 from dgi_kernels.gumbel import triton_kernels as kernels
 from dgi_kernels.gumbel.reference import ResidualQuantization
@@ -41,13 +41,27 @@ class FlashConfig(NamedTuple):
     codes: Tiles
 
 
+_WIDE = FlashConfig(Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2), Tiles(128, 32, 8, 2))
+_NARROW = FlashConfig(Tiles(128, 64, 8, 2), Tiles(64, 32, 4, 2), Tiles(128, 16, 8, 2))
+
 # Architecture -> dimensions up to -> tiles: all that the launchers can choose, each compiled by bench/gpu_code.py. They are
 # the largest that spill no registers; which of these is fastest is to be measured. Others than 9 and 10 take those of 8.
-_TILES = FlashConfig(Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2), Tiles(128, 32, 8, 2))
-FLASH = {arch: {dim: _TILES for dim in (64, 128, 256)} for arch in (8, 9, 10)}
+FLASH = {8: {64: _WIDE, 128: _NARROW}, 9: {64: _WIDE, 128: _WIDE}, 10: {64: _WIDE, 128: _WIDE}}
+FLASH_LARGEST = 128
 CHUNK_BYTES = 32 << 20  # products and weights of one chunk: they stay in the L2 of an H100 or H200 (50 MB)
 CHUNK_STEP = 1024  # codes of one pass of the chunked epilogues
 ORDER_FROM = (4096, 512)  # rows and codes from which sorting rows costs less than the tiles it can save
+
+
+def uses_flash(dim: int, dtype: torch.dtype) -> bool:
+    """Flash or chunked form: the one place that chooses.
+
+    float32 is chunked: Triton's exact float32 product does not reach cuBLAS's. So are D > 128: for each (row, code) the flash
+    form makes 11 products of length D and the noise 5 times, the chunked form 7 and 2 times, but moves 38 bytes through the
+    L2. By the counts (0.17 ms a product at D = 256, 0.4 ms a noise with its softmax, 2 ms of traffic for N = 65536, K = 4096
+    on one H200) they meet near D = 200, and at 256 the flash form's backward spills. To be measured.
+    """
+    return dtype in HALF and dim <= FLASH_LARGEST
 
 
 def flash_config(dim: int, device: torch.device) -> tuple[int, FlashConfig]:

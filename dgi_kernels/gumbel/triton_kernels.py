@@ -1,4 +1,4 @@
-"""Triton kernels of soft residual quantization: flash form for D <= 256, epilogues of the chunked form beyond.
+"""Triton kernels of soft residual quantization: flash form for D <= 128, epilogues of the chunked form beyond.
 
     l_nk = (scale r^_n . e^_k + g_nk) / tau,    p = softmax(l),    z~_n = sum_k p_nk e_k,    r'_n = r_n - z~_n
     c_nk = z_n . e_k + v_k   (z: gradient of z~ at the row, v: gradient of usage / N)

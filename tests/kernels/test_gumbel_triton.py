@@ -132,7 +132,7 @@ def test_softmax(shape: tuple[int, ...], dtype: torch.dtype, hard: bool, monkeyp
     gradients = torch.autograd.grad((actual * upstream).sum(), (x, tau))
     truths = torch.autograd.grad((expected * upstream.double()).sum(), (exact, exact_tau))
     for gradient, truth in zip(gradients, truths, strict=True):
-        assert error(gradient, truth, floor=1e-2) < GRADIENTS[dtype]
+        assert error(gradient, truth, floor=0.1) < GRADIENTS[dtype]
 
 
 @run
@@ -147,7 +147,7 @@ def test_softmax_edge_values() -> None:
 
 
 Shape = tuple[int, int, tuple[int, ...]]
-SHAPES: list[Shape] = [(1, 1, (1,)), (6, 1, (4, 1, 3)), (35, 7, (9, 33))]
+SHAPES: list[Shape] = [(1, 1, (1,)), (6, 3, (4, 1, 3)), (35, 7, (9, 33))]
 
 
 def inputs(shape: Shape, dtype: torch.dtype) -> list[Tensor]:
