@@ -1,19 +1,21 @@
 """The noise of the contract in Triton, and the kernels that need no codebook: gumbel_noise and gumbel_softmax.
 
-    u = (x + 1/2) 2^-32,    E = -log1p(-u),    g = -log E,    x = word k % 4 of Philox4x32-10 at (k // 4, n, level, stream)
+    u = (x + 1/2) 2^-32,    E = -log1p(-u),    g = -log E,    x = word k % 4 of Philox4x32-10 at (k // 4, n, level,
+    stream)
 
-Everything here is in base 2, G = g / ln 2, so that both logarithms and the softmax's exponential are one instruction of the
-GPU each. ``lg2.approx`` errs by 2^-22, absolutely where its argument is within (1/2, 2) and relatively elsewhere (PTX ISA).
-Near u = 0, where E = -log(1 - u) loses what 1 - u has rounded away, a polynomial in u takes its place below u = 1/16: then
-the error of g is below 2e-5 for every word: 3e-6 from E, 6e-6 from log E at its largest, 23 (a test adds them up over both
-ends and a sample). One conversion serves both sides: it takes x for small u and ~x, which is 1 - u, for the rest.
+Everything here is in base 2, G = g / ln 2, so that both logarithms and the softmax's exponential are one instruction of
+the GPU each. ``lg2.approx`` errs by 2^-22, absolutely where its argument is within (1/2, 2) and relatively elsewhere
+(PTX ISA). Near u = 0, where E = -log(1 - u) loses what 1 - u has rounded away, a polynomial in u takes its place below
+u = 1/16: then the error of g is below 2e-5 for every word: 3e-6 from E, 6e-6 from log E at its largest, 23 (a test adds
+them up over both ends and a sample). One conversion serves both sides: it takes x for small u and ~x, which is 1 - u,
+for the rest.
 
-A tile computes one Philox block for four neighbouring codes and uses all four words. A row's and a code's parts of the first
-two rounds stay vectors of b_n and b_k / 4 elements by broadcasting, so that eight rounds are paid for.
+A tile computes one Philox block for four neighbouring codes and uses all four words. A row's and a code's parts of the
+first two rounds stay vectors of b_n and b_k / 4 elements by broadcasting, so that eight rounds are paid for.
 
-Instructions an element in the machine code for sm_90 (Triton 3.9, bench/gpu_code.py), where 35 were aimed at: 30 for the
-noise in the loop of triton_kernels.usage_kernel (noisy less noiseless), 40 in level_kernel's, with a second argmax, and 40 for
-all of noise_kernel, addresses and stores included. Not yet run on a GPU.
+Instructions an element in the machine code for sm_90 (Triton 3.9, bench/gpu_code.py), where 35 were aimed at: 30 for
+the noise in the loop of triton_kernels.usage_kernel (noisy less noiseless), 40 in level_kernel's, with a second argmax,
+and 40 for all of noise_kernel, addresses and stores included. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":  # the interpreter has no inline a
 else:
     @triton.jit
     def log2_approx(x):
-        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True,
+                                         pack=1)
 
 
 @triton.jit
@@ -90,7 +93,8 @@ def softmax_kernel(p_x, p_seed, p_tau, p_out, p_lse, N, K, stream: tl.constexpr,
                    one_tile: tl.constexpr, b_n: tl.constexpr, b_k: tl.constexpr):
     """x (N, K) -> out (N, K) = softmax((x + g) / tau) or its one-hot, lse (N,) in base 2.
 
-    A program owns b_n rows. Where a row does not fit one tile, its noise is made twice rather than its softmax stored once.
+    A program owns b_n rows. Where a row does not fit one tile, its noise is made twice rather than its softmax stored
+    once.
     """
     o_n = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
     m_n = o_n < N
