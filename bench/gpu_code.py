@@ -1,4 +1,4 @@
-"""Compile every Triton kernel for GPUs that need not be there, and show what each costs in registers and memory.
+"""Compile every Triton kernel for GPUs that need not be there; show its registers, memory and instructions.
 
     python bench/gpu_code.py [--arch 80 90 100] [--jobs 2]
 
@@ -11,6 +11,7 @@ has. Registers and spills are ptxas's, so they vary with Triton: the tiles are c
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import subprocess
@@ -28,6 +29,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dgi_kernels.cosine import triton as cosine
+from dgi_kernels.gumbel import triton as gumbel
+from dgi_kernels.gumbel import triton_softmax as softmax
 
 ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may use
@@ -45,6 +48,7 @@ class Launch:
     """One kernel as one launcher calls it: everything that decides the code Triton makes."""
 
     label: str
+    module: str
     kernel: str
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
@@ -73,7 +77,7 @@ def describe(label: str, kernel: triton.JITFunction, args: tuple, kwargs: dict[s
             kind = "i32" if -(2**31) <= value < 2**31 else "i64"
             aligned += [i] * (special and value % 16 == 0)
         signature.append((parameter.name, kind))
-    return Launch(label, kernel.__name__, tuple(signature), tuple(constants), tuple(aligned), options)
+    return Launch(label, kernel.fn.__module__, kernel.__name__, tuple(signature), tuple(constants), tuple(aligned), options)
 
 
 def launches_of(label: str, call: Callable[[], None]) -> list[Launch]:
@@ -82,6 +86,9 @@ def launches_of(label: str, call: Callable[[], None]) -> list[Launch]:
 
     def note(kernel: triton.JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         noted.append(describe(label, kernel, args, kwargs))
+        for value in args:
+            if isinstance(value, torch.Tensor) and value.dtype == torch.int64:
+                value.zero_()  # codes and orders that the kernel would have written are indices
 
     run, triton.JITFunction.run = triton.JITFunction.run, note
     try:
@@ -110,9 +117,40 @@ def cosine_launches(arch: int) -> Iterator[Launch]:
         yield from launches_of(f"{str(dtype).removeprefix('torch.')} D={dim}", call)
 
 
+def gumbel_launches(arch: int) -> Iterator[Launch]:
+    """Each dtype and form, mode, with and without noise and each optional gradient; noise and softmax at each of their tiles."""
+    cosine.architecture = lambda device: arch // 10  # type: ignore[assignment]
+    seed, tau = torch.zeros(1, dtype=torch.int64), torch.tensor(0.5, requires_grad=True)
+    cases = [(dtype, dim) for dtype in gumbel.HALF for dim in (*gumbel.FLASH[9], 768)] + [(torch.float32, 64)]
+    for dtype, dim in cases:
+        def quantize(dtype: torch.dtype = dtype, dim: int = dim) -> None:
+            for mode, noise in (("soft", seed), ("straight_through", seed), ("hard", None), ("soft", None)):
+                z, *codebooks = (torch.randn(rows, dim).to(dtype).requires_grad_() for rows in (32, 48, 48))
+                with torch.set_grad_enabled(mode != "hard"):
+                    result = gumbel.residual_quantize(z, codebooks, torch.tensor(30.0), tau, mode, noise, 0, 1e-12)
+                if mode != "hard":
+                    loss = result.quantized.sum()
+                    if noise is not None:
+                        loss = loss + result.usage[0].sum() + result.log_normalizer.sum()
+                    loss.backward()
+        yield from launches_of(f"{str(dtype).removeprefix('torch.')} D={dim}", quantize)
+    for dtype in (torch.float32, *gumbel.HALF):
+        def sample(dtype: torch.dtype = dtype) -> None:
+            for codes in (*(b_k for _, b_k in softmax.SOFTMAX_TILES), 32000, 33):
+                logits = torch.randn(4, codes).to(dtype).requires_grad_()
+                for hard in (False, True):
+                    softmax.gumbel_softmax(logits, tau, hard, seed).sum().backward()
+        yield from launches_of(str(dtype).removeprefix("torch."), sample)
+    yield from launches_of("", lambda: [softmax.gumbel_noise(seed, 0, 0, 0, 4, codes) for codes in (32, 33, 512)] and None)
+
+
 @dataclass(frozen=True)
 class Report:
-    """What one kernel takes on one architecture; ``shared`` and ``spilled`` in bytes."""
+    """What one kernel takes on one architecture; ``shared`` and ``spilled`` in bytes.
+
+    ``instructions`` are machine code, the whole kernel's: divided by a thread's elements of a tile of rows and codes they bound
+    what the loop costs an element from above, and two variants' difference says what one ingredient costs.
+    """
 
     launch: Launch
     arch: int
@@ -120,30 +158,35 @@ class Report:
     spilled: int
     shared: int
     instructions: int
+    per_element: float
     seconds: float
 
 
 def compile_for(launch: Launch, arch: int) -> Report:
     start = time.perf_counter()
-    kernel = getattr(cosine.kernels, launch.kernel)
+    modules = (cosine.kernels, gumbel.kernels, gumbel.chunks, softmax.kernels)
+    kernel = next(getattr(module, launch.kernel) for module in modules if module.__name__ == launch.module)
     constants = {(kernel.arg_names.index(name),): value for name, value in launch.constants}
     attributes = {(i,): [["tt.divisibility", 16]] for i in launch.aligned}
     source = ASTSource(kernel, dict(launch.signature), constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
-    registers, spilled = resources(compiled.asm["cubin"])
-    instructions = compiled.asm["ptx"].count(";\n")
-    return Report(launch, arch, registers, spilled, compiled.metadata.shared, instructions, time.perf_counter() - start)
+    registers, spilled, instructions = resources(compiled.asm["cubin"])
+    blocks, warps = dict(launch.constants), dict(launch.options)["num_warps"]
+    per_element = instructions * 32 * warps / (blocks.get("b_n", 0) * blocks.get("b_k", 0) or math.inf)
+    return Report(launch, arch, registers, spilled, compiled.metadata.shared, instructions, per_element,
+                  time.perf_counter() - start)
 
 
-def resources(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread and bytes of local memory, as cuobjdump reads them from the machine code."""
+def resources(cubin: bytes) -> tuple[int, int, int]:
+    """Registers a thread, bytes of local memory and instructions, as cuobjdump reads them from the machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         tool = triton.knobs.nvidia.cuobjdump.path
-        text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+        text, code = (subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout
+                      for option in ("-res-usage", "-sass"))
     registers, stack, local = (int(re.search(rf"\b{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL"))
-    return registers, stack + local
+    return registers, stack + local, len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!NOP)", code, re.MULTILINE))
 
 
 def main() -> int:
@@ -152,15 +195,16 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
     options = parser.parse_args()
     failed = False
-    print(f"{'kernel':28}{'case':18}{'sm':>4}{'regs':>6}{'spill':>7}{'shared':>8}{'ptx':>6}{'s':>6}")
+    print(f"{'kernel':28}{'case':18}{'sm':>4}{'regs':>6}{'spill':>7}{'shared':>8}{'code':>6}{'/element':>9}{'s':>6}")
     with ProcessPoolExecutor(options.jobs) as pool:
-        jobs = [(launch, arch) for arch in options.arch for launch in dict.fromkeys(cosine_launches(arch))]
+        jobs = [(launch, arch) for arch in options.arch for arch_launches in (cosine_launches, gumbel_launches)
+                for launch in dict.fromkeys(arch_launches(arch))]
         for report in pool.map(compile_for, *zip(*jobs, strict=True)):
             name, arch = report.launch.kernel, report.arch
             bad = report.spilled > JUSTIFIED_SPILLS.get((name, arch), (0, ""))[0] or report.shared > SHARED_LIMIT[arch]
             failed |= bad
             print(f"{name:28}{report.launch.label:18}{arch:4}{report.registers:6}{report.spilled:7}{report.shared:8}"
-                  f"{report.instructions:6}{report.seconds:6.1f}{'  FAILS' if bad else ''}", flush=True)
+                  f"{report.instructions:6}{report.per_element:9.1f}{report.seconds:6.1f}{'  FAILS' if bad else ''}", flush=True)
     outcome = "FAILED" if failed else "all as they should be"
     print(f"Triton {triton.__version__}: {len(jobs)} compilations, {outcome}")
     return int(failed)

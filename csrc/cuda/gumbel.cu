@@ -1,11 +1,11 @@
-// Gumbel-Softmax on CUDA: one block of threads a row. The kernel to learn the noise from: dgi/gumbel_lanes.h says what a
-// thread does, and here is how threads meet.
+// Gumbel-Softmax on CUDA: one block of threads a row. The kernel to learn the noise from: dgi/gumbel_lanes.h says what
+// a thread does, and here is how threads meet.
 //
-// Read: the logits twice forward, thrice backward, the later times from cache; written: the result once. The noise is made
-// in each pass: it is bound by instruction issue, a quarter of Philox and two logarithms a code, not by memory.
+// Read: the logits twice forward, thrice backward, the later times from cache; written: the result once. The noise is
+// made in each pass: it is bound by instruction issue, a quarter of Philox and two logarithms a code, not by memory.
 //
-// Not yet run on a GPU. Compiles to cubin for sm_80, sm_90 and sm_100 without spills (nvcc -cubin -Xptxas -v); the logic of
-// a thread is tested in C++.
+// Not yet run on a GPU. Compiles to cubin for sm_80, sm_90 and sm_100 without spills (nvcc -cubin -Xptxas -v); the
+// logic of a thread is tested in C++.
 #include "gumbel.h"
 
 #include <algorithm>

@@ -185,8 +185,8 @@ def residual_quantize(z: Tensor, codebooks: Iterable[Tensor], scale: float | Ten
 
     with torch.autocast(z.device.type, enabled=False), torch.set_grad_enabled(gradients):
         if chosen == "triton":
-            return triton.residual_quantize(z.to(dtype), [codebook.to(dtype) for codebook in codebooks], scale, tau, mode,
-                                            seed, row_offset, eps)
+            return triton.residual_quantize(z.to(dtype), [codebook.to(dtype) for codebook in codebooks], scale, tau,
+                                            mode, seed, row_offset, eps)
         inputs = (z.to(compute), [codebook.to(compute) for codebook in codebooks], checks.to_dtype(scale, compute),
                   checks.to_dtype(tau, compute))
         if chosen == "native":

@@ -1,7 +1,8 @@
 """Launchers of residual quantization in Triton, as operators that torch.compile keeps whole.
 
-Formulas, what is kept and what is made again: :mod:`dgi_kernels.gumbel.triton_kernels`. The codebooks come as one tensor
-(sum K_j, D) and a list of sizes. Grids depend on shapes alone and nothing is read back, so a CUDA graph can hold a step.
+Formulas, what is kept and what is made again: :mod:`dgi_kernels.gumbel.triton_kernels`. The codebooks come as one
+tensor (sum K_j, D) and a list of sizes. Grids depend on shapes alone and nothing is read back, so a CUDA graph can hold
+a step.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import triton
 from torch import Tensor
 
 from dgi_kernels.cosine import triton as cosine
-from dgi_kernels.cosine.triton import Tiles, _add_product, _multiprocessors, _norms, _product, finish_block, uses_flash
+from dgi_kernels.cosine.triton import HALF, Tiles, _add_product, _multiprocessors, _norms, _product, finish_block
 from dgi_kernels.gumbel import triton_chunks as chunks
 from dgi_kernels.gumbel import triton_kernels as kernels
 from dgi_kernels.gumbel.reference import ResidualQuantization
@@ -24,16 +25,16 @@ from dgi_kernels.gumbel.reference import ResidualQuantization
 MODES = ("soft", "straight_through", "hard")  # the numbers of the kernels
 SOFT, STRAIGHT_THROUGH, HARD = range(3)
 
-# Tiles of codes whose p are all below this part of their row are left out: what is lost of a row's mass, at most K times as
-# much, stays below the rounding of 16-bit weights.
+# Tiles of codes whose p are all below this part of their row are left out: what is lost of a row's mass, at most K
+# times as much, stays below the rounding of 16-bit weights.
 LOG2_SKIP = {torch.float32: -24.0, torch.float16: -22.0, torch.bfloat16: -20.0}
 
 
 class FlashConfig(NamedTuple):
     """Tiles of the passes that own rows, forward and backward, and of the two that own codes.
 
-    What matters is noted for tiles of ``codes.step`` rows and ``codes.owned`` codes: multiples of these are what ``gradient``
-    owns, and divisors what it steps by.
+    What matters is noted for tiles of ``codes.step`` rows and ``codes.owned`` codes: multiples of these are what
+    ``gradient`` owns, and divisors what it steps by.
     """
 
     forward: Tiles
@@ -41,13 +42,29 @@ class FlashConfig(NamedTuple):
     codes: Tiles
 
 
-# Architecture -> dimensions up to -> tiles: all that the launchers can choose, each compiled by bench/gpu_code.py. They are
-# the largest that spill no registers; which of these is fastest is to be measured. Others than 9 and 10 take those of 8.
-_TILES = FlashConfig(Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2), Tiles(128, 32, 8, 2))
-FLASH = {arch: {dim: _TILES for dim in (64, 128, 256)} for arch in (8, 9, 10)}
+_WIDE = FlashConfig(Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2), Tiles(128, 32, 8, 2))
+_NARROW = FlashConfig(Tiles(128, 64, 8, 2), Tiles(64, 32, 4, 2), Tiles(128, 16, 8, 2))
+
+# Architecture -> dimensions up to -> tiles: all that the launchers can choose, each compiled by bench/gpu_code.py. They
+# are the largest that spill no registers; which of these is fastest is to be measured. Others than 9 and 10 take those
+# of 8.
+FLASH = {8: {64: _WIDE, 128: _NARROW}, 9: {64: _WIDE, 128: _WIDE._replace(codes=_NARROW.codes)},
+         10: {64: _WIDE, 128: _WIDE}}
+FLASH_LARGEST = 128
 CHUNK_BYTES = 32 << 20  # products and weights of one chunk: they stay in the L2 of an H100 or H200 (50 MB)
 CHUNK_STEP = 1024  # codes of one pass of the chunked epilogues
 ORDER_FROM = (4096, 512)  # rows and codes from which sorting rows costs less than the tiles it can save
+
+
+def uses_flash(dim: int, dtype: torch.dtype) -> bool:
+    """Flash or chunked form: the one place that chooses.
+
+    float32 is chunked: Triton's exact float32 product does not reach cuBLAS's. So are D > 128: for each (row, code) the
+    flash form makes 11 products of length D and the noise 5 times, the chunked form 7 and 2 times, but moves 38 bytes
+    through the L2. By the counts (0.17 ms a product at D = 256, 0.4 ms a noise with its softmax, 2 ms of traffic for N
+    = 65536, K = 4096 on one H200) they meet near D = 200, and at 256 the flash form's backward spills. To be measured.
+    """
+    return dtype in HALF and dim <= FLASH_LARGEST
 
 
 def flash_config(dim: int, device: torch.device) -> tuple[int, FlashConfig]:
@@ -75,7 +92,8 @@ def residual_quantize(z: Tensor, codebooks: Sequence[Tensor], scale: float | Ten
 
 
 def _scalar(value: float | Tensor, like: Tensor) -> Tensor:
-    return value.float() if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float32, device=like.device)
+    return value.float() if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float32,
+                                                                      device=like.device)
 
 
 @dataclass(frozen=True)
@@ -165,7 +183,8 @@ def _empty_outputs(z: Tensor, weight: Tensor, sizes: Sequence[int]) -> tuple[
     return (empty(rows, levels, dim, dtype=z.dtype), empty(rows, levels, dtype=torch.int64),
             empty(rows, levels, dtype=torch.int64), empty(codes), empty(rows, levels, dim, dtype=z.dtype),
             empty(rows, levels), empty(rows, levels), empty(codes),
-            empty(levels, rows if uses_flash(dim, z.dtype) else 0, dtype=torch.int64), empty(sum(_tile_counts(z, sizes))))
+            empty(levels, rows if uses_flash(dim, z.dtype) else 0, dtype=torch.int64), empty(sum(_tile_counts(z,
+                                                                                                              sizes))))
 
 
 @_forward.register_fake
@@ -237,8 +256,8 @@ def _chunked_level(level: Level, sampling: Sampling, usage: Tensor, with_grad: b
         _product(level.residual[own], e.T, s)
         chunks.chunk_level_kernel[(len(s),)](
             s, p, level.rnorm[own], level.rnorm_e, sampling.seed, sampling.scale, sampling.tau, level.codes[own],
-            level.sampled[own], level.lse[own], codes, level.lse.stride(0), level.index, sampling.row_offset + own.start,
-            log2_gain, noisy=sampling.noisy, b_k=CHUNK_STEP, num_warps=4)
+            level.sampled[own], level.lse[own], codes, level.lse.stride(0), level.index,
+            sampling.row_offset + own.start, log2_gain, noisy=sampling.noisy, b_k=CHUNK_STEP, num_warps=4)
         if p is not None:
             usage.add_(p.sum(0, dtype=torch.float32), alpha=2.0**-log2_gain)
         if mean is not None:
@@ -264,9 +283,10 @@ def _weights(products: Tensor, e: Tensor) -> Tensor:
 
 @torch.library.custom_op("dgi_kernels::residual_quantize_triton_backward", mutates_args=())
 def _backward(dquantized: Tensor | None, dusage: Tensor | None, dresiduals: Tensor | None, dlse: Tensor | None,
-              weight: Tensor, scale: Tensor, tau: Tensor, seed: Tensor, codes: Tensor, sampled: Tensor, residuals: Tensor,
-              lse: Tensor, rnorm: Tensor, rnorm_e: Tensor, order: Tensor, largest: Tensor, sizes: list[int], row_offset: int,
-              eps: float, mode: int, noisy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+              weight: Tensor, scale: Tensor, tau: Tensor, seed: Tensor, codes: Tensor, sampled: Tensor,
+              residuals: Tensor, lse: Tensor, rnorm: Tensor, rnorm_e: Tensor, order: Tensor, largest: Tensor,
+              sizes: list[int], row_offset: int, eps: float, mode: int, noisy: bool) -> tuple[Tensor, Tensor, Tensor,
+                                                                                              Tensor]:
     """-> dz, dweight, dscale, dtau."""
     rows, _, dim = residuals.shape
     flow = residuals.new_zeros(rows, dim, dtype=torch.float32)  # the gradient of r_j, then of r_{j-1}
@@ -295,10 +315,11 @@ def _backward(dquantized: Tensor | None, dusage: Tensor | None, dresiduals: Tens
 
 
 @_backward.register_fake
-def _(dquantized, dusage, dresiduals, dlse, weight, scale, tau, seed, codes, sampled, residuals, lse, rnorm,  # type: ignore
-      rnorm_e, order, largest, sizes, row_offset, eps, mode, noisy):
+def _(dquantized, dusage, dresiduals, dlse, weight, scale, tau, seed, codes, sampled, residuals, lse,  # type: ignore
+      rnorm, rnorm_e, order, largest, sizes, row_offset, eps, mode, noisy):
     rows, _, dim = residuals.shape
-    return (residuals.new_empty(rows, dim), weight.new_empty(weight.shape), torch.empty_like(scale), torch.empty_like(tau))
+    return (residuals.new_empty(rows, dim), weight.new_empty(weight.shape), torch.empty_like(scale),
+            torch.empty_like(tau))
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -355,16 +376,18 @@ def _flash_gradients(level: Level, sampling: Sampling, upstream: Upstream, flow:
     """Add a level's gradient of r to ``flow``, fill ``de``; return each row's parts of those of the scale and tau."""
     (rows, dim), codes, dtype = flow.shape, len(level.e), level.e.dtype
     b_d, config = flash_config(dim, flow.device)
-    common = (level.residual, level.e, level.rnorm, level.rnorm_e, sampling.seed, sampling.scale, sampling.tau, level.lse)
+    common = (level.residual, level.e, level.rnorm, level.rnorm_e, sampling.seed, sampling.scale, sampling.tau,
+              level.lse)
     where = (rows, codes, dim, level.residual.stride(0), level.lse.stride(0), level.index, sampling.row_offset,
              2.0 ** LOG2_SKIP[dtype])
     mean, of_tau, total = torch.empty_like(upstream.norm), torch.empty_like(upstream.norm), torch.empty_like(flow)
     kernels.row_gradient_kernel[(triton.cdiv(rows, config.gradient.owned),)](
-        *common, level.order, level.largest, upstream.unit, upstream.norm, upstream.bound, upstream.dusage, upstream.dlse,
-        _gain(level.rnorm_e, dtype), mean, total, of_tau, *where, noisy=sampling.noisy, g_n=config.codes.step,
-        g_k=config.codes.owned, **_blocks(b_d, config.gradient, own="b_n", step="b_k"))
+        *common, level.order, level.largest, upstream.unit, upstream.norm, upstream.bound, upstream.dusage,
+        upstream.dlse, _gain(level.rnorm_e, dtype), mean, total, of_tau, *where, noisy=sampling.noisy,
+        g_n=config.codes.step, g_k=config.codes.owned, **_blocks(b_d, config.gradient, own="b_n", step="b_k"))
 
-    factor = torch.where(level.rnorm_e == 0, 1 / sampling.eps, level.rnorm_e).amax() * (sampling.scale / sampling.tau).abs()
+    factor = torch.where(level.rnorm_e == 0, 1 / sampling.eps,
+                         level.rnorm_e).amax() * (sampling.scale / sampling.tau).abs()
     gain = _gain(torch.maximum(upstream.bound * level.rnorm * factor, upstream.norm), dtype)
     tiles, splits = _splits(config.codes, level)
     partial, radial_e = flow.new_empty(splits, codes, dim), flow.new_empty(splits, codes)
@@ -375,7 +398,8 @@ def _flash_gradients(level: Level, sampling: Sampling, upstream: Upstream, flow:
         **_blocks(b_d, config.codes, own="b_k", step="b_n"))
     b_k, b_d = finish_block(dim)
     kernels.finish_codes_kernel[(triton.cdiv(codes, b_k),)](
-        partial, radial_e, level.e, level.rnorm_e, gain, de, splits, codes, dim, sampling.eps, b_k=b_k, b_d=b_d, num_warps=4)
+        partial, radial_e, level.e, level.rnorm_e, gain, de, splits, codes, dim, sampling.eps, b_k=b_k, b_d=b_d,
+        num_warps=4)
 
     radial = torch.empty_like(upstream.norm)
     _finish(total, level.residual, level.rnorm, level.order, sampling, None, flow, None, flow, radial)
@@ -397,14 +421,16 @@ def _chunked_gradients(level: Level, sampling: Sampling, upstream: Upstream, flo
         _product(upstream.unit[own], e.T, c)
         chunks.chunk_gradient_kernel[(len(s),)](
             s, c, w, y, level.rnorm[own], level.rnorm_e, sampling.seed, sampling.scale, sampling.tau, level.lse[own],
-            level.sampled[own], upstream.norm[own], upstream.dusage, None if upstream.dlse is None else upstream.dlse[own],
-            key_gain, value_gain, of_tau[own], codes, level.lse.stride(0), level.index, sampling.row_offset + own.start,
+            level.sampled[own], upstream.norm[own], upstream.dusage,
+            None if upstream.dlse is None else upstream.dlse[own], key_gain, value_gain, of_tau[own], codes,
+            level.lse.stride(0), level.index, sampling.row_offset + own.start,
             straight_through=sampling.mode == STRAIGHT_THROUGH, noisy=sampling.noisy, b_k=CHUNK_STEP, num_warps=4)
         _add_product(w.T, level.residual[own], key)
         _add_product(y.T, upstream.unit[own], value)
         total = torch.empty_like(flow[own])
         _product(w, e, total)
-        _finish(total, level.residual[own], level.rnorm[own], None, sampling, key_gain, flow[own], None, flow[own], radial[own])
+        _finish(total, level.residual[own], level.rnorm[own], None, sampling, key_gain, flow[own], None, flow[own],
+                radial[own])
     _finish(key, e, level.rnorm_e, None, sampling, key_gain, value, value_gain, de, None)
     return radial, of_tau
 

@@ -1,9 +1,9 @@
 """Epilogues of residual quantization's chunked form: products of a chunk of rows come from cuBLAS and stay in the L2.
 
-The formulas are those of :mod:`dgi_kernels.gumbel.triton_kernels`. One row a program; each kernel passes over its row twice,
-and what the second pass needs lies where the products lay, so that noise is made once forward and once backward. Per (row,
-code) the L2 sees, for 16-bit operands, 14 bytes forward (products written and read, l written and read by way of the L1, p
-written and read) and 24 backward.
+The formulas are those of :mod:`dgi_kernels.gumbel.triton_kernels`. One row a program; each kernel passes over its row
+twice, and what the second pass needs lies where the products lay, so that noise is made once forward and once backward.
+Per (row, code) the L2 sees, for 16-bit operands, 14 bytes forward (products written and read, l written and read by way
+of the L1, p written and read) and 24 backward.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def row_noise(p_seed, i_n, row_offset, level, first, b_k: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=PER_ROW)
-def chunk_level_kernel(p_s, p_p, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p_codes, p_sampled, p_lse, K, stride_m, level,
-                       row_offset, log2_gain, noisy: tl.constexpr, b_k: tl.constexpr):
-    """Products s (rows, K) -> codes, sampled, lse (rows,); where p is not None, p 2^log2_gain (rows, K), maybe in the place of s."""
+def chunk_level_kernel(p_s, p_p, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p_codes, p_sampled, p_lse, K, stride_m,
+                       level, row_offset, log2_gain, noisy: tl.constexpr, b_k: tl.constexpr):
+    """Products s (rows, K) -> codes, sampled, lse (rows,); p 2^log2_gain (rows, K), maybe in place of s, or None."""
     i_n = tl.program_id(0).to(tl.int64)
     scale_r = tl.load(p_rnorm + i_n * stride_m) * (tl.load(p_scale) * LOG2E)
     inv_tau = 1.0 / tl.load(p_tau)
@@ -67,12 +67,12 @@ def chunk_level_kernel(p_s, p_p, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p_c
 
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=PER_ROW)
-def chunk_gradient_kernel(p_s, p_c, p_w, p_y, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p_lse, p_sampled, p_norm, p_dusage,
-                          p_dlse, p_gain, p_value_gain, p_dtau, K, stride_m, level, row_offset, straight_through: tl.constexpr,
-                          noisy: tl.constexpr, b_k: tl.constexpr):
-    """Products s = r . e and c = unit . e (rows, K) -> w rr_n re_k and y |z_n|, ready for products; may be s and c themselves.
+def chunk_gradient_kernel(p_s, p_c, p_w, p_y, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p_lse, p_sampled, p_norm,
+                          p_dusage, p_dlse, p_gain, p_value_gain, p_dtau, K, stride_m, level, row_offset,
+                          straight_through: tl.constexpr, noisy: tl.constexpr, b_k: tl.constexpr):
+    """Products s = r . e and c = unit . e (rows, K) -> w rr_n re_k and y |z_n|, ready for products.
 
-    y is p, or the one-hot of ``sampled``. dtau (rows,) = sum_k w log2 p.
+    They may be s and c themselves. y is p, or the one-hot of ``sampled``. dtau (rows,) = sum_k w log2 p.
     """
     i_n = tl.program_id(0).to(tl.int64)
     rnorm = tl.load(p_rnorm + i_n * stride_m)

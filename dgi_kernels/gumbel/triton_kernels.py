@@ -1,4 +1,4 @@
-"""Triton kernels of soft residual quantization: flash form for D <= 256, epilogues of the chunked form beyond.
+"""Triton kernels of soft residual quantization: flash form for D <= 128, epilogues of the chunked form beyond.
 
     l_nk = (scale r^_n . e^_k + g_nk) / tau,    p = softmax(l),    z~_n = sum_k p_nk e_k,    r'_n = r_n - z~_n
     c_nk = z_n . e_k + v_k   (z: gradient of z~ at the row, v: gradient of usage / N)
@@ -9,19 +9,20 @@
 
 This is attention with the residual as query and the codebook as key and as value, with noise made inside.
 
-- Operands of products are the stored vectors; a tile of products is scaled by ``scale rr_n re_k``. The residual is carried
-  from level to level in float32 and rounded only as an operand: N x D numbers against N x K of work, so each level is
-  launches of its own and the residuals, which are an output, are written once and read once.
-- The softmax is never stored: forward keeps the log-normalizer, every other pass makes logits and noise again. ``w`` needs
-  sum_k p c before the first product with it (p c and its mean cancel where p is peaked, so rounded operands cannot be
-  corrected afterwards); the row kernel therefore passes over the codes twice.
+- Operands of products are the stored vectors; a tile of products is scaled by ``scale rr_n re_k``. The residual is
+  carried from level to level in float32 and rounded only as an operand: N x D numbers against N x K of work, so each
+  level is launches of its own and the residuals, which are an output, are written once and read once.
+- The softmax is never stored: forward keeps the log-normalizer, every other pass makes logits and noise again. ``w``
+  needs sum_k p c before the first product with it (p c and its mean cancel where p is peaked, so rounded operands
+  cannot be corrected afterwards); the row kernel therefore passes over the codes twice.
 - No atomics: a program owns its rows or its codes; splits write partials that are added in a fixed order.
 - A code's two gradients, as key and as value, share one accumulator: the projection needs of the key's only its product
   with e, which is a sum over the tile of w times the logits' own products.
-- Peaked rows: the pass for ``usage`` notes the largest p of every tile; backward leaves out whole tiles, noise and products,
-  that lie below ``skip``. Rows are visited in the order of their sampled codes, so that what is large shares tiles.
-- A slot is a place in that order. Whole rows are stored by slot, not where they were read: the 64-bit addresses, kept for
-  that through the loop, would cost more registers than the accumulators.
+- Peaked rows: the pass for ``usage`` notes the largest p of every tile; backward leaves out whole tiles, noise and
+  products, that lie below ``skip``. Rows are visited in the order of their sampled codes, so that what is large shares
+  tiles.
+- A slot is a place in that order. Whole rows are stored by slot, not where they were read: the 64-bit addresses, kept
+  for that through the loop, would cost more registers than the accumulators.
 - 16-bit gradients keep their range: z_n enters products with norm 1, weights are scaled by powers of a bound of theirs.
 
 Logits, noise and log-normalizers are in base 2 inside the kernels.
@@ -45,8 +46,8 @@ def emit_kernel(p_rest, p_mean, p_e, p_index, p_lse, p_quantized, p_residual, p_
                 b_n: tl.constexpr, b_d: tl.constexpr):
     """The seam of two levels: rest (N, D) float32 -= z~, and its rounding and norm for the next level. b_d >= D.
 
-    z~ is ``mean`` (N, D), or the codebook's rows at ``index`` (N,), NaN where ``lse``, if given, is. Before the first level
-    ``quantized`` is None and rest is z; after the last ``residual`` is None.
+    z~ is ``mean`` (N, D), or the codebook's rows at ``index`` (N,), NaN where ``lse``, if given, is. Before the first
+    level ``quantized`` is None and rest is z; after the last ``residual`` is None.
     """
     o_n = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
     o_d = tl.arange(0, b_d)
@@ -62,7 +63,8 @@ def emit_kernel(p_rest, p_mean, p_e, p_index, p_lse, p_quantized, p_residual, p_
             if p_lse is not None:
                 lse = tl.load(p_lse + o_n * stride_m, mask=m_n, other=0.0)
                 quantized = tl.where((lse == lse)[:, None], quantized, float("nan"))
-        tl.store(p_quantized + o_n[:, None] * stride_d + o_d[None, :], quantized.to(p_quantized.dtype.element_ty), mask=m_nd)
+        tl.store(p_quantized + o_n[:, None] * stride_d + o_d[None, :], quantized.to(p_quantized.dtype.element_ty),
+                 mask=m_nd)
         rest -= quantized
         tl.store(p_rest + o_n[:, None] * D + o_d[None, :], rest, mask=m_nd)
     if p_residual is not None:
@@ -78,9 +80,9 @@ def best_of(y, o_k):
 
 
 @triton.jit(do_not_specialize=VARYING)
-def level_kernel(p_r, p_e, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p_mean, p_codes, p_sampled, p_lse, N, K, D, stride_d,
-                 stride_m, level, row_offset, log2_skip, soft: tl.constexpr, noisy: tl.constexpr, b_n: tl.constexpr,
-                 b_k: tl.constexpr, b_d: tl.constexpr):
+def level_kernel(p_r, p_e, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p_mean, p_codes, p_sampled, p_lse, N, K, D,
+                 stride_d, stride_m, level, row_offset, log2_skip, soft: tl.constexpr, noisy: tl.constexpr,
+                 b_n: tl.constexpr, b_k: tl.constexpr, b_d: tl.constexpr):
     """r (N, D), e (K, D) -> codes, sampled, lse (N,); soft: mean (N, D) = p E. A program owns b_n rows.
 
     In registers: the mean (b_n, b_d); maximum, sum and the best two codes of each row. r lies in shared memory.
@@ -144,10 +146,10 @@ def level_kernel(p_r, p_e, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p_mean, p
 
 
 @triton.jit(do_not_specialize=VARYING)
-def usage_kernel(p_r, p_e, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p_lse, p_sampled, p_order, p_partial, p_largest, N, K,
-                 D, stride_d, stride_m, level, row_offset, noisy: tl.constexpr, b_n: tl.constexpr, b_k: tl.constexpr,
-                 b_d: tl.constexpr):
-    """-> partial (splits, K) = sum_n p_nk, largest (row tiles, code tiles) = max p, 1 in a tile that holds a sampled code.
+def usage_kernel(p_r, p_e, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p_lse, p_sampled, p_order, p_partial, p_largest,
+                 N, K, D, stride_d, stride_m, level, row_offset, noisy: tl.constexpr, b_n: tl.constexpr,
+                 b_k: tl.constexpr, b_d: tl.constexpr):
+    """-> partial (splits, K) = sum_n p_nk, largest (row tiles, code tiles) = max p, 1 where a code was sampled.
 
     A program owns b_k codes of one split: every splits-th tile of b_n rows.
     """
@@ -209,10 +211,10 @@ def row_gradient_kernel(p_r, p_e, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p_
                         p_bound, p_dusage, p_dlse, p_gain, p_mean, p_out, p_dtau, N, K, D, stride_d, stride_m, level,
                         row_offset, skip, noisy: tl.constexpr, b_n: tl.constexpr, b_k: tl.constexpr, b_d: tl.constexpr,
                         g_n: tl.constexpr, g_k: tl.constexpr):
-    """By row: mean = sum_k p c; by slot: out (N, D) = rr_n sum_k w e^_k, dtau = sum_k w log2 p. Passes twice over the codes.
+    """By row: mean = sum_k p c; by slot: out (N, D) = rr_n sum_k w e^_k, dtau = sum_k w log2 p. Two passes.
 
-    unit (N, D) and norm (N,) are z; bound (N,) is one of |c - mean + L|; dusage (K,) is v, None where it is 0. ``largest``
-    is of tiles of g_n rows and g_k codes: multiples of a program's rows and of its step.
+    unit (N, D) and norm (N,) are z; bound (N,) is one of |c - mean + L|; dusage (K,) is v, None where it is 0.
+    ``largest`` is of tiles of g_n rows and g_k codes: multiples of a program's rows and of its step.
     """
     i_n = tl.program_id(0)
     o_slot = i_n * b_n + tl.arange(0, b_n)
@@ -240,12 +242,13 @@ def row_gradient_kernel(p_r, p_e, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p_
         if matters(p_largest, i_n * (b_n // g_n), b_n // g_n, row_tiles, code_tiles, first // g_k, skip):
             m_e = (first + tl.arange(0, b_k) < K)[:, None] & m_d[None, :]
             e = tl.load(p_e + tl.cast(first, tl.int64) * D + o_tile, mask=m_e, other=0.0)
-            log_p, c, _ = gradient_tile(r, unit, e, scale_r, lse, norm, p_rnorm_e, p_dusage, seed, inv_tau, o_row, first, K,
-                                        level, noisy, b_k)
+            log_p, c, _ = gradient_tile(r, unit, e, scale_r, lse, norm, p_rnorm_e, p_dusage, seed, inv_tau, o_row,
+                                        first, K, level, noisy, b_k)
             p = tl.exp2(log_p)
             mean += tl.sum(p * c, axis=1)
             mass += tl.sum(p, axis=1)
-    mean = tl.where(mass == 0.0, 0.0, mean / mass)  # what the tiles left out would add to the mass is not to weigh on it
+    mean = tl.where(mass == 0.0, 0.0,
+                    mean / mass)  # what the tiles left out would add to the mass is not to weigh on it
     tl.store(p_mean + o_n, mean, mask=m_n)
     if p_dlse is not None:
         mean -= tl.load(p_dlse + o_n * stride_m, mask=m_n, other=0.0)
@@ -260,8 +263,8 @@ def row_gradient_kernel(p_r, p_e, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p_
         if matters(p_largest, i_n * (b_n // g_n), b_n // g_n, row_tiles, code_tiles, first // g_k, skip):
             m_e = (first + tl.arange(0, b_k) < K)[:, None] & m_d[None, :]
             e = tl.load(p_e + tl.cast(first, tl.int64) * D + o_tile, mask=m_e, other=0.0)
-            log_p, c, rnorm_e = gradient_tile(r, unit, e, scale_r, lse, norm, p_rnorm_e, p_dusage, seed, inv_tau, o_row, first,
-                                              K, level, noisy, b_k)
+            log_p, c, rnorm_e = gradient_tile(r, unit, e, scale_r, lse, norm, p_rnorm_e, p_dusage, seed, inv_tau,
+                                              o_row, first, K, level, noisy, b_k)
             p = tl.exp2(log_p)
             w = p * (c - mean[:, None])
             dtau += tl.sum(tl.where(p > 0.0, w * log_p, p), axis=1)
@@ -273,13 +276,14 @@ def row_gradient_kernel(p_r, p_e, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p_
 
 
 @triton.jit(do_not_specialize=VARYING)
-def code_gradient_kernel(p_r, p_e, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p_lse, p_sampled, p_order, p_largest, p_unit,
-                         p_norm, p_dusage, p_shift, p_gain, p_partial, p_radial, N, K, D, stride_d, stride_m, level,
-                         row_offset, skip, eps, straight_through: tl.constexpr, noisy: tl.constexpr, b_n: tl.constexpr,
-                         b_k: tl.constexpr, b_d: tl.constexpr):
+def code_gradient_kernel(p_r, p_e, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p_lse, p_sampled, p_order, p_largest,
+                         p_unit, p_norm, p_dusage, p_shift, p_gain, p_partial, p_radial, N, K, D, stride_d, stride_m,
+                         level, row_offset, skip, eps, straight_through: tl.constexpr, noisy: tl.constexpr,
+                         b_n: tl.constexpr, b_k: tl.constexpr, b_d: tl.constexpr):
     """-> partial (splits, K, D) = scale / tau re_k sum_n w r^_n + sum_n y z_n, radial (splits, K) = e . its first part.
 
-    y is p, or the one-hot of ``sampled``. shift (N,) is mean - L. gain keeps float16 in range; it is left in the result.
+    y is p, or the one-hot of ``sampled``. shift (N,) is mean - L. gain keeps float16 in range; it is left in the
+    result.
     """
     i_k = tl.program_id(0)
     i_split = tl.program_id(1)
@@ -374,7 +378,8 @@ def finish_kernel(p_sum, p_x, p_rnorm, p_order, p_factor, p_gain, p_add, p_add_g
     x = tl.load(p_x + o_n[:, None] * stride_d + o_d[None, :], mask=m_nd, other=0.0).to(tl.float32)
     rnorm = tl.load(p_rnorm + o_n * stride_m, mask=m_n, other=0.0)
     radial = tl.sum(total * x, axis=1)
-    free = tl.where(rnorm >= 1.0 / eps, 0.0, radial * rnorm * rnorm)  # a norm below eps is a constant: nothing to project out
+    free = tl.where(rnorm >= 1.0 / eps, 0.0,
+                    radial * rnorm * rnorm)  # a norm below eps is a constant: nothing to project out
     total -= free[:, None] * x
     factor = tl.where(rnorm == 0.0, 1.0 / eps, 1.0) * tl.load(p_factor)
     tl.store(p_out + o_nd, (added + total * factor[:, None]).to(p_out.dtype.element_ty), mask=m_nd)

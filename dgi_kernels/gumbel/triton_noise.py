@@ -1,15 +1,21 @@
 """The noise of the contract in Triton, and the kernels that need no codebook: gumbel_noise and gumbel_softmax.
 
-    u = (x + 1/2) 2^-32,    E = -log1p(-u),    g = -log E,    x = word k % 4 of Philox4x32-10 at (k // 4, n, level, stream)
+    u = (x + 1/2) 2^-32,    E = -log1p(-u),    g = -log E,    x = word k % 4 of Philox4x32-10 at (k // 4, n, level,
+    stream)
 
-Everything here is in base 2, G = g / ln 2, so that both logarithms and the softmax's exponential are one instruction of the
-GPU each. ``lg2.approx`` errs by 2^-22, absolutely where its argument is within (1/2, 2) and relatively elsewhere (PTX ISA).
-Near u = 0, where E = -log(1 - u) loses what 1 - u has rounded away, a polynomial in u takes its place below u = 1/16: then
-the error of g is below 2e-5 for every word: 3e-6 from E, 6e-6 from log E at its largest, 23 (a test adds them up over both
-ends and a sample). One conversion serves both sides: it takes x for small u and ~x, which is 1 - u, for the rest.
+Everything here is in base 2, G = g / ln 2, so that both logarithms and the softmax's exponential are one instruction of
+the GPU each. ``lg2.approx`` errs by 2^-22, absolutely where its argument is within (1/2, 2) and relatively elsewhere
+(PTX ISA). Near u = 0, where E = -log(1 - u) loses what 1 - u has rounded away, a polynomial in u takes its place below
+u = 1/16: then the error of g is below 2e-5 for every word: 3e-6 from E, 6e-6 from log E at its largest, 23 (a test adds
+them up over both ends and a sample). One conversion serves both sides: it takes x for small u and ~x, which is 1 - u,
+for the rest.
 
-A tile computes one Philox block for four neighbouring codes and uses all four words. A row's and a code's parts of the first
-two rounds stay vectors of b_n and b_k / 4 elements by broadcasting, so that eight rounds are paid for.
+A tile computes one Philox block for four neighbouring codes and uses all four words. A row's and a code's parts of the
+first two rounds stay vectors of b_n and b_k / 4 elements by broadcasting, so that eight rounds are paid for.
+
+Instructions an element in the machine code for sm_90 (Triton 3.9, bench/gpu_code.py), where 35 were aimed at: 30 for
+the noise in the loop of triton_kernels.usage_kernel (noisy less noiseless), 40 in level_kernel's, with a second argmax,
+and 40 for all of noise_kernel, addresses and stores included. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -29,7 +35,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":  # the interpreter has no inline a
 else:
     @triton.jit
     def log2_approx(x):
-        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True,
+                                         pack=1)
 
 
 @triton.jit
@@ -45,7 +52,8 @@ def gumbel_from_word(word):
 def noise_tile(seed, first_code, o_row, level, stream, b_k: tl.constexpr):
     """G of b_k codes from ``first_code``, a multiple of 4, for the rows ``o_row`` (b_n,) uint32 -> (b_n, b_k)."""
     o_block = (first_code // 4 + tl.arange(0, b_k // 4)).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, o_block[None, :], o_row[:, None], tl.cast(level, tl.uint32), tl.cast(stream, tl.uint32))
+    level, stream = tl.cast(level, tl.uint32), tl.cast(stream, tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, o_block[None, :], o_row[:, None], level, stream)
     even = tl.join(gumbel_from_word(w0), gumbel_from_word(w2))
     odd = tl.join(gumbel_from_word(w1), gumbel_from_word(w3))
     return tl.reshape(tl.join(even, odd), (o_row.shape[0], b_k))
@@ -55,7 +63,8 @@ def noise_tile(seed, first_code, o_row, level, stream, b_k: tl.constexpr):
 def noise_tile_by_code(seed, first_code, o_row, level, stream, b_k: tl.constexpr):
     """:func:`noise_tile`, transposed: (b_k, b_n)."""
     o_block = (first_code // 4 + tl.arange(0, b_k // 4)).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, o_block[:, None], o_row[None, :], tl.cast(level, tl.uint32), tl.cast(stream, tl.uint32))
+    level, stream = tl.cast(level, tl.uint32), tl.cast(stream, tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, o_block[:, None], o_row[None, :], level, stream)
     even = tl.join(gumbel_from_word(w0), gumbel_from_word(w2))
     odd = tl.join(gumbel_from_word(w1), gumbel_from_word(w3))
     return tl.reshape(tl.permute(tl.join(even, odd), (0, 2, 3, 1)), (b_k, o_row.shape[0]))
@@ -84,7 +93,8 @@ def softmax_kernel(p_x, p_seed, p_tau, p_out, p_lse, N, K, stream: tl.constexpr,
                    one_tile: tl.constexpr, b_n: tl.constexpr, b_k: tl.constexpr):
     """x (N, K) -> out (N, K) = softmax((x + g) / tau) or its one-hot, lse (N,) in base 2.
 
-    A program owns b_n rows. Where a row does not fit one tile, its noise is made twice rather than its softmax stored once.
+    A program owns b_n rows. Where a row does not fit one tile, its noise is made twice rather than its softmax stored
+    once.
     """
     o_n = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
     m_n = o_n < N
@@ -134,14 +144,16 @@ def softmax_backward_kernel(p_x, p_seed, p_tau, p_lse, p_upstream, p_out, p_dtau
     inv_tau = 1.0 / tl.load(p_tau)
     lse = tl.load(p_lse + o_n, mask=m_n, other=0.0)
     mean = tl.zeros((b_n,), tl.float32)
+    mass = tl.zeros((b_n,), tl.float32)  # 1, but for the rounding of lse, which must not tilt what cancels in u - mean
     for first in range(0, K, b_k):
         o_k = first + tl.arange(0, b_k)
         m_nk = m_n[:, None] & (o_k < K)[None, :]
         y = noisy_tile(p_x, seed, inv_tau, o_n, m_n, first, K, stream, b_k) - lse[:, None]
         u = tl.load(p_upstream + o_n[:, None] * K + o_k[None, :], mask=m_nk, other=0.0).to(tl.float32)
         mean += tl.sum(tl.exp2(y) * u, axis=1)
+        mass += tl.sum(tl.exp2(y), axis=1)
         if one_tile:
-            dtau = gradient_tile(y, u, mean, inv_tau, p_out + o_n[:, None] * K + o_k[None, :], m_nk)
+            dtau = gradient_tile(y, u, mean / mass, inv_tau, p_out + o_n[:, None] * K + o_k[None, :], m_nk)
     if not one_tile:
         dtau = tl.zeros((b_n,), tl.float32)
         for first in range(0, K, b_k):
@@ -149,7 +161,7 @@ def softmax_backward_kernel(p_x, p_seed, p_tau, p_lse, p_upstream, p_out, p_dtau
             m_nk = m_n[:, None] & (o_k < K)[None, :]
             y = noisy_tile(p_x, seed, inv_tau, o_n, m_n, first, K, stream, b_k) - lse[:, None]
             u = tl.load(p_upstream + o_n[:, None] * K + o_k[None, :], mask=m_nk, other=0.0).to(tl.float32)
-            dtau += gradient_tile(y, u, mean, inv_tau, p_out + o_n[:, None] * K + o_k[None, :], m_nk)
+            dtau += gradient_tile(y, u, mean / mass, inv_tau, p_out + o_n[:, None] * K + o_k[None, :], m_nk)
     tl.store(p_dtau + o_n, dtau, mask=m_n)
 
 

@@ -1,4 +1,4 @@
-"""Launchers of gumbel_noise and gumbel_softmax in Triton: an operator that torch.compile keeps whole, and its gradient."""
+"""Launchers of gumbel_noise and gumbel_softmax in Triton: operators that torch.compile keeps whole."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch import Tensor
 from dgi_kernels.gumbel import triton_noise as kernels
 from dgi_kernels.noise import STREAM_GUMBEL_SOFTMAX
 
-# (rows, codes) of a tile, for at most so many codes; beyond, a row is several tiles. bench/gpu_code.py compiles them all.
+# (rows, codes) of a tile, for at most so many codes; beyond, a row is several tiles. bench/gpu_code.py compiles them
+# all.
 NOISE_TILES = ((64, 32), (4, 512))
 SOFTMAX_TILES = ((64, 32), (8, 256), (1, 2048))
 
@@ -45,7 +46,7 @@ def gumbel_softmax(logits: Tensor, tau: float | Tensor, hard: bool, seed: Tensor
 
 @torch.library.custom_op("dgi_kernels::gumbel_softmax_triton", mutates_args=())
 def _softmax(logits: Tensor, tau: Tensor, hard: bool, seed: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, K) -> the sample (N, K), and the log-normalizer (N,) in base 2, from which backward makes the softmax again."""
+    """(N, K) -> the sample (N, K), and the log-normalizer (N,) in base 2, from which backward makes p again."""
     logits = logits.contiguous()
     rows, codes = logits.shape
     out, lse = torch.empty_like(logits), logits.new_empty(rows, dtype=torch.float32)
@@ -53,8 +54,8 @@ def _softmax(logits: Tensor, tau: Tensor, hard: bool, seed: Tensor) -> tuple[Ten
     if rows:
         with torch.cuda.device_of(logits):
             kernels.softmax_kernel[(triton.cdiv(rows, b_n),)](
-                logits, seed, tau, out, lse, rows, codes, stream=STREAM_GUMBEL_SOFTMAX, hard=hard, one_tile=codes <= b_k,
-                b_n=b_n, b_k=b_k, num_warps=4)
+                logits, seed, tau, out, lse, rows, codes, stream=STREAM_GUMBEL_SOFTMAX, hard=hard,
+                one_tile=codes <= b_k, b_n=b_n, b_k=b_k, num_warps=4)
     return out, lse
 
 
@@ -64,7 +65,8 @@ def _(logits, tau, hard, seed):  # type: ignore[no-untyped-def]
 
 
 @torch.library.custom_op("dgi_kernels::gumbel_softmax_triton_backward", mutates_args=())
-def _softmax_backward(upstream: Tensor, logits: Tensor, tau: Tensor, seed: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+def _softmax_backward(upstream: Tensor, logits: Tensor, tau: Tensor, seed: Tensor, lse: Tensor) -> tuple[Tensor,
+                                                                                                         Tensor]:
     """-> dlogits (N, K), dtau ()."""
     logits, upstream = logits.contiguous(), upstream.contiguous()
     rows, codes = logits.shape

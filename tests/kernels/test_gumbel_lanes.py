@@ -1,4 +1,4 @@
-"""The Gumbel-Softmax of the CUDA kernel, thread by thread, in C++: its lanes run one after the other and are then merged."""
+"""The Gumbel-Softmax of the CUDA kernel, thread by thread, in C++: lanes run one after the other and are merged."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ extern "C" void run(const float* x, const float* u, int64_t rows, int64_t codes,
     float mean = 0;
     for (int64_t lane = 0; lane < lanes; ++lane) row.emit(lane, lanes, whole, hard, out + n * codes);
     for (int64_t lane = 0; lane < lanes; ++lane) mean += row.mean(lane, lanes, whole, u + n * codes);
-    for (int64_t lane = 0; lane < lanes; ++lane) *dtau += row.gradient(lane, lanes, whole, u + n * codes, mean, dx + n * codes);
+    for (int64_t lane = 0; lane < lanes; ++lane) *dtau += row.gradient(lane, lanes, whole, u + n * codes, mean, dx + n *
+    codes);
   }
 }
 """
@@ -52,8 +53,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Tensor,
         out, dx, dtau = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan), torch.zeros(())
         def pointer(t: Tensor) -> ctypes.c_void_p:
             return ctypes.c_void_p(t.data_ptr())
-        library.run(pointer(x), pointer(u), ctypes.c_int64(x.shape[0]), ctypes.c_int64(x.shape[1]), ctypes.c_int64(seed),
-                    ctypes.c_float(tau), ctypes.c_bool(hard), ctypes.c_int64(lanes), pointer(out), pointer(dx), pointer(dtau))
+        library.run(pointer(x), pointer(u), ctypes.c_int64(x.shape[0]), ctypes.c_int64(x.shape[1]),
+                    ctypes.c_int64(seed), ctypes.c_float(tau), ctypes.c_bool(hard), ctypes.c_int64(lanes),
+                    pointer(out), pointer(dx), pointer(dtau))
         return out, dx, dtau
 
     return call
@@ -62,7 +64,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Tensor,
 @pytest.mark.parametrize("hard", [False, True])
 @pytest.mark.parametrize("lanes", [1, 3, 256])
 @pytest.mark.parametrize("shape", [(1, 1), (7, 3), (5, 1030)], ids=str)
-def test_lanes(run: Callable[..., tuple[Tensor, Tensor, Tensor]], shape: tuple[int, int], lanes: int, hard: bool) -> None:
+def test_lanes(run: Callable[..., tuple[Tensor, Tensor, Tensor]], shape: tuple[int, int], lanes: int,
+               hard: bool) -> None:
     seed, tau = random.randrange(-(2**63), 2**63), random.uniform(0.3, 2)
     x, u = torch.randn(shape) * 3, torch.randn(shape)
     out, dx, dtau = run(x, u, seed, tau, hard, lanes)

