@@ -1,8 +1,8 @@
 """Whole constrained beam searches: ours against STATIC, a dict trie with the Hugging Face processor, and a dense mask.
 
-The model's side is left out: all get the same logits, one (B, M, V) tensor per level. The systems take turns within each
-round; the table has medians. The floor is torch's log-sum-exp over the same logits alone. A second table has the last
-step from hidden states: the fused one, and the head's product, then the step; its floor is the raw matrix product.
+The model's side is left out: all get the same logits, one (B, M, V) tensor per level. The systems take turns within
+each round; the table has medians. The floor is torch's log-sum-exp over the same logits alone. A second table has the
+last step from hidden states: the fused one, and the head's product, then the step; its floor is the raw product.
 
 Run: python bench/bench_beam.py [--items N] [--codes V] [--levels L] [--batch B] [--beams M] [--dim D]
                                 [--spread clustered|uniform]
@@ -159,7 +159,7 @@ def heads(sids: np.ndarray, case: Case) -> dict[str, Callable[[], object]]:
     trie = Trie.from_codes(sids, codebook_sizes=[case.codes] * case.levels)
     codebook = torch.randn(case.codes, case.dim)
     beams = trie.root(case.batch)
-    for level in range(case.levels):
+    for _ in range(case.levels):
         h = torch.randn(case.batch, beams.nodes.shape[1], case.dim)
         last, beams = beams, cosine_beam_step(trie, h, codebook, 30.0, beams, num_beams=case.beams)
 

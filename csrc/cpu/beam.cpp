@@ -5,6 +5,12 @@
 // Given logits are read once, chunk by chunk, and never copied but for a chunk that must be converted or gathered. Of a
 // head, a tile of raw products is made, of the best beams of several requests at a time, and used up while it is in the
 // cache; where only children count, and are few, only their products are made.
+//
+// Bytes read: those of the logits, once, and 4 per child for its token; per logit 13 vector operations. One core of an AMD
+// EPYC with AVX-512, 1e6 clustered items, three levels of 2048 codes, 8 requests of 50 beams, interleaved medians: a whole
+// search takes 1.4 ms, 0.42 of what torch.logsumexp takes on the same logits and 1/18 of STATIC. The fused head (D = 256)
+// takes 1.16 of its matrix product alone, and 0.9 of head and step one after the other; with normalize="children" 0.08
+// and 0.06. Measured again by bench/bench_beam.py.
 #include "beam.h"
 
 #include <algorithm>

@@ -170,8 +170,10 @@ std::tuple<Tensor, Tensor, Tensor> rank_candidates_cpu(
   STD_TORCH_CHECK(query.dim() == 2 && item_vectors.dim() == 2 && query.size(1) == item_vectors.size(1)
                       && query.scalar_type() == item_vectors.scalar_type(),
                   kRank, "query must be (B, D) and item_vectors (rows, D), of one dtype");
-  STD_TORCH_CHECK(query.size(1) <= 1 || (query.stride(1) == 1 && item_vectors.stride(1) == 1), kRank,
-                  "vectors must be contiguous");
+  for (const Tensor* vectors : {&query, &item_vectors}) {
+    STD_TORCH_CHECK(vectors->numel() == 0 || vectors->size(1) == 1 || vectors->stride(1) == 1, kRank,
+                    "vectors must be contiguous");
+  }
   STD_TORCH_CHECK(nodes.dim() == 2 && nodes.size(0) == query.size(0), kRank, "nodes must be (B, M)");
   STD_TORCH_CHECK(k >= 1 && !lower.empty(), kRank, "k must be at least 1, and lower not empty");
   const int64_t requests = query.size(0), width = nodes.size(1);

@@ -60,7 +60,8 @@ def beam_step(trie: Trie, logits: Tensor, beams: Beams, *, num_beams: int, norma
             a value that is not finite.
         filters: one :class:`TrieFilter` for all requests, or a list with one (or None) per request. A child is allowed
             only while it leads to an allowed item.
-        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"``.
+        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"``. Only the reference passes gradients on
+            to the scores; ``"auto"`` takes it where an input requires one.
 
     Returns:
         Beams (B, num_beams) of depth ``beams.depth + 1``. Where fewer exist, the rest are dead: score -inf, and node,

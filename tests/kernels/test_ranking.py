@@ -146,6 +146,8 @@ def test_empty_tries_batches_and_beams(backend: str) -> None:
     trie = Trie.from_codes([[0, 1]])
     ranking = rank_candidates(torch.ones(0, 4), torch.ones(1, 4), trie, trie.root(0), 3, backend=backend)
     assert ranking.items.shape == (0, 3)
+    strided = torch.ones(8, 0).T  # no row, and strides of which .contiguous() makes no others
+    assert rank_candidates(strided, torch.ones(1, 8), trie, trie.root(0), 3, backend=backend).items.shape == (0, 3)
     none = Beams(*(part[:, :0] for part in trie.root(2)[:4]), 0)
     ranking = rank_candidates(torch.ones(2, 4), torch.ones(1, 4), trie, none, 3, backend=backend)
     assert ranking.items.tolist() == [[-1] * 3] * 2
