@@ -1,7 +1,8 @@
 """Residual quantization, forward and backward, and its noise, against PyTorch and vector-quantize-pytorch on the CPU.
 
-Every system quantizes the same rows by the same three codebooks, softly, with noise; vector-quantize-pytorch, where it is
-installed, by a straight-through sample over Euclidean distances, the nearest that it has to learnable codebooks.  The floor is the seven matrix products that
+Every system quantizes the same rows by the same three codebooks, softly, with noise; vector-quantize-pytorch, where it
+is installed, by a straight-through sample over Euclidean distances, the nearest that it has to learnable codebooks.
+The floor is the seven matrix products that
 forward and backward of each level cannot do without (``torch.mm``, 14 N D sum(K) operations), measured in the same
 interleaved run; "MB" is the peak beyond the inputs of one call, gradients included.  Flat: random rows and codes.
 Peaked, like a trained quantizer: codebooks in families of 64 codes at cosine 0.8 and rows near a path of codes, so that

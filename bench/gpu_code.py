@@ -77,7 +77,8 @@ def describe(label: str, kernel: triton.JITFunction, args: tuple, kwargs: dict[s
             kind = "i32" if -(2**31) <= value < 2**31 else "i64"
             aligned += [i] * (special and value % 16 == 0)
         signature.append((parameter.name, kind))
-    return Launch(label, kernel.fn.__module__, kernel.__name__, tuple(signature), tuple(constants), tuple(aligned), options)
+    return Launch(label, kernel.fn.__module__, kernel.__name__, tuple(signature), tuple(constants), tuple(aligned),
+                  options)
 
 
 def launches_of(label: str, call: Callable[[], None]) -> list[Launch]:
@@ -118,7 +119,7 @@ def cosine_launches(arch: int) -> Iterator[Launch]:
 
 
 def gumbel_launches(arch: int) -> Iterator[Launch]:
-    """Each dtype and form, mode, with and without noise and each optional gradient; noise and softmax at each of their tiles."""
+    """Each dtype, form and mode, with and without noise and each optional gradient; noise and softmax at each tile."""
     cosine.architecture = lambda device: arch // 10  # type: ignore[assignment]
     seed, tau = torch.zeros(1, dtype=torch.int64), torch.tensor(0.5, requires_grad=True)
     cases = [(dtype, dim) for dtype in gumbel.HALF for dim in (*gumbel.FLASH[9], 768)] + [(torch.float32, 64)]
@@ -141,14 +142,15 @@ def gumbel_launches(arch: int) -> Iterator[Launch]:
                 for hard in (False, True):
                     softmax.gumbel_softmax(logits, tau, hard, seed).sum().backward()
         yield from launches_of(str(dtype).removeprefix("torch."), sample)
-    yield from launches_of("", lambda: [softmax.gumbel_noise(seed, 0, 0, 0, 4, codes) for codes in (32, 33, 512)] and None)
+    yield from launches_of("", lambda: [softmax.gumbel_noise(seed, 0, 0, 0, 4, codes)
+                                        for codes in (32, 33, 512)] and None)
 
 
 @dataclass(frozen=True)
 class Report:
     """What one kernel takes on one architecture; ``shared`` and ``spilled`` in bytes.
 
-    ``instructions`` are machine code, the whole kernel's: divided by a thread's elements of a tile of rows and codes they bound
+    ``instructions`` are machine code, the whole kernel's: divided by a thread's elements of a tile they bound
     what the loop costs an element from above, and two variants' difference says what one ingredient costs.
     """
 
@@ -204,7 +206,8 @@ def main() -> int:
             bad = report.spilled > JUSTIFIED_SPILLS.get((name, arch), (0, ""))[0] or report.shared > SHARED_LIMIT[arch]
             failed |= bad
             print(f"{name:28}{report.launch.label:18}{arch:4}{report.registers:6}{report.spilled:7}{report.shared:8}"
-                  f"{report.instructions:6}{report.per_element:9.1f}{report.seconds:6.1f}{'  FAILS' if bad else ''}", flush=True)
+                  f"{report.instructions:6}{report.per_element:9.1f}{report.seconds:6.1f}{'  FAILS' if bad else ''}",
+                  flush=True)
     outcome = "FAILED" if failed else "all as they should be"
     print(f"Triton {triton.__version__}: {len(jobs)} compilations, {outcome}")
     return int(failed)

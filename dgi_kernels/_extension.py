@@ -87,8 +87,8 @@ def _fake_residual_quantize(z: Tensor, codebooks: Tensor, sizes: list[int], scal
 
 def _fake_residual_quantize_backward(
         dquantized: Tensor | None, dusage: Tensor | None, dresiduals: Tensor | None, dlog_normalizer: Tensor | None,
-        residuals: Tensor, sampled: Tensor, is_peaked: Tensor, codebooks: Tensor, sizes: list[int], scale: Tensor, tau: Tensor,
-        seed: Tensor | None, row_offset: int, mode: int, eps: float, *wanted: bool) -> tuple[Tensor, ...]:
+        residuals: Tensor, sampled: Tensor, is_peaked: Tensor, codebooks: Tensor, sizes: list[int], scale: Tensor,
+        tau: Tensor, seed: Tensor | None, row_offset: int, mode: int, eps: float, *wanted: bool) -> tuple[Tensor, ...]:
     shapes = ((residuals.shape[0], residuals.shape[2]), codebooks.shape, (), ())
     return tuple(codebooks.new_empty(shape if want else (0,)) for shape, want in zip(shapes, wanted, strict=True))
 

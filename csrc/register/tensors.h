@@ -6,9 +6,7 @@
 // caller of torch.ops.dgi_kernels from reading or writing memory that is not there.
 #pragma once
 
-#ifdef DGI_WITH_CUDA
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -22,6 +20,11 @@
 #include <vector>
 
 #include "dgi/convert.h"
+
+// torch 2.10 and 2.11 have no name for this.
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) STD_TORCH_CHECK((call) == AOTI_TORCH_SUCCESS, "a call into torch failed: " #call)
+#endif
 
 namespace dgi::registration {
 

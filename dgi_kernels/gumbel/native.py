@@ -85,7 +85,8 @@ def _softmax(logits: Tensor, tau: Tensor, seed: Tensor, hard: bool) -> Tensor:
 
 def _quantize(z: Tensor, codebooks: Tensor, scale: Tensor, tau: Tensor, options: _Options) -> tuple[Tensor, ...]:
     return torch.ops.dgi_kernels.residual_quantize(
-        z.contiguous(), codebooks.contiguous(), options.sizes, scale, tau, options.seed, options.row_offset, options.mode,
+        z.contiguous(), codebooks.contiguous(), options.sizes, scale, tau, options.seed, options.row_offset,
+        options.mode,
         options.eps)
 
 
@@ -104,7 +105,8 @@ class _GumbelSoftmax(torch.autograd.Function):
         if _create_graph():
             with torch.enable_grad():
                 return *_gradients_of([ctx.reference(logits, tau)], [upstream], (logits, tau), wanted), None, None, None
-        dlogits, dtau = torch.ops.dgi_kernels.gumbel_softmax_backward(_rows(upstream), _rows(logits), tau, seed, wanted[1])
+        dlogits, dtau = torch.ops.dgi_kernels.gumbel_softmax_backward(_rows(upstream), _rows(logits), tau, seed,
+                                                                        wanted[1])
         return dlogits.view(logits.shape), dtau if wanted[1] else None, None, None, None
 
 
@@ -135,7 +137,8 @@ class _ResidualQuantize(torch.autograd.Function):
                 return *gradients, None, None
         gradients = torch.ops.dgi_kernels.residual_quantize_backward(
             *(x if x is None else x.contiguous() for x in (dquantized, dusage, dresiduals, dlog_normalizer)),
-            residuals, sampled, is_peaked, codebooks.contiguous(), sizes, scale, tau, seed, row_offset, mode, eps, *wanted)
+            residuals, sampled, is_peaked, codebooks.contiguous(), sizes, scale, tau, seed, row_offset, mode, eps,
+            *wanted)
         return *(g if want else None for g, want in zip(gradients, wanted, strict=True)), None, None
 
 

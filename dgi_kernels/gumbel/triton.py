@@ -188,7 +188,7 @@ def _empty_outputs(z: Tensor, weight: Tensor, sizes: Sequence[int]) -> tuple[
 
 
 @_forward.register_fake
-def _(z, weight, sizes, scale, tau, seed, row_offset, eps, mode, noisy, with_grad):  # type: ignore[no-untyped-def]
+def _(z, weight, sizes, scale, tau, seed, row_offset, eps, mode, noisy, with_grad):
     return _empty_outputs(z, weight, sizes)
 
 
@@ -260,7 +260,7 @@ def _chunked_level(level: Level, sampling: Sampling, usage: Tensor, with_grad: b
             sampling.row_offset + own.start, log2_gain, noisy=sampling.noisy, b_k=CHUNK_STEP, num_warps=4)
         if p is not None:
             usage.add_(p.sum(0, dtype=torch.float32), alpha=2.0**-log2_gain)
-        if mean is not None:
+        if mean is not None and p is not None:
             _product(p, e, mean[own])
     return None if mean is None else mean.mul_(2.0**-log2_gain)
 
@@ -315,14 +315,14 @@ def _backward(dquantized: Tensor | None, dusage: Tensor | None, dresiduals: Tens
 
 
 @_backward.register_fake
-def _(dquantized, dusage, dresiduals, dlse, weight, scale, tau, seed, codes, sampled, residuals, lse,  # type: ignore
+def _(dquantized, dusage, dresiduals, dlse, weight, scale, tau, seed, codes, sampled, residuals, lse,
       rnorm, rnorm_e, order, largest, sizes, row_offset, eps, mode, noisy):
     rows, _, dim = residuals.shape
     return (residuals.new_empty(rows, dim), weight.new_empty(weight.shape), torch.empty_like(scale),
             torch.empty_like(tau))
 
 
-def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save(ctx, inputs, output) -> None:
     _, weight, ctx.sizes, scale, tau, seed, ctx.row_offset, ctx.eps, ctx.mode, ctx.noisy, _ = inputs
     _, codes, sampled, _, residuals, lse, rnorm, rnorm_e, order, largest = output
     ctx.save_for_backward(weight, scale, tau, seed, codes, sampled, residuals, lse, rnorm, rnorm_e, order, largest)
@@ -330,7 +330,7 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, dquantized, _codes, _sampled, dusage, dresiduals, dlse, *_):  # type: ignore[no-untyped-def]
+def _differentiate(ctx, dquantized, _codes, _sampled, dusage, dresiduals, dlse, *_):
     dz, dweight, dscale, dtau = _backward(dquantized, dusage, dresiduals, dlse, *ctx.saved_tensors, ctx.sizes,
                                           ctx.row_offset, ctx.eps, ctx.mode, ctx.noisy)
     return dz, dweight, None, dscale, dtau, None, None, None, None, None, None

@@ -32,7 +32,7 @@ def gumbel_noise(seed: Tensor, level: int, stream: int, row_offset: int, rows: i
 
 
 @gumbel_noise.register_fake
-def _(seed, level, stream, row_offset, rows, codes):  # type: ignore[no-untyped-def]
+def _(seed, level, stream, row_offset, rows, codes):
     return seed.new_empty(rows, codes, dtype=torch.float32)
 
 
@@ -60,7 +60,7 @@ def _softmax(logits: Tensor, tau: Tensor, hard: bool, seed: Tensor) -> tuple[Ten
 
 
 @_softmax.register_fake
-def _(logits, tau, hard, seed):  # type: ignore[no-untyped-def]
+def _(logits, tau, hard, seed):
     return logits.new_empty(logits.shape), logits.new_empty(logits.shape[0], dtype=torch.float32)
 
 
@@ -81,18 +81,18 @@ def _softmax_backward(upstream: Tensor, logits: Tensor, tau: Tensor, seed: Tenso
 
 
 @_softmax_backward.register_fake
-def _(upstream, logits, tau, seed, lse):  # type: ignore[no-untyped-def]
+def _(upstream, logits, tau, seed, lse):
     return logits.new_empty(logits.shape), torch.empty_like(tau)
 
 
-def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save(ctx, inputs, output) -> None:
     logits, tau, _, seed = inputs
     ctx.save_for_backward(logits, tau, seed, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, upstream: Tensor | None, _: None):  # type: ignore[no-untyped-def]
+def _differentiate(ctx, upstream: Tensor | None, _: None):
     if upstream is None:
         return None, None, None, None
     dlogits, dtau = _softmax_backward(upstream, *ctx.saved_tensors)

@@ -109,7 +109,8 @@ def test_softmax_is_the_references(shape: tuple[int, ...], dtype: torch.dtype, t
         ours = torch.autograd.grad(actual, leaves, upstream)
         theirs = torch.autograd.grad(truth, wide, upstream.double())
         for a, e in zip(ours, theirs, strict=False):
-            torch.testing.assert_close(a.double(), e, rtol=4 * resolution, atol=8 * resolution * max(1, logits.numel() / 99))
+            atol = 8 * resolution * max(1, logits.numel() / 99)
+            torch.testing.assert_close(a.double(), e, rtol=4 * resolution, atol=atol)
 
 
 def test_gradients_of_gradients_are_the_references() -> None:
@@ -141,7 +142,8 @@ def test_a_codebook_row_of_nan_reaches_every_row_as_in_the_reference() -> None:
     z, codebook = torch.randn(4, 3), torch.randn(70, 3)
     codebook[66] = torch.nan
     for mode in ("soft", "straight_through", "hard"):
-        ours, theirs = (residual_quantize(z, [codebook], 9.0, mode=mode, seed=1, backend=b) for b in ("native", "reference"))
+        ours, theirs = (residual_quantize(z, [codebook], 9.0, mode=mode, seed=1, backend=b)
+                        for b in ("native", "reference"))
         assert torch.equal(ours.codes, theirs.codes) and torch.equal(ours.sampled, theirs.sampled)
         for a, b in zip(differentiable(ours)[:2], differentiable(theirs)[:2], strict=True):
             assert torch.equal(a.isnan(), b.isnan())
@@ -238,4 +240,5 @@ def test_direct_callers_are_stopped_too() -> None:
         ops.residual_quantize(z, books, [9], one, one, None, 0, 3, 1e-12)
     with pytest.raises(RuntimeError, match="sampled must hold codes"):
         ops.residual_quantize_backward(None, None, None, None, torch.randn(5, 1, 3), torch.full((5, 1), 9),
-                                       torch.zeros(5, 1, dtype=torch.bool), books, [9], one, one, None, 0, 1, 1e-12, True, True, True, True)
+                                       torch.zeros(5, 1, dtype=torch.bool), books, [9], one, one, None,
+                                       0, 1, 1e-12, True, True, True, True)
