@@ -89,8 +89,8 @@ def test_accuracy_over_random_shapes_and_options(round_: int) -> None:
     ours = loss_and_gradients(native_loss, h, weight, target, scale, upstream, **options)
     usual = loss_and_gradients(eager, h, weight, target, scale, upstream, **options)
     for name, a, e, u in zip(("loss", "dh", "dweight", "dscale"), ours, expected, usual, strict=True):
-        # What cancels (dscale is one sum, D = 1 has no tangent) is as wrong in any float32: then twice eager's error.
-        allowed = max(TOLERANCE * e.norm().item(), 2 * (u.double() - e).norm().item(), 1e-6)
+        # What cancels (dscale is a sum over rows of either sign) is as wrong in any float32: then twice eager's error.
+        allowed = max(TOLERANCE * e.norm().item(), 2 * (u.double() - e).norm().item(), 1e-6 * n**0.5)
         assert (a.double() - e).norm().item() <= allowed, (name, (n, d, k), scale, options)
 
 
@@ -178,8 +178,7 @@ def test_gradients_have_no_radial_part(inputs: Callable[..., tuple[Tensor, Tenso
     for x, dx in ((h, dh), (weight, dweight)):
         radial = (x.double() * dx.double()).sum(-1)
         largest = (x.norm(dim=-1) * dx.norm(dim=-1)).double().clamp(min=1e-30)
-        assert (radial / largest).abs().max() < 5e-5  # of tangents that may be far shorter than what they are left from
-        assert radial.abs().max() < 1e-6 * largest.max()
+        assert (radial / largest).abs().max() < 1e-6
 
 
 @native

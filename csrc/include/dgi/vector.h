@@ -56,16 +56,26 @@ DGI_HOST_DEVICE void add_rows(const int32_t* index, const Real* factor, int64_t 
   }
 }
 
-// The gradient of a stored vector x from the gradient g of x^ = rnorm x: out = factor (g - x^ (x^ . g)), factor = rnorm, or
-// whatever of it is not in g yet. Where x is so short that eps took the place of its norm nothing is radial. `out` may
-// be `g`.
+// The gradient of a stored vector x from the gradient g of x^ = rnorm x: out = factor (g - x (x . g) / (x . x)), factor =
+// rnorm, or whatever of it is not in g yet. Where x is so short that eps took the place of its norm nothing is radial.
+// In float64, so that x . out = 0 to the rounding of `out`, however much of g is radial. `out` may be `g`.
 template <bool kFused, class Stored>
 DGI_HOST_DEVICE void through_normalization(const Stored* x, const Compute<Stored>* g, int64_t dim, Compute<Stored> rnorm,
                                            Compute<Stored> eps, Compute<Stored> factor, Stored* out) {
   using Real = Compute<Stored>;
-  const Real radial = rnorm == 1 / eps ? Real{0} : -rnorm * rnorm * dot<kFused>(x, g, dim);
+  double along = 0, square = 0;
+#pragma omp simd reduction(+ : along, square)
+  for (int64_t d = 0; d < dim; ++d) {
+    const double value = load(x[d]);
+    along = multiply_add<kFused>(value, static_cast<double>(g[d]), along);
+    square = multiply_add<kFused>(value, value, square);
+  }
+  const double radial = rnorm == 1 / eps ? 0.0 : -along / square;
 #pragma omp simd
-  for (int64_t d = 0; d < dim; ++d) store(factor * multiply_add<kFused>(radial, load(x[d]), g[d]), out[d]);
+  for (int64_t d = 0; d < dim; ++d) {
+    const double tangent = multiply_add<kFused>(radial, static_cast<double>(load(x[d])), static_cast<double>(g[d]));
+    store(static_cast<Real>(factor * tangent), out[d]);
+  }
 }
 
 }  // namespace dgi
