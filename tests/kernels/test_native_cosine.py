@@ -207,9 +207,12 @@ def test_logits_over_several_blocks(dtype: torch.dtype) -> None:
     expected = double[2] * (F.normalize(double[0], dim=-1) @ F.normalize(double[1], dim=-1).T)
     tolerance = torch.finfo(dtype).eps
     assert error(logits, expected) <= 2 * tolerance
-    for a, e in zip(torch.autograd.grad(logits, leaves, upstream),
-                    torch.autograd.grad(expected, double, upstream.double()), strict=True):
-        assert error(a, e) <= 10 * tolerance
+    gradients = torch.autograd.grad(expected, double, upstream.double(), retain_graph=True)
+    # The scale's gradient is one sum over all logits, whose terms cancel: its error is relative to their magnitudes.
+    cancelled = float((upstream.double() * expected / 25.0).abs().sum() / gradients[2].abs())
+    for a, e, condition in zip(torch.autograd.grad(logits, leaves, upstream), gradients, (1.0, 1.0, cancelled),
+                               strict=True):
+        assert error(a, e) <= 10 * condition * tolerance
 
 
 @native
@@ -376,7 +379,7 @@ def test_autocast_multiplies_what_linear_would() -> None:
     ({"weight": torch.randn(7, 3).double()}, "one dtype"), ({"scale": torch.tensor(2)}, "scale must"),
     ({"target": torch.zeros(4, dtype=torch.int64)}, "target must"), ({"target": torch.zeros(5)}, "target must"),
     ({"upstream": torch.zeros(4)}, "upstream must"), ({"reduction": 3}, "reduction must"),
-    ({"h": torch.randn(5, 3).int()}, "h must be"),
+    ({"h": torch.randn(5, 3).int()}, "inputs must be float32"),
 ])
 def test_direct_callers_are_stopped_too(change: dict[str, object], message: str) -> None:
     arguments = {"h": torch.randn(5, 3), "weight": torch.randn(7, 3), "target": torch.zeros(5, dtype=torch.int64),
