@@ -43,7 +43,8 @@ else:
 def gumbel_from_word(word):
     """Uniform uint32 -> G = -log2(-ln(1 - u)). The polynomial is a fit of -log2(1 - u) / u, relative error 2.1e-6."""
     small = word < 0x10000000
-    v = tl.where(small, word, ~word).to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
+    # Not ~word: the interpreter of Triton 3.7 cannot invert unsigned words.
+    v = tl.where(small, word, word ^ 0xFFFFFFFF).to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
     series = v * ((0.5168004631996155 * v + 0.7204892635345459) * v + 1.4426980018615723)
     return 0.5287663729448977 - log2_approx(tl.where(small, series, -log2_approx(v)))  # -log2(ln 2): E is in base 2
 
