@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 GPU = torch.cuda.is_available()
@@ -152,8 +153,10 @@ SHAPES: list[Shape] = [(1, 1, (1,)), (6, 3, (4, 1, 3)), (35, 7, (9, 33))]
 
 
 def inputs(shape: Shape, dtype: torch.dtype) -> list[Tensor]:
+    # Lengths stay away from 0, where the cosine's gradient, 1 / length, has no digits left to compare.
     n, d, sizes = shape
-    tensors = [torch.randn(rows, d, device=DEVICE) * torch.empty(rows, 1, device=DEVICE).uniform_(0.5, 2)
+    tensors = [F.normalize(torch.randn(rows, d, device=DEVICE), dim=1) * d**0.5
+               * torch.empty(rows, 1, device=DEVICE).uniform_(0.5, 2)
                for rows in (n, *sizes)]
     return [x.to(dtype).requires_grad_() for x in tensors]
 
