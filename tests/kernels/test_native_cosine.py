@@ -154,7 +154,9 @@ def test_peaked_rows_are_as_accurate_as_eager(shift: Callable[[Tensor], Tensor],
         usual = loss_and_gradients(eager, *arguments, label_smoothing=smoothing)
         for name, a, e, u in zip(("loss", "dh", "dweight", "dscale"), ours, expected, usual, strict=True):
             factor = 2 if flat <= n else 3
-            allowed = max(factor * (u.double() - e).norm().item(), 1e-6 * e.norm().item(), 1e-15)
+            # A scalar that sums what cancels is held to the project's own bound: eager may be exact by luck.
+            rounding = TOLERANCE if a.ndim == 0 else 1e-6
+            allowed = max(factor * (u.double() - e).norm().item(), rounding * e.norm().item(), 1e-15)
             assert (a.double() - e).norm().item() <= allowed, (name, cosine, flat)
 
 
