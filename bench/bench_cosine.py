@@ -11,16 +11,13 @@ Run: make bench, or pytest bench/bench_cosine.py; python bench/bench_cosine.py p
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
-import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from measure import Step, medians, peak_bytes
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
@@ -31,7 +28,6 @@ QUICK = [(4096, 64, 4096), (4096, 256, 4096), (64, 256, 256)]  # what `make benc
 SCALE = 30.0
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
-Step = Callable[[], object]
 
 
 def inputs(n: int, d: int, k: int, peaked: bool) -> Inputs:
@@ -93,36 +89,6 @@ def test_cosine_cross_entropy(benchmark: BenchmarkFixture, n: int, d: int, k: in
     run = steps(n, d, k, logits == "peaked")[system]
     run()  # compiles, and warms up
     benchmark.pedantic(run, rounds=7, iterations=1 if n * k > 1 << 20 else 100)
-
-
-def medians(systems: dict[str, Step], rounds: int) -> dict[str, float]:
-    """Seconds of each, the systems taking turns, so that what else the machine does falls on all alike."""
-    times: dict[str, list[float]] = {name: [] for name in systems}
-    for run in systems.values():
-        run()
-    for _ in range(rounds):
-        for name, run in systems.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def peak_bytes(run: Step) -> int | None:
-    """The peak of one call beyond what was resident before; None where the system does not tell."""
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # memory that is free but not given back would hide the peak
-        Path("/proc/self/clear_refs").write_text("5")
-    except (OSError, AttributeError):
-        return None
-    before = _status("VmRSS")
-    run()
-    return _status("VmHWM") - before
-
-
-def _status(name: str) -> int:
-    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines()
-                if line.startswith(name))
 
 
 def table(shapes: list[tuple[int, int, int]], rounds: int) -> None:

@@ -21,7 +21,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from bench_cosine import Step, medians, peak_bytes
+from measure import Step, medians, peak_bytes
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 

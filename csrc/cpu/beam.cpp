@@ -56,8 +56,6 @@ DGI_ALWAYS_INLINE inline const Compute<Stored>* read_logits(const Stored* data, 
   return buffer;
 }
 
-int64_t grain(int64_t elements) { return std::max<int64_t>(1, 65536 / std::max<int64_t>(1, elements)); }
-
 // scale h^ of one beam.
 template <bool kFused, class Stored>
 DGI_ALWAYS_INLINE inline void scaled_row(const CosineLogits<Stored>& in, const Stored* h, Compute<Stored>* out) {

@@ -35,8 +35,6 @@ namespace dgi::cpu {
 namespace {
 
 // Rows of a range that make a second thread worth its start: about 0.05 ms of work.
-int64_t grain(int64_t elements_per_row) { return std::max<int64_t>(1, 65536 / std::max<int64_t>(1, elements_per_row)); }
-
 // E in the compute dtype, and the reciprocal norms of its rows.
 template <class Stored>
 class Codebook {

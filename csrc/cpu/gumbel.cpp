@@ -36,14 +36,12 @@ DGI_HOST_DEVICE GumbelSums soften_row(const GumbelSoftmax<Stored>& in, int64_t r
   return soften<kFused, NoiseAs::kGumbel>(e, in.codes, maximum, in.tau, noise, e, noisy);
 }
 
-int64_t grain(int64_t codes) { return std::max<int64_t>(1, 16384 / codes); }
-
 }  // namespace
 
 template <class Stored>
 void gumbel_softmax(const GumbelSoftmax<Stored>& in, Stored* out) {
   using Real = Compute<Stored>;
-  parallel_for(in.rows, grain(in.codes), [&](int64_t first, int64_t last) {
+  parallel_for(in.rows, grain(4 * in.codes), [&](int64_t first, int64_t last) {
     const Buffer<Real> e = make_buffer<Real>(in.codes);
     with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
       for (int64_t row = first; row < last; ++row) {
@@ -68,7 +66,7 @@ void gumbel_softmax_backward(const GumbelSoftmax<Stored>& in, const Stored* dout
                              Compute<Stored>* dtau) {
   using Real = Compute<Stored>;
   std::vector<double> along(dtau != nullptr ? in.rows : 0);
-  parallel_for(in.rows, grain(in.codes), [&](int64_t first, int64_t last) {
+  parallel_for(in.rows, grain(4 * in.codes), [&](int64_t first, int64_t last) {
     const Buffer<Real> e = make_buffer<Real>(in.codes), dp = make_buffer<Real>(in.codes);
     const Buffer<Real> noisy = make_buffer<Real>(dtau != nullptr ? in.codes : 0);
     with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {

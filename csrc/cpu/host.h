@@ -1,6 +1,7 @@
 // What the C++ here borrows from torch without knowing it: matrix products and threads. Defined in register/host.cpp.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <new>
@@ -40,6 +41,11 @@ void parallel_for(int64_t count, int64_t grain, Body&& body) {
   parallel_ranges(count, grain < 1 ? 1 : grain,
                   [](int64_t first, int64_t last, void* context) { (*static_cast<Plain*>(context))(first, last); },
                   const_cast<std::remove_const_t<Plain>*>(&body));
+}
+
+// How many rows of so many elements each make a range worth a thread of its own, about 0.05 ms.
+inline int64_t grain(int64_t elements_per_row) {
+  return std::max<int64_t>(1, 65536 / std::max<int64_t>(1, elements_per_row));
 }
 
 // Memory for a tile: aligned to a cache line and not initialised.

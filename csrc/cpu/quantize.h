@@ -19,8 +19,6 @@ namespace dgi::cpu {
 
 constexpr int64_t kGroup = 16;  // rows whose sums over columns are added up by one thread
 
-inline int64_t grain(int64_t elements_per_row) { return std::max<int64_t>(1, 65536 / std::max<int64_t>(1, elements_per_row)); }
-
 inline int64_t block_rows(int64_t rows, int64_t codes) {
   constexpr int64_t kElements = int64_t{1} << 20;
   const int64_t fit = kElements / std::max<int64_t>(1, codes) / kGroup * kGroup;

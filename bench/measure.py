@@ -1,0 +1,137 @@
+"""What every benchmark here shares: systems that take turns, peak memory, and results in pytest-benchmark's JSON.
+
+Run a benchmark as a script for its table; ``--json FILE`` writes the same figures for ``make report``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from pytest_benchmark.utils import get_commit_info, get_machine_id
+
+Step = Callable[[], object]
+
+
+def interleaved(systems: Mapping[str, Step], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call, the systems taking turns, so that what else the machine does falls on all alike."""
+    times: dict[str, list[float]] = {name: [] for name in systems}
+    for run in systems.values():  # compiles, and warms up
+        run()
+    for _ in range(rounds):
+        for name, run in systems.items():
+            times[name].append(seconds(run))
+    return times
+
+
+def seconds(run: Step) -> float:
+    """The seconds of one call, on a GPU until it is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def medians(systems: Mapping[str, Step], rounds: int) -> dict[str, float]:
+    """The median seconds of each system of :func:`interleaved`."""
+    return {name: statistics.median(times) for name, times in interleaved(systems, rounds).items()}
+
+
+def peak_bytes(run: Step) -> int | None:
+    """The peak of one call beyond what was allocated before; None where the system does not tell."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # memory that is free but not given back would hide the peak
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        return None
+    before = _status("VmRSS")
+    run()
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines()
+                if line.startswith(name))
+
+
+class Results:
+    """Figures of one run, to be written as pytest-benchmark writes them (``commit_info``, ``benchmarks[i].stats``, …).
+
+    The systems that were measured in turns share a ``group``; what the figures depend on (shape, dtype, threads) and
+    what else was measured (peak memory) stands in ``extra_info``.
+    """
+
+    def __init__(self) -> None:
+        self._benchmarks: list[dict] = []
+
+    def add(self, op: str, shape: Mapping[str, object], system: str, times: list[float],
+            memory: int | None = None, **extra: object) -> None:
+        """Add one system's times in seconds, e.g. ``add("cosine_cross_entropy", {"N": 4096, …}, "eager", times)``."""
+        case = " ".join(f"{name}={value}" for name, value in shape.items())
+        quartiles = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
+        self._benchmarks.append({
+            "group": f"{op} {case}", "name": f"{op}[{case} {system}]", "fullname": f"{op}[{case} {system}]",
+            "params": {**shape, "system": system},
+            "extra_info": {"op": op, "shape": dict(shape), "system": system, "peak_bytes": memory, **extra},
+            "stats": {"median": statistics.median(times), "mean": statistics.mean(times), "min": min(times),
+                      "max": max(times), "q1": quartiles[0], "q3": quartiles[2], "rounds": len(times),
+                      "iterations": 1, "data": times}})
+
+    def write(self, path: str | os.PathLike) -> None:
+        """Write all that was added to ``path``, whole or not at all."""
+        document = {"machine_info": machine(), "commit_info": get_commit_info(), "benchmarks": self._benchmarks,
+                    "datetime": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                    "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])}
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(path.suffix + ".part")
+        temporary.write_text(json.dumps(document, indent=1) + "\n")
+        temporary.replace(path)
+
+
+def machine() -> dict[str, object]:
+    """The machine in words that identify it to a reader but not to a network: device, cores, versions."""
+    info: dict[str, object] = {"machine_id": get_machine_id(), "system": platform.system(), "cpu": _cpu_name(),
+                               "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+                               "instructions": torch.backends.cpu.get_cpu_capability(),
+                               "python": platform.python_version(), "torch": torch.__version__}
+    if torch.cuda.is_available():
+        import triton
+
+        info |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "triton": triton.__version__}
+    return info
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def title() -> str:
+    """One line that says where a table was made."""
+    where = machine()
+    return (f"{where.get('gpu', where['cpu'])}, {where['threads']} threads, torch {where['torch']}, "
+            f"load {os.getloadavg()[0]:.1f}")
