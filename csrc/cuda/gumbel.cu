@@ -10,29 +10,28 @@
 
 #include <algorithm>
 
+#include "device.h"
 #include "dgi/gumbel_lanes.h"
 
 namespace dgi::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWarp = 32;
-constexpr unsigned kAll = 0xFFFFFFFF;
 constexpr int64_t kMaxGrid = 1 << 16;  // enough to fill any GPU; the grid stride covers the rest
 
 __device__ float merge(float a, float b) { return a + b; }
 
-__device__ float from_lane(float x, int mask) { return __shfl_xor_sync(kAll, x, mask); }
+__device__ float from_lane(float x, int mask) { return __shfl_xor_sync(kAllLanes, x, mask); }
 
 __device__ SoftmaxPart from_lane(const SoftmaxPart& x, int mask) {
-  return {__shfl_xor_sync(kAll, x.top, mask), __shfl_xor_sync(kAll, x.total, mask),
-          static_cast<int64_t>(__shfl_xor_sync(kAll, static_cast<long long>(x.index), mask))};
+  return {__shfl_xor_sync(kAllLanes, x.top, mask), __shfl_xor_sync(kAllLanes, x.total, mask),
+          static_cast<int64_t>(__shfl_xor_sync(kAllLanes, static_cast<long long>(x.index), mask))};
 }
 
 // The parts of all threads of the block, merged in a fixed order: every thread gets the same bits.
 template <class Part>
 __device__ Part merge_block(Part own) {
-  __shared__ Part of_warp[kThreads / kWarp];
+  DGI_SHARED(Part, of_warp, kThreads / kWarp);
   for (int mask = kWarp / 2; mask > 0; mask /= 2) own = merge(own, from_lane(own, mask));
   __syncthreads();  // the last call's parts have been read
   if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = own;
@@ -86,11 +85,10 @@ const char* for_dtype(Float dtype, const F& f) {
     case Float::kBFloat16: f(BFloat16{}); break;
     case Float::kFloat16: f(Float16{}); break;
   }
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return launch_error();
 }
 
-unsigned grid(const GumbelSoftmax& inputs) { 
+unsigned grid(const GumbelSoftmax& inputs) {
   return static_cast<unsigned>(std::clamp<int64_t>(inputs.shape.rows, 1, kMaxGrid));  // no rows still have a gradient of tau
 }
 
@@ -99,8 +97,7 @@ unsigned grid(const GumbelSoftmax& inputs) {
 const char* gumbel_softmax(const GumbelSoftmax& inputs, bool hard, void* out, void* stream) {
   return for_dtype(inputs.dtype, [&](auto stored) {
     using Stored = decltype(stored);
-    softmax_kernel<Stored><<<grid(inputs), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(inputs, hard,
-                                                                                             static_cast<Stored*>(out));
+    launch(softmax_kernel<Stored>, grid(inputs), kThreads, 0, stream, inputs, hard, static_cast<Stored*>(out));
   });
 }
 
@@ -108,10 +105,9 @@ const char* gumbel_softmax_backward(const GumbelSoftmax& inputs, const void* ups
                                     float* dtau, void* stream) {
   return for_dtype(inputs.dtype, [&](auto stored) {
     using Stored = decltype(stored);
-    const auto cuda_stream = static_cast<cudaStream_t>(stream);
-    softmax_backward_kernel<Stored><<<grid(inputs), kThreads, 0, cuda_stream>>>(
-        inputs, static_cast<const Stored*>(upstream), static_cast<Stored*>(dlogits), row_dtau);
-    sum_kernel<<<1, kThreads, 0, cuda_stream>>>(row_dtau, inputs.shape.rows, dtau);
+    launch(softmax_backward_kernel<Stored>, grid(inputs), kThreads, 0, stream, inputs,
+           static_cast<const Stored*>(upstream), static_cast<Stored*>(dlogits), row_dtau);
+    launch(sum_kernel, 1, kThreads, 0, stream, row_dtau, inputs.shape.rows, dtau);
   });
 }
 
