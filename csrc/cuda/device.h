@@ -64,7 +64,7 @@ inline const char* launch_error() { return nullptr; }  // faults are exceptions
 
 namespace dgi::cuda {
 
-constexpr int kWarp = 32;
+constexpr int kWarp = 32, kMaxWarps = 32;
 constexpr unsigned kAllLanes = 0xFFFFFFFF;
 
 }  // namespace dgi::cuda

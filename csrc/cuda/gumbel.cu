@@ -10,6 +10,7 @@
 
 #include <algorithm>
 
+#include "block.h"
 #include "device.h"
 #include "dgi/gumbel_lanes.h"
 
@@ -19,26 +20,12 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int64_t kMaxGrid = 1 << 16;  // enough to fill any GPU; the grid stride covers the rest
 
-__device__ float merge(float a, float b) { return a + b; }
-
-__device__ float from_lane(float x, int mask) { return __shfl_xor_sync(kAllLanes, x, mask); }
-
-__device__ SoftmaxPart from_lane(const SoftmaxPart& x, int mask) {
-  return {__shfl_xor_sync(kAllLanes, x.top, mask), __shfl_xor_sync(kAllLanes, x.total, mask),
-          static_cast<int64_t>(__shfl_xor_sync(kAllLanes, static_cast<long long>(x.index), mask))};
+__device__ SoftmaxPart merge_block(const SoftmaxPart& own) {
+  return combine_block(own, [](const SoftmaxPart& a, const SoftmaxPart& b) { return merge(a, b); });
 }
 
-// The parts of all threads of the block, merged in a fixed order: every thread gets the same bits.
-template <class Part>
-__device__ Part merge_block(Part own) {
-  DGI_SHARED(Part, of_warp, kThreads / kWarp);
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) own = merge(own, from_lane(own, mask));
-  __syncthreads();  // the last call's parts have been read
-  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = own;
-  __syncthreads();
-  Part whole = of_warp[0];
-  for (int warp = 1; warp < kThreads / kWarp; ++warp) whole = merge(whole, of_warp[warp]);
-  return whole;
+__device__ float sum_block(float own) {
+  return combine_block(own, [](float a, float b) { return a + b; });
 }
 
 template <class Stored>
@@ -64,8 +51,8 @@ __global__ void __launch_bounds__(kThreads)
     const auto row = row_of<Stored>(inputs, n);
     const Stored* const u = upstream + n * inputs.shape.codes;
     const SoftmaxPart whole = merge_block(row.part(threadIdx.x, kThreads));
-    const float mean = merge_block(row.mean(threadIdx.x, kThreads, whole, u));
-    const float dtau = merge_block(row.gradient(threadIdx.x, kThreads, whole, u, mean, out + n * inputs.shape.codes));
+    const float mean = sum_block(row.mean(threadIdx.x, kThreads, whole, u));
+    const float dtau = sum_block(row.gradient(threadIdx.x, kThreads, whole, u, mean, out + n * inputs.shape.codes));
     if (threadIdx.x == 0) row_dtau[n] = dtau;
   }
 }
@@ -74,7 +61,7 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kThreads) sum_kernel(const float* __restrict__ x, int64_t count, float* __restrict__ out) {
   float own = 0;
   for (int64_t i = threadIdx.x; i < count; i += kThreads) own += x[i];
-  const float whole = merge_block(own);
+  const float whole = sum_block(own);
   if (threadIdx.x == 0) *out = whole;
 }
 

@@ -45,7 +45,8 @@ def why_no_ops() -> str | None:
     return why_not()
 
 
-def compile_library(sources: Sequence[Path], target: Path, include: Sequence[Path] = (), flags: Sequence[str] = ()) -> None:
+def compile_library(sources: Sequence[Path], target: Path, include: Sequence[Path] = (), flags: Sequence[str] = (),
+                    libraries: Sequence[str] = ()) -> None:
     """Compile ``sources``, also ``.cu``, as C++ and link them to the shared library ``target``."""
     folders = [*include, CSRC, CSRC / "include", CSRC / "cuda", HERE]
     objects = [target.with_name(f"{target.stem}-{i}-{source.stem}.o") for i, source in enumerate(sources)]
@@ -57,7 +58,7 @@ def compile_library(sources: Sequence[Path], target: Path, include: Sequence[Pat
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(compile_one, sources, objects))
     # Symbolic: the stand-ins for torch's CUDA functions are taken from the library itself.
-    run([*COMPILER, "-shared", "-Wl,-Bsymbolic", *map(str, objects), "-o", str(target)])
+    run([*COMPILER, "-shared", "-Wl,-Bsymbolic", *map(str, objects), *libraries, "-o", str(target)])
 
 
 def run(command: Sequence[str]) -> None:
@@ -80,9 +81,10 @@ class Ops:
         if not library.exists():
             for old in cache.glob("cuda-on-cpu-*"):
                 old.unlink()
-            include = Path(torch.__file__).parent / "include"
-            compile_library(sources, library, [include, include / "torch/csrc/api/include"],
-                            ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"])
+            home = Path(torch.__file__).parent
+            compile_library(sources, library, [home / "include", home / "include/torch/csrc/api/include"],
+                            ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"],
+                            [f"-L{home / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"])
         torch.ops.load_library(str(library))
         self._library = ctypes.CDLL(str(library))
 

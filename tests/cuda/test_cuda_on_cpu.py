@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import random
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -85,27 +86,29 @@ def test_planted_faults(library: ctypes.CDLL, kernel: str, message: str) -> None
         assert re.search(message, fault), fault
 
 
-# In the project's own kernel: what is replaced, by what, and what is said of it.
+# In what the project's own kernels share: what is replaced, by what, and what is said of it.
 MUTATIONS = {
     "no barrier before the parts are written": (
         "  __syncthreads();  // the last call's parts have been read\n", "", "no barrier between"),
     "no barrier before the parts are read": (
-        "own;\n  __syncthreads();\n", "own;\n", "no barrier between|never written"),
-    "a part too few": ("of_warp, kThreads / kWarp)", "of_warp, kThreads / kWarp - 1)", r"index 7 of of_warp\[7\]"),
-    "a part too many is read": ("warp < kThreads / kWarp;", "warp <= kThreads / kWarp;", r"index 8 of of_warp\[8\]"),
-    "a lane outside the mask": ("__shfl_xor_sync(kAllLanes, x.total", "__shfl_xor_sync(0x7FFFFFFFu, x.total",
+        "= own;\n  __syncthreads();\n", "= own;\n", "no barrier between|never written"),
+    "a part too few": ("of_warp, kMaxWarps);\n  for", "of_warp, kMaxWarps / 4 - 1);\n  for", r"index 7 of of_warp\[7\]"),
+    "a part too many is read": ("warp < blockDim.x / kWarp; ++warp)", "warp <= blockDim.x / kWarp; ++warp)",
+                                r"reads of_warp\[8\], which was never written"),
+    "a lane outside the mask": ("__shfl_xor_sync(kAllLanes, word", "__shfl_xor_sync(0x7FFFFFFFu, word",
                                 "mask leaves out its caller"),
 }
 
 
 @pytest.mark.parametrize("name", [None, *MUTATIONS])
 def test_faults_planted_into_gumbel_softmax(tmp_path: Path, name: str | None) -> None:
-    source = (on_cpu.CSRC / "cuda" / "gumbel.cu").read_text()
+    for file in ("gumbel.cu", "block.h"):  # each finds the other beside it
+        shutil.copy(on_cpu.CSRC / "cuda" / file, tmp_path)
     if name is not None:
         before, after, _ = MUTATIONS[name]
+        source = (tmp_path / "block.h").read_text()
         assert source.count(before) == 1
-        source = source.replace(before, after)
-    (tmp_path / "gumbel.cu").write_text(source)
+        (tmp_path / "block.h").write_text(source.replace(before, after))
     on_cpu.compile_library([on_cpu.HERE / "gumbel_driver.cpp"], tmp_path / "gumbel.so", [tmp_path], ["-DNDEBUG"])
     library = ctypes.CDLL(str(tmp_path / "gumbel.so"))
     library.run.restype = ctypes.c_char_p
