@@ -9,13 +9,13 @@
 // Rows whose softmax is peaked leave the tile as short lists (dgi/softmax_row.h); the other rows stay, move up, and are
 // multiplied once enough have gathered.
 //
-// 6 N K D operations, or 2 N K D and those of the lists for rows that are peaked; V lies in place of dE, and the tile of at
-// most 384 rows is all that is as wide as K. AMD EPYC with AVX-512 at 2.6 GHz, N = K = 4096, float32, one thread, against
-// the three products by torch.mm: flat 1.07 at D = 256 and 1.04 at D = 64, where eager takes 2.1 and 3.9; peaked, nine rows
-// in ten at cosine 0.7 to their target, 0.62 at D = 256. `python bench/bench_cosine.py` measures it again.
+// 6 N K D operations, or 2 N K D and those of the lists for rows that are peaked; one V lies in place of dE, and tiles of at
+// most 192 rows are all that is as wide as K. Two threads take half of the rows each: N = K = 4096 at D = 256 takes 1.06 to 1.12 of
+// the time of the three products by torch.mm, and 0.66 where nine rows in ten are at cosine 0.7 to their target; with
+// products that both threads share it was 1.18 and 0.71 (AVX2; medians over rounds in turns with the floor, which differ by
+// 0.04 from run to run; `python bench/bench_cosine.py --quick` measures it again).
 //
-// Blocks and the rows within them are worked off in fixed order, so the same inputs give the same bits on any number of
-// threads, as far as torch's matrix product does.
+// Blocks and the rows within them are worked off in fixed order, so the same inputs give the same bits run after run.
 #include "cosine.h"
 
 #include <algorithm>
@@ -215,7 +215,6 @@ class Backward {
   Backward(const Cosine<Stored>& in, const Codebook<Stored>& codebook, const CosineGradients<Stored>& out,
            int64_t capacity, bool in_place)
       : in_(in), codebook_(codebook), out_(out), along_(capacity) {
-    if (wants_rows()) u_ = make_buffer<Real>(capacity * in.dim);
     if (out.dweight == nullptr) return;
     if constexpr (std::is_same_v<Stored, Real>) {
       if (in_place) v_ = out.dweight;
@@ -226,28 +225,27 @@ class Backward {
     }
   }
 
-  // The first `count` slots of the tile hold T.
-  void add_tile(const Tile<Stored>& tile, int64_t count) {
+  // The first `count` slots of the tile hold T. Their X is gone afterwards: T E takes its place.
+  void add_tile(Tile<Stored>& tile, int64_t count) {
     if (count == 0) return;
-    if (wants_rows()) {
-      matrix_product(tile.matrix(0, count), codebook_.matrix(), {u_.get(), count, in_.dim}, Into::kOverwrite);
-      parallel_for(count, grain(in_.dim), [&](int64_t first, int64_t last) {
-        with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
-          for (int64_t slot = first; slot < last; ++slot) {
-            const Real* const u = u_.get() + slot * in_.dim;
-            const int64_t row = tile.row_of(slot);
-            along_[slot] = tile.rnorm(slot) * dot<fused.value>(in_.h + row * in_.dim, u, in_.dim);
-            if (out_.dh != nullptr) finish_dh<fused.value>(tile, slot, u);
-          }
-        });
-      });
-      for (int64_t slot = 0; slot < count; ++slot) dscale_ += along_[slot];
-    }
     if (out_.dweight != nullptr) {
       matrix_product(tile.matrix(0, count).transposed(), tile.x_matrix(0, count), {v_, in_.codes, in_.dim},
                      v_is_set_ ? Into::kAdd : Into::kOverwrite);
       v_is_set_ = true;
     }
+    if (out_.dh == nullptr && out_.dscale == nullptr) return;
+    matrix_product(tile.matrix(0, count), codebook_.matrix(), tile.x_matrix(0, count), Into::kOverwrite);
+    parallel_for(count, grain(in_.dim), [&](int64_t first, int64_t last) {
+      with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
+        for (int64_t slot = first; slot < last; ++slot) {
+          const Real* const u = tile.x(slot);
+          const int64_t row = tile.row_of(slot);
+          along_[slot] = tile.rnorm(slot) * dot<fused.value>(in_.h + row * in_.dim, u, in_.dim);
+          if (out_.dh != nullptr) finish_dh<fused.value>(tile, slot, u);
+        }
+      });
+    });
+    for (int64_t slot = 0; slot < count; ++slot) dscale_ += along_[slot];
   }
 
   // `members` of the rows from slot `first` on left lists instead of T.
@@ -284,8 +282,6 @@ class Backward {
   Real* v(int64_t k) { return v_ + k * in_.dim; }
 
  private:
-  bool wants_rows() const { return out_.dh != nullptr || out_.dscale != nullptr; }
-
   void add_lists_to_rows(const Tile<Stored>& tile, const Lists<Real>& lists, int64_t first,
                          const std::vector<int64_t>& members) {
     const std::vector<Real>& unit_sum = codebook_.sum_of_unit_vectors();
@@ -338,7 +334,7 @@ class Backward {
   const CosineGradients<Stored>& out_;
   std::vector<double> along_;  // h^ . dL/dh^ / scale, by slot
   double dscale_ = 0;
-  Buffer<Real> u_, own_v_;
+  Buffer<Real> own_v_;
   Real* v_ = nullptr;
   bool v_is_set_ = false;
   std::vector<Real> even_;  // what every code gets alike of the lists: sum_n v_n X_n
@@ -369,17 +365,23 @@ void finish(const Cosine<Stored>& in, const Codebook<Stored>& codebook, const Co
   });
 }
 
-// Rows that are multiplied at once: enough for an efficient product, few enough that the tile stays in the cache.
-int64_t block_rows(int64_t rows, int64_t codes) {
-  constexpr int64_t kElements = int64_t{1} << 20;
-  const int64_t fit = kElements / std::max<int64_t>(1, codes);
-  return std::max<int64_t>(1, std::min(rows, std::clamp<int64_t>(fit, 64, 512)));
-}
-
 // With more entries than this a list saves nothing over its row of a matrix product.
 template <class Real>
 int64_t list_limit(int64_t codes) {
   return std::is_same_v<Real, float> ? std::min<int64_t>(codes / 8, 1024) : 0;
+}
+
+// Rows that each of `shares` multiplies at once: enough for an efficient product, few enough that all of them and what else
+// the shares need, a V more and a codebook in another dtype, stay within 10 MB.
+template <class Stored>
+int64_t block_rows(const Cosine<Stored>& in, int64_t rows, int64_t shares) {
+  constexpr int64_t kElements = int64_t{79} << 15;
+  constexpr bool kConverts = !std::is_same_v<Stored, Compute<Stored>>;
+  const int64_t copies = kConverts ? shares + 1 : shares - 1;
+  const int64_t per_row = in.codes + in.dim + 2 * list_capacity(list_limit<Compute<Stored>>(in.codes));
+  const int64_t fit = (kElements - copies * in.codes * in.dim) / (shares * std::max<int64_t>(1, per_row));
+  const int64_t block = std::clamp<int64_t>(fit / 16 * 16, 64, 192);
+  return std::max<int64_t>(1, std::min((rows + shares - 1) / shares, block));
 }
 
 template <class Real>
@@ -388,9 +390,12 @@ double weight_of(const CrossEntropy<Real>& options, int64_t row, double uniform)
 }
 
 // Two threads wait for each other less if each takes half of the rows from end to end, with a V of its own, than if they
-// share every product: N = K = 4096 takes FIGURE of the time. More threads share the products, lest V be there many times.
-constexpr int64_t kRowsWorthAShare = 1024;
-int64_t shares_of(int64_t rows) { return thread_count() <= 2 && rows >= kRowsWorthAShare ? 2 : 1; }
+// share every product. With more threads V would be there too many times, and so it would beside a V in another dtype.
+template <class Stored>
+int64_t shares_of(int64_t rows) {
+  constexpr int64_t kRowsWorthAShare = 1024;
+  return std::is_same_v<Stored, Compute<Stored>> && thread_count() <= 2 && rows >= kRowsWorthAShare ? 2 : 1;
+}
 
 // The loss and the gradients of a share of the rows, block by block.
 template <class Stored>
@@ -493,7 +498,7 @@ template <class Stored>
 void cosine_logits(const Cosine<Stored>& in, Stored* out) {
   using Real = Compute<Stored>;
   const Codebook<Stored> codebook(in);
-  const int64_t block = block_rows(in.rows, in.codes);
+  const int64_t block = block_rows(in, in.rows, 1);
   Tile<Stored> tile(in, block);
   std::vector<int64_t> rows(block);
   for (int64_t begin = 0; begin < in.rows; begin += block) {
@@ -518,7 +523,7 @@ template <class Stored>
 void cosine_logits_backward(const Cosine<Stored>& in, const Stored* dlogits, const CosineGradients<Stored>& out) {
   using Real = Compute<Stored>;
   const Codebook<Stored> codebook(in);
-  const int64_t block = block_rows(in.rows, in.codes);
+  const int64_t block = block_rows(in, in.rows, 1);
   Tile<Stored> tile(in, block);
   Backward<Stored> backward(in, codebook, out, block, true);
   std::vector<int64_t> rows(block);
@@ -565,8 +570,8 @@ void cosine_cross_entropy(const Cosine<Stored>& in, const CrossEntropy<Compute<S
     }
   }
   const double uniform = options.reduction == Reduction::kMean ? 1.0 / static_cast<double>(counted) : 1.0;
-  const int64_t rows = static_cast<int64_t>(active.size()), count = shares_of(rows);
-  const int64_t block = block_rows((rows + count - 1) / count, count * in.codes);
+  const int64_t rows = static_cast<int64_t>(active.size()), count = shares_of<Stored>(rows);
+  const int64_t block = block_rows(in, rows, count);
   const Codebook<Stored> codebook(in);
   std::vector<std::unique_ptr<Share<Stored>>> shares;
   std::vector<Backward<Stored>*> backwards;
