@@ -1,4 +1,4 @@
-"""Calls into the compiled extension: the sort of trie construction in C++."""
+"""Calls into the compiled extension: trie construction and sets of items in C++."""
 
 from __future__ import annotations
 
@@ -6,10 +6,24 @@ import torch
 from torch import Tensor
 
 
-def trie_sort(codes: Tensor) -> tuple[Tensor, Tensor]:
-    """``codes`` (N, L) int64 on the CPU, at least -1 -> ``order``, ``first_diff`` (N,) int64.
+def code_ranges(codes: Tensor) -> Tensor:
+    """The least and the greatest code of each column: ``codes`` (N, L) of any integer dtype and strides -> (2, L) int64.
 
-    ``order`` is the stable lexicographic order of the rows; ``first_diff[i]`` the first column in which sorted row i
-    differs from sorted row i - 1, L where they are equal, 0 for i = 0.
+    Of no rows 0 and -1.
     """
-    return torch.ops.dgi_kernels.trie_sort(codes.contiguous())
+    return torch.ops.dgi_kernels.code_ranges(codes)
+
+
+def trie_arrays(codes: Tensor, ranges: Tensor, token_dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor],
+                                                                                   Tensor | None, Tensor | None]:
+    """As :func:`reference.trie_arrays`; ``ranges`` from :func:`code_ranges`."""
+    depth = codes.shape[1]
+    arrays = torch.ops.dgi_kernels.trie_arrays(codes, ranges, token_dtype == torch.int16)
+    item_start, item_order = arrays[2 * depth:]
+    return (arrays[:depth], arrays[depth:2 * depth], item_start if len(item_start) else None,
+            item_order if len(item_order) or not len(codes) else None)
+
+
+def item_words(rows: Tensor, size: int, item_order: Tensor | None) -> Tensor:
+    """As :func:`reference.item_words`."""
+    return torch.ops.dgi_kernels.item_words(rows.contiguous(), size, item_order)
