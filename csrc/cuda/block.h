@@ -9,29 +9,40 @@
 
 namespace dgi::cuda {
 
-// The value that lane `own ^ mask` holds, word by word.
-template <class T>
-__device__ __forceinline__ T from_lane(const T& own, int mask) {
+// What another lane gives, word by word: shuffle(word) is a warp's shuffle.
+template <class T, class Shuffle>
+__device__ __forceinline__ T from_lane(const T& own, const Shuffle& shuffle) {
   static_assert(sizeof(T) % sizeof(uint32_t) == 0);
   uint32_t words[sizeof(T) / sizeof(uint32_t)];
   std::memcpy(words, &own, sizeof(T));
-  for (uint32_t& word : words) word = __shfl_xor_sync(kAllLanes, word, mask);
+  for (uint32_t& word : words) word = shuffle(word);
   T other;
   std::memcpy(&other, words, sizeof(T));
   return other;
+}
+
+// The values of the warp's first `lanes` lanes, combined in a fixed order; in lane 0.
+template <class T, class Combine>
+__device__ __forceinline__ T combine_lanes(T own, unsigned lanes, const Combine& combine) {
+  for (unsigned distance = kWarp / 2; distance > 0; distance /= 2) {
+    const T other = from_lane(own, [&](uint32_t word) { return __shfl_down_sync(kAllLanes, word, distance); });
+    if (threadIdx.x % kWarp + distance < lanes) own = combine(own, other);
+  }
+  return own;
 }
 
 // The parts of all threads, combined in a fixed order: every thread gets the same bits.
 template <class Part, class Combine>
 __device__ Part combine_block(Part own, const Combine& combine) {
   DGI_SHARED(Part, of_warp, kMaxWarps);
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) own = combine(own, from_lane(own, mask));
+  const unsigned lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+  own = combine_lanes(own, kWarp, combine);
   __syncthreads();  // the last call's parts have been read
-  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = own;
+  if (lane == 0) of_warp[threadIdx.x / kWarp] = own;
   __syncthreads();
-  Part whole = of_warp[0];
-  for (unsigned warp = 1; warp < blockDim.x / kWarp; ++warp) whole = combine(whole, of_warp[warp]);
-  return whole;
+  own = of_warp[lane < warps ? lane : 0];
+  own = combine_lanes(own, warps, combine);
+  return from_lane(own, [](uint32_t word) { return __shfl_sync(kAllLanes, word, 0); });
 }
 
 // The sum of what the threads before this one give, and that of all.
@@ -39,24 +50,27 @@ struct Scan {
   uint32_t before, whole;
 };
 
+// The sum up to and with this lane.
+__device__ inline uint32_t scan_lanes(uint32_t own) {
+  for (unsigned distance = 1; distance < kWarp; distance *= 2) {
+    const uint32_t earlier = __shfl_up_sync(kAllLanes, own, distance);
+    if (threadIdx.x % kWarp >= distance) own += earlier;
+  }
+  return own;
+}
+
 __device__ inline Scan scan_block(uint32_t own) {
   DGI_SHARED(uint32_t, of_warp, kMaxWarps);
-  const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  uint32_t through = own;  // the sum up to this lane
-  for (unsigned distance = 1; distance < kWarp; distance *= 2) {
-    const uint32_t earlier = __shfl_up_sync(kAllLanes, through, distance);
-    if (lane >= distance) through += earlier;
-  }
+  const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const uint32_t through = scan_lanes(own);
   __syncthreads();  // the last call's sums have been read
   if (lane == kWarp - 1) of_warp[warp] = through;
   __syncthreads();
-  Scan scan{through - own, 0};
-  for (unsigned w = 0; w < blockDim.x / kWarp; ++w) {
-    const uint32_t sum = of_warp[w];
-    if (w < warp) scan.before += sum;
-    scan.whole += sum;
-  }
-  return scan;
+  uint32_t sum = 0;
+  if (lane < warps) sum = of_warp[lane];
+  const uint32_t warps_through = scan_lanes(sum);
+  return {__shfl_sync(kAllLanes, warps_through - sum, warp) + through - own,
+          __shfl_sync(kAllLanes, warps_through, warps - 1)};
 }
 
 // Sorts `count` elements, a power of two, by Batcher's bitonic network: less(i, j) compares two of them, swap(i, j)

@@ -91,11 +91,12 @@ MUTATIONS = {
     "no barrier before the parts are written": (
         "  __syncthreads();  // the last call's parts have been read\n", "", "no barrier between"),
     "no barrier before the parts are read": (
-        "= own;\n  __syncthreads();\n", "= own;\n", "no barrier between|never written"),
-    "a part too few": ("of_warp, kMaxWarps);\n  for", "of_warp, kMaxWarps / 4 - 1);\n  for", r"index 7 of of_warp\[7\]"),
-    "a part too many is read": ("warp < blockDim.x / kWarp; ++warp)", "warp <= blockDim.x / kWarp; ++warp)",
+        "/ kWarp] = own;\n  __syncthreads();\n", "/ kWarp] = own;\n", "no barrier between|never written"),
+    "a part too few": ("DGI_SHARED(Part, of_warp, kMaxWarps)", "DGI_SHARED(Part, of_warp, kMaxWarps / 4 - 1)",
+                       r"index 7 of of_warp\[7\]"),
+    "a part too many is read": ("of_warp[lane < warps ? lane : 0]", "of_warp[lane <= warps ? lane : 0]",
                                 r"reads of_warp\[8\], which was never written"),
-    "a lane outside the mask": ("__shfl_xor_sync(kAllLanes, word", "__shfl_xor_sync(0x7FFFFFFFu, word",
+    "a lane outside the mask": ("__shfl_down_sync(kAllLanes", "__shfl_down_sync(0x7FFFFFFFu",
                                 "mask leaves out its caller"),
 }
 
