@@ -260,26 +260,17 @@ class Backward {
 
   double dscale() const { return dscale_; }
 
-  // Adds this share of V = rnorm dL/de^ of code k to `v`, or puts it there.
+  // This share of V = rnorm dL/de^ of code k, with what is even.
   template <bool kFused>
-  DGI_ALWAYS_INLINE void share_of_code(int64_t k, Into into, Real* v) const {
-    const Real* const share = v_ + k * in_.dim;
-    const bool adds = into == Into::kAdd;
-    if (!v_is_set_) {
-      if (!adds) std::fill_n(v, in_.dim, Real{0});
-    } else if (adds) {
-#pragma omp simd
-      for (int64_t d = 0; d < in_.dim; ++d) v[d] += share[d];
-    } else if (share != v) {
-      std::copy_n(share, in_.dim, v);
-    }
-    if (even_.empty()) return;
+  DGI_ALWAYS_INLINE Real* share_of_code(int64_t k) {
+    Real* const v = v_ + k * in_.dim;
+    if (!v_is_set_) std::fill_n(v, in_.dim, Real{0});
+    if (even_.empty()) return v;
     const Real rnorm = codebook_.rnorm()[k];
 #pragma omp simd
     for (int64_t d = 0; d < in_.dim; ++d) v[d] = multiply_add<kFused>(rnorm, even_[d], v[d]);
+    return v;
   }
-
-  Real* v(int64_t k) { return v_ + k * in_.dim; }
 
  private:
   void add_lists_to_rows(const Tile<Stored>& tile, const Lists<Real>& lists, int64_t first,
@@ -354,9 +345,11 @@ void finish(const Cosine<Stored>& in, const Codebook<Stored>& codebook, const Co
   parallel_for(in.codes, grain(in.dim), [&](int64_t first, int64_t last) {
     with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
       for (int64_t k = first; k < last; ++k) {
-        Real* const v = shares[0]->v(k);
-        for (size_t i = 0; i < shares.size(); ++i) {
-          shares[i]->template share_of_code<fused.value>(k, i == 0 ? Into::kOverwrite : Into::kAdd, v);
+        Real* const v = shares[0]->template share_of_code<fused.value>(k);
+        for (size_t i = 1; i < shares.size(); ++i) {
+          const Real* const share = shares[i]->template share_of_code<fused.value>(k);
+#pragma omp simd
+          for (int64_t d = 0; d < in.dim; ++d) v[d] += share[d];
         }
         through_normalization<fused.value>(in.weight + k * in.dim, v, in.dim, codebook.rnorm()[k], in.eps, Real{1},
                                            out.dweight + k * in.dim);
@@ -375,12 +368,12 @@ int64_t list_limit(int64_t codes) {
 // the shares need, a V more and a codebook in another dtype, stay within 10 MB.
 template <class Stored>
 int64_t block_rows(const Cosine<Stored>& in, int64_t rows, int64_t shares) {
-  constexpr int64_t kElements = int64_t{79} << 15;
+  constexpr int64_t kElements = int64_t{76} << 15;
   constexpr bool kConverts = !std::is_same_v<Stored, Compute<Stored>>;
   const int64_t copies = kConverts ? shares + 1 : shares - 1;
   const int64_t per_row = in.codes + in.dim + 2 * list_capacity(list_limit<Compute<Stored>>(in.codes));
   const int64_t fit = (kElements - copies * in.codes * in.dim) / (shares * std::max<int64_t>(1, per_row));
-  const int64_t block = std::clamp<int64_t>(fit / 16 * 16, 64, 192);
+  const int64_t block = std::clamp<int64_t>(fit / 16 * 16, 64, 160);
   return std::max<int64_t>(1, std::min((rows + shares - 1) / shares, block));
 }
 
