@@ -9,11 +9,10 @@
 // Rows whose softmax is peaked leave the tile as short lists (dgi/softmax_row.h); the other rows stay, move up, and are
 // multiplied once enough have gathered.
 //
-// 6 N K D operations, or 2 N K D and those of the lists for rows that are peaked; one V lies in place of dE, and tiles of at
-// most 192 rows are all that is as wide as K. Two threads take half of the rows each: N = K = 4096 at D = 256 takes 1.06 to 1.12 of
-// the time of the three products by torch.mm, and 0.66 where nine rows in ten are at cosine 0.7 to their target; with
-// products that both threads share it was 1.18 and 0.71 (AVX2; medians over rounds in turns with the floor, which differ by
-// 0.04 from run to run; `python bench/bench_cosine.py --quick` measures it again).
+// 6 N K D operations, or 2 N K D and those of the lists for rows that are peaked; one V lies in place of dE, and tiles of
+// at most 160 rows are all that is as wide as K. N = K = 4096 at D = 256, float32, two AVX2
+// cores, against the three products by torch.mm: 1.04 to 1.06 flat, 0.64 to 0.71 where nine rows in ten are at cosine 0.7 to
+// their target (three runs of `python bench/bench_cosine.py --quick --rounds 11`, which has the peers beside it).
 //
 // Blocks and the rows within them are worked off in fixed order, so the same inputs give the same bits run after run.
 #include "cosine.h"
@@ -331,7 +330,8 @@ class Backward {
   std::vector<Real> even_;  // what every code gets alike of the lists: sum_n v_n X_n
 };
 
-// dweight, of all shares, loses its radial part and takes its dtype; dscale is summed up. The first share's V may be dweight.
+// dweight, of all shares, loses its radial part and takes its dtype; dscale is summed up. The first share's V may be
+// dweight itself.
 template <class Stored>
 void finish(const Cosine<Stored>& in, const Codebook<Stored>& codebook, const CosineGradients<Stored>& out,
             const std::vector<Backward<Stored>*>& shares) {
