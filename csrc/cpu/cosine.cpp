@@ -10,9 +10,9 @@
 // multiplied once enough have gathered.
 //
 // 6 N K D operations, or 2 N K D and those of the lists for rows that are peaked; one V lies in place of dE, and tiles of
-// at most 160 rows are all that is as wide as K. N = K = 4096 at D = 256, float32, two AVX2
-// cores, against the three products by torch.mm: 1.04 to 1.06 flat, 0.64 to 0.71 where nine rows in ten are at cosine 0.7 to
-// their target (three runs of `python bench/bench_cosine.py --quick --rounds 11`, which has the peers beside it).
+// at most 256 rows are all that is as wide as K. N = K = 4096 at D = 256, float32, two AVX2 cores, against the three
+// products by torch.mm: 1.04 to 1.06 flat, 0.64 to 0.71 where nine rows in ten are at cosine 0.7 to their target (three
+// runs of `python bench/bench_cosine.py --quick --rounds 11`, which has the peers beside it).
 //
 // Blocks and the rows within them are worked off in fixed order, so the same inputs give the same bits run after run.
 #include "cosine.h"
@@ -373,7 +373,8 @@ int64_t block_rows(const Cosine<Stored>& in, int64_t rows, int64_t shares) {
   const int64_t copies = kConverts ? shares + 1 : shares - 1;
   const int64_t per_row = in.codes + in.dim + 2 * list_capacity(list_limit<Compute<Stored>>(in.codes));
   const int64_t fit = (kElements - copies * in.codes * in.dim) / (shares * std::max<int64_t>(1, per_row));
-  const int64_t block = std::clamp<int64_t>(fit / 16 * 16, 64, 160);
+  const int64_t least = kConverts ? 64 : 128 / shares, most = shares == 1 ? 256 : 160;
+  const int64_t block = std::clamp<int64_t>(fit / 16 * 16, least, most);
   return std::max<int64_t>(1, std::min((rows + shares - 1) / shares, block));
 }
 
