@@ -6,7 +6,7 @@ takes ``backend="auto" | "reference" | "triton" | "native"``; :func:`backends` s
 """
 
 from dgi_kernels.backend import BackendStatus, BackendUnavailable, backends, debug
-from dgi_kernels.beam import BeamResult, Beams, beam_search, beam_step, cosine_beam_step
+from dgi_kernels.beam import BeamResult, Beams, HiddenStates, beam_search, beam_step, cosine_beam_step
 from dgi_kernels.cosine import cosine_cross_entropy, cosine_logits
 from dgi_kernels.cosine.modules import CosineCrossEntropyLoss, CosineLinear
 from dgi_kernels.cosine.parallel import vocabulary_parallel_cosine_cross_entropy
@@ -23,6 +23,7 @@ __all__ = [
     "Beams",
     "CosineCrossEntropyLoss",
     "CosineLinear",
+    "HiddenStates",
     "ItemRanges",
     "Ranking",
     "ResidualQuantization",
