@@ -11,7 +11,8 @@
 //
 // and then dr and dE lose their radial parts: those of dE are the sums of columns of dS s, and dscale = sum r^ . (T E).
 //
-// Rows of which few entries count (dgi/gumbel_row.h) leave the tile as lists: all products but X E^T take those only.
+// Rows of which few entries count (dgi/gumbel_row.h) leave the tile as lists, which are kept for backward: forward takes X E^T
+// whole and all other products at the listed codes alone, backward neither tile nor noise.
 //
 // 14 N K D operations (forward 4, backward 10), twice the noise. `python bench/bench_gumbel.py` measures them against the
 // products alone.
@@ -22,6 +23,36 @@
 
 namespace dgi::cpu {
 namespace {
+
+// The entries that count of a block's peaked rows: codes ascending, and p, which sums to 1 over them.
+template <class Real>
+class Lists {
+ public:
+  Lists(int64_t rows, int64_t limit)
+      : stride_(limit + detail::kGroup), count_(rows), code_(make_buffer<int32_t>(rows * stride_)),
+        p_(make_buffer<Real>(rows * stride_)) {}
+
+  // Lists row `row`, whose exponentials are `e`, where at most `limit` of them count.
+  DGI_HOST_DEVICE void take(int64_t row, const Real* e, int64_t codes, double sum, int64_t limit) {
+    int32_t* const code = code_.get() + row * stride_;
+    Real* const p = p_.get() + row * stride_;
+    const int64_t listed = list_row(e, codes, sum, kNegligibleShare, limit, code);
+    count_[row] = std::max<int64_t>(0, listed);
+    double total = 0;
+    for (int64_t j = 0; j < listed; ++j) total += e[code[j]];
+    for (int64_t j = 0; j < listed; ++j) p[j] = static_cast<Real>(e[code[j]] / total);
+  }
+
+  int64_t count(int64_t row) const { return count_[row]; }
+  const int32_t* code(int64_t row) const { return code_.get() + row * stride_; }
+  const Real* p(int64_t row) const { return p_.get() + row * stride_; }
+
+ private:
+  int64_t stride_;
+  std::vector<int64_t> count_;  // 0: not listed
+  Buffer<int32_t> code_;
+  Buffer<Real> p_;
+};
 
 template <class Real>
 class Forward {
@@ -40,7 +71,8 @@ class Forward {
       matrix_product({x_.get(), count, in_.dim}, level.vectors.transposed(), {tile_.get(), count, level.codes},
                      Into::kOverwrite);
       with_noise(in_, false, [&](auto as) { assign<as.value>(level, begin, count); });
-      if (in_.mode == QuantizeMode::kSoft) multiply_dense_rows(level, begin, count);
+      remember_lists(level, begin, count);
+      if (in_.mode == QuantizeMode::kSoft) multiply_dense_rows(level, count);
       emit(level, begin, count);
     }
   }
@@ -86,16 +118,8 @@ class Forward {
           out_.log_normalizer[to] = static_cast<Real>(row.log_normalizer);
           const Real weight = static_cast<Real>(1 / row.sum);
           weight_[i] = weight;
-          out_.is_peaked[to] = false;
           if (hard) continue;
-          lists_.count(i) = list_row(s, level.codes, row.sum, kNegligibleShare, list_limit<Real>(level.codes),
-                                     lists_.index(i));
-          out_.is_peaked[to] = lists_.count(i) > 0;
-          if (out_.is_peaked[to] && in_.mode == QuantizeMode::kSoft) {
-            const int32_t* const index = lists_.index(i);
-            Real* const p = lists_.p(i);
-            for (int64_t j = 0; j < lists_.count(i); ++j) p[j] = s[index[j]];
-          }
+          lists_.take(i, s, level.codes, row.sum, list_limit<Real>(level.codes));
 #pragma omp simd
           for (int64_t k = 0; k < level.codes; ++k) sums[k] = multiply_add<fused.value>(weight, s[k], sums[k]);
         }
@@ -108,11 +132,23 @@ class Forward {
     }
   }
 
+  void remember_lists(const Level<Real>& level, int64_t begin, int64_t count) {
+    const ListedRows<Real>& lists = out_.lists;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t listed = remembered_ + lists_.count(i) <= lists.room ? lists_.count(i) : 0;
+      std::copy_n(lists_.code(i), listed, lists.code + remembered_);
+      std::copy_n(lists_.p(i), listed, lists.p + remembered_);
+      int64_t* const range = lists.range + 2 * at(level, begin + i);
+      range[0] = remembered_;
+      range[1] = remembered_ += listed;
+    }
+  }
+
   // P E of the rows that are not peaked, which move up in the tile.
-  void multiply_dense_rows(const Level<Real>& level, int64_t begin, int64_t count) {
+  void multiply_dense_rows(const Level<Real>& level, int64_t count) {
     int64_t dense = 0;
     for (int64_t i = 0; i < count; ++i) {
-      if (out_.is_peaked[at(level, begin + i)]) continue;
+      if (lists_.count(i) > 0) continue;
       if (dense < i) std::copy_n(tile_.get() + i * level.codes, level.codes, tile_.get() + dense * level.codes);
       slot_[i] = dense++;
     }
@@ -133,13 +169,14 @@ class Forward {
           const int64_t i = order_[place], to = at(level, begin + i);
           Real *const r = residual_.get() + i * in_.dim, *const quantized = out_.quantized + to * in_.dim;
           const Real* emitted = sum.get();
-          if (in_.mode == QuantizeMode::kSoft && out_.is_peaked[to]) {
+          Real factor = weight_[i];
+          if (in_.mode == QuantizeMode::kSoft && lists_.count(i) > 0) {
             std::fill_n(sum.get(), in_.dim, Real{0});
-            add_rows<fused.value>(lists_.index(i), lists_.p(i), lists_.count(i), level.vectors.data, in_.dim, sum.get());
+            add_rows<fused.value>(lists_.code(i), lists_.p(i), lists_.count(i), level.vectors.data, in_.dim, sum.get());
+            factor = 1;
           } else {
             emitted = emitted_.get() + slot_[i] * in_.dim;
           }
-          Real factor = weight_[i];
           if (in_.mode != QuantizeMode::kSoft) {
             emitted = level.vectors.data + chosen[to] * in_.dim;
             // A row of E to the bit, but NaN where the softmax is.
@@ -167,6 +204,7 @@ class Forward {
   Buffer<Real> tile_;
   ColumnSums<Real> columns_;
   Lists<Real> lists_;
+  int64_t remembered_ = 0;  // entries
 };
 
 }  // namespace

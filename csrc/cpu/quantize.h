@@ -20,9 +20,9 @@ namespace dgi::cpu {
 constexpr int64_t kGroup = 16;  // rows whose sums over columns are added up by one thread
 
 inline int64_t block_rows(int64_t rows, int64_t codes) {
-  constexpr int64_t kElements = int64_t{1} << 20;
+  constexpr int64_t kElements = int64_t{1} << 21;
   const int64_t fit = kElements / std::max<int64_t>(1, codes) / kGroup * kGroup;
-  return std::max<int64_t>(1, std::min(rows, std::clamp<int64_t>(fit, 128, 256)));
+  return std::max<int64_t>(1, std::min(rows, std::clamp<int64_t>(fit, 128, 512)));
 }
 
 template <NoiseAs kAs>
@@ -113,28 +113,6 @@ template <class Real>
 int64_t list_limit(int64_t codes) {
   return std::is_same_v<Real, float> ? std::min<int64_t>(codes / 8, 1024) : 0;
 }
-
-// The entries that count of peaked rows, positions ascending. What `p`, `t` and `along` hold is the user's.
-template <class Real>
-class Lists {
- public:
-  Lists(int64_t rows, int64_t limit)
-      : capacity_(limit), stride_(limit + detail::kGroup), count_(rows), index_(make_buffer<int32_t>(rows * stride_)),
-        values_(make_buffer<Real>(3 * rows * stride_)) {}
-
-  int64_t capacity() const { return capacity_; }
-  int64_t& count(int64_t row) { return count_[row]; }
-  int32_t* index(int64_t row) { return index_.get() + row * stride_; }
-  Real* p(int64_t row) { return values_.get() + 3 * row * stride_; }
-  Real* t(int64_t row) { return p(row) + stride_; }
-  Real* along(int64_t row) { return t(row) + stride_; }
-
- private:
-  int64_t capacity_, stride_;
-  std::vector<int64_t> count_;
-  Buffer<int32_t> index_;
-  Buffer<Real> values_;
-};
 
 // Calls body(group, first row, last row) for the groups of a block, in parallel.
 template <class Body>

@@ -220,12 +220,12 @@ def test_ops_are_well_registered(seeded: bool) -> None:
     ops = torch.ops.dgi_kernels
     z, books, scale, tau = torch.randn(5, 3), torch.randn(9, 3), torch.tensor(9.0), torch.tensor(0.8)
     seed = torch.tensor([3]) if seeded else None
-    options = ([4, 5], scale, tau, seed, 7, 0, 1e-12)
-    torch.library.opcheck(ops.residual_quantize.default, (z, books, *options))
+    options = ([4, 5], scale, tau, seed, 7, 0, 1e-12, 2)
+    torch.library.opcheck(ops.residual_quantize.default, (z, books, *options[:-1], 0))  # room is left as it was
     result = ops.residual_quantize(z, books, *options)
     upstream = (torch.randn(5, 2, 3), None, None, torch.randn(5, 2))
     torch.library.opcheck(ops.residual_quantize_backward.default,
-                          (*upstream, result[4], result[2], result[6], books, *options, True, seeded, True, not seeded))
+                          (*upstream, result[4], result[2], *result[5:], books, *options[:-1], True, seeded, True, not seeded))
     logits = torch.randn(4, 6)
     torch.library.opcheck(ops.gumbel_softmax.default, (logits, tau, torch.tensor([3]), seeded))
     torch.library.opcheck(ops.gumbel_softmax_backward.default, (logits, logits, tau, torch.tensor([3]), seeded))
@@ -235,10 +235,24 @@ def test_direct_callers_are_stopped_too() -> None:
     ops = torch.ops.dgi_kernels
     z, books, one = torch.randn(5, 3), torch.randn(9, 3), torch.tensor(1.0)
     with pytest.raises(RuntimeError, match="sizes must add up"):
-        ops.residual_quantize(z, books, [4, 4], one, one, None, 0, 0, 1e-12)
+        ops.residual_quantize(z, books, [4, 4], one, one, None, 0, 0, 1e-12, 0)
     with pytest.raises(RuntimeError, match="mode must be"):
-        ops.residual_quantize(z, books, [9], one, one, None, 0, 3, 1e-12)
+        ops.residual_quantize(z, books, [9], one, one, None, 0, 3, 1e-12, 0)
+
+    def backward(sampled: Tensor, *lists: Tensor) -> None:
+        ops.residual_quantize_backward(None, None, None, None, torch.randn(2, 1, 3), sampled, torch.randn(2, 1), *lists,
+                                       books, [9], one, one, None, 0, 1, 1e-12, True, True, True, True)
+
+    def lists(ranges: list[int], codes: list[int]) -> tuple[Tensor, ...]:
+        return torch.tensor(ranges).view(2, 1, 2), torch.tensor(codes, dtype=torch.int32), torch.full((len(codes),), 0.5)
+
+    fine = torch.zeros(2, 1, dtype=torch.int64)
+    backward(fine, *lists([0, 2, 2, 4], [1, 8, 0, 3]))
     with pytest.raises(RuntimeError, match="sampled must hold codes"):
-        ops.residual_quantize_backward(None, None, None, None, torch.randn(5, 1, 3), torch.full((5, 1), 9),
-                                       torch.zeros(5, 1, dtype=torch.bool), books, [9], one, one, None,
-                                       0, 1, 1e-12, True, True, True, True)
+        backward(torch.full((2, 1), 9), *lists([0, 2, 2, 4], [1, 8, 0, 3]))
+    for ranges, codes in (([0, 2, 2, 4], [1, 9, 0, 3]), ([0, 2, 2, 4], [1, 8, -1, 3]), ([0, 2, 2, 4], [8, 1, 0, 3]),
+                          ([0, 2, 2, 5], [1, 8, 0, 3]), ([-1, 2, 2, 4], [1, 8, 0, 3]), ([2, 0, 2, 4], [1, 8, 0, 3])):
+        with pytest.raises(RuntimeError, match="must hold ranges of ascending codes"):
+            backward(fine, *lists(ranges, codes))
+    with pytest.raises(RuntimeError, match="must be as forward returned them"):
+        backward(fine, *lists([0, 2, 2, 4], [1, 8, 0, 3])[:2], torch.full((3,), 0.5))
