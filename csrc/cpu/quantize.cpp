@@ -57,11 +57,14 @@ class Lists {
 template <class Real>
 class Forward {
  public:
-  Forward(const Quantize<Real>& in, const Quantized<Real>& out, int64_t block)
-      : in_(in), out_(out), codebooks_(in), usage_(codebooks_.codes(), 0.0),
+  // Its lists may take [first_entry, last_entry) of the room for them.
+  Forward(const Quantize<Real>& in, const Quantized<Real>& out, const Codebooks<Real>& codebooks, int64_t block,
+          int64_t first_entry, int64_t last_entry)
+      : in_(in), out_(out), codebooks_(codebooks), usage_(codebooks_.codes(), 0.0),
         residual_(make_buffer<Real>(block * in.dim)), x_(make_buffer<Real>(block * in.dim)),
         emitted_(make_buffer<Real>(block * in.dim)), weight_(block), slot_(block), order_(block),
-        tile_(make_buffer<Real>(block * widest())), columns_(block, widest()), lists_(block, list_limit<Real>(widest())) {}
+        tile_(make_buffer<Real>(block * widest())), columns_(block, widest()), lists_(block, list_limit<Real>(widest())),
+        remembered_(first_entry), last_entry_(last_entry) {}
 
   void run_block(int64_t begin, int64_t count) {
     std::copy_n(in_.z + begin * in_.dim, count * in_.dim, residual_.get());
@@ -77,10 +80,8 @@ class Forward {
     }
   }
 
-  void finish() {
-    const double rows = static_cast<double>(std::max<int64_t>(1, in_.rows));
-    for (size_t k = 0; k < usage_.size(); ++k) out_.usage[k] = static_cast<Real>(usage_[k] / rows);
-  }
+  // sum_n p_nk of the rows of all blocks
+  double usage(int64_t code) const { return usage_[code]; }
 
  private:
   int64_t widest() const { return *std::max_element(in_.sizes.begin(), in_.sizes.end()); }
@@ -135,7 +136,7 @@ class Forward {
   void remember_lists(const Level<Real>& level, int64_t begin, int64_t count) {
     const ListedRows<Real>& lists = out_.lists;
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t listed = remembered_ + lists_.count(i) <= lists.room ? lists_.count(i) : 0;
+      const int64_t listed = remembered_ + lists_.count(i) <= last_entry_ ? lists_.count(i) : 0;
       std::copy_n(lists_.code(i), listed, lists.code + remembered_);
       std::copy_n(lists_.p(i), listed, lists.p + remembered_);
       int64_t* const range = lists.range + 2 * at(level, begin + i);
@@ -195,7 +196,7 @@ class Forward {
 
   const Quantize<Real>& in_;
   const Quantized<Real>& out_;
-  const Codebooks<Real> codebooks_;
+  const Codebooks<Real>& codebooks_;
   std::vector<double> usage_;
   Buffer<Real> residual_, x_, emitted_;
   std::vector<Real> weight_;
@@ -204,15 +205,24 @@ class Forward {
   Buffer<Real> tile_;
   ColumnSums<Real> columns_;
   Lists<Real> lists_;
-  int64_t remembered_ = 0;  // entries
+  int64_t remembered_, last_entry_;  // where the next list for backward goes, and where its room ends
 };
 
 }  // namespace
 
 template <class Real>
 void residual_quantize(const Quantize<Real>& in, const Quantized<Real>& out) {
-  const int64_t block = block_rows(in);
-  run(in, block, Forward<Real>(in, out, block));
+  const Codebooks<Real> codebooks(in);
+  const int64_t room = out.lists.room;
+  const auto shares = run<Forward<Real>>(in, [&](int64_t share, int64_t shares, int64_t block) {
+    return std::make_unique<Forward<Real>>(in, out, codebooks, block, share * room / shares, (share + 1) * room / shares);
+  });
+  const double rows = static_cast<double>(std::max<int64_t>(1, in.rows));
+  for (int64_t k = 0; k < codebooks.codes(); ++k) {
+    double usage = 0;
+    for (const auto& share : shares) usage += share->usage(k);
+    out.usage[k] = static_cast<Real>(usage / rows);
+  }
 }
 
 template void residual_quantize(const Quantize<float>&, const Quantized<float>&);

@@ -7,9 +7,12 @@ namespace {
 template <class Real>
 class Backward {
  public:
+  // dE, of its rows, goes to the place of the result where it is the first share.
   Backward(const Quantize<Real>& in, const QuantizeSaved<Real>& saved, const QuantizeUpstream<Real>& upstream,
-           const QuantizeGradients<Real>& out, int64_t block)
-      : in_(in), saved_(saved), upstream_(upstream), out_(out), codebooks_(in), radial_(codebooks_.codes(), 0.0),
+           const QuantizeGradients<Real>& out, const Codebooks<Real>& codebooks, int64_t block, bool is_first_share)
+      : in_(in), saved_(saved), upstream_(upstream), out_(out), codebooks_(codebooks), radial_(codebooks_.codes(), 0.0),
+        own_de_(make_buffer<Real>(is_first_share || out.codebooks == nullptr ? 0 : codebooks_.codes() * in.dim)),
+        de_(is_first_share ? out.codebooks : own_de_.get()),
         dr_(make_buffer<Real>(block * in.dim)), x_(make_buffer<Real>(2 * block * in.dim)),
         u_(make_buffer<Real>(block * in.dim)), row_(block), entry_(block), rnorm_(block), along_(block), dtau_(block),
         tile_(make_buffer<Real>(2 * block * widest())), columns_(block, widest()) {}
@@ -33,22 +36,10 @@ class Backward {
     is_first_ = false;
   }
 
-  void finish() {
-    if (out_.scale != nullptr) *out_.scale = static_cast<Real>(dscale_sum_);
-    if (out_.tau != nullptr) *out_.tau = static_cast<Real>(dtau_sum_);
-    if (out_.codebooks == nullptr) return;
-    if (is_first_) std::fill_n(out_.codebooks, codebooks_.codes() * in_.dim, Real{0});
-    parallel_for(codebooks_.codes(), grain(in_.dim), [&](int64_t first, int64_t last) {
-      for (int64_t k = first; k < last; ++k) {
-        const double rnorm = codebooks_[0].rnorm[k];
-        if (codebooks_[0].rnorm[k] == 1 / in_.eps) continue;  // eps took the place of the norm: nothing is radial
-        const Real factor = static_cast<Real>(-rnorm * rnorm * radial_[k]);
-        const Real* const e = in_.codebooks + k * in_.dim;
-        Real* const de = out_.codebooks + k * in_.dim;
-        for (int64_t d = 0; d < in_.dim; ++d) de[d] += factor * e[d];
-      }
-    });
-  }
+  double dscale() const { return dscale_sum_; }
+  double dtau() const { return dtau_sum_; }
+  double radial(int64_t code) const { return radial_[code]; }
+  const Real* de(int64_t code) const { return de_ + code * in_.dim; }
 
  private:
   int64_t widest() const { return *std::max_element(in_.sizes.begin(), in_.sizes.end()); }
@@ -217,7 +208,7 @@ class Backward {
   void add_to_codes(const Level<Real>& level, int64_t begin, int64_t count) {
     const bool soft = in_.mode == QuantizeMode::kSoft;
     const int64_t rows = soft ? 2 * dense_ : dense_;
-    Real* const de = out_.codebooks + level.first * in_.dim;
+    Real* const de = de_ + level.first * in_.dim;
     if (rows > 0) {
       matrix_product(Matrix<Real>{tile_.get(), rows, level.codes}.transposed(), {x_.get(), rows, in_.dim},
                      {de, level.codes, in_.dim}, is_first_ ? Into::kOverwrite : Into::kAdd);
@@ -261,8 +252,10 @@ class Backward {
   const QuantizeSaved<Real>& saved_;
   const QuantizeUpstream<Real>& upstream_;
   const QuantizeGradients<Real>& out_;
-  const Codebooks<Real> codebooks_;
+  const Codebooks<Real>& codebooks_;
   std::vector<double> radial_;  // sum_n dS s of every code
+  Buffer<Real> own_de_;
+  Real* de_;  // dE with its radial part
   Buffer<Real> dr_;             // of the residual that the level leaves, then of the one it saw
   Buffer<Real> x_, u_;
   std::vector<int64_t> row_;    // of the block, by place
@@ -277,13 +270,44 @@ class Backward {
   bool is_first_ = true;
 };
 
+// What the shares make together; the first one's dE lies in the place of the result.
+template <class Real>
+void finish(const Quantize<Real>& in, const QuantizeGradients<Real>& out, const Codebooks<Real>& codebooks,
+            const std::vector<std::unique_ptr<Backward<Real>>>& shares) {
+  double dscale = 0, dtau = 0;
+  for (const auto& share : shares) dscale += share->dscale(), dtau += share->dtau();
+  if (out.scale != nullptr) *out.scale = static_cast<Real>(dscale);
+  if (out.tau != nullptr) *out.tau = static_cast<Real>(dtau);
+  if (out.codebooks == nullptr) return;
+  if (in.rows == 0) std::fill_n(out.codebooks, codebooks.codes() * in.dim, Real{0});
+  parallel_for(codebooks.codes(), grain(in.dim), [&](int64_t first, int64_t last) {
+    for (int64_t k = first; k < last; ++k) {
+      const double rnorm = codebooks[0].rnorm[k];
+      const bool is_short = codebooks[0].rnorm[k] == 1 / in.eps;  // eps took the place of the norm: nothing is radial
+      double radial = 0;
+      for (const auto& share : shares) radial += is_short ? 0.0 : share->radial(k);
+      const Real factor = static_cast<Real>(-rnorm * rnorm * radial);
+      const Real* const e = in.codebooks + k * in.dim;
+      Real* const de = out.codebooks + k * in.dim;
+      for (size_t i = 1; i < shares.size(); ++i) {
+        const Real* const more = shares[i]->de(k);
+        for (int64_t d = 0; d < in.dim; ++d) de[d] += more[d];
+      }
+      for (int64_t d = 0; d < in.dim; ++d) de[d] += factor * e[d];
+    }
+  });
+}
+
 }  // namespace
 
 template <class Real>
 void residual_quantize_backward(const Quantize<Real>& in, const QuantizeSaved<Real>& saved,
                                 const QuantizeUpstream<Real>& upstream, const QuantizeGradients<Real>& out) {
-  const int64_t block = block_rows(in);
-  run(in, block, Backward<Real>(in, saved, upstream, out, block));
+  const Codebooks<Real> codebooks(in);
+  const auto shares = run<Backward<Real>>(in, [&](int64_t share, int64_t, int64_t block) {
+    return std::make_unique<Backward<Real>>(in, saved, upstream, out, codebooks, block, share == 0);
+  });
+  finish(in, out, codebooks, shares);
 }
 
 #define DGI_INSTANTIATE(Real)                                                                  \
