@@ -32,6 +32,7 @@ def _load() -> str | None:
     torch.library.register_fake("dgi_kernels::gumbel_softmax", _fake_gumbel_softmax)
     torch.library.register_fake("dgi_kernels::gumbel_softmax_backward", _fake_gumbel_softmax_backward)
     torch.library.register_fake("dgi_kernels::residual_quantize", _fake_residual_quantize)
+    torch.library.register_fake("dgi_kernels::assign_codes", _fake_assign_codes)
     torch.library.register_fake("dgi_kernels::residual_quantize_backward", _fake_residual_quantize_backward)
     torch.library.register_fake("dgi_kernels::beam_step", _fake_beam_step)
     torch.library.register_fake("dgi_kernels::cosine_beam_step", _fake_cosine_beam_step)
@@ -85,6 +86,10 @@ def _fake_residual_quantize(z: Tensor, codebooks: Tensor, sizes: list[int], scal
     return (vectors, codes, torch.empty_like(codes), z.new_empty(codebooks.shape[0]), torch.empty_like(vectors),
             z.new_empty((rows, levels)), codes.new_empty((rows, levels, 2)),
             z.new_empty((rows, levels, list_room), dtype=torch.int32), z.new_empty((rows, levels, list_room)))
+
+
+def _fake_assign_codes(z: Tensor, codebooks: Tensor, sizes: list[int], eps: float) -> Tensor:
+    return z.new_empty((z.shape[0], len(sizes)), dtype=torch.int64)
 
 
 def _fake_residual_quantize_backward(

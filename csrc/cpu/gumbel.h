@@ -84,8 +84,19 @@ struct QuantizeGradients {
   Real *z, *codebooks, *scale, *tau;
 };
 
+// Soft and straight-through; hard is a function of its own.
 template <class Real>
 void residual_quantize(const Quantize<Real>& in, const Quantized<Real>& out);
+
+// As Quantized; all but `codes` may be null where it is not wanted.
+template <class Real>
+struct HardQuantized {
+  Real *quantized, *residuals, *usage, *log_normalizer;
+  int64_t *codes, *sampled;
+};
+
+template <class Real>
+void residual_quantize_hard(const Quantize<Real>& in, const HardQuantized<Real>& out);
 
 template <class Real>
 void residual_quantize_backward(const Quantize<Real>& in, const QuantizeSaved<Real>& saved,

@@ -1,4 +1,4 @@
-// Residual quantization on the CPU: soft, straight-through and hard, with all gradients.
+// Residual quantization on the CPU: soft and straight-through, with all gradients. quantize_hard.cpp has the hard one.
 //
 //   s_nk = scale r^_n . e^_k,   p = softmax((s + g) / tau),   z~ = P E,   r' = r - z~
 //
@@ -102,10 +102,9 @@ class Forward {
   // Turns the tile into exp((s + g) / tau), not yet normalised; codes, usage and the rows' sums.
   template <NoiseAs kAs>
   void assign(const Level<Real>& level, int64_t begin, int64_t count) {
-    const bool hard = in_.mode == QuantizeMode::kHard;
     for_each_group(count, 4 * level.codes, [&](int64_t group, int64_t first, int64_t last) {
       with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
-        Real* const sums = hard ? nullptr : columns_.start(group, level.codes);
+        Real* const sums = columns_.start(group, level.codes);
         for (int64_t i = first; i < last; ++i) {
           Real* const s = tile_.get() + i * level.codes;
           const int64_t to = at(level, begin + i);
@@ -119,18 +118,13 @@ class Forward {
           out_.log_normalizer[to] = static_cast<Real>(row.log_normalizer);
           const Real weight = static_cast<Real>(1 / row.sum);
           weight_[i] = weight;
-          if (hard) continue;
           lists_.take(i, s, level.codes, row.sum, list_limit<Real>(level.codes));
 #pragma omp simd
           for (int64_t k = 0; k < level.codes; ++k) sums[k] = multiply_add<fused.value>(weight, s[k], sums[k]);
         }
       });
     });
-    if (hard) {
-      for (int64_t i = 0; i < count; ++i) usage_[level.first + out_.codes[at(level, begin + i)]] += 1;
-    } else {
-      columns_.add_to(usage_.data() + level.first, (count + kGroup - 1) / kGroup, level.codes);
-    }
+    columns_.add_to(usage_.data() + level.first, (count + kGroup - 1) / kGroup, level.codes);
   }
 
   void remember_lists(const Level<Real>& level, int64_t begin, int64_t count) {
@@ -157,11 +151,11 @@ class Forward {
   }
 
   void emit(const Level<Real>& level, int64_t begin, int64_t count) {
-    const int64_t* const chosen = in_.mode == QuantizeMode::kHard ? out_.codes : out_.sampled;
+    const int64_t* const sampled = out_.sampled;
     // By code: neighbours take the same rows of E, which are in the cache then.
     std::iota(order_.begin(), order_.begin() + count, int64_t{0});
     std::stable_sort(order_.begin(), order_.begin() + count, [&](int64_t a, int64_t b) {
-      return chosen[at(level, begin + a)] < chosen[at(level, begin + b)];
+      return sampled[at(level, begin + a)] < sampled[at(level, begin + b)];
     });
     parallel_for(count, grain(4 * in_.dim), [&](int64_t first, int64_t last) {
       const Buffer<Real> sum = make_buffer<Real>(in_.dim);
@@ -179,9 +173,8 @@ class Forward {
             emitted = emitted_.get() + slot_[i] * in_.dim;
           }
           if (in_.mode != QuantizeMode::kSoft) {
-            emitted = level.vectors.data + chosen[to] * in_.dim;
-            // A row of E to the bit, but NaN where the softmax is.
-            factor = in_.mode == QuantizeMode::kHard || factor == factor ? Real{1} : factor;
+            emitted = level.vectors.data + sampled[to] * in_.dim;
+            factor = factor == factor ? Real{1} : factor;  // a row of E to the bit, but NaN where the softmax is
           }
 #pragma omp simd
           for (int64_t d = 0; d < in_.dim; ++d) {

@@ -123,11 +123,32 @@ QuantizeResults residual_quantize_cpu(const Tensor& z, const Tensor& codebooks, 
     Tensor list_code = torch::stable::empty({rows, levels, list_room}, ScalarType::Int);
     Tensor list_p = torch::stable::empty({rows, levels, list_room}, dtype);
     const auto of = [](Tensor& x) { return static_cast<Real*>(x.mutable_data_ptr()); };
-    dgi::cpu::residual_quantize<Real>(inputs, {of(quantized), of(residuals), of(usage), of(log_normalizer),
-                                               codes.mutable_data_ptr<int64_t>(), sampled.mutable_data_ptr<int64_t>(),
-                                               {list_p.numel(), list_range.mutable_data_ptr<int64_t>(),
-                                                list_code.mutable_data_ptr<int32_t>(), of(list_p)}});
+    int64_t *const code = codes.mutable_data_ptr<int64_t>(), *const sample = sampled.mutable_data_ptr<int64_t>();
+    if (inputs.mode == dgi::cpu::QuantizeMode::kHard) {
+      std::fill_n(list_range.mutable_data_ptr<int64_t>(), list_range.numel(), int64_t{0});
+      dgi::cpu::residual_quantize_hard<Real>(
+          inputs, {of(quantized), of(residuals), of(usage), of(log_normalizer), code, sample});
+    } else {
+      dgi::cpu::residual_quantize<Real>(inputs, {of(quantized), of(residuals), of(usage), of(log_normalizer), code, sample,
+                                                 {list_p.numel(), list_range.mutable_data_ptr<int64_t>(),
+                                                  list_code.mutable_data_ptr<int32_t>(), of(list_p)}});
+    }
     return {quantized, codes, sampled, usage, residuals, log_normalizer, list_range, list_code, list_p};
+  });
+}
+
+Tensor assign_codes_cpu(const Tensor& z, const Tensor& codebooks, std::vector<int64_t> sizes, double eps) {
+  STD_TORCH_CHECK(z.dim() == 2, kGumbel, "z must be (N, D)");
+  return for_compute_dtype(z, [&](auto real) {
+    using Real = decltype(real);
+    constexpr int64_t kHard = static_cast<int64_t>(dgi::cpu::QuantizeMode::kHard);
+    Tensor one = torch::stable::empty({}, z.scalar_type());  // scale and temperature, of which no code depends
+    *static_cast<Real*>(one.mutable_data_ptr()) = 1;
+    const auto inputs = quantize_inputs<Real>(z, codebooks, sizes, one, one, std::nullopt, 0, kHard, eps);
+    Tensor codes = torch::stable::empty({inputs.rows, inputs.levels()}, ScalarType::Long);
+    dgi::cpu::residual_quantize_hard<Real>(
+        inputs, {nullptr, nullptr, nullptr, nullptr, codes.mutable_data_ptr<int64_t>(), nullptr});
+    return codes;
   });
 }
 
@@ -260,6 +281,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dgi_kernels, m) {
   m.def("residual_quantize(Tensor z, Tensor codebooks, int[] sizes, Tensor scale, Tensor tau, Tensor? seed, "
         "int row_offset, int mode, float eps, int list_room) -> (Tensor quantized, Tensor codes, Tensor sampled, "
         "Tensor usage, Tensor residuals, Tensor log_normalizer, Tensor list_range, Tensor list_code, Tensor list_p)");
+  m.def("assign_codes(Tensor z, Tensor codebooks, int[] sizes, float eps) -> Tensor");
   m.def("residual_quantize_backward(Tensor? dquantized, Tensor? dusage, Tensor? dresiduals, Tensor? dlog_normalizer, "
         "Tensor residuals, Tensor sampled, Tensor log_normalizer, Tensor list_range, Tensor list_code, Tensor list_p, "
         "Tensor codebooks, int[] sizes, Tensor scale, Tensor tau, Tensor? seed, int row_offset, int mode, float eps, "
@@ -271,6 +293,7 @@ STABLE_TORCH_LIBRARY_IMPL(dgi_kernels, CPU, m) {
   m.impl("gumbel_softmax", TORCH_BOX(&gumbel_softmax_cpu));
   m.impl("gumbel_softmax_backward", TORCH_BOX(&gumbel_softmax_backward_cpu));
   m.impl("residual_quantize", TORCH_BOX(&residual_quantize_cpu));
+  m.impl("assign_codes", TORCH_BOX(&assign_codes_cpu));
   m.impl("residual_quantize_backward", TORCH_BOX(&residual_quantize_backward_cpu));
 }
 

@@ -58,6 +58,13 @@ def residual_quantize(z: Tensor, codebooks: Sequence[Tensor], scale: float | Ten
     return ResidualQuantization(quantized, codes, sampled, list(usage.split(sizes)), residuals, log_normalizer)
 
 
+def assign_codes(z: Tensor, codebooks: Sequence[Tensor], eps: float) -> Tensor:
+    """(N, D), m of (K_j, D), all float32 or all float64 -> (N, m) int64, the codes of hard mode alone."""
+    sizes = [codebook.shape[0] for codebook in codebooks]
+    joined = codebooks[0] if len(codebooks) == 1 else torch.cat(list(codebooks))
+    return torch.ops.dgi_kernels.assign_codes(z.contiguous(), joined.contiguous(), sizes, eps)
+
+
 class _Options(NamedTuple):
     sizes: list[int]
     seed: Tensor | None
