@@ -46,9 +46,10 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     "residual_quantize": {"native": _CPP, "triton": _TRITON},
     "gumbel_noise": {"native": dict.fromkeys(_CPP_AND_CUDA), "triton": dict.fromkeys(_TRITON)},
     "trie_build": {"native": {"cpu": None}},
-    "beam_step": {"native": _CPP},
-    "cosine_beam_step": {"native": _CPP},
-    "rank_candidates": {"native": _CPP},
+    "trie_filter": {"native": {"cpu": None}},
+    "beam_step": {"native": _CPP_AND_CUDA},
+    "cosine_beam_step": {"native": _CPP_AND_CUDA},
+    "rank_candidates": {"native": _CPP_AND_CUDA},
 }
 
 # Which of an op's kernels ``auto`` tries first.  On GPUs Triton's noise takes fewer instructions per element: hardware

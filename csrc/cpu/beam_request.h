@@ -1,7 +1,7 @@
 // The search of one request: which of its beams are worth looking at, and the best of their children.
 //
-// The best num_beams candidates so far give a threshold. A beam whose own score lies below it has no child that counts
-// (log-probabilities are at most 0), and neither have those behind it. The threshold also becomes a bound on the logit, so
+// The best num_beams candidates so far give a threshold. A beam whose own score, or a lower bound of its children's, lies
+// below it has no child that counts (log-probabilities are at most 0), and neither have those behind it. The threshold also becomes a bound on the logit, so
 // that most children cost a load and a comparison; only those that pass are scored, looked up in the filter and kept.
 #pragma once
 
@@ -86,7 +86,7 @@ struct Run {
 // A live beam with children: the runs [first_run, end_run).
 template <class Real>
 struct Parent {
-  Real score;
+  Real score, bound;  // no child scores more than the bound, where log-probabilities are normalised here
   int64_t beam, first_run, end_run;
 };
 
@@ -111,24 +111,40 @@ class Request {
       const int64_t first_run = static_cast<int64_t>(runs_.size());
       list_runs(m, step_.trie.children_of(node));
       if (static_cast<int64_t>(runs_.size()) > first_run) {
-        parents_.push_back({score, m, first_run, static_cast<int64_t>(runs_.size())});
+        parents_.push_back({score, score, m, first_run, static_cast<int64_t>(runs_.size())});
       }
     }
-    const auto better = [](const Parent<Real>& a, const Parent<Real>& b) { return a.score > b.score; };
-    if (!std::is_sorted(parents_.begin(), parents_.end(), better)) {
-      std::stable_sort(parents_.begin(), parents_.end(), better);
-    }
+    sort_by_bound();
     return static_cast<uint64_t>(slots_) <= std::numeric_limits<typename CandidateKey<Real>::Bits>::max();
   }
 
-  // The live beams, best first, to be extended in this order.
+  // The live beams, those first whose children may score most, to be extended in this order.
   const std::vector<Parent<Real>>& parents() const { return parents_; }
 
-  // Whether this parent and all behind it are hopeless: where log-probabilities are normalised here they are at most 0.
+  // Lowers the bounds of parents to bound(parent, count, visit): how many children each has, and visit(f) calls f with the
+  // token of every one of them.
+  template <class Bound>
+  DGI_ALWAYS_INLINE inline void lower_bounds(const Bound& bound) {
+    for (Parent<Real>& parent : parents_) {
+      const Run &run = runs_[parent.first_run], &last = runs_[parent.end_run - 1];
+      if (tokens_of(run)[run.first] == kEndToken) continue;  // the end of a sequence costs nothing
+      const auto visit = [&](const auto& f) DGI_ALWAYS_INLINE {
+        for (int64_t r = parent.first_run; r < parent.end_run; ++r) {
+          const Token* const tokens = tokens_of(runs_[r]);
+          for (int64_t i = runs_[r].first; i < runs_[r].end; ++i) f(tokens[i]);
+        }
+      };
+      const Real lower = bound(parent, last.slot + (last.end - last.first) - run.slot, visit);
+      if (lower < parent.bound) parent.bound = lower;
+    }
+    sort_by_bound();
+  }
+
+  // Whether this parent and all behind it are hopeless.
   bool is_done(const Parent<Real>& parent) {
     if (!step_.normalizes()) return false;
     best_.refresh();
-    return best_.full() && parent.score < best_.threshold();
+    return best_.full() && parent.bound < best_.threshold();
   }
 
   // `logit(token)` is the logit of a code, `log_sum_exp()` that of all codes; either is asked for what is needed only.
@@ -180,6 +196,13 @@ class Request {
   }
 
  private:
+  void sort_by_bound() {
+    const auto better = [](const Parent<Real>& a, const Parent<Real>& b) { return a.bound > b.bound; };
+    if (!std::is_sorted(parents_.begin(), parents_.end(), better)) {
+      std::stable_sort(parents_.begin(), parents_.end(), better);
+    }
+  }
+
   static constexpr int64_t kChunk = 1024;
   static constexpr Real kDead = -std::numeric_limits<Real>::infinity();
 

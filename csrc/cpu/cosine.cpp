@@ -9,11 +9,10 @@
 // Rows whose softmax is peaked leave the tile as short lists (dgi/softmax_row.h); the other rows stay, move up, and are
 // multiplied once enough have gathered.
 //
-// 6 N K D operations, or 2 N K D and those of the lists for rows that are peaked; one V lies in place of dE, and tiles of at
-// most 192 rows are all that is as wide as K. Two threads take half of the rows each: N = K = 4096 at D = 256 takes 1.06 to 1.12 of
-// the time of the three products by torch.mm, and 0.66 where nine rows in ten are at cosine 0.7 to their target; with
-// products that both threads share it was 1.18 and 0.71 (AVX2; medians over rounds in turns with the floor, which differ by
-// 0.04 from run to run; `python bench/bench_cosine.py --quick` measures it again).
+// 6 N K D operations, or 2 N K D and those of the lists for rows that are peaked; one V lies in place of dE, and tiles of
+// at most 256 rows are all that is as wide as K. N = K = 4096 at D = 256, float32, two AVX2 cores, against the three
+// products by torch.mm: 1.04 to 1.06 flat, 0.64 to 0.71 where nine rows in ten are at cosine 0.7 to their target (three
+// runs of `python bench/bench_cosine.py --quick --rounds 11`, which has the peers beside it).
 //
 // Blocks and the rows within them are worked off in fixed order, so the same inputs give the same bits run after run.
 #include "cosine.h"
@@ -260,26 +259,17 @@ class Backward {
 
   double dscale() const { return dscale_; }
 
-  // Adds this share of V = rnorm dL/de^ of code k to `v`, or puts it there.
+  // This share of V = rnorm dL/de^ of code k, with what is even.
   template <bool kFused>
-  DGI_ALWAYS_INLINE void share_of_code(int64_t k, Into into, Real* v) const {
-    const Real* const share = v_ + k * in_.dim;
-    const bool adds = into == Into::kAdd;
-    if (!v_is_set_) {
-      if (!adds) std::fill_n(v, in_.dim, Real{0});
-    } else if (adds) {
-#pragma omp simd
-      for (int64_t d = 0; d < in_.dim; ++d) v[d] += share[d];
-    } else if (share != v) {
-      std::copy_n(share, in_.dim, v);
-    }
-    if (even_.empty()) return;
+  DGI_ALWAYS_INLINE Real* share_of_code(int64_t k) {
+    Real* const v = v_ + k * in_.dim;
+    if (!v_is_set_) std::fill_n(v, in_.dim, Real{0});
+    if (even_.empty()) return v;
     const Real rnorm = codebook_.rnorm()[k];
 #pragma omp simd
     for (int64_t d = 0; d < in_.dim; ++d) v[d] = multiply_add<kFused>(rnorm, even_[d], v[d]);
+    return v;
   }
-
-  Real* v(int64_t k) { return v_ + k * in_.dim; }
 
  private:
   void add_lists_to_rows(const Tile<Stored>& tile, const Lists<Real>& lists, int64_t first,
@@ -340,7 +330,8 @@ class Backward {
   std::vector<Real> even_;  // what every code gets alike of the lists: sum_n v_n X_n
 };
 
-// dweight, of all shares, loses its radial part and takes its dtype; dscale is summed up. The first share's V may be dweight.
+// dweight, of all shares, loses its radial part and takes its dtype; dscale is summed up. The first share's V may be
+// dweight itself.
 template <class Stored>
 void finish(const Cosine<Stored>& in, const Codebook<Stored>& codebook, const CosineGradients<Stored>& out,
             const std::vector<Backward<Stored>*>& shares) {
@@ -354,9 +345,11 @@ void finish(const Cosine<Stored>& in, const Codebook<Stored>& codebook, const Co
   parallel_for(in.codes, grain(in.dim), [&](int64_t first, int64_t last) {
     with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
       for (int64_t k = first; k < last; ++k) {
-        Real* const v = shares[0]->v(k);
-        for (size_t i = 0; i < shares.size(); ++i) {
-          shares[i]->template share_of_code<fused.value>(k, i == 0 ? Into::kOverwrite : Into::kAdd, v);
+        Real* const v = shares[0]->template share_of_code<fused.value>(k);
+        for (size_t i = 1; i < shares.size(); ++i) {
+          const Real* const share = shares[i]->template share_of_code<fused.value>(k);
+#pragma omp simd
+          for (int64_t d = 0; d < in.dim; ++d) v[d] += share[d];
         }
         through_normalization<fused.value>(in.weight + k * in.dim, v, in.dim, codebook.rnorm()[k], in.eps, Real{1},
                                            out.dweight + k * in.dim);
@@ -375,12 +368,13 @@ int64_t list_limit(int64_t codes) {
 // the shares need, a V more and a codebook in another dtype, stay within 10 MB.
 template <class Stored>
 int64_t block_rows(const Cosine<Stored>& in, int64_t rows, int64_t shares) {
-  constexpr int64_t kElements = int64_t{79} << 15;
+  constexpr int64_t kElements = int64_t{76} << 15;
   constexpr bool kConverts = !std::is_same_v<Stored, Compute<Stored>>;
   const int64_t copies = kConverts ? shares + 1 : shares - 1;
   const int64_t per_row = in.codes + in.dim + 2 * list_capacity(list_limit<Compute<Stored>>(in.codes));
   const int64_t fit = (kElements - copies * in.codes * in.dim) / (shares * std::max<int64_t>(1, per_row));
-  const int64_t block = std::clamp<int64_t>(fit / 16 * 16, 64, 192);
+  const int64_t least = kConverts ? 64 : 128 / shares, most = shares == 1 ? 256 : 160;
+  const int64_t block = std::clamp<int64_t>(fit / 16 * 16, least, most);
   return std::max<int64_t>(1, std::min((rows + shares - 1) / shares, block));
 }
 

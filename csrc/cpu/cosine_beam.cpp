@@ -3,6 +3,10 @@
 // multiplied at all. Where only children count, and are few, only their products are made.
 #include <algorithm>
 #include <atomic>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <optional>
 #include <vector>
 
 #include "beam.h"
@@ -55,6 +59,66 @@ bool step_by_children(const BeamStep<Compute<Stored>, Token>& step, const Cosine
   return fits;
 }
 
+// What no child of a beam can score more than, without the log-sum-exp over all codes: exp is convex, so that
+//   log sum_k exp(logit_k) >= log K + mean_k logit_k,   mean_k logit_k = scale h^ . mean_k e^_k
+// and a child's log-probability is at most the largest logit of the children, less that.
+template <class Stored>
+class ChildBounds {
+ public:
+  using Real = Compute<Stored>;
+
+  ChildBounds(const CosineLogits<Stored>& in, const HeadTile<Stored>& tile)
+      : in_(in), tile_(tile), log_codes_(std::log(static_cast<Real>(in.codes))), mean_(make_buffer<Real>(in.dim)),
+        margin_(kEpsilon * std::abs(in.scale) * static_cast<Real>(4 * in.dim + in.codes / kBlock + kBlock + 64)) {
+    const int64_t blocks = (in.codes + kBlock - 1) / kBlock;
+    const Buffer<Real> sums = make_buffer<Real>(blocks * in.dim);
+    std::vector<int32_t> all(in.codes);
+    std::iota(all.begin(), all.end(), 0);
+    std::fill(sums.get(), sums.get() + blocks * in.dim, Real{0});
+    std::fill(mean_.get(), mean_.get() + in.dim, Real{0});
+    parallel_for(blocks, grain(kBlock * in.dim), [&](int64_t first, int64_t last) {
+      with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
+        for (int64_t block = first; block < last; ++block) {
+          const int64_t from = block * kBlock, count = std::min(kBlock, in.codes - from);
+          add_rows<fused.value>(all.data() + from, tile.rnorm() + from, count, tile.codebook(), in.dim,
+                                sums.get() + block * in.dim);
+        }
+      });
+    });
+    const Real factor = 1 / static_cast<Real>(in.codes);
+    for (int64_t i = 0; i < blocks * in.dim; ++i) mean_[i % in.dim] += factor * sums[i];
+  }
+
+  // Lowers the bounds of a request's parents, but where so many children would have to be multiplied that it is no gain.
+  template <class Token>
+  void apply(Request<Real, Token>& worker, const Stored* h, Real* x) const {
+    with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
+      worker.lower_bounds([&](const Parent<Real>& parent, int64_t count, const auto& visit_children) DGI_ALWAYS_INLINE {
+        if (count * kFewer > in_.codes) return parent.bound;
+        scaled_row<fused.value>(in_, h + parent.beam * in_.dim, x);
+        Real best = -std::numeric_limits<Real>::infinity();
+        visit_children([&](int64_t token) DGI_ALWAYS_INLINE {
+          const Real logit = tile_.rnorm()[token] * dot<fused.value>(tile_.codebook() + token * in_.dim, x, in_.dim);
+          best = logit > best ? logit : best;
+        });
+        const Real mean = dot<fused.value>(mean_.get(), x, in_.dim);
+        return parent.score + (best - (log_codes_ + mean)) + margin_ + 16 * kEpsilon * std::abs(parent.score);
+      });
+    });
+  }
+
+ private:
+  static constexpr int64_t kBlock = 96;  // codes that are summed before their sum is: rounding grows with both numbers
+  static constexpr int64_t kFewer = 32;  // products by themselves are worth it for one code in so many
+  static constexpr Real kEpsilon = std::numeric_limits<Real>::epsilon();
+
+  const CosineLogits<Stored>& in_;
+  const HeadTile<Stored>& tile_;
+  Real log_codes_;
+  Buffer<Real> mean_;
+  Real margin_;  // what rounding may add to either dot product
+};
+
 // A request of the group that a tile is made for, and which of its parents have rows in the tile.
 template <class Real, class Token>
 struct Turn {
@@ -69,11 +133,13 @@ bool step_by_tiles(const BeamStep<Compute<Stored>, Token>& step, const CosineLog
   using Real = Compute<Stored>;
   constexpr int64_t kTileElements = int64_t{1} << 19, kBeamsAtOnce = 32;
   const int64_t rows = std::clamp<int64_t>(kTileElements / std::max<int64_t>(1, in.codes), 64, 256);
-  const int64_t rounds = (step.width + kBeamsAtOnce - 1) / kBeamsAtOnce;
-  const int64_t at_once = std::max<int64_t>(1, (step.width + rounds - 1) / std::max<int64_t>(1, rounds));
+  const int64_t rounds = std::max<int64_t>(2, (step.width + kBeamsAtOnce - 1) / kBeamsAtOnce);
+  const int64_t at_once = std::max<int64_t>(1, (step.width + rounds - 1) / rounds);
   const int64_t group = std::min(step.requests, std::max<int64_t>(1, rows / at_once));
   const bool wants_sums = step.normalizes() && step.normalize == Normalize::kFull;
   HeadTile<Stored> tile(in, group * at_once);
+  std::optional<ChildBounds<Stored>> bounds;  // worth their price where there are several panels
+  if (wants_sums && step.requests * step.width >= 64) bounds.emplace(in, tile);
   std::vector<Turn<Real, Token>> turns(group, Turn<Real, Token>{Request<Real, Token>(step)});
 
   for (int64_t begin = 0; begin < step.requests; begin += group) {
@@ -81,6 +147,14 @@ bool step_by_tiles(const BeamStep<Compute<Stored>, Token>& step, const CosineLog
     for (int64_t i = 0; i < count; ++i) {
       turns[i].next = turns[i].end = 0;
       if (!turns[i].worker.start(begin + i)) return false;
+    }
+    if (bounds) {
+      parallel_for(count, grain(4 * step.width * in.dim), [&](int64_t first, int64_t last) {
+        const Buffer<Real> x = make_buffer<Real>(in.dim);
+        for (int64_t i = first; i < last; ++i) {
+          bounds->apply(turns[i].worker, in.h + (begin + i) * step.width * in.dim, x.get());
+        }
+      });
     }
     while (true) {
       int64_t used = 0;

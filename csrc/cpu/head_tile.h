@@ -81,7 +81,7 @@ class HeadTile {
   using Real = Compute<Stored>;
 
   HeadTile(const CosineLogits<Stored>& head, int64_t max_rows)
-      : head_(head), blocks_((head.codes + kBlock - 1) / kBlock), factors_(make_buffer<Real>(head.codes)) {
+      : head_(head), blocks_((head.codes + kBlock - 1) / kBlock), rnorm_(make_buffer<Real>(head.codes)) {
     with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE { lanes_ = 2 * fused.kVectorBytes / static_cast<int>(sizeof(Real)); });
     const int64_t panels = (max_rows + lanes_ - 1) / lanes_;
     rows_ = make_buffer<Real>(panels * lanes_ * head.dim);
@@ -93,7 +93,7 @@ class HeadTile {
       with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
         for (int64_t k = first; k < last; ++k) {
           const Stored* const code = head.codebook + k * head.dim;
-          factors_[k] = reciprocal_norm<fused.value>(code, head.dim, head.eps);
+          rnorm_[k] = reciprocal_norm<fused.value>(code, head.dim, head.eps);
           if constexpr (!kInPlace) {
             for (int64_t d = 0; d < head.dim; ++d) converted_[k * head.dim + d] = load(code[d]);
           }
@@ -155,6 +155,10 @@ class HeadTile {
     return sum;
   }
 
+  // (codes, dim) and the reciprocal norms of its rows
+  const Real* codebook() const { return kInPlace ? reinterpret_cast<const Real*>(head_.codebook) : converted_.get(); }
+  const Real* rnorm() const { return rnorm_.get(); }
+
  private:
   static constexpr bool kInPlace = std::is_same_v<Stored, Real>;  // the codebook needs no conversion
   static constexpr int64_t kBlock = 96;  // codes; a multiple of what is multiplied at once
@@ -165,7 +169,6 @@ class HeadTile {
   template <bool kFused, int kCodes, int kLanes>
   DGI_ALWAYS_INLINE inline void compute_block(int64_t block, int64_t panel, bool wants_sums) {
     static_assert(kBlock % kCodes == 0);
-    const Real* const codebook = kInPlace ? reinterpret_cast<const Real*>(head_.codebook) : converted_.get();
     const Real* const x = rows_.get() + panel * lanes_ * head_.dim;
     const int64_t first = block * kBlock, last = std::min(head_.codes, first + kBlock);
     Real* const logits = tile(panel) + first * kLanes;
@@ -174,8 +177,8 @@ class HeadTile {
       Real factors[kCodes];
       for (int64_t c = 0; c < kCodes; ++c) {  // behind the last code it is repeated, which nobody reads
         const int64_t code = std::min(k + c, last - 1);
-        codes[c] = codebook + code * head_.dim;
-        factors[c] = factors_[code];
+        codes[c] = codebook() + code * head_.dim;
+        factors[c] = rnorm_[code];
       }
       panel_logits<kFused, kCodes, kLanes>(codes, factors, x, head_.dim, logits + (k - first) * kLanes);
     }
@@ -185,7 +188,7 @@ class HeadTile {
 
   const CosineLogits<Stored>& head_;
   int64_t blocks_, lanes_ = 0, last_lanes_ = 0, panels_ = 0;
-  Buffer<Real> factors_, converted_, rows_, logits_, maxima_, sums_;
+  Buffer<Real> rnorm_, converted_, rows_, logits_, maxima_, sums_;
 };
 
 }  // namespace dgi::cpu

@@ -46,15 +46,11 @@ inline bool fits(const LowerLevels& base, const LowerLevels& delta) {
   return base.count <= RequestSets::kLevels && delta.count <= RequestSets::kLevels;
 }
 
-// Calls launch(sets, first, count) for all `requests`: once, or once for as many at a time as their sets allow. `allowed`
+// Calls launch(sets, first, count) for all `requests`: once, or once for as many at a time as fit with their sets. `allowed`
 // (requests) is host memory, null for a request that may find all; null where all may.
 template <class Launch>
-void for_requests(const AllowedItems* const* allowed, const LowerLevels& base, const LowerLevels& delta,
-                  int64_t requests, const Launch& launch) {
-  if (allowed == nullptr) {
-    launch(NoSets{}, int64_t{0}, requests);
-    return;
-  }
+void for_requests_with_levels(const AllowedItems* const* allowed, const LowerLevels& base, const LowerLevels& delta,
+                              int64_t requests, const Launch& launch) {
   RequestSets sets;
   std::copy_n(base.starts, base.count, sets.base_below);
   std::copy_n(delta.starts, delta.count, sets.delta_below);
@@ -65,14 +61,27 @@ void for_requests(const AllowedItems* const* allowed, const LowerLevels& base, c
     for (end = first; end < requests && end - first < RequestSets::kRequests; ++end) {
       int16_t& set = sets.set_of[end - first];
       set = -1;
-      if (allowed[end] == nullptr) continue;
-      set = static_cast<int16_t>(std::find(known, known + count, allowed[end]) - known);
-      if (set < count) continue;
-      if (count == RequestSets::kSets) break;
-      sets.sets[count] = *allowed[end];
-      known[count++] = allowed[end];
+      if (allowed == nullptr || allowed[end] == nullptr) continue;
+      const int16_t found = static_cast<int16_t>(std::find(known, known + count, allowed[end]) - known);
+      if (found == count) {
+        if (count == RequestSets::kSets) break;
+        sets.sets[count] = *allowed[end];
+        known[count++] = allowed[end];
+      }
+      set = found;
     }
     launch(sets, first, end - first);
+  }
+}
+
+// The same, but that where no request has a set the levels are not asked for, and NoSets says so.
+template <class Launch>
+void for_requests(const AllowedItems* const* allowed, const LowerLevels& base, const LowerLevels& delta,
+                  int64_t requests, const Launch& launch) {
+  if (allowed == nullptr) {
+    launch(NoSets{}, int64_t{0}, requests);
+  } else {
+    for_requests_with_levels(allowed, base, delta, requests, launch);
   }
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,7 @@ class TrieArrays:
         num_items: N.
         max_degree: ``max_degree[t]``, the largest number of children of a node at depth t.
         max_items: ``max_items[t]``, the largest number of items below a node at depth t.
+        id_bounds: the least and the greatest id; 0 and -1 where there is no item.
     """
 
     tokens: tuple[Tensor, ...]
@@ -39,6 +41,7 @@ class TrieArrays:
     num_items: int
     max_degree: tuple[int, ...]
     max_items: tuple[int, ...]
+    id_bounds: tuple[int, int]
 
     @classmethod
     def make(cls, tokens: tuple[Tensor, ...], child_start: tuple[Tensor, ...], item_start: Tensor | None,
@@ -49,8 +52,11 @@ class TrieArrays:
         for starts in reversed(child_start):
             runs = starts if runs is None else runs[starts]
             max_items.append(_longest_run(runs))
+        bounds = (0, num_items - 1)
+        if item_ids is not None and num_items:
+            bounds = tuple(map(int, item_ids.aminmax()))
         return cls(tokens, child_start, item_start, item_order, item_ids, num_items,
-                   tuple(map(_longest_run, child_start)), tuple(reversed(max_items)))
+                   tuple(map(_longest_run, child_start)), tuple(reversed(max_items)), bounds)
 
     @property
     def depth(self) -> int:
@@ -75,7 +81,7 @@ class TrieArrays:
         return TrieArrays(tuple(moved[f"tokens.{t}"] for t in range(self.depth)),
                           tuple(moved[f"child_start.{t}"] for t in range(self.depth)), moved.get("item_start"),
                           moved.get("item_order"), moved.get("item_ids"), self.num_items, self.max_degree,
-                          self.max_items)
+                          self.max_items, self.id_bounds)
 
     def num_nodes_at(self, depth: int) -> int:
         """n_t: 1 at depth 0, the root."""
@@ -92,13 +98,24 @@ class TrieArrays:
             first, end = starts[first].long(), starts[end].long()
         return first, end
 
-    def rows(self, places: Tensor) -> Tensor:
-        """The rows of items, given by their places in the leaf order."""
-        return places if self.item_order is None else self.item_order[places].long()
-
-    def ids(self, rows: Tensor) -> Tensor:
-        """The ids of rows."""
+    def ids_at(self, places: Tensor) -> Tensor:
+        """The ids of items, given by their places in the leaf order."""
+        rows = places if self.item_order is None else self.item_order[places].long()
         return rows if self.item_ids is None else self.item_ids[rows]
+
+    def ids(self) -> Tensor:
+        """The ids (N,) int64 of all rows."""
+        return torch.arange(self.num_items, device=self.device) if self.item_ids is None else self.item_ids
+
+    def rows_of(self, ids: Tensor) -> Tensor:
+        """The rows of item ids (n,) int64; -1 where the trie has no such item."""
+        if self.item_ids is None:
+            return torch.where((ids >= 0) & (ids < self.num_items), ids, -1)
+        return self._row_lookup.rows_of(ids)
+
+    @functools.cached_property
+    def _row_lookup(self) -> RowLookup:
+        return RowLookup(self.item_ids)
 
     def search(self, nodes: Tensor, codes: Tensor, depth: int) -> tuple[Tensor, Tensor]:
         """Look for the child of each node (-1: none) by its code, by binary search in its run of tokens.
@@ -137,6 +154,30 @@ class TrieArrays:
         codes = torch.empty_like(by_place)
         codes[self.item_order] = by_place
         return codes
+
+
+class RowLookup:
+    """Finds the rows of item ids: by a table where the ids lie close together, else by binary search."""
+
+    def __init__(self, item_ids: Tensor) -> None:
+        self.low, high = map(int, item_ids.aminmax()) if len(item_ids) else (0, -1)
+        self.table: Tensor | None = None
+        if high - self.low < 4 * len(item_ids) + 1024:
+            rows = torch.arange(len(item_ids), dtype=count_dtype(len(item_ids)), device=item_ids.device)
+            self.table = torch.full((high - self.low + 1,), -1, dtype=rows.dtype, device=item_ids.device)
+            self.table[item_ids - self.low] = rows
+        else:
+            self.values, self.rows = item_ids.sort()
+
+    def rows_of(self, ids: Tensor) -> Tensor:
+        """The rows of ``ids`` (n,) int64; -1 where there is none."""
+        if self.table is not None:
+            inside = (ids >= self.low) & (ids < self.low + len(self.table))
+            if len(self.table) == 0:
+                return torch.full_like(ids, -1)
+            return torch.where(inside, self.table[torch.where(inside, ids - self.low, 0)].long(), -1)
+        place = torch.searchsorted(self.values, ids).clamp(max=len(self.values) - 1)
+        return torch.where(self.values[place] == ids, self.rows[place], -1)
 
 
 def _longest_run(starts: Tensor | None) -> int:

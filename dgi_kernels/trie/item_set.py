@@ -1,8 +1,10 @@
-"""Sets of items as bits over the leaf order, with the number of members before each block: what filters are made of."""
+"""Sets of items as bits over the leaf order, with the number of members before each block: what filters are made of.
+
+The items below a node are a range [first, end) of the leaf order, so the node leads to a member if and only if
+``rank(end) > rank(first)``.
+"""
 
 from __future__ import annotations
-
-import functools
 
 import torch
 from torch import Tensor
@@ -24,49 +26,56 @@ class ItemSet:
         ranks: (n,) int64, the number of members before each block of 8 words.
     """
 
-    def __init__(self, words: Tensor, size: int) -> None:
+    def __init__(self, size: int, words: Tensor, ranks: Tensor | None = None) -> None:
         self.size = size
         self.words = words
-        per_block = count_ones(words).view(-1, BLOCK_WORDS).sum(1)
-        self.ranks = per_block.cumsum(0) - per_block
+        if ranks is None:
+            per_block = count_ones(words).view(-1, BLOCK_WORDS).sum(1)
+            ranks = per_block.cumsum(0) - per_block
+        self.ranks = ranks
 
     @classmethod
-    def of_rows(cls, rows: Tensor, size: int, item_order: Tensor | None) -> ItemSet:
-        """The set of the places of ``rows``: (n,) int64, with repetitions, or (size,) bool, True where it belongs."""
-        native_or_not = backends.choose("trie_filter", "auto", rows.device)
-        make = native.item_words if native_or_not == "native" else reference.item_words
-        return cls(make(rows, size, item_order), size)
+    def of_rows(cls, members: Tensor, item_order: Tensor | None) -> ItemSet:
+        """The set of the places whose row is a member: ``members`` (size,) bool by row; ``item_order`` place -> row."""
+        size = len(members)
+        if backends.choose("trie_filter", "auto", members.device) == "native":
+            return cls(size, *native.item_set(members, item_order))
+        return cls(size, *reference.item_set(members, item_order, num_words(size), BLOCK_WORDS))
+
+    def to(self, device: torch.device) -> ItemSet:
+        """The set on ``device``."""
+        return ItemSet(self.size, self.words.to(device), self.ranks.to(device))
 
     def __len__(self) -> int:
         return int(self.ranks[-1] + count_ones(self.words[-BLOCK_WORDS:]).sum())
 
     def __and__(self, other: ItemSet) -> ItemSet:
-        return ItemSet(self.words & other.words, self.size)
+        return ItemSet(self.size, self.words & other.words)
 
     def __or__(self, other: ItemSet) -> ItemSet:
-        return ItemSet(self.words | other.words, self.size)
+        return ItemSet(self.size, self.words | other.words)
 
     def __invert__(self) -> ItemSet:
         last, bits = divmod(self.size, WORD_BITS)
         words = ~self.words
         words[last] &= (1 << bits) - 1
         words[last + 1:] = 0
-        return ItemSet(words, self.size)
+        return ItemSet(self.size, words)
 
-    @functools.cached_property
-    def members(self) -> Tensor:
-        """(size,) bool, whether each place belongs to the set."""
-        bits = self.words.unsqueeze(1) >> torch.arange(WORD_BITS, device=self.words.device)
-        return (bits & 1).bool().flatten()[:self.size]
+    def contains(self, places: Tensor) -> Tensor:
+        """Whether each of ``places`` (…) int64 belongs to the set."""
+        return (self.words[places // WORD_BITS] >> places % WORD_BITS & 1).bool()
 
-    @functools.cached_property
-    def counts(self) -> Tensor:
-        """(size + 1,) int64, the number of members among the first i places: the ranks, one by one."""
-        return torch.nn.functional.pad(self.members.cumsum(0), (1, 0))
+    def rank(self, places: Tensor) -> Tensor:
+        """The number of members before each of ``places`` (…) int64, up to ``size``."""
+        block, within = places // (WORD_BITS * BLOCK_WORDS), places % (WORD_BITS * BLOCK_WORDS)
+        before = within.unsqueeze(-1) - WORD_BITS * torch.arange(BLOCK_WORDS, device=places.device)  # bits, per word
+        mask = torch.where(before >= WORD_BITS, -1, (1 << before.clamp(0, WORD_BITS - 1)) - 1)
+        return self.ranks[block] + count_ones(self.words.view(-1, BLOCK_WORDS)[block] & mask).sum(-1)
 
     def any(self, first: Tensor, end: Tensor) -> Tensor:
         """Whether the set holds a place of each range [first, end)."""
-        return self.counts[end] > self.counts[first]
+        return self.rank(end) > self.rank(first)
 
 
 def num_words(size: int) -> int:

@@ -7,23 +7,19 @@ from torch import Tensor
 
 
 def code_ranges(codes: Tensor) -> Tensor:
-    """The least and the greatest code of each column: ``codes`` (N, L) of any integer dtype and strides -> (2, L) int64.
-
-    Of no rows 0 and -1.
-    """
+    """As :func:`reference.code_ranges`, for any strides."""
     return torch.ops.dgi_kernels.code_ranges(codes)
 
 
-def trie_arrays(codes: Tensor, ranges: Tensor, token_dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor],
-                                                                                   Tensor | None, Tensor | None]:
-    """As :func:`reference.trie_arrays`; ``ranges`` from :func:`code_ranges`."""
+def trie_arrays(codes: Tensor, token_dtype: torch.dtype, count_dtype: torch.dtype) -> tuple[
+        list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
+    """As :func:`reference.trie_arrays`, for any strides."""
     depth = codes.shape[1]
-    arrays = torch.ops.dgi_kernels.trie_arrays(codes, ranges, token_dtype == torch.int16)
-    item_start, item_order = arrays[2 * depth:]
-    return (arrays[:depth], arrays[depth:2 * depth], item_start if len(item_start) else None,
-            item_order if len(item_order) or not len(codes) else None)
+    arrays = torch.ops.dgi_kernels.trie_arrays(codes, token_dtype == torch.int16, count_dtype == torch.int32)
+    item_start, item_order = (array if len(array) else None for array in arrays[2 * depth:])
+    return arrays[:depth], arrays[depth:2 * depth], item_start, item_order
 
 
-def item_words(rows: Tensor, size: int, item_order: Tensor | None) -> Tensor:
-    """As :func:`reference.item_words`."""
-    return torch.ops.dgi_kernels.item_words(rows.contiguous(), size, item_order)
+def item_set(members: Tensor, item_order: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As :func:`reference.item_set`, of as many words as there must be."""
+    return torch.ops.dgi_kernels.item_set(members.contiguous(), item_order)

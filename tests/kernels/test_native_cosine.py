@@ -232,6 +232,24 @@ def test_bits_repeat_over_runs_and_threads(inputs: Callable[..., tuple[Tensor, T
         torch.set_num_threads(threads)
 
 
+@native
+@pytest.mark.parametrize("inputs", [random_inputs, peaked_inputs])
+def test_bits_repeat_where_threads_take_half_of_the_rows_each(
+        inputs: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> None:
+    h, weight, target = inputs(2500, 32, 500)
+    threads = torch.get_num_threads()
+    try:
+        runs = []
+        for run in range(20):
+            torch.set_num_threads(1 + run % 2)
+            runs.append(loss_and_gradients(native_loss, h, weight, target, torch.tensor(30.0)))
+        for run, results in enumerate(runs):
+            for a, b in zip(results, runs[0], strict=True):
+                assert torch.equal(a, b), f"run {run}"
+    finally:
+        torch.set_num_threads(threads)
+
+
 MEMORY = """
 import ctypes, sys, torch
 from dgi_kernels import cosine_cross_entropy
@@ -250,7 +268,7 @@ def work(n):
     cosine_cross_entropy(h, weight, target, scale).backward()
     gradients = (h.grad.nbytes + weight.grad.nbytes) // 1024
     return kilobytes("VmHWM") - before - gradients
-work(2048)  # the matrix product's own buffers are made once
+work(600)
 print(work(n))
 """
 
