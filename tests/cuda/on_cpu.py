@@ -20,6 +20,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from torch import Tensor
 
 from dgi_kernels import _extension
 
@@ -67,6 +68,11 @@ def run(command: Sequence[str]) -> None:
         raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stdout}{done.stderr}")
 
 
+def wide_product(a: Tensor, b: Tensor, out_dtype: torch.dtype, *, out: Tensor) -> Tensor:
+    """``mm`` of half precision into float32, which torch has on GPUs only."""
+    return torch.mm(a.to(out_dtype), b.to(out_dtype), out=out)
+
+
 class Ops:
     """The CUDA ops, compiled unless ``cache`` holds them as they are, and registered for CUDA."""
 
@@ -87,6 +93,9 @@ class Ops:
                             [f"-L{home / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"])
         torch.ops.load_library(str(library))
         self._library = ctypes.CDLL(str(library))
+        self._products = torch.library.Library("aten", "IMPL")
+        if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::mm.dtype_out", "CPU"):
+            self._products.impl("mm.dtype_out", wide_product, "CPU")
 
     def seed(self, seed: int) -> None:
         """Choose the order in which threads and blocks run from here on."""
