@@ -22,7 +22,7 @@ def rank_candidates(query: Tensor, item_vectors: Tensor, trie: Trie, nodes: Tens
     """Return item ids, beam scores and cosines (B, k), padded with -1, -inf and -1."""
     places, candidate_scores = _candidates(trie, nodes, scores, depth)
     candidate_scores = candidate_scores.masked_fill(~allowed_items(filters, places), -torch.inf)
-    items = trie.parts.ids_at(places)  # (B, C)
+    items = trie.parts.ids_at(places).masked_fill(candidate_scores == -torch.inf, 0)  # (B, C); no vector of one gone
     cosines = _cosines(query, item_vectors, items)
 
     order = items.argsort(dim=-1, stable=True)

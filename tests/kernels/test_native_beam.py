@@ -24,7 +24,8 @@ from dgi_kernels import (
 )
 
 from .oracles import Catalog, random_catalog
-from .test_beam import check_step, hurt, make, random_filters, strided
+from .test_beam import check_step, hurt, random_filters, strided
+from .tries import make
 
 pytestmark = pytest.mark.skipif(_extension.load_error is not None, reason=str(_extension.load_error))
 
@@ -58,7 +59,7 @@ def walk(catalog: Catalog, *, dtype: torch.dtype, normalize: str, exact: bool) -
         options = {"num_beams": num_beams, "normalize": normalize, "log_normalizer": log_normalizer,
                    "filters": filters}
         after = beam_step(trie, logits, beams, backend="native", **options)
-        check_step(catalog, beams, logits, after, normalize, log_normalizer, allowed, exact=exact)
+        check_step(trie, catalog, beams, logits, after, normalize, log_normalizer, allowed, exact=exact)
         assert_same(after, beam_step(trie, logits, beams, backend="reference", **options), exact=exact)
         beams = shuffled(after) if random.random() < 0.3 else after
 
@@ -231,9 +232,9 @@ def check_consistent(trie: Trie, before: Beams, after: Beams, logits: Tensor, no
     for row, alive in zip(after.nodes, live, strict=True):
         assert len(set(row[alive].tolist())) == int(alive.sum())
     nodes = before.nodes.gather(1, parents)[live]
-    start = trie.child_start[before.depth]
-    assert ((start[nodes] <= after.nodes[live]) & (after.nodes[live] < start[nodes + 1])).all()
-    assert torch.equal(trie.tokens[before.depth][after.nodes[live]].long(), after.tokens[live])
+    children, of_children, exists = trie.parts.children(nodes, before.depth)
+    is_it = exists & (children == after.nodes[live].unsqueeze(-1))
+    assert (is_it.sum(-1) == 1).all() and torch.equal(of_children[is_it], after.tokens[live])
     if normalize == "children" and log_normalizer is None:
         return
     logp = logits.nan_to_num(-math.inf)
