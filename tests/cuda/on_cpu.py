@@ -27,7 +27,7 @@ from dgi_kernels import _extension
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 COMPILER = shlex.split(os.environ.get("CXX", "c++"))
-FLAGS = ["-std=c++20", "-O1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+FLAGS = ["-std=c++20", "-O0", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 
 
 def why_not() -> str | None:
@@ -89,7 +89,7 @@ class Ops:
                 old.unlink()
             home = Path(torch.__file__).parent
             compile_library(sources, library, [home / "include", home / "include/torch/csrc/api/include"],
-                            ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"],
+                            ["-DUSE_CUDA", "-DDGI_PRODUCTS=300", "-DTORCH_TARGET_VERSION=0x020a000000000000"],
                             [f"-L{home / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"])
         torch.ops.load_library(str(library))
         self._library = ctypes.CDLL(str(library))

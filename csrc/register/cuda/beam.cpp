@@ -15,8 +15,12 @@ namespace {
 constexpr const char* kStep = "beam_step";
 constexpr const char* kRank = "dgi_kernels, rank_candidates: ";
 
-// Products of a head that are made at a time: few enough that the kernels behind find them in the second-level cache.
-constexpr int64_t kProducts = int64_t{1} << 23;  // 32 MB of float32
+// Products of a head that are made at a time: 32 MB of float32, so that the kernels behind find them in the second-level
+// cache. Tests make fewer.
+#ifndef DGI_PRODUCTS
+#define DGI_PRODUCTS (1 << 23)
+#endif
+constexpr int64_t kProducts = DGI_PRODUCTS;
 
 void check_device(const char* op, const Tensor& like, const Tensor& x) {
   STD_TORCH_CHECK(x.device() == like.device(), "dgi_kernels, ", op, ": all tensors must be on one device");
