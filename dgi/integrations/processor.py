@@ -70,7 +70,7 @@ class TrieLogitsProcessor(transformers.LogitsProcessor):
         count, owners = scores.shape[0], None
         if self.per_request:
             owners = [row * self.requests // count for row in range(count)]
-        if self.start is not None:
+        if self.start_token_id is None:
             return self._constrain(input_ids[:, self.start:], scores, owners)
         constrained = scores.clone()
         lengths = _tokens_behind_last(input_ids, self.start_token_id)

@@ -53,8 +53,8 @@ class CodeTokens:
         """Check that all tokens lie in a vocabulary of ``size``."""
         for j, (offset, codes) in enumerate(zip(self.offsets, self.sizes, strict=True)):
             if offset + codes > size:
-                raise ValueError(f"token_offsets[{j}] must leave room for the {codes} codes of level {j} in the model's "
-                                 f"vocabulary of {size}; got {offset}")
+                raise ValueError(f"token_offsets[{j}] must leave room for the {codes} codes of level {j} in the "
+                                 f"model's vocabulary of {size}; got {offset}")
         if self.end is not None and self.end >= size:
             raise ValueError(f"eos_token_id must be below the size of the model's vocabulary, {size}; got {self.end}")
 
