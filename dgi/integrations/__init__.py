@@ -28,7 +28,13 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _MODULE_OF:
-        return getattr(importlib.import_module(f"dgi.integrations.{_MODULE_OF[name]}"), name)
+        try:
+            return getattr(importlib.import_module(f"dgi.integrations.{_MODULE_OF[name]}"), name)
+        except ModuleNotFoundError as error:
+            if error.name != "transformers":
+                raise
+            raise ModuleNotFoundError(f"dgi.integrations.{name} needs the package transformers: "
+                                      f"pip install 'dgi-kernels[hf]' ({error})") from error
     raise AttributeError(f"module 'dgi.integrations' has no attribute {name!r}")
 
 

@@ -10,12 +10,6 @@ from torch import Tensor
 from dgi_kernels import Trie, checks
 from dgi_kernels.trie.build import END
 
-try:
-    import transformers  # noqa: F401  every module that spells tokens needs it
-except ImportError as error:
-    raise ModuleNotFoundError(
-        f"this integration needs the package transformers: pip install 'dgi-kernels[hf]' ({error})") from error
-
 _NO_CODE = torch.iinfo(torch.int32).max  # larger than any code of any trie
 
 
