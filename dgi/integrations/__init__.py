@@ -1,6 +1,6 @@
 """DGI's parts inside other people's code: Hugging Face ``generate``, and drop-ins for common building blocks.
 
-The names below are imported when first used.  Those for Hugging Face need the package transformers:
+The names below are imported when first used.  Those for Hugging Face, the first three, need the package transformers:
 ``pip install 'dgi-kernels[hf]'``.
 """
 
@@ -11,18 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dgi.integrations.generation import ConstrainedGeneration, constrained_generate
+    from dgi.integrations.patches import gumbel_softmax_patch, residual_quantizer_from
     from dgi.integrations.processor import TrieLogitsProcessor
 
 _MODULE_OF = {
     "ConstrainedGeneration": "generation",
     "TrieLogitsProcessor": "processor",
     "constrained_generate": "generation",
+    "gumbel_softmax_patch": "patches",
+    "residual_quantizer_from": "patches",
 }
 
 __all__ = [
     "ConstrainedGeneration",
     "TrieLogitsProcessor",
     "constrained_generate",
+    "gumbel_softmax_patch",
+    "residual_quantizer_from",
 ]
 
 
