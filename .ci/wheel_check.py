@@ -17,7 +17,8 @@ for call in (lambda backend: dgi_kernels.cosine_cross_entropy(h, weight, target,
              lambda backend: dgi_kernels.gumbel_softmax(h, 0.5, seed=1, backend=backend),
              lambda backend: dgi_kernels.residual_quantize(h, [weight, weight], scale, 0.5, seed=1,
                                                            backend=backend).quantized):
-    torch.testing.assert_close(call("native"), call("reference"), rtol=1e-4, atol=1e-5)
+    native, reference = call("native"), call("reference")
+    assert (native - reference).norm() <= 1e-4 * reference.norm(), (native, reference)
 trie = dgi_kernels.Trie.from_codes(torch.randint(8, (100, 3)), codebook_sizes=(8, 8, 8))
 logits, beams = torch.randn(2, 1, 8), trie.root(2)
 native, reference = (dgi_kernels.beam_step(trie, logits, beams, num_beams=5, backend=backend)
