@@ -14,15 +14,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from measure import medians, seconds
 from torch import Tensor
 
 from dgi_kernels import Trie, backends, beam_search, beam_step, cosine_beam_step, cosine_logits
@@ -176,19 +175,8 @@ def heads(sids: np.ndarray, case: Case) -> dict[str, Callable[[], object]]:
     return found
 
 
-def medians(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Milliseconds by name; the functions take turns."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, function in functions.items():
-            times[name].append(milliseconds(function))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def milliseconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return 1e3 * (time.perf_counter() - start)
+def milliseconds(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    return {name: 1e3 * value for name, value in medians(functions, rounds).items()}
 
 
 def measure(case: Case, rounds: int, only: list[str] | None = None) -> dict[str, float]:
@@ -198,10 +186,10 @@ def measure(case: Case, rounds: int, only: list[str] | None = None) -> dict[str,
     built: dict[str, float] = {}
     for name, make in systems(case).items():
         if only is None or name in only:
-            built[name] = milliseconds(lambda name=name, make=make: searches.update({name: make(sids, logits, case)}))
+            built[name] = seconds(lambda name=name, make=make: searches.update({name: make(sids, logits, case)}))
     answers = {name: search() for name, search in searches.items()}
     searches["log-sum-exp alone"] = lambda: [torch.logsumexp(level, -1) for level in logits]
-    median = medians(searches, rounds)
+    median = milliseconds(searches, rounds)
     print(f"\n{case}, {torch.get_num_threads()} thread(s), medians of {rounds} rounds")
     print(f"{'':28}{'search ms':>12}{'x native':>10}{'build s':>10}{'  same codes as native':>12}")
     for name, value in median.items():
@@ -209,9 +197,9 @@ def measure(case: Case, rounds: int, only: list[str] | None = None) -> dict[str,
         if name in answers and "native" in answers:
             same = f"{100 * (answers[name] == answers['native']).float().mean():10.1f} %"
         print(f"{name:28}{value:12.3f}{value / median.get('native', value):10.2f}"
-              f"{built.get(name, 0) / 1e3:10.2f}{same}")
+              f"{built.get(name, 0):10.2f}{same}")
     if only is None or "heads" in only:
-        for name, value in medians(heads(sids, case), rounds).items():
+        for name, value in milliseconds(heads(sids, case), rounds).items():
             print(f"{name:28}{value:12.3f}")
     return median
 

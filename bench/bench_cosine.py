@@ -11,13 +11,13 @@ Run: make bench, or pytest bench/bench_cosine.py; python bench/bench_cosine.py p
 from __future__ import annotations
 
 import argparse
-import os
+import statistics
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import Step, medians, peak_bytes
+from measure import Results, Step, interleaved, peak_bytes, title
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
@@ -91,27 +91,34 @@ def test_cosine_cross_entropy(benchmark: BenchmarkFixture, n: int, d: int, k: in
     benchmark.pedantic(run, rounds=7, iterations=1 if n * k > 1 << 20 else 100)
 
 
-def table(shapes: list[tuple[int, int, int]], rounds: int) -> None:
-    names = ["floor", *LOSSES]
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}; "
-          f"ms (ratio to the floor), MB at the peak; medians of {rounds} interleaved rounds\n")
+def table(shapes: list[tuple[int, int, int]], rounds: int) -> Results:
+    names, results = ["floor", *LOSSES], Results()
+    print(f"{title()}; ms (ratio to the floor), MB at the peak; medians of {rounds} interleaved rounds\n")
     print("| N | D | K | logits | " + " | ".join(names) + " |\n" + "|---" * (4 + len(names)) + "|")
     for n, d, k in shapes:
-        for peaked in (False, True):
-            systems = steps(n, d, k, peaked)
-            seconds = medians(systems, rounds)
-            cells = []
+        for logits in ("flat", "peaked"):
+            systems = steps(n, d, k, logits == "peaked")
+            times = interleaved(systems, rounds)
+            base, cells = statistics.median(times["floor"]), []
             for name in names:
                 memory = peak_bytes(systems[name]) if name != "floor" else None
-                cells.append(f"{1e3 * seconds[name]:.4g} ({seconds[name] / seconds['floor']:.2f})"
+                shape = {"N": n, "D": d, "K": k, "logits": logits}
+                results.add("cosine_cross_entropy", shape, name, times[name], memory)
+                median = statistics.median(times[name])
+                cells.append(f"{1e3 * median:.4g} ({median / base:.2f})"
                              + (f", {memory / 1e6:.0f} MB" if memory is not None else ""))
-            print(f"| {n} | {d} | {k} | {'peaked' if peaked else 'flat'} | " + " | ".join(cells) + " |", flush=True)
+            print(f"| {n} | {d} | {k} | {logits} | " + " | ".join(cells) + " |", flush=True)
+    return results
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="only the shapes that make bench runs")
     parser.add_argument("--rounds", type=int, default=7, help="rounds per shape (default 7)")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there, as pytest-benchmark writes them")
     options = parser.parse_args()
     torch._dynamo.config.cache_size_limit = len(SHAPES) + 1
-    table(QUICK if options.quick else SHAPES, options.rounds)
+    measured = table(QUICK if options.quick else SHAPES, options.rounds)
+    if options.json:
+        measured.write(options.json)
+        print(f"\nwrote {options.json}")

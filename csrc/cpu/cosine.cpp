@@ -9,18 +9,19 @@
 // Rows whose softmax is peaked leave the tile as short lists (dgi/softmax_row.h); the other rows stay, move up, and are
 // multiplied once enough have gathered.
 //
-// 6 N K D operations, or 2 N K D and those of the lists for rows that are peaked; V lies in place of dE, and the tile of at
-// most 384 rows is all that is as wide as K. AMD EPYC with AVX-512 at 2.6 GHz, N = K = 4096, float32, one thread, against
-// the three products by torch.mm: flat 1.07 at D = 256 and 1.04 at D = 64, where eager takes 2.1 and 3.9; peaked, nine rows
-// in ten at cosine 0.7 to their target, 0.62 at D = 256. `python bench/bench_cosine.py` measures it again.
+// 6 N K D operations, or 2 N K D and those of the lists for rows that are peaked; one V lies in place of dE, and tiles of
+// at most 256 rows are all that is as wide as K. N = K = 4096 at D = 256, float32, two AVX2 cores, against the three
+// products by torch.mm: 1.04 to 1.06 flat, 0.64 to 0.71 where nine rows in ten are at cosine 0.7 to their target (three
+// runs of `python bench/bench_cosine.py --quick --rounds 11`, which has the peers beside it).
 //
-// Blocks and the rows within them are worked off in fixed order, so the same inputs give the same bits on any number of
-// threads, as far as torch's matrix product does.
+// Blocks and the rows within them are worked off in fixed order, so the same inputs give the same bits run after run.
 #include "cosine.h"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
+#include <mutex>
 #include <numeric>
 #include <type_traits>
 #include <utility>
@@ -34,7 +35,6 @@
 namespace dgi::cpu {
 namespace {
 
-// Rows of a range that make a second thread worth its start: about 0.05 ms of work.
 // E in the compute dtype, and the reciprocal norms of its rows.
 template <class Stored>
 class Codebook {
@@ -68,8 +68,17 @@ class Codebook {
 
   Matrix<Real> matrix() const { return {const_cast<Real*>(vectors()), codes, dim}; }
 
-  // sum_k e^_k, whatever the number of threads in the same order.
-  std::vector<Real> sum_of_unit_vectors() const {
+  // sum_k e^_k, made when first asked for.
+  const std::vector<Real>& sum_of_unit_vectors() const {
+    std::call_once(unit_sum_is_made_, [&] { unit_sum_ = make_sum_of_unit_vectors(); });
+    return unit_sum_;
+  }
+
+  const int64_t codes, dim;
+
+ private:
+  // Whatever the number of threads in the same order.
+  std::vector<Real> make_sum_of_unit_vectors() const {
     constexpr int64_t kRun = 64;
     const int64_t runs = (codes + kRun - 1) / kRun;
     std::vector<Real> partial(runs * dim, 0), sum(dim, 0);
@@ -89,11 +98,10 @@ class Codebook {
     return sum;
   }
 
-  const int64_t codes, dim;
-
- private:
   const Stored* stored_;
   Buffer<Real> rnorm_, converted_;
+  mutable std::once_flag unit_sum_is_made_;
+  mutable std::vector<Real> unit_sum_;
 };
 
 // Rows of h on their way through the tile. A slot holds one row: its number, 1 / norm, X = scale h^, and the tile's row.
@@ -196,51 +204,47 @@ class Lists {
   std::vector<Real> row_value_;
 };
 
-// Turns tiles T, and lists, into dh, dweight and dscale.
+// Turns tiles T, and lists, into dh, and into what its rows give to dweight and dscale.
 template <class Stored>
 class Backward {
  public:
   using Real = Compute<Stored>;
 
+  // `in_place`: V lies in place of dweight, where the dtypes agree.
   Backward(const Cosine<Stored>& in, const Codebook<Stored>& codebook, const CosineGradients<Stored>& out,
-           int64_t capacity)
-      : in_(in), codebook_(codebook), out_(out), along_(out.dscale ? in.rows : 0) {
-    if (wants_rows()) u_ = make_buffer<Real>(capacity * in.dim);
+           int64_t capacity, bool in_place)
+      : in_(in), codebook_(codebook), out_(out), along_(capacity) {
     if (out.dweight == nullptr) return;
     if constexpr (std::is_same_v<Stored, Real>) {
-      v_ = out.dweight;
-    } else {
+      if (in_place) v_ = out.dweight;
+    }
+    if (v_ == nullptr) {
       own_v_ = make_buffer<Real>(in.codes * in.dim);
       v_ = own_v_.get();
     }
   }
 
-  // The first `count` slots of the tile hold T.
-  void add_tile(const Tile<Stored>& tile, int64_t count) {
+  // The first `count` slots of the tile hold T. Their X is gone afterwards: T E takes its place.
+  void add_tile(Tile<Stored>& tile, int64_t count) {
     if (count == 0) return;
-    if (wants_rows()) {
-      matrix_product(tile.matrix(0, count), codebook_.matrix(), {u_.get(), count, in_.dim}, Into::kOverwrite);
-      parallel_for(count, grain(in_.dim), [&](int64_t first, int64_t last) {
-        with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
-          for (int64_t slot = first; slot < last; ++slot) {
-            const Real* const u = u_.get() + slot * in_.dim;
-            const int64_t row = tile.row_of(slot);
-            set_along(row, tile.rnorm(slot) * dot<fused.value>(in_.h + row * in_.dim, u, in_.dim));
-            if (out_.dh != nullptr) finish_dh<fused.value>(tile, slot, u);
-          }
-        });
-      });
-    }
     if (out_.dweight != nullptr) {
       matrix_product(tile.matrix(0, count).transposed(), tile.x_matrix(0, count), {v_, in_.codes, in_.dim},
                      v_is_set_ ? Into::kAdd : Into::kOverwrite);
       v_is_set_ = true;
     }
-  }
-
-  // h^ . dL/dh^ / scale of a row whose list does not tell it.
-  void set_along(int64_t row, double along) {
-    if (out_.dscale != nullptr) along_[row] = along;
+    if (out_.dh == nullptr && out_.dscale == nullptr) return;
+    matrix_product(tile.matrix(0, count), codebook_.matrix(), tile.x_matrix(0, count), Into::kOverwrite);
+    parallel_for(count, grain(in_.dim), [&](int64_t first, int64_t last) {
+      with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
+        for (int64_t slot = first; slot < last; ++slot) {
+          const Real* const u = tile.x(slot);
+          const int64_t row = tile.row_of(slot);
+          along_[slot] = tile.rnorm(slot) * dot<fused.value>(in_.h + row * in_.dim, u, in_.dim);
+          if (out_.dh != nullptr) finish_dh<fused.value>(tile, slot, u);
+        }
+      });
+    });
+    for (int64_t slot = 0; slot < count; ++slot) dscale_ += along_[slot];
   }
 
   // `members` of the rows from slot `first` on left lists instead of T.
@@ -250,45 +254,34 @@ class Backward {
     if (out_.dweight != nullptr) add_lists_to_codes(tile, lists, first, members);
   }
 
-  // dweight loses its radial part and takes its dtype; dscale is summed up.
-  void finish() {
-    if (out_.dscale != nullptr) {
-      double sum = 0;
-      for (double along : along_) sum += along;
-      *out_.dscale = static_cast<Real>(sum);
-    }
-    if (out_.dweight == nullptr) return;
-    parallel_for(in_.codes, grain(in_.dim), [&](int64_t first, int64_t last) {
-      with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
-        for (int64_t k = first; k < last; ++k) {
-          const Real rnorm = codebook_.rnorm()[k];
-          Real* const v = v_ + k * in_.dim;
-          if (!v_is_set_) std::fill_n(v, in_.dim, Real{0});
-          if (!even_.empty()) {
+  // h^ . dL/dh^ / scale of a row that left a list.
+  void add_to_dscale(double along) { dscale_ += along; }
+
+  double dscale() const { return dscale_; }
+
+  // This share of V = rnorm dL/de^ of code k, with what is even.
+  template <bool kFused>
+  DGI_ALWAYS_INLINE Real* share_of_code(int64_t k) {
+    Real* const v = v_ + k * in_.dim;
+    if (!v_is_set_) std::fill_n(v, in_.dim, Real{0});
+    if (even_.empty()) return v;
+    const Real rnorm = codebook_.rnorm()[k];
 #pragma omp simd
-            for (int64_t d = 0; d < in_.dim; ++d) v[d] = multiply_add<fused.value>(rnorm, even_[d], v[d]);
-          }
-          // V = rnorm dL/de^ already.
-          through_normalization<fused.value>(in_.weight + k * in_.dim, v, in_.dim, rnorm, in_.eps, Real{1},
-                                             out_.dweight + k * in_.dim);
-        }
-      });
-    });
+    for (int64_t d = 0; d < in_.dim; ++d) v[d] = multiply_add<kFused>(rnorm, even_[d], v[d]);
+    return v;
   }
 
  private:
-  bool wants_rows() const { return out_.dh != nullptr || out_.dscale != nullptr; }
-
   void add_lists_to_rows(const Tile<Stored>& tile, const Lists<Real>& lists, int64_t first,
                          const std::vector<int64_t>& members) {
-    if (unit_sum_.empty()) unit_sum_ = codebook_.sum_of_unit_vectors();
+    const std::vector<Real>& unit_sum = codebook_.sum_of_unit_vectors();
     parallel_for(members.size(), grain(16 * in_.dim), [&](int64_t begin, int64_t end) {
       const Buffer<Real> u = make_buffer<Real>(in_.dim);
       with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
         for (int64_t m = begin; m < end; ++m) {
           const SparseRow<Real>& list = lists[members[m]];
           const Real even = static_cast<Real>(list.even);
-          for (int64_t d = 0; d < in_.dim; ++d) u[d] = even * unit_sum_[d];
+          for (int64_t d = 0; d < in_.dim; ++d) u[d] = even * unit_sum[d];
           add_rows<fused.value>(list.index, list.value, list.count, codebook_.vectors(), in_.dim, u.get());
           finish_dh<fused.value>(tile, first + members[m], u.get());
         }
@@ -329,19 +322,40 @@ class Backward {
   const Cosine<Stored>& in_;
   const Codebook<Stored>& codebook_;
   const CosineGradients<Stored>& out_;
-  std::vector<double> along_;   // h^ . dL/dh^ / scale of every row
-  Buffer<Real> u_, own_v_;
+  std::vector<double> along_;  // h^ . dL/dh^ / scale, by slot
+  double dscale_ = 0;
+  Buffer<Real> own_v_;
   Real* v_ = nullptr;
   bool v_is_set_ = false;
-  std::vector<Real> unit_sum_;  // sum_k e^_k
-  std::vector<Real> even_;      // what every code gets alike of the lists: sum_n v_n X_n
+  std::vector<Real> even_;  // what every code gets alike of the lists: sum_n v_n X_n
 };
 
-// Rows that are multiplied at once: enough for an efficient product, few enough that the tile stays in the cache.
-int64_t block_rows(int64_t rows, int64_t codes) {
-  constexpr int64_t kElements = int64_t{1} << 20;
-  const int64_t fit = kElements / std::max<int64_t>(1, codes);
-  return std::max<int64_t>(1, std::min(rows, std::clamp<int64_t>(fit, 128, 256)));
+// dweight, of all shares, loses its radial part and takes its dtype; dscale is summed up. The first share's V may be
+// dweight itself.
+template <class Stored>
+void finish(const Cosine<Stored>& in, const Codebook<Stored>& codebook, const CosineGradients<Stored>& out,
+            const std::vector<Backward<Stored>*>& shares) {
+  using Real = Compute<Stored>;
+  if (out.dscale != nullptr) {
+    double sum = 0;
+    for (const auto* share : shares) sum += share->dscale();
+    *out.dscale = static_cast<Real>(sum);
+  }
+  if (out.dweight == nullptr) return;
+  parallel_for(in.codes, grain(in.dim), [&](int64_t first, int64_t last) {
+    with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
+      for (int64_t k = first; k < last; ++k) {
+        Real* const v = shares[0]->template share_of_code<fused.value>(k);
+        for (size_t i = 1; i < shares.size(); ++i) {
+          const Real* const share = shares[i]->template share_of_code<fused.value>(k);
+#pragma omp simd
+          for (int64_t d = 0; d < in.dim; ++d) v[d] += share[d];
+        }
+        through_normalization<fused.value>(in.weight + k * in.dim, v, in.dim, codebook.rnorm()[k], in.eps, Real{1},
+                                           out.dweight + k * in.dim);
+      }
+    });
+  });
 }
 
 // With more entries than this a list saves nothing over its row of a matrix product.
@@ -350,10 +364,127 @@ int64_t list_limit(int64_t codes) {
   return std::is_same_v<Real, float> ? std::min<int64_t>(codes / 8, 1024) : 0;
 }
 
+// Rows that each of `shares` multiplies at once: enough for an efficient product, few enough that all of them and what else
+// the shares need, a V more and a codebook in another dtype, stay within 10 MB.
+template <class Stored>
+int64_t block_rows(const Cosine<Stored>& in, int64_t rows, int64_t shares) {
+  constexpr int64_t kElements = int64_t{76} << 15;
+  constexpr bool kConverts = !std::is_same_v<Stored, Compute<Stored>>;
+  const int64_t copies = kConverts ? shares + 1 : shares - 1;
+  const int64_t per_row = in.codes + in.dim + 2 * list_capacity(list_limit<Compute<Stored>>(in.codes));
+  const int64_t fit = (kElements - copies * in.codes * in.dim) / (shares * std::max<int64_t>(1, per_row));
+  const int64_t least = kConverts ? 64 : 128 / shares, most = shares == 1 ? 256 : 160;
+  const int64_t block = std::clamp<int64_t>(fit / 16 * 16, least, most);
+  return std::max<int64_t>(1, std::min((rows + shares - 1) / shares, block));
+}
+
 template <class Real>
 double weight_of(const CrossEntropy<Real>& options, int64_t row, double uniform) {
   return options.reduction == Reduction::kNone && options.upstream ? static_cast<double>(options.upstream[row]) : uniform;
 }
+
+// Two threads wait for each other less if each takes half of the rows from end to end, with a V of its own, than if they
+// share every product. With more threads V would be there too many times, and so it would beside a V in another dtype.
+template <class Stored>
+int64_t shares_of(int64_t rows) {
+  constexpr int64_t kRowsWorthAShare = 1024;
+  return std::is_same_v<Stored, Compute<Stored>> && thread_count() <= 2 && rows >= kRowsWorthAShare ? 2 : 1;
+}
+
+// The loss and the gradients of a share of the rows, block by block.
+template <class Stored>
+class Share {
+ public:
+  using Real = Compute<Stored>;
+
+  Share(const Cosine<Stored>& in, const CrossEntropy<Real>& options, double uniform, const Codebook<Stored>& codebook,
+        const CosineGradients<Stored>& out, int64_t block, bool in_place)
+      : in_(in), options_(options), uniform_(uniform),
+        softmax_{options.smoothing, std::abs(static_cast<double>(in.scale)) > kMaxScaleWithoutMaximum},
+        codebook_(codebook), wants_gradients_(out.any()), block_(block),
+        limit_(out.any() ? list_limit<Real>(in.codes) : 0), tile_(in, block),
+        lists_(limit_ > 0 ? block : 0, in.codes, limit_), backward_(in, codebook, out, block, in_place), rows_(block) {}
+
+  // The losses of `rows` are added up, and go to `loss` by row where it is not null.
+  void run(const int64_t* rows, int64_t count, Real* loss) {
+    for (int64_t begin = 0; begin < count;) {
+      const int64_t block = std::min(block_ - filled_, count - begin);
+      tile_.load_rows(filled_, rows + begin, block);
+      matrix_product(tile_.x_matrix(filled_, block), codebook_.matrix().transposed(), tile_.matrix(filled_, block),
+                     Into::kOverwrite);
+      differentiate(block);
+      for (int64_t i = 0; i < block; ++i) {
+        if (loss != nullptr) loss[rows[begin + i]] = static_cast<Real>(rows_[i].loss);
+        total_ += rows_[i].loss;
+      }
+      begin += block;
+      if (wants_gradients_) take_gradients(block, begin == count);
+    }
+  }
+
+  double total() const { return total_; }
+  Backward<Stored>* backward() { return &backward_; }
+
+ private:
+  struct Row {
+    double loss, along;  // along: h^ . dL/dh^ / scale, of a listed row
+    bool is_listed;
+  };
+
+  // The rows from slot `filled_` on become T, or leave lists.
+  void differentiate(int64_t count) {
+    parallel_for(count, grain(4 * in_.codes), [&](int64_t first, int64_t last) {
+      with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
+        for (int64_t i = first; i < last; ++i) {
+          const int64_t n = tile_.row_of(filled_ + i);
+          const SoftmaxRow<Real> row{tile_.values(filled_ + i), codebook_.rnorm(), in_.codes, options_.target[n]};
+          const SoftmaxSums sums = softmax_row<fused.value>(row, softmax_, &rows_[i].loss);
+          if (!wants_gradients_) continue;
+          const double weight = weight_of(options_, n, uniform_);
+          rows_[i].is_listed =
+              limit_ > 0 && sparse_gradient_row<fused.value>(row, softmax_, sums, weight, limit_, lists_[i]);
+          if (rows_[i].is_listed) {
+            rows_[i].along = weight * sums.tilt / static_cast<double>(in_.scale);  // peaked: scale is not 0
+          } else {
+            dense_gradient_row<fused.value>(row, softmax_, sums, weight);
+          }
+        }
+      });
+    });
+  }
+
+  void take_gradients(int64_t count, bool is_last) {
+    listed_.clear();
+    for (int64_t i = 0; i < count; ++i) {
+      if (!rows_[i].is_listed) continue;
+      listed_.push_back(i);
+      backward_.add_to_dscale(rows_[i].along);
+    }
+    backward_.add_lists(tile_, lists_, filled_, listed_);
+    const int64_t first = filled_;
+    for (int64_t i = 0; i < count; ++i) {
+      if (!rows_[i].is_listed) tile_.move(first + i, filled_++);
+    }
+    if (2 * filled_ <= block_ && !is_last) return;  // too few for an efficient product
+    backward_.add_tile(tile_, filled_);
+    filled_ = 0;
+  }
+
+  const Cosine<Stored>& in_;
+  const CrossEntropy<Real>& options_;
+  const double uniform_;
+  const SoftmaxOptions softmax_;
+  const Codebook<Stored>& codebook_;
+  const bool wants_gradients_;
+  const int64_t block_, limit_;
+  Tile<Stored> tile_;
+  Lists<Real> lists_;
+  Backward<Stored> backward_;
+  std::vector<Row> rows_;
+  std::vector<int64_t> listed_;
+  int64_t filled_ = 0;  // slots that hold T of rows before this block
+  double total_ = 0;
+};
 
 }  // namespace
 
@@ -361,7 +492,7 @@ template <class Stored>
 void cosine_logits(const Cosine<Stored>& in, Stored* out) {
   using Real = Compute<Stored>;
   const Codebook<Stored> codebook(in);
-  const int64_t block = block_rows(in.rows, in.codes);
+  const int64_t block = block_rows(in, in.rows, 1);
   Tile<Stored> tile(in, block);
   std::vector<int64_t> rows(block);
   for (int64_t begin = 0; begin < in.rows; begin += block) {
@@ -386,9 +517,9 @@ template <class Stored>
 void cosine_logits_backward(const Cosine<Stored>& in, const Stored* dlogits, const CosineGradients<Stored>& out) {
   using Real = Compute<Stored>;
   const Codebook<Stored> codebook(in);
-  const int64_t block = block_rows(in.rows, in.codes);
+  const int64_t block = block_rows(in, in.rows, 1);
   Tile<Stored> tile(in, block);
-  Backward<Stored> backward(in, codebook, out, block);
+  Backward<Stored> backward(in, codebook, out, block, true);
   std::vector<int64_t> rows(block);
   for (int64_t begin = 0; begin < in.rows; begin += block) {
     const int64_t count = std::min(block, in.rows - begin);
@@ -407,7 +538,7 @@ void cosine_logits_backward(const Cosine<Stored>& in, const Stored* dlogits, con
     });
     backward.add_tile(tile, count);
   }
-  backward.finish();
+  finish<Stored>(in, codebook, out, {&backward});
 }
 
 template <class Stored>
@@ -433,64 +564,29 @@ void cosine_cross_entropy(const Cosine<Stored>& in, const CrossEntropy<Compute<S
     }
   }
   const double uniform = options.reduction == Reduction::kMean ? 1.0 / static_cast<double>(counted) : 1.0;
-  const SoftmaxOptions softmax{options.smoothing, std::abs(static_cast<double>(in.scale)) > kMaxScaleWithoutMaximum};
-
-  const int64_t rows = static_cast<int64_t>(active.size()), block = block_rows(rows, in.codes);
-  const int64_t limit = gradients.any() ? list_limit<Real>(in.codes) : 0;
-  const int64_t capacity = limit > 0 ? std::min(rows, block + block / 2) : block;
+  const int64_t rows = static_cast<int64_t>(active.size()), count = shares_of<Stored>(rows);
+  const int64_t block = block_rows(in, rows, count);
   const Codebook<Stored> codebook(in);
-  Tile<Stored> tile(in, std::max<int64_t>(1, capacity));
-  Lists<Real> lists(limit > 0 ? block : 0, in.codes, limit);
-  Backward<Stored> backward(in, codebook, gradients, capacity);
-  std::vector<double> losses(block);
-  std::vector<char> is_sparse(block);
-  std::vector<int64_t> sparse;
-  int64_t filled = 0;  // slots that hold T of rows before this block
-  for (int64_t begin = 0; begin < rows;) {
-    const int64_t count = std::min({block, rows - begin, capacity - filled});
-    tile.load_rows(filled, active.data() + begin, count);
-    matrix_product(tile.x_matrix(filled, count), codebook.matrix().transposed(), tile.matrix(filled, count),
-                   Into::kOverwrite);
-    parallel_for(count, grain(4 * in.codes), [&](int64_t first, int64_t last) {
-      with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
-        for (int64_t i = first; i < last; ++i) {
-          const int64_t n = tile.row_of(filled + i);
-          const SoftmaxRow<Real> row{tile.values(filled + i), codebook.rnorm(), in.codes, options.target[n]};
-          const SoftmaxSums sums = softmax_row<fused.value>(row, softmax, &losses[i]);
-          if (!gradients.any()) continue;
-          const double weight = weight_of(options, n, uniform);
-          is_sparse[i] = limit > 0 && sparse_gradient_row<fused.value>(row, softmax, sums, weight, limit, lists[i]);
-          if (is_sparse[i]) {
-            backward.set_along(n, weight * sums.tilt / static_cast<double>(in.scale));  // peaked: scale is not 0
-          } else {
-            dense_gradient_row<fused.value>(row, softmax, sums, weight);
-          }
-        }
-      });
-    });
-    for (int64_t i = 0; i < count; ++i) {
-      if (per_row) loss[active[begin + i]] = static_cast<Real>(losses[i]);
-      total += losses[i];
-    }
-    begin += count;
-    if (!gradients.any()) continue;
-
-    sparse.clear();
-    for (int64_t i = 0; i < count; ++i) {
-      if (is_sparse[i]) sparse.push_back(i);
-    }
-    backward.add_lists(tile, lists, filled, sparse);
-    const int64_t first = filled;
-    for (int64_t i = 0; i < count; ++i) {
-      if (!is_sparse[i]) tile.move(first + i, filled++);
-    }
-    if (filled > capacity - block || begin == rows) {
-      backward.add_tile(tile, filled);
-      filled = 0;
-    }
+  std::vector<std::unique_ptr<Share<Stored>>> shares;
+  std::vector<Backward<Stored>*> backwards;
+  for (int64_t i = 0; i < count; ++i) {
+    shares.push_back(std::make_unique<Share<Stored>>(in, options, uniform, codebook, gradients, block, i == 0));
+    backwards.push_back(shares[i]->backward());
   }
+  const auto run = [&](int64_t i) {
+    const int64_t first = i * rows / count;
+    shares[i]->run(active.data() + first, (i + 1) * rows / count - first, per_row ? loss : nullptr);
+  };
+  if (count == 1) {
+    run(0);  // not within parallel_for, where products and loops have one thread
+  } else {
+    parallel_for(count, 1, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) run(i);
+    });
+  }
+  for (const auto& share : shares) total += share->total();
   if (!per_row) *loss = static_cast<Real>(options.reduction == Reduction::kMean ? total / static_cast<double>(counted) : total);
-  if (gradients.any()) backward.finish();
+  if (gradients.any()) finish<Stored>(in, codebook, gradients, backwards);
 }
 
 #define DGI_INSTANTIATE(Stored)                                                                                      \

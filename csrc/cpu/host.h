@@ -48,6 +48,9 @@ inline int64_t grain(int64_t elements_per_row) {
   return std::max<int64_t>(1, 65536 / std::max<int64_t>(1, elements_per_row));
 }
 
+// How many threads those loops and products have.
+int64_t thread_count();
+
 // Memory for a tile: aligned to a cache line and not initialised.
 struct AlignedDelete {
   void operator()(void* data) const { ::operator delete[](data, std::align_val_t{64}); }

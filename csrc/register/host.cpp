@@ -50,4 +50,6 @@ void parallel_ranges(int64_t count, int64_t grain, void (*body)(int64_t, int64_t
   STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, body, context));
 }
 
+int64_t thread_count() { return torch::stable::get_num_threads(); }
+
 }  // namespace dgi::cpu
