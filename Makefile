@@ -37,8 +37,8 @@ gpu-code: $(INSTALLED)  ## compile every Triton kernel for GPUs that need not be
 cuda-build:  ## build the CUDA wheel and check it in clean environments (16 GB; needs nvcc, no GPU)
 	PYTHON=$(PYTHON) .ci/cuda-build
 
-docs: $(VENV)/.docs  ## build the documentation into site/
-	$(BIN)/mkdocs build --strict --quiet
+docs: $(INSTALLED)  ## build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: $(INSTALLED)  ## check style and types
 	$(BIN)/ruff check .
@@ -53,8 +53,4 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt torch ninja setuptools
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[test,lint]'
-	touch $@
-
-$(VENV)/.docs: $(INSTALLED)
-	$(BIN)/python -m pip install -c constraints.txt mkdocs-material 'mkdocstrings[python]' latex2mathml
 	touch $@

@@ -9,9 +9,11 @@ A page says what it shows between markers, and everything between them is replac
     <!-- /report -->                                               only the rows of this op and shape
     <!-- picture:cpu-cosine op=cosine_cross_entropy N=4096 -->     the same as bars, light and dark
     <!-- /picture -->
+    <!-- kernels -->                                               a table that begins with ops: its columns of kernels
+    <!-- /kernels -->                                              say what dgi_kernels.backend knows
 
 Figures of a CPU are ratios within one run, since its clock and its neighbours are no one else's; a GPU's have
-milliseconds too.  Where there are no results there is no table.
+milliseconds too.  Where there are no results the page says so.
 """
 
 from __future__ import annotations
@@ -26,10 +28,14 @@ from functools import cached_property
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 RESULTS, ASSETS = ROOT / "bench" / "results", ROOT / "docs" / "assets"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 MARKER = re.compile(r"(<!-- (report|picture):(\S+)((?: [^=\s]+=\S+)*) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
-OURS, FLOOR = "ours", "floor"
+KERNELS = re.compile(r"(?<=<!-- kernels -->\n).*?(?=<!-- /kernels -->)", re.DOTALL)
+COLUMNS = {"C++": ("native", "cpu"), "Triton": ("triton", "cuda"), "CUDA C++": ("native", "cuda")}
+OURS = ("ours", "native", "fused", "constrained_generate")  # what benchmarks call it; the first that there is
+FLOOR = "floor"
 
 
 @dataclass
@@ -40,9 +46,14 @@ class Row:
     seconds: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def ours(self) -> str:
+        """The name of our system, "" where it was not measured."""
+        return next((name for name in OURS if name in self.seconds), "")
+
     def ratio(self, system: str) -> float | None:
         """How many times longer than ours; ours against the floor, where there is one."""
-        of, to = (OURS, FLOOR) if system == OURS else (system, OURS)
+        of, to = (system, FLOOR) if system == self.ours else (system, self.ours)
         return self.seconds[of] / self.seconds[to] if of in self.seconds and to in self.seconds else None
 
 
@@ -92,8 +103,9 @@ class Run:
 
 def systems(rows: Iterable[Row]) -> list[str]:
     """Ours first, then the others in the order of the file."""
-    names = dict.fromkeys(name for row in rows for name in row.seconds if name not in (OURS, FLOOR))
-    return [OURS, *names]
+    ours = dict.fromkeys(row.ours for row in rows if row.ours)
+    others = dict.fromkeys(name for row in rows for name in row.seconds if name not in (*ours, FLOOR))
+    return [*ours, *others]
 
 
 def split_shape(rows: list[Row]) -> tuple[dict[str, object], list[str]]:
@@ -125,15 +137,16 @@ def table(run: Run, op: str, rows: list[Row]) -> str:
     columns: list[tuple[str, list[str]]] = [
         (name, [value_text(row.shape.get(name, "")) for row in rows]) for name in varying]
     if run.gpu:
-        columns.append(("ours, ms", [cell(row.seconds.get(OURS), lambda s: f"{1e3 * s:.4g}") for row in rows]))
+        columns.append(("ours, ms", [cell(row.seconds.get(row.ours), lambda s: f"{1e3 * s:.4g}") for row in rows]))
     for name in names:
         ratios = [row.ratio(name) for row in rows]
         if any(ratio is not None for ratio in ratios):
-            title = "**ours ÷ floor**" if name == OURS else f"{name} ÷ ours"
+            title = "**ours ÷ floor**" if name in OURS else f"{name} ÷ ours"
             columns.append((title, [cell(ratio, significant) for ratio in ratios]))
     for name in names:
         if any(name in row.memory for row in rows):
-            columns.append((f"MB: {name}", [cell(row.memory.get(name), megabytes) for row in rows]))
+            title = f"MB: {'ours' if name in OURS else name}"
+            columns.append((title, [cell(row.memory.get(name), megabytes) for row in rows]))
     if not varying:
         columns.insert(0, ("", ["" for _ in rows]))
     lines = ["| " + " | ".join(title for title, _ in columns) + " |",
@@ -173,23 +186,22 @@ def draw(run: Run, filters: dict[str, str]) -> Iterator[tuple[Path, str]]:
     from matplotlib import pyplot
 
     by_op = run.rows(filters)
-    rows = [(op, row) for op, op_rows in by_op.items() for row in op_rows if OURS in row.seconds]
-    names = list(dict.fromkeys(name for _, row in rows for name in row.seconds))
-    names.sort(key=lambda name: (name != FLOOR, name != OURS))
+    rows = [(op, row) for op, op_rows in by_op.items() for row in op_rows if row.ours]
+    names = [FLOOR, *systems(row for _, row in rows)]
     varying = {op: split_shape(op_rows)[1] for op, op_rows in by_op.items()}
     for mode, ink, palette in (("light", "#24292f", "#8c959f #1f6feb #bf8700 #1a7f37 #cf222e #8250df #0a7c86"),
                                ("dark", "#e6edf3", "#6e7681 #58a6ff #e3b341 #3fb950 #ff7b72 #bc8cff #39c5cf")):
-        colours = dict(zip([FLOOR, OURS, *(n for n in names if n not in (FLOOR, OURS))], palette.split(), strict=False))
+        colours = dict(zip(names, palette.split(), strict=False))
         with matplotlib.rc_context({"svg.hashsalt": run.name, "font.size": 9, "text.color": ink, "axes.edgecolor": ink,
                                     "axes.labelcolor": ink, "xtick.color": ink, "ytick.color": ink}):
             bars = sum(len(row.seconds) for _, row in rows)
             figure, axes = pyplot.subplots(figsize=(7.2, 0.9 + 0.19 * bars + 0.16 * len(rows)), layout="constrained")
-            longest = max((value / row.seconds[OURS] for _, row in rows for value in row.seconds.values()), default=1)
+            longest = max((max(row.seconds.values()) / row.seconds[row.ours] for _, row in rows), default=1)
             place, ticks = 0.0, []
             for op, row in rows:
                 start = place
                 for name in (name for name in names if name in row.seconds):
-                    ratio = row.seconds[name] / row.seconds[OURS]
+                    ratio = row.seconds[name] / row.seconds[row.ours]
                     axes.barh(place, ratio, height=0.86, color=colours.get(name, ink))
                     axes.annotate(f"{name}  {significant(ratio)}", (ratio, place), xytext=(4, 0),
                                   textcoords="offset points", va="center", fontsize=7.5)
@@ -223,13 +235,36 @@ def rendered(page: Path, text: str) -> tuple[str, list[tuple[Run, dict[str, str]
         run = Run.load(name)
         by_op = run.rows(filters) if run else {}
         if run is None or not by_op:
-            return start + end
+            return start + (f"\n{missing(name)}\n\n" if kind == "report" else "") + end
         if kind == "picture":
             shown.append((run, filters))
             return start + pictures(page, run, filters) + "\n" + end
         return start + "\n" + "\n\n".join(table(run, op, rows) for op, rows in by_op.items()) + "\n\n" + end
 
-    return MARKER.sub(replace, text), shown
+    return KERNELS.sub(lambda match: kernels(match[0]), MARKER.sub(replace, text)), shown
+
+
+def missing(name: str) -> str:
+    """What a page says in place of a table."""
+    command = "bench/gpu.sh" if name.startswith("gpu-") else f"make bench-{name.removeprefix('cpu-')}"
+    return f"*Not measured yet, so nothing is claimed: `{command}` makes `bench/results/{name}.json`.*"
+
+
+def kernels(table: str) -> str:
+    """The table with the columns of :data:`COLUMNS` filled in."""
+    from dgi_kernels.backend import KERNELS as AVAILABLE
+
+    header, *lines = table.splitlines()
+    titles = [cell.strip() for cell in header.split("|")]
+    for i, line in enumerate(lines):
+        cells = line.split("|")
+        op = cells[1].strip().strip("`")
+        for title, (backend, device) in COLUMNS.items() if op in AVAILABLE else ():
+            kernel = AVAILABLE[op].get(backend, {})
+            runs = device in getattr(kernel, "devices", kernel)
+            cells[titles.index(title)] = " ✓ " if runs else "   "
+        lines[i] = "|".join(cells)
+    return "\n".join([header, *lines, ""])
 
 
 def main() -> int:

@@ -48,8 +48,26 @@ def test_a_page_is_rendered_once_and_for_all(run: report.Run) -> None:
             "<!-- picture:cpu-sample op=op -->\n<!-- /picture -->\n<!-- report:missing -->\nold\n<!-- /report -->\n")
     once, shown = report.rendered(report.ROOT / "README.md", page)
     assert report.rendered(report.ROOT / "README.md", once) == (once, shown)
+    assert "Not measured yet" in once and "make" not in once.partition("between")[0]
     assert "stale" not in once and "old" not in once and once.startswith("before\n") and "\nbetween\n" in once
     assert "| 64 | 1.25 | 3.00 |" in once and "cpu-sample-op-dark.svg" in once and len(shown) == 1
+
+
+def test_our_system_may_have_a_name_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = measure.Results()
+    for system, seconds in (("STATIC", 8.0), ("native", 2.0), ("floor", 1.0)):
+        results.add("beam_search", {"M": 50}, system, [seconds])
+    results.write(tmp_path / "cpu-beam.json")
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    run = report.Run.load("cpu-beam")
+    header, _, cells = report.table(run, "beam_search", run.rows({})["beam_search"]).splitlines()[2:5]
+    assert (header, cells) == ("|  | **ours ÷ floor** | STATIC ÷ ours |", "|  | 2.00 | 4.00 |")
+
+
+def test_the_table_of_kernels_is_what_the_ops_choose_from() -> None:
+    table = "| op | what | C++ | Triton | CUDA C++ |\n|---|---|---|---|---|\n| `cosine_cross_entropy` | x |  |  | ✓ |\n"
+    page, _ = report.rendered(ROOT / "README.md", f"<!-- kernels -->\n{table}<!-- /kernels -->\n")
+    assert page.splitlines()[3] == "| `cosine_cross_entropy` | x | ✓ | ✓ |   |"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
