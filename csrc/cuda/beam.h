@@ -40,7 +40,8 @@ struct Logits {
   int64_t codes, request_stride, beam_stride, code_stride;
 };
 
-// h (B, width, dim) and codebook (codes, dim), row-major without gaps: logits = scale h^ . e^, x^ = x / max(||x||, eps).
+// h (B, width, dim) and codebook (codes, dim), row-major without gaps: logits = scale h^ . e^, x^ = x / max(||x||,
+// eps).
 struct CosineHead {
   const void *h, *codebook;
   Float dtype;
@@ -80,7 +81,7 @@ const char* product_beam_step(const BeamStep<Token>& step, const float* products
 // Does the step for a head whose log-sum-exp nobody asks for: only the children's logits are computed. They are left in
 // `logits` (B, width, codes), of which nothing else is touched.
 template <class Token>
-const char* children_beam_step(const BeamStep<Token>& step, const CosineHead& head, float* logits, const BeamOutput& out,
-                               void* scratch, void* stream);
+const char* children_beam_step(const BeamStep<Token>& step, const CosineHead& head, float* logits,
+                               const BeamOutput& out, void* scratch, void* stream);
 
 }  // namespace dgi::cuda

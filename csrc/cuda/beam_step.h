@@ -50,11 +50,12 @@ struct LogitRow {
   float factor;
   const float* code_factors;
 
-  DGI_HOST_DEVICE float at(int64_t code) const {
-    if (code >= codes) return kDead;
+  // As it is, be it infinite or no number.
+  DGI_HOST_DEVICE float raw(int64_t code) const {
     const float x = load(data[code * stride]);
-    return finite_or_dead(kScaled ? x * factor * code_factors[code] : x);
+    return kScaled ? x * factor * code_factors[code] : x;
   }
+  DGI_HOST_DEVICE float at(int64_t code) const { return code < codes ? finite_or_dead(raw(code)) : kDead; }
 };
 
 // (requests, width, codes); scaled: those of a head, as raw products with a factor for each row and each code.
@@ -97,21 +98,24 @@ struct StepView {
   }
 };
 
-// sum exp(x - maximum), the maximum that of the x so far; -inf does not count. The fast exponential errs by 2 + |x - maximum| / 0.9
-// units in the last place, of terms that are the smaller the further they are: 4e-7 of the sum at most.
+// sum exp(x - maximum), the maximum that of the x so far. Eight instructions a logit and no branch: fmaxf passes over
+// NaN, and saturation, to [0, 1], makes 0 of the exponential of NaN and 1 of that of +inf, which counts as the largest
+// number. The fast exponential errs most where the terms are least: 4e-7 of the sum at most.
 struct RunningSum {
   float maximum = kDead, sum = 0;
 
   template <int kCount>
   __device__ void add(const float (&x)[kCount]) {
-    float largest = x[0];
-    for (int i = 1; i < kCount; ++i) largest = x[i] > largest ? x[i] : largest;
-    if (largest == kDead) return;
+    float largest = maximum;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) largest = fmaxf(largest, x[i]);
+    largest = fminf(largest, std::numeric_limits<float>::max());
     if (largest > maximum) {
-      sum *= __expf(maximum - largest);
+      sum *= fast_exp(maximum - largest);
       maximum = largest;
     }
-    for (int i = 0; i < kCount; ++i) sum += __expf(x[i] - maximum);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) sum += __saturatef(fast_exp(x[i] - maximum));
   }
 
   __device__ Normalizer<float> normalizer() const {
@@ -124,7 +128,7 @@ __device__ inline RunningSum merge(const RunningSum& a, const RunningSum& b) {
   if (a.maximum == kDead) return b;
   if (b.maximum == kDead) return a;
   const float maximum = a.maximum > b.maximum ? a.maximum : b.maximum;
-  return {maximum, a.sum * __expf(a.maximum - maximum) + b.sum * __expf(b.maximum - maximum)};
+  return {maximum, a.sum * fast_exp(a.maximum - maximum) + b.sum * fast_exp(b.maximum - maximum)};
 }
 
 // Whether an allowed item lies below a child, for one of the launch's requests. The levels below come with the sets.
@@ -146,17 +150,23 @@ template <class Row>
 __device__ RunningSum sum_of_codes(const Row& row) {
   RunningSum own;
   const int64_t threads = blockDim.x;
-  for (int64_t first = threadIdx.x; first < row.codes; first += kUnroll * threads) {
+  int64_t code = threadIdx.x;
+  for (; code + (kUnroll - 1) * threads < row.codes; code += kUnroll * threads) {
     float x[kUnroll];
 #pragma unroll
-    for (int i = 0; i < kUnroll; ++i) x[i] = row.at(first + i * threads);
+    for (int i = 0; i < kUnroll; ++i) x[i] = row.raw(code + i * threads);
+    own.add(x);
+  }
+#pragma unroll 1
+  for (; code < row.codes; code += threads) {
+    const float x[1] = {row.raw(code)};
     own.add(x);
   }
   return own;
 }
 
-// Calls use(token) for those of the children number `first`, `first + stride`, ... that are allowed and continue by a code.
-// Twins are the base's.
+// Calls use(token) for those of the children number `first`, `first + stride`, ... that are allowed and continue by a
+// code. Twins are the base's.
 template <class Token, class Sets, class Use>
 __device__ void for_children(const TrieDepth<Token>& trie, const Parent& parent, const Sets& sets, int64_t request,
                              uint32_t first, uint32_t stride, const Use& use) {
@@ -342,8 +352,8 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
 
 inline bool is_wide(int64_t width, int64_t num_beams) { return width > kSharedWidth || num_beams > kSharedBeams; }
 
-// How many keys may be sorted: twice those wanted, so that the select ends after a round or two, and a power of two, up to
-// which the sort fills the buffer.
+// How many keys may be sorted: twice those wanted, so that the select ends after a round or two, and a power of two,
+// up to which the sort fills the buffer.
 inline uint32_t room_for(int64_t num_beams) {
   return std::max<uint32_t>(256, std::bit_ceil(static_cast<uint32_t>(2 * num_beams)));
 }
@@ -385,8 +395,8 @@ void launch_select(const StepView<Token>& view, const Rows& rows, const Sets& se
   }
   uint64_t* const keys = reinterpret_cast<uint64_t*>(view.parents + requests * view.width);
   uint32_t* const starts = reinterpret_cast<uint32_t*>(keys + requests * room);
-  launch(select_wide_kernel<Rows, Token, Sets>, static_cast<unsigned>(count), kSelectThreads, 0, stream, view, rows, sets,
-         out, room, keys, starts);
+  launch(select_wide_kernel<Rows, Token, Sets>, static_cast<unsigned>(count), kSelectThreads, 0, stream, view, rows,
+         sets, out, room, keys, starts);
 }
 
 // Both launches, for all requests.
@@ -400,8 +410,8 @@ const char* launch_step(const BeamStep<Token>& step, const Rows& rows, const Bea
     using Sets = std::decay_t<decltype(sets)>;
     view.first = first;
     if (step.width > 0) {
-      launch(parents_kernel<Rows, Token, Sets>, static_cast<unsigned>(count * step.width), threads, 0, stream, view, rows,
-             sets);
+      launch(parents_kernel<Rows, Token, Sets>, static_cast<unsigned>(count * step.width), threads, 0, stream, view,
+             rows, sets);
     }
     launch_select(view, rows, sets, count, step.requests, out, stream);
   });

@@ -1,10 +1,10 @@
 // Beam steps on CUDA for a head's cosine logits, scale h^ . e^, which are never formed as a tensor.
 //
-// Where the log-sum-exp over all codes is wanted, cuBLAS makes the raw products h . e in float32, of as many requests at a
-// time as stay in the second-level cache, and the kernels of a beam step take them with a factor for each row and each code
-// (factors_kernel): one multiplication more a logit, no pass of its own. Where it is not, children_kernel makes the
-// children's logits alone, a warp a child: D elements of a code and of h, twice D multiply-adds, for the norm comes with
-// the product.
+// Where the log-sum-exp over all codes is wanted, cuBLAS makes the raw products h . e in float32, of as many requests
+// at a time as stay in the second-level cache, and the kernels of a beam step take them with a factor for each row and
+// each code (factors_kernel): one multiplication more a logit, no pass of its own. Where it is not, children_kernel
+// makes the children's logits alone, a warp a child: D elements of a code and of h, twice D multiply-adds, for the
+// norm comes with the product.
 //
 // Not yet run on a GPU. Its logic runs on the CPU in the tests, thread by thread.
 #include "beam_step.h"
@@ -28,8 +28,9 @@ __global__ void __launch_bounds__(kWarps * kWarp)
 
 template <class Stored, class Token, class Sets>
 __global__ void __launch_bounds__(kWarps * kWarp, 1)
-    children_kernel(const __grid_constant__ StepView<Token> step, const Stored* h, const Stored* codebook, int64_t codes,
-                    int64_t dim, const float* scale, float eps, const __grid_constant__ Sets sets, float* logits) {
+    children_kernel(const __grid_constant__ StepView<Token> step, const Stored* h, const Stored* codebook,
+                    int64_t codes, int64_t dim, const float* scale, float eps,
+                    const __grid_constant__ Sets sets, float* logits) {
   const int64_t in_launch = blockIdx.x / step.width, request = step.first + in_launch, beam = blockIdx.x % step.width;
   const int64_t row = request * step.width + beam;
   Parent parent = step.parent(request, beam);
@@ -102,13 +103,14 @@ const char* product_beam_step(const BeamStep<Token>& step, const float* products
                               void* stream) {
   if (const char* reason = why_not(step, codes)) return reason;
   if (step.requests == 0) return nullptr;
-  const LogitRows<float, true> rows{products, step.width, codes, step.width * codes, codes, 1, row_factors, code_factors};
+  const LogitRows<float, true> rows{products, step.width,  codes,       step.width * codes,
+                                    codes,    1,           row_factors, code_factors};
   return launch_step(step, rows, out, scratch, stream);
 }
 
 template <class Token>
-const char* children_beam_step(const BeamStep<Token>& step, const CosineHead& head, float* logits, const BeamOutput& out,
-                               void* scratch, void* stream) {
+const char* children_beam_step(const BeamStep<Token>& step, const CosineHead& head, float* logits,
+                               const BeamOutput& out, void* scratch, void* stream) {
   if (const char* reason = why_not(step, head.codes)) return reason;
   if (step.requests == 0) return nullptr;
   for_float(head.dtype, [&](auto stored) {
@@ -117,11 +119,11 @@ const char* children_beam_step(const BeamStep<Token>& step, const CosineHead& he
   return launch_error();
 }
 
-#define DGI_INSTANTIATE(Token)                                                                                          \
-  template const char* product_beam_step(const BeamStep<Token>&, const float*, int64_t, const float*, const float*,    \
-                                         const BeamOutput&, void*, void*);                                             \
-  template const char* children_beam_step(const BeamStep<Token>&, const CosineHead&, float*, const BeamOutput&, void*, \
-                                          void*);
+#define DGI_INSTANTIATE(Token)                                                                                       \
+  template const char* product_beam_step(const BeamStep<Token>&, const float*, int64_t, const float*, const float*, \
+                                         const BeamOutput&, void*, void*);                                          \
+  template const char* children_beam_step(const BeamStep<Token>&, const CosineHead&, float*, const BeamOutput&,     \
+                                          void*, void*);
 DGI_INSTANTIATE(int16_t)
 DGI_INSTANTIATE(int32_t)
 #undef DGI_INSTANTIATE

@@ -58,7 +58,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // One block: the order of the sum depends on the number of rows alone.
-__global__ void __launch_bounds__(kThreads) sum_kernel(const float* __restrict__ x, int64_t count, float* __restrict__ out) {
+__global__ void __launch_bounds__(kThreads)
+    sum_kernel(const float* __restrict__ x, int64_t count, float* __restrict__ out) {
   float own = 0;
   for (int64_t i = threadIdx.x; i < count; i += kThreads) own += x[i];
   const float whole = sum_block(own);
@@ -76,7 +77,8 @@ const char* for_dtype(Float dtype, const F& f) {
 }
 
 unsigned grid(const GumbelSoftmax& inputs) {
-  return static_cast<unsigned>(std::clamp<int64_t>(inputs.shape.rows, 1, kMaxGrid));  // no rows still have a gradient of tau
+  // No rows still have a gradient of tau.
+  return static_cast<unsigned>(std::clamp<int64_t>(inputs.shape.rows, 1, kMaxGrid));
 }
 
 }  // namespace

@@ -1,9 +1,9 @@
 // Lexicographic ranking on CUDA, in one launch: a block a request.
 //
-// The block sorts the beams by score, drops a node that has come before, and lists how many items each leads to, and how many
-// of those are allowed: after the beam with the k-th, and those that tie with it, no item can count. Of the others a warp
-// takes one at a time, makes its cosine (D multiply-adds, twice: the norm comes with the product) and adds its key to a
-// buffer, unless k better ones are known; a full buffer is sorted and cut to the best k.
+// The block sorts the beams by score, drops a node that has come before, and lists how many items each leads to, and
+// how many of those are allowed: after the beam with the k-th, and those that tie with it, no item can count. Of the
+// others a warp takes one at a time, makes its cosine (D multiply-adds, twice: the norm comes with the product) and
+// adds its key to a buffer, unless k better ones are known; a full buffer is sorted and cut to the best k.
 //
 // Bytes: D elements for each item that may count, about k of them whatever the number of beams.
 //
@@ -103,8 +103,8 @@ __device__ uint32_t list_beams(const RankingView& in, int64_t request, Keys keys
   return count;
 }
 
-// starts[r], of the beams in order: the number of the first item below. Returns how many items there are before no more can
-// count.
+// starts[r], of the beams in order: the number of the first item below. Returns how many items there are before no
+// more can count.
 template <class Keys, class Starts>
 __device__ uint32_t list_items(const RankingView& in, const RequestSets& sets, const AllowedItems& allowed,
                                int64_t request, Keys keys, uint32_t beams, Starts starts) {
@@ -162,7 +162,8 @@ __device__ void rank(const RankingView& in, const RequestSets& sets, const Store
     const uint32_t whole = count == 0 ? 0 : std::bit_ceil(count);
     for (uint32_t i = count + threadIdx.x; i < whole; i += kThreads) buffer[i] = RankKey{kNoKey, 0};
     sort_block(
-        whole, [&](uint32_t i, uint32_t j) { return static_cast<RankKey>(buffer[i]) < static_cast<RankKey>(buffer[j]); },
+        whole,
+        [&](uint32_t i, uint32_t j) { return static_cast<RankKey>(buffer[i]) < static_cast<RankKey>(buffer[j]); },
         [&](uint32_t i, uint32_t j) {
           const RankKey first = buffer[i], second = buffer[j];
           buffer[i] = second, buffer[j] = first;
@@ -234,12 +235,12 @@ __global__ void __launch_bounds__(kThreads, 1)
 // The same with everything in global memory, for more beams or items.
 template <class Stored>
 __global__ void __launch_bounds__(kThreads, 1)
-    rank_wide_kernel(const __grid_constant__ RankingView in, const __grid_constant__ RequestSets sets, const Stored* query,
-                     const Stored* vectors, RankKey* buffers, uint32_t room, uint64_t* all_keys, uint32_t width,
-                     uint32_t* all_starts) {
+    rank_wide_kernel(const __grid_constant__ RankingView in, const __grid_constant__ RequestSets sets,
+                     const Stored* query, const Stored* vectors, RankKey* buffers, uint32_t room, uint64_t* all_keys,
+                     uint32_t width, uint32_t* all_starts) {
   const int64_t request = in.first + blockIdx.x;
-  rank(in, sets, query, vectors, all_keys + request * width, all_starts + request * (width + 1), buffers + request * room,
-       room);
+  rank(in, sets, query, vectors, all_keys + request * width, all_starts + request * (width + 1),
+       buffers + request * room, room);
 }
 
 bool is_wide(int64_t width, int64_t k) { return width > kSharedWidth || k > kSharedK; }

@@ -18,8 +18,8 @@ struct View {
   DGI_HOST_DEVICE Element at(int64_t i, int64_t j) const { return data[i * row_stride + j * column_stride]; }
 };
 
-// The items that the requests of one launch may find. A kernel takes this by value (7 KB, of the 32 that CUDA allows), so
-// that nothing is copied to the device, and what a CUDA graph has captured stays as it is.
+// The items that the requests of one launch may find. A kernel takes this by value (7 KB, of the 32 that CUDA allows),
+// so that nothing is copied to the device, and what a CUDA graph has captured stays as it is.
 struct RequestSets {
   static constexpr int kLevels = 64, kSets = 96, kRequests = 1024;
 
@@ -46,8 +46,8 @@ inline bool fits(const LowerLevels& base, const LowerLevels& delta) {
   return base.count <= RequestSets::kLevels && delta.count <= RequestSets::kLevels;
 }
 
-// Calls launch(sets, first, count) for all `requests`: once, or once for as many at a time as fit with their sets. `allowed`
-// (requests) is host memory, null for a request that may find all; null where all may.
+// Calls launch(sets, first, count) for all `requests`: once, or once for as many at a time as fit with their sets.
+// `allowed` (requests) is host memory, null for a request that may find all; null where all may.
 template <class Launch>
 void for_requests_with_levels(const AllowedItems* const* allowed, const LowerLevels& base, const LowerLevels& delta,
                               int64_t requests, const Launch& launch) {

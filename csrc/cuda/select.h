@@ -17,10 +17,14 @@ template <class Make>
 class Keys {
  public:
   __device__ Keys(uint32_t count, const Make& make) : count_(count), make_(make) {
-#pragma unroll
-    for (uint32_t j = 0; j < kHeld; ++j) {
+    for (uint64_t& held : held_) held = kNoKey;
+#pragma unroll 1
+    for (uint32_t j = 0; j < kHeld; ++j) {  // not unrolled: make is long, and the instruction cache small
       const uint32_t i = threadIdx.x + j * kSelectThreads;
-      held_[j] = i < count ? make(i) : kNoKey;
+      if (i >= count) break;
+      const uint64_t key = make(i);
+#pragma unroll
+      for (uint32_t place = 0; place < kHeld; ++place) held_[place] = place == j ? key : held_[place];
     }
   }
 
@@ -30,6 +34,7 @@ class Keys {
     for (uint32_t j = 0; j < kHeld; ++j) {
       if (held_[j] != kNoKey) use(held_[j]);
     }
+#pragma unroll 1
     for (uint32_t i = threadIdx.x + kHeld * kSelectThreads; i < count_; i += kSelectThreads) {
       const uint64_t key = make_(i);
       if (key != kNoKey) use(key);
@@ -46,8 +51,9 @@ class Keys {
 
 // A key such that at least `wanted` keys are not above it, or all are, and at most `room` (wanted <= room).
 //
-// Digits of 11 bits are counted from the first bit in which keys differ: scores of one step share sign and exponent, so
-// that one or two rounds do for most steps. Where thousands of scores are equal, the low half of the keys takes three more.
+// Digits of 11 bits are counted from the first bit in which keys differ: scores of one step share sign and exponent,
+// so that one or two rounds do for most steps. Where thousands of scores are equal, the low half of the keys takes
+// three more.
 template <class Make>
 __device__ uint64_t find_limit(const Keys<Make>& keys, uint32_t wanted, uint32_t room) {
   constexpr int kDigit = 11, kHalf = 32;  // bits

@@ -18,7 +18,7 @@ template <class Stored>
 __device__ Products warp_products(const Stored* __restrict__ x, const Stored* __restrict__ y, int64_t dim) {
   Products sum{0, 0};
 #pragma unroll 4
-  for (int64_t d = threadIdx.x % kWarp; d < dim; d += kWarp) {
+  for (int d = threadIdx.x % kWarp; d < static_cast<int>(dim); d += kWarp) {
     const float left = load(x[d]), right = load(y[d]);
     sum.cross += left * right, sum.square += right * right;
   }

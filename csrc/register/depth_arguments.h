@@ -14,7 +14,8 @@ class DepthArguments {
  public:
   DepthArguments(const Tensor& tokens, const Tensor& child_start, const std::vector<Tensor>& below,
                  const std::vector<Tensor>& delta, const std::vector<Tensor>& anchors)
-      : tokens_(tokens), child_start_(child_start), delta_(delta), anchors_(anchors), below_(below), delta_below_(delta, 2) {
+      : tokens_(tokens), child_start_(child_start), delta_(delta), anchors_(anchors), below_(below),
+        delta_below_(delta, 2) {
     STD_TORCH_CHECK(delta.empty() ? anchors.empty() : delta.size() >= 2 && anchors.size() == 2, kBeam,
                     "delta and anchors do not fit each other");
     if (delta.empty()) return;

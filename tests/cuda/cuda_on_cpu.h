@@ -1,10 +1,11 @@
 // Runs the threads of a CUDA block on the CPU, so that the logic of a kernel can be tested without a GPU.
 //
-// Every thread is a fiber. A barrier or a warp collective switches to another one, chosen at random; so does now and then
-// an access to shared memory. Blocks run one after the other, in random order. What a GPU would leave undefined is a Fault:
+// Every thread is a fiber. A barrier or a warp collective switches to another one, chosen at random; so does now and
+// then an access to shared memory. Blocks run one after the other, in random order. What a GPU would leave undefined
+// is a Fault:
 //   - a barrier that not every thread of the block reaches, or that threads reach at different places;
-//   - a warp collective whose mask names a lane that does not exist, has returned, waits elsewhere for ever or has another
-//     mask, or leaves out the caller; a shuffle that reads a lane outside the mask;
+//   - a warp collective whose mask names a lane that does not exist, has returned, waits elsewhere for ever or has
+//     another mask, or leaves out the caller; a shuffle that reads a lane outside the mask;
 //   - an index outside a shared array, a shared element read before it is written, more shared memory than a block has;
 //   - two threads that access one shared element, at least one of them writing, with no barrier between.
 //
@@ -349,7 +350,9 @@ class Block {
     array->bytes = std::make_unique<unsigned char[]>(element * count);
     array->accesses.resize(count);
     shared_bytes_ += element * count;
-    if (shared_bytes_ > kMaxShared) fault("the block takes more than " + std::to_string(kMaxShared) + " bytes of shared memory");
+    if (shared_bytes_ > kMaxShared) {
+      fault("the block takes more than " + std::to_string(kMaxShared) + " bytes of shared memory");
+    }
     return array;
   }
 
@@ -435,7 +438,9 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
             const Arguments&... arguments) {
   const size_t threads = size_t{block.x} * block.y * block.z, blocks = size_t{grid.x} * grid.y * grid.z;
   if (threads == 0 || threads > kMaxThreads) throw Fault("a block of " + std::to_string(threads) + " threads");
-  if (blocks == 0 || grid.x > 0x7FFFFFFF || grid.y > 0xFFFF || grid.z > 0xFFFF) throw Fault("a grid that cannot be launched");
+  if (blocks == 0 || grid.x > 0x7FFFFFFF || grid.y > 0xFFFF || grid.z > 0xFFFF) {
+    throw Fault("a grid that cannot be launched");
+  }
   if (shared_bytes > kMaxShared) throw Fault(std::to_string(shared_bytes) + " bytes of dynamic shared memory");
   std::vector<size_t> order(blocks);
   for (size_t i = 0; i < blocks; ++i) order[i] = i;
@@ -472,7 +477,9 @@ template <class T>
 T shuffle(unsigned mask, T value, int source, bool inside) {
   const uint64_t* const received = Block::current()->meet(Collective::kShuffle, mask, pack(value));
   if (!inside) return value;
-  if (!(mask >> source & 1)) Block::current()->fault("a shuffle reads lane " + std::to_string(source) + ", outside its mask");
+  if (!(mask >> source & 1)) {
+    Block::current()->fault("a shuffle reads lane " + std::to_string(source) + ", outside its mask");
+  }
   return unpack<T>(received[source]);
 }
 
@@ -623,6 +630,7 @@ inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
 inline int __clz(unsigned x) { return x == 0 ? 32 : __builtin_clz(x); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
+inline float __saturatef(float x) { return x > 0 ? std::fmin(x, 1.0f) : 0; }  // NaN: 0
 inline float __fdividef(float x, float y) { return x / y; }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline unsigned __float_as_uint(float x) { return cuda_on_cpu::unpack<unsigned>(cuda_on_cpu::pack(x)); }

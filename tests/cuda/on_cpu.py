@@ -1,7 +1,7 @@
 """The CUDA kernels as a library for the CPU: ``csrc/cuda/*.cu`` compiled as C++ against ``cuda_on_cpu.h``.
 
-The files of ``csrc/register/cuda`` are compiled with them, so that the ops are called as torch would call them on a GPU,
-argument checks included, but with CPU tensors: their kernels are registered for CUDA, and called from there.
+The files of ``csrc/register/cuda`` are compiled with them, so that the ops are called as torch would call them on a
+GPU, argument checks included, but with CPU tensors: their kernels are registered for CUDA, and called from there.
 """
 
 from __future__ import annotations

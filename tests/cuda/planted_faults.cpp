@@ -1,4 +1,5 @@
-// Small kernels, each right or with one fault, to test that cuda_on_cpu.h tells them apart. Called by test_cuda_on_cpu.py.
+// Small kernels, each right or with one fault, to test that cuda_on_cpu.h tells them apart. Called by
+// test_cuda_on_cpu.py.
 #include <cstring>
 #include <string>
 #include <vector>

@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+from torch import Tensor
 
 from dgi_kernels import Beams, Trie, beam_step, cosine_beam_step, cosine_logits
 
@@ -35,7 +36,7 @@ def test_ties_go_to_the_lower_parent_then_the_lower_token(cuda_ops: on_cpu.Ops, 
             walk(random_catalog(max_items=40), dtype=dtype, normalize="none", exact=True)
 
 
-def both(cuda_ops: on_cpu.Ops, trie: Trie, logits: torch.Tensor, beams: Beams, **options: object) -> tuple[Beams, Beams]:
+def both(cuda_ops: on_cpu.Ops, trie: Trie, logits: Tensor, beams: Beams, **options: object) -> tuple[Beams, Beams]:
     with cuda_ops.instead(*OPS):
         got = beam_step(trie, logits, beams, backend="native", **options)
     return got, beam_step(trie, logits, beams, backend="reference", **options)
@@ -44,7 +45,7 @@ def both(cuda_ops: on_cpu.Ops, trie: Trie, logits: torch.Tensor, beams: Beams, *
 @pytest.mark.parametrize("num_beams", [1, 65, 1024, 1025], ids=str)
 @pytest.mark.parametrize("equal", [False, True])
 def test_more_candidates_than_a_block_holds(cuda_ops: on_cpu.Ops, num_beams: int, equal: bool) -> None:
-    """Beyond 4096 keys are made again a pass; beyond 1024 beams they lie in global memory. Equal scores take all digits."""
+    """Keys beyond 4096 are made again each pass, of 1025 beams lie in global memory; equal scores take all digits."""
     codes = 1400
     trie = Trie.from_codes(torch.randint(0, codes, (12000, 2)), codebook_sizes=[codes, codes])
     beams = trie.root(1)

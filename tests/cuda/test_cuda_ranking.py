@@ -47,10 +47,11 @@ def test_more_items_than_the_buffer_holds(cuda_ops: on_cpu.Ops, width: int, k: i
     scores = torch.full((1, width), -1.0) if random.random() < 0.5 else -torch.rand(1, width).round(decimals=1)
     beams = Beams(nodes, nodes, nodes, scores, 1)
     filters = random.choice([None, trie.filter(mask=torch.rand(4000) < 0.5)])
-    for depth, beams in ((1, beams), (0, trie.root(1))):
+    for depth, start in ((1, beams), (0, trie.root(1))):
         with cuda_ops.instead("rank_candidates"):
-            got = rank_candidates(query, vectors, trie, beams, k, filters=filters, backend="native")
-        expected = rank_candidates(query.double(), vectors.double(), trie, beams, k, filters=filters, backend="reference")
+            got = rank_candidates(query, vectors, trie, start, k, filters=filters, backend="native")
+        expected = rank_candidates(query.double(), vectors.double(), trie, start, k, filters=filters,
+                                   backend="reference")
         assert torch.equal(got.items, expected.items), depth
         assert torch.equal(got.scores, expected.scores)
         torch.testing.assert_close(got.cosines.double(), expected.cosines, rtol=0, atol=1e-6)
@@ -72,6 +73,6 @@ def test_rows_of_any_distance_and_nodes_that_are_none(cuda_ops: on_cpu.Ops) -> N
     base = trie.parts.base
     with cuda_ops.instead("rank_candidates"):
         items, scores, _ = torch.ops.dgi_kernels.rank_candidates(
-            query, vectors, base.num_nodes_at(1), base.below(1), base.item_order, base.item_ids, [], None, None, None, [],
-            [], nodes, torch.tensor([[0.0, -1.0], [0.0, 0.0]]), 2, 1e-12)
+            query, vectors, base.num_nodes_at(1), base.below(1), base.item_order, base.item_ids, [], None, None, None,
+            [], [], nodes, torch.tensor([[0.0, -1.0], [0.0, 0.0]]), 2, 1e-12)
     assert items.tolist() == [[1, -1], [-1, -1]] and scores[0].tolist() == [-1.0, -math.inf]

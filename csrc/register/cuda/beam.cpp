@@ -15,8 +15,8 @@ namespace {
 constexpr const char* kStep = "beam_step";
 constexpr const char* kRank = "dgi_kernels, rank_candidates: ";
 
-// Products of a head that are made at a time: 32 MB of float32, so that the kernels behind find them in the second-level
-// cache. Tests make fewer.
+// Products of a head that are made at a time: 32 MB of float32, so that the kernels behind find them in the
+// second-level cache. Tests make fewer.
 #ifndef DGI_PRODUCTS
 #define DGI_PRODUCTS (1 << 23)
 #endif
@@ -206,9 +206,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cosine_beam_step_cuda(
 
 std::tuple<Tensor, Tensor, Tensor> rank_candidates_cuda(
     const Tensor& query, const Tensor& item_vectors, int64_t num_nodes, const std::vector<Tensor>& below,
-    const std::optional<Tensor>& item_order, const std::optional<Tensor>& item_ids, const std::vector<Tensor>& delta_below,
-    const std::optional<Tensor>& delta_order, const std::optional<Tensor>& delta_ids,
-    const std::optional<Tensor>& delta_anchors, const std::vector<Tensor>& sets, const std::vector<int64_t>& set_of,
+    const std::optional<Tensor>& item_order, const std::optional<Tensor>& item_ids,
+    const std::vector<Tensor>& delta_below, const std::optional<Tensor>& delta_order,
+    const std::optional<Tensor>& delta_ids, const std::optional<Tensor>& delta_anchors,
+    const std::vector<Tensor>& sets, const std::vector<int64_t>& set_of,
     const Tensor& nodes, const Tensor& scores, int64_t k, double eps) {
   STD_TORCH_CHECK(query.dim() == 2 && item_vectors.dim() == 2 && query.size(1) == item_vectors.size(1)
                       && query.scalar_type() == item_vectors.scalar_type(),
@@ -219,8 +220,8 @@ std::tuple<Tensor, Tensor, Tensor> rank_candidates_cuda(
   }
   STD_TORCH_CHECK(nodes.dim() == 2 && nodes.size(0) == query.size(0), kRank, "nodes must be (B, M)");
   STD_TORCH_CHECK(k >= 1 && num_nodes >= 0, kRank, "k must be at least 1, num_nodes at least 0");
-  check_devices("rank_candidates", query, item_vectors, below, item_order, item_ids, delta_below, delta_order, delta_ids,
-                delta_anchors, sets, nodes, scores);
+  check_devices("rank_candidates", query, item_vectors, below, item_order, item_ids, delta_below, delta_order,
+                delta_ids, delta_anchors, sets, nodes, scores);
   const int64_t requests = query.size(0), width = nodes.size(1);
   const Below base(below), delta(delta_below);
   const Allowed allowed(sets, set_of, requests);
@@ -246,7 +247,8 @@ std::tuple<Tensor, Tensor, Tensor> rank_candidates_cuda(
                                      cosines.mutable_data_ptr<float>()};
   const size_t bytes = dgi::cuda::ranking_scratch_bytes(requests, width, k);
   Tensor scratch = new_on(query, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
-  check_launch("rank_candidates", dgi::cuda::rank_candidates(in, out, scratch.mutable_data_ptr(), current_stream(query)));
+  check_launch("rank_candidates",
+               dgi::cuda::rank_candidates(in, out, scratch.mutable_data_ptr(), current_stream(query)));
   return {items, beam_scores, cosines};
 }
 

@@ -10,12 +10,12 @@ constexpr const char* kOp = "gumbel_softmax";
 constexpr const char* kGumbel = "dgi_kernels, gumbel_softmax: ";
 
 dgi::cuda::GumbelSoftmax softmax_inputs_cuda(const Tensor& logits, const Tensor& tau, const Tensor& seed) {
-  STD_TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous() && logits.size(0) <= kWords && logits.size(1) > 0, kGumbel,
-                  "logits must be contiguous (N, K) with K > 0");
-  STD_TORCH_CHECK(tau.numel() == 1 && tau.scalar_type() == ScalarType::Float && tau.device() == logits.device(), kGumbel,
-                  "tau must hold one float32 on the device of logits");
-  STD_TORCH_CHECK(seed.numel() == 1 && seed.scalar_type() == ScalarType::Long && seed.device() == logits.device(), kGumbel,
-                  "seed must hold one int64 on the device of logits");
+  STD_TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous() && logits.size(0) <= kWords && logits.size(1) > 0,
+                  kGumbel, "logits must be contiguous (N, K) with K > 0");
+  STD_TORCH_CHECK(tau.numel() == 1 && tau.scalar_type() == ScalarType::Float && tau.device() == logits.device(),
+                  kGumbel, "tau must hold one float32 on the device of logits");
+  STD_TORCH_CHECK(seed.numel() == 1 && seed.scalar_type() == ScalarType::Long && seed.device() == logits.device(),
+                  kGumbel, "seed must hold one int64 on the device of logits");
   const auto dtype = [&] {
     switch (logits.scalar_type()) {
       case ScalarType::Float: return dgi::cuda::Float::kFloat32;
