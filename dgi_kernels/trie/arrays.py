@@ -147,7 +147,7 @@ class TrieArrays:
         runs = self.item_start  # of items, below each node of the next depth
         for t in reversed(range(self.depth)):
             tokens = self.tokens[t].long()
-            by_place[:, t] = tokens if runs is None else tokens.repeat_interleave(runs.diff())
+            by_place[:, t] = tokens if runs is None else tokens[run_of_each(runs, self.num_items)]
             runs = self.child_start[t] if runs is None else runs[self.child_start[t]]
         if self.item_order is None:
             return by_place
@@ -182,6 +182,14 @@ class RowLookup:
 
 def _longest_run(starts: Tensor | None) -> int:
     return int(starts.diff().max()) if starts is not None and len(starts) > 1 else 0
+
+
+def run_of_each(starts: Tensor, total: int) -> Tensor:
+    """Which run each of 0 … total - 1 belongs to, ``starts`` (runs + 1,) cutting them into runs; (total,) int64."""
+    if total < 2**16:  # the other way wakes up all threads, 0.1 ms and often more, however few there are
+        return torch.searchsorted(starts, torch.arange(total, dtype=starts.dtype, device=starts.device), right=True) - 1
+    runs = torch.arange(len(starts) - 1, device=starts.device)
+    return runs.repeat_interleave(starts.diff(), output_size=total)
 
 
 def token_dtype(codebook_sizes: tuple[int, ...]) -> torch.dtype:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dgi_kernels.trie.arrays import TrieArrays
+from dgi_kernels.trie.arrays import TrieArrays, run_of_each
 from dgi_kernels.trie.item_set import ItemSet
 
 
@@ -79,14 +79,14 @@ class Delta:
         leaves = (anchors >> 1) + (anchors & 1)  # a twin's items stand behind those of its leaf of the base
         places = leaves if base.item_start is None else base.item_start[leaves].long()
         starts = self.arrays.item_start
-        return places if starts is None else places.repeat_interleave(starts.diff())
+        return places if starts is None else places[run_of_each(starts, self.arrays.num_items)]
 
 
 def _anchors(base: TrieArrays, added: TrieArrays) -> tuple[Tensor, ...]:
     """Level by level: a child of a twin is looked for among its children, another stands where its parent does."""
     anchors = [torch.ones(1, dtype=torch.int64, device=base.device)]  # the roots are twins
     for depth, (tokens, starts) in enumerate(zip(added.tokens, added.child_start, strict=True)):
-        above = anchors[-1].repeat_interleave(starts.diff())
+        above = anchors[-1][run_of_each(starts, len(tokens))]
         is_twin, node = (above & 1).bool(), above >> 1
         place, found = base.search(torch.where(is_twin, node, -1), tokens.long(), depth)
         before = base.child_start[depth][node].long()
