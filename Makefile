@@ -8,11 +8,11 @@ INSTALLED := $(VENV)/.installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test bench gpu-code lint clean
+.PHONY: help demo test bench report gpu-code cuda-build docs lint clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z%-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
 
 demo: $(INSTALLED)  ## train, index and search MovieLens-100K; results in demo-output/
 	$(BIN)/dgi demo --output demo-output
@@ -20,18 +20,32 @@ demo: $(INSTALLED)  ## train, index and search MovieLens-100K; results in demo-o
 test: $(INSTALLED)  ## run the tests
 	$(BIN)/python -m pytest
 
-bench: $(INSTALLED)  ## run the benchmarks
-	$(BIN)/python -m pytest $(wildcard bench/bench_*.py)
+# bench/gpu.sh runs the benchmark of the GPU.
+BENCHMARKS := $(filter-out gpu,$(patsubst bench/bench_%.py,%,$(wildcard bench/bench_*.py)))
+
+bench: $(BENCHMARKS:%=bench-%)  ## run the benchmarks on this CPU; figures go to bench/results/ (STATIC_SRC=… adds a peer)
+
+bench-%: $(INSTALLED)  ## run one of them: bench-cosine, bench-gumbel, bench-trie, …
+	$(BIN)/python bench/bench_$*.py --json bench/results/cpu-$*.json
+
+report: $(INSTALLED)  ## put the figures of bench/results/ into README.md and docs/
+	$(BIN)/python bench/report.py
 
 gpu-code: $(INSTALLED)  ## compile every Triton kernel for GPUs that need not be here; show registers and spills
 	$(BIN)/python bench/gpu_code.py
+
+cuda-build:  ## build the CUDA wheel and check it in clean environments (16 GB; needs nvcc, no GPU)
+	PYTHON=$(PYTHON) .ci/cuda-build
+
+docs: $(INSTALLED)  ## build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: $(INSTALLED)  ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 clean:  ## remove the virtual environment and all that was built
-	rm -rf $(VENV) build dist *.egg-info dgi_kernels/_C*.so demo-output .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) build dist site *.egg-info dgi_kernels/_C*.so demo-output .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Without build isolation the extension is built against the torch of the environment itself, with its ninja.

@@ -1,20 +1,21 @@
 """Whole constrained beam searches: ours against STATIC, a dict trie with the Hugging Face processor, and a dense mask.
 
-The model's side is left out: all get the same logits, one (B, M, V) tensor per level. The systems take turns within each
-round; the tables have medians, of the whole search and of its steps, and how many of the codes are those that ours finds.
-The floor is a copy of the same logits. A second table has the last step from hidden states: the fused one, and the head's
-product, then the step; its floor is the raw product. A third has the ranking of the items that were found.
+The model's side is left out: all get the same logits, one (B, M, V) tensor per level. The systems take turns within
+each round; the tables have medians, of the whole search and of its steps, and how many of the codes are those that ours
+finds. The floor is a copy of the same logits. A second table has the last step from hidden states: the fused one, and
+the head's product, then the step; its floor is the raw product. A third has the ranking of the items that were found.
 
 Run: python bench/bench_beam.py [CASE ...] [--only SYSTEM ...] [--json FILE]
      CASE is one of CASES below (default: those of DEFAULT), or --items, --codes, --levels, --batch, --beams, --dim,
-     --spread make one. STATIC_SRC=<checkout of github.com/youtube/static-constraint-decoding> adds that system, and on a
-     GPU `pip install flashrec` adds FlashRec's kernel. SIDs are kept in the directory for temporary files.
+     --spread make one. STATIC_SRC=<checkout of github.com/youtube/static-constraint-decoding> adds that system, and on
+     a GPU `pip install flashrec` adds FlashRec's kernel. SIDs are kept in the directory for temporary files.
      make bench, or pytest bench/bench_beam.py, runs the target case.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import os
 import statistics
@@ -25,6 +26,7 @@ import unittest.mock
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,13 +34,23 @@ import torch.nn.functional as F
 from measure import Results, interleaved, seconds, title
 from torch import Tensor
 
-from dgi_kernels import Trie, backends, beam_search, beam_step, cosine_beam_step, cosine_logits, rank_candidates
+from dgi_kernels import (
+    Beams,
+    Trie,
+    backends,
+    beam_search,
+    beam_step,
+    cosine_beam_step,
+    cosine_logits,
+    rank_candidates,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDS = 5, 50  # at least and at most
 BUDGET = 10.0  # seconds for all rounds of a case
 
-SYSTEMS = ("native", "reference", "STATIC", "STATIC compiled", "dict trie", "dense mask", "FlashRec", "heads", "ranking")
+SYSTEMS = ("native", "reference", "STATIC", "STATIC compiled", "dict trie", "dense mask", "FlashRec", "heads",
+           "ranking")
 
 
 @dataclass(frozen=True)
@@ -84,10 +96,10 @@ class Case:
 
 
 CASES = {
-    "B1-M10": Case(batch=1, beams=10), "B8-M50": Case(), "B64-M50": Case(batch=64), "B64-M100": Case(batch=64, beams=100),
-    "M512": Case(beams=512), "V256": Case(codes=256), "V4096": Case(codes=4096, batch=64), "L8": Case(levels=8),
-    "uniform": Case(spread="uniform"), "N1e5": Case(items=10**5), "N1e7": Case(items=10**7, batch=64),
-    "N1e8": Case(items=10**8, batch=64),  # 8 GB
+    "B1-M10": Case(batch=1, beams=10), "B8-M50": Case(), "B64-M50": Case(batch=64),
+    "B64-M100": Case(batch=64, beams=100), "M512": Case(beams=512), "V256": Case(codes=256),
+    "V4096": Case(codes=4096, batch=64), "L8": Case(levels=8), "uniform": Case(spread="uniform"),
+    "N1e5": Case(items=10**5), "N1e7": Case(items=10**7, batch=64), "N1e8": Case(items=10**8, batch=64),  # 8 GB
 }
 DEFAULT = [name for name in CASES if name != "N1e8"]
 
@@ -146,7 +158,7 @@ def static(sids: np.ndarray, model: Model, case: Case) -> Search:
 
 
 def static_compiled(sids: np.ndarray, model: Model, case: Case) -> Search:
-    """The whole search as one graph. Its functions without their torch.inference_mode, which torch.compile cannot do."""
+    """The whole search as one graph. Its functions without torch.inference_mode, which torch.compile cannot do."""
     torch._dynamo.reset()
     search = static_search(sids, case)
     decorated = sys.modules["static_decoding.decoding_pt"]
@@ -220,7 +232,7 @@ def dense_mask(sids: np.ndarray, model: Model, case: Case) -> Search:
 
 
 def flashrec(sids: np.ndarray, model: Model, case: Case) -> Search:
-    """Its kernel over dense tables of (nodes, V): the best M tokens of each beam are selected before they are masked."""
+    """Its kernel over dense tables of (nodes, V): the best M tokens of each beam are selected before the mask."""
     from flashrec.kernel.beam_trie import GenrecFusedWorkspace, genrec_mask_topk_expand
 
     trie = trie_of(sids, case)
@@ -268,7 +280,8 @@ def systems(case: Case) -> dict[str, Callable[[np.ndarray, Model, Case], Search]
     nodes = min(case.items, case.codes**(case.levels - 1))
     if nodes * case.codes <= 10**8:
         found["dense mask"] = dense_mask
-    if DEVICE == "cuda" and importlib.util.find_spec("flashrec") and case.beams <= 512 and nodes * case.codes <= 4 * 10**9:
+    fits_flashrec = case.beams <= 512 and nodes * case.codes <= 4 * 10**9
+    if DEVICE == "cuda" and importlib.util.find_spec("flashrec") and fits_flashrec:
         found["FlashRec"] = flashrec
     return found
 
@@ -303,7 +316,8 @@ def bench_searches(case: Case, results: Results, only: list[str] | None) -> dict
     print(f"\n{case}\n{title()}, medians of {len(times['floor'])} rounds; floor: a copy of the logits")
     print(f"{'':16}{'search ms':>12}{'x native':>10}{'build s':>10}{'same codes':>12}   steps ms")
     for name, value in median.items():
-        by_step = [statistics.median(step) for step in zip(*steps.get(name, []), strict=True)] if DEVICE == "cpu" else []
+        taken = steps.get(name, []) if DEVICE == "cpu" else []
+        by_step = [statistics.median(step) for step in zip(*taken, strict=True)]
         same = (answers[name] == answers["native"]).double().mean().item() if name in answers and "native" in answers \
             else None
         print(f"{name:16}{1e3 * value:12.3f}{value / median.get('native', value):10.2f}{built.get(name, 0):10.2f}"
@@ -312,6 +326,10 @@ def bench_searches(case: Case, results: Results, only: list[str] | None) -> dict
         results.add("beam_search", asdict(case), name, times[name], build_s=built.get(name), same_codes=same,
                     steps_s=by_step)
     return median
+
+
+def head_then_step(trie: Trie, h: Tensor, codebook: Tensor, beams: Beams, **options: Any) -> Beams:
+    return beam_step(trie, cosine_logits(h, codebook, 30.0), beams, **options)
 
 
 def bench_heads(case: Case, results: Results) -> None:
@@ -324,10 +342,9 @@ def bench_heads(case: Case, results: Results) -> None:
         last, beams = beams, cosine_beam_step(trie, h, codebook, 30.0, beams, num_beams=case.beams)
     for normalize in ("full", "children"):
         options = {"num_beams": case.beams, "normalize": normalize}
-        functions = {
-            "head, then step": lambda: beam_step(trie, cosine_logits(h, codebook, 30.0), last, **options),
-            "fused": lambda: cosine_beam_step(trie, h, codebook, 30.0, last, **options),
-            "floor": lambda: h.flatten(0, 1) @ codebook.T}
+        two_ops = functools.partial(head_then_step, trie, h, codebook, last, **options)
+        fused = functools.partial(cosine_beam_step, trie, h, codebook, 30.0, last, **options)
+        functions = {"head, then step": two_ops, "fused": fused, "floor": lambda: h.flatten(0, 1) @ codebook.T}
         times = measured(functions)
         median = {name: statistics.median(values) for name, values in times.items()}
         print(f"last step, D={case.dim}, normalize={normalize}: "
@@ -367,7 +384,7 @@ def test_beam_search() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; default: {', '.join(DEFAULT)}")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; default: all but N1e8")
     for field in fields(Case):
         parser.add_argument(f"--{field.name}", type=type(field.default), help=f"in place of {field.default}")
     parser.add_argument("--threads", type=int, default=1, help="default 1")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -154,7 +154,8 @@ class DGIModel(DualEncoder):
             beams = prefix.shape[1]
             hidden = self.decoder(prefix.flatten(0, 1), query.memory.repeat_interleave(beams, 0),
                                   query.mask.repeat_interleave(beams, 0))[:, -1]
-            return self.heads[depth].for_search(hidden.unflatten(0, (batch, beams)))
+            head = cast(CosineHead, self.heads[depth])
+            return head.for_search(hidden.unflatten(0, (batch, beams)))
 
         return step
 

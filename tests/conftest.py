@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import random
 
-import numpy as np
-import pytest
-import torch
+# Threads that spin while they wait stall when another process has one of the cores.  OpenMP reads this as it loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 

@@ -23,8 +23,17 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if GPU else "cpu"
 TRITON = importlib.util.find_spec("triton") is not None
 
-runs = pytest.mark.skipif(not (TRITON and (GPU or INTERPRETED)), reason="needs Triton and a GPU or its interpreter")
+marks = [pytest.mark.skipif(not (TRITON and (GPU or INTERPRETED)), reason="needs Triton and a GPU or its interpreter")]
+marks += [pytest.mark.gpu] * (not INTERPRETED)
 interpreted = pytest.mark.skipif(not (TRITON and INTERPRETED), reason="needs Triton's interpreter")
+
+
+
+def runs(test):  # type: ignore[no-untyped-def]
+    for mark in marks:
+        test = mark(test)
+    return test
+
 
 if TRITON and (GPU or INTERPRETED):
     from dgi_kernels import cosine_cross_entropy

@@ -225,7 +225,8 @@ def test_ops_are_well_registered(seeded: bool) -> None:
     result = ops.residual_quantize(z, books, *options)
     upstream = (torch.randn(5, 2, 3), None, None, torch.randn(5, 2))
     torch.library.opcheck(ops.residual_quantize_backward.default,
-                          (*upstream, result[4], result[2], *result[5:], books, *options[:-1], True, seeded, True, not seeded))
+                          (*upstream, result[4], result[2], *result[5:], books, *options[:-1],
+                           True, seeded, True, not seeded))
     logits = torch.randn(4, 6)
     torch.library.opcheck(ops.gumbel_softmax.default, (logits, tau, torch.tensor([3]), seeded))
     torch.library.opcheck(ops.gumbel_softmax_backward.default, (logits, logits, tau, torch.tensor([3]), seeded))
@@ -244,7 +245,8 @@ def test_direct_callers_are_stopped_too() -> None:
                                        books, [9], one, one, None, 0, 1, 1e-12, True, True, True, True)
 
     def lists(ranges: list[int], codes: list[int]) -> tuple[Tensor, ...]:
-        return torch.tensor(ranges).view(2, 1, 2), torch.tensor(codes, dtype=torch.int32), torch.full((len(codes),), 0.5)
+        p = torch.full((len(codes),), 0.5)
+        return torch.tensor(ranges).view(2, 1, 2), torch.tensor(codes, dtype=torch.int32), p
 
     fine = torch.zeros(2, 1, dtype=torch.int64)
     backward(fine, *lists([0, 2, 2, 4], [1, 8, 0, 3]))
@@ -273,7 +275,8 @@ def test_assigned_codes_are_those_of_hard_mode(shape: Quantize, dtype: torch.dty
         chosen = cosines.gather(1, codes[:, level : level + 1])[:, 0]
         assert (chosen >= cosines.amax(1) - resolution).all()
         residual = residual - e[codes[:, level]]
-    by_reference = residual_quantize(inputs.z, inputs.codebooks, 9.0, mode="hard", noise=False, backend="reference").codes
+    by_reference = residual_quantize(inputs.z, inputs.codebooks, 9.0, mode="hard", noise=False,
+                                     backend="reference").codes
     if dtype == torch.float64 and shape.d > 3:
         assert torch.equal(codes, by_reference)
 
@@ -301,6 +304,6 @@ def test_hard_mode_over_several_tiles_of_codes(scale: float, seed: int | None) -
     assert torch.equal(ours.codes, theirs.codes) and torch.equal(ours.sampled, theirs.sampled)
     for a, b in zip(differentiable(ours), differentiable(theirs), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
-    narrow = residual_quantize(inputs.z.float(), [c.float() for c in inputs.codebooks], scale, 0.3, mode="hard", seed=seed,
-                               backend="native")
-    torch.testing.assert_close(narrow.log_normalizer[:, 0].double(), theirs.log_normalizer[:, 0], rtol=1e-4, atol=1e-4)
+    narrow = residual_quantize(inputs.z.float(), [c.float() for c in inputs.codebooks], scale, 0.3, mode="hard",
+                               seed=seed, backend="native").log_normalizer[:, 0]
+    torch.testing.assert_close(narrow.double(), theirs.log_normalizer[:, 0], rtol=1e-4, atol=1e-4)

@@ -1,0 +1,296 @@
+"""Renders the tables and pictures of README.md and docs/ from bench/results/*.json, and from nothing else.
+
+    python bench/report.py             write them
+    python bench/report.py --check     fail if a table or a picture is not what the committed results make
+
+A page says what it shows between markers, and everything between them is replaced:
+
+    <!-- report:cpu-cosine op=cosine_cross_entropy N=4096 -->      the table of bench/results/cpu-cosine.json, with
+    <!-- /report -->                                               only the rows of this op and shape
+    <!-- picture:cpu-cosine op=cosine_cross_entropy N=4096 -->     the same as bars, light and dark
+    <!-- /picture -->
+    <!-- kernels -->                                               a table that begins with ops: its columns of kernels
+    <!-- /kernels -->                                              say what dgi_kernels.backend knows
+
+Figures of a CPU are ratios within one run, since its clock and its neighbours are no one else's; a GPU's have
+milliseconds too.  Where there are no results the page says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+RESULTS, ASSETS = ROOT / "bench" / "results", ROOT / "docs" / "assets"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+MARKER = re.compile(r"(<!-- (report|picture):(\S+)((?: [^=\s]+=\S+)*) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+KERNELS = re.compile(r"(?<=<!-- kernels -->\n).*?(?=<!-- /kernels -->)", re.DOTALL)
+COLUMNS = {"C++": ("native", "cpu"), "Triton": ("triton", "cuda"), "CUDA C++": ("native", "cuda")}
+OURS = ("ours", "native", "fused", "constrained_generate")  # what benchmarks call it; the first that there is
+FLOOR = "floor"
+
+
+@dataclass
+class Row:
+    """One shape of one op: median seconds and peak bytes of each system that was measured in turns."""
+
+    shape: dict[str, object]
+    seconds: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def ours(self) -> str:
+        """The name of our system, "" where it was not measured."""
+        return next((name for name in OURS if name in self.seconds), "")
+
+    def ratio(self, system: str) -> float | None:
+        """How many times longer than ours; ours against the floor, where there is one."""
+        of, to = (system, FLOOR) if system == self.ours else (system, self.ours)
+        return self.seconds[of] / self.seconds[to] if of in self.seconds and to in self.seconds else None
+
+
+@dataclass
+class Run:
+    """One file of results."""
+
+    name: str
+    document: dict
+
+    @classmethod
+    def load(cls, name: str) -> Run | None:
+        path = RESULTS / f"{name}.json"
+        return cls(name, json.loads(path.read_text())) if path.exists() else None
+
+    @cached_property
+    def gpu(self) -> str | None:
+        return self.document["machine_info"].get("gpu")
+
+    def rows(self, filters: dict[str, str]) -> dict[str, list[Row]]:
+        """By op, in the order of the file; ``filters`` keep an op and values of its shape."""
+        groups: dict[str, dict[str, Row]] = {}
+        wanted = {key: value for key, value in filters.items() if key != "op"}
+        for benchmark in self.document["benchmarks"]:
+            info, stats = benchmark["extra_info"], benchmark["stats"]
+            if filters.get("op", info["op"]) != info["op"]:
+                continue
+            if any(str(info["shape"].get(key)) not in value.split(",") for key, value in wanted.items()):
+                continue
+            row = groups.setdefault(info["op"], {}).setdefault(benchmark["group"], Row(info["shape"]))
+            row.seconds[info["system"]] = stats["median"]
+            if info.get("peak_bytes") is not None and info["system"] != FLOOR:
+                row.memory[info["system"]] = info["peak_bytes"]
+        return {op: list(rows.values()) for op, rows in groups.items()}
+
+    def source(self, constants: dict[str, object]) -> str:
+        """Where and when these figures were taken, and how to take them again."""
+        machine, commit = self.document["machine_info"], self.document["commit_info"]
+        threads = constants.get("threads", machine["threads"])
+        versions = f"torch {machine['torch']}, " + (f"Triton {machine['triton']}, CUDA {machine['cuda']}, "
+                                                    if self.gpu else "") + f"Python {machine['python']}"
+        where = self.gpu or f"{machine['cpu']} ({machine['instructions']}), {threads} thread{'s' * (threads != 1)}"
+        changed = " with changes" if commit.get("dirty") else ""
+        return (f"{where}; {versions}; {self.document['datetime'][:10]}, commit `{str(commit['id'])[:10]}`{changed}: "
+                f"`{self.document['command']}`")
+
+
+def systems(rows: Iterable[Row]) -> list[str]:
+    """Ours first, then the others in the order of the file."""
+    ours = dict.fromkeys(row.ours for row in rows if row.ours)
+    others = dict.fromkeys(name for row in rows for name in row.seconds if name not in (*ours, FLOOR))
+    return [*ours, *others]
+
+
+def split_shape(rows: list[Row]) -> tuple[dict[str, object], list[str]]:
+    """What all rows share, and the names of what varies."""
+    names = list(dict.fromkeys(name for row in rows for name in row.shape))
+    constants = {name: rows[0].shape[name] for name in names
+                 if all(row.shape.get(name, row) == rows[0].shape.get(name) for row in rows)}
+    return constants, [name for name in names if name not in constants]
+
+
+def significant(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def megabytes(value: int) -> str:
+    return f"{value / 1e6:,.1f}" if value < 1e7 else f"{value / 1e6:,.0f}"
+
+
+def value_text(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def table(run: Run, op: str, rows: list[Row]) -> str:
+    """One op as a table: a row for each shape, ratios for each system, and their peak memory."""
+    constants, varying = split_shape(rows)
+    names = systems(rows)
+    columns: list[tuple[str, list[str]]] = [
+        (name, [value_text(row.shape.get(name, "")) for row in rows]) for name in varying]
+    if run.gpu:
+        columns.append(("ours, ms", [cell(row.seconds.get(row.ours), lambda s: f"{1e3 * s:.4g}") for row in rows]))
+    for name in names:
+        ratios = [row.ratio(name) for row in rows]
+        if any(ratio is not None for ratio in ratios):
+            title = "**ours ÷ floor**" if name in OURS else f"{name} ÷ ours"
+            columns.append((title, [cell(ratio, significant) for ratio in ratios]))
+    for name in names:
+        if any(name in row.memory for row in rows):
+            title = f"MB: {'ours' if name in OURS else name}"
+            columns.append((title, [cell(row.memory.get(name), megabytes) for row in rows]))
+    if not varying:
+        columns.insert(0, ("", ["" for _ in rows]))
+    lines = ["| " + " | ".join(title for title, _ in columns) + " |",
+             "|" + "|".join("---" if title in varying else "--:" for title, _ in columns) + "|",
+             *("| " + " | ".join(values[i] for _, values in columns) + " |" for i in range(len(rows)))]
+    shape = ", ".join(f"{name} = {value_text(value)}" for name, value in constants.items())
+    title = f"**`{op}`**{', ' + shape if shape else ''}"
+    return "\n".join([title, "", *lines, "", f"<sub>{run.source(constants)}</sub>"])
+
+
+def cell(value: float | int | None, text: object) -> str:
+    return "–" if value is None else text(value)  # type: ignore[operator]
+
+
+def picture_name(name: str, filters: dict[str, str]) -> str:
+    return re.sub(r"[^A-Za-z0-9-]+", "-", "-".join([name, *filters.values()])).strip("-")
+
+
+def pictures(page: Path, run: Run, filters: dict[str, str]) -> str:
+    """Where the bars lie, for a page that shows them: on the site by its own switch, else by the reader's system."""
+    stem = picture_name(run.name, filters)
+    alt = f"Time of each system relative to ours: {' '.join([run.name, *filters.values()])}"
+    if page.name == "README.md":
+        return (f'<picture>\n  <source media="(prefers-color-scheme: dark)" srcset="docs/assets/{stem}-dark.svg">\n'
+                f'  <img alt="{alt}" src="docs/assets/{stem}-light.svg">\n</picture>')
+    up = "../" * (len(page.relative_to(ROOT / "docs").parts) - 1)
+    return "\n".join(f"![{alt}]({up}assets/{stem}-{mode}.svg#only-{mode})" for mode in ("light", "dark"))
+
+
+def draw(run: Run, filters: dict[str, str]) -> Iterator[tuple[Path, str]]:
+    """Bars of time relative to ours, one group for each shape: (file, SVG) for light and dark."""
+    import io
+
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    by_op = run.rows(filters)
+    rows = [(op, row) for op, op_rows in by_op.items() for row in op_rows if row.ours]
+    names = [FLOOR, *systems(row for _, row in rows)]
+    varying = {op: split_shape(op_rows)[1] for op, op_rows in by_op.items()}
+    for mode, ink, palette in (("light", "#24292f", "#8c959f #1f6feb #bf8700 #1a7f37 #cf222e #8250df #0a7c86"),
+                               ("dark", "#e6edf3", "#6e7681 #58a6ff #e3b341 #3fb950 #ff7b72 #bc8cff #39c5cf")):
+        colours = dict(zip(names, palette.split(), strict=False))
+        with matplotlib.rc_context({"svg.hashsalt": run.name, "font.size": 9, "text.color": ink, "axes.edgecolor": ink,
+                                    "axes.labelcolor": ink, "xtick.color": ink, "ytick.color": ink}):
+            bars = sum(len(row.seconds) for _, row in rows)
+            figure, axes = pyplot.subplots(figsize=(7.2, 0.9 + 0.19 * bars + 0.16 * len(rows)), layout="constrained")
+            longest = max((max(row.seconds.values()) / row.seconds[row.ours] for _, row in rows), default=1)
+            place, ticks = 0.0, []
+            for op, row in rows:
+                start = place
+                for name in (name for name in names if name in row.seconds):
+                    ratio = row.seconds[name] / row.seconds[row.ours]
+                    axes.barh(place, ratio, height=0.86, color=colours.get(name, ink))
+                    axes.annotate(f"{name}  {significant(ratio)}", (ratio, place), xytext=(4, 0),
+                                  textcoords="offset points", va="center", fontsize=7.5)
+                    place += 1
+                label = "\n".join(f"{key} {value_text(row.shape.get(key, ''))}" for key in varying[op])
+                ticks.append(((start + place - 1) / 2, label if len(by_op) == 1 else f"{op}\n{label}"))
+                place += 0.8
+            axes.set_yticks([at for at, _ in ticks], [label for _, label in ticks])
+            axes.invert_yaxis()
+            if longest > 20:
+                axes.set_xscale("log")
+            axes.set_xlim(right=longest * (3 if longest > 20 else 1.35))
+            axes.axvline(1, color=ink, linewidth=0.6, linestyle=":", zorder=0)
+            axes.set_xlabel("time ÷ ours" + (" (logarithmic)" if longest > 20 else ""))
+            axes.spines[["top", "right", "left"]].set_visible(False)
+            axes.tick_params(axis="y", length=0)
+            buffer = io.StringIO()
+            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+            pyplot.close(figure)
+        text = "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
+        yield ASSETS / f"{picture_name(run.name, filters)}-{mode}.svg", text
+
+
+def rendered(page: Path, text: str) -> tuple[str, list[tuple[Run, dict[str, str]]]]:
+    """The page with everything between its markers made anew, and the pictures that it shows."""
+    shown: list[tuple[Run, dict[str, str]]] = []
+
+    def replace(match: re.Match[str]) -> str:
+        start, kind, name, options, end = match.groups()
+        filters = dict(option.split("=", 1) for option in options.split())
+        run = Run.load(name)
+        by_op = run.rows(filters) if run else {}
+        if run is None or not by_op:
+            return start + (f"\n{missing(name)}\n\n" if kind == "report" else "") + end
+        if kind == "picture":
+            shown.append((run, filters))
+            return start + pictures(page, run, filters) + "\n" + end
+        return start + "\n" + "\n\n".join(table(run, op, rows) for op, rows in by_op.items()) + "\n\n" + end
+
+    return KERNELS.sub(lambda match: kernels(match[0]), MARKER.sub(replace, text)), shown
+
+
+def missing(name: str) -> str:
+    """What a page says in place of a table."""
+    command = "bench/gpu.sh" if name.startswith("gpu-") else f"make bench-{name.removeprefix('cpu-')}"
+    return f"*Not measured yet, so nothing is claimed: `{command}` makes `bench/results/{name}.json`.*"
+
+
+def kernels(table: str) -> str:
+    """The table with the columns of :data:`COLUMNS` filled in."""
+    from dgi_kernels.backend import KERNELS as AVAILABLE
+
+    header, *lines = table.splitlines()
+    titles = [cell.strip() for cell in header.split("|")]
+    for i, line in enumerate(lines):
+        cells = line.split("|")
+        op = cells[1].strip().strip("`")
+        for title, (backend, device) in COLUMNS.items() if op in AVAILABLE else ():
+            kernel = AVAILABLE[op].get(backend, {})
+            runs = device in getattr(kernel, "devices", kernel)
+            cells[titles.index(title)] = " ✓ " if runs else "   "
+        lines[i] = "|".join(cells)
+    return "\n".join([header, *lines, ""])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where something is out of date")
+    options = parser.parse_args()
+    stale = []
+    for page in PAGES:
+        before = page.read_text()
+        after, shown = rendered(page, before)
+        if after != before:
+            stale.append(page)
+            if not options.check:
+                page.write_text(after)
+        for run, filters in shown:
+            if options.check:  # matplotlib's versions draw the same bars with other bytes: that they exist will do
+                stale += [path for path in (ASSETS / f"{picture_name(run.name, filters)}-{mode}.svg"
+                                            for mode in ("light", "dark")) if not path.exists()]
+                continue
+            for path, svg in draw(run, filters):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(svg)
+    for path in stale:
+        print(f"{'out of date' if options.check else 'written'}: {path.relative_to(ROOT)}")
+    return int(options.check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""What the site needs beyond Markdown: formulas as MathML, excerpts of the source, and the trie's own page.
+
+All of it is done when the site is built, so that a page needs no script and no request to show a formula.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from latex2mathml.converter import convert
+from mkdocs.exceptions import PluginError
+
+ROOT = Path(__file__).resolve().parent.parent
+LANGUAGES = {".cpp": "cpp", ".h": "cpp", ".cu": "cuda", ".py": "python", ".md": "text"}
+
+BLOCK_FORMULA = re.compile(r"^```math\n(.*?)\n```$", re.MULTILINE | re.DOTALL)  # as GitHub writes them
+INLINE_FORMULA = re.compile(r"\$`(.+?)`\$")
+EXCERPT = re.compile(r'^<!-- code: (\S+?)(?: from "(.*?)" to "(.*?)")? -->$', re.MULTILINE)
+ROLE = re.compile(r":(?:func|class|meth|mod|data|attr):(?=<code>)")  # Sphinx's, which docstrings use and Markdown lacks
+INCLUDE = re.compile(r"^<!-- include: (\S+) -->$", re.MULTILINE)
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    markdown = INCLUDE.sub(lambda match: _include(match[1]), markdown)
+    markdown = EXCERPT.sub(lambda match: _excerpt(*match.groups()), markdown)
+    markdown = BLOCK_FORMULA.sub(lambda match: f'<div class="formula">{convert(match[1], display="block")}</div>',
+                                 markdown)
+    return INLINE_FORMULA.sub(lambda match: convert(match[1]), markdown)
+
+
+def on_page_content(html: str, **_: object) -> str:
+    html = html.replace('<details class="mkdocstrings-source">', '<details class="mkdocstrings-source" open>')
+    return ROLE.sub("", html)
+
+
+def _include(path: str) -> str:
+    """A Markdown file of the project, below this page's title."""
+    return (ROOT / path).read_text().split("\n", 1)[1]
+
+
+def _excerpt(path: str, start: str | None, end: str | None) -> str:
+    """The opening comment of a file, or its lines from the first with ``start`` to the next with ``end``."""
+    lines = (ROOT / path).read_text().splitlines()
+    if start is None:
+        last = next(i for i, line in enumerate(lines) if not line.startswith("//")) - 1
+        if last < 0:
+            raise PluginError(f"{path} does not open with a comment")
+        comment = "\n".join(re.sub("^// ?", "", line) for line in lines[:last + 1])
+        return f'``` text title="{path}"\n{comment}\n```'
+    else:
+        first = next((i for i, line in enumerate(lines) if start in line), None)
+        last = next((i for i, line in enumerate(lines) if first is not None and i > first and line.startswith(end)),
+                    None)
+        if first is None or last is None:
+            raise PluginError(f"{path} has no lines from {start!r} to {end!r}")
+    text = "\n".join(lines[first:last + 1])
+    return f'``` {LANGUAGES[Path(path).suffix]} title="{path}"\n{text}\n```'

@@ -1,0 +1,203 @@
+"""Every op on every backend, device and dtype against the reference in float64, values and gradients.
+
+What a backend does not have on a device is skipped with its reason, so that a kernel is tested here the moment that
+``dgi_kernels.backend`` names it.  ``bench/gpu.sh`` runs the CUDA half under compute-sanitizer too.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from dgi_kernels import (
+    Trie,
+    backend,
+    beam_search,
+    beam_step,
+    cosine_beam_step,
+    cosine_cross_entropy,
+    cosine_logits,
+    gumbel_noise,
+    gumbel_softmax,
+    noise,
+    rank_candidates,
+    residual_quantize,
+)
+
+BACKENDS = ("reference", "triton", "native")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
+                                                                       reason="needs a CUDA device")])
+# Relative to the norm of all of a result; float32 products of a GPU may be summed in any order.
+BOUND = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+Call = Callable[..., tuple[Tensor, ...]]
+
+
+def lengths(rows: int, dim: int) -> Tensor:
+    return torch.randn(rows, dim) * torch.empty(rows, 1).uniform_(0.5, 2)
+
+
+def cosine_inputs() -> tuple[Tensor, Tensor, Tensor]:
+    dim = random.choice([8, 17, 64, 100])
+    return lengths(random.randint(1, 130), dim), lengths(random.randint(2, 300), dim), torch.tensor(20.0)
+
+
+def logits_case() -> tuple[Call, tuple[Tensor, ...]]:
+    return lambda h, weight, scale, backend: (cosine_logits(h, weight, scale, backend=backend),), cosine_inputs()
+
+
+def cross_entropy_case() -> tuple[Call, tuple[Tensor, ...]]:
+    h, weight, scale = cosine_inputs()
+    target = torch.randint(len(weight), (len(h),))
+    target[0] = 0
+    reduction, smoothing = random.choice(["mean", "sum"]), random.choice([0.0, 0.1])
+
+    def call(h: Tensor, weight: Tensor, scale: Tensor, backend: str) -> tuple[Tensor, ...]:
+        return (cosine_cross_entropy(h, weight, target.to(h.device), scale, reduction=reduction,
+                                     label_smoothing=smoothing, backend=backend),)
+    return call, (h, weight, scale)
+
+
+def softmax_case() -> tuple[Call, tuple[Tensor, ...]]:
+    seed = random.randrange(2**62)
+    logits = torch.randn(random.randint(1, 70), random.choice([1, 33, 256, 1000, 5000]))
+    return lambda logits, backend: (gumbel_softmax(logits, 0.7, seed=seed, backend=backend),), (logits,)
+
+
+def quantize_case() -> tuple[Call, tuple[Tensor, ...]]:
+    seed, dim = random.randrange(2**62), random.choice([8, 17, 64])
+    z, *codebooks = (lengths(rows, dim) for rows in (random.randint(1, 130), 130, 65))
+
+    def call(z: Tensor, first: Tensor, second: Tensor, scale: Tensor, backend: str) -> tuple[Tensor, ...]:
+        result = residual_quantize(z, [first, second], scale, 0.8, seed=seed, backend=backend)
+        return (result.quantized, *result.usage, result.log_normalizer)
+    return call, (z, *codebooks, torch.tensor(8.0))
+
+
+DIFFERENTIABLE = {"cosine_logits": logits_case, "cosine_cross_entropy": cross_entropy_case,
+                  "gumbel_softmax": softmax_case, "residual_quantize": quantize_case}
+
+
+def skip_without(op: str, name: str, device: str, dtype: torch.dtype | None = None) -> None:
+    problem = backend.why_not(op, name, torch.device(device), dtype)
+    if problem is not None:
+        pytest.skip(problem)
+
+
+def results(call: Call, inputs: tuple[Tensor, ...], upstream: list[Tensor] | None, name: str) -> list[Tensor]:
+    """Outputs and, if ``upstream`` has their gradients, those of the inputs, all in float64 on the CPU."""
+    leaves = [value.detach().clone().requires_grad_(upstream is not None) for value in inputs]
+    outputs = call(*leaves, backend=name)
+    found = list(outputs)
+    if upstream is not None:
+        total = sum((out.double() * up.to(out.device)).sum() for out, up in zip(outputs, upstream, strict=True))
+        found += torch.autograd.grad(total, leaves)
+    return [value.detach().double().cpu() for value in found]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_values_and_gradients(op: str, name: str, device: str, dtype: torch.dtype) -> None:
+    skip_without(op, name, device, dtype)
+    for _ in range(2):
+        call, inputs = DIFFERENTIABLE[op]()
+        given = [value.to(dtype) if value.dim() else value for value in inputs]  # the scale stays float32
+        exact = tuple(value.double() for value in given)
+        upstream = [torch.randn_like(value) for value in call(*exact, backend="reference")]
+        expected = results(call, exact, upstream, "reference")
+        actual = results(call, tuple(value.to(device) for value in given), upstream, name)
+        for got, want in zip(actual, expected, strict=True):
+            # A sum that cancels (the scale's gradient) is judged by what a row contributes to it.
+            floor = 1e-2 * (1 + upstream[0].norm().item()) if want.numel() == 1 else 0.0
+            assert (got - want).norm() <= BOUND[dtype] * (want.norm() + floor), (got, want)
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_hard_and_straight_through_codes(name: str, device: str) -> None:
+    """Every emitted row is a row of its codebook, the one that its code names."""
+    skip_without("residual_quantize", name, device, torch.float32)
+    z, codebooks = lengths(90, 32).to(device), [lengths(size, 32).to(device) for size in (64, 33)]
+    for mode in ("hard", "straight_through"):
+        result = residual_quantize(z, codebooks, 10.0, 0.5, mode=mode, noise=mode != "hard", seed=3, backend=name)
+        codes = result.codes if mode == "hard" else result.sampled
+        for level, codebook in enumerate(codebooks):
+            assert torch.equal(result.quantized[:, level], codebook[codes[:, level]])
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_noise(name: str, device: str) -> None:
+    skip_without("gumbel_noise", name, device)
+    seed, rows, codes = random.randrange(2**62), random.randint(1, 100), random.choice([1, 33, 512, 4099])
+    got = gumbel_noise(seed, 2, rows, codes, device=device, backend=name, row_offset=7)
+    words = noise.random_words(torch.tensor([seed]), 2, rows, codes, 0, row_offset=7)
+    exact = -(-torch.log1p(-(words.double() + 0.5) * 2.0**-32)).log()
+    torch.testing.assert_close(got.double().cpu(), exact, rtol=2e-5, atol=2e-5)
+
+
+def catalog() -> tuple[Trie, int]:
+    size, depth = random.choice([5, 64, 300]), 3
+    return Trie.from_codes(torch.randint(size, (random.randint(1, 3000), depth)), codebook_sizes=[size] * depth), size
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("normalize", ["full", "children"])
+@pytest.mark.parametrize("op", ["beam_step", "cosine_beam_step"])
+def test_search(op: str, normalize: str, name: str, device: str, dtype: torch.dtype) -> None:
+    """The same scores as the reference on the CPU, over the same filtered trie."""
+    skip_without(op, name, device, dtype)
+    trie, size = catalog()
+    batch, beams, dim = random.randint(1, 4), random.choice([1, 7, 40]), 16
+    keep = torch.rand(trie.num_items) < 0.5
+    keep[0] = True
+    codebooks = [lengths(size, dim).to(dtype) for _ in range(trie.depth)]
+    # One state for all beams of a request: beams that rounding makes change places have the same next logits.
+    hidden = [lengths(batch, dim).to(dtype).unsqueeze(1).expand(-1, beams if depth else 1, -1)
+              for depth in range(trie.depth)]
+
+    def search(trie: Trie, name: str) -> object:
+        state, where = trie.root(batch), trie.filter(mask=keep.to(trie.device))
+        for h, codebook in zip(hidden, codebooks, strict=True):
+            h, codebook = h.to(trie.device), codebook.to(trie.device)
+            if op == "cosine_beam_step":
+                state = cosine_beam_step(trie, h, codebook, 10.0, state, num_beams=beams, normalize=normalize,
+                                         filters=where, backend=name)
+            else:
+                logits = cosine_logits(h.double().cpu(), codebook.double().cpu(), 10.0).to(trie.device, dtype)
+                state = beam_step(trie, logits, state, num_beams=beams, normalize=normalize, filters=where,
+                                  backend=name)
+        return state
+
+    got, want = search(trie.to(device), name), search(trie, "reference")
+    tolerance = 1e-4 if op == "beam_step" or dtype == torch.float32 else 10 * BOUND[dtype]
+    torch.testing.assert_close(got.scores.cpu(), want.scores, rtol=tolerance, atol=tolerance)
+    assert torch.equal(got.nodes.cpu() < 0, want.nodes < 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_ranking(name: str, device: str, dtype: torch.dtype) -> None:
+    skip_without("rank_candidates", name, device, dtype)
+    trie, size = catalog()
+    query, vectors = lengths(3, 24).to(dtype), lengths(trie.num_items, 24).to(dtype)
+    logits = torch.randn(trie.depth, 3, 1, size)
+
+    def ranked(trie: Trie, name: str) -> object:
+        beams = beam_search(trie, lambda depth, tokens, parents: logits[depth].to(trie.device), batch_size=3,
+                            num_beams=1, backend="reference")
+        return rank_candidates(query.to(trie.device), vectors.to(trie.device), trie, beams, 20, backend=name)
+
+    got, want = ranked(trie.to(device), name), ranked(trie, "reference")
+    assert torch.equal(got[0].cpu() < 0, want[0] < 0)
+    for a, b in zip(got[1:], want[1:], strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=BOUND[dtype], atol=BOUND[dtype])

@@ -1,0 +1,64 @@
+"""What README.md and docs/ tell to run, runs, their links lead somewhere, and the site builds without a warning.
+
+The Python of a page runs in order, in one namespace and an empty folder, and so do the commands of the tutorial that
+begin with ``dgi``.  A comment ``<!-- setup`` … ``-->`` holds lines that are run and not shown; a block below
+``<!-- not run: why -->`` is not run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```$|^<!-- (setup)\n(.*?)^-->$", re.MULTILINE | re.DOTALL)
+NOT_RUN = re.compile(r"<!-- not run: .+ -->\s*$")
+FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+COMMAND = "import dgi.cli; assert dgi.cli.main({!r}) == 0"
+
+
+def script(page: Path) -> str:
+    """All that a page tells to run, each block on the lines that it has in the page, so that a traceback names them."""
+    text, lines = page.read_text(), []
+    for match in BLOCK.finditer(text):
+        kind, shown, setup, hidden = match.groups()
+        if NOT_RUN.search(text[:match.start()]):
+            continue
+        code = hidden if setup else shown
+        if kind == "sh":
+            commands = [shlex.split(line)[1:] for line in shown.splitlines() if line.startswith("dgi ")]
+            code = "\n".join(map(COMMAND.format, commands)) if page.stem == "tutorial" else ""
+        if code:
+            lines += [""] * (text[:match.start()].count("\n") + 1 - len(lines)) + code.splitlines()
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if script(page)], ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(script(page), str(page), "exec"), {"__name__": "__main__"})
+
+
+def test_links_between_files_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", FENCED.sub("", page.read_text())):
+            assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="needs the extra 'docs'")
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    build = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path],
+                           cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True)
+    assert build.returncode == 0, build.stdout + build.stderr
+    formulas = (tmp_path / "kernels" / "cosine" / "index.html").read_text()
+    assert "<math" in formulas and "```math" not in formulas and "$`" not in formulas
+    reference = (tmp_path / "api" / "ops" / "index.html").read_text()
+    assert 'id="dgi_kernels.cosine_cross_entropy"' in reference

@@ -1,0 +1,77 @@
+"""README.md and docs/ show what bench/report.py makes of bench/results/, and it makes the right numbers."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "bench"))
+measure, report = (importlib.import_module(name) for name in ("measure", "report"))
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> report.Run:
+    results = measure.Results()
+    for dim in (64, 256):
+        for system, factor in (("floor", 0.8), ("ours", 1.0), ("eager", 3.0)):
+            results.add("op", {"N": 4096, "D": dim, "threads": 2}, system, [dim * factor * t for t in (9.0, 1.0, 0.5)],
+                        memory=int(factor * 1e6))
+    results.add("other", {"N": 1}, "ours", [1.0])
+    results.write(tmp_path / "cpu-sample.json")
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    return report.Run.load("cpu-sample")
+
+
+def test_pages_show_the_committed_results() -> None:
+    check = subprocess.run([sys.executable, "bench/report.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert check.returncode == 0, f"{check.stdout}{check.stderr}\nrun `make report`"
+
+
+def test_a_table_has_ratios_of_medians(run: report.Run) -> None:
+    rows = run.rows({"op": "op", "D": "64"})
+    text = report.table(run, "op", rows["op"])
+    header, _, cells = text.splitlines()[2:5]
+    assert list(rows) == ["op"] and text.splitlines()[0] == "**`op`**, N = 4,096, D = 64, threads = 2"
+    assert header == "|  | **ours ÷ floor** | eager ÷ ours | MB: ours | MB: eager |"
+    assert cells == "|  | 1.25 | 3.00 | 1.0 | 3.0 |"
+    assert "2 threads" in text and f"commit `{run.document['commit_info']['id'][:10]}" in text
+    assert run.document["command"] in text
+
+
+def test_a_page_is_rendered_once_and_for_all(run: report.Run) -> None:
+    page = ("before\n<!-- report:cpu-sample op=op -->\nstale\n<!-- /report -->\nbetween\n"
+            "<!-- picture:cpu-sample op=op -->\n<!-- /picture -->\n<!-- report:missing -->\nold\n<!-- /report -->\n")
+    once, shown = report.rendered(report.ROOT / "README.md", page)
+    assert report.rendered(report.ROOT / "README.md", once) == (once, shown)
+    assert "Not measured yet" in once and "make" not in once.partition("between")[0]
+    assert "stale" not in once and "old" not in once and once.startswith("before\n") and "\nbetween\n" in once
+    assert "| 64 | 1.25 | 3.00 |" in once and "cpu-sample-op-dark.svg" in once and len(shown) == 1
+
+
+def test_our_system_may_have_a_name_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = measure.Results()
+    for system, seconds in (("STATIC", 8.0), ("native", 2.0), ("floor", 1.0)):
+        results.add("beam_search", {"M": 50}, system, [seconds])
+    results.write(tmp_path / "cpu-beam.json")
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    run = report.Run.load("cpu-beam")
+    header, _, cells = report.table(run, "beam_search", run.rows({})["beam_search"]).splitlines()[2:5]
+    assert (header, cells) == ("|  | **ours ÷ floor** | STATIC ÷ ours |", "|  | 2.00 | 4.00 |")
+
+
+def test_the_table_of_kernels_is_what_the_ops_choose_from() -> None:
+    table = "| op | what | C++ | Triton | CUDA C++ |\n|---|---|---|---|---|\n| `cosine_cross_entropy` | x |  |  | ✓ |\n"
+    page, _ = report.rendered(ROOT / "README.md", f"<!-- kernels -->\n{table}<!-- /kernels -->\n")
+    assert page.splitlines()[3] == "| `cosine_cross_entropy` | x | ✓ | ✓ |   |"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
+def test_pictures_are_drawn_light_and_dark_and_repeat(run: report.Run) -> None:
+    first, again = (dict(report.draw(run, {"op": "op"})) for _ in range(2))
+    assert first == again and [path.name for path in first] == ["cpu-sample-op-light.svg", "cpu-sample-op-dark.svg"]
+    assert all(text.startswith("<?xml") for text in first.values())
