@@ -1,7 +1,7 @@
 """The trie: build, filters, updates, files; clustered semantic IDs in random order, three codes of 2048.
 
     python bench/bench_trie.py                    # 1e6 and 1e7 items
-    python bench/bench_trie.py --items 100000000  # needs 8 GB; --filter to choose figures
+    python bench/bench_trie.py --items 100000000 --spread uniform --rounds 1   # in 8 GB
     python bench/bench_trie.py --json FILE
 
 Memory: "kept" is what a trie takes, "peak" the most that a call took beyond what was there before.
@@ -10,6 +10,7 @@ Memory: "kept" is what a trie takes, "peak" the most that a call took beyond wha
 from __future__ import annotations
 
 import argparse
+import resource
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -128,5 +129,6 @@ if __name__ == "__main__":
     found = measure.Results()
     for count in options.items:
         run(Case(items=count, spread=options.spread), options.filter, options.rounds, found)
+        print(f"{count:>10} the whole process: peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
     if options.json:
         found.write(options.json)

@@ -27,7 +27,7 @@ class TrieArrays:
         tokens: ``tokens[t]`` (n_{t+1},), the codes out of depth t, run by run; -1 where a sequence has ended.
         child_start: ``child_start[t]`` (n_t + 1,); the children of node i at depth t are the nodes
             ``child_start[t][i]`` to ``child_start[t][i + 1] - 1`` of depth t + 1, reached by ``tokens[t]`` there.
-        item_start: (n_L + 1,); leaf i holds the places ``item_start[i]`` to ``item_start[i + 1] - 1`` of the leaf order.
+        item_start: (n_L + 1,); leaf i holds places ``item_start[i]`` to ``item_start[i + 1] - 1`` of the leaf order.
         item_order: (N,); the row, as given at build, of each item in leaf order.
         item_ids: (N,) int64; the id of each row.
         num_items: N.

@@ -1,9 +1,10 @@
 """What an updated trie lays over the arrays that it shares with the trie it was made from.
 
-An updated trie has two parts: the *base*, some of whose items may be gone, and a *delta*, a small trie of the items that
-came since.  They are searched as one.  Node n of the whole, at a depth where the base has b nodes, is the base's node n
-if n < b, else the delta's node n - b.  A prefix that both parts hold goes by the base's number; the two nodes are
-*twins*.  The children of a node are the run of the base's node and the run of the delta's, the delta's twins left out.
+An updated trie has two parts: the *base*, some of whose items may be gone, and a *delta*, a small trie of the items
+that came since.  They are searched as one.  Node n of the whole, at a depth where the base has b nodes, is the base's
+node n if n < b, else the delta's node n - b.  A prefix that both parts hold goes by the base's number; the two nodes
+are *twins*.  The children of a node are the run of the base's node and the run of the delta's, the delta's twins left
+out.
 """
 
 from __future__ import annotations

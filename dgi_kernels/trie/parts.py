@@ -77,7 +77,7 @@ class TrieParts:
         return count
 
     def split(self, nodes: Tensor, depth: int) -> tuple[Tensor, Tensor | None]:
-        """The nodes of base and delta that each of ``nodes`` (…) stands for, -1 where a part has none; None: no delta."""
+        """The nodes of base and delta that each of ``nodes`` (…) stands for, -1: none; None where there is no delta."""
         if self.added is None or self.delta is None:
             return nodes, None
         count = self.base.num_nodes_at(depth)
@@ -110,8 +110,8 @@ class TrieParts:
         """The children of ``nodes`` (…), none of them -1, in as many slots as any node of the depth needs, by token.
 
         Returns:
-            The numbers (…, slots) of the children, their tokens (…, slots), and which of the slots hold a child. A child
-            is listed whether or not items are left below it.
+            The numbers (…, slots) of the children, their tokens (…, slots), and which of the slots hold a child. A
+            child is listed whether or not items are left below it.
         """
         in_base, in_delta = self.split(nodes, depth)
         children, tokens, exists = _children(self.base, in_base, depth)
@@ -126,7 +126,7 @@ class TrieParts:
         return children.gather(-1, order), tokens.gather(-1, order), exists.gather(-1, order)
 
     def place_ranges(self, nodes: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-        """The places below ``nodes`` (…), in the base and, where there is one, the delta: ranges (…, parts); empty of -1."""
+        """The places below ``nodes`` (…), in the base and, if any, the delta: ranges (…, parts), empty below -1."""
         in_base, in_delta = self.split(nodes, depth)
         first, end = _range(self.base, in_base, depth)
         if in_delta is None:

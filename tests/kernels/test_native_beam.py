@@ -276,7 +276,8 @@ def test_the_ops_are_well_registered() -> None:
         torch.library.opcheck(torch.ops.dgi_kernels.beam_step.default, (
             *depth, torch.randn(2, 1, 5), beams.nodes, beams.scores, torch.zeros(2, 1), 3, 0))
         torch.library.opcheck(torch.ops.dgi_kernels.cosine_beam_step.default, (
-            *depth, torch.randn(2, 1, 4), torch.randn(5, 4), torch.tensor(2.0), 1e-12, beams.nodes, beams.scores, None, 3, 0))
+            *depth, torch.randn(2, 1, 4), torch.randn(5, 4), torch.tensor(2.0), 1e-12, beams.nodes, beams.scores, None,
+            3, 0))
         of_delta = ([], None, None, None) if added is None else (
             added.below(0), added.item_order, added.item_ids, parts.delta.anchors[0])
         torch.library.opcheck(torch.ops.dgi_kernels.rank_candidates.default, (
@@ -291,10 +292,10 @@ def test_direct_callers_are_stopped_too() -> None:
     words, ranks = torch.zeros(8, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     good = [tokens, starts, [], [], [], [], [], torch.zeros(1, 1, 2), root.nodes, root.scores, None, 2, 0]
     for place, value, message in (
-            (0, tokens.long(), "tokens must be int16 or int32"), (0, tokens.unsqueeze(0), "tokens must be a contiguous"),
+            (0, tokens.long(), "tokens must be int16 or int32"), (0, tokens.unsqueeze(0), "tokens must be a contig"),
             (1, starts.short(), "child_start must be"), (3, [tokens], "delta and anchors do not fit"),
             (4, [ranks, ranks], "delta and anchors do not fit"), (5, [words, ranks, words], "four arrays each"),
-            (5, [words, words, words, ranks], "8 words to a rank"), (5, [words, ranks] * 2, "set_of must have B entries"),
+            (5, [words, words, words, ranks], "8 words to a rank"), (5, [words, ranks] * 2, "set_of must have B"),
             (6, [0], None), (7, torch.zeros(1, 2), "logits must be"), (8, root.nodes + 1, "nodes must be in"),
             (8, root.nodes.int(), "nodes has the wrong dtype"), (9, root.scores.double(), "scores has the wrong dtype"),
             (10, torch.zeros(2, 1), "log_normalizer must be"), (11, 0, "num_beams must be at least 1"),
