@@ -211,7 +211,7 @@ class Trie:
         if mask is None:
             of_base, of_delta = self._rows("items", items)
             in_base = _members(of_base, base.num_items)
-            in_delta = None if delta is None else _members(of_delta, delta.arrays.num_items)
+            in_delta = _members(of_delta, 0 if delta is None else delta.arrays.num_items)
         else:
             chosen = self._mask(mask)
             in_base, in_delta = chosen[:base.num_items], chosen[base.num_items:]

@@ -57,7 +57,8 @@ class TrieArrays:
             max_items.append(_longest_run(runs))
         bounds = (0, num_items - 1)
         if item_ids is not None and num_items:
-            bounds = tuple(map(int, item_ids.aminmax()))
+            low, high = item_ids.aminmax()
+            bounds = (int(low), int(high))
         return cls(tokens, child_start, item_start, item_order, item_ids, num_items,
                    tuple(map(_longest_run, child_start)), tuple(reversed(max_items)), bounds)
 
@@ -120,7 +121,7 @@ class TrieArrays:
 
     @functools.cached_property
     def _row_lookup(self) -> RowLookup:
-        return RowLookup(self.item_ids)
+        return RowLookup(self.ids())
 
     def search(self, nodes: Tensor, codes: Tensor, depth: int) -> tuple[Tensor, Tensor]:
         """Look for the child of each node by its code; see :func:`reference.find_children`."""
