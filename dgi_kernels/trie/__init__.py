@@ -302,7 +302,10 @@ class Trie:
         Args:
             backend: as in :meth:`from_codes`.
         """
-        return self if self.parts.delta is None else self._rebuilt(*self.codes(), self.codebook_sizes, backend)
+        if self.parts.delta is None:
+            return self
+        codes = self.parts.codes(self.parts.base.tokens[0].dtype)
+        return self._rebuilt(codes, self.parts.ids(), self.codebook_sizes, backend)
 
     def _rebuilt(self, codes: Tensor, ids: Tensor, sizes: tuple[int, ...], backend: str) -> Trie:
         is_identity = torch.equal(ids, torch.arange(len(ids), device=self.device))

@@ -134,12 +134,12 @@ class TrieArrays:
         place, found = self.search(nodes, codes, depth)
         return torch.where(found, place, -1)
 
-    def codes(self) -> Tensor:
-        """The codes (N, L) int64 of all rows, -1 where a sequence has ended."""
-        by_place = torch.empty(self.num_items, self.depth, dtype=torch.int64, device=self.device)
+    def codes(self, dtype: torch.dtype = torch.int64) -> Tensor:
+        """The codes (N, L) of all rows, -1 where a sequence has ended."""
+        by_place = torch.empty(self.num_items, self.depth, dtype=dtype, device=self.device)
         runs = self.item_start  # of items, below each node of the next depth
         for t in reversed(range(self.depth)):
-            tokens = self.tokens[t].long()
+            tokens = self.tokens[t]
             by_place[:, t] = tokens if runs is None else tokens[run_of_each(runs, self.num_items)]
             runs = self.child_start[t] if runs is None else runs[self.child_start[t]]
         if self.item_order is None:

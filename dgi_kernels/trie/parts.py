@@ -186,10 +186,10 @@ class TrieParts:
         return self.base.ids() if self.delta is None else torch.cat([self.base.ids()[self.kept_rows()],
                                                                      self.delta.arrays.ids()])
 
-    def codes(self) -> Tensor:
-        """The codes (num_items, L) int64 in the order of :meth:`ids`."""
-        return self.base.codes() if self.delta is None else torch.cat([self.base.codes()[self.kept_rows()],
-                                                                       self.delta.arrays.codes()])
+    def codes(self, dtype: torch.dtype = torch.int64) -> Tensor:
+        """The codes (num_items, L) in the order of :meth:`ids`."""
+        of_base = self.base.codes(dtype)
+        return of_base if self.delta is None else torch.cat([of_base[self.kept_rows()], self.delta.arrays.codes(dtype)])
 
     def kept_rows(self) -> Tensor:
         """Which rows of the base are left, (n,) bool."""
