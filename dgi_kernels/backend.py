@@ -46,6 +46,7 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     "residual_quantize": {"native": _CPP, "triton": _TRITON},
     "gumbel_noise": {"native": dict.fromkeys(_CPP_AND_CUDA), "triton": dict.fromkeys(_TRITON)},
     "trie_build": {"native": {"cpu": None}},
+    "trie_find": {"native": {"cpu": None}},
     "trie_filter": {"native": {"cpu": None}},
     "beam_step": {"native": _CPP_AND_CUDA},
     "cosine_beam_step": {"native": _CPP_AND_CUDA},

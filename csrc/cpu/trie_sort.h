@@ -92,7 +92,8 @@ inline void radix_sort(Buffer<uint64_t>& words, Buffer<uint64_t>& scratch, int64
 class SortedRows {
  public:
   SortedRows(const CodeTable& table, const std::vector<CodeRange>& ranges)
-      : table_(table), fields_(split_into_fields(ranges)), low_(table.columns), shift_(table.columns), mask_(table.columns),
+      : table_(table), fields_(table.rows == 0 ? std::vector<Field>{} : split_into_fields(ranges)), low_(table.columns),
+        shift_(table.columns), mask_(table.columns),
         position_bits_(std::bit_width(static_cast<uint64_t>(std::max<int64_t>(1, table.rows) - 1))),
         words_(make_buffer<uint64_t>(table.rows)) {
     int bits = position_bits_;

@@ -41,18 +41,18 @@ def cosine_beam_step(trie: Trie, h: Tensor, codebook: Tensor, scale: float | Ten
 def _step(op: Callable[..., tuple[Tensor, ...]], trie: Trie, beams: Beams,
           filters: TrieFilter | list[TrieFilter | None] | None, source: tuple[Any, ...], num_beams: int,
           normalize: str, log_normalizer: Tensor | None) -> Beams:
-    depth, base, delta = beams.depth, trie.parts.base, trie.parts.delta
+    depth, base, delta, added = beams.depth, trie.parts.base, trie.parts.delta, trie.parts.added
     sets, set_of = filter_arguments(filters, beams.nodes.shape[0])
     below = base.below(depth + 1) if sets else []
-    added: list[Tensor] = []
+    of_delta: list[Tensor] = []
     anchors: list[Tensor] = []
-    if trie.parts.added is not None:
-        added = [trie.parts.added.tokens[depth], trie.parts.added.child_start[depth], *trie.parts.added.below(depth + 1)]
+    if added is not None and delta is not None:
+        of_delta = [added.tokens[depth], added.child_start[depth], *added.below(depth + 1)]
         anchors = [delta.anchors[depth], delta.anchors[depth + 1]]
     scores = beams.scores.to(_compute_dtype(source[0]))
     nodes, tokens, parents, scores = op(
-        base.tokens[depth], base.child_start[depth], below, added, anchors, sets, set_of, *source, beams.nodes.long(),
-        scores, log_normalizer, num_beams, NORMALIZE[normalize])
+        base.tokens[depth], base.child_start[depth], below, of_delta, anchors, sets, set_of, *source,
+        beams.nodes.long(), scores, log_normalizer, num_beams, NORMALIZE[normalize])
     return Beams(nodes, tokens, parents, scores, depth + 1)
 
 

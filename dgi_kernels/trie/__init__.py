@@ -80,8 +80,8 @@ class Trie:
         """Build a trie from the semantic IDs of N items, in any order, with repetitions.
 
         Args:
-            codes: an (N, L) integer tensor or array of any dtype, or a list of N sequences of integers, which may differ
-                in length (then L is the largest). An empty tensor of shape (0, L) gives an empty trie.
+            codes: an (N, L) integer tensor or array of any dtype, or a list of N sequences of integers, which may
+                differ in length (then L is the largest). An empty tensor of shape (0, L) gives an empty trie.
             item_ids: (N,) distinct integers, any int64; default 0, 1, …, N - 1, which takes no memory.
             codebook_sizes: (L,) integers, the number of codes of each level. Default: the largest code + 1, taken as a
                 lower bound: a search then accepts logits over more codes than that.
@@ -210,10 +210,8 @@ class Trie:
         base, delta = self.parts.base, self.parts.delta
         if mask is None:
             of_base, of_delta = self._rows("items", items)
-            in_base = torch.zeros(base.num_items, dtype=torch.bool, device=self.device)
-            in_base[of_base[of_base >= 0]] = True
-            in_delta = torch.zeros(0 if delta is None else delta.arrays.num_items, dtype=torch.bool, device=self.device)
-            in_delta[of_delta[of_delta >= 0]] = True
+            in_base = _members(of_base, base.num_items)
+            in_delta = _members(of_delta, 0 if delta is None else delta.arrays.num_items)
         else:
             chosen = self._mask(mask)
             in_base, in_delta = chosen[:base.num_items], chosen[base.num_items:]
@@ -239,7 +237,7 @@ class Trie:
         """The rows of item ids, which must all be there, in base and delta; -1 in the other."""
         wanted = build.integer_tensor(name, ids, self.device).flatten()
         of_base, of_delta = self.parts.rows_of(wanted)
-        missing = (of_base < 0) & (of_delta < 0)
+        missing = torch.maximum(of_base, of_delta) < 0 if self.parts.delta is not None else of_base < 0
         if missing.any():
             raise ValueError(f"{name} must be ids of items in the trie; it has no item {wanted[missing][0].item()}")
         return of_base, of_delta
@@ -304,7 +302,10 @@ class Trie:
         Args:
             backend: as in :meth:`from_codes`.
         """
-        return self if self.parts.delta is None else self._rebuilt(*self.codes(), self.codebook_sizes, backend)
+        if self.parts.delta is None:
+            return self
+        codes = self.parts.codes(self.parts.base.tokens[0].dtype)
+        return self._rebuilt(codes, self.parts.ids(), self.codebook_sizes, backend)
 
     def _rebuilt(self, codes: Tensor, ids: Tensor, sizes: tuple[int, ...], backend: str) -> Trie:
         is_identity = torch.equal(ids, torch.arange(len(ids), device=self.device))
@@ -381,3 +382,9 @@ class Trie:
     def __repr__(self) -> str:
         return (f"Trie(num_items={self.num_items}, depth={self.depth}, num_nodes={self.num_nodes}, "
                 f"codebook_sizes={self.codebook_sizes}, nbytes={self.nbytes}, device={str(self.device)!r})")
+
+
+def _members(rows: Tensor, size: int) -> Tensor:
+    """(size,) bool, True at ``rows`` (n,); -1 is none."""
+    members = torch.zeros(size + 1, dtype=torch.bool, device=rows.device)
+    return members.scatter_(0, rows + 1, True)[1:]

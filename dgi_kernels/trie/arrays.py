@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dgi_kernels import backend as backends
+from dgi_kernels.trie import native, reference
+
 END = -1  # the token of a sequence that has ended; it sorts before every code
 NARROW_CODEBOOK = 2**15  # tokens are int16 where no codebook is larger
 NARROW_COUNT = 2**31  # offsets are int32 below
@@ -24,7 +27,7 @@ class TrieArrays:
         tokens: ``tokens[t]`` (n_{t+1},), the codes out of depth t, run by run; -1 where a sequence has ended.
         child_start: ``child_start[t]`` (n_t + 1,); the children of node i at depth t are the nodes
             ``child_start[t][i]`` to ``child_start[t][i + 1] - 1`` of depth t + 1, reached by ``tokens[t]`` there.
-        item_start: (n_L + 1,); leaf i holds the places ``item_start[i]`` to ``item_start[i + 1] - 1`` of the leaf order.
+        item_start: (n_L + 1,); leaf i holds places ``item_start[i]`` to ``item_start[i + 1] - 1`` of the leaf order.
         item_order: (N,); the row, as given at build, of each item in leaf order.
         item_ids: (N,) int64; the id of each row.
         num_items: N.
@@ -54,7 +57,8 @@ class TrieArrays:
             max_items.append(_longest_run(runs))
         bounds = (0, num_items - 1)
         if item_ids is not None and num_items:
-            bounds = tuple(map(int, item_ids.aminmax()))
+            low, high = item_ids.aminmax()
+            bounds = (int(low), int(high))
         return cls(tokens, child_start, item_start, item_order, item_ids, num_items,
                    tuple(map(_longest_run, child_start)), tuple(reversed(max_items)), bounds)
 
@@ -110,44 +114,33 @@ class TrieArrays:
     def rows_of(self, ids: Tensor) -> Tensor:
         """The rows of item ids (n,) int64; -1 where the trie has no such item."""
         if self.item_ids is None:
-            return torch.where((ids >= 0) & (ids < self.num_items), ids, -1)
+            low, high = ids.aminmax() if ids.numel() else (0, -1)
+            all_known = low >= 0 and high < self.num_items
+            return ids if all_known else torch.where((ids >= 0) & (ids < self.num_items), ids, -1)
         return self._row_lookup.rows_of(ids)
 
     @functools.cached_property
     def _row_lookup(self) -> RowLookup:
-        return RowLookup(self.item_ids)
+        return RowLookup(self.ids())
 
     def search(self, nodes: Tensor, codes: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-        """Look for the child of each node (-1: none) by its code, by binary search in its run of tokens.
-
-        Returns:
-            ``place``, the first node of depth + 1, among all up to the end of the run, whose token is not less; and
-            whether it is the child. Of a node -1 the place says nothing.
-        """
-        tokens = self.tokens[depth]
-        if len(tokens) == 0:
-            return torch.zeros_like(nodes), torch.zeros_like(nodes, dtype=torch.bool)
-        low = self.child_start[depth][nodes.clamp(min=0)].long()
-        end = self.child_start[depth][nodes.clamp(min=0) + 1].long()
-        high = end
-        for _ in range(self.max_degree[depth].bit_length()):
-            middle = (low + high) // 2
-            right = (low < high) & (tokens[middle.clamp(max=len(tokens) - 1)] < codes)
-            low, high = torch.where(right, middle + 1, low), torch.where(right, high, middle)
-        return low, (nodes >= 0) & (low < end) & (tokens[low.clamp(max=len(tokens) - 1)] == codes)
+        """Look for the child of each node by its code; see :func:`reference.find_children`."""
+        native_or_not = backends.choose("trie_find", "auto", nodes.device) == "native"
+        find = native.find_children if native_or_not else reference.find_children
+        return find(self.tokens[depth], self.child_start[depth], nodes, codes)
 
     def child(self, nodes: Tensor, codes: Tensor, depth: int) -> Tensor:
         """The child of each node (-1: none) by its code; -1 where there is none."""
         place, found = self.search(nodes, codes, depth)
         return torch.where(found, place, -1)
 
-    def codes(self) -> Tensor:
-        """The codes (N, L) int64 of all rows, -1 where a sequence has ended."""
-        by_place = torch.empty(self.num_items, self.depth, dtype=torch.int64, device=self.device)
+    def codes(self, dtype: torch.dtype = torch.int64) -> Tensor:
+        """The codes (N, L) of all rows, -1 where a sequence has ended."""
+        by_place = torch.empty(self.num_items, self.depth, dtype=dtype, device=self.device)
         runs = self.item_start  # of items, below each node of the next depth
         for t in reversed(range(self.depth)):
-            tokens = self.tokens[t].long()
-            by_place[:, t] = tokens if runs is None else tokens.repeat_interleave(runs.diff())
+            tokens = self.tokens[t]
+            by_place[:, t] = tokens if runs is None else tokens[run_of_each(runs, self.num_items)]
             runs = self.child_start[t] if runs is None else runs[self.child_start[t]]
         if self.item_order is None:
             return by_place
@@ -182,6 +175,14 @@ class RowLookup:
 
 def _longest_run(starts: Tensor | None) -> int:
     return int(starts.diff().max()) if starts is not None and len(starts) > 1 else 0
+
+
+def run_of_each(starts: Tensor, total: int) -> Tensor:
+    """Which run each of 0 … total - 1 belongs to, ``starts`` (runs + 1,) cutting them into runs; (total,) int64."""
+    if total < 2**16:  # the other way wakes up all threads, 0.1 ms and often more, however few there are
+        return torch.searchsorted(starts, torch.arange(total, dtype=starts.dtype, device=starts.device), right=True) - 1
+    runs = torch.arange(len(starts) - 1, device=starts.device)
+    return runs.repeat_interleave(starts.diff(), output_size=total)
 
 
 def token_dtype(codebook_sizes: tuple[int, ...]) -> torch.dtype:

@@ -131,7 +131,9 @@ def _flatten(sequences: Sequence[object]) -> object:
 def checked_sizes(name: str, codes: Tensor, codebook_sizes: object) -> tuple[int, ...]:
     """Return the codebook sizes of padded ``codes``, given or inferred as the largest code + 1, and check the codes."""
     depth, largest = codes.shape[1], code_ranges(codes)[1]
-    given = integer_tensor("codebook_sizes", [code + 1 for code in largest] if codebook_sizes is None else codebook_sizes)
+    if codebook_sizes is None:
+        codebook_sizes = [code + 1 for code in largest]
+    given = integer_tensor("codebook_sizes", codebook_sizes)
     if given.shape != (depth,):
         raise ValueError(f"codebook_sizes must have one size per level, shape ({depth},) for these codes; "
                          f"got {tuple(given.shape)}")

@@ -1,9 +1,10 @@
 """What an updated trie lays over the arrays that it shares with the trie it was made from.
 
-An updated trie has two parts: the *base*, some of whose items may be gone, and a *delta*, a small trie of the items that
-came since.  They are searched as one.  Node n of the whole, at a depth where the base has b nodes, is the base's node n
-if n < b, else the delta's node n - b.  A prefix that both parts hold goes by the base's number; the two nodes are
-*twins*.  The children of a node are the run of the base's node and the run of the delta's, the delta's twins left out.
+An updated trie has two parts: the *base*, some of whose items may be gone, and a *delta*, a small trie of the items
+that came since.  They are searched as one.  Node n of the whole, at a depth where the base has b nodes, is the base's
+node n if n < b, else the delta's node n - b.  A prefix that both parts hold goes by the base's number; the two nodes
+are *twins*.  The children of a node are the run of the base's node and the run of the delta's, the delta's twins left
+out.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dgi_kernels.trie.arrays import TrieArrays
+from dgi_kernels.trie.arrays import TrieArrays, run_of_each
 from dgi_kernels.trie.item_set import ItemSet
 
 
@@ -79,14 +80,14 @@ class Delta:
         leaves = (anchors >> 1) + (anchors & 1)  # a twin's items stand behind those of its leaf of the base
         places = leaves if base.item_start is None else base.item_start[leaves].long()
         starts = self.arrays.item_start
-        return places if starts is None else places.repeat_interleave(starts.diff())
+        return places if starts is None else places[run_of_each(starts, self.arrays.num_items)]
 
 
 def _anchors(base: TrieArrays, added: TrieArrays) -> tuple[Tensor, ...]:
     """Level by level: a child of a twin is looked for among its children, another stands where its parent does."""
     anchors = [torch.ones(1, dtype=torch.int64, device=base.device)]  # the roots are twins
     for depth, (tokens, starts) in enumerate(zip(added.tokens, added.child_start, strict=True)):
-        above = anchors[-1].repeat_interleave(starts.diff())
+        above = anchors[-1][run_of_each(starts, len(tokens))]
         is_twin, node = (above & 1).bool(), above >> 1
         place, found = base.search(torch.where(is_twin, node, -1), tokens.long(), depth)
         before = base.child_start[depth][node].long()

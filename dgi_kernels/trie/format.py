@@ -169,8 +169,9 @@ def _checked_meta(meta: Mapping[str, Any]) -> tuple[tuple[int, ...], bool, int]:
     if not _is_count(meta["num_items"]):
         raise TrieFormatError(f"num_items must be a number of items; got {meta['num_items']!r}")
     for name, length in (("max_degree", len(sizes)), ("max_items", len(sizes) + 1)):
-        if not isinstance(meta[name], (list, tuple)) or len(meta[name]) != length or not all(map(_is_count, meta[name])):
-            raise TrieFormatError(f"{name} must be a list of {length} numbers; got {meta[name]!r}")
+        numbers = meta[name]
+        if not isinstance(numbers, (list, tuple)) or len(numbers) != length or not all(map(_is_count, numbers)):
+            raise TrieFormatError(f"{name} must be a list of {length} numbers; got {numbers!r}")
     bounds = meta["id_bounds"]
     if not isinstance(bounds, (list, tuple)) or [type(bound) for bound in bounds] != [int, int]:
         raise TrieFormatError(f"id_bounds must be two numbers; got {bounds!r}")
@@ -194,7 +195,7 @@ def _check_sizes(trie: TrieArrays) -> None:
     if trie.item_start is not None:
         _check_length("item_start", trie.item_start, nodes + 1)
     elif nodes != trie.num_items:
-        raise TrieFormatError(f"without item_start there must be as many leaves as items; got {nodes} for {trie.num_items}")
+        raise TrieFormatError(f"there must be item_start, or as many leaves as items, {trie.num_items}; got {nodes}")
     for name, array in (("item_order", trie.item_order), ("item_ids", trie.item_ids)):
         if array is not None:
             _check_length(name, array, trie.num_items)
@@ -214,7 +215,8 @@ def _check_structure(trie: TrieArrays, sizes: tuple[int, ...]) -> None:
         _check_runs("item_start", trie.item_start, trie.num_items)
     if trie.item_order is not None:
         _check_permutation(trie.item_order)
-    made = TrieArrays.make(trie.tokens, trie.child_start, trie.item_start, trie.item_order, trie.item_ids, trie.num_items)
+    made = TrieArrays.make(trie.tokens, trie.child_start, trie.item_start, trie.item_order, trie.item_ids,
+                           trie.num_items)
     for name in ("max_degree", "max_items", "id_bounds"):
         if getattr(made, name) != getattr(trie, name):
             raise TrieFormatError(f"{name} is {getattr(trie, name)}, but that of the arrays {getattr(made, name)}")

@@ -34,15 +34,16 @@ class TrieParts:
         if self.added is not None:
             self.max_degree = _sums(base.max_degree, self.added.max_degree)
             self.max_items = _sums(base.max_items, self.added.max_items)
-        self.id_bounds = base.id_bounds if delta is None else self._id_bounds()
+        self.id_bounds = base.id_bounds if delta is None else self._id_bounds(delta)
 
-    def _id_bounds(self) -> tuple[int, int]:
-        base, delta = self.base, self.delta
+    def _id_bounds(self, delta: Delta) -> tuple[int, int]:
+        base = self.base
         bounds = [] if self.added is None else [self.added.id_bounds]
         if len(delta.removed) < base.num_items:
             gone = delta.removed if base.item_ids is None else base.item_ids[delta.removed]
             if any(bool((gone == bound).any()) for bound in base.id_bounds):
-                bounds.append(tuple(map(int, base.ids()[self.kept_rows()].aminmax())))
+                low, high = base.ids()[self.kept_rows()].aminmax()
+                bounds.append((int(low), int(high)))
             else:
                 bounds.append(base.id_bounds)
         lows, highs = zip(*bounds, strict=True) if bounds else ((0,), (-1,))
@@ -77,7 +78,7 @@ class TrieParts:
         return count
 
     def split(self, nodes: Tensor, depth: int) -> tuple[Tensor, Tensor | None]:
-        """The nodes of base and delta that each of ``nodes`` (…) stands for, -1 where a part has none; None: no delta."""
+        """The nodes of base and delta that each of ``nodes`` (…) stands for, -1: none; None where there is no delta."""
         if self.added is None or self.delta is None:
             return nodes, None
         count = self.base.num_nodes_at(depth)
@@ -104,18 +105,20 @@ class TrieParts:
         """Whether an item of two sets (None: all) lies below each of ``nodes`` (…); none below -1."""
         in_base, in_delta = self.split(nodes, depth)
         found = _holds(self.base, in_base, depth, of_base)
-        return found if in_delta is None else found | _holds(self.added, in_delta, depth, of_delta)
+        if in_delta is None or self.added is None:
+            return found
+        return found | _holds(self.added, in_delta, depth, of_delta)
 
     def children(self, nodes: Tensor, depth: int) -> tuple[Tensor, Tensor, Tensor]:
         """The children of ``nodes`` (…), none of them -1, in as many slots as any node of the depth needs, by token.
 
         Returns:
-            The numbers (…, slots) of the children, their tokens (…, slots), and which of the slots hold a child. A child
-            is listed whether or not items are left below it.
+            The numbers (…, slots) of the children, their tokens (…, slots), and which of the slots hold a child. A
+            child is listed whether or not items are left below it.
         """
         in_base, in_delta = self.split(nodes, depth)
         children, tokens, exists = _children(self.base, in_base, depth)
-        if in_delta is None:
+        if in_delta is None or self.added is None or self.delta is None:
             return children, tokens, exists
         others, other_tokens, other_exists = _children(self.added, in_delta, depth)
         if others.shape[-1]:
@@ -126,10 +129,10 @@ class TrieParts:
         return children.gather(-1, order), tokens.gather(-1, order), exists.gather(-1, order)
 
     def place_ranges(self, nodes: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-        """The places below ``nodes`` (…), in the base and, where there is one, the delta: ranges (…, parts); empty of -1."""
+        """The places below ``nodes`` (…), in the base and, if any, the delta: ranges (…, parts), empty below -1."""
         in_base, in_delta = self.split(nodes, depth)
         first, end = _range(self.base, in_base, depth)
-        if in_delta is None:
+        if in_delta is None or self.added is None:
             return first.unsqueeze(-1), end.unsqueeze(-1)
         other_first, other_end = _range(self.added, in_delta, depth)
         offset = self.base.num_items
@@ -146,17 +149,16 @@ class TrieParts:
         if self.live is not None:
             left = self.contains(places, self.live, None)
             places, owner = places[left], owner[left]
-        if self.added is not None:
-            order = self._by_code(places).argsort(stable=True)
+        if self.added is not None and self.delta is not None:
+            order = self._by_code(places, self.delta.places_before(self.base)).argsort(stable=True)
             order = order[owner[order].argsort(stable=True)]
             places, owner = places[order], owner[order]
         offsets = torch.searchsorted(owner, torch.arange(len(nodes) + 1, device=nodes.device))
         return offsets, self.ids_at(places)
 
-    def _by_code(self, places: Tensor) -> Tensor:
+    def _by_code(self, places: Tensor, before: Tensor) -> Tensor:
         """Numbers that stand to each other as the codes of the items at ``places`` do, a delta's behind equal ones."""
         count = self.base.num_items
-        before = self.delta.places_before(self.base)
         return torch.where(places < count, 2 * places + 1, 2 * before[(places - count).clamp(min=0)])
 
     def contains(self, places: Tensor, of_base: ItemSet | None, of_delta: ItemSet | None) -> Tensor:
@@ -184,10 +186,10 @@ class TrieParts:
         return self.base.ids() if self.delta is None else torch.cat([self.base.ids()[self.kept_rows()],
                                                                      self.delta.arrays.ids()])
 
-    def codes(self) -> Tensor:
-        """The codes (num_items, L) int64 in the order of :meth:`ids`."""
-        return self.base.codes() if self.delta is None else torch.cat([self.base.codes()[self.kept_rows()],
-                                                                       self.delta.arrays.codes()])
+    def codes(self, dtype: torch.dtype = torch.int64) -> Tensor:
+        """The codes (num_items, L) in the order of :meth:`ids`."""
+        of_base = self.base.codes(dtype)
+        return of_base if self.delta is None else torch.cat([of_base[self.kept_rows()], self.delta.arrays.codes(dtype)])
 
     def kept_rows(self) -> Tensor:
         """Which rows of the base are left, (n,) bool."""

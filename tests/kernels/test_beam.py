@@ -63,8 +63,7 @@ def strided(values: Tensor) -> Tensor:
     return view
 
 
-def prefixes_of(trie: Trie, catalog: Catalog, nodes: list[int], depth: int) -> list[tuple[int, ...] | None]:
-    known = names(trie, catalog, depth)
+def prefixes_of(known: dict[int, tuple[int, ...]], nodes: list[int]) -> list[tuple[int, ...] | None]:
     return [known[node] if node >= 0 else None for node in nodes]
 
 
@@ -74,11 +73,12 @@ def check_step(trie: Trie, catalog: Catalog, before: Beams, logits: Tensor, afte
     num_beams = after.nodes.shape[1]
     assert after.depth == before.depth + 1
     assert after.scores.dtype == torch.float32 and after.nodes.dtype == torch.int64
+    known_before, known_after = names(trie, catalog, before.depth), names(trie, catalog, after.depth)
     for b in range(len(before.nodes)):
+        parents = prefixes_of(known_before, before.nodes[b].tolist())
         candidates = oracles.step_candidates(
-            catalog, logits[b].double().tolist(), prefixes_of(trie, catalog, before.nodes[b].tolist(), before.depth),
-            before.scores[b].tolist(), normalize, None if log_normalizer is None else log_normalizer[b].tolist(),
-            allowed[b])
+            catalog, logits[b].double().tolist(), parents, before.scores[b].tolist(), normalize,
+            None if log_normalizer is None else log_normalizer[b].tolist(), allowed[b])
         expected = oracles.best(candidates, num_beams)
         live = after.scores[b] > -math.inf
         count = len(expected)
@@ -93,8 +93,7 @@ def check_step(trie: Trie, catalog: Catalog, before: Beams, logits: Tensor, afte
             assert list(zip(scores, found, strict=True)) == expected
         assert scores == pytest.approx([score for score, _ in expected], rel=1e-5, abs=1e-5)
         assert scores == pytest.approx([candidates[candidate] for candidate in found], rel=1e-5, abs=1e-5)
-        parents = prefixes_of(trie, catalog, before.nodes[b].tolist(), before.depth)
-        assert prefixes_of(trie, catalog, after.nodes[b, :count].tolist(), after.depth) == [
+        assert prefixes_of(known_after, after.nodes[b, :count].tolist()) == [
             (*parents[parent], token) for parent, token in found]
 
 
@@ -146,7 +145,7 @@ def test_searches_find_exactly_what_brute_force_finds(backend: str) -> None:
             assert result.scores[b].tolist() == [score for score, _ in expected] + [-math.inf] * dead
             assert list(map(tuple, result.codes[b].tolist())) == (
                 [code for _, code in expected] + [(-1,) * catalog.depth] * dead)
-            assert prefixes_of(trie, catalog, result.nodes[b].tolist(), catalog.depth) == (
+            assert prefixes_of(names(trie, catalog, catalog.depth), result.nodes[b].tolist()) == (
                 [code for _, code in expected] + [None] * dead)
 
 

@@ -19,7 +19,8 @@ CASES = 100
 BACKENDS = ["reference", *(["native"] if backends()["native"].available else [])]
 
 
-def random_beams(trie: Trie, catalog: Catalog, batch: int, depth: int) -> tuple[Beams, list[list[tuple[float, tuple[int, ...]]]]]:
+def random_beams(trie: Trie, catalog: Catalog, batch: int,
+                 depth: int) -> tuple[Beams, list[list[tuple[float, tuple[int, ...]]]]]:
     """Beams with ties, dead ones among them, in any order; and the live ones as (score, prefix)."""
     known = names(trie, catalog, depth)
     width = random.randint(1, 6)

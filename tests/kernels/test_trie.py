@@ -249,3 +249,37 @@ def test_bad_codes_are_named(codes: object, error: type[Exception], message: str
 def test_bad_arguments_are_named(call: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_an_update_shares_the_arrays_of_the_trie_it_comes_from() -> None:
+    trie = Trie.from_codes(torch.randint(0, 50, (3000, 3)), codebook_sizes=[50] * 3)
+    first = trie.update(add=(torch.randint(0, 50, (20, 3)), range(3000, 3020)), remove=range(100))
+    second = first.update(add=([[1, 2, 3]], [5]), remove=[3000, 101])
+    assert first.parts.base is trie.parts.base and second.parts.base is trie.parts.base
+    assert (trie.num_items, first.num_items, second.num_items) == (3000, 2920, 2919)
+    assert second.parts.delta is not None and len(second.parts.delta.removed) == 101
+    third = second.update(remove=range(3001, 3020)).update(remove=[5])  # nothing is left of what was added
+    assert third.parts.added is None and third.num_items == 2899
+    everything = third.update(remove=third.item_ids)
+    assert everything.num_items == everything.num_nodes == 0 and everything.parts.id_bounds == (0, -1)
+    assert not everything.is_valid(trie.codes()[0]).any() and everything.children(0, 0).tolist() == []
+
+
+def test_an_update_beyond_the_tokens_of_the_base_is_a_rebuild() -> None:
+    trie = Trie.from_codes([[4, 1], [2, 3]])
+    new = trie.update(add=([[40000, 0]], [7]), remove=[0])
+    assert new.parts.delta is None and new.parts.base.tokens[0].dtype == torch.int32
+    assert_same(new, Trie.from_codes([[2, 3], [40000, 0]], [1, 7]))
+
+
+@pytest.mark.parametrize("spread", [1, 3, 10**6], ids=["rows", "close", "far"])
+def test_items_are_found_by_any_ids(spread: int) -> None:
+    ids = torch.randperm(500) * spread - (0 if spread == 1 else 700)
+    trie = Trie.from_codes(torch.randint(0, 9, (500, 2)), ids)
+    wanted = ids[torch.randperm(500)[:40]]
+    assert sorted(trie.update(remove=wanted).item_ids.tolist()) == sorted(set(ids.tolist()) - set(wanted.tolist()))
+    assert trie.filter(items=wanted).num_items == 40
+    for missing in (int(ids.min()) - 1, int(ids.max()) + 1, *([int(ids[0]) + 1] if spread > 1 else [])):
+        for wrong in ([missing], [*wanted.tolist(), missing]):
+            with pytest.raises(ValueError, match=f"it has no item {missing}"):
+                trie.filter(items=wrong)
