@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dgi_kernels import residual_quantize
+from dgi_kernels import assign_codes
 
 
 def cosine_kmeans(points: Tensor, clusters: int, *, iterations: int = 20, generator: torch.Generator | None = None,
@@ -29,8 +29,7 @@ def cosine_kmeans(points: Tensor, clusters: int, *, iterations: int = 20, genera
         raise ValueError("points must hold at least one row; got none")
     centres = _random_points(points, clusters, generator)
     for _ in range(iterations):
-        labels = torch.cat([residual_quantize(batch, [centres], 1.0, mode="hard").codes[:, 0]
-                            for batch in points.split(batch_size)])
+        labels = torch.cat([assign_codes(batch, [centres])[:, 0] for batch in points.split(batch_size)])
         counts = torch.bincount(labels, minlength=clusters)
         sums = torch.zeros_like(centres).index_add_(0, labels, points)
         centres = sums / counts.clamp(min=1).unsqueeze(1)

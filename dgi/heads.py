@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dgi_kernels import CosineLinear
+from dgi_kernels import CosineLinear, HiddenStates
 
 
 class CosineHead(CosineLinear):
@@ -35,12 +35,19 @@ class CosineHead(CosineLinear):
         """(K, D) the codebook as this head sees it."""
         return self.weight.detach() if self.detached else self.weight
 
+    def for_search(self, h: Tensor) -> Tensor | HiddenStates:
+        """What a step of :func:`dgi_kernels.beam_search` returns for hidden states (B, M, D): no logits are formed."""
+        return HiddenStates(h, self.vectors, self.scale, self.eps)
+
 
 class InnerProductHead(CosineHead):
     """The ablation without scaled cosine: logits ``h · e_k``, where long vectors win."""
 
     def forward(self, h: Tensor) -> Tensor:
         return F.linear(h, self.vectors)
+
+    def for_search(self, h: Tensor) -> Tensor | HiddenStates:
+        return self(h)
 
     def loss(self, h: Tensor, target: Tensor, **options: Any) -> Tensor:
         return F.cross_entropy(self(h).flatten(0, -2).float(), target.flatten(), **options)

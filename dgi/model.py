@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from dgi.decoders import TransformerDecoder
 from dgi.encoders import Encoder, QueryEncoding, SequenceEncoder
 from dgi.heads import CosineHead, InnerProductHead
 from dgi.quantizer import ResidualQuantizer
-from dgi_kernels import ResidualQuantization
+from dgi_kernels import HiddenStates, ResidualQuantization
 
 
 class DGIOutput(NamedTuple):
@@ -136,7 +136,8 @@ class DGIModel(DualEncoder):
         hidden = self.decoder(inputs[:, :-1], query.memory, query.mask)
         return DGIOutput(z, query.vector, rows, quantization, codes, hidden)
 
-    def beam_step_function(self, query: QueryEncoding) -> Callable[[int, Tensor | None, Tensor | None], Tensor]:
+    def beam_step_function(
+            self, query: QueryEncoding) -> Callable[[int, Tensor | None, Tensor | None], Tensor | HiddenStates]:
         """The model's side of :func:`dgi_kernels.beam_search` for a batch of encoded queries.
 
         The decoder reads the selected codes' vectors ``e_{j, c_j}`` (hard codes, as search has them).
@@ -144,7 +145,7 @@ class DGIModel(DualEncoder):
         batch = len(query.vector)
         prefix = query.vector.new_empty(batch, 1, 0, self.config.dim)
 
-        def step(depth: int, tokens: Tensor | None, parents: Tensor | None) -> Tensor:
+        def step(depth: int, tokens: Tensor | None, parents: Tensor | None) -> Tensor | HiddenStates:
             nonlocal prefix
             if tokens is not None and parents is not None:
                 survivors = parents.clamp(min=0)[..., None, None].expand(-1, -1, *prefix.shape[2:])
@@ -153,7 +154,8 @@ class DGIModel(DualEncoder):
             beams = prefix.shape[1]
             hidden = self.decoder(prefix.flatten(0, 1), query.memory.repeat_interleave(beams, 0),
                                   query.mask.repeat_interleave(beams, 0))[:, -1]
-            return self.heads[depth](hidden).unflatten(0, (batch, beams))
+            head = cast(CosineHead, self.heads[depth])
+            return head.for_search(hidden.unflatten(0, (batch, beams)))
 
         return step
 

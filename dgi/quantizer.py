@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dgi.ablations import inner_product_residual_quantize
 from dgi.clustering import cosine_kmeans
 from dgi.config import SimilarityKind
-from dgi_kernels import ResidualQuantization, residual_quantize
+from dgi_kernels import ResidualQuantization, assign_codes, residual_quantize
 
 # A code is dead when its decayed count is below this; with the decay of ResidualQuantizer.count, one use fades to it in
 # 300 batches.
@@ -71,7 +71,11 @@ class ResidualQuantizer(nn.Module):
         """Final semantic IDs: noise-free hard codes (N, m) int64 of ``z`` (N, D), in batches."""
         if len(z) == 0:
             return torch.empty(0, len(self.codebooks), dtype=torch.int64, device=z.device)
-        return torch.cat([self(batch, mode="hard", noise=False).codes for batch in z.split(batch_size)])
+        if self.similarity == "inner_product":
+            return torch.cat([self(batch, mode="hard", noise=False).codes for batch in z.split(batch_size)])
+        codebooks = list(self.codebooks)
+        return torch.cat([assign_codes(batch, codebooks, eps=self.eps, backend=self.backend)
+                          for batch in z.split(batch_size)])
 
     def embed(self, codes: Tensor, level: int) -> Tensor:
         """(..., D) the vectors ``e_{level, c}`` of ``codes`` (...); a dead beam's -1 takes code 0's."""

@@ -6,11 +6,11 @@ takes ``backend="auto" | "reference" | "triton" | "native"``; :func:`backends` s
 """
 
 from dgi_kernels.backend import BackendStatus, BackendUnavailable, backends, debug
-from dgi_kernels.beam import BeamResult, Beams, beam_search, beam_step, cosine_beam_step
+from dgi_kernels.beam import BeamResult, Beams, HiddenStates, beam_search, beam_step, cosine_beam_step
 from dgi_kernels.cosine import cosine_cross_entropy, cosine_logits
 from dgi_kernels.cosine.modules import CosineCrossEntropyLoss, CosineLinear
 from dgi_kernels.cosine.parallel import vocabulary_parallel_cosine_cross_entropy
-from dgi_kernels.gumbel import ResidualQuantization, gumbel_noise, gumbel_softmax, residual_quantize
+from dgi_kernels.gumbel import ResidualQuantization, assign_codes, gumbel_noise, gumbel_softmax, residual_quantize
 from dgi_kernels.ranking import Ranking, rank_candidates
 from dgi_kernels.trie import ItemRanges, Trie, TrieFilter, TrieFormatError
 
@@ -23,12 +23,14 @@ __all__ = [
     "Beams",
     "CosineCrossEntropyLoss",
     "CosineLinear",
+    "HiddenStates",
     "ItemRanges",
     "Ranking",
     "ResidualQuantization",
     "Trie",
     "TrieFilter",
     "TrieFormatError",
+    "assign_codes",
     "backends",
     "beam_search",
     "beam_step",

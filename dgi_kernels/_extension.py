@@ -32,6 +32,7 @@ def _load() -> str | None:
     torch.library.register_fake("dgi_kernels::gumbel_softmax", _fake_gumbel_softmax)
     torch.library.register_fake("dgi_kernels::gumbel_softmax_backward", _fake_gumbel_softmax_backward)
     torch.library.register_fake("dgi_kernels::residual_quantize", _fake_residual_quantize)
+    torch.library.register_fake("dgi_kernels::assign_codes", _fake_assign_codes)
     torch.library.register_fake("dgi_kernels::residual_quantize_backward", _fake_residual_quantize_backward)
     torch.library.register_fake("dgi_kernels::beam_step", _fake_beam_step)
     torch.library.register_fake("dgi_kernels::cosine_beam_step", _fake_cosine_beam_step)
@@ -78,17 +79,24 @@ def _fake_gumbel_softmax_backward(dout: Tensor, logits: Tensor, tau: Tensor, see
 
 
 def _fake_residual_quantize(z: Tensor, codebooks: Tensor, sizes: list[int], scale: Tensor, tau: Tensor,
-                            seed: Tensor | None, row_offset: int, mode: int, eps: float) -> tuple[Tensor, ...]:
+                            seed: Tensor | None, row_offset: int, mode: int, eps: float,
+                            list_room: int) -> tuple[Tensor, ...]:
     rows, levels = z.shape[0], len(sizes)
     vectors, codes = z.new_empty((rows, levels, z.shape[1])), z.new_empty((rows, levels), dtype=torch.int64)
     return (vectors, codes, torch.empty_like(codes), z.new_empty(codebooks.shape[0]), torch.empty_like(vectors),
-            z.new_empty((rows, levels)), z.new_empty((rows, levels), dtype=torch.bool))
+            z.new_empty((rows, levels)), codes.new_empty((rows, levels, 2)),
+            z.new_empty((rows, levels, list_room), dtype=torch.int32), z.new_empty((rows, levels, list_room)))
+
+
+def _fake_assign_codes(z: Tensor, codebooks: Tensor, sizes: list[int], eps: float) -> Tensor:
+    return z.new_empty((z.shape[0], len(sizes)), dtype=torch.int64)
 
 
 def _fake_residual_quantize_backward(
         dquantized: Tensor | None, dusage: Tensor | None, dresiduals: Tensor | None, dlog_normalizer: Tensor | None,
-        residuals: Tensor, sampled: Tensor, is_peaked: Tensor, codebooks: Tensor, sizes: list[int], scale: Tensor,
-        tau: Tensor, seed: Tensor | None, row_offset: int, mode: int, eps: float, *wanted: bool) -> tuple[Tensor, ...]:
+        residuals: Tensor, sampled: Tensor, log_normalizer: Tensor, list_range: Tensor, list_code: Tensor,
+        list_p: Tensor, codebooks: Tensor, sizes: list[int], scale: Tensor, tau: Tensor, seed: Tensor | None,
+        row_offset: int, mode: int, eps: float, *wanted: bool) -> tuple[Tensor, ...]:
     shapes = ((residuals.shape[0], residuals.shape[2]), codebooks.shape, (), ())
     return tuple(codebooks.new_empty(shape if want else (0,)) for shape, want in zip(shapes, wanted, strict=True))
 

@@ -1,7 +1,7 @@
 // The search of one request: which of its beams are worth looking at, and the best of their children.
 //
-// The best num_beams candidates so far give a threshold. A beam whose own score lies below it has no child that counts
-// (log-probabilities are at most 0), and neither have those behind it. The threshold also becomes a bound on the logit, so
+// The best num_beams candidates so far give a threshold. A beam whose own score, or a lower bound of its children's, lies
+// below it has no child that counts (log-probabilities are at most 0), and neither have those behind it. The threshold also becomes a bound on the logit, so
 // that most children cost a load and a comparison; only those that pass are scored, looked up in the filter and kept.
 #pragma once
 
@@ -78,7 +78,7 @@ class Best {
 // A live beam with children.
 template <class Real>
 struct Parent {
-  Real score;
+  Real score, bound;         // no child scores more than the bound, where log-probabilities are normalised here
   int64_t beam, first, end;  // children [first, end)
   int64_t slot;              // of the first child
 };
@@ -101,25 +101,34 @@ class Request {
       const Real score = finite_or_dead(step_.scores.at(request_, m));
       if (node < 0 || node >= step_.level.nodes || score == kDead) continue;
       const int64_t first = step_.level.child_start[node], end = step_.level.child_start[node + 1];
-      parents_.push_back({score, m, first, end, slots});
+      parents_.push_back({score, score, m, first, end, slots});
       slots += end - first;
     }
     by_beam_ = parents_;
-    const auto better = [](const Parent<Real>& a, const Parent<Real>& b) { return a.score > b.score; };
-    if (!std::is_sorted(parents_.begin(), parents_.end(), better)) {
-      std::stable_sort(parents_.begin(), parents_.end(), better);
-    }
+    sort_by_bound();
     return static_cast<uint64_t>(slots) <= std::numeric_limits<typename CandidateKey<Real>::Bits>::max();
   }
 
-  // The live beams, best first, to be extended in this order.
+  // The live beams, those first whose children may score most, to be extended in this order.
   const std::vector<Parent<Real>>& parents() const { return parents_; }
 
-  // Whether this parent and all behind it are hopeless: where log-probabilities are normalised here they are at most 0.
+  // Lowers the bounds of parents to bound(parent), tokens [first, last) being those of the parent's children.
+  template <class Bound>
+  DGI_ALWAYS_INLINE inline void lower_bounds(const Bound& bound) {
+    for (Parent<Real>& parent : parents_) {
+      const int32_t *const first = step_.level.tokens + parent.first, *const last = step_.level.tokens + parent.end;
+      if (first == last || *first == kEndToken) continue;  // the end of a sequence costs nothing
+      const Real lower = bound(parent, first, last);
+      if (lower < parent.bound) parent.bound = lower;
+    }
+    sort_by_bound();
+  }
+
+  // Whether this parent and all behind it are hopeless.
   bool is_done(const Parent<Real>& parent) {
     if (!step_.normalizes()) return false;
     best_.refresh();
-    return best_.full() && parent.score < best_.threshold();
+    return best_.full() && parent.bound < best_.threshold();
   }
 
   // `logit(token)` is the logit of a code, `log_sum_exp()` that of all codes; either is asked for what is needed only.
@@ -170,6 +179,13 @@ class Request {
   }
 
  private:
+  void sort_by_bound() {
+    const auto better = [](const Parent<Real>& a, const Parent<Real>& b) { return a.bound > b.bound; };
+    if (!std::is_sorted(parents_.begin(), parents_.end(), better)) {
+      std::stable_sort(parents_.begin(), parents_.end(), better);
+    }
+  }
+
   static constexpr int64_t kChunk = 1024;
   static constexpr Real kDead = -std::numeric_limits<Real>::infinity();
 

@@ -46,21 +46,30 @@ struct Quantize {
   int64_t levels() const { return static_cast<int64_t>(sizes.size()); }
 };
 
-// quantized, residuals (rows, levels, dim); codes, sampled, log_normalizer, is_peaked (rows, levels); usage (sum of sizes).
-// is_peaked: so few of the row's entries count that backward, too, takes them one by one.
+// What forward remembers for backward of rows of which few entries count: codes, ascending, and p there. A row without an
+// entry is dense, or there was no room left for it.
+template <class Real, class Code = int32_t, class Position = int64_t>
+struct ListedRows {
+  int64_t room;     // entries that fit
+  Position* range;  // (rows, levels, 2): where a row's entries begin and end
+  Code* code;       // (room)
+  Real* p;          // (room)
+};
+
+// quantized, residuals (rows, levels, dim); codes, sampled, log_normalizer (rows, levels); usage (sum of sizes)
 template <class Real>
 struct Quantized {
   Real *quantized, *residuals, *usage, *log_normalizer;
   int64_t *codes, *sampled;
-  bool* is_peaked;
+  ListedRows<Real> lists;
 };
 
 // What backward takes of the results.
 template <class Real>
 struct QuantizeSaved {
-  const Real* residuals;
+  const Real *residuals, *log_normalizer;
   const int64_t* sampled;
-  const bool* is_peaked;
+  ListedRows<const Real, const int32_t, const int64_t> lists;
 };
 
 // Of the results' gradients each may be null, which is zero.
@@ -75,8 +84,19 @@ struct QuantizeGradients {
   Real *z, *codebooks, *scale, *tau;
 };
 
+// Soft and straight-through; hard is a function of its own.
 template <class Real>
 void residual_quantize(const Quantize<Real>& in, const Quantized<Real>& out);
+
+// As Quantized; all but `codes` may be null where it is not wanted.
+template <class Real>
+struct HardQuantized {
+  Real *quantized, *residuals, *usage, *log_normalizer;
+  int64_t *codes, *sampled;
+};
+
+template <class Real>
+void residual_quantize_hard(const Quantize<Real>& in, const HardQuantized<Real>& out);
 
 template <class Real>
 void residual_quantize_backward(const Quantize<Real>& in, const QuantizeSaved<Real>& saved,

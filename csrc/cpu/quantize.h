@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <memory>
 #include <numeric>
 #include <type_traits>
 #include <vector>
@@ -18,12 +19,6 @@
 namespace dgi::cpu {
 
 constexpr int64_t kGroup = 16;  // rows whose sums over columns are added up by one thread
-
-inline int64_t block_rows(int64_t rows, int64_t codes) {
-  constexpr int64_t kElements = int64_t{1} << 20;
-  const int64_t fit = kElements / std::max<int64_t>(1, codes) / kGroup * kGroup;
-  return std::max<int64_t>(1, std::min(rows, std::clamp<int64_t>(fit, 128, 256)));
-}
 
 template <NoiseAs kAs>
 using As = std::integral_constant<NoiseAs, kAs>;
@@ -114,28 +109,6 @@ int64_t list_limit(int64_t codes) {
   return std::is_same_v<Real, float> ? std::min<int64_t>(codes / 8, 1024) : 0;
 }
 
-// The entries that count of peaked rows, positions ascending. What `p`, `t` and `along` hold is the user's.
-template <class Real>
-class Lists {
- public:
-  Lists(int64_t rows, int64_t limit)
-      : capacity_(limit), stride_(limit + detail::kGroup), count_(rows), index_(make_buffer<int32_t>(rows * stride_)),
-        values_(make_buffer<Real>(3 * rows * stride_)) {}
-
-  int64_t capacity() const { return capacity_; }
-  int64_t& count(int64_t row) { return count_[row]; }
-  int32_t* index(int64_t row) { return index_.get() + row * stride_; }
-  Real* p(int64_t row) { return values_.get() + 3 * row * stride_; }
-  Real* t(int64_t row) { return p(row) + stride_; }
-  Real* along(int64_t row) { return t(row) + stride_; }
-
- private:
-  int64_t capacity_, stride_;
-  std::vector<int64_t> count_;
-  Buffer<int32_t> index_;
-  Buffer<Real> values_;
-};
-
 // Calls body(group, first row, last row) for the groups of a block, in parallel.
 template <class Body>
 void for_each_group(int64_t rows, int64_t elements_per_row, const Body& body) {
@@ -154,15 +127,38 @@ DGI_HOST_DEVICE Real scaled_unit(const Real* r, const Quantize<Real>& in, Real* 
   return rnorm;
 }
 
-template <class Real, class Pass>
-void run(const Quantize<Real>& in, int64_t block, Pass&& pass) {
-  for (int64_t begin = 0; begin < in.rows; begin += block) pass.run_block(begin, std::min(block, in.rows - begin));
-  pass.finish();
+// Two threads wait for each other less if each takes half of the rows from end to end, with sums of its own, than if they
+// share every product. With more threads there would be too many sums as large as the codebooks.
+inline int64_t shares_of(int64_t rows) { return thread_count() <= 2 && rows >= 512 ? 2 : 1; }
+
+// Rows that a share takes through the levels at once: enough for efficient products.
+template <class Real>
+int64_t block_rows(const Quantize<Real>& in, int64_t shares) {
+  const int64_t elements = (int64_t{1} << 21) / shares, widest = *std::max_element(in.sizes.begin(), in.sizes.end());
+  const int64_t block = std::clamp<int64_t>(elements / widest / kGroup * kGroup, 128, 512);
+  return std::max<int64_t>(1, std::min((in.rows + shares - 1) / shares, block));
 }
 
-template <class Real>
-int64_t block_rows(const Quantize<Real>& in) {
-  return block_rows(in.rows, *std::max_element(in.sizes.begin(), in.sizes.end()));
+// Makes a pass for every share of the rows by make(share, shares, rows of a block), and runs them side by side.
+template <class Pass, class Real, class Make>
+std::vector<std::unique_ptr<Pass>> run(const Quantize<Real>& in, const Make& make) {
+  const int64_t shares = shares_of(in.rows), block = block_rows(in, shares);
+  std::vector<std::unique_ptr<Pass>> passes;
+  for (int64_t share = 0; share < shares; ++share) passes.push_back(make(share, shares, block));
+  const auto run_share = [&](int64_t share) {
+    const int64_t end = (share + 1) * in.rows / shares;
+    for (int64_t begin = share * in.rows / shares; begin < end; begin += block) {
+      passes[share]->run_block(begin, std::min(block, end - begin));
+    }
+  };
+  if (shares == 1) {
+    run_share(0);  // not within parallel_for, where products and loops have one thread
+  } else {
+    parallel_for(shares, 1, [&](int64_t first, int64_t last) {
+      for (int64_t share = first; share < last; ++share) run_share(share);
+    });
+  }
+  return passes;
 }
 
 }  // namespace dgi::cpu

@@ -101,11 +101,14 @@ dgi::cpu::Quantize<Real> quantize_inputs(const Tensor& z, const Tensor& codebook
           *data_of<Real>(tau), static_cast<Real>(eps), static_cast<dgi::cpu::QuantizeMode>(mode), noise};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> residual_quantize_cpu(
-    const Tensor& z, const Tensor& codebooks, std::vector<int64_t> sizes, const Tensor& scale, const Tensor& tau,
-    const std::optional<Tensor>& seed, int64_t row_offset, int64_t mode, double eps) {
+using QuantizeResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+QuantizeResults residual_quantize_cpu(const Tensor& z, const Tensor& codebooks, std::vector<int64_t> sizes,
+                                      const Tensor& scale, const Tensor& tau, const std::optional<Tensor>& seed,
+                                      int64_t row_offset, int64_t mode, double eps, int64_t list_room) {
   STD_TORCH_CHECK(z.dim() == 2, kGumbel, "z must be (N, D)");
-  return for_compute_dtype(z, [&](auto real) -> std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> {
+  STD_TORCH_CHECK(0 <= list_room && list_room <= 1024, kGumbel, "list_room must be in [0, 1024]; got ", list_room);
+  return for_compute_dtype(z, [&](auto real) -> QuantizeResults {
     using Real = decltype(real);
     const auto inputs = quantize_inputs<Real>(z, codebooks, sizes, scale, tau, seed, row_offset, mode, eps);
     const int64_t rows = inputs.rows, levels = inputs.levels();
@@ -116,19 +119,68 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> residual_quan
     Tensor sampled = torch::stable::empty({rows, levels}, ScalarType::Long);
     Tensor usage = torch::stable::empty({codebooks.size(0)}, dtype);
     Tensor log_normalizer = torch::stable::empty({rows, levels}, dtype);
-    Tensor is_peaked = torch::stable::empty({rows, levels}, ScalarType::Bool);
+    Tensor list_range = torch::stable::empty({rows, levels, 2}, ScalarType::Long);
+    Tensor list_code = torch::stable::empty({rows, levels, list_room}, ScalarType::Int);
+    Tensor list_p = torch::stable::empty({rows, levels, list_room}, dtype);
     const auto of = [](Tensor& x) { return static_cast<Real*>(x.mutable_data_ptr()); };
-    dgi::cpu::residual_quantize<Real>(inputs, {of(quantized), of(residuals), of(usage), of(log_normalizer),
-                                               codes.mutable_data_ptr<int64_t>(), sampled.mutable_data_ptr<int64_t>(),
-                                               is_peaked.mutable_data_ptr<bool>()});
-    return {quantized, codes, sampled, usage, residuals, log_normalizer, is_peaked};
+    int64_t *const code = codes.mutable_data_ptr<int64_t>(), *const sample = sampled.mutable_data_ptr<int64_t>();
+    if (inputs.mode == dgi::cpu::QuantizeMode::kHard) {
+      std::fill_n(list_range.mutable_data_ptr<int64_t>(), list_range.numel(), int64_t{0});
+      dgi::cpu::residual_quantize_hard<Real>(
+          inputs, {of(quantized), of(residuals), of(usage), of(log_normalizer), code, sample});
+    } else {
+      dgi::cpu::residual_quantize<Real>(inputs, {of(quantized), of(residuals), of(usage), of(log_normalizer), code, sample,
+                                                 {list_p.numel(), list_range.mutable_data_ptr<int64_t>(),
+                                                  list_code.mutable_data_ptr<int32_t>(), of(list_p)}});
+    }
+    return {quantized, codes, sampled, usage, residuals, log_normalizer, list_range, list_code, list_p};
   });
+}
+
+Tensor assign_codes_cpu(const Tensor& z, const Tensor& codebooks, std::vector<int64_t> sizes, double eps) {
+  STD_TORCH_CHECK(z.dim() == 2, kGumbel, "z must be (N, D)");
+  return for_compute_dtype(z, [&](auto real) {
+    using Real = decltype(real);
+    constexpr int64_t kHard = static_cast<int64_t>(dgi::cpu::QuantizeMode::kHard);
+    Tensor one = torch::stable::empty({}, z.scalar_type());  // scale and temperature, of which no code depends
+    *static_cast<Real*>(one.mutable_data_ptr()) = 1;
+    const auto inputs = quantize_inputs<Real>(z, codebooks, sizes, one, one, std::nullopt, 0, kHard, eps);
+    Tensor codes = torch::stable::empty({inputs.rows, inputs.levels()}, ScalarType::Long);
+    dgi::cpu::residual_quantize_hard<Real>(
+        inputs, {nullptr, nullptr, nullptr, nullptr, codes.mutable_data_ptr<int64_t>(), nullptr});
+    return codes;
+  });
+}
+
+template <class Real>
+using SavedLists = dgi::cpu::ListedRows<const Real, const int32_t, const int64_t>;
+
+// The lists that forward left; whoever made them, their codes are of their codebooks.
+template <class Real>
+SavedLists<Real> saved_lists(const Tensor& range, const Tensor& code, const Tensor& p, const Tensor& like, int64_t rows,
+                             const std::vector<int64_t>& sizes) {
+  const int64_t room = code.numel(), levels = static_cast<int64_t>(sizes.size());
+  STD_TORCH_CHECK(range.is_contiguous() && range.scalar_type() == ScalarType::Long && range.numel() == 2 * rows * levels
+                      && code.is_contiguous() && code.scalar_type() == ScalarType::Int && p.is_contiguous()
+                      && p.scalar_type() == like.scalar_type() && p.numel() == room,
+                  kGumbel, "list_range, list_code and list_p must be as forward returned them");
+  const SavedLists<Real> lists{room, data_of<int64_t>(range), data_of<int32_t>(code), data_of<Real>(p)};
+  for (int64_t row = 0; room > 0 && row < rows * levels; ++row) {
+    const int64_t first = lists.range[2 * row], last = lists.range[2 * row + 1];
+    bool are_codes = 0 <= first && first <= last && last <= room;
+    int64_t before = -1;
+    for (int64_t j = first; are_codes && j < last; before = lists.code[j++]) are_codes = before < lists.code[j];
+    STD_TORCH_CHECK(are_codes && before < sizes[row % levels], kGumbel,
+                    "list_range and list_code must hold ranges of ascending codes");
+  }
+  return lists;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> residual_quantize_backward_cpu(
     const std::optional<Tensor>& dquantized, const std::optional<Tensor>& dusage,
     const std::optional<Tensor>& dresiduals, const std::optional<Tensor>& dlog_normalizer, const Tensor& residuals,
-    const Tensor& sampled, const Tensor& is_peaked, const Tensor& codebooks, std::vector<int64_t> sizes, const Tensor& scale, const Tensor& tau,
+    const Tensor& sampled, const Tensor& log_normalizer, const Tensor& list_range, const Tensor& list_code,
+    const Tensor& list_p, const Tensor& codebooks, std::vector<int64_t> sizes, const Tensor& scale, const Tensor& tau,
     const std::optional<Tensor>& seed, int64_t row_offset, int64_t mode, double eps, bool wants_z, bool wants_codebooks,
     bool wants_scale, bool wants_tau) {
   STD_TORCH_CHECK(residuals.dim() == 3 && residuals.size(1) == static_cast<int64_t>(sizes.size()), kGumbel,
@@ -136,9 +188,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_quantize_backward_cpu(
   STD_TORCH_CHECK(sampled.is_contiguous() && sampled.scalar_type() == ScalarType::Long
                       && sampled.numel() == residuals.size(0) * residuals.size(1),
                   kGumbel, "sampled must be contiguous int64 (N, m)");
-  STD_TORCH_CHECK(is_peaked.is_contiguous() && is_peaked.scalar_type() == ScalarType::Bool
-                      && is_peaked.numel() == sampled.numel(),
-                  kGumbel, "is_peaked must be contiguous bool (N, m)");
+  STD_TORCH_CHECK(log_normalizer.is_contiguous() && log_normalizer.scalar_type() == residuals.scalar_type()
+                      && log_normalizer.numel() == sampled.numel(),
+                  kGumbel, "log_normalizer must be contiguous (N, m), of the dtype of residuals");
   return for_compute_dtype(residuals, [&](auto real) -> std::tuple<Tensor, Tensor, Tensor, Tensor> {
     using Real = decltype(real);
     const auto inputs = quantize_inputs<Real>(residuals, codebooks, sizes, scale, tau, seed, row_offset, mode, eps);
@@ -159,8 +211,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_quantize_backward_cpu(
       const int64_t size = sizes[i % inputs.levels()];
       STD_TORCH_CHECK(0 <= chosen[i] && chosen[i] < size, kGumbel, "sampled must hold codes; got ", chosen[i]);
     }
-    dgi::cpu::residual_quantize_backward<Real>(inputs, {data_of<Real>(residuals), chosen, data_of<bool>(is_peaked)},
-                                               upstream,
+    const dgi::cpu::QuantizeSaved<Real> saved{data_of<Real>(residuals), data_of<Real>(log_normalizer), chosen,
+                                              saved_lists<Real>(list_range, list_code, list_p, codebooks, inputs.rows, sizes)};
+    dgi::cpu::residual_quantize_backward<Real>(inputs, saved, upstream,
                                                {result<Real>(dz), result<Real>(dcodebooks), result<Real>(dscale),
                                                 result<Real>(dtau)});
     const auto or_empty = [&](const std::optional<Tensor>& x) {
@@ -226,11 +279,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dgi_kernels, m) {
   m.def("gumbel_softmax_backward(Tensor dout, Tensor logits, Tensor tau, Tensor seed, bool wants_tau) -> "
         "(Tensor dlogits, Tensor dtau)");
   m.def("residual_quantize(Tensor z, Tensor codebooks, int[] sizes, Tensor scale, Tensor tau, Tensor? seed, "
-        "int row_offset, int mode, float eps) -> (Tensor quantized, Tensor codes, Tensor sampled, Tensor usage, "
-        "Tensor residuals, Tensor log_normalizer, Tensor is_peaked)");
+        "int row_offset, int mode, float eps, int list_room) -> (Tensor quantized, Tensor codes, Tensor sampled, "
+        "Tensor usage, Tensor residuals, Tensor log_normalizer, Tensor list_range, Tensor list_code, Tensor list_p)");
+  m.def("assign_codes(Tensor z, Tensor codebooks, int[] sizes, float eps) -> Tensor");
   m.def("residual_quantize_backward(Tensor? dquantized, Tensor? dusage, Tensor? dresiduals, Tensor? dlog_normalizer, "
-        "Tensor residuals, Tensor sampled, Tensor is_peaked, Tensor codebooks, int[] sizes, Tensor scale, Tensor tau, Tensor? seed, "
-        "int row_offset, int mode, float eps, bool wants_z, bool wants_codebooks, bool wants_scale, bool wants_tau) "
+        "Tensor residuals, Tensor sampled, Tensor log_normalizer, Tensor list_range, Tensor list_code, Tensor list_p, "
+        "Tensor codebooks, int[] sizes, Tensor scale, Tensor tau, Tensor? seed, int row_offset, int mode, float eps, "
+        "bool wants_z, bool wants_codebooks, bool wants_scale, bool wants_tau) "
         "-> (Tensor dz, Tensor dcodebooks, Tensor dscale, Tensor dtau)");
 }
 
@@ -238,6 +293,7 @@ STABLE_TORCH_LIBRARY_IMPL(dgi_kernels, CPU, m) {
   m.impl("gumbel_softmax", TORCH_BOX(&gumbel_softmax_cpu));
   m.impl("gumbel_softmax_backward", TORCH_BOX(&gumbel_softmax_backward_cpu));
   m.impl("residual_quantize", TORCH_BOX(&residual_quantize_cpu));
+  m.impl("assign_codes", TORCH_BOX(&assign_codes_cpu));
   m.impl("residual_quantize_backward", TORCH_BOX(&residual_quantize_backward_cpu));
 }
 

@@ -18,11 +18,32 @@ from dgi_kernels.cosine import cosine_logits
 from dgi_kernels.trie import MAX_COUNT, Beams, Trie
 from dgi_kernels.trie.filters import Filters, TrieFilter, check_filters
 
-__all__ = ["BeamResult", "Beams", "beam_search", "beam_step", "cosine_beam_step"]
+__all__ = ["BeamResult", "Beams", "HiddenStates", "beam_search", "beam_step", "cosine_beam_step"]
 
 NORMALIZERS = ("full", "children", "none")
 
-Step = Callable[[int, Tensor | None, Tensor | None], Tensor]
+
+class HiddenStates(NamedTuple):
+    """What a step of :func:`beam_search` may return in place of logits: the arguments of a :func:`cosine_beam_step`.
+
+    Attributes:
+        h: (B, M, D) hidden states.
+        codebook: (K, D).
+        scale: the logit scale (gamma).
+        eps: lower bound of the norms.
+    """
+
+    h: Tensor
+    codebook: Tensor
+    scale: float | Tensor
+    eps: float = 1e-12
+
+    def logits(self) -> Tensor:
+        """(B, M, K) the logits that they stand for, see :func:`dgi_kernels.cosine_logits`."""
+        return cosine_logits(self.h, self.codebook, self.scale, eps=self.eps)
+
+
+Step = Callable[[int, Tensor | None, Tensor | None], Tensor | HiddenStates]
 
 
 class BeamResult(NamedTuple):
@@ -150,7 +171,9 @@ def beam_search(trie: Trie, step: Step, *, batch_size: int, num_beams: int, norm
         step: the model's side, ``step(depth, tokens, parents) -> logits``. At depth 0 tokens and parents are None and
             the logits (B, 1, K_0). Later tokens and parents are (B, num_beams) int64, -1 where dead: the code that each
             beam has just got, and the beam of the step before that it continues (reorder a key-value cache by it); the
-            logits are (B, num_beams, K_depth). In a live beam token -1 says that its sequence has ended.
+            logits are (B, num_beams, K_depth). In a live beam token -1 says that its sequence has ended. A cosine head
+            may return :class:`HiddenStates`, so that its logits are never formed. Once all sequences of all requests
+            have ended or are dead it is not called again, but on CUDA, where to see that would take a host sync.
         batch_size: the number of requests B.
         num_beams: beams per request M, any number from 1.
         normalize, filters, backend: as in :func:`beam_step`.
@@ -170,11 +193,30 @@ def beam_search(trie: Trie, step: Step, *, batch_size: int, num_beams: int, norm
     filters = check_filters(filters, trie, batch_size)
     history = []
     for depth in range(trie.depth):
-        logits = step(depth, None, None) if depth == 0 else step(depth, beams.tokens, beams.parents)
-        _check_logits(f"logits of step(depth={depth})", logits, trie, beams)
-        beams = _beam_step(trie, logits, beams, num_beams, normalize, None, filters, backend)
+        if depth > 0 and _all_ended(beams):  # their ends cost nothing, whatever the logits
+            logits: Tensor | HiddenStates = _no_logits(trie, beams)
+        else:
+            logits = step(depth, None, None) if depth == 0 else step(depth, beams.tokens, beams.parents)
+        if isinstance(logits, HiddenStates):
+            beams = cosine_beam_step(trie, logits.h, logits.codebook, logits.scale, beams, num_beams=num_beams,
+                                     normalize=normalize, filters=filters, eps=logits.eps, backend=backend)
+        else:
+            _check_logits(f"logits of step(depth={depth})", logits, trie, beams)
+            beams = _beam_step(trie, logits, beams, num_beams, normalize, None, filters, backend)
         history.append(beams)
     return BeamResult(_codes(history), beams.scores, beams.nodes)
+
+
+def _all_ended(beams: Beams) -> bool:
+    """Whether no beam of a step has got a code; False where it is not known without waiting for the device."""
+    if beams.tokens.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not bool((beams.tokens >= 0).any())
+
+
+def _no_logits(trie: Trie, beams: Beams) -> Tensor:
+    """(B, M, K) zeros that take no memory."""
+    return beams.scores.new_zeros(()).expand(*beams.nodes.shape, trie.codebook_sizes[beams.depth])
 
 
 def _codes(history: list[Beams]) -> Tensor:

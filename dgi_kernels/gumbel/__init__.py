@@ -23,7 +23,7 @@ from dgi_kernels.gumbel.reference import ResidualQuantization
 if backends()["triton"].available:
     from dgi_kernels.gumbel import triton, triton_softmax
 
-__all__ = ["ResidualQuantization", "gumbel_noise", "gumbel_softmax", "residual_quantize"]
+__all__ = ["ResidualQuantization", "assign_codes", "gumbel_noise", "gumbel_softmax", "residual_quantize"]
 
 MODES = ("soft", "straight_through", "hard")
 
@@ -194,6 +194,35 @@ def residual_quantize(z: Tensor, codebooks: Iterable[Tensor], scale: float | Ten
         else:
             result = in_pytorch(*inputs)
         return result._replace(quantized=result.quantized.to(dtype), residuals=result.residuals.to(dtype))
+
+
+@torch.no_grad()
+def assign_codes(z: Tensor, codebooks: Iterable[Tensor], *, eps: float = 1e-12, backend: str = "auto") -> Tensor:
+    """The final codes of vectors: those of ``residual_quantize(z, codebooks, scale, mode="hard")`` for any scale > 0.
+
+    An argmax of cosines and a gather per level and nothing else: what assigning the codes of a whole catalog needs.
+    Where two codes are within rounding of each other, either may come out.
+
+    Args:
+        z, codebooks, eps, backend: as in :func:`residual_quantize`.
+
+    Returns:
+        (N, m) int64.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, type or device, or is out of range; it is named.
+        BackendUnavailable: ``backend``, asked for by name, cannot run here.
+    """
+    checks.float_tensor("z", z, ndim=2)
+    codebooks = _check_codebooks(codebooks, z)
+    eps = checks.number("eps", eps, positive=True)
+    dtype = z.dtype
+    for codebook in codebooks:
+        dtype = torch.promote_types(dtype, codebook.dtype)
+    if choose("residual_quantize", backend, z.device, dtype) != "native":
+        return residual_quantize(z, codebooks, 1.0, mode="hard", noise=False, eps=eps, backend=backend).codes
+    compute = checks.compute_dtype(dtype)
+    return native.assign_codes(z.to(compute), [codebook.to(compute) for codebook in codebooks], eps)
 
 
 def _check_codebooks(codebooks: Iterable[Tensor], z: Tensor) -> list[Tensor]:

@@ -98,7 +98,7 @@ def test_search_logits_equal_teacher_forced_ones_on_hard_codes() -> None:
         parents = torch.zeros(len(batch), 1, dtype=torch.int64)
         for level, head in enumerate(model.heads):
             tokens = output.codes[:, level - 1 : level] if level else None
-            logits = step(level, tokens, parents if level else None)
+            logits = step(level, tokens, parents if level else None).logits()
             torch.testing.assert_close(logits[:, 0], head(output.hidden[:, level]), rtol=1e-4, atol=1e-4)
 
 
@@ -113,7 +113,7 @@ def test_search_step_follows_the_parents_of_its_beams() -> None:
         step = model.beam_step_function(query)
         step(0, None, None)
         step(1, first, torch.zeros_like(first))
-        logits = step(2, chosen, parents)
+        logits = step(2, chosen, parents).logits()
         for beam, (a, b) in enumerate([(2, 3), (2, 0), (0, 1)]):
             inputs = torch.stack([model.quantizer.codebooks[0][a], model.quantizer.codebooks[1][b]])
             hidden = model.decoder(inputs.expand(len(batch), 2, -1), query.memory, query.mask)[:, -1]

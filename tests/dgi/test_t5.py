@@ -235,7 +235,8 @@ def test_search_sees_the_logits_of_teacher_forcing(model: DGIModel) -> None:
     step = model.beam_step_function(query)
     first, second = torch.tensor([[1, 4], [0, 7]]), torch.tensor([[2, 5], [3, 0]])
     parents = torch.tensor([[1, 1], [0, 1]])
-    logits = [step(0, None, None), step(1, first, torch.zeros(2, 2, dtype=torch.int64)), step(2, second, parents)]
+    steps = [step(0, None, None), step(1, first, torch.zeros(2, 2, dtype=torch.int64)), step(2, second, parents)]
+    logits = [states.logits() for states in steps]
     for row in range(2):
         for beam in range(2):
             chosen = [first[row, parents[row, beam]], second[row, beam]]

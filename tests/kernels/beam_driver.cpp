@@ -46,17 +46,17 @@ using Random = std::mt19937_64;
 
 int64_t below(Random& random, int64_t n) { return static_cast<int64_t>(random() % static_cast<uint64_t>(n)); }
 
-// One level with `nodes` nodes over `codes` codes; some nodes end, some have no child.
+// One level with `nodes` nodes over `codes` codes; some nodes end, some have no child, and of a thin one all have few.
 struct Level {
   std::vector<int32_t> tokens;
   std::vector<int64_t> child_start{0};
 
-  Level(Random& random, int64_t nodes, int64_t codes) {
+  Level(Random& random, int64_t nodes, int64_t codes, bool thin) {
     for (int64_t node = 0; node < nodes; ++node) {
       if (below(random, 4) == 0) tokens.push_back(dgi::kEndToken);
       const int64_t keep = below(random, 5);
       for (int64_t code = 0; code < codes; ++code) {
-        if (below(random, 4) < keep) tokens.push_back(static_cast<int32_t>(code));
+        if (below(random, thin ? 4 * codes / 3 : 4) < keep) tokens.push_back(static_cast<int32_t>(code));
       }
       child_start.push_back(static_cast<int64_t>(tokens.size()));
     }
@@ -83,9 +83,11 @@ struct Expected {
 // With `head` the logits are those of random hidden states and codes.
 template <class Real>
 bool one_case(Random& random, dgi::Normalize normalize, bool head) {
-  const int64_t requests = below(random, 3), width = below(random, 6), codes = 1 + below(random, 40);
+  const bool large = head && below(random, 8) == 0;  // enough beams and codes for bounds on their children
+  const int64_t requests = below(random, 3), width = below(random, large ? 60 : 6);
+  const int64_t codes = 1 + below(random, large ? 300 : 40);
   const int64_t nodes = 1 + below(random, 5), num_beams = 1 + below(random, 90);
-  const Level level(random, nodes, codes);
+  const Level level(random, nodes, codes, large);
   const int64_t children = static_cast<int64_t>(level.tokens.size());
   std::vector<int64_t> items{0};
   for (int64_t i = 0; i < children; ++i) items.push_back(items.back() + 1 + below(random, 3));

@@ -13,6 +13,7 @@ from dgi_kernels import (
     BackendUnavailable,
     BeamResult,
     Beams,
+    HiddenStates,
     Trie,
     TrieFilter,
     backends,
@@ -164,6 +165,50 @@ def test_step_is_called_as_promised() -> None:
     assert calls[1][1].tolist() == [[0, 1, -1, -1]] * 2 and calls[1][2].tolist() == [[0, 0, -1, -1]] * 2
     assert calls[2][1].tolist() == [[1, 2, 0, -1]] * 2 and calls[2][2].tolist() == [[0, 0, 1, -1]] * 2
     assert result.codes.tolist() == [[[0, 1, 2], [0, 2, -1], [1, 0, 0], [-1, -1, -1]]] * 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_model_is_not_asked_once_all_sequences_have_ended(backend: str) -> None:
+    """The long sequence is filtered out for one request and banned for the other; the ended ones go down to leaves."""
+    trie = Trie.from_codes([[0], [1, 0], [2, 1, 0, 2]], [7, 8, 9], codebook_sizes=[3, 2, 1, 3])
+    calls = []
+
+    def step(depth: int, tokens: Tensor | None, parents: Tensor | None) -> Tensor:
+        calls.append(depth)
+        logits = torch.zeros(2, 1 if depth == 0 else 3, trie.codebook_sizes[depth])
+        if depth == 0:
+            logits[1, :, 2] = -math.inf
+        return logits
+
+    result = beam_search(trie, step, batch_size=2, num_beams=3, normalize="none", backend=backend,
+                         filters=[trie.filter(items=[7, 8]), None])
+    assert calls == [0, 1, 2]  # two codes at depth 1 are still followed by an end at depth 2
+    assert result.codes.tolist() == [[[0, -1, -1, -1], [1, 0, -1, -1], [-1] * 4]] * 2
+    assert result.scores.tolist() == [[0.0, 0.0, -math.inf]] * 2
+    assert trie.items(result.nodes[:, :2], trie.depth).item_ids.tolist() == [7, 8] * 2
+    calls.clear()
+    result = beam_search(trie, lambda depth, tokens, parents: step(depth, tokens, parents).fill_(-math.inf),
+                         batch_size=2, num_beams=3, backend=backend)
+    assert calls == [0] and (result.nodes == -1).all() and (result.codes == -1).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_hidden_states_take_the_place_of_logits(backend: str) -> None:
+    for _ in range(CASES // 30):
+        catalog = random_catalog()
+        trie = make(catalog)
+        heads = [(torch.randn(2, 6, 5), torch.randn(size, 5)) for size in catalog.sizes]
+
+        def states(depth: int, tokens: Tensor | None, parents: Tensor | None, heads: list = heads) -> HiddenStates:
+            h, codebook = heads[depth]
+            return HiddenStates(h[:, : 1 if depth == 0 else 6], codebook, 7.0, 1e-6)
+
+        normalize = random.choice(["full", "children", "none"])
+        options = {"batch_size": 2, "num_beams": 6, "normalize": normalize, "backend": backend}
+        found = beam_search(trie, states, **options)
+        expected = beam_search(trie, lambda *given: states(*given).logits(), **options)
+        assert torch.equal(found.scores == -math.inf, expected.scores == -math.inf)
+        torch.testing.assert_close(found.scores, expected.scores, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -111,6 +111,32 @@ def test_peaked_rows_and_hopeless_beams(dtype: torch.dtype) -> None:
             beams = got
 
 
+@pytest.mark.parametrize("spread", [0.1, 1.0, 30.0], ids=["alike", "flat", "peaked"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fused_steps_skip_no_beam_that_counts(dtype: torch.dtype, spread: float) -> None:
+    """With many beams of few children most are never multiplied; against float64 on the same numbers."""
+    codes, items, dim = random.choice([97, 300]), 4000, random.choice([3, 33])
+    ragged = [row[:random.choice([2, 3, 3])] for row in torch.randint(0, codes, (items, 3)).tolist()]
+    trie = Trie.from_codes(ragged, codebook_sizes=[codes] * 3)
+    filters = [trie.filter(mask=torch.rand(items) < 0.5), *[None] * 3] if random.random() < 0.5 else None
+    beams = trie.root(4)
+    for _ in range(3):
+        codebook = torch.randn(codes, dim).to(dtype)
+        near = codebook[torch.randint(0, codes, (4, beams.nodes.shape[1]))].float()
+        h = (torch.randn(4, beams.nodes.shape[1], dim) / spread + near).to(dtype)
+        h[random.randrange(4), -1, 0] = random.choice([math.nan, math.inf, 0.0])
+        scale = random.choice([1.0, 30.0, 100.0, -5.0])
+        got = cosine_beam_step(trie, h, codebook, scale, beams, num_beams=60, filters=filters, backend="native")
+        expected = beam_step(trie, cosine_logits(h.double(), codebook.double(), scale), beams, num_beams=60,
+                             filters=filters, backend="reference")
+        assert torch.equal(got.scores == -math.inf, expected.scores == -math.inf)
+        torch.testing.assert_close(got.scores, expected.scores, rtol=2e-5, atol=2e-4)
+        again = cosine_beam_step(trie, h[1:], codebook, scale, Beams(*(part[1:] for part in beams[:4]), beams.depth),
+                                 num_beams=60, filters=filters and filters[1:], backend="native")
+        assert torch.equal(again.scores, got.scores[1:])  # whichever rows share its tile
+        beams = got
+
+
 def test_a_child_of_probability_one_ties_with_its_parent() -> None:
     """Exactly 0 is the largest log-probability: a beam that equals the threshold still counts."""
     trie = Trie.from_codes([[0, 0], [1, 0], [2, 0], [3, 0]], codebook_sizes=[4, 1])
@@ -272,7 +298,8 @@ def test_the_kernel_is_clean_under_sanitizers(tmp_path: Path, seed: int) -> None
     compiled = subprocess.run(
         ["c++", "-std=c++20", "-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
          f"-I{CSRC / 'include'}", f"-I{CSRC / 'cpu'}", str(Path(__file__).with_name("beam_driver.cpp")),
-         str(CSRC / "cpu" / "beam.cpp"), "-o", str(binary)], capture_output=True, text=True)
+         str(CSRC / "cpu" / "beam.cpp"), str(CSRC / "cpu" / "cosine_beam.cpp"), "-o", str(binary)],
+        capture_output=True, text=True)
     if compiled.returncode and "sanitize" in compiled.stderr + compiled.stdout or "asan" in compiled.stderr:
         pytest.skip(f"the compiler has no sanitizers: {compiled.stderr[-300:]}")
     assert compiled.returncode == 0, compiled.stderr

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dgi_kernels import _extension, gumbel_softmax, residual_quantize
+from dgi_kernels import _extension, assign_codes, gumbel_softmax, residual_quantize
 
 from .shapes import GUMBEL, QUANTIZE, Quantize
 from .test_gumbel import GRADIENT_MODES, Inputs, differentiable, gradients, make, oracle, weighted_sum
@@ -220,12 +220,13 @@ def test_ops_are_well_registered(seeded: bool) -> None:
     ops = torch.ops.dgi_kernels
     z, books, scale, tau = torch.randn(5, 3), torch.randn(9, 3), torch.tensor(9.0), torch.tensor(0.8)
     seed = torch.tensor([3]) if seeded else None
-    options = ([4, 5], scale, tau, seed, 7, 0, 1e-12)
-    torch.library.opcheck(ops.residual_quantize.default, (z, books, *options))
+    options = ([4, 5], scale, tau, seed, 7, 0, 1e-12, 2)
+    torch.library.opcheck(ops.residual_quantize.default, (z, books, *options[:-1], 0))  # room is left as it was
     result = ops.residual_quantize(z, books, *options)
     upstream = (torch.randn(5, 2, 3), None, None, torch.randn(5, 2))
     torch.library.opcheck(ops.residual_quantize_backward.default,
-                          (*upstream, result[4], result[2], result[6], books, *options, True, seeded, True, not seeded))
+                          (*upstream, result[4], result[2], *result[5:], books, *options[:-1],
+                           True, seeded, True, not seeded))
     logits = torch.randn(4, 6)
     torch.library.opcheck(ops.gumbel_softmax.default, (logits, tau, torch.tensor([3]), seeded))
     torch.library.opcheck(ops.gumbel_softmax_backward.default, (logits, logits, tau, torch.tensor([3]), seeded))
@@ -235,10 +236,74 @@ def test_direct_callers_are_stopped_too() -> None:
     ops = torch.ops.dgi_kernels
     z, books, one = torch.randn(5, 3), torch.randn(9, 3), torch.tensor(1.0)
     with pytest.raises(RuntimeError, match="sizes must add up"):
-        ops.residual_quantize(z, books, [4, 4], one, one, None, 0, 0, 1e-12)
+        ops.residual_quantize(z, books, [4, 4], one, one, None, 0, 0, 1e-12, 0)
     with pytest.raises(RuntimeError, match="mode must be"):
-        ops.residual_quantize(z, books, [9], one, one, None, 0, 3, 1e-12)
+        ops.residual_quantize(z, books, [9], one, one, None, 0, 3, 1e-12, 0)
+
+    def backward(sampled: Tensor, *lists: Tensor) -> None:
+        ops.residual_quantize_backward(None, None, None, None, torch.randn(2, 1, 3), sampled, torch.randn(2, 1), *lists,
+                                       books, [9], one, one, None, 0, 1, 1e-12, True, True, True, True)
+
+    def lists(ranges: list[int], codes: list[int]) -> tuple[Tensor, ...]:
+        p = torch.full((len(codes),), 0.5)
+        return torch.tensor(ranges).view(2, 1, 2), torch.tensor(codes, dtype=torch.int32), p
+
+    fine = torch.zeros(2, 1, dtype=torch.int64)
+    backward(fine, *lists([0, 2, 2, 4], [1, 8, 0, 3]))
     with pytest.raises(RuntimeError, match="sampled must hold codes"):
-        ops.residual_quantize_backward(None, None, None, None, torch.randn(5, 1, 3), torch.full((5, 1), 9),
-                                       torch.zeros(5, 1, dtype=torch.bool), books, [9], one, one, None,
-                                       0, 1, 1e-12, True, True, True, True)
+        backward(torch.full((2, 1), 9), *lists([0, 2, 2, 4], [1, 8, 0, 3]))
+    for ranges, codes in (([0, 2, 2, 4], [1, 9, 0, 3]), ([0, 2, 2, 4], [1, 8, -1, 3]), ([0, 2, 2, 4], [8, 1, 0, 3]),
+                          ([0, 2, 2, 5], [1, 8, 0, 3]), ([-1, 2, 2, 4], [1, 8, 0, 3]), ([2, 0, 2, 4], [1, 8, 0, 3])):
+        with pytest.raises(RuntimeError, match="must hold ranges of ascending codes"):
+            backward(fine, *lists(ranges, codes))
+    with pytest.raises(RuntimeError, match="must be as forward returned them"):
+        backward(fine, *lists([0, 2, 2, 4], [1, 8, 0, 3])[:2], torch.full((3,), 0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, Quantize(n=1100, d=12, sizes=(2500, 1024, 7))], ids=str)
+def test_assigned_codes_are_those_of_hard_mode(shape: Quantize, dtype: torch.dtype) -> None:
+    """Compared by their cosines in float64: of codes within rounding of each other either will do."""
+    inputs = make(shape, dtype)
+    codes = assign_codes(inputs.z, inputs.codebooks, backend="native")
+    assert codes.dtype == torch.int64 and codes.shape == (shape.n, len(shape.sizes))
+    resolution = 1e-12 if dtype == torch.float64 else 1e-5
+    residual = inputs.z.detach().double()
+    for level, codebook in enumerate(inputs.codebooks):
+        e = codebook.detach().double()
+        cosines = F.normalize(residual, dim=-1, eps=1e-12) @ F.normalize(e, dim=-1, eps=1e-12).T
+        chosen = cosines.gather(1, codes[:, level : level + 1])[:, 0]
+        assert (chosen >= cosines.amax(1) - resolution).all()
+        residual = residual - e[codes[:, level]]
+    by_reference = residual_quantize(inputs.z, inputs.codebooks, 9.0, mode="hard", noise=False,
+                                     backend="reference").codes
+    if dtype == torch.float64 and shape.d > 3:
+        assert torch.equal(codes, by_reference)
+
+
+def test_assigned_codes_of_awkward_rows() -> None:
+    z, codebook = torch.randn(7, 5), torch.randn(1500, 5)
+    codebook[1400] = codebook[3]  # a tie in another tile: the lower code
+    z[0], z[1], z[2], z[3, 2] = codebook[3], 0, 1e15 * codebook[8], torch.nan
+    codes = assign_codes(z, [codebook], backend="native")[:, 0]
+    assert codes[:4].tolist() == [3, 0, 8, 0]
+    codebook[1300] = torch.nan  # torch's argmax takes the first NaN
+    assert assign_codes(z, [codebook], backend="native")[:, 0].tolist() == [1300, 1300, 1300, 0, 1300, 1300, 1300]
+    assert assign_codes(z[:0], [codebook], backend="native").shape == (0, 1)
+    with pytest.raises(ValueError, match=r"codebooks\[0\]"):
+        assign_codes(z, [codebook[:, :4]])
+
+
+@pytest.mark.parametrize("scale", [0.0, 3.0, -30.0, 300.0])
+@pytest.mark.parametrize("seed", [None, 5])
+def test_hard_mode_over_several_tiles_of_codes(scale: float, seed: int | None) -> None:
+    """Its running maxima and log-sum-exp, with noise and without, against the reference over all codes at once."""
+    inputs = peaked(600, 16, (2600, 70), torch.float64)
+    ours, theirs = (residual_quantize(inputs.z, inputs.codebooks, scale, 0.3, mode="hard", seed=seed, backend=b)
+                    for b in ("native", "reference"))
+    assert torch.equal(ours.codes, theirs.codes) and torch.equal(ours.sampled, theirs.sampled)
+    for a, b in zip(differentiable(ours), differentiable(theirs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    narrow = residual_quantize(inputs.z.float(), [c.float() for c in inputs.codebooks], scale, 0.3, mode="hard",
+                               seed=seed, backend="native").log_normalizer[:, 0]
+    torch.testing.assert_close(narrow.double(), theirs.log_normalizer[:, 0], rtol=1e-4, atol=1e-4)

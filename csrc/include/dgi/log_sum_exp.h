@@ -45,6 +45,15 @@ struct LogSumExp {
   DGI_HOST_DEVICE bool empty() const { return sum == 0; }
   DGI_HOST_DEVICE Real log_sum() const { return std::log(sum); }
 
+  // Adds the sum over other numbers.
+  template <bool kFused>
+  DGI_HOST_DEVICE void add(const LogSumExp& other) {
+    if (other.empty()) return;
+    const LogSumExp &large = other.maximum > maximum ? other : *this, &small = other.maximum > maximum ? *this : other;
+    sum = small.empty() ? large.sum : large.sum + small.sum * exponential_term<kFused>(small.maximum - large.maximum);
+    maximum = large.maximum;
+  }
+
   template <bool kFused>
   DGI_HOST_DEVICE void add(const Real* x, int64_t count) {
     Real largest = -std::numeric_limits<Real>::infinity();
