@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dgi import data, metrics
+    from dgi import data, integrations, metrics
     from dgi.batches import Batch, make_batch
     from dgi.checkpoint import CheckpointError, load_model, save_model
     from dgi.config import ModelConfig, TrainConfig
@@ -41,6 +41,7 @@ _MODULES = {
     "data": ("Catalog", "DataError", "Dataset", "Interactions", "Judgments", "load_catalog", "load_dataset",
              "load_interactions", "load_judgments", "load_movielens"),
     "heads": ("CosineHead",),
+    "integrations": (),
     "index": ("DGIIndex", "IndexFormatError", "SearchResult"),
     "losses": ("DGILoss",),
     "metrics": (),
@@ -74,6 +75,7 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "data",
+    "integrations",
     "load_catalog",
     "load_dataset",
     "load_interactions",

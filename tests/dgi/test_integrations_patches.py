@@ -1,0 +1,90 @@
+"""Our Gumbel-Softmax in the place of torch's, and quantizers made of codebooks trained elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dgi.integrations import gumbel_softmax_patch, residual_quantizer_from
+from dgi_kernels import gumbel_softmax
+
+
+def test_gumbel_softmax_is_ours_inside_the_block() -> None:
+    original, logits = F.gumbel_softmax, torch.randn(5, 9)
+    torch.manual_seed(3)
+    expected = gumbel_softmax(logits, 0.7), gumbel_softmax(logits, 0.5, True)
+    with gumbel_softmax_patch():
+        torch.manual_seed(3)
+        soft, hard = F.gumbel_softmax(logits, tau=0.7), F.gumbel_softmax(logits, tau=0.5, hard=True, dim=1)
+    assert torch.equal(soft, expected[0]) and torch.equal(hard, expected[1])
+    assert F.gumbel_softmax is original
+    with pytest.raises(KeyError), gumbel_softmax_patch():
+        raise KeyError
+    assert F.gumbel_softmax is original
+
+
+def test_gumbel_softmax_passes_gradients() -> None:
+    logits = torch.randn(4, 6, requires_grad=True)
+    weight = torch.randn(4, 6)
+    with gumbel_softmax_patch():
+        torch.manual_seed(3)
+        (F.gumbel_softmax(logits, 0.8) * weight).sum().backward()
+    torch.manual_seed(3)
+    expected, = torch.autograd.grad((gumbel_softmax(logits, 0.8) * weight).sum(), logits)
+    assert torch.equal(logits.grad, expected)
+
+
+@pytest.mark.parametrize(("shape", "options"), [((4, 6), {"dim": 0}), ((0, 6), {}), ((3, 4, 5), {"dim": -2})])
+def test_other_gumbel_softmax_calls_stay_torchs(shape: tuple[int, ...], options: dict[str, Any]) -> None:
+    logits = torch.randn(shape)
+    torch.manual_seed(3)
+    expected = F.gumbel_softmax(logits, **options)
+    with gumbel_softmax_patch():
+        torch.manual_seed(3)
+        assert torch.equal(F.gumbel_softmax(logits, **options), expected)
+
+
+def test_codes_of_given_codebooks() -> None:
+    codebooks = [torch.randn(7, 12), torch.randn(9, 12)]
+    z = torch.randn(200, 12)
+    quantizer = residual_quantizer_from(codebooks)
+    residual, expected = z.double(), []
+    for codebook in codebooks:
+        code = (F.normalize(residual, dim=1) @ F.normalize(codebook.double(), dim=1).T).argmax(1)
+        residual = residual - codebook[code]
+        expected.append(code)
+    assert torch.equal(quantizer.assign(z), torch.stack(expected, 1))
+    codebooks[0].zero_()
+    assert quantizer.codebooks[0].abs().sum() > 0, "copied"
+
+
+def test_codes_of_a_residual_vq() -> None:
+    library = pytest.importorskip("vector_quantize_pytorch")
+    source = library.ResidualVQ(dim=16, num_quantizers=3, codebook_size=20, use_cosine_sim=True, kmeans_init=True)
+    z = torch.randn(500, 16)
+    source.train()
+    for _ in range(5):
+        source(z)
+    source.eval()
+    quantizer = residual_quantizer_from(source)
+    assert torch.equal(quantizer.assign(z), source(z)[1])
+    assert len(quantizer.assign(z).unique(dim=0)) > 100
+    with pytest.raises(ValueError, match="use_cosine_sim=True"):
+        residual_quantizer_from(library.ResidualVQ(dim=16, num_quantizers=2, codebook_size=20))
+    with pytest.raises(ValueError, match="no projections"):
+        residual_quantizer_from(library.ResidualVQ(dim=16, num_quantizers=2, codebook_size=20, use_cosine_sim=True,
+                                                   codebook_dim=8))
+
+
+@pytest.mark.parametrize(("source", "error", "message"), [
+    ([], TypeError, "source must be a ResidualVQ or a sequence"),
+    (torch.nn.Linear(2, 3), TypeError, "source must be a ResidualVQ or a sequence.*got Linear"),
+    ([torch.randn(3, 4), torch.randn(3, 5)], ValueError, r"source\[1\] must have shape"),
+    ([torch.full((3, 4), torch.nan)], ValueError, r"source\[0\] must be finite"),
+])
+def test_wrong_sources(source: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        residual_quantizer_from(source)
