@@ -1,31 +1,36 @@
-"""Residual quantization, forward and backward, and its noise, against PyTorch and vector-quantize-pytorch on the CPU.
+"""Residual quantization, its hard assignment and its noise, against PyTorch and vector-quantize-pytorch on the CPU.
 
-Every system quantizes the same rows by the same three codebooks, softly, with noise; vector-quantize-pytorch, where it
-is installed, by a straight-through sample over Euclidean distances, the nearest that it has to learnable codebooks.
-The floor is the seven matrix products that
-forward and backward of each level cannot do without (``torch.mm``, 14 N D sum(K) operations), measured in the same
-interleaved run; "MB" is the peak beyond the inputs of one call, gradients included.  Flat: random rows and codes.
-Peaked, like a trained quantizer: codebooks in families of 64 codes at cosine 0.8 and rows near a path of codes, so that
-about 60 of 4096 entries of a row count at tau = 0.5 and 3 at tau = 0.1.
+Quantization is forward and backward. Every system quantizes the same rows by the same three codebooks, softly, with
+noise; vector-quantize-pytorch, where it is installed, by a straight-through sample over Euclidean distances, the
+nearest that it has to learnable codebooks. The floor is the seven matrix products that forward and backward of each
+level cannot do without (``torch.mm``, 14 N D sum(K) operations), measured in the same interleaved run; "MB" is the peak
+beyond the inputs of one call, gradients included. Flat: random rows and codes. Peaked, like a trained quantizer:
+codebooks in families of 64 codes at cosine 0.8 and rows near a path of codes, so that about 60 of 4096 entries of a row
+count at tau = 0.5 and 3 at tau = 0.1.
 
-Run: make bench, or pytest bench/bench_gumbel.py; python bench/bench_gumbel.py prints a table of every shape.
+Assignment gives items their codes, without gradient, noise or softmax; its floor is one product per level. The noise
+stands against ``exponential_``, which is what ``F.gumbel_softmax`` takes its own from.
+
+Run: make bench, or pytest bench/bench_gumbel.py; python bench/bench_gumbel.py prints tables of every shape.
+     python bench/bench_gumbel.py --catalog 10000000 assigns codes to so many items instead, once.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
+import statistics
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import Step, medians, peak_bytes
+from measure import Results, Step, interleaved, peak_bytes, seconds, title
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
+from tqdm import tqdm
 
-from dgi_kernels import noise, residual_quantize
+from dgi_kernels import assign_codes, noise, residual_quantize
 from dgi_kernels.gumbel import native
 
 ROWS, SIZES, SCALE = 2048, (4096, 1024, 256), 30.0
@@ -154,37 +159,100 @@ def test_gumbel_noise(benchmark: BenchmarkFixture, make: Callable[[int, int], Te
     benchmark(make, rows, codes)
 
 
-def noise_table(rounds: int) -> None:
-    print("| noise | exponential_ ns | gumbel_noise ns | ratio |\n|---|---|---|---|")
-    for rows, codes in NOISE_SHAPES:
-        seconds = medians({"exponential_": lambda n=rows, k=codes: exponential(n, k),
-                           "ours": lambda n=rows, k=codes: in_cpp(n, k)}, rounds)
-        theirs, mine = (1e9 * seconds[name] / (rows * codes) for name in ("exponential_", "ours"))
-        print(f"| ({rows}, {codes}) | {theirs:.2f} | {mine:.2f} | {theirs / mine:.1f} |")
+def assign_in_pytorch(z: Tensor, codebooks: list[Tensor]) -> Tensor:
+    codes = []
+    for codebook in codebooks:
+        codes.append((z @ F.normalize(codebook, dim=-1).T).argmax(1))  # the row's own norm changes no argmax
+        z = z - codebook[codes[-1]]
+    return torch.stack(codes, 1)
 
 
-def table(shapes: list[tuple[int, float]], rounds: int) -> None:
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}; N = {ROWS}, "
-          f"K = {SIZES}; ms (ratio to the floor), MB at the peak; medians of {rounds} interleaved rounds\n")
+def assignments(d: int) -> dict[str, Step]:
+    z, codebooks, _ = inputs(d, peaked=True)
+    z, books = z.detach().repeat(4, 1), [codebook.detach() for codebook in codebooks]
+    out = [torch.empty(len(z), len(e)) for e in books]
+    return {"floor": lambda: [torch.mm(z, e.T, out=tile) for e, tile in zip(books, out, strict=True)],
+            "eager": lambda: assign_in_pytorch(z, books), "ours": lambda: assign_codes(z, books)}
+
+
+def assign_catalog(items: int, d: int = 64, batch: int = 65536) -> None:
+    """Assign codes to a catalog that is made batch by batch, and print the time of assignment alone."""
+    books = [codebook.detach() for codebook in inputs(d, peaked=True)[1]]
+    random, spent, product = torch.Generator().manual_seed(0), 0.0, 0.0
+    tile = torch.empty(batch, max(SIZES))
+    counts = torch.zeros(SIZES[0], dtype=torch.int64)
+    for first in tqdm(range(0, items, batch), unit="batch"):
+        z = torch.randn(min(batch, items - first), d, generator=random)
+        codes: list[Tensor] = []
+        spent += seconds(lambda z=z, codes=codes: codes.append(assign_codes(z, books)))
+        product += seconds(lambda z=z: [torch.mm(z, e.T, out=tile[:len(z), :len(e)].flatten()[:len(z) * len(e)]
+                                                 .view(len(z), len(e))) for e in books])
+        counts += codes[0][:, 0].bincount(minlength=SIZES[0])
+    print(f"{items:,} items, D={d}, K={SIZES}: {spent:.1f} s, {items / spent / 1e6:.2f} million a second; the matrix "
+          f"products alone {product:.1f} s; {int((counts > 0).sum())} codes of the first level in use; {title()}")
+
+
+def table(shapes: list[tuple[int, float]], rounds: int, results: Results) -> None:
+    print(f"{title()}; N = {ROWS}, K = {SIZES}; ms (ratio to the floor), MB at the peak; medians of {rounds} "
+          f"interleaved rounds\n")
     for row, (d, tau, peaked) in enumerate((d, tau, p) for d, tau in shapes for p in (False, True)):
-        systems = steps(d, tau, peaked)
-        seconds = medians(systems, rounds)
+        systems, kind = steps(d, tau, peaked), "peaked" if peaked else "flat"
         if row == 0:
-            print("| D | tau | assignments | " + " | ".join(systems) + " |\n" + "|---" * (3 + len(systems)) + "|")
-        cells = []
-        for name, run in systems.items():
-            memory = peak_bytes(run) if name != "floor" else None
-            cells.append(f"{1e3 * seconds[name]:.4g} ({seconds[name] / seconds['floor']:.2f})"
-                         + (f", {memory / 1e6:.0f} MB" if memory is not None else ""))
-        print(f"| {d} | {tau} | {'peaked' if peaked else 'flat'} | " + " | ".join(cells) + " |", flush=True)
-    print()
+            print_header("D", "tau", "assignments", *systems)
+        add_row("residual_quantize", {"N": ROWS, "D": d, "tau": tau, "assignments": kind}, (d, tau, kind), systems,
+                rounds, results)
+
+
+def assignment_table(rounds: int, results: Results) -> None:
+    print_header("D, assignment", *assignments(64))
+    for d in (64, 256):
+        add_row("assign_codes", {"N": 4 * ROWS, "D": d}, (d,), assignments(d), rounds, results)
+
+
+def noise_table(rounds: int, results: Results) -> None:
+    print_header("noise", "exponential_ ns", "gumbel_noise ns", "ratio")
+    for rows, codes in NOISE_SHAPES:
+        systems = {"exponential_": lambda n=rows, k=codes: exponential(n, k),
+                   "ours": lambda n=rows, k=codes: in_cpp(n, k)}
+        times = interleaved(systems, 3 * rounds)
+        theirs, mine = (1e9 * statistics.median(times[name]) / (rows * codes) for name in systems)
+        print(f"| ({rows}, {codes}) | {theirs:.2f} | {mine:.2f} | {theirs / mine:.1f} |")
+        for name in systems:
+            results.add("gumbel_noise", {"N": rows, "K": codes}, name, times[name])
+
+
+def print_header(*columns: str) -> None:
+    print("\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+
+
+def add_row(op: str, shape: dict[str, object], labels: tuple[object, ...], systems: dict[str, Step], rounds: int,
+            results: Results) -> None:
+    times, cells = interleaved(systems, rounds), []
+    base = statistics.median(times["floor"])
+    for name, run in systems.items():
+        memory = peak_bytes(run) if name != "floor" else None
+        results.add(op, shape, name, times[name], memory)
+        median = statistics.median(times[name])
+        cells.append(f"{1e3 * median:.4g} ({median / base:.2f})"
+                     + (f", {memory / 1e6:.0f} MB" if memory is not None else ""))
+    print(f"| {' | '.join(map(str, labels))} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="only the shapes that make bench runs")
     parser.add_argument("--rounds", type=int, default=7, help="rounds per shape (default 7)")
+    parser.add_argument("--catalog", type=int, metavar="ITEMS", help="assign codes to so many items, and no more")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there, as pytest-benchmark writes them")
     options = parser.parse_args()
+    if options.catalog:
+        assign_catalog(options.catalog)
+        raise SystemExit
     torch._dynamo.config.cache_size_limit = 4 * len(SHAPES)
-    table(QUICK if options.quick else SHAPES, options.rounds)
-    noise_table(options.rounds)
+    measured = Results()
+    table(QUICK if options.quick else SHAPES, options.rounds, measured)
+    assignment_table(options.rounds, measured)
+    noise_table(options.rounds, measured)
+    if options.json:
+        measured.write(options.json)
+        print(f"\nwrote {options.json}")

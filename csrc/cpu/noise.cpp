@@ -1,10 +1,10 @@
 // Gumbel noise on the CPU, tile by tile: words of Philox first (philox.cpp), then words to noise in a loop that the
 // compiler vectorises for AVX-512, AVX2 or what the machine has.
 //
-// Nothing is read, 4 bytes per element are written; per element a quarter of Philox (5 products of 32 x 32 bits) and
-// two polynomial logarithms, each about half of the time. Two cores of an AMD EPYC with AVX-512 at 2.6 GHz, (2048, 256):
-// 3.4 ns per element on one, 1.7 on two, where torch's exponential_, which has no thread but its own, takes 29 to 40.
-// Larger results also pay for the page faults of fresh memory. `make bench` (bench/bench_gumbel.py) measures it again.
+// Nothing is read, 4 bytes per element are written; per element a quarter of Philox (5 products of 32 x 32 bits) and two
+// polynomial logarithms. These are two loops: the chain of both, about 140 cycles long, would leave the core waiting, for
+// its reorder buffer holds no more than three such chains. Two cores of an AMD EPYC with AVX2, two threads: 1.6 to 2.4 ns
+// per element where torch's exponential_, which has no thread but its own, takes 23 to 30; python bench/bench_gumbel.py.
 #include "noise.h"
 
 #include <algorithm>
@@ -44,7 +44,8 @@ DGI_HOST_DEVICE void fill(const NoiseShape& shape, int64_t seed, int64_t first, 
       }
     });
     philox_tile(key, block_of, row_of, kNoiseTile, shape.level, shape.stream, words);
-    for (int64_t i = 0; i < 4 * kNoiseTile; ++i) noise[i] = gumbel_from_word(words[i]);
+    for (int64_t i = 0; i < 4 * kNoiseTile; ++i) noise[i] = exponential_from_word(words[i]);
+    for (int64_t i = 0; i < 4 * kNoiseTile; ++i) noise[i] = gumbel_from_exponential(noise[i]);
     for_each_row(shape, tile, [&](int64_t at, int64_t row, int64_t block, int64_t length) {
       const int64_t codes = std::min(4 * length, shape.codes - 4 * block);
       std::memcpy(out + row * shape.codes + 4 * block, noise + 4 * at, codes * sizeof(float));

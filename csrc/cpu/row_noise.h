@@ -29,15 +29,15 @@ struct RowNoise {
       row_of[i] = row;
     }
     philox_tile(key, block_of, row_of, blocks, level, stream, words);
-    for (int64_t i = 0; i < 4 * blocks; ++i) {
-      if constexpr (std::is_same_v<Real, double>) {
+    if constexpr (std::is_same_v<Real, double>) {
+      for (int64_t i = 0; i < 4 * blocks; ++i) {
         const double rate = -std::log1p(-((static_cast<double>(words[i]) + 0.5) * 0x1p-32));
         out[i] = static_cast<double>(static_cast<float>(-std::log(rate)));
-      } else if constexpr (kAs == NoiseAs::kExponential) {
-        out[i] = exponential_from_word<kFused>(words[i]);
-      } else {
-        out[i] = gumbel_from_word<kFused>(words[i]);
       }
+    } else {
+      for (int64_t i = 0; i < 4 * blocks; ++i) out[i] = exponential_from_word<kFused>(words[i]);
+      if constexpr (kAs == NoiseAs::kExponential) return;
+      for (int64_t i = 0; i < 4 * blocks; ++i) out[i] = gumbel_from_exponential<kFused>(out[i]);
     }
   }
 };

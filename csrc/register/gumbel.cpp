@@ -1,6 +1,7 @@
 // Gumbel-Softmax and residual quantization, as torch sees them: schemas, argument checks, calls into the code that knows no torch.
 #include "tensors.h"
 #include "cpu/gumbel.h"
+#include "cpu/pages.h"
 
 #ifdef DGI_WITH_CUDA
 #include <torch/csrc/stable/accelerator.h>
@@ -34,6 +35,7 @@ Tensor gumbel_softmax_cpu(const Tensor& logits, const Tensor& tau, const Tensor&
     using Stored = decltype(stored);
     const auto inputs = softmax_inputs<Stored>(logits, tau, seed, hard);
     Tensor out = torch::stable::empty_like(logits);
+    dgi::cpu::ask_for_huge_pages(out.mutable_data_ptr(), logits.numel() * static_cast<int64_t>(sizeof(Stored)));
     dgi::cpu::gumbel_softmax(inputs, static_cast<Stored*>(out.mutable_data_ptr()));
     return out;
   });
@@ -48,6 +50,7 @@ std::tuple<Tensor, Tensor> gumbel_softmax_backward_cpu(const Tensor& dout, const
                         && dout.size(0) == inputs.rows && dout.size(1) == inputs.codes,
                     kGumbel, "dout must be contiguous (N, K) of the dtype of logits");
     Tensor dlogits = torch::stable::empty_like(logits);
+    dgi::cpu::ask_for_huge_pages(dlogits.mutable_data_ptr(), logits.numel() * static_cast<int64_t>(sizeof(Stored)));
     Tensor dtau = wants_tau ? torch::stable::empty_like(tau) : torch::stable::empty({0}, compute_dtype(logits));
     dgi::cpu::gumbel_softmax_backward(
         inputs, data_of<Stored>(dout), static_cast<Stored*>(dlogits.mutable_data_ptr()),

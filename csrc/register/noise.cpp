@@ -1,6 +1,7 @@
 // Noise, as torch sees it: schemas, argument checks, calls into the code that knows no torch.
 #include "tensors.h"
 #include "cpu/noise.h"
+#include "cpu/pages.h"
 
 #ifdef DGI_WITH_CUDA
 #include <torch/csrc/stable/accelerator.h>
@@ -29,6 +30,7 @@ Tensor gumbel_noise_cpu(const Tensor& seed, int64_t level, int64_t stream, int64
   const dgi::NoiseShape shape = noise_shape(seed, level, stream, row_offset, rows, codes);
   Tensor out = torch::stable::empty({rows, codes}, ScalarType::Float);
   float* const data = out.mutable_data_ptr<float>();
+  dgi::cpu::ask_for_huge_pages(data, rows * codes * static_cast<int64_t>(sizeof(float)));
   const int64_t seed_value = *seed.const_data_ptr<int64_t>();
   const int64_t tiles = (shape.blocks() + dgi::cpu::kNoiseTile - 1) / dgi::cpu::kNoiseTile;
   constexpr int64_t kGrain = 128;  // 32768 elements, about 0.1 ms: below that a second thread does not pay

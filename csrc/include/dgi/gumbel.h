@@ -60,10 +60,16 @@ DGI_HOST_DEVICE float exponential_from_word(uint32_t x) {
   return -multiply_add<kFused>(exponent, kLn2, log1p_reduced<kFused>(f));
 }
 
+// g = -log E
+template <bool kFused = false>
+DGI_HOST_DEVICE float gumbel_from_exponential(float e) {
+  const Reduced reduced = reduce(e);
+  return -multiply_add<kFused>(static_cast<float>(reduced.exponent), kLn2, log1p_reduced<kFused>(reduced.mantissa - 1.0f));
+}
+
 template <bool kFused = false>
 DGI_HOST_DEVICE float gumbel_from_word(uint32_t x) {
-  const Reduced e = reduce(exponential_from_word<kFused>(x));
-  return -multiply_add<kFused>(static_cast<float>(e.exponent), kLn2, log1p_reduced<kFused>(e.mantissa - 1.0f));
+  return gumbel_from_exponential<kFused>(exponential_from_word<kFused>(x));
 }
 
 }  // namespace dgi

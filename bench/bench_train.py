@@ -1,0 +1,112 @@
+"""Training with the fused ops against training with their references: the same losses, and the seconds of a step.
+
+Two models with the same weights, batches and noise are trained side by side, step by step, one with
+``backend="auto"`` in all ops, the other with ``backend="reference"`` (plain PyTorch). The table has the median seconds
+of a step and the largest relative difference of their losses over the first steps and over all: rounding grows from
+step to step, as it does between any two kernels. "demo" is ``make demo``'s model and data (MovieLens-100K, fetched on
+first use); "large" the default codebooks (4096, 1024, 256) at D = 256 over item vectors, random ones.
+
+Run: python bench/bench_train.py [demo | large] [--steps N] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+
+import numpy as np
+import torch
+from measure import Results, seconds, title
+from tqdm import tqdm
+
+from dgi import DGIModel, Trainer
+from dgi.config import ModelConfig, TrainConfig
+from dgi.data import Catalog, Interactions, load_movielens
+from dgi.demo import DEMO_MODEL, DEMO_TRAINING
+from dgi.train import LossStep
+
+BACKENDS = ("auto", "reference")
+FIRST = 10  # steps within which rounding has not grown yet
+
+
+def demo() -> tuple[ModelConfig, TrainConfig, Catalog, Interactions]:
+    data = load_movielens()
+    return DEMO_MODEL, DEMO_TRAINING, data.catalog, data.train
+
+
+def large() -> tuple[ModelConfig, TrainConfig, Catalog, Interactions]:
+    items, rows, random = 20_000, 50_000, np.random.default_rng(0)
+    vectors = random.standard_normal((items, 256), dtype=np.float32)
+    catalog = Catalog(tuple(map(str, range(items))), ("",) * items, vectors)
+    interactions = Interactions(("",) * rows, random.integers(items, size=(rows, 4)), random.integers(items, size=rows),
+                                np.arange(rows, dtype=np.float64))
+    model = ModelConfig(encoder="vectors", vector_dim=256, dim=256, history_layers=1, decoder_layers=1, dropout=0.0)
+    return model, TrainConfig(batch_size=1024, epochs=1), catalog, interactions
+
+
+CASES = {"demo": demo, "large": large}
+
+
+def trainers(case: str) -> dict[str, Trainer]:
+    """One per backend, ready for its first step with the same weights."""
+    config, training, catalog, interactions = CASES[case]()
+    torch.manual_seed(training.seed)
+    model = DGIModel(config)
+    first = Trainer(model, training, catalog, interactions, None, progress=False)
+    first._start(resume=False)  # sets the codebooks
+    return {backend: Trainer(with_backend(copy.deepcopy(model), backend), training, catalog, interactions, None,
+                             progress=False) for backend in BACKENDS}
+
+
+def with_backend(module: torch.nn.Module, backend: str) -> torch.nn.Module:
+    for part in module.modules():
+        if hasattr(part, "backend"):
+            part.backend = backend
+    return module.train()
+
+
+def run(case: str, steps: int, results: Results) -> None:
+    systems = trainers(case)
+    losses: dict[str, list[float]] = {backend: [] for backend in BACKENDS}
+    times: dict[str, list[float]] = {backend: [] for backend in BACKENDS}
+    loss_steps = {name: with_backend(LossStep(trainer.model, trainer.config), name)
+                  for name, trainer in systems.items()}
+
+    def update(name: str, batch: object, step: int) -> None:
+        result, values = systems[name]._update(loss_steps[name], batch, step)
+        systems[name]._tend_codes(step, result)
+        losses[name].append(values["loss"])
+
+    for step, batch in tqdm(systems["auto"]._batches(0), total=steps, desc=case):
+        if step == steps:
+            break
+        for name in BACKENDS if step % 2 else reversed(BACKENDS):
+            times[name].append(seconds(lambda name=name, batch=batch, step=step: update(name, batch, step)))
+    differences = [abs(a - b) / abs(b) for a, b in zip(losses["auto"], losses["reference"], strict=True)]
+    median = {name: statistics.median(values[1:]) for name, values in times.items()}
+    config = systems["auto"].model.config
+    print(f"{case}: D={config.dim}, K={config.codebook_sizes}, batches of {systems['auto'].rank_batch}; {title()}\n"
+          f"  seconds a step, medians of {len(differences) - 1}: auto {median['auto']:.4f}, reference "
+          f"{median['reference']:.4f}; auto is {median['reference'] / median['auto']:.2f} times as fast\n"
+          f"  loss {losses['auto'][0]:.4f} -> {losses['auto'][-1]:.4f}; largest relative difference over the first "
+          f"{FIRST} steps {max(differences[:FIRST]):.1e}, over all {max(differences):.1e}", flush=True)
+    for name in BACKENDS:
+        shape = {"D": config.dim, "K": list(config.codebook_sizes), "batch": systems["auto"].rank_batch}
+        results.add("training step", shape, name, times[name][1:], losses=losses[name])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)} (default: both)")
+    parser.add_argument("--steps", type=int, default=40, help="steps of each training (default 40)")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures there")
+    options = parser.parse_args()
+    if unknown := set(options.cases) - set(CASES):
+        parser.error(f"no case {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
+    measured = Results()
+    for chosen in options.cases or CASES:
+        run(chosen, options.steps, measured)
+    if options.json:
+        measured.write(options.json)
+        print(f"wrote {options.json}")
