@@ -54,11 +54,11 @@ DGI_ALWAYS_INLINE inline const Compute<Stored>* read_logits(const Stored* data, 
 
 }  // namespace
 
-template <class Stored>
-bool beam_step(const BeamStep<Compute<Stored>>& step, const Logits<Stored>& logits, int64_t first, int64_t last,
+template <class Stored, class Token>
+bool beam_step(const BeamStep<Compute<Stored>, Token>& step, const Logits<Stored>& logits, int64_t first, int64_t last,
                const BeamOutput& out) {
   using Real = Compute<Stored>;
-  Request<Real> worker(step);
+  Request<Real, Token> worker(step);
   bool fits = true;
   with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
     for (int64_t request = first; request < last; ++request) {
@@ -81,9 +81,9 @@ bool beam_step(const BeamStep<Compute<Stored>>& step, const Logits<Stored>& logi
   return fits;
 }
 
-template bool beam_step(const BeamStep<float>&, const Logits<float>&, int64_t, int64_t, const BeamOutput&);
-template bool beam_step(const BeamStep<double>&, const Logits<double>&, int64_t, int64_t, const BeamOutput&);
-template bool beam_step(const BeamStep<float>&, const Logits<BFloat16>&, int64_t, int64_t, const BeamOutput&);
-template bool beam_step(const BeamStep<float>&, const Logits<Float16>&, int64_t, int64_t, const BeamOutput&);
+#define DGI_INSTANTIATE(Stored, Token)                                                                                    \
+  template bool beam_step(const BeamStep<Compute<Stored>, Token>&, const Logits<Stored>&, int64_t, int64_t, const BeamOutput&);
+DGI_FOR_STORED_AND_TOKEN(DGI_INSTANTIATE)
+#undef DGI_INSTANTIATE
 
 }  // namespace dgi::cpu

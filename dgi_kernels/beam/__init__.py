@@ -136,7 +136,7 @@ def cosine_beam_step(trie: Trie, h: Tensor, codebook: Tensor, scale: float | Ten
         ValueError, TypeError, BackendUnavailable: as :func:`beam_step`.
     """
     _check_beams(trie, beams)
-    checks.float_tensor("h", h, ndim=3, like=trie.item_ids)
+    checks.float_tensor("h", h, ndim=3, like=trie.parts.base.tokens[0])
     checks.shape("h", h, (*beams.nodes.shape, None), "(B, M, D)")
     checks.float_tensor("codebook", codebook, ndim=2, like=h)
     checks.shape("codebook", codebook, (None, h.shape[2]), "(K, D)")
@@ -254,8 +254,8 @@ def _check_beams(trie: Trie, beams: Beams) -> None:
     depth = checks.integer("beams.depth", beams.depth, low=0)
     if depth >= trie.depth:
         raise ValueError(f"beams.depth must be less than the trie's depth {trie.depth}: there is no level {depth}")
-    checks.tensor("beams.nodes", beams.nodes, dtypes=(torch.int64, torch.int32), ndim=2, like=trie.item_ids)
-    checks.float_tensor("beams.scores", beams.scores, like=trie.item_ids)
+    checks.tensor("beams.nodes", beams.nodes, dtypes=(torch.int64, torch.int32), ndim=2, like=trie.parts.base.tokens[0])
+    checks.float_tensor("beams.scores", beams.scores, like=trie.parts.base.tokens[0])
     checks.shape("beams.scores", beams.scores, tuple(beams.nodes.shape), "(B, M)")
 
 
@@ -264,7 +264,7 @@ def _check_nodes(trie: Trie, beams: Beams) -> Beams:
 
 
 def _check_logits(name: str, logits: Tensor, trie: Trie, beams: Beams) -> None:
-    checks.float_tensor(name, logits, ndim=3, like=trie.item_ids)
+    checks.float_tensor(name, logits, ndim=3, like=trie.parts.base.tokens[0])
     _check_codes_dimension(name, logits.shape[2], trie, beams.depth)
     checks.shape(name, logits, (*beams.nodes.shape, None), "(B, M, K)")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dgi_kernels.trie import Beams, Trie
-from dgi_kernels.trie.filters import TrieFilter, distinct_filters
+from dgi_kernels.trie.filters import TrieFilter, filter_arguments
 
 NORMALIZE = {"full": 0, "children": 1, "none": 2}
 
@@ -38,13 +38,18 @@ def cosine_beam_step(trie: Trie, h: Tensor, codebook: Tensor, scale: float | Ten
 def _step(op: Callable[..., tuple[Tensor, ...]], trie: Trie, beams: Beams,
           filters: TrieFilter | list[TrieFilter | None] | None, source: tuple[Any, ...], num_beams: int,
           normalize: str, log_normalizer: Tensor | None) -> Beams:
-    depth = beams.depth
-    distinct, filter_of = distinct_filters(filters, beams.nodes.shape[0])
-    lower = [*trie.child_start[depth + 1:], trie.item_start] if distinct else []
+    depth, base, delta = beams.depth, trie.parts.base, trie.parts.delta
+    sets, set_of = filter_arguments(filters, beams.nodes.shape[0])
+    below = base.below(depth + 1) if sets else []
+    added: list[Tensor] = []
+    anchors: list[Tensor] = []
+    if trie.parts.added is not None:
+        added = [trie.parts.added.tokens[depth], trie.parts.added.child_start[depth], *trie.parts.added.below(depth + 1)]
+        anchors = [delta.anchors[depth], delta.anchors[depth + 1]]
     scores = beams.scores.to(_compute_dtype(source[0]))
     nodes, tokens, parents, scores = op(
-        trie.tokens[depth], trie.child_start[depth], lower, [entry.counts for entry in distinct], filter_of, *source,
-        beams.nodes.long(), scores, log_normalizer, num_beams, NORMALIZE[normalize])
+        base.tokens[depth], base.child_start[depth], below, added, anchors, sets, set_of, *source, beams.nodes.long(),
+        scores, log_normalizer, num_beams, NORMALIZE[normalize])
     return Beams(nodes, tokens, parents, scores, depth + 1)
 
 

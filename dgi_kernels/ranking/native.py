@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dgi_kernels.trie import Trie
-from dgi_kernels.trie.filters import TrieFilter, distinct_filters
+from dgi_kernels.trie.filters import TrieFilter, filter_arguments
 
 EPS = 1e-12
 
@@ -18,10 +18,13 @@ def rank_candidates(query: Tensor, item_vectors: Tensor, trie: Trie, nodes: Tens
     Raises:
         RuntimeError: a node is out of range.
     """
-    distinct, filter_of = distinct_filters(filters, len(query))
+    base, added = trie.parts.base, trie.parts.added
+    sets, set_of = filter_arguments(filters, len(query))
+    of_delta = ([], None, None, None) if added is None else (
+        added.below(depth), added.item_order, added.item_ids, trie.parts.delta.anchors[depth])
     return torch.ops.dgi_kernels.rank_candidates(
-        _rows(query), _rows(item_vectors), [*trie.child_start[depth:], trie.item_start], trie.item_order,
-        trie.item_ids, [entry.allowed for entry in distinct], filter_of, nodes, scores, k, EPS)
+        _rows(query), _rows(item_vectors), base.num_nodes_at(depth), base.below(depth), base.item_order, base.item_ids,
+        *of_delta, sets, set_of, nodes, scores, k, EPS)
 
 
 def _rows(vectors: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ def test_an_empty_trie_is_valid() -> None:
     assert trie.items([0], 0).offsets.tolist() == [0, 0]
     assert trie.items([-1], 2).offsets.tolist() == [0, 0]
     assert trie.codes()[0].shape == (0, 2)
-    assert_same(trie.update(add=([[1, 2]], [5])), Trie.from_codes([[1, 2]], [5], codebook_sizes=[3, 4]))
+    assert_same(trie.update(add=([[1, 2]], [5])).compact(), Trie.from_codes([[1, 2]], [5], codebook_sizes=[3, 4]))
 
 
 def test_updates_are_builds_of_the_merged_catalog_and_leave_the_old_trie_alone() -> None:
@@ -139,7 +139,9 @@ def test_updates_are_builds_of_the_merged_catalog_and_leave_the_old_trie_alone()
         padded = Catalog([code for code, _ in merged], [item for _, item in merged], catalog.sizes).padded()
         assert (list(map(tuple, codes.tolist())), ids.tolist()) == (padded, [item for _, item in merged])
         if any(len(code) == catalog.depth for code, _ in merged):
-            assert_same(new, Trie.from_codes([code for code, _ in merged], ids, codebook_sizes=catalog.sizes))
+            built = Trie.from_codes([code for code, _ in merged], ids, codebook_sizes=catalog.sizes)
+            assert_same(new.compact(), built)
+            assert (new.num_items, new.num_nodes) == (built.num_items, built.num_nodes)
         for name, array in trie.arrays.items():
             assert torch.equal(array, before[name]), name
 
@@ -165,8 +167,12 @@ def test_state_makes_the_same_trie() -> None:
 
 def test_nbytes_is_the_size_of_the_arrays() -> None:
     trie = Trie.from_codes([[0, 0], [0, 1], [1, 0]])
-    # tokens: 2 and 3 int32; child_start: 2 and 3; item_start 4, item_order and item_ids 3 each, int64
-    assert trie.nbytes == (2 + 3) * 4 + (2 + 3 + 4 + 3 + 3) * 8
+    # tokens: 2 and 3 int16; child_start: 2 and 3 int32; what is 0, 1, 2, … takes nothing
+    assert trie.nbytes == (2 + 3) * 2 + (2 + 3) * 4
+    trie = Trie.from_codes([[1, 0], [0, 1], [0, 1]], [4, 5, 6], codebook_sizes=[2, 40000])
+    # tokens: 2 and 2 int32; child_start: 2 and 3; item_start 3 and item_order 3 int32; item_ids 3 int64
+    assert trie.nbytes == (2 + 2) * 4 + (2 + 3 + 3 + 3) * 4 + 3 * 8
+    trie = Trie.from_codes([[0, 0], [0, 1], [1, 0]])
     assert "num_items=3" in repr(trie) and "codebook_sizes=(2, 2)" in repr(trie)
 
 
