@@ -26,6 +26,7 @@ def _load() -> str | None:
         return f"{LIBRARY} was found but could not be loaded by torch {torch.__version__}: {error}"
     torch.library.register_fake("dgi_kernels::gumbel_noise", _fake_gumbel_noise)
     torch.library.register_fake("dgi_kernels::code_ranges", _fake_code_ranges)
+    torch.library.register_fake("dgi_kernels::find_children", _fake_find_children)
     torch.library.register_fake("dgi_kernels::item_set", _fake_item_set)
     torch.library.register_fake("dgi_kernels::cosine_logits", _fake_cosine_logits)
     torch.library.register_fake("dgi_kernels::cosine_logits_backward", _fake_cosine_logits_backward)
@@ -47,6 +48,10 @@ def _fake_gumbel_noise(seed: Tensor, level: int, stream: int, row_offset: int, r
 
 def _fake_code_ranges(codes: Tensor) -> Tensor:
     return codes.new_empty((2, codes.shape[1]), dtype=torch.int64)
+
+
+def _fake_find_children(tokens: Tensor, child_start: Tensor, nodes: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(nodes), torch.empty_like(nodes, dtype=torch.bool)
 
 
 def _fake_item_set(members: Tensor, item_order: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -51,6 +51,7 @@ KERNELS: dict[str, dict[str, Kernel]] = {
                           "triton": Kernel(_TRITON_DEVICES, _TRITON_DTYPES)},
     "gumbel_noise": {"native": Kernel(frozenset({"cpu"})), "triton": Kernel(_TRITON_DEVICES)},
     "trie_build": {"native": Kernel(frozenset({"cpu"}))},
+    "trie_find": {"native": Kernel(frozenset({"cpu"}))},
     "trie_filter": {"native": Kernel(frozenset({"cpu"}))},
     "beam_step": {"native": Kernel(frozenset({"cpu"}), _FLOATS)},
     "cosine_beam_step": {"native": Kernel(frozenset({"cpu"}), _FLOATS)},

@@ -81,4 +81,10 @@ class TrieBuild {
 // as such a set must be. False where item_order holds no row.
 bool write_item_set(const bool* members, int64_t size, const Offsets& item_order, uint64_t* words, int64_t* ranks);
 
+// Looks for the child of each of `count` nodes by its code: places[i] is the first child of nodes[i] whose token is not
+// less, or the end of its children; found[i] whether it is that of codes[i]. Of a node that does not exist 0 and false.
+template <class Token>
+void find_children(const TrieLevel<Token>& level, int64_t children, const int64_t* nodes, const int64_t* codes,
+                   int64_t count, int64_t* places, bool* found);
+
 }  // namespace dgi::cpu

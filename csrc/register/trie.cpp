@@ -93,17 +93,39 @@ std::tuple<Tensor, Tensor> item_set_cpu(const Tensor& members, const std::option
   return {words, ranks};
 }
 
+std::tuple<Tensor, Tensor> find_children_cpu(const Tensor& tokens, const Tensor& child_start, const Tensor& nodes,
+                                             const Tensor& codes) {
+  check_array("nodes", nodes, ScalarType::Long);
+  check_array("codes", codes, ScalarType::Long);
+  STD_TORCH_CHECK(nodes.numel() == codes.numel(), "find_children: nodes and codes must be of one size");
+  STD_TORCH_CHECK(child_start.numel() >= 1, "find_children: child_start must have an element more than there are nodes");
+  Tensor places = torch::stable::empty({nodes.numel()}, ScalarType::Long);
+  Tensor found = torch::stable::empty({nodes.numel()}, ScalarType::Bool);
+  const auto find = [&](auto token) {
+    using Token = decltype(token);
+    check_array("tokens", tokens, sizeof(Token) == 2 ? ScalarType::Short : ScalarType::Int);
+    const dgi::TrieLevel<Token> level{data_of<Token>(tokens), offsets_of("child_start", child_start),
+                                      child_start.numel() - 1};
+    dgi::cpu::find_children(level, tokens.numel(), data_of<int64_t>(nodes), data_of<int64_t>(codes), nodes.numel(),
+                            places.mutable_data_ptr<int64_t>(), static_cast<bool*>(found.mutable_data_ptr()));
+  };
+  tokens.scalar_type() == ScalarType::Short ? find(int16_t{}) : find(int32_t{});
+  return {places, found};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dgi_kernels, m) {
   m.def("code_ranges(Tensor codes) -> Tensor");
   m.def("trie_arrays(Tensor codes, bool narrow_tokens, bool narrow_offsets) -> Tensor[]");
+  m.def("find_children(Tensor tokens, Tensor child_start, Tensor nodes, Tensor codes) -> (Tensor places, Tensor found)");
   m.def("item_set(Tensor members, Tensor? item_order) -> (Tensor words, Tensor ranks)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dgi_kernels, CPU, m) {
   m.impl("code_ranges", TORCH_BOX(&code_ranges_cpu));
   m.impl("trie_arrays", TORCH_BOX(&trie_arrays_cpu));
+  m.impl("find_children", TORCH_BOX(&find_children_cpu));
   m.impl("item_set", TORCH_BOX(&item_set_cpu));
 }
 

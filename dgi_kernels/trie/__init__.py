@@ -210,10 +210,8 @@ class Trie:
         base, delta = self.parts.base, self.parts.delta
         if mask is None:
             of_base, of_delta = self._rows("items", items)
-            in_base = torch.zeros(base.num_items, dtype=torch.bool, device=self.device)
-            in_base[of_base[of_base >= 0]] = True
-            in_delta = torch.zeros(0 if delta is None else delta.arrays.num_items, dtype=torch.bool, device=self.device)
-            in_delta[of_delta[of_delta >= 0]] = True
+            in_base = _members(of_base, base.num_items)
+            in_delta = None if delta is None else _members(of_delta, delta.arrays.num_items)
         else:
             chosen = self._mask(mask)
             in_base, in_delta = chosen[:base.num_items], chosen[base.num_items:]
@@ -239,7 +237,7 @@ class Trie:
         """The rows of item ids, which must all be there, in base and delta; -1 in the other."""
         wanted = build.integer_tensor(name, ids, self.device).flatten()
         of_base, of_delta = self.parts.rows_of(wanted)
-        missing = (of_base < 0) & (of_delta < 0)
+        missing = torch.maximum(of_base, of_delta) < 0 if self.parts.delta is not None else of_base < 0
         if missing.any():
             raise ValueError(f"{name} must be ids of items in the trie; it has no item {wanted[missing][0].item()}")
         return of_base, of_delta
@@ -381,3 +379,9 @@ class Trie:
     def __repr__(self) -> str:
         return (f"Trie(num_items={self.num_items}, depth={self.depth}, num_nodes={self.num_nodes}, "
                 f"codebook_sizes={self.codebook_sizes}, nbytes={self.nbytes}, device={str(self.device)!r})")
+
+
+def _members(rows: Tensor, size: int) -> Tensor:
+    """(size,) bool, True at ``rows`` (n,); -1 is none."""
+    members = torch.zeros(size + 1, dtype=torch.bool, device=rows.device)
+    return members.scatter_(0, rows + 1, True)[1:]

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dgi_kernels import backend as backends
+from dgi_kernels.trie import native, reference
+
 END = -1  # the token of a sequence that has ended; it sorts before every code
 NARROW_CODEBOOK = 2**15  # tokens are int16 where no codebook is larger
 NARROW_COUNT = 2**31  # offsets are int32 below
@@ -110,7 +113,9 @@ class TrieArrays:
     def rows_of(self, ids: Tensor) -> Tensor:
         """The rows of item ids (n,) int64; -1 where the trie has no such item."""
         if self.item_ids is None:
-            return torch.where((ids >= 0) & (ids < self.num_items), ids, -1)
+            low, high = ids.aminmax() if ids.numel() else (0, -1)
+            all_known = low >= 0 and high < self.num_items
+            return ids if all_known else torch.where((ids >= 0) & (ids < self.num_items), ids, -1)
         return self._row_lookup.rows_of(ids)
 
     @functools.cached_property
@@ -118,23 +123,10 @@ class TrieArrays:
         return RowLookup(self.item_ids)
 
     def search(self, nodes: Tensor, codes: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-        """Look for the child of each node (-1: none) by its code, by binary search in its run of tokens.
-
-        Returns:
-            ``place``, the first node of depth + 1, among all up to the end of the run, whose token is not less; and
-            whether it is the child. Of a node -1 the place says nothing.
-        """
-        tokens = self.tokens[depth]
-        if len(tokens) == 0:
-            return torch.zeros_like(nodes), torch.zeros_like(nodes, dtype=torch.bool)
-        low = self.child_start[depth][nodes.clamp(min=0)].long()
-        end = self.child_start[depth][nodes.clamp(min=0) + 1].long()
-        high = end
-        for _ in range(self.max_degree[depth].bit_length()):
-            middle = (low + high) // 2
-            right = (low < high) & (tokens[middle.clamp(max=len(tokens) - 1)] < codes)
-            low, high = torch.where(right, middle + 1, low), torch.where(right, high, middle)
-        return low, (nodes >= 0) & (low < end) & (tokens[low.clamp(max=len(tokens) - 1)] == codes)
+        """Look for the child of each node by its code; see :func:`reference.find_children`."""
+        native_or_not = backends.choose("trie_find", "auto", nodes.device) == "native"
+        find = native.find_children if native_or_not else reference.find_children
+        return find(self.tokens[depth], self.child_start[depth], nodes, codes)
 
     def child(self, nodes: Tensor, codes: Tensor, depth: int) -> Tensor:
         """The child of each node (-1: none) by its code; -1 where there is none."""

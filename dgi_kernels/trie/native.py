@@ -20,6 +20,14 @@ def trie_arrays(codes: Tensor, token_dtype: torch.dtype, count_dtype: torch.dtyp
     return arrays[:depth], arrays[depth:2 * depth], item_start, item_order
 
 
+def find_children(tokens: Tensor, child_start: Tensor, nodes: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`reference.find_children`."""
+    shape = nodes.shape
+    places, found = torch.ops.dgi_kernels.find_children(tokens, child_start, nodes.flatten().contiguous(),
+                                                                codes.flatten().contiguous())
+    return places.view(shape), found.view(shape)
+
+
 def item_set(members: Tensor, item_order: Tensor | None) -> tuple[Tensor, Tensor]:
     """As :func:`reference.item_set`, of as many words as there must be."""
     return torch.ops.dgi_kernels.item_set(members.contiguous(), item_order)

@@ -69,6 +69,25 @@ def _closed(starts: Tensor, end: int) -> Tensor:
     return torch.cat([starts, starts.new_tensor([end])])
 
 
+def find_children(tokens: Tensor, child_start: Tensor, nodes: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Look for the child of each of ``nodes`` (…) int64 (-1: none) by its code, by binary search in its run of tokens.
+
+    Returns:
+        ``places``, the first child whose token is not less, or the end of the run; and whether it is that of the code.
+        Of a node -1 0 and False.
+    """
+    if len(tokens) == 0:
+        return torch.zeros_like(nodes), torch.zeros_like(nodes, dtype=torch.bool)
+    low, end = child_start[nodes.clamp(min=0)].long(), child_start[nodes.clamp(min=0) + 1].long()
+    high = end
+    for _ in range(len(tokens).bit_length()):
+        middle = (low + high) // 2
+        right = (low < high) & (tokens[middle.clamp(max=len(tokens) - 1)] < codes)
+        low, high = torch.where(right, middle + 1, low), torch.where(right, high, middle)
+    found = (nodes >= 0) & (low < end) & (tokens[low.clamp(max=len(tokens) - 1)] == codes)
+    return torch.where(nodes >= 0, low, 0), found
+
+
 def item_set(members: Tensor, item_order: Tensor | None, words: int, block_words: int) -> tuple[Tensor, Tensor]:
     """The bits of ``members`` (N,) bool, given by row, in the leaf order, and the ranks of their blocks.
 

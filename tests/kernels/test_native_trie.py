@@ -118,6 +118,18 @@ def test_sets_of_items(size: int, counts: torch.dtype | None) -> None:
         assert torch.equal(words, expected_words) and torch.equal(ranks, expected_ranks)
 
 
+@pytest.mark.parametrize("tokens", [torch.int16, torch.int32], ids=str)
+@pytest.mark.parametrize("counts", [torch.int32, torch.int64], ids=str)
+def test_children_are_found(tokens: torch.dtype, counts: torch.dtype) -> None:
+    for rows in (0, 1, 300, 5000):
+        (_, level), (_, starts), _, _ = native.trie_arrays(torch.randint(0, 90, (rows, 2)), tokens, counts)
+        nodes, codes = torch.randint(-1, max(1, len(starts) - 1), (2, 700)), torch.randint(-2, 92, (2, 700))
+        nodes = nodes.clamp(max=len(starts) - 2)
+        for got, expected in zip(native.find_children(level, starts, nodes, codes),
+                                 reference.find_children(level, starts, nodes, codes), strict=True):
+            assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize(("codes", "message"), [
     (torch.zeros(3, dtype=torch.int64), "codes must have shape"), (torch.zeros(2, 3), "codes must be integers"),
     (torch.zeros(2, 0, dtype=torch.int64), "codes must have shape"),
@@ -141,4 +153,6 @@ def test_direct_callers_of_item_set_are_stopped_too() -> None:
 
 def test_the_ops_are_well_registered() -> None:
     torch.library.opcheck(torch.ops.dgi_kernels.code_ranges.default, (torch.randint(-1, 5, (20, 3)),))
+    torch.library.opcheck(torch.ops.dgi_kernels.find_children.default, (
+        torch.tensor([1, 4, 2], dtype=torch.int16), torch.tensor([0, 2, 3]), torch.tensor([0, 1, -1]), torch.tensor([4, 4, 4])))
     torch.library.opcheck(torch.ops.dgi_kernels.item_set.default, (torch.rand(20) < 0.5, torch.randperm(20)))
