@@ -55,6 +55,7 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     "trie_filter": {"native": Kernel(frozenset({"cpu"}))},
     "beam_step": {"native": Kernel(frozenset({"cpu"}), _FLOATS)},
     "cosine_beam_step": {"native": Kernel(frozenset({"cpu"}), _FLOATS)},
+    "beam_codes": {"native": Kernel(frozenset({"cpu"}))},
     "rank_candidates": {"native": Kernel(frozenset({"cpu"}), _FLOATS)},
 }
 

@@ -22,7 +22,7 @@ def beam_step(trie: Trie, logits: Tensor, beams: Beams, num_beams: int, normaliz
     Raises:
         RuntimeError: a node is out of range.
     """
-    return _step(torch.ops.dgi_kernels.beam_step, trie, beams, filters, (logits,), num_beams, normalize, log_normalizer)
+    return _step(torch.ops.dgi_kernels.beam_step.default, trie, beams, filters, (logits,), num_beams, normalize, log_normalizer)
 
 
 def cosine_beam_step(trie: Trie, h: Tensor, codebook: Tensor, scale: float | Tensor, eps: float, beams: Beams,
@@ -31,8 +31,13 @@ def cosine_beam_step(trie: Trie, h: Tensor, codebook: Tensor, scale: float | Ten
     """``h`` (B, M, D) and ``codebook`` (K, D) of one float dtype; the rest as in :func:`beam_step`."""
     compute = _compute_dtype(h)
     scale = scale.detach().to(compute) if isinstance(scale, Tensor) else torch.tensor(scale, dtype=compute)
-    return _step(torch.ops.dgi_kernels.cosine_beam_step, trie, beams, filters,
+    return _step(torch.ops.dgi_kernels.cosine_beam_step.default, trie, beams, filters,
                  (h.contiguous(), codebook.contiguous(), scale, eps), num_beams, normalize, log_normalizer)
+
+
+def beam_codes(history: list[Beams]) -> Tensor:
+    """As :func:`reference.beam_codes`."""
+    return torch.ops.dgi_kernels.beam_codes([beams.tokens for beams in history], [beams.parents for beams in history])
 
 
 def _step(op: Callable[..., tuple[Tensor, ...]], trie: Trie, beams: Beams,
