@@ -34,7 +34,7 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 MARKER = re.compile(r"(<!-- (report|picture):(\S+)((?: [^=\s]+=\S+)*) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 KERNELS = re.compile(r"(?<=<!-- kernels -->\n).*?(?=<!-- /kernels -->)", re.DOTALL)
 COLUMNS = {"C++": ("native", "cpu"), "Triton": ("triton", "cuda"), "CUDA C++": ("native", "cuda")}
-OURS = ("ours", "native", "fused", "constrained_generate")  # what benchmarks call it; the first that there is
+OURS = ("ours", "native", "fused", "constrained_generate", "auto")  # what benchmarks call it; the first there is
 FLOOR = "floor"
 
 

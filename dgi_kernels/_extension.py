@@ -38,6 +38,7 @@ def _load() -> str | None:
     torch.library.register_fake("dgi_kernels::residual_quantize_backward", _fake_residual_quantize_backward)
     torch.library.register_fake("dgi_kernels::beam_step", _fake_beam_step)
     torch.library.register_fake("dgi_kernels::cosine_beam_step", _fake_cosine_beam_step)
+    torch.library.register_fake("dgi_kernels::beam_codes", _fake_beam_codes)
     torch.library.register_fake("dgi_kernels::rank_candidates", _fake_rank_candidates)
     return None
 
@@ -115,6 +116,10 @@ def _fake_residual_quantize_backward(
 def _fake_beams(like: Tensor, num_beams: int) -> tuple[Tensor, ...]:
     integers = [like.new_empty((like.shape[0], num_beams), dtype=torch.int64) for _ in range(3)]
     return *integers, like.new_empty((like.shape[0], num_beams), dtype=torch.float32)
+
+
+def _fake_beam_codes(tokens: list[Tensor], parents: list[Tensor]) -> Tensor:
+    return tokens[-1].new_empty((*tokens[-1].shape, len(tokens)))
 
 
 def _fake_beam_step(tokens: Tensor, child_start: Tensor, below: list[Tensor], delta: list[Tensor],

@@ -40,6 +40,7 @@ _CPP_AND_CUDA: Kernel = {"cpu": _FLOATS, "cuda": _GPU_FLOATS}
 
 # op -> backend -> where it runs.  The reference runs everywhere and is not listed.
 KERNELS: dict[str, dict[str, Kernel]] = {
+<<<<<<< HEAD
     "cosine_logits": {"native": _CPP},
     "cosine_cross_entropy": {"native": _CPP, "triton": _TRITON},
     "gumbel_softmax": {"native": _CPP_AND_CUDA, "triton": _TRITON},
@@ -51,6 +52,23 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     "beam_step": {"native": _CPP_AND_CUDA},
     "cosine_beam_step": {"native": _CPP_AND_CUDA},
     "rank_candidates": {"native": _CPP_AND_CUDA},
+=======
+    "cosine_logits": {"native": Kernel(frozenset({"cpu"}), _FLOATS)},
+    "cosine_cross_entropy": {"native": Kernel(frozenset({"cpu"}), _FLOATS),
+                             "triton": Kernel(_TRITON_DEVICES, _TRITON_DTYPES)},
+    "gumbel_softmax": {"native": Kernel(frozenset({"cpu"}), _FLOATS),
+                       "triton": Kernel(_TRITON_DEVICES, _TRITON_DTYPES)},
+    "residual_quantize": {"native": Kernel(frozenset({"cpu"}), _FLOATS),
+                          "triton": Kernel(_TRITON_DEVICES, _TRITON_DTYPES)},
+    "gumbel_noise": {"native": Kernel(frozenset({"cpu"})), "triton": Kernel(_TRITON_DEVICES)},
+    "trie_build": {"native": Kernel(frozenset({"cpu"}))},
+    "trie_find": {"native": Kernel(frozenset({"cpu"}))},
+    "trie_filter": {"native": Kernel(frozenset({"cpu"}))},
+    "beam_step": {"native": Kernel(frozenset({"cpu"}), _FLOATS)},
+    "cosine_beam_step": {"native": Kernel(frozenset({"cpu"}), _FLOATS)},
+    "beam_codes": {"native": Kernel(frozenset({"cpu"}))},
+    "rank_candidates": {"native": Kernel(frozenset({"cpu"}), _FLOATS)},
+>>>>>>> main
 }
 
 # Which of an op's kernels ``auto`` tries first.  On GPUs Triton's noise takes fewer instructions per element: hardware

@@ -33,7 +33,8 @@ def test_budgets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = Budgets("nvcc", "13.0", recording=True)
     assert first.problem("a kernel", 90, usage) == ""
     first.record([90])
-    assert json.loads((tmp_path / "budgets.json").read_text())["nvcc"]["kernels"] == {"a kernel sm_90": [40, 1024, 1000]}
+    written = json.loads((tmp_path / "budgets.json").read_text())
+    assert written["nvcc"]["kernels"] == {"a kernel sm_90": [40, 1024, 1000]}
     budgets = Budgets("nvcc", "13.0")
     assert budgets.problem("a kernel", 90, Usage(48, 0, 1024, 1100)) == ""
     assert "registers 49, recorded 40" in budgets.problem("a kernel", 90, Usage(49, 0, 1024, 1000))

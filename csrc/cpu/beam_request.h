@@ -1,8 +1,9 @@
 // The search of one request: which of its beams are worth looking at, and the best of their children.
 //
-// The best num_beams candidates so far give a threshold. A beam whose own score, or a lower bound of its children's, lies
-// below it has no child that counts (log-probabilities are at most 0), and neither have those behind it. The threshold also becomes a bound on the logit, so
-// that most children cost a load and a comparison; only those that pass are scored, looked up in the filter and kept.
+// The best num_beams candidates so far give a threshold. A beam whose own score, or an upper bound of its children's, lies
+// below it has no child that counts (log-probabilities are at most 0), and neither have those behind it. The threshold
+// also becomes a bound on the logit, so that most children cost a load and a comparison; only those that pass are scored,
+// looked up in the filter and kept.
 #pragma once
 
 #include <algorithm>
@@ -274,9 +275,17 @@ class Request {
     const auto current_cut = [&] {
       return best_.full() ? normalizer.cut(parent, best_.threshold()) : std::numeric_limits<Real>::lowest();
     };
+    constexpr int64_t kGroup = 8;  // children that are compared at once: hardly any passes
     const int64_t end = run.end, slot = run.slot - run.first;
     Real cut = current_cut();
     for (int64_t i = first; i < end; ++i) {
+      while (i + kGroup <= end) {
+        bool passes = false;
+        for (int64_t j = 0; j < kGroup; ++j) passes |= logit(i + j) >= cut;
+        if (passes) break;
+        i += kGroup;
+      }
+      if (i == end) break;
       const Real x = logit(i);
       if (!(x >= cut)) continue;
       const Real score = normalizer.score(parent, x);

@@ -135,6 +135,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cosine_beam_step_cpu(
   });
 }
 
+// tokens, parents: (B, M_t) of every step; the codes (B, M, L) of the last beams, each one's parents followed back. -1 where
+// dead.
+Tensor beam_codes_cpu(const std::vector<Tensor>& tokens, const std::vector<Tensor>& parents) {
+  constexpr const char* kCodes = "dgi_kernels, beam_codes: ";
+  STD_TORCH_CHECK(!tokens.empty() && tokens.size() == parents.size() && tokens.back().dim() == 2, kCodes,
+                  "tokens and parents must have one (B, M) tensor per step");
+  const int64_t depth = static_cast<int64_t>(tokens.size()), requests = tokens.back().size(0), beams = tokens.back().size(1);
+  std::vector<dgi::cpu::View<int64_t>> token, parent;
+  std::vector<int64_t> width;
+  for (int64_t t = 0; t < depth; ++t) {
+    width.push_back(tokens[t].dim() == 2 ? tokens[t].size(1) : 0);
+    token.push_back(view_of<int64_t>("tokens", tokens[t], requests, width[t]));
+    parent.push_back(view_of<int64_t>("parents", parents[t], requests, width[t]));
+  }
+  Tensor codes = torch::stable::empty({requests, beams, depth}, ScalarType::Long);
+  int64_t* out = codes.mutable_data_ptr<int64_t>();
+  for (int64_t b = 0; b < requests; ++b) {
+    for (int64_t m = 0; m < beams; ++m, out += depth) {
+      int64_t beam = parent[depth - 1].at(b, m) < 0 ? -1 : m;  // a dead beam has no parent
+      for (int64_t t = depth - 1; t >= 0; --t) {
+        out[t] = beam < 0 ? -1 : token[t].at(b, beam);
+        if (t > 0 && beam >= 0) {
+          beam = parent[t].at(b, beam);
+          STD_TORCH_CHECK(beam < width[t - 1], kCodes, "there is no beam ", beam, " before step ", t);
+        }
+      }
+    }
+  }
+  return codes;
+}
+
 // num_nodes: of the base at the beams' depth. below: from there down to items. delta_anchors: of the delta's nodes there.
 std::tuple<Tensor, Tensor, Tensor> rank_candidates_cpu(
     const Tensor& query, const Tensor& item_vectors, int64_t num_nodes, const std::vector<Tensor>& below,
@@ -198,6 +229,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dgi_kernels, m) {
         "Tensor[] sets, int[] set_of, Tensor h, Tensor codebook, Tensor scale, float eps, Tensor nodes, Tensor scores, "
         "Tensor? log_normalizer, int num_beams, int normalize) -> (Tensor nodes, Tensor tokens, Tensor parents, "
         "Tensor scores)");
+  m.def("beam_codes(Tensor[] tokens, Tensor[] parents) -> Tensor");
   m.def("rank_candidates(Tensor query, Tensor item_vectors, int num_nodes, Tensor[] below, Tensor? item_order, "
         "Tensor? item_ids, Tensor[] delta_below, Tensor? delta_order, Tensor? delta_ids, Tensor? delta_anchors, "
         "Tensor[] sets, int[] set_of, Tensor nodes, Tensor scores, int k, float eps) -> (Tensor items, Tensor scores, "
@@ -207,6 +239,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dgi_kernels, m) {
 STABLE_TORCH_LIBRARY_IMPL(dgi_kernels, CPU, m) {
   m.impl("beam_step", TORCH_BOX(&beam_step_cpu));
   m.impl("cosine_beam_step", TORCH_BOX(&cosine_beam_step_cpu));
+  m.impl("beam_codes", TORCH_BOX(&beam_codes_cpu));
   m.impl("rank_candidates", TORCH_BOX(&rank_candidates_cpu));
 }
 

@@ -22,7 +22,8 @@ def beam_step(trie: Trie, logits: Tensor, beams: Beams, num_beams: int, normaliz
     Raises:
         RuntimeError: a node is out of range (on CUDA it is dead).
     """
-    return _step(torch.ops.dgi_kernels.beam_step, trie, beams, filters, (logits,), num_beams, normalize, log_normalizer)
+    return _step(torch.ops.dgi_kernels.beam_step.default, trie, beams, filters, (logits,), num_beams, normalize,
+                 log_normalizer)
 
 
 def cosine_beam_step(trie: Trie, h: Tensor, codebook: Tensor, scale: float | Tensor, eps: float, beams: Beams,
@@ -34,8 +35,13 @@ def cosine_beam_step(trie: Trie, h: Tensor, codebook: Tensor, scale: float | Ten
         scale = scale.detach().to(compute)
     else:  # written on the device: a copy to it would wait for the host, and no CUDA graph takes it
         scale = torch.full((), scale, dtype=compute, device=h.device)
-    return _step(torch.ops.dgi_kernels.cosine_beam_step, trie, beams, filters,
+    return _step(torch.ops.dgi_kernels.cosine_beam_step.default, trie, beams, filters,
                  (h.contiguous(), codebook.contiguous(), scale, eps), num_beams, normalize, log_normalizer)
+
+
+def beam_codes(history: list[Beams]) -> Tensor:
+    """As :func:`reference.beam_codes`."""
+    return torch.ops.dgi_kernels.beam_codes([beams.tokens for beams in history], [beams.parents for beams in history])
 
 
 def _step(op: Callable[..., tuple[Tensor, ...]], trie: Trie, beams: Beams,

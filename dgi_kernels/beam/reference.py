@@ -70,3 +70,14 @@ def _finite_or_dead(values: Tensor) -> Tensor:
 def _dead_beams(batch: int, num_beams: int, depth: int, device: torch.device) -> Beams:
     none = torch.full((batch, num_beams), -1, dtype=torch.int64, device=device)
     return Beams(none, none, none, torch.full_like(none, DEAD, dtype=torch.float32), depth)
+
+
+def beam_codes(history: list[Beams]) -> Tensor:
+    """The codes (B, M, L) of the last of ``history``, the beams of all L steps, by their parents; -1 where dead."""
+    place, columns = None, []
+    for beams in reversed(history):
+        columns.append(beams.tokens if place is None else beams.tokens.gather(1, place))
+        if beams is not history[0]:
+            parents = beams.parents if place is None else beams.parents.gather(1, place)
+            place = parents.clamp(min=0)  # of a dead beam any will do
+    return torch.stack(columns[::-1], dim=-1).masked_fill(history[-1].nodes.unsqueeze(-1) < 0, -1)

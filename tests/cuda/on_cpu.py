@@ -107,6 +107,7 @@ class Ops:
         cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
         with ExitStack() as patches:
             for name in names:
-                kernel = getattr(torch.ops.dgi_kernels, name).default
-                patches.enter_context(mock.patch.object(torch.ops.dgi_kernels, name, partial(kernel.redispatch, cuda)))
+                kernel = partial(getattr(torch.ops.dgi_kernels, name).default.redispatch, cuda)
+                kernel.default = kernel  # type: ignore[attr-defined]
+                patches.enter_context(mock.patch.object(torch.ops.dgi_kernels, name, kernel))
             yield
