@@ -108,9 +108,9 @@ def extension(cuda: bool) -> Extension:
     sources = sorted(str(path) for folder in ("register", "cpu") for path in Path("csrc", folder).glob("*.cpp"))
     macros, kind = [], cpp_extension.CppExtension
     if cuda:
-        sources += sorted(map(str, Path("csrc/cuda").glob("*.cu")))
+        sources += sorted(map(str, [*Path("csrc/register/cuda").glob("*.cpp"), *Path("csrc/cuda").glob("*.cu")]))
         # USE_CUDA shows the stable ABI's CUDA functions.
-        macros, kind = [("DGI_WITH_CUDA", None), ("USE_CUDA", None)], cpp_extension.CUDAExtension
+        macros, kind = [("USE_CUDA", None)], cpp_extension.CUDAExtension
         # torch's own default is the GPUs that it sees here, and an error where there is none.
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     include = [str(Path(folder).absolute()) for folder in ("csrc", "csrc/include")]

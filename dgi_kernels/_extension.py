@@ -147,3 +147,6 @@ def _fake_rank_candidates(query: Tensor, item_vectors: Tensor, num_nodes: int, b
 
 
 load_error: str | None = _load()
+
+# Whether CUDA kernels are in it; without a GPU too.
+has_cuda = load_error is None and torch._C._dispatch_has_kernel_for_dispatch_key("dgi_kernels::gumbel_noise", "CUDA")

@@ -1,4 +1,4 @@
-"""Calls into the compiled extension: beam steps in C++, given logits or the head that would make them."""
+"""Calls into the compiled extension: beam steps in C++ and CUDA, given logits or the head that would make them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def beam_step(trie: Trie, logits: Tensor, beams: Beams, num_beams: int, normaliz
     float32.
 
     Raises:
-        RuntimeError: a node is out of range.
+        RuntimeError: a node is out of range (on CUDA it is dead).
     """
     return _step(torch.ops.dgi_kernels.beam_step.default, trie, beams, filters, (logits,), num_beams, normalize,
                  log_normalizer)
@@ -31,7 +31,10 @@ def cosine_beam_step(trie: Trie, h: Tensor, codebook: Tensor, scale: float | Ten
                      filters: TrieFilter | list[TrieFilter | None] | None) -> Beams:
     """``h`` (B, M, D) and ``codebook`` (K, D) of one float dtype; the rest as in :func:`beam_step`."""
     compute = _compute_dtype(h)
-    scale = scale.detach().to(compute) if isinstance(scale, Tensor) else torch.tensor(scale, dtype=compute)
+    if isinstance(scale, Tensor):
+        scale = scale.detach().to(compute)
+    else:  # written on the device: a copy to it would wait for the host, and no CUDA graph takes it
+        scale = torch.full((), scale, dtype=compute, device=h.device)
     return _step(torch.ops.dgi_kernels.cosine_beam_step.default, trie, beams, filters,
                  (h.contiguous(), codebook.contiguous(), scale, eps), num_beams, normalize, log_normalizer)
 

@@ -1,4 +1,4 @@
-"""Calls into the compiled extension: lexicographic ranking in C++."""
+"""Calls into the compiled extension: lexicographic ranking in C++ and CUDA."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def rank_candidates(query: Tensor, item_vectors: Tensor, trie: Trie, nodes: Tens
     """``query`` (B, D) and ``item_vectors`` (rows, D) of one dtype; ``nodes`` int64 and ``scores`` float32 (B, M).
 
     Raises:
-        RuntimeError: a node is out of range.
+        RuntimeError: a node is out of range (on CUDA it is dead).
     """
     base, delta, added = trie.parts.base, trie.parts.delta, trie.parts.added
     sets, set_of = filter_arguments(filters, len(query))
