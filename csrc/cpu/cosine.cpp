@@ -43,17 +43,12 @@ int64_t list_limit(int64_t rows, int64_t codes) {
   return std::is_same_v<Real, float> && rows <= INT32_MAX ? std::min<int64_t>(codes / 8, 1024) : 0;
 }
 
-// Rows that each share multiplies at once, and entries of lists that it keeps.
-struct Sizes {
-  int64_t rows, entries;
-};
-
 // Enough rows for an efficient product, few enough that all of them and what else the shares need, a V more, a codebook in
 // another dtype and the entries, stay within 10 MB.
 template <class Stored>
 Sizes sizes_of_share(const Cosine<Stored>& in, int64_t rows, int64_t shares) {
   using Real = Compute<Stored>;
-  constexpr int64_t kBytes = int64_t{38} << 18, kEntries = int64_t{20} << 10;
+  constexpr int64_t kBytes = int64_t{38} << 18, kEntries = int64_t{20} << 10, kCodes = 1024;
   constexpr bool kConverts = !std::is_same_v<Stored, Real>;
   rows = (rows + shares - 1) / shares;
   const int64_t entries = std::min(rows * list_limit<Real>(in.rows, in.codes), kEntries);
@@ -61,7 +56,15 @@ Sizes sizes_of_share(const Cosine<Stored>& in, int64_t rows, int64_t shares) {
   const int64_t free = (kBytes - copies * in.codes * in.dim * element) / shares - EntriesByCode<Real>::bytes(entries);
   const int64_t fit = free / std::max<int64_t>(1, (in.codes + in.dim) * element);
   const int64_t least = kConverts ? 64 : 128 / shares, most = shares == 1 ? 256 : 160;
-  return {std::max<int64_t>(1, std::min(rows, std::clamp<int64_t>(fit / 16 * 16, least, most))), entries};
+  return {std::max<int64_t>(1, std::min(rows, std::clamp<int64_t>(fit / 16 * 16, least, most))), entries,
+          shares == 1 ? kCodes * thread_count() : kCodes};
+}
+
+// Whether a row has a target. Not so where it is to be ignored, or is no code, which gives NaN.
+template <class Real>
+bool is_active(const CrossEntropy<Real>& options, int64_t row, int64_t codes) {
+  const int64_t target = options.target[row];
+  return target != options.ignore_index && target >= 0 && target < codes;
 }
 
 template <class Real>
@@ -87,24 +90,27 @@ class Share {
         const CosineGradients<Stored>& out, const Sizes& sizes, bool in_place)
       : in_(in), options_(options), uniform_(uniform),
         softmax_{options.smoothing, std::abs(static_cast<double>(in.scale)) > kMaxScaleWithoutMaximum},
-        codebook_(codebook), wants_gradients_(out.any()), block_(sizes.rows),
+        codebook_(codebook), wants_gradients_(out.any()), sizes_(sizes),
         limit_(out.any() ? list_limit<Real>(in.rows, in.codes) : 0), tile_(in, sizes.rows),
-        backward_(in, codebook, out, sizes.rows, sizes.entries, in_place), rows_(sizes.rows) {}
+        backward_(in, codebook, out, sizes, in_place), rows_(sizes.rows), numbers_(sizes.rows) {}
 
-  // The losses of `rows` are added up, and go to `loss` by row where it is not null.
-  void run(const int64_t* rows, int64_t count, Real* loss) {
-    for (int64_t begin = 0; begin < count;) {
-      const int64_t block = std::min(block_ - filled_, count - begin);
-      tile_.load_rows(filled_, rows + begin, block);
-      matrix_product(tile_.x_matrix(filled_, block), codebook_.matrix().transposed(), tile_.matrix(filled_, block),
-                     Into::kOverwrite);
+  // Takes `count` rows that are active, from row `n` on. Their losses are added up, and go to `loss` by row where it is not
+  // null.
+  void run(int64_t n, int64_t count, Real* loss) {
+    while (count > 0) {
+      const int64_t block = std::min(sizes_.rows - filled_, count);
+      for (int64_t i = 0; i < block; ++n) {
+        if (is_active(options_, n, in_.codes)) numbers_[i++] = n;
+      }
+      tile_.load_rows(filled_, numbers_.data(), block);
+      tile_.multiply(filled_, block, codebook_, sizes_.codes);
       differentiate(block);
       for (int64_t i = 0; i < block; ++i) {
-        if (loss != nullptr) loss[rows[begin + i]] = static_cast<Real>(rows_[i].loss);
+        if (loss != nullptr) loss[numbers_[i]] = static_cast<Real>(rows_[i].loss);
         total_ += rows_[i].loss;
       }
-      begin += block;
-      if (wants_gradients_) take_gradients(block, begin == count);
+      count -= block;
+      if (wants_gradients_) take_gradients(block, count == 0);
     }
     backward_.finish_lists();
   }
@@ -164,7 +170,7 @@ class Share {
     for (int64_t i = 0; i < count; ++i) {
       if (!rows_[i].is_listed) tile_.move(first + i, filled_++);
     }
-    if (2 * filled_ <= block_ && !is_last) return;  // too few for an efficient product
+    if (2 * filled_ <= sizes_.rows && !is_last) return;  // too few for an efficient product
     backward_.add_tile(tile_, filled_);
     filled_ = 0;
   }
@@ -175,10 +181,12 @@ class Share {
   const SoftmaxOptions softmax_;
   const Codebook<Stored>& codebook_;
   const bool wants_gradients_;
-  const int64_t block_, limit_;
+  const Sizes sizes_;
+  const int64_t limit_;
   Tile<Stored> tile_;
   Backward<Stored> backward_;
   std::vector<Row> rows_;
+  std::vector<int64_t> numbers_;  // of the rows of this block
   std::vector<int64_t> listed_;
   int64_t filled_ = 0;  // slots that hold T of rows before this block
   double total_ = 0;
@@ -190,14 +198,15 @@ template <class Stored>
 void cosine_logits(const Cosine<Stored>& in, Stored* out) {
   using Real = Compute<Stored>;
   const Codebook<Stored> codebook(in);
-  const int64_t block = sizes_of_share(in, in.rows, 1).rows;
+  const Sizes sizes = sizes_of_share(in, in.rows, 1);
+  const int64_t block = sizes.rows;
   Tile<Stored> tile(in, block);
   std::vector<int64_t> rows(block);
   for (int64_t begin = 0; begin < in.rows; begin += block) {
     const int64_t count = std::min(block, in.rows - begin);
     std::iota(rows.begin(), rows.begin() + count, begin);
     tile.load_rows(0, rows.data(), count);
-    matrix_product(tile.x_matrix(0, count), codebook.matrix().transposed(), tile.matrix(0, count), Into::kOverwrite);
+    tile.multiply(0, count, codebook, sizes.codes);
     parallel_for(count, grain(in.codes), [&](int64_t first, int64_t last) {
       with_best_instructions([&](auto) DGI_ALWAYS_INLINE {
         for (int64_t i = first; i < last; ++i) {
@@ -215,9 +224,10 @@ template <class Stored>
 void cosine_logits_backward(const Cosine<Stored>& in, const Stored* dlogits, const CosineGradients<Stored>& out) {
   using Real = Compute<Stored>;
   const Codebook<Stored> codebook(in);
-  const int64_t block = sizes_of_share(in, in.rows, 1).rows;
+  const Sizes sizes = sizes_of_share(in, in.rows, 1);
+  const int64_t block = sizes.rows;
   Tile<Stored> tile(in, block);
-  Backward<Stored> backward(in, codebook, out, block, 0, true);
+  Backward<Stored> backward(in, codebook, out, sizes, true);
   std::vector<int64_t> rows(block);
   for (int64_t begin = 0; begin < in.rows; begin += block) {
     const int64_t count = std::min(block, in.rows - begin);
@@ -248,21 +258,19 @@ void cosine_cross_entropy(const Cosine<Stored>& in, const CrossEntropy<Compute<S
   if (gradients.dh != nullptr) std::fill_n(gradients.dh, in.rows * in.dim, Stored{});
 
   double total = 0;
-  std::vector<int64_t> active;  // rows with work to do
-  int64_t counted = 0;
+  int64_t counted = 0, rows = 0;  // rows: those with work to do
   for (int64_t n = 0; n < in.rows; ++n) {
-    const int64_t target = options.target[n];
-    if (target == options.ignore_index) continue;
+    if (options.target[n] == options.ignore_index) continue;
     ++counted;
-    if (target < 0 || target >= in.codes) {
+    if (is_active(options, n, in.codes)) {
+      ++rows;
+    } else {
       total = std::numeric_limits<double>::quiet_NaN();
       if (per_row) loss[n] = std::numeric_limits<Real>::quiet_NaN();
-    } else {
-      active.push_back(n);
     }
   }
   const double uniform = options.reduction == Reduction::kMean ? 1.0 / static_cast<double>(counted) : 1.0;
-  const int64_t rows = static_cast<int64_t>(active.size()), count = shares_of<Stored>(rows);
+  const int64_t count = shares_of<Stored>(rows);
   const Sizes sizes = sizes_of_share(in, rows, count);
   const Codebook<Stored> codebook(in);
   std::vector<std::unique_ptr<Share<Stored>>> shares;
@@ -272,8 +280,10 @@ void cosine_cross_entropy(const Cosine<Stored>& in, const CrossEntropy<Compute<S
     backwards.push_back(shares[i]->backward());
   }
   const auto run = [&](int64_t i) {
-    const int64_t first = i * rows / count;
-    shares[i]->run(active.data() + first, (i + 1) * rows / count - first, per_row ? loss : nullptr);
+    const int64_t before = i * rows / count;
+    int64_t first = 0;
+    for (int64_t passed = 0; passed < before; ++first) passed += is_active(options, first, in.codes);
+    shares[i]->run(first, (i + 1) * rows / count - before, per_row ? loss : nullptr);
   };
   if (count == 1) {
     run(0);  // not within parallel_for, where products and loops have one thread

@@ -78,11 +78,11 @@ class Backward {
  public:
   using Real = Compute<Stored>;
 
-  // `in_place`: V lies in place of dweight, where the dtypes agree. `entries`: of lists, to be kept for dweight.
+  // `in_place`: V lies in place of dweight, where the dtypes agree.
   Backward(const Cosine<Stored>& in, const Codebook<Stored>& codebook, const CosineGradients<Stored>& out,
-           int64_t capacity, int64_t entries, bool in_place)
-      : in_(in), codebook_(codebook), out_(out), along_(capacity),
-        by_code_(in.codes, out.dweight == nullptr ? 0 : entries) {
+           const Sizes& sizes, bool in_place)
+      : in_(in), codebook_(codebook), out_(out), codes_at_once_(sizes.codes), along_(sizes.rows),
+        by_code_(in.codes, out.dweight == nullptr ? 0 : sizes.entries) {
     if (out.dweight == nullptr) return;
     if constexpr (std::is_same_v<Stored, Real>) {
       if (in_place) v_ = out.dweight;
@@ -97,8 +97,11 @@ class Backward {
   void add_tile(Tile<Stored>& tile, int64_t count) {
     if (count == 0) return;
     if (out_.dweight != nullptr) {
-      matrix_product(tile.matrix(0, count).transposed(), tile.x_matrix(0, count), {v_, in_.codes, in_.dim},
-                     v_is_set_ ? Into::kAdd : Into::kOverwrite);
+      const Matrix<Real> by_code = tile.matrix(0, count).transposed(), v(v_, in_.codes, in_.dim);
+      for_each_run_of_codes(in_.codes, codes_at_once_, [&](int64_t k, int64_t codes) {
+        matrix_product(by_code.rows_from(k, codes), tile.x_matrix(0, count), v.rows_from(k, codes),
+                       v_is_set_ ? Into::kAdd : Into::kOverwrite);
+      });
       v_is_set_ = true;
     }
     if (out_.dh == nullptr && out_.dscale == nullptr) return;
@@ -200,6 +203,7 @@ class Backward {
   const Cosine<Stored>& in_;
   const Codebook<Stored>& codebook_;
   const CosineGradients<Stored>& out_;
+  const int64_t codes_at_once_;
   std::vector<double> along_;  // h^ . dL/dh^ / scale, by slot
   double dscale_ = 0;
   Buffer<Real> own_v_;

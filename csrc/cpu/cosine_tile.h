@@ -14,6 +14,20 @@
 
 namespace dgi::cpu::cosine {
 
+// Sizes that depend on how many shares of the rows are worked off side by side.
+struct Sizes {
+  int64_t rows;     // of a tile
+  int64_t entries;  // of lists that a share keeps
+  int64_t codes;    // that are multiplied at once
+};
+
+// Calls body(first, count) for runs of `at_once` codes. A matrix product packs all of an operand before it starts, into
+// buffers that it keeps: with 1,024 codes at D = 256 they are a third of those for 4,096, and it is no slower.
+template <class Body>
+void for_each_run_of_codes(int64_t codes, int64_t at_once, const Body& body) {
+  for (int64_t first = 0; first < codes; first += at_once) body(first, std::min(at_once, codes - first));
+}
+
 // E in the compute dtype, and the reciprocal norms of its rows.
 template <class Stored>
 class Codebook {
@@ -115,6 +129,15 @@ class Tile {
           for (int64_t d = 0; d < in_.dim; ++d) out[d] = factor * (rnorm * load(h[d]));
         }
       });
+    });
+  }
+
+  // S = X E^T
+  void multiply(int64_t first, int64_t count, const Codebook<Stored>& codebook, int64_t codes_at_once) {
+    const Matrix<Real> by_code = matrix(first, count).transposed();
+    for_each_run_of_codes(in_.codes, codes_at_once, [&](int64_t k, int64_t codes) {
+      matrix_product(x_matrix(first, count), codebook.matrix().rows_from(k, codes).transposed(),
+                     by_code.rows_from(k, codes).transposed(), Into::kOverwrite);
     });
   }
 
