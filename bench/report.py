@@ -260,9 +260,7 @@ def kernels(table: str) -> str:
         cells = line.split("|")
         op = cells[1].strip().strip("`")
         for title, (backend, device) in COLUMNS.items() if op in AVAILABLE else ():
-            kernel = AVAILABLE[op].get(backend, {})
-            runs = device in getattr(kernel, "devices", kernel)
-            cells[titles.index(title)] = " ✓ " if runs else "   "
+            cells[titles.index(title)] = " ✓ " if device in AVAILABLE[op].get(backend, {}) else "   "
         lines[i] = "|".join(cells)
     return "\n".join([header, *lines, ""])
 

@@ -23,6 +23,12 @@ struct Matrix {
     view.rows = columns, view.columns = rows, view.row_stride = column_stride, view.column_stride = row_stride;
     return view;
   }
+
+  Matrix rows_from(int64_t first, int64_t count) const {
+    Matrix view = *this;
+    view.data += first * row_stride, view.rows = count;
+    return view;
+  }
 };
 
 enum class Into { kOverwrite, kAdd };

@@ -14,8 +14,10 @@
 // and v rnorm_k more for every code, v = weight (u - smoothing / K), which costs one vector per row and not one per entry.
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include "dgi/exp.h"
 #include "dgi/macros.h"
@@ -104,23 +106,26 @@ constexpr int64_t kGroup = 16;  // entries that are looked at together
 template <class Real>
 DGI_HOST_DEVICE int64_t list_entries(const Real* e, int64_t first, int64_t last, Real cut, int32_t* index,
                                      int64_t count, int64_t limit) {
-  for (int64_t k = first; k < last; k += kGroup) {
-    const int64_t end = k + kGroup < last ? k + kGroup : last;
-    int any = 0;
-    if (end - k == kGroup) {
-#pragma omp simd reduction(| : any)
-      for (int64_t i = 0; i < kGroup; ++i) any |= e[k + i] >= cut;
-    } else {
-      any = 1;
-    }
-    if (!any) continue;
-    for (int64_t i = k; i < end; ++i) {
-      index[count] = static_cast<int32_t>(i);
-      count += e[i] >= cut;
+  static_assert(std::endian::native == std::endian::little);  // the first of eight flags is the lowest byte
+  int64_t k = first;
+  for (; k + kGroup <= last; k += kGroup) {
+    uint8_t is_listed[kGroup];
+#pragma omp simd
+    for (int64_t i = 0; i < kGroup; ++i) is_listed[i] = e[k + i] >= cut;
+    for (int64_t half = 0; half < kGroup; half += 8) {
+      uint64_t flags;
+      std::memcpy(&flags, is_listed + half, 8);
+      for (; flags != 0; flags &= flags - 1) {
+        index[count++] = static_cast<int32_t>(k + half + std::countr_zero(flags) / 8);
+      }
     }
     if (count > limit) return -1;
   }
-  return count;
+  for (; k < last; ++k) {
+    index[count] = static_cast<int32_t>(k);
+    count += e[k] >= cut;
+  }
+  return count > limit ? -1 : count;
 }
 
 }  // namespace detail
@@ -171,9 +176,9 @@ DGI_HOST_DEVICE void dense_gradient_row(const SoftmaxRow<Real>& row, const Softm
 }
 
 // Entries below a share of their row are skipped: below 2^-24 of what is not the target's, if then the list is short; else
-// below 2^-24 or 2^-25 of the row, if what they skip changes the row's gradient by no more than about what a float32 softmax
-// rounds away: by kNoise for every code in the norm of p (a sum near 1 loses part of every small term), and by kDrift in
-// the sum of p.
+// below 2^-24 of the row, or as little as 2^-25, if what they skip changes the row's gradient by no more than about what a
+// float32 softmax rounds away: by kNoise for every code in the norm of p (a sum near 1 loses part of every small term), and
+// by kDrift in the sum of p.
 constexpr double kNegligible = 0x1p-24, kNoise = 1.25e-10, kDrift = 0x1p-14;
 
 constexpr int64_t list_capacity(int64_t limit) { return limit + 1 + detail::kGroup; }
@@ -189,26 +194,38 @@ struct SparseRow {
 
 namespace detail {
 
-struct Skipped {
-  double sum = 0, squares = 0;
-};
-
-// What is below `cut`, each entry relative to the cut, lest squares of small numbers vanish.
+// The norm of what is below `cut`, relative to the cut, lest squares of small numbers vanish.
 template <bool kFused, class Real>
-DGI_HOST_DEVICE void add_skipped(const Real* e, int64_t count, Real cut, Skipped& skipped) {
+DGI_HOST_DEVICE double norm_below(const SoftmaxRow<Real>& row, Real cut) {
   const Real per_cut = 1 / cut;
-  for (int64_t first = 0; first < count; first += kChunk) {
-    const int64_t last = first + kChunk < count ? first + kChunk : count;
-    Real sum = 0, squares = 0;
-#pragma omp simd reduction(+ : sum, squares)
-    for (int64_t k = first; k < last; ++k) {
-      const Real part = e[k] < cut ? e[k] * per_cut : Real{0};
-      sum += part;
-      squares = multiply_add<kFused>(part, part, squares);
+  const int64_t after = row.target + 1;
+  double total = 0;
+  const struct {
+    int64_t first, last;
+  } ranges[] = {{0, row.target}, {after, row.codes}};
+  for (const auto [begin, end] : ranges) {
+    for (int64_t first = begin; first < end; first += kChunk) {
+      const int64_t last = first + kChunk < end ? first + kChunk : end;
+      Real squares = 0;
+#pragma omp simd reduction(+ : squares)
+      for (int64_t k = first; k < last; ++k) {
+        const Real part = row.products[k] < cut ? row.products[k] * per_cut : Real{0};
+        squares = multiply_add<kFused>(part, part, squares);
+      }
+      total += squares;
     }
-    skipped.sum += sum;
-    skipped.squares += squares;
   }
+  return std::sqrt(total);
+}
+
+// Lists what is at least `cut`, and the target; returns the target's place in the list, or -1 beyond `limit`.
+template <class Real>
+DGI_HOST_DEVICE int64_t list_row(const SoftmaxRow<Real>& row, Real cut, int64_t limit, SparseRow<Real>& list) {
+  const int64_t before = list_entries(row.products, 0, row.target, cut, list.index, 0, limit);
+  if (before < 0) return -1;
+  list.index[before] = static_cast<int32_t>(row.target);
+  list.count = list_entries(row.products, row.target + 1, row.codes, cut, list.index, before + 1, limit);
+  return list.count < 0 ? -1 : before;
 }
 
 }  // namespace detail
@@ -221,35 +238,37 @@ DGI_HOST_DEVICE bool sparse_gradient_row(const SoftmaxRow<Real>& row, const Soft
                                          SparseRow<Real>& list) {
   const double total = sums.total(), codes = static_cast<double>(row.codes);
   if (!(total > 0x1p-60 && total < 0x1p120)) return false;
-  const int64_t after = row.target + 1;
-  const Real* const e = row.products;
-  const struct {
-    double share;
-    int64_t longest;
-  } choices[] = {{kNegligible * sums.rest / total, limit / 4}, {kNegligible, limit}, {kNegligible / 2, limit}};
-  for (const auto [share, longest] : choices) {
-    const Real cut = static_cast<Real>(share * total);
-    const int64_t before = detail::list_entries(e, 0, row.target, cut, list.index, 0, longest);
-    if (before >= 0) list.index[before] = static_cast<int32_t>(row.target);
-    list.count = before < 0 ? -1 : detail::list_entries(e, after, row.codes, cut, list.index, before + 1, longest);
-    if (list.count < 0 && longest == limit) return false;
-    if (list.count < 0) continue;
-    detail::Skipped skipped;
-    detail::add_skipped<kFused>(e, row.target, cut, skipped);
-    detail::add_skipped<kFused>(e + after, row.codes - after, cut, skipped);
-    if (skipped.sum * share > kDrift || std::sqrt(skipped.squares) * share > kNoise * codes) continue;
-
-    const double left = codes - static_cast<double>(list.count);
-    const double even = left > 0 ? skipped.sum * share / left : 0.0;
-    list.even = weight * (even - options.smoothing / codes);
-    for (int64_t j = 0; j < list.count; ++j) {
-      const int64_t k = list.index[j];
-      const double g = j == before ? options.smoothing - sums.rest / total : static_cast<double>(e[k]) / total;
-      list.value[j] = static_cast<Real>(weight * (g - even)) * row.rnorm[k];
-    }
-    return true;
+  double share = kNegligible * sums.rest / total, skipped = 0;
+  int64_t before = detail::list_row(row, static_cast<Real>(share * total), limit / 4, list);
+  if (before < 0) {
+    share = kNegligible;
+    before = detail::list_row(row, static_cast<Real>(share * total), limit, list);
   }
-  return false;
+  for (;;) {
+    if (before < 0) return false;
+    skipped = sums.rest;
+    for (int64_t j = 0; j < list.count; ++j) {
+      if (j != before) skipped -= static_cast<double>(row.products[list.index[j]]);
+    }
+    skipped = skipped < 0 ? 0 : skipped / total;
+    const double noise = share * detail::norm_below<kFused>(row, static_cast<Real>(share * total)) / (kNoise * codes);
+    const double excess = std::fmax(noise, skipped / kDrift);
+    if (excess <= 1) break;
+    if (share <= kNegligible / 2) return false;
+    // Noise falls about as the root of the cut; if the cube is not enough, the least share will tell.
+    share = share < kNegligible ? kNegligible / 2 : std::fmax(kNegligible / 2, share / (excess * excess * excess));
+    before = detail::list_row(row, static_cast<Real>(share * total), limit, list);
+  }
+
+  // The rest's even part follows from the listed ones, so that the gradients sum to zero.
+  const double left = codes - static_cast<double>(list.count), even = left > 0 ? skipped / left : 0.0;
+  list.even = weight * (even - options.smoothing / codes);
+  for (int64_t j = 0; j < list.count; ++j) {
+    const int64_t k = list.index[j];
+    const double g = j == before ? options.smoothing - sums.rest / total : static_cast<double>(row.products[k]) / total;
+    list.value[j] = static_cast<Real>(weight * (g - even)) * row.rnorm[k];
+  }
+  return true;
 }
 
 }  // namespace dgi

@@ -33,26 +33,28 @@ DGI_HOST_DEVICE Compute<Stored> dot(const Stored* x, const Compute<Stored>* y, i
 }
 
 // out += sum_i factor[i] * rows[index[i]]: four rows at a time, so that `out` is read and written once for the four.
-template <bool kFused, class Real>
-DGI_HOST_DEVICE void add_rows(const int32_t* index, const Real* factor, int64_t count, const Real* rows, int64_t dim,
-                              Real* out) {
+template <bool kFused, class Stored>
+DGI_HOST_DEVICE void add_rows(const int32_t* index, const Compute<Stored>* factor, int64_t count, const Stored* rows,
+                              int64_t dim, Compute<Stored>* out) {
+  using Real = Compute<Stored>;
   int64_t i = 0;
   for (; i + 4 <= count; i += 4) {
-    const Real *r0 = rows + index[i] * dim, *r1 = rows + index[i + 1] * dim, *r2 = rows + index[i + 2] * dim,
+    const Stored *r0 = rows + index[i] * dim, *r1 = rows + index[i + 1] * dim, *r2 = rows + index[i + 2] * dim,
                *r3 = rows + index[i + 3] * dim;
     const Real f0 = factor[i], f1 = factor[i + 1], f2 = factor[i + 2], f3 = factor[i + 3];
 #pragma omp simd
     for (int64_t d = 0; d < dim; ++d) {
-      Real sum = multiply_add<kFused>(f0, r0[d], out[d]);
-      sum = multiply_add<kFused>(f1, r1[d], sum);
-      sum = multiply_add<kFused>(f2, r2[d], sum);
-      out[d] = multiply_add<kFused>(f3, r3[d], sum);
+      Real sum = multiply_add<kFused>(f0, load(r0[d]), out[d]);
+      sum = multiply_add<kFused>(f1, load(r1[d]), sum);
+      sum = multiply_add<kFused>(f2, load(r2[d]), sum);
+      out[d] = multiply_add<kFused>(f3, load(r3[d]), sum);
     }
   }
   for (; i < count; ++i) {
-    const Real *row = rows + index[i] * dim, f = factor[i];
+    const Stored* const row = rows + index[i] * dim;
+    const Real f = factor[i];
 #pragma omp simd
-    for (int64_t d = 0; d < dim; ++d) out[d] = multiply_add<kFused>(f, row[d], out[d]);
+    for (int64_t d = 0; d < dim; ++d) out[d] = multiply_add<kFused>(f, load(row[d]), out[d]);
   }
 }
 
