@@ -27,8 +27,8 @@ class BackendUnavailable(RuntimeError):
     """A backend was asked for by name and cannot run here; the message says why."""
 
 
-# Where one implementation of one op runs: device types, each with the dtypes of the op's main floating-point input there,
-# or None where the op takes no floating-point tensor.
+# Where one implementation of one op runs: device types, each with the dtypes of the op's main floating-point input
+# there, or None where the op takes no floating-point tensor.
 Kernel = Mapping[str, frozenset[torch.dtype] | None]
 
 _FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
@@ -40,7 +40,6 @@ _CPP_AND_CUDA: Kernel = {"cpu": _FLOATS, "cuda": _GPU_FLOATS}
 
 # op -> backend -> where it runs.  The reference runs everywhere and is not listed.
 KERNELS: dict[str, dict[str, Kernel]] = {
-<<<<<<< HEAD
     "cosine_logits": {"native": _CPP},
     "cosine_cross_entropy": {"native": _CPP, "triton": _TRITON},
     "gumbel_softmax": {"native": _CPP_AND_CUDA, "triton": _TRITON},
@@ -51,24 +50,8 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     "trie_filter": {"native": {"cpu": None}},
     "beam_step": {"native": _CPP_AND_CUDA},
     "cosine_beam_step": {"native": _CPP_AND_CUDA},
+    "beam_codes": {"native": {"cpu": None}},
     "rank_candidates": {"native": _CPP_AND_CUDA},
-=======
-    "cosine_logits": {"native": Kernel(frozenset({"cpu"}), _FLOATS)},
-    "cosine_cross_entropy": {"native": Kernel(frozenset({"cpu"}), _FLOATS),
-                             "triton": Kernel(_TRITON_DEVICES, _TRITON_DTYPES)},
-    "gumbel_softmax": {"native": Kernel(frozenset({"cpu"}), _FLOATS),
-                       "triton": Kernel(_TRITON_DEVICES, _TRITON_DTYPES)},
-    "residual_quantize": {"native": Kernel(frozenset({"cpu"}), _FLOATS),
-                          "triton": Kernel(_TRITON_DEVICES, _TRITON_DTYPES)},
-    "gumbel_noise": {"native": Kernel(frozenset({"cpu"})), "triton": Kernel(_TRITON_DEVICES)},
-    "trie_build": {"native": Kernel(frozenset({"cpu"}))},
-    "trie_find": {"native": Kernel(frozenset({"cpu"}))},
-    "trie_filter": {"native": Kernel(frozenset({"cpu"}))},
-    "beam_step": {"native": Kernel(frozenset({"cpu"}), _FLOATS)},
-    "cosine_beam_step": {"native": Kernel(frozenset({"cpu"}), _FLOATS)},
-    "beam_codes": {"native": Kernel(frozenset({"cpu"}))},
-    "rank_candidates": {"native": Kernel(frozenset({"cpu"}), _FLOATS)},
->>>>>>> main
 }
 
 # Which of an op's kernels ``auto`` tries first.  On GPUs Triton's noise takes fewer instructions per element: hardware

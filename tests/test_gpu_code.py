@@ -16,7 +16,7 @@ from machine_code import Budgets, Kept, Usage, loop_instructions  # noqa: E402
 
 
 def sass(*instructions: str) -> str:
-    lines = [f"        /*{16 * i:04x}*/                   {text} ;   /* 0x0000 */" for i, text in enumerate(instructions)]
+    lines = [f"        /*{16 * i:04x}*/          {text} ;   /* 0x0000 */" for i, text in enumerate(instructions)]
     return "\n".join(lines)
 
 
