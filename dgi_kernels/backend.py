@@ -110,8 +110,8 @@ def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype | No
     if device.type not in kernel:
         return f"{op} has no {backend} kernel for {device.type} tensors (it runs on {_names(kernel)})"
     if backend == "native" and device.type == "cuda" and not _extension.has_cuda:
-        return ("the extension was built without CUDA kernels; install dgi-kernels again where torch is a CUDA build and "
-                "nvcc is there, with DGI_BUILD_CUDA=1")
+        return ("the extension was built without CUDA kernels; install dgi-kernels again where torch is a CUDA build "
+                "and nvcc is there, with DGI_BUILD_CUDA=1")
     dtypes = kernel[device.type]
     if dtypes is not None and dtype not in dtypes:
         return f"{op} has no {backend} kernel for {dtype} on {device.type} (it takes {_names(dtypes)})"

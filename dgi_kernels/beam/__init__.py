@@ -228,7 +228,7 @@ def _codes(history: list[Beams], backend: str) -> Tensor:
 
 
 def _native_step(trie: Trie, beams: Beams, step: Callable[[Beams], Beams]) -> Beams:
-    """Run a compiled step. On the CPU it refuses nodes out of range itself: here they are looked at only to name them."""
+    """Run a compiled step. On the CPU it refuses nodes out of range itself: here they are only named."""
     if torch.compiler.is_compiling() or beams.nodes.device.type != "cpu":
         return step(_check_nodes(trie, beams))
     try:

@@ -1,4 +1,4 @@
-"""A whole beam search as one CUDA graph: what the host does between the steps of a small search costs more than they do.
+"""A whole beam search as one CUDA graph: what the host does between steps costs a small search more than the steps do.
 
 Possible because no step waits for the host, and its launches have shapes that follow from those of the tensors alone.
 """
