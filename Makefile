@@ -17,8 +17,8 @@ help:  ## show this list
 demo: $(INSTALLED)  ## train, index and search MovieLens-100K; results in demo-output/
 	$(BIN)/dgi demo --output demo-output
 
-test: $(INSTALLED)  ## run the tests
-	$(BIN)/python -m pytest
+test: $(INSTALLED)  ## run the tests, several files at once
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # bench/gpu.sh runs the benchmark of the GPU.
 BENCHMARKS := $(filter-out gpu,$(patsubst bench/bench_%.py,%,$(wildcard bench/bench_*.py)))

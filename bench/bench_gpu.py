@@ -7,7 +7,7 @@ Sizes are those of a training step at scale: 65,536 rows against 4,096 codes for
 quantization, all in bfloat16, and up to 64 requests for search.  The floor of an op with matrix products is those
 products through ``torch.mm``: 8 N K D operations for the loss (logits, logits again, dh, dE), seven products a level
 for the quantizer.  The floor of a beam step is a copy of its logits.  Peers that know no norms are given normalised
-copies, whose cost is theirs; STATIC comes from the folder that STATIC_SRC names.  A step too short to time alone is
+copies, whose cost is theirs; peers of the search are those of bench_beam.py.  A step too short to time alone is
 timed as the average of many without a pause between them; "graph" is a CUDA graph's replay, without the host's share.
 """
 
@@ -16,23 +16,21 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
-import os
 import statistics
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
+import bench_beam
 import bench_cosine
 import bench_gumbel
-import numpy as np
 import torch
 import torch.nn.functional as F
 from measure import Results, Step, peak_bytes, seconds
 from torch import Tensor
 
 from dgi_kernels import (
-    Trie,
     backends,
     beam_search,
     beam_step,
@@ -49,6 +47,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 REHEARSAL = False
 SEED = 42
 DIMS = (64, 256, 768)
+SEARCH_PEERS = ("STATIC", "STATIC compiled", "FlashRec")
 
 
 def size(real: int, rehearsed: int) -> int:
@@ -245,43 +244,18 @@ def quantize_step(quantize: Callable[..., tuple[Tensor, list[Tensor]]], argument
     return run
 
 
-def zipf_codes(items: int, codes: int, levels: int) -> Tensor:
-    """Clustered SIDs: popular codes at every level."""
-    generator = torch.Generator().manual_seed(0)
-    weights = 1 / torch.arange(1, codes + 1, dtype=torch.float64)
-    return torch.stack([torch.multinomial(weights, items, replacement=True, generator=generator)
-                        for _ in range(levels)], dim=1)
-
-
 def beam(results: Results) -> None:
     cases = ((2048, 1, 10), (2048, 8, 50), (2048, 64, 50), (2048, 64, 500), (256, 64, 50))
     for codes, batch, beams in cases[:size(len(cases), 1)]:
-        beam_case(results, size(1_000_000, 200), size(codes, 8), size(batch, 2), size(beams, 4))
+        beam_case(results, bench_beam.Case(items=size(1_000_000, 200), codes=size(codes, 8), batch=size(batch, 2),
+                                           beams=size(beams, 4)))
 
 
-def static(sids: Tensor, logits: list[Tensor], codes: int, batch: int, beams: int) -> Step:
-    """STATIC's search, which wants its SIDs sorted."""
-    sys.path.insert(0, os.environ["STATIC_SRC"])
-    from static_decoding.csr_utils import build_static_index
-    from static_decoding.decoding_pt import sparse_transition_torch
-
-    rows = sids.numpy()
-    packed, starts, branches, *dense = build_static_index(rows[np.lexsort(rows.T[::-1])].astype(np.int32), codes)
-    arrays = [torch.as_tensor(array, device=DEVICE) for array in (packed, starts, *dense)]
-
-    def run() -> object:
-        steps = iter(logits)
-        return sparse_transition_torch(lambda ids: next(steps).reshape(-1, 1, codes), batch, beams, beams, 0,
-                                       len(logits), codes, branches, *arrays, DEVICE)
-    return run
-
-
-def beam_case(results: Results, items: int, codes: int, batch: int, beams: int) -> None:
-    levels, dim = 3, 256
-    sids = zipf_codes(items, codes, levels)
-    trie = Trie.from_codes(sids, codebook_sizes=[codes] * levels).to(DEVICE)
-    logits = [torch.randn(batch, beams if level else 1, codes, device=DEVICE, dtype=torch.bfloat16)
-              for level in range(levels)]
+def beam_case(results: Results, case: bench_beam.Case) -> None:
+    sids, model = case.sids(), bench_beam.Model(case)
+    trie = bench_beam.trie_of(sids, case)
+    items, codes, levels, batch, beams, dim = case.items, case.codes, case.levels, case.batch, case.beams, case.dim
+    logits = model.logits = [level.to(torch.bfloat16) for level in model.logits]
     copies = [level.clone() for level in logits]
     h = torch.randn(batch, beams, dim, device=DEVICE, dtype=torch.bfloat16)
     codebook = torch.randn(codes, dim, device=DEVICE, dtype=torch.bfloat16)
@@ -308,8 +282,9 @@ def beam_case(results: Results, items: int, codes: int, batch: int, beams: int) 
              lambda: [a.copy_(b) for a, b in zip(copies, logits, strict=True)], {}, 20),
             ("beam_step", {}, step, lambda: copies[-1].copy_(logits[-1]), {}, 50),
             ("cosine_beam_step", {"D": dim}, head, lambda: h @ codebook.T, {"head, then step": head_then_step}, 50)):
-        if op == "beam_search" and "STATIC_SRC" in os.environ:
-            others = {"STATIC": lazily(partial(static, sids, logits, codes, batch, beams))}
+        if op == "beam_search":
+            others = {name: lazily(partial(make, sids, model, case))
+                      for name, make in bench_beam.systems(case).items() if name in SEARCH_PEERS}
         systems = {"floor": floor, "ours": call, "ours, graph": lazily(partial(graphed, call)),
                    "reference": partial(call, "reference"), **others}
         measure(results, op, {**shape, **more}, systems, calls=calls)

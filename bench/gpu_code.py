@@ -1,30 +1,35 @@
-"""Compile every Triton kernel for GPUs that need not be there; show its registers, memory and instructions.
+"""Compile every Triton and CUDA kernel for GPUs that need not be there; show its registers, memory and instructions.
 
-    python bench/gpu_code.py [--arch 80 90 100] [--jobs 2]
+    python bench/gpu_code.py [--arch 80 90 100] [--jobs 2] [--only triton|cuda] [--record]
 
-The launchers themselves run, on small CPU tensors, with the launch replaced by a note of it, so what is compiled is
-what a GPU would be asked to run: every dtype, every tile configuration, with the argument specialisations of Triton.
-Fails on a kernel that spills more than JUSTIFIED_SPILLS allows it, or takes more shared memory than the architecture
-has. Registers and spills are ptxas's, so they vary with Triton: the tiles are chosen for 3.6 and 3.7.
+Triton's launchers themselves run, on small CPU tensors, with the launch replaced by a note of it, so what is compiled
+is what a GPU would be asked to run: every dtype, every tile configuration, with the argument specialisations of Triton.
+CUDA's are compiled file by file, where nvcc is (cuda_code.py).
+
+Fails on a kernel that spills more than JUSTIFIED_SPILLS allows it, takes more shared memory than the architecture has,
+or goes beyond its budget in gpu_budgets.json, which holds for the compiler that it was recorded with (--record does it
+anew). Registers and spills are ptxas's, so they vary with Triton: the tiles are chosen for 3.6 and 3.7. What has not
+changed since it was compiled last is not compiled again: build/gpu-code.json keeps the results.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 import os
-import re
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import cuda_code
 import torch
 import triton
+from machine_code import Budgets, Kept, Usage, functions_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -33,6 +38,7 @@ from dgi_kernels.cosine import triton as cosine
 from dgi_kernels.gumbel import triton as gumbel
 from dgi_kernels.gumbel import triton_softmax as softmax
 
+PACKAGE = Path(__file__).resolve().parents[1] / "dgi_kernels"
 ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may use
 # (kernel, architecture) -> bytes a thread, and why.
@@ -147,25 +153,12 @@ def gumbel_launches(arch: int) -> Iterator[Launch]:
                                         for codes in (32, 33, 512)] and None)
 
 
-@dataclass(frozen=True)
-class Report:
-    """What one kernel takes on one architecture; ``shared`` and ``spilled`` in bytes.
+def compile_for(launch: Launch, arch: int) -> tuple[Usage, float]:
+    """What a kernel takes, and how many seconds its compilation took.
 
-    ``instructions`` are machine code, the whole kernel's: divided by a thread's elements of a tile they bound
-    what the loop costs an element from above, and two variants' difference says what one ingredient costs.
+    Instructions by element are the whole kernel's by a thread's elements of a tile: they bound what the loop costs an
+    element from above, and two variants' difference says what one ingredient costs.
     """
-
-    launch: Launch
-    arch: int
-    registers: int
-    spilled: int
-    shared: int
-    instructions: int
-    per_element: float
-    seconds: float
-
-
-def compile_for(launch: Launch, arch: int) -> Report:
     start = time.perf_counter()
     modules = (common, cosine.kernels, gumbel.kernels, gumbel.chunks, softmax.kernels)
     kernel = next(getattr(module, launch.kernel) for module in modules if module.__name__ == launch.module)
@@ -173,45 +166,91 @@ def compile_for(launch: Launch, arch: int) -> Report:
     attributes = {(i,): [["tt.divisibility", 16]] for i in launch.aligned}
     source = ASTSource(kernel, dict(launch.signature), constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
-    registers, spilled, instructions = resources(compiled.asm["cubin"])
+    (usage, _), = functions_of(compiled.asm["cubin"]).values()
     blocks, warps = dict(launch.constants), dict(launch.options)["num_warps"]
-    per_element = instructions * 32 * warps / (blocks.get("b_n", 0) * blocks.get("b_k", 0) or math.inf)
-    return Report(launch, arch, registers, spilled, compiled.metadata.shared, instructions, per_element,
-                  time.perf_counter() - start)
+    per_element = usage.instructions * 32 * warps / (blocks.get("b_n", 0) * blocks.get("b_k", 0) or math.inf)
+    return (Usage(usage.registers, usage.spilled, compiled.metadata.shared, usage.instructions, round(per_element, 1)),
+            time.perf_counter() - start)
 
 
-def resources(cubin: bytes) -> tuple[int, int, int]:
-    """Registers a thread, bytes of local memory and instructions, as cuobjdump reads them from the machine code."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
-        text, code = (subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout
-                      for option in ("-res-usage", "-sass"))
-    registers, stack, local = (int(re.search(rf"\b{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL"))
-    return registers, stack + local, len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!NOP)", code, re.MULTILINE))
+Row = tuple[str, str, int, Usage, float]  # kernel, case, architecture, what it takes, seconds
+
+
+def triton_rows(architectures: list[int], jobs: int, kept: Kept) -> Iterator[Row]:
+    """Every launch for every architecture; compiled where ``kept`` does not know it."""
+    common = hashlib.sha256(f"{triton.__version__} {torch.__version__}".encode())
+    for path in (*sorted(PACKAGE.rglob("*triton*.py")), Path(__file__), Path(__file__).with_name("machine_code.py")):
+        common.update(path.read_bytes())
+    cases = [(launch, arch) for arch in architectures for arch_launches in (cosine_launches, gumbel_launches)
+             for launch in dict.fromkeys(arch_launches(arch))]
+    with ProcessPoolExecutor(jobs) as pool:
+        waiting = []
+        for launch, arch in cases:
+            state = common.copy()
+            state.update(repr((launch, arch)).encode())
+            found = kept.get(state.hexdigest())
+            waiting.append((state.hexdigest(), found, found or pool.submit(compile_for, launch, arch)))
+        for (launch, arch), (key, found, future) in zip(cases, waiting, strict=True):
+            usage, seconds = (found[launch.kernel], 0.0) if found else future.result()
+            if not found:
+                kept.put(key, {launch.kernel: usage})
+            yield launch.kernel, launch.label, arch, usage, seconds
+
+
+def cuda_rows(compiler: str, architectures: list[int], jobs: int, kept: Kept) -> Iterator[Row]:
+    """Every kernel of every file for every architecture."""
+    for source, arch, usages in cuda_code.usages(compiler, architectures, jobs, kept):
+        for name, usage in usages.items():
+            yield name, source.name, arch, usage, 0.0
+
+
+def judge(rows: Iterator[Row], budgets: Budgets) -> tuple[int, int]:
+    """Print a table; return how many kernels there were, and how many are not as they should be."""
+    if budgets.why_not:
+        print(budgets.why_not)
+    count = failed = 0
+    for name, case, arch, usage, seconds in rows:
+        problem = budgets.problem(f"{name} {case}", arch, usage)
+        allowed = JUSTIFIED_SPILLS.get((name, arch), (0, ""))[0]
+        if usage.spilled > allowed:
+            problem = f"spills {usage.spilled} bytes"
+        elif usage.shared > SHARED_LIMIT[arch]:
+            problem = f"takes more than the {SHARED_LIMIT[arch]} bytes of shared memory that there are"
+        count, failed = count + 1, failed + bool(problem)
+        loop = f"{usage.per_element:9.1f}" if usage.per_element else " " * 9
+        print(f"{name:60}{case:18}{arch:4}{usage.registers:6}{usage.spilled:7}{usage.shared:8}{usage.instructions:6}"
+              f"{loop}{seconds:6.1f}{f'  FAILS: {problem}' if problem else ''}", flush=True)
+    return count, failed
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES))
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--only", choices=("triton", "cuda"))
+    parser.add_argument("--record", action="store_true", help="write what the kernels take as their budgets")
     options = parser.parse_args()
-    failed = False
-    print(f"{'kernel':28}{'case':18}{'sm':>4}{'regs':>6}{'spill':>7}{'shared':>8}{'code':>6}{'/element':>9}{'s':>6}")
-    with ProcessPoolExecutor(options.jobs) as pool:
-        jobs = [(launch, arch) for arch in options.arch for arch_launches in (cosine_launches, gumbel_launches)
-                for launch in dict.fromkeys(arch_launches(arch))]
-        for report in pool.map(compile_for, *zip(*jobs, strict=True)):
-            name, arch = report.launch.kernel, report.arch
-            bad = report.spilled > JUSTIFIED_SPILLS.get((name, arch), (0, ""))[0] or report.shared > SHARED_LIMIT[arch]
-            failed |= bad
-            print(f"{name:28}{report.launch.label:18}{arch:4}{report.registers:6}{report.spilled:7}{report.shared:8}"
-                  f"{report.instructions:6}{report.per_element:9.1f}{report.seconds:6.1f}{'  FAILS' if bad else ''}",
-                  flush=True)
-    outcome = "FAILED" if failed else "all as they should be"
-    print(f"Triton {triton.__version__}: {len(jobs)} compilations, {outcome}")
-    return int(failed)
+    kept = Kept(PACKAGE.parent / "build" / "gpu-code.json")
+    runs = []
+    if options.only != "cuda":
+        budgets = Budgets("triton", triton.__version__, recording=options.record)
+        runs.append((budgets, triton_rows(options.arch, options.jobs, kept)))
+    compiler = cuda_code.nvcc()
+    if options.only != "triton" and compiler is None:
+        print("CUDA kernels are left out: nvcc was not found (set CUDA_HOME, or put it on the PATH)")
+    elif options.only != "triton":
+        budgets = Budgets("nvcc", cuda_code.version_of(compiler), recording=options.record)
+        runs.append((budgets, cuda_rows(compiler, options.arch, options.jobs, kept)))
+    print(f"{'kernel':60}{'case':18}{'sm':>4}{'regs':>6}{'spill':>7}{'shared':>8}{'code':>6}{'/element':>9}{'s':>6}")
+    failures = 0
+    for budgets, rows in runs:
+        count, failed = judge(rows, budgets)
+        failures += failed
+        outcome = f"{failed} FAILED" if failed else "all as they should be"
+        print(f"{budgets.compiler} {budgets.version}: {count} kernels, {outcome}")
+        if options.record and not failed:
+            budgets.record(options.arch)
+    return int(failures > 0)
 
 
 if __name__ == "__main__":

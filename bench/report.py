@@ -34,7 +34,7 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 MARKER = re.compile(r"(<!-- (report|picture):(\S+)((?: [^=\s]+=\S+)*) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 KERNELS = re.compile(r"(?<=<!-- kernels -->\n).*?(?=<!-- /kernels -->)", re.DOTALL)
 COLUMNS = {"C++": ("native", "cpu"), "Triton": ("triton", "cuda"), "CUDA C++": ("native", "cuda")}
-OURS = ("ours", "native", "fused", "constrained_generate")  # what benchmarks call it; the first that there is
+OURS = ("ours", "native", "fused", "constrained_generate", "auto")  # what benchmarks call it; the first there is
 FLOOR = "floor"
 
 
@@ -260,9 +260,7 @@ def kernels(table: str) -> str:
         cells = line.split("|")
         op = cells[1].strip().strip("`")
         for title, (backend, device) in COLUMNS.items() if op in AVAILABLE else ():
-            kernel = AVAILABLE[op].get(backend, {})
-            runs = device in getattr(kernel, "devices", kernel)
-            cells[titles.index(title)] = " ✓ " if runs else "   "
+            cells[titles.index(title)] = " ✓ " if device in AVAILABLE[op].get(backend, {}) else "   "
         lines[i] = "|".join(cells)
     return "\n".join([header, *lines, ""])
 

@@ -20,13 +20,13 @@ _LOG_EPSILON = 1e-9
 class DGILoss(nn.Module):
     """The objective as named terms and their weighted sum.
 
-    ==============  ================================================================================
-    ``ntp``         ``−Σ_j log P(c_j | q, c_{<j})``: cosine cross-entropy per level, mean over rows
-    ``global``      ``1 − cos(z, Σ_j z̃_j)``
-    ``local``       ``Σ_j ‖sg[r_{j-1}] − e_{j,c_j}‖² + β‖r_{j-1} − sg[e_{j,c_j}]‖²``
-    ``infonce``     cross-entropy of ``ẑ_q · ẑ_n / τ_CL`` over the distinct items of the global batch
-    ``diversity``   ``Σ_j Σ_k p̄ log(p̄ + ε)``, p̄ the mean over the global batch
-    ==============  ================================================================================
+    | term          | formula                                                                         |
+    |---------------|---------------------------------------------------------------------------------|
+    | ``ntp``       | ``−Σ_j log P(c_j | q, c_{<j})``: cosine cross-entropy per level, mean over rows |
+    | ``global``    | ``1 − cos(z, Σ_j z̃_j)``                                                         |
+    | ``local``     | ``Σ_j ‖sg[r_{j-1}] − e_{j,c_j}‖² + β‖r_{j-1} − sg[e_{j,c_j}]‖²``                |
+    | ``infonce``   | cross-entropy of ``ẑ_q · ẑ_n / τ_CL`` over the distinct items of the global batch |
+    | ``diversity`` | ``Σ_j Σ_k p̄ log(p̄ + ε)``, p̄ the mean over the global batch                      |
 
     Args:
         weights: weight by name; a term left out has weight 1, and a weight of 0 leaves the term uncomputed.

@@ -25,7 +25,9 @@ def _load() -> str | None:
     except (OSError, RuntimeError) as error:
         return f"{LIBRARY} was found but could not be loaded by torch {torch.__version__}: {error}"
     torch.library.register_fake("dgi_kernels::gumbel_noise", _fake_gumbel_noise)
-    torch.library.register_fake("dgi_kernels::trie_sort", _fake_trie_sort)
+    torch.library.register_fake("dgi_kernels::code_ranges", _fake_code_ranges)
+    torch.library.register_fake("dgi_kernels::find_children", _fake_find_children)
+    torch.library.register_fake("dgi_kernels::item_set", _fake_item_set)
     torch.library.register_fake("dgi_kernels::cosine_logits", _fake_cosine_logits)
     torch.library.register_fake("dgi_kernels::cosine_logits_backward", _fake_cosine_logits_backward)
     torch.library.register_fake("dgi_kernels::cosine_cross_entropy", _fake_cosine_cross_entropy)
@@ -36,6 +38,7 @@ def _load() -> str | None:
     torch.library.register_fake("dgi_kernels::residual_quantize_backward", _fake_residual_quantize_backward)
     torch.library.register_fake("dgi_kernels::beam_step", _fake_beam_step)
     torch.library.register_fake("dgi_kernels::cosine_beam_step", _fake_cosine_beam_step)
+    torch.library.register_fake("dgi_kernels::beam_codes", _fake_beam_codes)
     torch.library.register_fake("dgi_kernels::rank_candidates", _fake_rank_candidates)
     return None
 
@@ -44,8 +47,17 @@ def _fake_gumbel_noise(seed: Tensor, level: int, stream: int, row_offset: int, r
     return seed.new_empty((rows, codes), dtype=torch.float32)
 
 
-def _fake_trie_sort(codes: Tensor) -> tuple[Tensor, Tensor]:
-    return codes.new_empty(codes.shape[0]), codes.new_empty(codes.shape[0])
+def _fake_code_ranges(codes: Tensor) -> Tensor:
+    return codes.new_empty((2, codes.shape[1]), dtype=torch.int64)
+
+
+def _fake_find_children(tokens: Tensor, child_start: Tensor, nodes: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(nodes), torch.empty_like(nodes, dtype=torch.bool)
+
+
+def _fake_item_set(members: Tensor, item_order: Tensor | None) -> tuple[Tensor, Tensor]:
+    blocks = members.shape[0] // 512 + 1
+    return members.new_empty(8 * blocks, dtype=torch.int64), members.new_empty(blocks, dtype=torch.int64)
 
 
 def _fake_cosine_logits(h: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -106,25 +118,35 @@ def _fake_beams(like: Tensor, num_beams: int) -> tuple[Tensor, ...]:
     return *integers, like.new_empty((like.shape[0], num_beams), dtype=torch.float32)
 
 
-def _fake_beam_step(tokens: Tensor, child_start: Tensor, lower: list[Tensor], counts: list[Tensor],
-                    filter_of: list[int], logits: Tensor, nodes: Tensor, scores: Tensor,
-                    log_normalizer: Tensor | None, num_beams: int, normalize: int) -> tuple[Tensor, ...]:
+def _fake_beam_codes(tokens: list[Tensor], parents: list[Tensor]) -> Tensor:
+    return tokens[-1].new_empty((*tokens[-1].shape, len(tokens)))
+
+
+def _fake_beam_step(tokens: Tensor, child_start: Tensor, below: list[Tensor], delta: list[Tensor],
+                    anchors: list[Tensor], sets: list[Tensor], set_of: list[int], logits: Tensor, nodes: Tensor,
+                    scores: Tensor, log_normalizer: Tensor | None, num_beams: int,
+                    normalize: int) -> tuple[Tensor, ...]:
     return _fake_beams(logits, num_beams)
 
 
-def _fake_cosine_beam_step(tokens: Tensor, child_start: Tensor, lower: list[Tensor], counts: list[Tensor],
-                           filter_of: list[int], h: Tensor, codebook: Tensor, scale: Tensor, eps: float, nodes: Tensor,
-                           scores: Tensor, log_normalizer: Tensor | None, num_beams: int,
-                           normalize: int) -> tuple[Tensor, ...]:
+def _fake_cosine_beam_step(tokens: Tensor, child_start: Tensor, below: list[Tensor], delta: list[Tensor],
+                           anchors: list[Tensor], sets: list[Tensor], set_of: list[int], h: Tensor, codebook: Tensor,
+                           scale: Tensor, eps: float, nodes: Tensor, scores: Tensor, log_normalizer: Tensor | None,
+                           num_beams: int, normalize: int) -> tuple[Tensor, ...]:
     return _fake_beams(h, num_beams)
 
 
-def _fake_rank_candidates(query: Tensor, item_vectors: Tensor, lower: list[Tensor], item_order: Tensor,
-                          item_ids: Tensor, allowed: list[Tensor], filter_of: list[int], nodes: Tensor, scores: Tensor,
-                          k: int, eps: float) -> tuple[Tensor, ...]:
+def _fake_rank_candidates(query: Tensor, item_vectors: Tensor, num_nodes: int, below: list[Tensor],
+                          item_order: Tensor | None, item_ids: Tensor | None, delta_below: list[Tensor],
+                          delta_order: Tensor | None, delta_ids: Tensor | None, delta_anchors: Tensor | None,
+                          sets: list[Tensor], set_of: list[int], nodes: Tensor, scores: Tensor, k: int,
+                          eps: float) -> tuple[Tensor, ...]:
     shape, compute = (query.shape[0], k), torch.float64 if query.dtype == torch.float64 else torch.float32
     return (query.new_empty(shape, dtype=torch.int64), query.new_empty(shape, dtype=torch.float32),
             query.new_empty(shape, dtype=compute))
 
 
 load_error: str | None = _load()
+
+# Whether CUDA kernels are in it; without a GPU too.
+has_cuda = load_error is None and torch._C._dispatch_has_kernel_for_dispatch_key("dgi_kernels::gumbel_noise", "CUDA")

@@ -11,7 +11,7 @@ import contextlib
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,34 +27,36 @@ class BackendUnavailable(RuntimeError):
     """A backend was asked for by name and cannot run here; the message says why."""
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """Where one implementation of one op runs: device types, and the dtypes of its main floating-point input."""
+# Where one implementation of one op runs: device types, each with the dtypes of the op's main floating-point input
+# there, or None where the op takes no floating-point tensor.
+Kernel = Mapping[str, frozenset[torch.dtype] | None]
 
-    devices: frozenset[str]
-    dtypes: frozenset[torch.dtype] | None = None  # None: the op takes no floating-point tensor
-
-
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter runs its kernels on CPU tensors
-_TRITON_DEVICES = frozenset({"cuda", "cpu"} if _INTERPRETED else {"cuda"})
-_TRITON_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
-
-# op -> backend -> where it runs, in order of preference.  The reference runs everywhere and is not listed.
 _FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+_GPU_FLOATS = _FLOATS - {torch.float64}
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter runs its kernels on CPU tensors
+_TRITON: Kernel = dict.fromkeys(("cuda", "cpu") if _INTERPRETED else ("cuda",), _GPU_FLOATS)
+_CPP: Kernel = {"cpu": _FLOATS}
+_CPP_AND_CUDA: Kernel = {"cpu": _FLOATS, "cuda": _GPU_FLOATS}
+
+# op -> backend -> where it runs.  The reference runs everywhere and is not listed.
 KERNELS: dict[str, dict[str, Kernel]] = {
-    "cosine_logits": {"native": Kernel(frozenset({"cpu"}), _FLOATS)},
-    "cosine_cross_entropy": {"native": Kernel(frozenset({"cpu"}), _FLOATS),
-                             "triton": Kernel(_TRITON_DEVICES, _TRITON_DTYPES)},
-    "gumbel_softmax": {"native": Kernel(frozenset({"cpu"}), _FLOATS),
-                       "triton": Kernel(_TRITON_DEVICES, _TRITON_DTYPES)},
-    "residual_quantize": {"native": Kernel(frozenset({"cpu"}), _FLOATS),
-                          "triton": Kernel(_TRITON_DEVICES, _TRITON_DTYPES)},
-    "gumbel_noise": {"native": Kernel(frozenset({"cpu"})), "triton": Kernel(_TRITON_DEVICES)},
-    "trie_build": {"native": Kernel(frozenset({"cpu"}))},
-    "beam_step": {"native": Kernel(frozenset({"cpu"}), _FLOATS)},
-    "cosine_beam_step": {"native": Kernel(frozenset({"cpu"}), _FLOATS)},
-    "rank_candidates": {"native": Kernel(frozenset({"cpu"}), _FLOATS)},
+    "cosine_logits": {"native": _CPP},
+    "cosine_cross_entropy": {"native": _CPP, "triton": _TRITON},
+    "gumbel_softmax": {"native": _CPP_AND_CUDA, "triton": _TRITON},
+    "residual_quantize": {"native": _CPP, "triton": _TRITON},
+    "gumbel_noise": {"native": dict.fromkeys(_CPP_AND_CUDA), "triton": dict.fromkeys(_TRITON)},
+    "trie_build": {"native": {"cpu": None}},
+    "trie_find": {"native": {"cpu": None}},
+    "trie_filter": {"native": {"cpu": None}},
+    "beam_step": {"native": _CPP_AND_CUDA},
+    "cosine_beam_step": {"native": _CPP_AND_CUDA},
+    "beam_codes": {"native": {"cpu": None}},
+    "rank_candidates": {"native": _CPP_AND_CUDA},
 }
+
+# Which of an op's kernels ``auto`` tries first.  On GPUs Triton's noise takes fewer instructions per element: hardware
+# logarithms, and a row that fits into registers is made once, where CUDA C++ makes it again in every pass.
+PREFERENCE = {"cpu": ("native", "triton"), "cuda": ("triton", "native")}
 
 
 def _why_no_triton() -> str | None:
@@ -105,11 +107,15 @@ def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype | No
     problem = _BACKEND_PROBLEM[backend]
     if problem is not None:
         return f"the {backend} backend is not available: {problem}"
-    if device.type not in kernel.devices:
-        return f"{op} has no {backend} kernel for {device.type} tensors (it runs on {_names(kernel.devices)})"
-    if kernel.dtypes is not None and dtype not in kernel.dtypes:
-        return f"{op} has no {backend} kernel for {dtype} (it takes {_names(kernel.dtypes)})"
-    if kernel.dtypes is not None and _is_transformed():
+    if device.type not in kernel:
+        return f"{op} has no {backend} kernel for {device.type} tensors (it runs on {_names(kernel)})"
+    if backend == "native" and device.type == "cuda" and not _extension.has_cuda:
+        return ("the extension was built without CUDA kernels; install dgi-kernels again where torch is a CUDA build "
+                "and nvcc is there, with DGI_BUILD_CUDA=1")
+    dtypes = kernel[device.type]
+    if dtypes is not None and dtype not in dtypes:
+        return f"{op} has no {backend} kernel for {dtype} on {device.type} (it takes {_names(dtypes)})"
+    if dtypes is not None and _is_transformed():
         return "inside torch.func's transforms (vmap, grad, jvp, ...) only the reference can run"
     return None
 
@@ -133,7 +139,9 @@ def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype | Non
             raise BackendUnavailable(f'backend="{backend}" cannot run {op} here: {problem}')
         return backend
     problems = []
-    for candidate in KERNELS[op]:
+    for candidate in PREFERENCE.get(device.type, PREFERENCE["cpu"]):
+        if candidate not in KERNELS[op]:
+            continue
         problem = why_not(op, candidate, device, dtype)
         if problem is None:
             return candidate
@@ -168,7 +176,7 @@ def _log_fallback(op: str, reason: str) -> None:
     logger.info("%s: falling back to the PyTorch reference (%s)", op, reason)
 
 
-def _names(values: frozenset) -> str:
+def _names(values: Iterable[object]) -> str:
     return ", ".join(sorted(str(value) for value in values))
 
 

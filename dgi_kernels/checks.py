@@ -51,10 +51,12 @@ def float_tensor(name: str, value: object, *, ndim: int | None = None, min_ndim:
 
 def shape(name: str, value: Tensor, expected: tuple[int | None, ...], meaning: str) -> None:
     """Check ``value.shape`` against ``expected``, where None stands for any size; ``meaning`` is e.g. "(N, D)"."""
-    actual = tuple(value.shape)
+    actual = value.shape
+    if actual == expected:  # where there is no None; as fast as can be
+        return
     if len(actual) != len(expected) or any(e is not None and e != a for e, a in zip(expected, actual, strict=True)):
         wanted = ", ".join("*" if e is None else str(e) for e in expected)
-        raise ValueError(f"{name} must have shape {meaning} = ({wanted}); got {actual}")
+        raise ValueError(f"{name} must have shape {meaning} = ({wanted}); got {tuple(actual)}")
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

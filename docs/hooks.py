@@ -6,6 +6,7 @@ All of it is done when the site is built, so that a page needs no script and no 
 from __future__ import annotations
 
 import re
+from itertools import takewhile
 from pathlib import Path
 
 from latex2mathml.converter import convert
@@ -17,7 +18,7 @@ LANGUAGES = {".cpp": "cpp", ".h": "cpp", ".cu": "cuda", ".py": "python", ".md": 
 BLOCK_FORMULA = re.compile(r"^```math\n(.*?)\n```$", re.MULTILINE | re.DOTALL)  # as GitHub writes them
 INLINE_FORMULA = re.compile(r"\$`(.+?)`\$")
 EXCERPT = re.compile(r'^<!-- code: (\S+?)(?: from "(.*?)" to "(.*?)")? -->$', re.MULTILINE)
-ROLE = re.compile(r":(?:func|class|meth|mod|data|attr):(?=<code>)")  # Sphinx's, which docstrings use and Markdown lacks
+ROLE = re.compile(r":(?:func|class|meth|mod|data|attr):(<code>)(?:~[\w.]*\.)?")  # Sphinx's, which Markdown lacks
 INCLUDE = re.compile(r"^<!-- include: (\S+) -->$", re.MULTILINE)
 
 
@@ -26,12 +27,13 @@ def on_page_markdown(markdown: str, **_: object) -> str:
     markdown = EXCERPT.sub(lambda match: _excerpt(*match.groups()), markdown)
     markdown = BLOCK_FORMULA.sub(lambda match: f'<div class="formula">{convert(match[1], display="block")}</div>',
                                  markdown)
-    return INLINE_FORMULA.sub(lambda match: convert(match[1]), markdown)
+    # In a span, since Markdown takes a line that begins with <math> for a paragraph of its own.
+    return INLINE_FORMULA.sub(lambda match: f"<span>{convert(match[1])}</span>", markdown)
 
 
 def on_page_content(html: str, **_: object) -> str:
     html = html.replace('<details class="mkdocstrings-source">', '<details class="mkdocstrings-source" open>')
-    return ROLE.sub("", html)
+    return ROLE.sub(r"\1", html)
 
 
 def _include(path: str) -> str:
@@ -43,16 +45,13 @@ def _excerpt(path: str, start: str | None, end: str | None) -> str:
     """The opening comment of a file, or its lines from the first with ``start`` to the next with ``end``."""
     lines = (ROOT / path).read_text().splitlines()
     if start is None:
-        last = next(i for i, line in enumerate(lines) if not line.startswith("//")) - 1
-        if last < 0:
+        comment = [re.sub("^// ?", "", line) for line in takewhile(lambda line: line.startswith("//"), lines)]
+        if not comment:
             raise PluginError(f"{path} does not open with a comment")
-        comment = "\n".join(re.sub("^// ?", "", line) for line in lines[:last + 1])
-        return f'``` text title="{path}"\n{comment}\n```'
-    else:
-        first = next((i for i, line in enumerate(lines) if start in line), None)
-        last = next((i for i, line in enumerate(lines) if first is not None and i > first and line.startswith(end)),
-                    None)
-        if first is None or last is None:
-            raise PluginError(f"{path} has no lines from {start!r} to {end!r}")
-    text = "\n".join(lines[first:last + 1])
-    return f'``` {LANGUAGES[Path(path).suffix]} title="{path}"\n{text}\n```'
+        text = re.sub(r"^(?! )(.+)\n(?=\S)", r"\1 ", "\n".join(comment), flags=re.MULTILINE)  # formulas are indented
+        return f'``` {{.text .comment title="{path}"}}\n{text}\n```'
+    first = next((i for i, line in enumerate(lines) if start in line), len(lines))
+    last = next((i for i, line in enumerate(lines) if i > first and line.startswith(end)), None)
+    if last is None:
+        raise PluginError(f"{path} has no lines from {start!r} to {end!r}")
+    return "\n".join([f'``` {LANGUAGES[Path(path).suffix]} title="{path}"', *lines[first:last + 1], "```"])

@@ -25,18 +25,6 @@ namespace {
 
 constexpr int64_t kChunk = 1024;  // logits: a chunk is read again from the first-level cache
 
-// The log-sum-exp of `codes` logits; `read(first, count, buffer)` returns a pointer to some of them.
-template <bool kFused, class Real, class Read>
-DGI_ALWAYS_INLINE inline LogSumExp<Real> log_sum_exp(int64_t codes, const Read& read) {
-  alignas(64) Real buffer[kChunk];
-  LogSumExp<Real> sum;
-  for (int64_t first = 0; first < codes; first += kChunk) {
-    const int64_t count = std::min(kChunk, codes - first);
-    sum.template add<kFused>(read(first, count, buffer), count);
-  }
-  return sum;
-}
-
 // `count` logits from `data` on, as contiguous numbers of the compute dtype.
 template <class Stored>
 DGI_ALWAYS_INLINE inline const Compute<Stored>* read_logits(const Stored* data, int64_t stride, int64_t count,
@@ -52,28 +40,52 @@ DGI_ALWAYS_INLINE inline const Compute<Stored>* read_logits(const Stored* data, 
   return buffer;
 }
 
+// Starts to load `bytes` from `data` on into the second-level cache.
+inline void prefetch(const void* data, int64_t bytes) {
+#ifdef __GNUC__
+  constexpr int64_t kLine = 64;
+  for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(static_cast<const char*>(data) + at, 0, 2);
+#endif
+}
+
+// The log-sum-exp of the logits of one beam, while those of the `next` (null: none) are on their way: rows are visited by
+// score, which no hardware foresees.
+template <bool kFused, class Stored>
+DGI_ALWAYS_INLINE inline LogSumExp<Compute<Stored>> log_sum_exp(const Stored* row, const Stored* next, int64_t codes,
+                                                                int64_t stride) {
+  using Real = Compute<Stored>;
+  alignas(64) Real buffer[kChunk];
+  LogSumExp<Real> sum;
+  for (int64_t first = 0; first < codes; first += kChunk) {
+    const int64_t count = std::min(kChunk, codes - first);
+    if (next != nullptr) prefetch(next + first, count * static_cast<int64_t>(sizeof(Stored)));
+    sum.template add<kFused>(read_logits(row + first * stride, stride, count, buffer), count);
+  }
+  return sum;
+}
+
 }  // namespace
 
-template <class Stored>
-bool beam_step(const BeamStep<Compute<Stored>>& step, const Logits<Stored>& logits, int64_t first, int64_t last,
+template <class Stored, class Token>
+bool beam_step(const BeamStep<Compute<Stored>, Token>& step, const Logits<Stored>& logits, int64_t first, int64_t last,
                const BeamOutput& out) {
   using Real = Compute<Stored>;
-  Request<Real> worker(step);
+  Request<Real, Token> worker(step);
   bool fits = true;
   with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
     for (int64_t request = first; request < last; ++request) {
       fits = worker.start(request) && fits;
-      for (const Parent<Real>& parent : worker.parents()) {
-        if (worker.is_done(parent)) break;
-        const Stored* const row = logits.data + request * logits.request_stride + parent.beam * logits.beam_stride;
-        const int64_t stride = logits.code_stride;
+      const int64_t stride = logits.code_stride;
+      const auto row_of = [&](const Parent<Real>& parent) {
+        return logits.data + request * logits.request_stride + parent.beam * logits.beam_stride;
+      };
+      const auto& parents = worker.parents();
+      for (size_t p = 0; p < parents.size() && !worker.is_done(parents[p]); ++p) {
+        const Stored* const row = row_of(parents[p]);
+        const Stored* const next = p + 1 < parents.size() && stride == 1 ? row_of(parents[p + 1]) : nullptr;
         worker.template extend<fused.value>(
-            parent, [=](int32_t token) DGI_ALWAYS_INLINE { return load(row[token * stride]); },
-            [&]() DGI_ALWAYS_INLINE {
-              return log_sum_exp<fused.value, Real>(logits.codes, [=](int64_t from, int64_t n, Real* buffer) DGI_ALWAYS_INLINE {
-                return read_logits(row + from * stride, stride, n, buffer);
-              });
-            });
+            parents[p], [=](int32_t token) DGI_ALWAYS_INLINE { return load(row[token * stride]); },
+            [=, &logits]() DGI_ALWAYS_INLINE { return log_sum_exp<fused.value>(row, next, logits.codes, stride); });
       }
       worker.write(out);
     }
@@ -81,9 +93,9 @@ bool beam_step(const BeamStep<Compute<Stored>>& step, const Logits<Stored>& logi
   return fits;
 }
 
-template bool beam_step(const BeamStep<float>&, const Logits<float>&, int64_t, int64_t, const BeamOutput&);
-template bool beam_step(const BeamStep<double>&, const Logits<double>&, int64_t, int64_t, const BeamOutput&);
-template bool beam_step(const BeamStep<float>&, const Logits<BFloat16>&, int64_t, int64_t, const BeamOutput&);
-template bool beam_step(const BeamStep<float>&, const Logits<Float16>&, int64_t, int64_t, const BeamOutput&);
+#define DGI_INSTANTIATE(Stored, Token)                                                                                    \
+  template bool beam_step(const BeamStep<Compute<Stored>, Token>&, const Logits<Stored>&, int64_t, int64_t, const BeamOutput&);
+DGI_FOR_STORED_AND_TOKEN(DGI_INSTANTIATE)
+#undef DGI_INSTANTIATE
 
 }  // namespace dgi::cpu

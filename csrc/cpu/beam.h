@@ -4,6 +4,7 @@
 
 #include "dgi/beam.h"
 #include "dgi/convert.h"
+#include "dgi/trie.h"
 
 namespace dgi::cpu {
 
@@ -17,11 +18,10 @@ struct View {
 };
 
 // B requests of `width` beams each.
-template <class Real>
+template <class Real, class Token>
 struct BeamStep {
-  TrieLevel level;
-  LowerLevels lower;
-  const int64_t* const* counts;  // (B): of each request's filter, null for none; null where there are no filters
+  TrieDepth<Token> trie;
+  const AllowedItems* const* allowed;  // (B): null for a request that may find all; null where all may
 
   int64_t requests, width, num_beams;
   View<int64_t> nodes;  // -1, or any number that is no node: dead
@@ -56,12 +56,18 @@ struct BeamOutput {
 
 // Does the step for the requests [first, last). Requests are independent. False where one has more candidates than a key
 // can number (2^32, float32 only).
-template <class Stored>
-bool beam_step(const BeamStep<Compute<Stored>>& step, const Logits<Stored>& logits, int64_t first, int64_t last,
+template <class Stored, class Token>
+bool beam_step(const BeamStep<Compute<Stored>, Token>& step, const Logits<Stored>& logits, int64_t first, int64_t last,
                const BeamOutput& out);
 
 // Does the step for all requests, on torch's threads.
-template <class Stored>
-bool cosine_beam_step(const BeamStep<Compute<Stored>>& step, const CosineLogits<Stored>& logits, const BeamOutput& out);
+template <class Stored, class Token>
+bool cosine_beam_step(const BeamStep<Compute<Stored>, Token>& step, const CosineLogits<Stored>& logits,
+                      const BeamOutput& out);
 
 }  // namespace dgi::cpu
+
+// All dtypes of logits with all types of tokens.
+#define DGI_FOR_STORED_AND_TOKEN(F)                                               \
+  F(float, int16_t) F(double, int16_t) F(BFloat16, int16_t) F(Float16, int16_t) \
+  F(float, int32_t) F(double, int32_t) F(BFloat16, int32_t) F(Float16, int32_t)

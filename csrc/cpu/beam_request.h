@@ -1,8 +1,9 @@
 // The search of one request: which of its beams are worth looking at, and the best of their children.
 //
-// The best num_beams candidates so far give a threshold. A beam whose own score, or a lower bound of its children's, lies
-// below it has no child that counts (log-probabilities are at most 0), and neither have those behind it. The threshold also becomes a bound on the logit, so
-// that most children cost a load and a comparison; only those that pass are scored, looked up in the filter and kept.
+// The best num_beams candidates so far give a threshold. A beam whose own score, or an upper bound of its children's, lies
+// below it has no child that counts (log-probabilities are at most 0), and neither have those behind it. The threshold
+// also becomes a bound on the logit, so that most children cost a load and a comparison; only those that pass are scored,
+// looked up in the filter and kept.
 #pragma once
 
 #include <algorithm>
@@ -75,50 +76,66 @@ class Best {
   bool full_ = false;
 };
 
-// A live beam with children.
+// Children of one beam that follow each other in one part of the trie, and by token in the whole of it.
+struct Run {
+  int64_t first, end;
+  int64_t slot;  // of the first child
+  int64_t beam;
+  bool in_delta;
+};
+
+// A live beam with children: the runs [first_run, end_run).
 template <class Real>
 struct Parent {
-  Real score, bound;         // no child scores more than the bound, where log-probabilities are normalised here
-  int64_t beam, first, end;  // children [first, end)
-  int64_t slot;              // of the first child
+  Real score, bound;  // no child scores more than the bound, where log-probabilities are normalised here
+  int64_t beam, first_run, end_run;
 };
 
 // One request at a time: its parents, its candidates, its result. Knows nothing of where logits come from.
-template <class Real>
+template <class Real, class Token>
 class Request {
  public:
-  explicit Request(const BeamStep<Real>& step) : step_(step) {}
+  explicit Request(const BeamStep<Real, Token>& step) : step_(step) {}
 
   // Takes up a request. False where it has more candidates than keys can number.
   bool start(int64_t request) {
     request_ = request;
-    counts_ = step_.counts == nullptr ? nullptr : step_.counts[request];
+    allowed_ = step_.allowed == nullptr ? nullptr : step_.allowed[request];
     best_.start(step_.num_beams);
     parents_.clear();
-    int64_t slots = 0;
+    runs_.clear();
+    slots_ = 0;
     for (int64_t m = 0; m < step_.width; ++m) {
       const int64_t node = step_.nodes.at(request_, m);
       const Real score = finite_or_dead(step_.scores.at(request_, m));
-      if (node < 0 || node >= step_.level.nodes || score == kDead) continue;
-      const int64_t first = step_.level.child_start[node], end = step_.level.child_start[node + 1];
-      parents_.push_back({score, score, m, first, end, slots});
-      slots += end - first;
+      if (node < 0 || node >= step_.trie.end() || score == kDead) continue;
+      const int64_t first_run = static_cast<int64_t>(runs_.size());
+      list_runs(m, step_.trie.children_of(node));
+      if (static_cast<int64_t>(runs_.size()) > first_run) {
+        parents_.push_back({score, score, m, first_run, static_cast<int64_t>(runs_.size())});
+      }
     }
-    by_beam_ = parents_;
     sort_by_bound();
-    return static_cast<uint64_t>(slots) <= std::numeric_limits<typename CandidateKey<Real>::Bits>::max();
+    return static_cast<uint64_t>(slots_) <= std::numeric_limits<typename CandidateKey<Real>::Bits>::max();
   }
 
   // The live beams, those first whose children may score most, to be extended in this order.
   const std::vector<Parent<Real>>& parents() const { return parents_; }
 
-  // Lowers the bounds of parents to bound(parent), tokens [first, last) being those of the parent's children.
+  // Lowers the bounds of parents to bound(parent, count, visit): how many children each has, and visit(f) calls f with the
+  // token of every one of them.
   template <class Bound>
   DGI_ALWAYS_INLINE inline void lower_bounds(const Bound& bound) {
     for (Parent<Real>& parent : parents_) {
-      const int32_t *const first = step_.level.tokens + parent.first, *const last = step_.level.tokens + parent.end;
-      if (first == last || *first == kEndToken) continue;  // the end of a sequence costs nothing
-      const Real lower = bound(parent, first, last);
+      const Run &run = runs_[parent.first_run], &last = runs_[parent.end_run - 1];
+      if (tokens_of(run)[run.first] == kEndToken) continue;  // the end of a sequence costs nothing
+      const auto visit = [&](const auto& f) DGI_ALWAYS_INLINE {
+        for (int64_t r = parent.first_run; r < parent.end_run; ++r) {
+          const Token* const tokens = tokens_of(runs_[r]);
+          for (int64_t i = runs_[r].first; i < runs_[r].end; ++i) f(tokens[i]);
+        }
+      };
+      const Real lower = bound(parent, last.slot + (last.end - last.first) - run.slot, visit);
       if (lower < parent.bound) parent.bound = lower;
     }
     sort_by_bound();
@@ -134,14 +151,11 @@ class Request {
   // `logit(token)` is the logit of a code, `log_sum_exp()` that of all codes; either is asked for what is needed only.
   template <bool kFused, class Logit, class Sum>
   DGI_ALWAYS_INLINE inline void extend(const Parent<Real>& parent, const Logit& logit, const Sum& log_sum_exp) {
-    int64_t child = parent.first;
-    if (child < parent.end && step_.level.tokens[child] == kEndToken) {
-      if (is_allowed(counts_, step_.lower, child)) best_.add(parent.score, parent.slot);
-      ++child;
-    }
-    if (child == parent.end) return;
+    const bool ends = add_end(parent);
+    const Run& last = runs_[parent.end_run - 1];
+    if (ends && parent.end_run - parent.first_run == 1 && last.end - last.first == 1) return;  // no other child
     if (step_.normalize == Normalize::kChildren && step_.normalizes()) {
-      extend_by_children<kFused>(parent, child, logit);
+      extend_by_children<kFused>(parent, ends, logit);
       return;
     }
     Normalizer<Real> normalizer;
@@ -153,8 +167,12 @@ class Request {
       if (sum.empty()) return;
       normalizer = {sum.maximum, sum.log_sum()};
     }
-    const int32_t* const tokens = step_.level.tokens;
-    add_children(parent, child, normalizer, counts_, [&](int64_t i) DGI_ALWAYS_INLINE { return logit(tokens[i]); });
+    for (int64_t r = parent.first_run; r < parent.end_run; ++r) {
+      const Run& run = runs_[r];
+      const Token* const tokens = tokens_of(run);
+      add_children(run, first_code(run, ends), parent.score, normalizer, allowed_,
+                   [=](int64_t i) DGI_ALWAYS_INLINE { return logit(tokens[i]); });
+    }
   }
 
   // Writes the result of the request.
@@ -163,13 +181,13 @@ class Request {
     const int64_t found = static_cast<int64_t>(keys.size()), begin = request_ * step_.num_beams;
     for (int64_t i = 0; i < found; ++i) {
       const int64_t slot = static_cast<int64_t>(CandidateKey<Real>::slot(keys[i]));
-      const auto behind = std::upper_bound(by_beam_.begin(), by_beam_.end(), slot,
-                                           [](int64_t s, const Parent<Real>& parent) { return s < parent.slot; });
-      const Parent<Real>& parent = *(behind - 1);
-      const int64_t child = parent.first + (slot - parent.slot);
-      out.nodes[begin + i] = child;
-      out.tokens[begin + i] = step_.level.tokens[child];
-      out.parents[begin + i] = parent.beam;
+      const auto behind = std::upper_bound(runs_.begin(), runs_.end(), slot,
+                                           [](int64_t s, const Run& run) { return s < run.slot; });
+      const Run& run = *(behind - 1);
+      const int64_t child = run.first + (slot - run.slot);
+      out.nodes[begin + i] = step_.trie.child_number(child, run.in_delta);
+      out.tokens[begin + i] = tokens_of(run)[child];
+      out.parents[begin + i] = run.beam;
       out.scores[begin + i] = static_cast<float>(CandidateKey<Real>::score(keys[i]));
     }
     std::fill(out.nodes + begin + found, out.nodes + begin + step_.num_beams, -1);
@@ -189,44 +207,98 @@ class Request {
   static constexpr int64_t kChunk = 1024;
   static constexpr Real kDead = -std::numeric_limits<Real>::infinity();
 
+  const Token* tokens_of(const Run& run) const { return run.in_delta ? step_.trie.delta.tokens : step_.trie.base.tokens; }
+
+  void add_run(int64_t beam, const Range& range, bool in_delta) {
+    if (range.size() == 0) return;
+    runs_.push_back({range.first, range.end, slots_, beam, in_delta});
+    slots_ += range.size();
+  }
+
+  // The children of a node in the order of their tokens: the base's run, cut where children of the delta come in between.
+  void list_runs(int64_t beam, const Children& found) {
+    int64_t base = found.base.first;
+    for (int64_t i = found.delta.first; i < found.delta.end; ++i) {
+      if (step_.trie.children.has_twin(i)) continue;
+      const int64_t cut = lower_bound(step_.trie.base.tokens, Range{base, found.base.end}, step_.trie.delta.tokens[i]);
+      add_run(beam, {base, cut}, false);
+      add_run(beam, {i, i + 1}, true);
+      base = cut;
+    }
+    add_run(beam, {base, found.base.end}, false);
+  }
+
+  // The end of a sequence, which comes first if at all; whether there is one.
+  bool add_end(const Parent<Real>& parent) {
+    const Run& run = runs_[parent.first_run];
+    if (tokens_of(run)[run.first] != kEndToken) return false;
+    if (step_.trie.is_allowed(allowed_, run.first, run.in_delta)) best_.add(parent.score, run.slot);
+    return true;
+  }
+
+  // Where the codes of a run begin; its parent's first run may begin with the end of a sequence.
+  int64_t first_code(const Run& run, bool ends) const {
+    return ends && tokens_of(run)[run.first] == kEndToken ? run.first + 1 : run.first;
+  }
+
   // Normalises over the allowed children only, so that the filter is asked for all of them.
   template <bool kFused, class Logit>
-  DGI_ALWAYS_INLINE inline void extend_by_children(const Parent<Real>& parent, int64_t child, const Logit& logit) {
-    values_.resize(parent.end - child);
-    for (int64_t i = child; i < parent.end; ++i) {
-      values_[i - child] = is_allowed(counts_, step_.lower, i) ? Real{logit(step_.level.tokens[i])} : kDead;
+  DGI_ALWAYS_INLINE inline void extend_by_children(const Parent<Real>& parent, bool ends, const Logit& logit) {
+    values_.clear();
+    for (int64_t r = parent.first_run; r < parent.end_run; ++r) {
+      const Run& run = runs_[r];
+      const Token* const tokens = tokens_of(run);
+      for (int64_t i = first_code(run, ends); i < run.end; ++i) {
+        values_.push_back(step_.trie.is_allowed(allowed_, i, run.in_delta) ? Real{logit(tokens[i])} : kDead);
+      }
     }
+    const int64_t count = static_cast<int64_t>(values_.size());
     LogSumExp<Real> sum;
-    for (int64_t i = 0; i < parent.end - child; i += kChunk) {
-      sum.template add<kFused>(values_.data() + i, std::min(kChunk, parent.end - child - i));
+    for (int64_t i = 0; i < count; i += kChunk) {
+      sum.template add<kFused>(values_.data() + i, std::min(kChunk, count - i));
     }
     if (sum.empty()) return;
-    const Real* const values = values_.data();
-    add_children(parent, child, {sum.maximum, sum.log_sum()}, nullptr,
-                 [=](int64_t i) DGI_ALWAYS_INLINE { return values[i - child]; });
-  }
-
-  // `logit(i)` is that of child i, from `child` on; `counts` is the filter that has not been asked yet.
-  template <class Logit>
-  DGI_ALWAYS_INLINE inline void add_children(const Parent<Real>& parent, int64_t child, const Normalizer<Real>& normalizer,
-                                             const int64_t* counts, const Logit& logit) {
-    const auto current_cut = [&] {
-      return best_.full() ? normalizer.cut(parent.score, best_.threshold()) : std::numeric_limits<Real>::lowest();
-    };
-    Real cut = current_cut();
-    for (int64_t i = child; i < parent.end; ++i) {
-      const Real x = logit(i);
-      if (!(x >= cut)) continue;
-      const Real score = normalizer.score(parent.score, x);
-      if (score == kDead || !is_allowed(counts, step_.lower, i)) continue;
-      if (best_.add(score, parent.slot + (i - parent.first))) cut = current_cut();
+    const Real* values = values_.data();
+    for (int64_t r = parent.first_run; r < parent.end_run; ++r) {
+      const Run& run = runs_[r];
+      const int64_t first = first_code(run, ends);
+      add_children(run, first, parent.score, {sum.maximum, sum.log_sum()}, nullptr,
+                   [=](int64_t i) DGI_ALWAYS_INLINE { return values[i - first]; });
+      values += run.end - first;
     }
   }
 
-  const BeamStep<Real>& step_;
-  int64_t request_ = 0;
-  const int64_t* counts_ = nullptr;
-  std::vector<Parent<Real>> parents_, by_beam_;
+  // `logit(i)` is that of child i, from `first` on; `allowed` is the filter that has not been asked yet.
+  template <class Logit>
+  DGI_ALWAYS_INLINE inline void add_children(const Run& run, int64_t first, Real parent, const Normalizer<Real>& normalizer,
+                                             const AllowedItems* allowed, const Logit& logit) {
+    const auto current_cut = [&] {
+      return best_.full() ? normalizer.cut(parent, best_.threshold()) : std::numeric_limits<Real>::lowest();
+    };
+    constexpr int64_t kGroup = 8;  // children that are compared at once: hardly any passes
+    const int64_t end = run.end, slot = run.slot - run.first;
+    Real cut = current_cut();
+    for (int64_t i = first; i < end; ++i) {
+      while (i + kGroup <= end) {
+        bool passes = false;
+        for (int64_t j = 0; j < kGroup; ++j) passes |= logit(i + j) >= cut;
+        if (passes) break;
+        i += kGroup;
+      }
+      if (i == end) break;
+      const Real x = logit(i);
+      if (!(x >= cut)) continue;
+      const Real score = normalizer.score(parent, x);
+      if (score == kDead || !step_.trie.is_allowed(allowed, i, run.in_delta)) continue;
+      if (best_.add(score, slot + i)) cut = current_cut();
+    }
+  }
+
+  const BeamStep<Real, Token>& step_;
+  int64_t request_ = 0, slots_ = 0;
+  const AllowedItems* allowed_ = nullptr;
+  std::vector<Run> runs_;  // of all parents, by slot
+  std::vector<Parent<Real>> parents_;
   std::vector<Real> values_;
   Best<Real> best_;
 };

@@ -29,14 +29,14 @@ DGI_ALWAYS_INLINE inline void scaled_row(const CosineLogits<Stored>& in, const S
 }
 
 // Each child's product by itself.
-template <class Stored>
-bool step_by_children(const BeamStep<Compute<Stored>>& step, const CosineLogits<Stored>& in, const BeamOutput& out,
+template <class Stored, class Token>
+bool step_by_children(const BeamStep<Compute<Stored>, Token>& step, const CosineLogits<Stored>& in, const BeamOutput& out,
                       int64_t children) {
   using Real = Compute<Stored>;
   std::atomic<bool> fits{true};
   parallel_for(step.requests, grain(children * in.dim / std::max<int64_t>(1, step.requests)),
                [&](int64_t first, int64_t last) {
-    Request<Real> worker(step);
+    Request<Real, Token> worker(step);
     const Buffer<Real> x = make_buffer<Real>(in.dim);
     with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
       for (int64_t request = first; request < last; ++request) {
@@ -90,16 +90,17 @@ class ChildBounds {
   }
 
   // Lowers the bounds of a request's parents, but where so many children would have to be multiplied that it is no gain.
-  void apply(Request<Real>& worker, const Stored* h, Real* x) const {
+  template <class Token>
+  void apply(Request<Real, Token>& worker, const Stored* h, Real* x) const {
     with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
-      worker.lower_bounds([&](const Parent<Real>& parent, const int32_t* first, const int32_t* last) DGI_ALWAYS_INLINE {
-        if ((last - first) * kFewer > in_.codes) return parent.bound;
+      worker.lower_bounds([&](const Parent<Real>& parent, int64_t count, const auto& visit_children) DGI_ALWAYS_INLINE {
+        if (count * kFewer > in_.codes) return parent.bound;
         scaled_row<fused.value>(in_, h + parent.beam * in_.dim, x);
         Real best = -std::numeric_limits<Real>::infinity();
-        for (const int32_t* token = first; token < last; ++token) {
-          const Real logit = tile_.rnorm()[*token] * dot<fused.value>(tile_.codebook() + *token * in_.dim, x, in_.dim);
+        visit_children([&](int64_t token) DGI_ALWAYS_INLINE {
+          const Real logit = tile_.rnorm()[token] * dot<fused.value>(tile_.codebook() + token * in_.dim, x, in_.dim);
           best = logit > best ? logit : best;
-        }
+        });
         const Real mean = dot<fused.value>(mean_.get(), x, in_.dim);
         return parent.score + (best - (log_codes_ + mean)) + margin_ + 16 * kEpsilon * std::abs(parent.score);
       });
@@ -119,16 +120,16 @@ class ChildBounds {
 };
 
 // A request of the group that a tile is made for, and which of its parents have rows in the tile.
-template <class Real>
+template <class Real, class Token>
 struct Turn {
-  Request<Real> worker;
+  Request<Real, Token> worker;
   size_t next = 0, end = 0;  // its parents [next, end)
   int64_t row = 0;           // of the tile, that of `next`
 };
 
 // Tiles of products of all codes with the best beams left of each of a group of requests.
-template <class Stored>
-bool step_by_tiles(const BeamStep<Compute<Stored>>& step, const CosineLogits<Stored>& in, const BeamOutput& out) {
+template <class Stored, class Token>
+bool step_by_tiles(const BeamStep<Compute<Stored>, Token>& step, const CosineLogits<Stored>& in, const BeamOutput& out) {
   using Real = Compute<Stored>;
   constexpr int64_t kTileElements = int64_t{1} << 19, kBeamsAtOnce = 32;
   const int64_t rows = std::clamp<int64_t>(kTileElements / std::max<int64_t>(1, in.codes), 64, 256);
@@ -139,7 +140,7 @@ bool step_by_tiles(const BeamStep<Compute<Stored>>& step, const CosineLogits<Sto
   HeadTile<Stored> tile(in, group * at_once);
   std::optional<ChildBounds<Stored>> bounds;  // worth their price where there are several panels
   if (wants_sums && step.requests * step.width >= 64) bounds.emplace(in, tile);
-  std::vector<Turn<Real>> turns(group, Turn<Real>{Request<Real>(step)});
+  std::vector<Turn<Real, Token>> turns(group, Turn<Real, Token>{Request<Real, Token>(step)});
 
   for (int64_t begin = 0; begin < step.requests; begin += group) {
     const int64_t count = std::min(group, step.requests - begin);
@@ -158,7 +159,7 @@ bool step_by_tiles(const BeamStep<Compute<Stored>>& step, const CosineLogits<Sto
     while (true) {
       int64_t used = 0;
       for (int64_t i = 0; i < count; ++i) {
-        Turn<Real>& turn = turns[i];
+        Turn<Real, Token>& turn = turns[i];
         const auto& parents = turn.worker.parents();
         const size_t most = std::min(parents.size(), turn.end + static_cast<size_t>(at_once));
         turn.row = used;
@@ -168,7 +169,7 @@ bool step_by_tiles(const BeamStep<Compute<Stored>>& step, const CosineLogits<Sto
       tile.start(used);
       parallel_for(count, grain(at_once * in.dim), [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i) {
-          const Turn<Real>& turn = turns[i];
+          const Turn<Real, Token>& turn = turns[i];
           for (size_t p = turn.next; p < turn.end; ++p) {
             const int64_t beam = (begin + i) * step.width + turn.worker.parents()[p].beam;
             tile.set(turn.row + static_cast<int64_t>(p - turn.next), in.h + beam * in.dim);
@@ -179,7 +180,7 @@ bool step_by_tiles(const BeamStep<Compute<Stored>>& step, const CosineLogits<Sto
       parallel_for(count, grain(at_once * in.codes / 16), [&](int64_t first, int64_t last) {
         with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
           for (int64_t i = first; i < last; ++i) {
-            Turn<Real>& turn = turns[i];
+            Turn<Real, Token>& turn = turns[i];
             for (size_t p = turn.next; p < turn.end; ++p) {
               const Parent<Real>& parent = turn.worker.parents()[p];
               if (turn.worker.is_done(parent)) break;
@@ -200,16 +201,18 @@ bool step_by_tiles(const BeamStep<Compute<Stored>>& step, const CosineLogits<Sto
 
 }  // namespace
 
-template <class Stored>
-bool cosine_beam_step(const BeamStep<Compute<Stored>>& step, const CosineLogits<Stored>& logits, const BeamOutput& out) {
+template <class Stored, class Token>
+bool cosine_beam_step(const BeamStep<Compute<Stored>, Token>& step, const CosineLogits<Stored>& logits,
+                      const BeamOutput& out) {
   constexpr int64_t kDotCost = 4;  // a product by itself takes about four times as long as one in a matrix product
   if (step.normalize != Normalize::kFull || !step.normalizes()) {
     int64_t children = 0, rows = 0;
     for (int64_t b = 0; b < step.requests; ++b) {
       for (int64_t m = 0; m < step.width; ++m) {
         const int64_t node = step.nodes.at(b, m);
-        if (node < 0 || node >= step.level.nodes) continue;
-        children += step.level.child_start[node + 1] - step.level.child_start[node];
+        if (node < 0 || node >= step.trie.end()) continue;
+        const Children found = step.trie.children_of(node);
+        children += found.base.size() + found.delta.size();
         ++rows;
       }
     }
@@ -218,9 +221,9 @@ bool cosine_beam_step(const BeamStep<Compute<Stored>>& step, const CosineLogits<
   return step_by_tiles(step, logits, out);
 }
 
-template bool cosine_beam_step(const BeamStep<float>&, const CosineLogits<float>&, const BeamOutput&);
-template bool cosine_beam_step(const BeamStep<double>&, const CosineLogits<double>&, const BeamOutput&);
-template bool cosine_beam_step(const BeamStep<float>&, const CosineLogits<BFloat16>&, const BeamOutput&);
-template bool cosine_beam_step(const BeamStep<float>&, const CosineLogits<Float16>&, const BeamOutput&);
+#define DGI_INSTANTIATE(Stored, Token)                                                                                    \
+  template bool cosine_beam_step(const BeamStep<Compute<Stored>, Token>&, const CosineLogits<Stored>&, const BeamOutput&);
+DGI_FOR_STORED_AND_TOKEN(DGI_INSTANTIATE)
+#undef DGI_INSTANTIATE
 
 }  // namespace dgi::cpu

@@ -58,7 +58,23 @@ bool rank_candidates(const RankingInput<Stored>& in, int64_t first_request, int6
       const Stored* const q = in.query + request * in.query_stride;
       const Real factor = reciprocal_norm<fused.value>(q, in.dim, in.eps);
       for (int64_t d = 0; d < in.dim; ++d) query[d] = factor * load(q[d]);
-      const bool* const allowed = in.allowed == nullptr ? nullptr : in.allowed[request];
+      const AllowedItems all, *const given = in.allowed == nullptr ? nullptr : in.allowed[request];
+      const AllowedItems& allowed = given == nullptr ? all : *given;
+      const auto add = [&](const ItemLevels& part, const ItemSet& members, int64_t node) DGI_ALWAYS_INLINE {
+        const Range places = part.below.items(node);
+        for (int64_t place = places.first; place < places.end; ++place) {
+          if (!members.contains(place)) continue;
+          const int64_t item = part.id(place);
+          if (item < 0 || item >= in.rows) {
+            known = false;
+            continue;
+          }
+          const Stored* const vector = in.items + item * in.item_stride;
+          const Real cosine = dot<fused.value>(vector, query.data(), in.dim)
+                              * reciprocal_norm<fused.value>(vector, in.dim, in.eps);
+          group.push_back({item, cosine == cosine ? cosine : Real{-1}});
+        }
+      };
 
       int64_t found = 0;
       const int64_t begin = request * in.k;
@@ -66,23 +82,10 @@ bool rank_candidates(const RankingInput<Stored>& in, int64_t first_request, int6
         const float score = beams[b].score;
         group.clear();
         for (; b < beams.size() && beams[b].score == score; ++b) {
-          int64_t first = beams[b].node, end = first + 1;
-          for (int64_t level = 0; level < in.lower.count; ++level) {
-            first = in.lower.starts[level][first];
-            end = in.lower.starts[level][end];
-          }
-          for (int64_t i = first; i < end; ++i) {
-            if (allowed != nullptr && !allowed[i]) continue;
-            const int64_t item = in.item_ids[in.item_order[i]];
-            if (item < 0 || item >= in.rows) {
-              known = false;
-              continue;
-            }
-            const Stored* const vector = in.items + item * in.item_stride;
-            const Real cosine = dot<fused.value>(vector, query.data(), in.dim)
-                                * reciprocal_norm<fused.value>(vector, in.dim, in.eps);
-            group.push_back({item, cosine == cosine ? cosine : Real{-1}});
-          }
+          const int64_t node = beams[b].node;
+          if (node < in.base.nodes) add(in.base, allowed.base, node);
+          const int64_t in_delta = node < in.base.nodes ? in.anchors.twin_of(node) : node - in.base.nodes;
+          if (in_delta >= 0) add(in.delta, allowed.delta, in_delta);
         }
         const int64_t take = std::min<int64_t>(in.k - found, static_cast<int64_t>(group.size()));
         std::partial_sort(group.begin(), group.begin() + take, group.end(),

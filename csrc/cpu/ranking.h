@@ -5,15 +5,25 @@
 #include "beam.h"
 #include "dgi/beam.h"
 #include "dgi/convert.h"
+#include "dgi/trie.h"
 
 namespace dgi::cpu {
+
+// The items of one part of a trie, below one depth.
+struct ItemLevels {
+  int64_t nodes = 0;             // how many the part has at that depth
+  LowerLevels below;             // from that depth down to the ranges of items
+  Offsets item_order, item_ids;  // place -> row -> id
+
+  int64_t id(int64_t place) const { return item_ids[item_order[place]]; }
+};
 
 // B requests with `width` beams each, and the vectors of all items; a vector's elements are contiguous.
 template <class Stored>
 struct RankingInput {
-  LowerLevels lower;  // from the beams' depth down to the ranges of items
-  const int64_t *item_order, *item_ids;
-  const bool* const* allowed;  // (B): of each request's filter, by leaf order, null for none; null without filters
+  ItemLevels base, delta;  // delta.nodes is 0 where there is none
+  Anchors anchors;         // of the delta's nodes
+  const AllowedItems* const* allowed;  // (B): null for a request that may find all; null where all may
 
   int64_t width, k, dim, rows;
   View<int64_t> nodes;  // -1: dead

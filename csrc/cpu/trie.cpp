@@ -1,13 +1,210 @@
+// Trie construction on the CPU: one sort (trie_sort.h), one pass that counts nodes, one that writes them.
+//
+// A node of depth t + 1 begins at every sorted row whose first difference from the row before lies in the first t + 1
+// columns. Shares of the rows, one per thread, count the nodes that begin in them; from the counts follows where each
+// share writes.
 #include "trie.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <type_traits>
+
+#include "host.h"
+#include "isa.h"
+#include "trie_sort.h"
 
 namespace dgi::cpu {
 
 std::vector<CodeRange> code_ranges(const CodeTable& table) {
-  return dgi::code_ranges(table);
+  std::vector<CodeRange> ranges(table.columns);
+  if (table.rows == 0) return ranges;
+  const int64_t shares = share_count(table.rows);
+  std::vector<CodeRange> found(shares * table.columns);
+  table.visit([&](const auto* codes) {
+    using Code = std::remove_const_t<std::remove_pointer_t<decltype(codes)>>;
+    for_shares(table.rows, shares, [&](int64_t share, int64_t first, int64_t last) {
+      std::vector<Code> low(table.columns), high(table.columns);
+      for (int64_t c = 0; c < table.columns; ++c) low[c] = high[c] = codes[first * table.row_stride + c * table.column_stride];
+      for (int64_t row = first; row < last; ++row) {
+        const Code* const of_row = codes + row * table.row_stride;
+        for (int64_t c = 0; c < table.columns; ++c) {
+          const Code code = of_row[c * table.column_stride];
+          low[c] = std::min(low[c], code);
+          high[c] = std::max(high[c], code);
+        }
+      }
+      for (int64_t c = 0; c < table.columns; ++c) {
+        found[share * table.columns + c] = {static_cast<int64_t>(low[c]), static_cast<int64_t>(high[c])};
+      }
+    });
+  });
+  for (int64_t c = 0; c < table.columns; ++c) {
+    ranges[c] = found[c];
+    for (int64_t share = 1; share < shares; ++share) {
+      const CodeRange& other = found[share * table.columns + c];
+      ranges[c] = {std::min(ranges[c].low, other.low), std::max(ranges[c].high, other.high)};
+    }
+  }
+  return ranges;
 }
 
-void trie_sort(const CodeTable& table, const std::vector<CodeRange>& ranges, int64_t* order, int64_t* first_diff) {
-  dgi::trie_sort(table, ranges, order, first_diff);
+TrieBuild::TrieBuild(const CodeTable& table, const std::vector<CodeRange>& ranges)
+    : table_(table), sorted_(std::make_unique<SortedRows>(table, ranges)), nodes_(table.columns) {
+  const int64_t columns = table.columns, shares = share_count(table.rows);
+  first_node_.assign(shares, std::vector<int64_t>(columns + 1));
+  std::atomic<bool> in_order{true};
+  for_shares(table.rows, shares, [&](int64_t share, int64_t first, int64_t last) {
+    std::vector<int64_t> differing(columns + 1);
+    bool in_place = true;
+    for (int64_t i = first; i < last; ++i) {
+      ++differing[sorted_->first_difference(i)];
+      in_place = in_place && sorted_->row(i) == i;
+    }
+    int64_t begin = 0;
+    for (int64_t t = 0; t < columns; ++t) first_node_[share][t] = begin += differing[t];
+    if (!in_place) in_order = false;
+  });
+  for (int64_t t = 0; t < columns; ++t) {
+    for (auto& of_share : first_node_) nodes_[t] += std::exchange(of_share[t], nodes_[t]);
+  }
+  in_order_ = in_order;
 }
+
+TrieBuild::~TrieBuild() = default;
+
+template <class Token, class Offset>
+void TrieBuild::write(Token* const* tokens, Offset* const* child_start, Offset* item_start, Offset* item_order) const {
+  const int64_t columns = table_.columns, rows = table_.rows, shares = static_cast<int64_t>(first_node_.size());
+  child_start[0][0] = 0;
+  for (int64_t t = 0; t < columns; ++t) child_start[t][nodes(t)] = static_cast<Offset>(nodes(t + 1));
+  if (item_start != nullptr) item_start[nodes(columns)] = static_cast<Offset>(rows);
+  for_shares(rows, shares, [&](int64_t share, int64_t first, int64_t last) {
+    std::vector<int64_t> next = first_node_[share];  // of each level; of the last, the item's place
+    next[columns] = first;
+    std::vector<Offset*> starts(child_start + 1, child_start + columns);
+    starts.push_back(item_start);
+    for (int64_t i = first; i < last; ++i) {
+      for (int64_t t = sorted_->first_difference(i); t < columns; ++t) {
+        const int64_t node = next[t]++;
+        tokens[t][node] = static_cast<Token>(sorted_->code(i, t));
+        if (starts[t] != nullptr) starts[t][node] = static_cast<Offset>(next[t + 1]);
+      }
+      next[columns] = i + 1;
+      if (item_order != nullptr) item_order[i] = static_cast<Offset>(sorted_->row(i));
+    }
+  });
+}
+
+template void TrieBuild::write(int16_t* const*, int32_t* const*, int32_t*, int32_t*) const;
+template void TrieBuild::write(int16_t* const*, int64_t* const*, int64_t*, int64_t*) const;
+template void TrieBuild::write(int32_t* const*, int32_t* const*, int32_t*, int32_t*) const;
+template void TrieBuild::write(int32_t* const*, int64_t* const*, int64_t*, int64_t*) const;
+
+namespace {
+
+// The members as bits, so that those of ten million rows lie in the second-level cache while places ask for them in any
+// order. Bits behind the last member are 0.
+Buffer<uint64_t> packed(const bool* members, int64_t size, int64_t words) {
+  constexpr int64_t kWordBits = ItemSet::kWordBits;
+  Buffer<uint64_t> bits = make_buffer<uint64_t>(words);
+  parallel_for(words, grain(kWordBits / 4), [&](int64_t first, int64_t last) {
+    for (int64_t w = first; w < last; ++w) {
+      const int64_t count = std::clamp<int64_t>(size - w * kWordBits, 0, kWordBits);
+      uint64_t word = 0;
+      if (count == kWordBits) {
+        for (int64_t byte = 0; byte < 8; ++byte) {  // the product moves bit 8 i to bit 56 + i
+          uint64_t eight;
+          std::memcpy(&eight, members + w * kWordBits + 8 * byte, 8);
+          word |= ((eight & 0x0101010101010101) * 0x0102040810204080 >> 56) << (8 * byte);
+        }
+      } else {
+        for (int64_t bit = 0; bit < count; ++bit) word |= uint64_t{members[w * kWordBits + bit]} << bit;
+      }
+      bits[w] = word;
+    }
+  });
+  return bits;
+}
+
+// Whether all of `count` rows are less than `size`.
+template <class Offset>
+DGI_ALWAYS_INLINE inline bool are_rows(const Offset* order, int64_t count, int64_t size) {
+  using Unsigned = std::make_unsigned_t<Offset>;
+  Unsigned largest = 0;
+  for (int64_t i = 0; i < count; ++i) largest = std::max(largest, static_cast<Unsigned>(order[i]));
+  return largest < static_cast<uint64_t>(size);
+}
+
+template <class Offset>
+DGI_ALWAYS_INLINE inline uint64_t gathered(const uint64_t* of_rows, const Offset* order, int64_t count) {
+  uint64_t bits = 0;
+  for (int64_t bit = 0; bit < count; ++bit) {
+    const uint64_t row = static_cast<uint64_t>(order[bit]);
+    bits |= (of_rows[row / ItemSet::kWordBits] >> (row % ItemSet::kWordBits) & 1) << bit;
+  }
+  return bits;
+}
+
+// Blocks [first, last) of a set; false where a row is none.
+template <class Offset>
+bool write_blocks(const uint64_t* of_rows, const Offset* order, int64_t size, int64_t first, int64_t last, uint64_t* words,
+                  int64_t* ranks) {
+  bool known = true;
+  with_best_instructions([&](auto) DGI_ALWAYS_INLINE {
+    for (int64_t block = first; block < last; ++block) {
+      ranks[block] = 0;
+      for (int64_t w = block * ItemSet::kBlockWords; w < (block + 1) * ItemSet::kBlockWords; ++w) {
+        const int64_t place = w * ItemSet::kWordBits, count = std::clamp<int64_t>(size - place, 0, ItemSet::kWordBits);
+        if (order == nullptr) {
+          words[w] = of_rows[w];
+        } else if (are_rows(order + place, count, size)) {
+          words[w] = count == ItemSet::kWordBits ? gathered(of_rows, order + place, ItemSet::kWordBits)
+                                                 : gathered(of_rows, order + place, count);
+        } else {
+          words[w] = 0;
+          known = false;
+        }
+        ranks[block] += count_ones(words[w]);
+      }
+    }
+  });
+  return known;
+}
+
+}  // namespace
+
+bool write_item_set(const bool* members, int64_t size, const Offsets& item_order, uint64_t* words, int64_t* ranks) {
+  const int64_t blocks = size / (ItemSet::kWordBits * ItemSet::kBlockWords) + 1;
+  const Buffer<uint64_t> of_rows = packed(members, size, blocks * ItemSet::kBlockWords);
+  std::atomic<bool> known{true};
+  parallel_for(blocks, grain(ItemSet::kWordBits * ItemSet::kBlockWords), [&](int64_t first, int64_t last) {
+    const bool found = item_order.is_wide
+        ? write_blocks(of_rows.get(), static_cast<const int64_t*>(item_order.data), size, first, last, words, ranks)
+        : write_blocks(of_rows.get(), static_cast<const int32_t*>(item_order.data), size, first, last, words, ranks);
+    if (!found) known = false;
+  });
+  int64_t total = 0;
+  for (int64_t block = 0; block < blocks; ++block) total += std::exchange(ranks[block], total);
+  return known;
+}
+
+template <class Token>
+void find_children(const TrieLevel<Token>& level, int64_t children, const int64_t* nodes, const int64_t* codes,
+                   int64_t count, int64_t* places, bool* found) {
+  parallel_for(count, grain(64), [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      places[i] = 0, found[i] = false;
+      if (nodes[i] < 0 || nodes[i] >= level.nodes) continue;
+      const Range run = level.children(nodes[i]);
+      if (run.first < 0 || run.end > children) continue;
+      places[i] = lower_bound(level.tokens, run, codes[i]);
+      found[i] = places[i] < run.end && level.tokens[places[i]] == codes[i];
+    }
+  });
+}
+
+template void find_children(const TrieLevel<int16_t>&, int64_t, const int64_t*, const int64_t*, int64_t, int64_t*, bool*);
+template void find_children(const TrieLevel<int32_t>&, int64_t, const int64_t*, const int64_t*, int64_t, int64_t*, bool*);
 
 }  // namespace dgi::cpu

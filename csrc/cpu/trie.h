@@ -1,14 +1,90 @@
+// Trie construction on the CPU, and sets of items.
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
-#include "dgi/trie_sort.h"
+#include "dgi/trie.h"
 
 namespace dgi::cpu {
 
+enum class IntegerType { kInt8, kUInt8, kInt16, kUInt16, kInt32, kUInt32, kInt64 };
+
+struct CodeTable {  // (rows, columns), of any strides
+  const void* data;
+  IntegerType type;
+  int64_t rows, columns, row_stride, column_stride;
+
+  // Calls f with the data as what they are.
+  template <class F>
+  auto visit(const F& f) const {
+    switch (type) {
+      case IntegerType::kInt8: return f(static_cast<const int8_t*>(data));
+      case IntegerType::kUInt8: return f(static_cast<const uint8_t*>(data));
+      case IntegerType::kInt16: return f(static_cast<const int16_t*>(data));
+      case IntegerType::kUInt16: return f(static_cast<const uint16_t*>(data));
+      case IntegerType::kInt32: return f(static_cast<const int32_t*>(data));
+      case IntegerType::kUInt32: return f(static_cast<const uint32_t*>(data));
+      default: return f(static_cast<const int64_t*>(data));
+    }
+  }
+
+  int64_t at(int64_t row, int64_t column) const {
+    return visit([=, this](const auto* codes) { return static_cast<int64_t>(codes[row * row_stride + column * column_stride]); });
+  }
+
+  // out[i] = the code of rows[i]
+  void gather(const int64_t* of_rows, int64_t count, int64_t column, int64_t* out) const {
+    visit([=, this](const auto* codes) {
+      codes += column * column_stride;
+      for (int64_t i = 0; i < count; ++i) out[i] = static_cast<int64_t>(codes[of_rows[i] * row_stride]);
+    });
+  }
+};
+
+struct CodeRange {
+  int64_t low = 0, high = -1;
+};
+
+// The least and the greatest code of each column; 0 and -1 where there is no row.
 std::vector<CodeRange> code_ranges(const CodeTable& table);
 
-void trie_sort(const CodeTable& table, const std::vector<CodeRange>& ranges, int64_t* order, int64_t* first_diff);
+class SortedRows;
+
+// A trie to be: the rows sorted and the nodes counted, so that whoever has the memory can ask for the arrays.
+class TrieBuild {
+ public:
+  // The codes are -1 (sequences that have ended) or more, and the table outlives this object.
+  TrieBuild(const CodeTable& table, const std::vector<CodeRange>& ranges);
+  ~TrieBuild();
+
+  int64_t nodes(int64_t depth) const { return depth == 0 ? 1 : nodes_[depth - 1]; }
+
+  // Whether the rows were sorted from the beginning: then place i of the leaf order is row i.
+  bool in_order() const { return in_order_; }
+
+  // tokens[t] (nodes(t + 1)), child_start[t] (nodes(t) + 1), item_start (nodes(columns) + 1) and item_order (rows); either
+  // of the last two may be null.
+  template <class Token, class Offset>
+  void write(Token* const* tokens, Offset* const* child_start, Offset* item_start, Offset* item_order) const;
+
+ private:
+  const CodeTable& table_;
+  std::unique_ptr<SortedRows> sorted_;
+  std::vector<std::vector<int64_t>> first_node_;  // of each share, by level: how many nodes begin before it
+  std::vector<int64_t> nodes_;
+  bool in_order_ = true;
+};
+
+// Makes an ItemSet (dgi/trie.h) of the places whose row is a member. `members` (size) by row; `words` and `ranks` as large
+// as such a set must be. False where item_order holds no row.
+bool write_item_set(const bool* members, int64_t size, const Offsets& item_order, uint64_t* words, int64_t* ranks);
+
+// Looks for the child of each of `count` nodes by its code: places[i] is the first child of nodes[i] whose token is not
+// less, or the end of its children; found[i] whether it is that of codes[i]. Of a node that does not exist 0 and false.
+template <class Token>
+void find_children(const TrieLevel<Token>& level, int64_t children, const int64_t* nodes, const int64_t* codes,
+                   int64_t count, int64_t* places, bool* found);
 
 }  // namespace dgi::cpu

@@ -10,36 +10,22 @@
 
 #include <algorithm>
 
+#include "block.h"
+#include "device.h"
 #include "dgi/gumbel_lanes.h"
 
 namespace dgi::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWarp = 32;
-constexpr unsigned kAll = 0xFFFFFFFF;
 constexpr int64_t kMaxGrid = 1 << 16;  // enough to fill any GPU; the grid stride covers the rest
 
-__device__ float merge(float a, float b) { return a + b; }
-
-__device__ float from_lane(float x, int mask) { return __shfl_xor_sync(kAll, x, mask); }
-
-__device__ SoftmaxPart from_lane(const SoftmaxPart& x, int mask) {
-  return {__shfl_xor_sync(kAll, x.top, mask), __shfl_xor_sync(kAll, x.total, mask),
-          static_cast<int64_t>(__shfl_xor_sync(kAll, static_cast<long long>(x.index), mask))};
+__device__ SoftmaxPart merge_block(const SoftmaxPart& own) {
+  return combine_block(own, [](const SoftmaxPart& a, const SoftmaxPart& b) { return merge(a, b); });
 }
 
-// The parts of all threads of the block, merged in a fixed order: every thread gets the same bits.
-template <class Part>
-__device__ Part merge_block(Part own) {
-  __shared__ Part of_warp[kThreads / kWarp];
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) own = merge(own, from_lane(own, mask));
-  __syncthreads();  // the last call's parts have been read
-  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = own;
-  __syncthreads();
-  Part whole = of_warp[0];
-  for (int warp = 1; warp < kThreads / kWarp; ++warp) whole = merge(whole, of_warp[warp]);
-  return whole;
+__device__ float sum_block(float own) {
+  return combine_block(own, [](float a, float b) { return a + b; });
 }
 
 template <class Stored>
@@ -65,17 +51,18 @@ __global__ void __launch_bounds__(kThreads)
     const auto row = row_of<Stored>(inputs, n);
     const Stored* const u = upstream + n * inputs.shape.codes;
     const SoftmaxPart whole = merge_block(row.part(threadIdx.x, kThreads));
-    const float mean = merge_block(row.mean(threadIdx.x, kThreads, whole, u));
-    const float dtau = merge_block(row.gradient(threadIdx.x, kThreads, whole, u, mean, out + n * inputs.shape.codes));
+    const float mean = sum_block(row.mean(threadIdx.x, kThreads, whole, u));
+    const float dtau = sum_block(row.gradient(threadIdx.x, kThreads, whole, u, mean, out + n * inputs.shape.codes));
     if (threadIdx.x == 0) row_dtau[n] = dtau;
   }
 }
 
 // One block: the order of the sum depends on the number of rows alone.
-__global__ void __launch_bounds__(kThreads) sum_kernel(const float* __restrict__ x, int64_t count, float* __restrict__ out) {
+__global__ void __launch_bounds__(kThreads)
+    sum_kernel(const float* __restrict__ x, int64_t count, float* __restrict__ out) {
   float own = 0;
   for (int64_t i = threadIdx.x; i < count; i += kThreads) own += x[i];
-  const float whole = merge_block(own);
+  const float whole = sum_block(own);
   if (threadIdx.x == 0) *out = whole;
 }
 
@@ -86,12 +73,12 @@ const char* for_dtype(Float dtype, const F& f) {
     case Float::kBFloat16: f(BFloat16{}); break;
     case Float::kFloat16: f(Float16{}); break;
   }
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return launch_error();
 }
 
-unsigned grid(const GumbelSoftmax& inputs) { 
-  return static_cast<unsigned>(std::clamp<int64_t>(inputs.shape.rows, 1, kMaxGrid));  // no rows still have a gradient of tau
+unsigned grid(const GumbelSoftmax& inputs) {
+  // No rows still have a gradient of tau.
+  return static_cast<unsigned>(std::clamp<int64_t>(inputs.shape.rows, 1, kMaxGrid));
 }
 
 }  // namespace
@@ -99,8 +86,7 @@ unsigned grid(const GumbelSoftmax& inputs) {
 const char* gumbel_softmax(const GumbelSoftmax& inputs, bool hard, void* out, void* stream) {
   return for_dtype(inputs.dtype, [&](auto stored) {
     using Stored = decltype(stored);
-    softmax_kernel<Stored><<<grid(inputs), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(inputs, hard,
-                                                                                             static_cast<Stored*>(out));
+    launch(softmax_kernel<Stored>, grid(inputs), kThreads, 0, stream, inputs, hard, static_cast<Stored*>(out));
   });
 }
 
@@ -108,10 +94,9 @@ const char* gumbel_softmax_backward(const GumbelSoftmax& inputs, const void* ups
                                     float* dtau, void* stream) {
   return for_dtype(inputs.dtype, [&](auto stored) {
     using Stored = decltype(stored);
-    const auto cuda_stream = static_cast<cudaStream_t>(stream);
-    softmax_backward_kernel<Stored><<<grid(inputs), kThreads, 0, cuda_stream>>>(
-        inputs, static_cast<const Stored*>(upstream), static_cast<Stored*>(dlogits), row_dtau);
-    sum_kernel<<<1, kThreads, 0, cuda_stream>>>(row_dtau, inputs.shape.rows, dtau);
+    launch(softmax_backward_kernel<Stored>, grid(inputs), kThreads, 0, stream, inputs,
+           static_cast<const Stored*>(upstream), static_cast<Stored*>(dlogits), row_dtau);
+    launch(sum_kernel, 1, kThreads, 0, stream, row_dtau, inputs.shape.rows, dtau);
   });
 }
 

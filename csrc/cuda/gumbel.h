@@ -3,13 +3,13 @@
 #include <cstdint>
 
 #include "dgi/noise.h"
+#include "types.h"
 
 namespace dgi::cuda {
 
-enum class Float { kFloat32, kBFloat16, kFloat16 };
-
-// All pointers are device memory: `seed` and `tau` are read by the kernels, so that the host never waits and a CUDA graph can
-// be replayed with others. Functions launch on `stream` (a cudaStream_t) and return the launch's error, or null.
+// All pointers are device memory: `seed` and `tau` are read by the kernels, so that the host never waits and a CUDA
+// graph can be replayed with others. Functions launch on `stream` (a cudaStream_t) and return the launch's error, or
+// null.
 struct GumbelSoftmax {
   const void* logits;  // (rows, codes) of `dtype`
   Float dtype;

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 
+#include "device.h"
 #include "dgi/gumbel.h"
 #include "dgi/philox.h"
 
@@ -41,10 +42,8 @@ __global__ void __launch_bounds__(kThreads)
 
 const char* gumbel_noise(const NoiseShape& shape, const int64_t* seed, float* out, void* stream) {
   const int64_t grid = std::min((shape.blocks() + kThreads - 1) / kThreads, kMaxGrid);
-  gumbel_noise_kernel<<<static_cast<unsigned>(grid), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(shape, seed,
-                                                                                                       out);
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  launch(gumbel_noise_kernel, static_cast<unsigned>(grid), kThreads, 0, stream, shape, seed, out);
+  return launch_error();
 }
 
 }  // namespace dgi::cuda

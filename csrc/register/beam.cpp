@@ -2,14 +2,14 @@
 #include <algorithm>
 #include <atomic>
 
+#include "depth_arguments.h"
 #include "tensors.h"
+#include "trie_arguments.h"
 #include "cpu/beam.h"
 #include "cpu/ranking.h"
 
 namespace dgi::registration {
 namespace {
-
-constexpr const char* kBeam = "dgi_kernels, beam_step: ";
 
 template <class Real>
 constexpr ScalarType kDtype = std::is_same_v<Real, double> ? ScalarType::Double
@@ -22,36 +22,6 @@ dgi::cpu::View<Real> view_of(const char* name, const Tensor& x, int64_t rows, in
   STD_TORCH_CHECK(x.scalar_type() == kDtype<Real>, kBeam, name, " has the wrong dtype");
   return {data_of<Real>(x), x.stride(0), x.stride(1)};
 }
-
-// An array of a trie.
-template <class Element>
-const Element* trie_array(const char* name, const Tensor& x, ScalarType dtype) {
-  STD_TORCH_CHECK(x.dim() == 1 && x.is_contiguous() && x.scalar_type() == dtype, kBeam, name,
-                  " must be a contiguous array of a trie");
-  return data_of<Element>(x);
-}
-
-// The filters of a step: the arrays that lead from its children down to items, and counts for each request.
-class Filters {
- public:
-  Filters(const std::vector<Tensor>& lower, const std::vector<Tensor>& counts, const std::vector<int64_t>& filter_of,
-          int64_t requests) {
-    STD_TORCH_CHECK(counts.empty() || !lower.empty(), kBeam, "filters need the lower levels of the trie");
-    for (const Tensor& starts : lower) starts_.push_back(trie_array<int64_t>("lower", starts, ScalarType::Long));
-    if (counts.empty()) return;
-    STD_TORCH_CHECK(static_cast<int64_t>(filter_of.size()) == requests, kBeam, "filter_of must have B entries");
-    for (int64_t filter : filter_of) {
-      STD_TORCH_CHECK(-1 <= filter && filter < static_cast<int64_t>(counts.size()), kBeam, "there is no filter ", filter);
-      counts_.push_back(filter < 0 ? nullptr : trie_array<int64_t>("counts", counts[filter], ScalarType::Long));
-    }
-  }
-
-  dgi::LowerLevels lower() const { return {starts_.data(), static_cast<int64_t>(starts_.size())}; }
-  const int64_t* const* counts() const { return counts_.empty() ? nullptr : counts_.data(); }
-
- private:
-  std::vector<const int64_t*> starts_, counts_;
-};
 
 // Beams of a step as they leave it; see dgi::cpu::BeamOutput.
 struct NewBeams {
@@ -79,30 +49,27 @@ void check_nodes(const dgi::cpu::View<int64_t>& nodes, int64_t rows, int64_t col
   }
 }
 
-// What both steps have in common. normalize: 0 full, 1 children, 2 none. lower, counts and filter_of are empty where there
-// are no filters; filter_of (B) holds positions in counts, or -1.
+// What both steps have in common. normalize: 0 full, 1 children, 2 none.
 struct BeamArguments {
-  const Tensor &tokens, &child_start;
-  const Filters& filters;
+  const DepthArguments& trie;
+  const Allowed& allowed;
   const Tensor &nodes, &scores;
   const std::optional<Tensor>& log_normalizer;
   int64_t num_beams, normalize;
 
-  template <class Real>
-  dgi::cpu::BeamStep<Real> step(int64_t requests, int64_t width) const {
+  template <class Real, class Token>
+  dgi::cpu::BeamStep<Real, Token> step(int64_t requests, int64_t width) const {
     STD_TORCH_CHECK(num_beams >= 1, kBeam, "num_beams must be at least 1; got ", num_beams);
     STD_TORCH_CHECK(0 <= normalize && normalize <= 2, kBeam, "normalize must be 0, 1 or 2; got ", normalize);
-    dgi::cpu::BeamStep<Real> step{};
-    step.level = {trie_array<int32_t>("tokens", tokens, ScalarType::Int),
-                  trie_array<int64_t>("child_start", child_start, ScalarType::Long), child_start.numel() - 1};
-    step.lower = filters.lower();
-    step.counts = filters.counts();
+    dgi::cpu::BeamStep<Real, Token> step{};
+    step.trie = trie.depth<Token>();
+    step.allowed = allowed.of_requests();
     step.requests = requests, step.width = width, step.num_beams = num_beams;
     step.nodes = view_of<int64_t>("nodes", nodes, requests, width);
     step.scores = view_of<Real>("scores", scores, requests, width);
     if (log_normalizer) step.log_normalizer = view_of<Real>("log_normalizer", *log_normalizer, requests, width);
     step.normalize = static_cast<dgi::Normalize>(normalize);
-    check_nodes(step.nodes, requests, width, step.level.nodes);
+    check_nodes(step.nodes, requests, width, step.trie.end());
     return step;
   }
 };
@@ -113,58 +80,98 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> finished(const NewBeams& beams, bool 
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> beam_step_cpu(
-    const Tensor& tokens, const Tensor& child_start, const std::vector<Tensor>& lower, const std::vector<Tensor>& counts,
-    const std::vector<int64_t>& filter_of, const Tensor& logits, const Tensor& nodes, const Tensor& scores,
-    const std::optional<Tensor>& log_normalizer, int64_t num_beams, int64_t normalize) {
+    const Tensor& tokens, const Tensor& child_start, const std::vector<Tensor>& below, const std::vector<Tensor>& delta,
+    const std::vector<Tensor>& anchors, const std::vector<Tensor>& sets, const std::vector<int64_t>& set_of,
+    const Tensor& logits, const Tensor& nodes, const Tensor& scores, const std::optional<Tensor>& log_normalizer,
+    int64_t num_beams, int64_t normalize) {
   STD_TORCH_CHECK(logits.dim() == 3, kBeam, "logits must be (B, M, K)");
   const int64_t requests = logits.size(0), width = logits.size(1), codes = logits.size(2);
-  const Filters filters(lower, counts, filter_of, requests);
-  const BeamArguments arguments{tokens, child_start, filters, nodes, scores, log_normalizer, num_beams, normalize};
-  return for_dtype(logits, [&](auto stored) {
-    using Stored = decltype(stored);
-    const auto step = arguments.step<dgi::Compute<Stored>>(requests, width);
-    const dgi::cpu::Logits<Stored> view{data_of<Stored>(logits), codes, logits.stride(0), logits.stride(1),
-                                        logits.stride(2)};
-    NewBeams beams(requests, num_beams);
-    const dgi::cpu::BeamOutput out = beams.pointers();
-    std::atomic<bool> fits{true};
-    const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, width * codes));  // about 0.05 ms
-    torch::stable::parallel_for(0, requests, grain, [&](int64_t first, int64_t last) {
-      if (!dgi::cpu::beam_step(step, view, first, last, out)) fits = false;
+  const DepthArguments depth(tokens, child_start, below, delta, anchors);
+  const Allowed allowed(sets, set_of, requests);
+  const BeamArguments arguments{depth, allowed, nodes, scores, log_normalizer, num_beams, normalize};
+  return depth.for_token([&](auto token) {
+    return for_dtype(logits, [&](auto stored) {
+      using Stored = decltype(stored);
+      const auto step = arguments.step<dgi::Compute<Stored>, decltype(token)>(requests, width);
+      const dgi::cpu::Logits<Stored> view{data_of<Stored>(logits), codes, logits.stride(0), logits.stride(1),
+                                          logits.stride(2)};
+      NewBeams beams(requests, num_beams);
+      const dgi::cpu::BeamOutput out = beams.pointers();
+      std::atomic<bool> fits{true};
+      const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, width * codes));  // about 0.05 ms
+      torch::stable::parallel_for(0, requests, grain, [&](int64_t first, int64_t last) {
+        if (!dgi::cpu::beam_step(step, view, first, last, out)) fits = false;
+      });
+      return finished(beams, fits);
     });
-    return finished(beams, fits);
   });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> cosine_beam_step_cpu(
-    const Tensor& tokens, const Tensor& child_start, const std::vector<Tensor>& lower, const std::vector<Tensor>& counts,
-    const std::vector<int64_t>& filter_of, const Tensor& h, const Tensor& codebook, const Tensor& scale, double eps,
-    const Tensor& nodes, const Tensor& scores, const std::optional<Tensor>& log_normalizer, int64_t num_beams,
-    int64_t normalize) {
+    const Tensor& tokens, const Tensor& child_start, const std::vector<Tensor>& below, const std::vector<Tensor>& delta,
+    const std::vector<Tensor>& anchors, const std::vector<Tensor>& sets, const std::vector<int64_t>& set_of,
+    const Tensor& h, const Tensor& codebook, const Tensor& scale, double eps, const Tensor& nodes, const Tensor& scores,
+    const std::optional<Tensor>& log_normalizer, int64_t num_beams, int64_t normalize) {
   STD_TORCH_CHECK(h.dim() == 3 && h.is_contiguous(), kBeam, "h must be contiguous (B, M, D)");
   STD_TORCH_CHECK(codebook.dim() == 2 && codebook.is_contiguous() && codebook.size(1) == h.size(2)
                       && codebook.scalar_type() == h.scalar_type(),
                   kBeam, "codebook must be contiguous (K, D), of the dtype of h");
   const int64_t requests = h.size(0), width = h.size(1);
-  const Filters filters(lower, counts, filter_of, requests);
-  const BeamArguments arguments{tokens, child_start, filters, nodes, scores, log_normalizer, num_beams, normalize};
-  return for_dtype(h, [&](auto stored) {
-    using Stored = decltype(stored);
-    using Real = dgi::Compute<Stored>;
-    STD_TORCH_CHECK(scale.numel() == 1 && scale.scalar_type() == kDtype<Real>, kBeam,
-                    "scale must hold one element of the compute dtype");
-    const auto step = arguments.step<Real>(requests, width);
-    const dgi::cpu::CosineLogits<Stored> head{data_of<Stored>(h), data_of<Stored>(codebook), codebook.size(0), h.size(2),
-                                              *data_of<Real>(scale), static_cast<Real>(eps)};
-    NewBeams beams(requests, num_beams);
-    return finished(beams, dgi::cpu::cosine_beam_step(step, head, beams.pointers()));
+  const DepthArguments depth(tokens, child_start, below, delta, anchors);
+  const Allowed allowed(sets, set_of, requests);
+  const BeamArguments arguments{depth, allowed, nodes, scores, log_normalizer, num_beams, normalize};
+  return depth.for_token([&](auto token) {
+    return for_dtype(h, [&](auto stored) {
+      using Stored = decltype(stored);
+      using Real = dgi::Compute<Stored>;
+      STD_TORCH_CHECK(scale.numel() == 1 && scale.scalar_type() == kDtype<Real>, kBeam,
+                      "scale must hold one element of the compute dtype");
+      const auto step = arguments.step<Real, decltype(token)>(requests, width);
+      const dgi::cpu::CosineLogits<Stored> head{data_of<Stored>(h), data_of<Stored>(codebook), codebook.size(0),
+                                                h.size(2), *data_of<Real>(scale), static_cast<Real>(eps)};
+      NewBeams beams(requests, num_beams);
+      return finished(beams, dgi::cpu::cosine_beam_step(step, head, beams.pointers()));
+    });
   });
 }
 
-// lower: the arrays that lead from the beams' nodes down to items. allowed and filter_of as counts and filter_of above.
+// tokens, parents: (B, M_t) of every step; the codes (B, M, L) of the last beams, each one's parents followed back. -1 where
+// dead.
+Tensor beam_codes_cpu(const std::vector<Tensor>& tokens, const std::vector<Tensor>& parents) {
+  constexpr const char* kCodes = "dgi_kernels, beam_codes: ";
+  STD_TORCH_CHECK(!tokens.empty() && tokens.size() == parents.size() && tokens.back().dim() == 2, kCodes,
+                  "tokens and parents must have one (B, M) tensor per step");
+  const int64_t depth = static_cast<int64_t>(tokens.size()), requests = tokens.back().size(0), beams = tokens.back().size(1);
+  std::vector<dgi::cpu::View<int64_t>> token, parent;
+  std::vector<int64_t> width;
+  for (int64_t t = 0; t < depth; ++t) {
+    width.push_back(tokens[t].dim() == 2 ? tokens[t].size(1) : 0);
+    token.push_back(view_of<int64_t>("tokens", tokens[t], requests, width[t]));
+    parent.push_back(view_of<int64_t>("parents", parents[t], requests, width[t]));
+  }
+  Tensor codes = torch::stable::empty({requests, beams, depth}, ScalarType::Long);
+  int64_t* out = codes.mutable_data_ptr<int64_t>();
+  for (int64_t b = 0; b < requests; ++b) {
+    for (int64_t m = 0; m < beams; ++m, out += depth) {
+      int64_t beam = parent[depth - 1].at(b, m) < 0 ? -1 : m;  // a dead beam has no parent
+      for (int64_t t = depth - 1; t >= 0; --t) {
+        out[t] = beam < 0 ? -1 : token[t].at(b, beam);
+        if (t > 0 && beam >= 0) {
+          beam = parent[t].at(b, beam);
+          STD_TORCH_CHECK(beam < width[t - 1], kCodes, "there is no beam ", beam, " before step ", t);
+        }
+      }
+    }
+  }
+  return codes;
+}
+
+// num_nodes: of the base at the beams' depth. below: from there down to items. delta_anchors: of the delta's nodes there.
 std::tuple<Tensor, Tensor, Tensor> rank_candidates_cpu(
-    const Tensor& query, const Tensor& item_vectors, const std::vector<Tensor>& lower, const Tensor& item_order,
-    const Tensor& item_ids, const std::vector<Tensor>& allowed, const std::vector<int64_t>& filter_of,
+    const Tensor& query, const Tensor& item_vectors, int64_t num_nodes, const std::vector<Tensor>& below,
+    const std::optional<Tensor>& item_order, const std::optional<Tensor>& item_ids, const std::vector<Tensor>& delta_below,
+    const std::optional<Tensor>& delta_order, const std::optional<Tensor>& delta_ids,
+    const std::optional<Tensor>& delta_anchors, const std::vector<Tensor>& sets, const std::vector<int64_t>& set_of,
     const Tensor& nodes, const Tensor& scores, int64_t k, double eps) {
   constexpr const char* kRank = "dgi_kernels, rank_candidates: ";
   STD_TORCH_CHECK(query.dim() == 2 && item_vectors.dim() == 2 && query.size(1) == item_vectors.size(1)
@@ -175,34 +182,28 @@ std::tuple<Tensor, Tensor, Tensor> rank_candidates_cpu(
                     "vectors must be contiguous");
   }
   STD_TORCH_CHECK(nodes.dim() == 2 && nodes.size(0) == query.size(0), kRank, "nodes must be (B, M)");
-  STD_TORCH_CHECK(k >= 1 && !lower.empty(), kRank, "k must be at least 1, and lower not empty");
+  STD_TORCH_CHECK(k >= 1 && num_nodes >= 0, kRank, "k must be at least 1, num_nodes at least 0");
   const int64_t requests = query.size(0), width = nodes.size(1);
-  std::vector<const int64_t*> starts;
-  for (const Tensor& level : lower) starts.push_back(trie_array<int64_t>("lower", level, ScalarType::Long));
-  std::vector<const bool*> allowed_of;
-  STD_TORCH_CHECK(allowed.empty() || static_cast<int64_t>(filter_of.size()) == requests, kRank,
-                  "filter_of must have B entries");
-  for (size_t b = 0; !allowed.empty() && b < filter_of.size(); ++b) {
-    STD_TORCH_CHECK(-1 <= filter_of[b] && filter_of[b] < static_cast<int64_t>(allowed.size()), kRank,
-                    "there is no filter ", filter_of[b]);
-    allowed_of.push_back(filter_of[b] < 0 ? nullptr
-                                          : trie_array<bool>("allowed", allowed[filter_of[b]], ScalarType::Bool));
-  }
+  const Below base(below), delta(delta_below);
+  const Allowed allowed(sets, set_of, requests);
   return for_dtype(query, [&](auto stored) -> std::tuple<Tensor, Tensor, Tensor> {
     using Stored = decltype(stored);
     using Real = dgi::Compute<Stored>;
     dgi::cpu::RankingInput<Stored> in{};
-    in.lower = {starts.data(), static_cast<int64_t>(starts.size())};
-    in.item_order = trie_array<int64_t>("item_order", item_order, ScalarType::Long);
-    in.item_ids = trie_array<int64_t>("item_ids", item_ids, ScalarType::Long);
-    in.allowed = allowed_of.empty() ? nullptr : allowed_of.data();
+    in.base = {num_nodes, base.levels(), offsets_of("item_order", item_order), offsets_of("item_ids", item_ids)};
+    if (delta_anchors) {
+      in.anchors = anchors_of(*delta_anchors);
+      in.delta = {in.anchors.count, delta.levels(), offsets_of("delta_order", delta_order),
+                  offsets_of("delta_ids", delta_ids)};
+    }
+    in.allowed = allowed.of_requests();
     in.width = width, in.k = k, in.dim = query.size(1), in.rows = item_vectors.size(0);
     in.nodes = view_of<int64_t>("nodes", nodes, requests, width);
     in.scores = view_of<float>("scores", scores, requests, width);
     in.query = data_of<Stored>(query), in.items = data_of<Stored>(item_vectors);
     in.query_stride = query.stride(0), in.item_stride = item_vectors.stride(0);
     in.eps = static_cast<Real>(eps);
-    check_nodes(in.nodes, requests, width, lower[0].numel() - 1);
+    check_nodes(in.nodes, requests, width, in.base.nodes + in.delta.nodes);
     Tensor items = torch::stable::empty({requests, k}, ScalarType::Long);
     Tensor beam_scores = torch::stable::empty({requests, k}, ScalarType::Float);
     Tensor cosines = torch::stable::empty({requests, k}, kDtype<Real>);
@@ -221,20 +222,24 @@ std::tuple<Tensor, Tensor, Tensor> rank_candidates_cpu(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dgi_kernels, m) {
-  m.def("beam_step(Tensor tokens, Tensor child_start, Tensor[] lower, Tensor[] counts, int[] filter_of, Tensor logits, "
-        "Tensor nodes, Tensor scores, Tensor? log_normalizer, int num_beams, int normalize) -> (Tensor nodes, "
-        "Tensor tokens, Tensor parents, Tensor scores)");
-  m.def("cosine_beam_step(Tensor tokens, Tensor child_start, Tensor[] lower, Tensor[] counts, int[] filter_of, Tensor h, "
-        "Tensor codebook, Tensor scale, float eps, Tensor nodes, Tensor scores, Tensor? log_normalizer, int num_beams, "
-        "int normalize) -> (Tensor nodes, Tensor tokens, Tensor parents, Tensor scores)");
-  m.def("rank_candidates(Tensor query, Tensor item_vectors, Tensor[] lower, Tensor item_order, Tensor item_ids, "
-        "Tensor[] allowed, int[] filter_of, Tensor nodes, Tensor scores, int k, float eps) -> (Tensor items, "
-        "Tensor scores, Tensor cosines)");
+  m.def("beam_step(Tensor tokens, Tensor child_start, Tensor[] below, Tensor[] delta, Tensor[] anchors, Tensor[] sets, "
+        "int[] set_of, Tensor logits, Tensor nodes, Tensor scores, Tensor? log_normalizer, int num_beams, int normalize) "
+        "-> (Tensor nodes, Tensor tokens, Tensor parents, Tensor scores)");
+  m.def("cosine_beam_step(Tensor tokens, Tensor child_start, Tensor[] below, Tensor[] delta, Tensor[] anchors, "
+        "Tensor[] sets, int[] set_of, Tensor h, Tensor codebook, Tensor scale, float eps, Tensor nodes, Tensor scores, "
+        "Tensor? log_normalizer, int num_beams, int normalize) -> (Tensor nodes, Tensor tokens, Tensor parents, "
+        "Tensor scores)");
+  m.def("beam_codes(Tensor[] tokens, Tensor[] parents) -> Tensor");
+  m.def("rank_candidates(Tensor query, Tensor item_vectors, int num_nodes, Tensor[] below, Tensor? item_order, "
+        "Tensor? item_ids, Tensor[] delta_below, Tensor? delta_order, Tensor? delta_ids, Tensor? delta_anchors, "
+        "Tensor[] sets, int[] set_of, Tensor nodes, Tensor scores, int k, float eps) -> (Tensor items, Tensor scores, "
+        "Tensor cosines)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dgi_kernels, CPU, m) {
   m.impl("beam_step", TORCH_BOX(&beam_step_cpu));
   m.impl("cosine_beam_step", TORCH_BOX(&cosine_beam_step_cpu));
+  m.impl("beam_codes", TORCH_BOX(&beam_codes_cpu));
   m.impl("rank_candidates", TORCH_BOX(&rank_candidates_cpu));
 }
 

@@ -60,13 +60,4 @@ auto for_dtype(const Tensor& x, const F& f) {
   }
 }
 
-#ifdef DGI_WITH_CUDA
-// The stream of `like`'s device that torch's operators go to now.
-inline void* current_stream(const Tensor& like) {
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
-  return stream;
-}
-#endif
-
 }  // namespace dgi::registration

@@ -1,32 +1,132 @@
-// Trie construction, as torch sees it: schemas, argument checks, calls into the code that knows no torch.
+// Trie construction and sets of items, as torch sees them: schemas, argument checks, calls into the code that knows no
+// torch.
 #include "tensors.h"
+#include "trie_arguments.h"
 #include "cpu/trie.h"
 
 namespace dgi::registration {
 namespace {
 
-std::tuple<Tensor, Tensor> trie_sort_cpu(const Tensor& codes) {
-  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Long && codes.dim() == 2 && codes.is_contiguous(),
-                  "trie_sort: codes must be a contiguous int64 tensor of shape (N, L)");
-  const dgi::CodeTable table{codes.const_data_ptr<int64_t>(), codes.size(0), codes.size(1)};
+dgi::cpu::CodeTable table_of(const Tensor& codes) {
+  using dgi::cpu::IntegerType;
+  const auto type = [&] {
+    switch (codes.scalar_type()) {
+      case ScalarType::Char: return IntegerType::kInt8;
+      case ScalarType::Byte: return IntegerType::kUInt8;
+      case ScalarType::Short: return IntegerType::kInt16;
+      case ScalarType::UInt16: return IntegerType::kUInt16;
+      case ScalarType::Int: return IntegerType::kInt32;
+      case ScalarType::UInt32: return IntegerType::kUInt32;
+      case ScalarType::Long: return IntegerType::kInt64;
+      default: STD_TORCH_CHECK(false, "dgi_kernels: codes must be integers of at most 64 bits");
+    }
+  }();
+  STD_TORCH_CHECK(codes.dim() == 2 && codes.size(1) >= 1, "dgi_kernels: codes must have shape (N, L), L at least 1");
+  return {codes.const_data_ptr(), type, codes.size(0), codes.size(1), codes.stride(0), codes.stride(1)};
+}
+
+Tensor code_ranges_cpu(const Tensor& codes) {
+  const dgi::cpu::CodeTable table = table_of(codes);
   const auto ranges = dgi::cpu::code_ranges(table);
-  for (const dgi::CodeRange& range : ranges) {
-    STD_TORCH_CHECK(range.low >= -1, "trie_sort: codes must be at least -1; got ", range.low);
+  Tensor bounds = torch::stable::empty({2, table.columns}, ScalarType::Long);
+  int64_t* const out = bounds.mutable_data_ptr<int64_t>();
+  for (int64_t c = 0; c < table.columns; ++c) {
+    out[c] = ranges[c].low;
+    out[table.columns + c] = ranges[c].high;
   }
-  Tensor order = torch::stable::empty({table.rows}, ScalarType::Long);
-  Tensor first_diff = torch::stable::empty({table.rows}, ScalarType::Long);
-  dgi::cpu::trie_sort(table, ranges, order.mutable_data_ptr<int64_t>(), first_diff.mutable_data_ptr<int64_t>());
-  return {order, first_diff};
+  return bounds;
+}
+
+// Places for the arrays of one level or the items.
+template <class Element>
+Element* add_array(std::vector<Tensor>& arrays, int64_t size) {
+  constexpr ScalarType dtype = sizeof(Element) == 2 ? ScalarType::Short : sizeof(Element) == 4 ? ScalarType::Int
+                                                                                                : ScalarType::Long;
+  arrays.push_back(torch::stable::empty({size}, dtype));
+  return static_cast<Element*>(arrays.back().mutable_data_ptr());
+}
+
+template <class Token, class Offset>
+std::vector<Tensor> write_arrays(const dgi::cpu::TrieBuild& build, int64_t depth, int64_t rows) {
+  std::vector<Tensor> arrays;
+  std::vector<Token*> tokens;
+  std::vector<Offset*> child_start;
+  for (int64_t t = 0; t < depth; ++t) tokens.push_back(add_array<Token>(arrays, build.nodes(t + 1)));
+  for (int64_t t = 0; t < depth; ++t) child_start.push_back(add_array<Offset>(arrays, build.nodes(t) + 1));
+  const bool one_each = build.nodes(depth) == rows;
+  Offset* const item_start = add_array<Offset>(arrays, one_each ? 0 : build.nodes(depth) + 1);
+  Offset* const item_order = add_array<Offset>(arrays, build.in_order() ? 0 : rows);
+  build.write(tokens.data(), child_start.data(), one_each ? nullptr : item_start, build.in_order() ? nullptr : item_order);
+  return arrays;
+}
+
+// tokens of each level, child_start of each level, item_start, item_order; the last two empty where they are 0, 1, 2, …
+std::vector<Tensor> trie_arrays_cpu(const Tensor& codes, bool narrow_tokens, bool narrow_offsets) {
+  const dgi::cpu::CodeTable table = table_of(codes);
+  const auto ranges = dgi::cpu::code_ranges(table);
+  STD_TORCH_CHECK(!narrow_offsets || table.rows < int64_t{1} << 31, "trie_arrays: offsets of 32 bits need less than 2^31 rows");
+  const int64_t limit = narrow_tokens ? int64_t{1} << 15 : int64_t{1} << 31;
+  for (const dgi::cpu::CodeRange& range : ranges) {
+    STD_TORCH_CHECK(table.rows == 0 || (range.low >= dgi::kEndToken && range.high < limit),
+                    "trie_arrays: codes must be from -1 to ", limit - 1, "; got ", range.low, " to ", range.high);
+  }
+  const dgi::cpu::TrieBuild build(table, ranges);
+  if (narrow_tokens) {
+    return narrow_offsets ? write_arrays<int16_t, int32_t>(build, table.columns, table.rows)
+                          : write_arrays<int16_t, int64_t>(build, table.columns, table.rows);
+  }
+  return narrow_offsets ? write_arrays<int32_t, int32_t>(build, table.columns, table.rows)
+                        : write_arrays<int32_t, int64_t>(build, table.columns, table.rows);
+}
+
+std::tuple<Tensor, Tensor> item_set_cpu(const Tensor& members, const std::optional<Tensor>& item_order) {
+  check_array("members", members, ScalarType::Bool);
+  const int64_t size = members.numel(), blocks = size / (dgi::ItemSet::kWordBits * dgi::ItemSet::kBlockWords) + 1;
+  const dgi::Offsets order = offsets_of("item_order", item_order);
+  STD_TORCH_CHECK(!item_order || item_order->numel() == size, "item_set: item_order must have an element for each member");
+  Tensor words = torch::stable::empty({blocks * dgi::ItemSet::kBlockWords}, ScalarType::Long);
+  Tensor ranks = torch::stable::empty({blocks}, ScalarType::Long);
+  const bool known = dgi::cpu::write_item_set(data_of<bool>(members), size, order,
+                                              static_cast<uint64_t*>(words.mutable_data_ptr()),
+                                              ranks.mutable_data_ptr<int64_t>());
+  STD_TORCH_CHECK(known, "item_set: item_order holds a row that does not exist");
+  return {words, ranks};
+}
+
+std::tuple<Tensor, Tensor> find_children_cpu(const Tensor& tokens, const Tensor& child_start, const Tensor& nodes,
+                                             const Tensor& codes) {
+  check_array("nodes", nodes, ScalarType::Long);
+  check_array("codes", codes, ScalarType::Long);
+  STD_TORCH_CHECK(nodes.numel() == codes.numel(), "find_children: nodes and codes must be of one size");
+  STD_TORCH_CHECK(child_start.numel() >= 1, "find_children: child_start must have an element more than there are nodes");
+  Tensor places = torch::stable::empty({nodes.numel()}, ScalarType::Long);
+  Tensor found = torch::stable::empty({nodes.numel()}, ScalarType::Bool);
+  const auto find = [&](auto token) {
+    using Token = decltype(token);
+    check_array("tokens", tokens, sizeof(Token) == 2 ? ScalarType::Short : ScalarType::Int);
+    const dgi::TrieLevel<Token> level{data_of<Token>(tokens), offsets_of("child_start", child_start),
+                                      child_start.numel() - 1};
+    dgi::cpu::find_children(level, tokens.numel(), data_of<int64_t>(nodes), data_of<int64_t>(codes), nodes.numel(),
+                            places.mutable_data_ptr<int64_t>(), static_cast<bool*>(found.mutable_data_ptr()));
+  };
+  tokens.scalar_type() == ScalarType::Short ? find(int16_t{}) : find(int32_t{});
+  return {places, found};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dgi_kernels, m) {
-  m.def("trie_sort(Tensor codes) -> (Tensor order, Tensor first_diff)");
+  m.def("code_ranges(Tensor codes) -> Tensor");
+  m.def("trie_arrays(Tensor codes, bool narrow_tokens, bool narrow_offsets) -> Tensor[]");
+  m.def("find_children(Tensor tokens, Tensor child_start, Tensor nodes, Tensor codes) -> (Tensor places, Tensor found)");
+  m.def("item_set(Tensor members, Tensor? item_order) -> (Tensor words, Tensor ranks)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dgi_kernels, CPU, m) {
-  m.impl("trie_sort", TORCH_BOX(&trie_sort_cpu));
+  m.impl("code_ranges", TORCH_BOX(&code_ranges_cpu));
+  m.impl("trie_arrays", TORCH_BOX(&trie_arrays_cpu));
+  m.impl("find_children", TORCH_BOX(&find_children_cpu));
+  m.impl("item_set", TORCH_BOX(&item_set_cpu));
 }
 
 }  // namespace dgi::registration

@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicLayer
 from dgi.integrations.tokens import CodeTokens
 from dgi_kernels import Beams, Trie, beam_search, beam_step, checks
 from dgi_kernels.backend import checks_values
-from dgi_kernels.trie.build import END
+from dgi_kernels.trie.arrays import END
 from dgi_kernels.trie.filters import Filters, check_filters
 
 NORMALIZERS = ("vocabulary", "full", "children")

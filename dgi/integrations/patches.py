@@ -30,7 +30,7 @@ def gumbel_softmax_patch(*, backend: str = "auto") -> Iterator[None]:
                 dim: int = -1) -> Tensor:
         last = logits.ndim > 0 and dim in (-1, logits.ndim - 1)
         if not last or logits.dtype not in checks.FLOAT_DTYPES or logits.numel() == 0:
-            return original(logits, tau, hard, eps, dim)
+            return original(logits, tau, hard, eps, dim)  # type: ignore[arg-type]
         return gumbel_softmax(logits, tau, bool(hard), backend=backend)
 
     F.gumbel_softmax = patched

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dgi_kernels import Trie, checks
-from dgi_kernels.trie.build import END
+from dgi_kernels.trie.arrays import END
 
 _NO_CODE = torch.iinfo(torch.int32).max  # larger than any code of any trie
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dgi_kernels import checks
-from dgi_kernels.backend import choose_without_gradient
+from dgi_kernels.backend import choose, choose_without_gradient
 from dgi_kernels.beam import native, reference
 from dgi_kernels.cosine import cosine_logits
 from dgi_kernels.trie import MAX_COUNT, Beams, Trie
@@ -136,7 +136,7 @@ def cosine_beam_step(trie: Trie, h: Tensor, codebook: Tensor, scale: float | Ten
         ValueError, TypeError, BackendUnavailable: as :func:`beam_step`.
     """
     _check_beams(trie, beams)
-    checks.float_tensor("h", h, ndim=3, like=trie.item_ids)
+    checks.float_tensor("h", h, ndim=3, like=trie.parts.base.tokens[0])
     checks.shape("h", h, (*beams.nodes.shape, None), "(B, M, D)")
     checks.float_tensor("codebook", codebook, ndim=2, like=h)
     checks.shape("codebook", codebook, (None, h.shape[2]), "(K, D)")
@@ -204,14 +204,14 @@ def beam_search(trie: Trie, step: Step, *, batch_size: int, num_beams: int, norm
             _check_logits(f"logits of step(depth={depth})", logits, trie, beams)
             beams = _beam_step(trie, logits, beams, num_beams, normalize, None, filters, backend)
         history.append(beams)
-    return BeamResult(_codes(history), beams.scores, beams.nodes)
+    return BeamResult(_codes(history, backend), beams.scores, beams.nodes)
 
 
 def _all_ended(beams: Beams) -> bool:
     """Whether no beam of a step has got a code; False where it is not known without waiting for the device."""
     if beams.tokens.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    return not bool((beams.tokens >= 0).any())
+    return beams.tokens.numel() == 0 or int(beams.tokens.max()) < 0
 
 
 def _no_logits(trie: Trie, beams: Beams) -> Tensor:
@@ -219,20 +219,17 @@ def _no_logits(trie: Trie, beams: Beams) -> Tensor:
     return beams.scores.new_zeros(()).expand(*beams.nodes.shape, trie.codebook_sizes[beams.depth])
 
 
-def _codes(history: list[Beams]) -> Tensor:
+def _codes(history: list[Beams], backend: str) -> Tensor:
     """The codes (B, M, L) of the last beams, following each one's parents back through all steps; -1 where dead."""
-    place, columns = None, []
-    for beams in reversed(history):
-        columns.append(beams.tokens if place is None else beams.tokens.gather(1, place))
-        if beams is not history[0]:
-            parents = beams.parents if place is None else beams.parents.gather(1, place)
-            place = parents.clamp(min=0)  # of a dead beam any will do
-    return torch.stack(columns[::-1], dim=-1).masked_fill(history[-1].nodes.unsqueeze(-1) < 0, -1)
+    device = history[-1].tokens.device
+    if device.type == "cpu" and choose("beam_codes", backend, device) == "native":
+        return native.beam_codes(history)
+    return reference.beam_codes(history)
 
 
 def _native_step(trie: Trie, beams: Beams, step: Callable[[Beams], Beams]) -> Beams:
-    """Run a compiled step. It refuses nodes out of range itself: here they are looked at only to name them."""
-    if torch.compiler.is_compiling():
+    """Run a compiled step. On the CPU it refuses nodes out of range itself: here they are only named."""
+    if torch.compiler.is_compiling() or beams.nodes.device.type != "cpu":
         return step(_check_nodes(trie, beams))
     try:
         return step(beams)
@@ -254,8 +251,8 @@ def _check_beams(trie: Trie, beams: Beams) -> None:
     depth = checks.integer("beams.depth", beams.depth, low=0)
     if depth >= trie.depth:
         raise ValueError(f"beams.depth must be less than the trie's depth {trie.depth}: there is no level {depth}")
-    checks.tensor("beams.nodes", beams.nodes, dtypes=(torch.int64, torch.int32), ndim=2, like=trie.item_ids)
-    checks.float_tensor("beams.scores", beams.scores, like=trie.item_ids)
+    checks.tensor("beams.nodes", beams.nodes, dtypes=(torch.int64, torch.int32), ndim=2, like=trie.parts.base.tokens[0])
+    checks.float_tensor("beams.scores", beams.scores, like=trie.parts.base.tokens[0])
     checks.shape("beams.scores", beams.scores, tuple(beams.nodes.shape), "(B, M)")
 
 
@@ -264,9 +261,9 @@ def _check_nodes(trie: Trie, beams: Beams) -> Beams:
 
 
 def _check_logits(name: str, logits: Tensor, trie: Trie, beams: Beams) -> None:
-    checks.float_tensor(name, logits, ndim=3, like=trie.item_ids)
+    checks.float_tensor(name, logits, ndim=3, like=trie.parts.base.tokens[0])
     _check_codes_dimension(name, logits.shape[2], trie, beams.depth)
-    checks.shape(name, logits, (*beams.nodes.shape, None), "(B, M, K)")
+    checks.shape(name, logits, (*beams.nodes.shape, logits.shape[2]), "(B, M, K)")
 
 
 def _check_codes_dimension(name: str, codes: int, trie: Trie, depth: int) -> None:

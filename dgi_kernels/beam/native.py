@@ -1,4 +1,4 @@
-"""Calls into the compiled extension: beam steps in C++, given logits or the head that would make them."""
+"""Calls into the compiled extension: beam steps in C++ and CUDA, given logits or the head that would make them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dgi_kernels.trie import Beams, Trie
-from dgi_kernels.trie.filters import TrieFilter, distinct_filters
+from dgi_kernels.trie.filters import TrieFilter, filter_arguments
 
 NORMALIZE = {"full": 0, "children": 1, "none": 2}
 
@@ -20,9 +20,10 @@ def beam_step(trie: Trie, logits: Tensor, beams: Beams, num_beams: int, normaliz
     float32.
 
     Raises:
-        RuntimeError: a node is out of range.
+        RuntimeError: a node is out of range (on CUDA it is dead).
     """
-    return _step(torch.ops.dgi_kernels.beam_step, trie, beams, filters, (logits,), num_beams, normalize, log_normalizer)
+    return _step(torch.ops.dgi_kernels.beam_step.default, trie, beams, filters, (logits,), num_beams, normalize,
+                 log_normalizer)
 
 
 def cosine_beam_step(trie: Trie, h: Tensor, codebook: Tensor, scale: float | Tensor, eps: float, beams: Beams,
@@ -30,20 +31,33 @@ def cosine_beam_step(trie: Trie, h: Tensor, codebook: Tensor, scale: float | Ten
                      filters: TrieFilter | list[TrieFilter | None] | None) -> Beams:
     """``h`` (B, M, D) and ``codebook`` (K, D) of one float dtype; the rest as in :func:`beam_step`."""
     compute = _compute_dtype(h)
-    scale = scale.detach().to(compute) if isinstance(scale, Tensor) else torch.tensor(scale, dtype=compute)
-    return _step(torch.ops.dgi_kernels.cosine_beam_step, trie, beams, filters,
+    if isinstance(scale, Tensor):
+        scale = scale.detach().to(compute)
+    else:  # written on the device: a copy to it would wait for the host, and no CUDA graph takes it
+        scale = torch.full((), scale, dtype=compute, device=h.device)
+    return _step(torch.ops.dgi_kernels.cosine_beam_step.default, trie, beams, filters,
                  (h.contiguous(), codebook.contiguous(), scale, eps), num_beams, normalize, log_normalizer)
+
+
+def beam_codes(history: list[Beams]) -> Tensor:
+    """As :func:`reference.beam_codes`."""
+    return torch.ops.dgi_kernels.beam_codes([beams.tokens for beams in history], [beams.parents for beams in history])
 
 
 def _step(op: Callable[..., tuple[Tensor, ...]], trie: Trie, beams: Beams,
           filters: TrieFilter | list[TrieFilter | None] | None, source: tuple[Any, ...], num_beams: int,
           normalize: str, log_normalizer: Tensor | None) -> Beams:
-    depth = beams.depth
-    distinct, filter_of = distinct_filters(filters, beams.nodes.shape[0])
-    lower = [*trie.child_start[depth + 1:], trie.item_start] if distinct else []
+    depth, base, delta, added = beams.depth, trie.parts.base, trie.parts.delta, trie.parts.added
+    sets, set_of = filter_arguments(filters, beams.nodes.shape[0])
+    below = base.below(depth + 1) if sets else []
+    of_delta: list[Tensor] = []
+    anchors: list[Tensor] = []
+    if added is not None and delta is not None:
+        of_delta = [added.tokens[depth], added.child_start[depth], *added.below(depth + 1)]
+        anchors = [delta.anchors[depth], delta.anchors[depth + 1]]
     scores = beams.scores.to(_compute_dtype(source[0]))
     nodes, tokens, parents, scores = op(
-        trie.tokens[depth], trie.child_start[depth], lower, [entry.counts for entry in distinct], filter_of, *source,
+        base.tokens[depth], base.child_start[depth], below, of_delta, anchors, sets, set_of, *source,
         beams.nodes.long(), scores, log_normalizer, num_beams, NORMALIZE[normalize])
     return Beams(nodes, tokens, parents, scores, depth + 1)
 

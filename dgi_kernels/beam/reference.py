@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dgi_kernels.trie import Beams, Trie
-from dgi_kernels.trie.build import END
+from dgi_kernels.trie.arrays import END
 from dgi_kernels.trie.filters import TrieFilter, allowed_nodes
 
 DEAD = -torch.inf
@@ -31,12 +31,8 @@ def beam_step(trie: Trie, logits: Tensor, beams: Beams, num_beams: int, normaliz
     live = (beams.nodes >= 0) & (beams.nodes < trie.num_nodes_at(depth)) & (scores > DEAD)
     nodes = beams.nodes.long().masked_fill(~live, 0)
 
-    first, end = trie.child_start[depth][nodes], trie.child_start[depth][nodes + 1]
-    children = first.unsqueeze(-1) + torch.arange(slots, device=trie.device)  # (B, M, slots)
-    allowed = live.unsqueeze(-1) & (children < end.unsqueeze(-1))
-    children = torch.where(allowed, children, 0)
-    allowed = allowed & allowed_nodes(filters, children, depth + 1)
-    tokens = trie.tokens[depth][children].long()
+    children, tokens, exists = trie.parts.children(nodes, depth)  # (B, M, slots)
+    allowed = live.unsqueeze(-1) & exists & allowed_nodes(filters, children.masked_fill(~exists, -1), depth + 1)
 
     logp = _log_probabilities(_finite_or_dead(logits), tokens, allowed, normalize, log_normalizer)
     candidates = torch.where(allowed, _finite_or_dead(scores.unsqueeze(-1) + logp), DEAD).flatten(1)
@@ -74,3 +70,14 @@ def _finite_or_dead(values: Tensor) -> Tensor:
 def _dead_beams(batch: int, num_beams: int, depth: int, device: torch.device) -> Beams:
     none = torch.full((batch, num_beams), -1, dtype=torch.int64, device=device)
     return Beams(none, none, none, torch.full_like(none, DEAD, dtype=torch.float32), depth)
+
+
+def beam_codes(history: list[Beams]) -> Tensor:
+    """The codes (B, M, L) of the last of ``history``, the beams of all L steps, by their parents; -1 where dead."""
+    place, columns = None, []
+    for beams in reversed(history):
+        columns.append(beams.tokens if place is None else beams.tokens.gather(1, place))
+        if beams is not history[0]:
+            parents = beams.parents if place is None else beams.parents.gather(1, place)
+            place = parents.clamp(min=0)  # of a dead beam any will do
+    return torch.stack(columns[::-1], dim=-1).masked_fill(history[-1].nodes.unsqueeze(-1) < 0, -1)

@@ -49,14 +49,12 @@ def vocabulary_parallel_cosine_cross_entropy(
     How it scales, per rank, with R ranks, N rows of ``h`` in all (N / R on each if sharded) and b bytes per element of
     ``h`` and weight; bytes are those of rings (NCCL's), times (R - 1) / R.
 
-    ==================  ====================================  =========================================
-    ..                  this op                               gathering the weight, ``h`` sharded
-    ==================  ====================================  =========================================
-    sent, replicated    24 N + 2 b N D                        ..
-    sent, sharded       36 N + 2 b N D                        2 b K D
-    multiply-adds       8 N (K / R) D                         6 to 8 (N / R) K D
-    memory              O(N D + K D / R), a tile of logits    O(N D / R + K D), a tile of logits
-    ==================  ====================================  =========================================
+    |                  | this op                            | gathering the weight, ``h`` sharded     |
+    |------------------|------------------------------------|-----------------------------------------|
+    | sent, replicated | 24 N + 2 b N D                     | ..                                      |
+    | sent, sharded    | 36 N + 2 b N D                     | 2 b K D                                 |
+    | multiply-adds    | 8 N (K / R) D                      | 6 to 8 (N / R) K D                      |
+    | memory           | O(N D + K D / R), a tile of logits | O(N D / R + K D), a tile of logits      |
 
     So its traffic does not grow with K: it is the cheaper way wherever the ranks hold more rows of the weight than of
     ``h``.  Where they hold as many (in-batch InfoNCE) it sends 1 + 18 / (b D) times as much, in five more steps, and

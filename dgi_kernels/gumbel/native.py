@@ -1,4 +1,5 @@
-"""Calls into the compiled extension: noise, Gumbel-Softmax and residual quantization in C++ (``csrc/cpu``).
+"""Calls into the compiled extension: noise, Gumbel-Softmax and residual quantization in C++ (``csrc/cpu``), the first two
+also in CUDA (``csrc/cuda``).
 
 Forward saves inputs, residuals and, of the rows of which few entries count, those entries, but nothing of size N x K;
 backward makes noise and assignments of the other rows again.  Gradients of gradients are those of the reference, which
@@ -24,7 +25,7 @@ Noise = Callable[[int, int], Tensor]  # g_j of a level and its number of codes, 
 
 
 def gumbel_noise(seed: Tensor, level: int, stream: int, row_offset: int, rows: int, codes: int) -> Tensor:
-    """``seed`` int64 of one element, on the CPU -> (rows, codes) float32."""
+    """``seed`` int64 of one element -> (rows, codes) float32 on its device."""
     return torch.ops.dgi_kernels.gumbel_noise(seed, level, stream, row_offset, rows, codes)
 
 
@@ -32,7 +33,7 @@ def gumbel_softmax(logits: Tensor, tau: float | Tensor, hard: bool, seed: Tensor
                    reference: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """(..., K) -> (..., K) of the same dtype; ``reference(logits, tau)`` is the op in plain PyTorch."""
     compute = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    tau = _scalar(tau, compute)
+    tau = _scalar(tau, compute, logits.device)
     if not _wants_gradients(logits, tau):
         return _softmax(logits, tau, seed, hard)
     return _GumbelSoftmax.apply(logits, tau, seed, hard, reference)
@@ -45,7 +46,7 @@ def residual_quantize(z: Tensor, codebooks: Sequence[Tensor], scale: float | Ten
 
     ``reference(z, codebooks, scale, tau)`` is the op in plain PyTorch.
     """
-    scale, tau = _scalar(scale, z.dtype), _scalar(tau, z.dtype)
+    scale, tau = _scalar(scale, z.dtype, z.device), _scalar(tau, z.dtype, z.device)
     sizes = [codebook.shape[0] for codebook in codebooks]
     joined = codebooks[0] if len(codebooks) == 1 else torch.cat(list(codebooks))
     options = _Options(sizes, seed, row_offset, MODES[mode], eps)
@@ -74,8 +75,11 @@ class _Options(NamedTuple):
     list_room: int = 0
 
 
-def _scalar(value: float | Tensor, dtype: torch.dtype) -> Tensor:
-    return value.to(dtype) if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype)
+def _scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On the device without a copy from the host, which a CUDA graph could not capture."""
+    if isinstance(value, Tensor):
+        return value.to(dtype)
+    return torch.tensor(value, dtype=dtype) if device.type == "cpu" else torch.full((), value, dtype=dtype, device=device)
 
 
 def _wants_gradients(*inputs: Tensor) -> bool:

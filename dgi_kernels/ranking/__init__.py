@@ -63,7 +63,7 @@ def rank_candidates(query: Tensor, item_vectors: Tensor, trie: Trie, beams: Beam
     """
     if not isinstance(trie, Trie):
         raise TypeError(f"trie must be a Trie; got {type(trie).__name__}")
-    checks.float_tensor("query", query, ndim=2, like=trie.item_ids)
+    checks.float_tensor("query", query, ndim=2, like=trie.parts.base.tokens[0])
     checks.float_tensor("item_vectors", item_vectors, ndim=2, like=query)
     checks.shape("item_vectors", item_vectors, (None, query.shape[1]), "(rows, D)")
     checks.same_dtype("item_vectors", item_vectors, "query", query)
@@ -82,7 +82,7 @@ def rank_candidates(query: Tensor, item_vectors: Tensor, trie: Trie, beams: Beam
 
 
 def _check_ids(trie: Trie, rows: int) -> None:
-    low, high = trie.id_bounds
+    low, high = trie.parts.id_bounds
     if trie.num_items and (low < 0 or high >= rows):
         raise ValueError(f"item_vectors must have a row for every item id of the trie, {low} to {high}; "
                          f"got {rows} rows")

@@ -1,4 +1,4 @@
-"""Calls into the compiled extension: lexicographic ranking in C++."""
+"""Calls into the compiled extension: lexicographic ranking in C++ and CUDA."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dgi_kernels.trie import Trie
-from dgi_kernels.trie.filters import TrieFilter, distinct_filters
+from dgi_kernels.trie.filters import TrieFilter, filter_arguments
 
 EPS = 1e-12
 
@@ -16,12 +16,16 @@ def rank_candidates(query: Tensor, item_vectors: Tensor, trie: Trie, nodes: Tens
     """``query`` (B, D) and ``item_vectors`` (rows, D) of one dtype; ``nodes`` int64 and ``scores`` float32 (B, M).
 
     Raises:
-        RuntimeError: a node is out of range.
+        RuntimeError: a node is out of range (on CUDA it is dead).
     """
-    distinct, filter_of = distinct_filters(filters, len(query))
+    base, delta, added = trie.parts.base, trie.parts.delta, trie.parts.added
+    sets, set_of = filter_arguments(filters, len(query))
+    of_delta: tuple[list[Tensor], Tensor | None, Tensor | None, Tensor | None] = ([], None, None, None)
+    if added is not None and delta is not None:
+        of_delta = (added.below(depth), added.item_order, added.item_ids, delta.anchors[depth])
     return torch.ops.dgi_kernels.rank_candidates(
-        _rows(query), _rows(item_vectors), [*trie.child_start[depth:], trie.item_start], trie.item_order,
-        trie.item_ids, [entry.allowed for entry in distinct], filter_of, nodes, scores, k, EPS)
+        _rows(query), _rows(item_vectors), base.num_nodes_at(depth), base.below(depth), base.item_order, base.item_ids,
+        *of_delta, sets, set_of, nodes, scores, k, EPS)
 
 
 def _rows(vectors: Tensor) -> Tensor:

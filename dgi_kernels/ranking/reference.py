@@ -20,9 +20,9 @@ EPS = 1e-12
 def rank_candidates(query: Tensor, item_vectors: Tensor, trie: Trie, nodes: Tensor, scores: Tensor, depth: int, k: int,
                     filters: TrieFilter | list[TrieFilter | None] | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return item ids, beam scores and cosines (B, k), padded with -1, -inf and -1."""
-    positions, candidate_scores = _candidates(trie, nodes, scores, depth)
-    candidate_scores = candidate_scores.masked_fill(~allowed_items(filters, positions), -torch.inf)
-    items = trie.item_ids[trie.item_order[positions]]  # (B, C)
+    places, candidate_scores = _candidates(trie, nodes, scores, depth)
+    candidate_scores = candidate_scores.masked_fill(~allowed_items(filters, places), -torch.inf)
+    items = trie.parts.ids_at(places).masked_fill(candidate_scores == -torch.inf, 0)  # (B, C); no vector of one gone
     cosines = _cosines(query, item_vectors, items)
 
     order = items.argsort(dim=-1, stable=True)
@@ -38,8 +38,8 @@ def rank_candidates(query: Tensor, item_vectors: Tensor, trie: Trie, nodes: Tens
 
 
 def _candidates(trie: Trie, nodes: Tensor, scores: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-    """The items below all live beams of a request, each once: leaf-order positions and beam scores (B, C)."""
-    if trie.num_items == 0:
+    """The items below all live beams of a request, each once: places of the leaf order and beam scores (B, C)."""
+    if trie.parts.num_places == 0:
         return nodes[:, :0], scores[:, :0]
     live = (nodes >= 0) & (nodes < trie.num_nodes_at(depth)) & (scores > -torch.inf)
     scores, order = scores.masked_fill(~live, -torch.inf).sort(dim=-1, descending=True, stable=True)
@@ -47,22 +47,24 @@ def _candidates(trie: Trie, nodes: Tensor, scores: Tensor, depth: int) -> tuple[
     same = (nodes.unsqueeze(-1) == nodes.unsqueeze(-2)).tril(-1)  # a node given twice counts with its better score
     live = live & ~same.any(-1)
 
-    first, end = trie.item_range(nodes.masked_fill(~live, 0), depth)
-    lengths = torch.where(live, end - first, 0)
-    stop = lengths.cumsum(-1)  # (B, M): beam m fills the slots stop[m] - lengths[m] to stop[m] - 1
-    slot = torch.arange(_slots(trie, stop, depth), device=nodes.device).expand(len(nodes), -1).contiguous()
-    beam = torch.searchsorted(stop, slot, right=True)
-    filled = beam < nodes.shape[1]
-    beam = beam.clamp(max=nodes.shape[1] - 1)
-    positions = first.gather(-1, beam) + slot - (stop - lengths).gather(-1, beam)
-    return positions.masked_fill(~filled, 0), scores.gather(-1, beam).masked_fill(~filled, -torch.inf)
+    first, end = trie.parts.place_ranges(nodes.masked_fill(~live, -1), depth)  # (B, M, parts)
+    scores = scores.unsqueeze(-1).expand_as(first).flatten(1)
+    first, lengths = first.flatten(1), (end - first).flatten(1)
+    stop = lengths.cumsum(-1)  # (B, ranges): range r fills the slots stop[r] - lengths[r] to stop[r] - 1
+    slot = torch.arange(_slots(trie, stop, nodes.shape[1], depth), device=nodes.device)
+    slot = slot.expand(len(nodes), -1).contiguous()
+    of_slot = torch.searchsorted(stop, slot, right=True)
+    filled = of_slot < first.shape[1]
+    of_slot = of_slot.clamp(max=first.shape[1] - 1)
+    places = first.gather(-1, of_slot) + slot - (stop - lengths).gather(-1, of_slot)
+    return places.masked_fill(~filled, 0), scores.gather(-1, of_slot).masked_fill(~filled, -torch.inf)
 
 
-def _slots(trie: Trie, stop: Tensor, depth: int) -> int:
+def _slots(trie: Trie, stop: Tensor, beams: int, depth: int) -> int:
     """How many candidates a request may have: the true number where reading it costs no sync, a bound elsewhere."""
     if stop.device.type == "cpu" and not torch.compiler.is_compiling():
         return int(stop.max()) if stop.numel() else 0
-    return min(stop.shape[1] * trie.max_items[depth], trie.num_items)
+    return min(beams * trie.parts.max_items[depth], trie.parts.num_places)
 
 
 def _cosines(query: Tensor, item_vectors: Tensor, items: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ The items of equal codes share a leaf.  A sequence that ends early continues wit
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,8 +17,12 @@ from torch import Tensor
 
 from dgi_kernels import checks
 from dgi_kernels.trie import build, format
+from dgi_kernels.trie.arrays import token_dtype
+from dgi_kernels.trie.delta import Delta
 from dgi_kernels.trie.filters import TrieFilter
 from dgi_kernels.trie.format import TrieFormatError
+from dgi_kernels.trie.item_set import ItemSet
+from dgi_kernels.trie.parts import TrieParts
 
 __all__ = ["Beams", "ItemRanges", "Trie", "TrieFilter", "TrieFormatError"]
 
@@ -58,37 +61,18 @@ class ItemRanges(NamedTuple):
 
 
 class Trie:
-    """A prefix tree of semantic IDs; immutable. Make one with :meth:`from_codes` or :meth:`load`.
+    """A prefix tree of semantic IDs; immutable. Make one with :meth:`from_codes`, :meth:`load` or :meth:`update`.
 
     Attributes:
-        tokens: ``tokens[t]`` (n_{t+1},) int32, the codes out of depth t, run by run; -1 where a sequence has ended.
-        child_start: ``child_start[t]`` (n_t + 1,) int64; the children of node i at depth t are the nodes
-            ``child_start[t][i]`` to ``child_start[t][i + 1] - 1`` of depth t + 1, reached by ``tokens[t]`` there.
-        item_start: (n_L + 1,) int64; leaf i holds the items ``item_start[i]`` to ``item_start[i + 1] - 1`` of the
-            leaf order.
-        item_order: (num_items,) int64; the row, as given at build, of each item in leaf order.
-        item_ids: (num_items,) int64; the id of each row, as given at build.
+        parts: the arrays: those of one build, and of an updated trie what has changed since.
         codebook_sizes: per level, the number of codes K.
         sizes_inferred: True where the sizes were not given but are the largest code + 1, and so lower bounds.
-        max_degree: ``max_degree[t]``, the largest number of children of a node at depth t.
-        max_items: ``max_items[t]``, the largest number of items below a node at depth t.
     """
 
-    def __init__(self, arrays: build.TrieArrays, codebook_sizes: tuple[int, ...], sizes_inferred: bool) -> None:
-        self.tokens, self.child_start, self.item_start, self.item_order, self.item_ids = arrays
+    def __init__(self, parts: TrieParts, codebook_sizes: tuple[int, ...], sizes_inferred: bool) -> None:
+        self.parts = parts
         self.codebook_sizes = codebook_sizes
         self.sizes_inferred = sizes_inferred
-        self.max_degree = tuple(_longest_run(starts) for starts in self.child_start)
-        self.max_items = self._most_items()
-        self.id_bounds = (int(self.item_ids.min()), int(self.item_ids.max())) if len(self.item_ids) else (0, 0)
-
-    def _most_items(self) -> tuple[int, ...]:
-        starts = self.item_start
-        most = [_longest_run(starts)]
-        for child_start in reversed(self.child_start):
-            starts = starts[child_start]
-            most.append(_longest_run(starts))
-        return tuple(reversed(most))
 
     @classmethod
     def from_codes(cls, codes: object, item_ids: object = None, *, codebook_sizes: object = None,
@@ -96,9 +80,9 @@ class Trie:
         """Build a trie from the semantic IDs of N items, in any order, with repetitions.
 
         Args:
-            codes: an (N, L) integer tensor or array, or a list of N sequences of integers, which may differ in length
-                (then L is the largest). An empty tensor of shape (0, L) gives an empty trie.
-            item_ids: (N,) distinct integers, any int64; default 0, 1, …, N - 1.
+            codes: an (N, L) integer tensor or array of any dtype, or a list of N sequences of integers, which may
+                differ in length (then L is the largest). An empty tensor of shape (0, L) gives an empty trie.
+            item_ids: (N,) distinct integers, any int64; default 0, 1, …, N - 1, which takes no memory.
             codebook_sizes: (L,) integers, the number of codes of each level. Default: the largest code + 1, taken as a
                 lower bound: a search then accepts logits over more codes than that.
             backend: ``"auto"``, ``"reference"`` or ``"native"``; all give the same arrays.
@@ -115,43 +99,53 @@ class Trie:
         table = build.padded_codes("codes", codes)
         sizes = build.checked_sizes("codes", table, codebook_sizes)
         ids = build.checked_ids("item_ids", item_ids, len(table), table.device)
-        return cls(build.build_arrays(table, ids, backend), sizes, codebook_sizes is None)
+        return cls(TrieParts(build.build_arrays(table, ids, sizes, backend)), sizes, codebook_sizes is None)
 
     @property
     def depth(self) -> int:
         """The number of levels L: the length of the longest sequence."""
-        return len(self.tokens)
+        return self.parts.base.depth
 
     @property
     def num_items(self) -> int:
         """The number of items N."""
-        return len(self.item_ids)
+        return self.parts.num_items
 
     @property
     def num_nodes(self) -> int:
         """The number of nodes below the root, over all depths: distinct prefixes, ended sequences padded with -1."""
-        return sum(map(len, self.tokens))
+        return self.parts.num_nodes()
+
+    @property
+    def item_ids(self) -> Tensor:
+        """The ids (num_items,) int64 in the order given at build; those that :meth:`update` added come last."""
+        return self.parts.ids()
+
+    @property
+    def max_degree(self) -> tuple[int, ...]:
+        """Per depth, at least as many as any node has children."""
+        return self.parts.max_degree
 
     @property
     def nbytes(self) -> int:
-        """The size of all arrays in bytes."""
+        """The size of all arrays in bytes, those that are shared with other tries included."""
         return sum(array.nbytes for array in self.arrays.values())
 
     @property
     def device(self) -> torch.device:
         """The device that holds the arrays."""
-        return self.item_ids.device
+        return self.parts.base.device
 
     @property
     def arrays(self) -> dict[str, Tensor]:
-        """All arrays by name, as they are stored in a file."""
-        return format.named_arrays(
-            build.TrieArrays(self.tokens, self.child_start, self.item_start, self.item_order, self.item_ids))
+        """All arrays by name; see ``README.md`` in this folder."""
+        delta = self.parts.delta
+        return self.parts.base.named() | ({} if delta is None else delta.named())
 
     def num_nodes_at(self, depth: int) -> int:
-        """The number of nodes at ``depth``, 0 to L; 1 at depth 0, the root."""
+        """Nodes of ``depth``, 0 to L, are less than this; of a trie that was not updated, their number."""
         checks.integer("depth", depth, low=0, high=self.depth)
-        return 1 if depth == 0 else len(self.tokens[depth - 1])
+        return self.parts.num_nodes_at(depth)
 
     def root(self, batch_size: int) -> Beams:
         """The start of a search: one live beam at the root, with score 0, for each of ``batch_size`` requests."""
@@ -172,25 +166,7 @@ class Trie:
         prefixes = build.integer_tensor("prefixes", prefixes, self.device)
         if prefixes.ndim == 0 or prefixes.shape[-1] > self.depth:
             raise ValueError(f"prefixes must have shape (..., t), t at most {self.depth}; got {tuple(prefixes.shape)}")
-        nodes = torch.zeros(prefixes.shape[:-1], dtype=torch.int64, device=self.device)
-        for depth, codes in enumerate(prefixes.unbind(-1)):
-            nodes = self._child(nodes, codes, depth)
-        return nodes
-
-    def _child(self, nodes: Tensor, codes: Tensor, depth: int) -> Tensor:
-        """The child of each node by its code, by binary search in its run of tokens; -1 where there is none."""
-        tokens = self.tokens[depth]
-        if len(tokens) == 0:
-            return torch.full_like(nodes, -1)
-        low = self.child_start[depth][nodes.clamp(min=0)]
-        end = self.child_start[depth][nodes.clamp(min=0) + 1]
-        high = end
-        for _ in range(self.max_degree[depth].bit_length()):
-            middle = (low + high) // 2
-            right = (low < high) & (tokens[middle.clamp(max=len(tokens) - 1)] < codes)
-            low, high = torch.where(right, middle + 1, low), torch.where(right, high, middle)
-        found = (nodes >= 0) & (low < end) & (tokens[low.clamp(max=len(tokens) - 1)] == codes)
-        return torch.where(found, low, -1)
+        return self.parts.find(prefixes)
 
     def is_valid(self, prefixes: object) -> Tensor:
         """Whether each prefix (..., t) begins the codes of some item; (...) bool. See :meth:`find`."""
@@ -201,15 +177,8 @@ class Trie:
         checks.integer("depth", depth, low=0, high=self.depth - 1)
         value = node.item() if isinstance(node, Tensor) and node.numel() == 1 else node
         i = checks.integer("node", value, low=0, high=self.num_nodes_at(depth) - 1)
-        first, end = self.child_start[depth][i:i + 2].tolist()
-        return self.tokens[depth][first:end].long()
-
-    def item_range(self, nodes: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-        """The items below nodes of ``depth``, none of them -1, as ranges [first, end) of the leaf order."""
-        first, end = nodes, nodes + 1
-        for starts in (*self.child_start[depth:], self.item_start):
-            first, end = starts[first], starts[end]
-        return first, end
+        children, tokens, exists = self.parts.children(torch.tensor(i, device=self.device), depth)
+        return tokens[exists & self.parts.holds(children, depth + 1, self.parts.live, None)]
 
     def items(self, nodes: object, depth: int) -> ItemRanges:
         """List the items below nodes: the inverted index from prefixes to items.
@@ -224,13 +193,7 @@ class Trie:
         checks.integer("depth", depth, low=0, high=self.depth)
         nodes = build.integer_tensor("nodes", nodes, self.device).flatten()
         nodes = checks.index("nodes", nodes, 0, self.num_nodes_at(depth), also=-1)
-        lengths, first = torch.zeros_like(nodes), torch.zeros_like(nodes)
-        alive = nodes >= 0
-        first[alive], end = self.item_range(nodes[alive], depth)
-        lengths[alive] = end - first[alive]
-        offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-        within = torch.arange(int(offsets[-1]), device=self.device) - offsets[:-1].repeat_interleave(lengths)
-        return ItemRanges(offsets, self.item_ids[self.item_order[first.repeat_interleave(lengths) + within]])
+        return ItemRanges(*self.parts.items(nodes, depth))
 
     def filter(self, *, items: object = None, mask: object = None) -> TrieFilter:
         """Make a filter that allows a subset of the items, for ``filters=`` of the searches.
@@ -244,51 +207,55 @@ class Trie:
         """
         if (items is None) == (mask is None):
             raise ValueError("filter needs exactly one of items and mask")
+        base, delta = self.parts.base, self.parts.delta
         if mask is None:
-            rows = torch.zeros(self.num_items, dtype=torch.bool, device=self.device)
-            rows[self._rows("items", items)] = True
+            of_base, of_delta = self._rows("items", items)
+            in_base = _members(of_base, base.num_items)
+            in_delta = _members(of_delta, 0 if delta is None else delta.arrays.num_items)
         else:
-            try:
-                rows = torch.as_tensor(mask, device=self.device)
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise TypeError(f"mask must be a tensor, array or list of bool; got {type(mask).__name__} "
-                                f"({error})") from None
-            checks.tensor("mask", rows, dtypes=(torch.bool,))
-            checks.shape("mask", rows, (self.num_items,), "(num_items,)")
-        return TrieFilter(self, rows[self.item_order])
+            chosen = self._mask(mask)
+            in_base, in_delta = chosen[:base.num_items], chosen[base.num_items:]
+            if delta is not None:
+                count = base.num_items - len(delta.removed)
+                in_base, in_delta = self.parts.kept_rows(), chosen[count:]
+                in_base[in_base.clone()] = chosen[:count]
+        added = self.parts.added
+        return TrieFilter(self, ItemSet.of_rows(in_base, base.item_order),
+                          None if added is None else ItemSet.of_rows(in_delta, added.item_order))
 
-    @functools.cached_property
-    def _sorted_ids(self) -> tuple[Tensor, Tensor]:
-        ids = self.item_ids.sort()
-        return ids.values, ids.indices
+    def _mask(self, mask: object) -> Tensor:
+        try:
+            chosen = torch.as_tensor(mask, device=self.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"mask must be a tensor, array or list of bool; got {type(mask).__name__} "
+                            f"({error})") from None
+        checks.tensor("mask", chosen, dtypes=(torch.bool,))
+        checks.shape("mask", chosen, (self.num_items,), "(num_items,)")
+        return chosen
 
-    def _rows(self, name: str, ids: object) -> Tensor:
-        """The rows of item ids, which must all be there."""
+    def _rows(self, name: str, ids: object) -> tuple[Tensor, Tensor]:
+        """The rows of item ids, which must all be there, in base and delta; -1 in the other."""
         wanted = build.integer_tensor(name, ids, self.device).flatten()
-        values, rows = self._sorted_ids
-        place = torch.searchsorted(values, wanted)
-        inside = place < len(values)
-        missing = ~inside
-        missing[inside] = values[place[inside]] != wanted[inside]
+        of_base, of_delta = self.parts.rows_of(wanted)
+        missing = torch.maximum(of_base, of_delta) < 0 if self.parts.delta is not None else of_base < 0
         if missing.any():
             raise ValueError(f"{name} must be ids of items in the trie; it has no item {wanted[missing][0].item()}")
-        return rows[place]
+        return of_base, of_delta
 
     def codes(self) -> tuple[Tensor, Tensor]:
-        """Give back codes (N, L), -1 where a sequence has ended, and item ids (N,), in the order given at build."""
-        by_leaf = torch.empty(self.num_items, self.depth, dtype=torch.int64, device=self.device)
-        starts = self.item_start
-        for t in reversed(range(self.depth)):
-            by_leaf[:, t] = self.tokens[t].long().repeat_interleave(starts.diff())
-            starts = starts[self.child_start[t]]
-        codes = torch.empty_like(by_leaf)
-        codes[self.item_order] = by_leaf
-        return codes, self.item_ids
+        """Give back codes (N, L) int64, -1 where a sequence has ended, and item ids (N,), in the order given at build.
+
+        Items that :meth:`update` added come last.
+        """
+        return self.parts.codes(), self.parts.ids()
 
     def update(self, add: tuple[object, object] | None = None, remove: object = None, *, backend: str = "auto") -> Trie:
         """Return a trie with items added and removed; this one stays as it is.
 
-        In this version the new trie is rebuilt from the merged codes: items keep their order, added ones come last.
+        The new trie shares this one's arrays: items that are gone are masked, the added ones stand in a small trie of
+        their own, and both are searched as one, exactly. It costs a pass over a bit per item, and a build of all items
+        added since the arrays were built: :meth:`compact` folds them in when they have become many. A node has another
+        number in the new trie.
 
         Args:
             add: ``(codes, ids)`` as for :meth:`from_codes`; sequences no longer than L. Given sizes still bind them.
@@ -298,27 +265,60 @@ class Trie:
         Raises:
             ValueError: an unknown id is removed, an existing one added, a code or shape does not fit.
         """
-        codes, ids = self.codes()
-        sizes = self.codebook_sizes
+        base, delta = self.parts.base, self.parts.delta
+        removed = torch.empty(0, dtype=torch.int64, device=self.device) if delta is None else delta.removed
+        codes = removed.new_empty(0, self.depth) if delta is None else delta.arrays.codes()
+        ids, sizes = removed[:0] if delta is None else delta.arrays.ids(), self.codebook_sizes
         if remove is not None:
-            keep = torch.ones(self.num_items, dtype=torch.bool, device=self.device)
-            keep[self._rows("remove", remove)] = False
-            codes, ids = codes[keep], ids[keep]
+            of_base, of_delta = self._rows("remove", remove)
+            removed = torch.cat([removed, of_base[of_base >= 0]]).unique()
+            kept = torch.ones(len(ids), dtype=torch.bool, device=self.device)
+            kept[of_delta[of_delta >= 0]] = False
+            codes, ids = codes[kept], ids[kept]
         if add is not None:
-            new_codes, new_sizes = self._added_codes(add)
-            new_ids = build.checked_ids("add[1], the ids,", add[1], len(new_codes), self.device)
-            known = torch.isin(new_ids, ids)
+            new_codes, sizes = self._added_codes(add)
+            new_ids = build.integer_tensor("add[1], the ids,", add[1], self.device)
+            build.checked_ids("add[1], the ids,", new_ids, len(new_codes), self.device)
+            of_base = base.rows_of(new_ids)
+            known = ((of_base >= 0) & ~torch.isin(of_base, removed)) | torch.isin(new_ids, ids)
             if known.any():
                 raise ValueError(f"add[1], the ids, must be new; {new_ids[known][0].item()} is already in the trie")
-            codes, ids, sizes = torch.cat([codes, new_codes]), torch.cat([ids, new_ids]), new_sizes
-        return Trie(build.build_arrays(codes, ids, backend), sizes, self.sizes_inferred)
+            codes, ids = torch.cat([codes, new_codes]), torch.cat([ids, new_ids])
+        if token_dtype(sizes) != base.tokens[0].dtype:  # a code that the base's tokens could not hold
+            kept_rows = torch.ones(base.num_items, dtype=torch.bool, device=self.device)
+            kept_rows[removed] = False
+            return self._rebuilt(torch.cat([base.codes()[kept_rows], codes]), torch.cat([base.ids()[kept_rows], ids]),
+                                 sizes, backend)
+        if len(removed) == 0 and len(ids) == 0:
+            return Trie(TrieParts(base), sizes, self.sizes_inferred)
+        added = build.build_arrays(codes, ids, sizes, backend)
+        return Trie(TrieParts(base, Delta.make(base, added, removed, delta)), sizes, self.sizes_inferred)
+
+    def compact(self, *, backend: str = "auto") -> Trie:
+        """Return a trie of the same items, with all updates folded in: this one where there are none.
+
+        It has the arrays that :meth:`from_codes` makes of :meth:`codes`, and nodes are numbered anew.
+
+        Args:
+            backend: as in :meth:`from_codes`.
+        """
+        if self.parts.delta is None:
+            return self
+        codes = self.parts.codes(self.parts.base.tokens[0].dtype)
+        return self._rebuilt(codes, self.parts.ids(), self.codebook_sizes, backend)
+
+    def _rebuilt(self, codes: Tensor, ids: Tensor, sizes: tuple[int, ...], backend: str) -> Trie:
+        is_identity = torch.equal(ids, torch.arange(len(ids), device=self.device))
+        arrays = build.build_arrays(codes, None if is_identity else ids, sizes, backend)
+        return Trie(TrieParts(arrays), sizes, self.sizes_inferred)
 
     def _added_codes(self, add: tuple[object, object]) -> tuple[Tensor, tuple[int, ...]]:
         name = "add[0], the codes,"
         if not isinstance(add, Sequence) or len(add) != 2 or add[1] is None:
             raise TypeError("add must be a pair (codes, ids)")
         nothing = isinstance(add[0], Sequence) and len(add[0]) == 0
-        codes = self.item_ids.new_empty(0, self.depth) if nothing else build.padded_codes(name, add[0], self.device)
+        codes = torch.empty(0, self.depth, dtype=torch.int64, device=self.device) if nothing else \
+             build.padded_codes(name, add[0], self.device).long()
         ragged = not hasattr(add[0], "shape")
         if codes.shape[1] > self.depth or (codes.shape[1] < self.depth and not ragged):
             raise ValueError(f"{name} must have {self.depth} levels, as the trie; got {codes.shape[1]}")
@@ -332,12 +332,15 @@ class Trie:
         here = torch.empty(0, device=device).device
         if here == self.device:
             return self
-        moved = {name: array.to(here) for name, array in self.arrays.items()}
-        return Trie(format.arrays_by_name(moved, self.depth), self.codebook_sizes, self.sizes_inferred)
+        parts = TrieParts(self.parts.base.to(here), None if self.parts.delta is None else self.parts.delta.to(here))
+        return Trie(parts, self.codebook_sizes, self.sizes_inferred)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The trie as named arrays and JSON data, to embed it in another file; :meth:`from_state` reads them."""
-        return self.arrays, {"codebook_sizes": list(self.codebook_sizes), "sizes_inferred": self.sizes_inferred}
+        """The trie as named arrays and JSON data, to embed it in another file; :meth:`from_state` reads them.
+
+        Updates are folded in, as by :meth:`compact`.
+        """
+        return format.state(self.compact().parts.base, self.codebook_sizes, self.sizes_inferred)
 
     @classmethod
     def from_state(cls, arrays: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Trie:
@@ -346,31 +349,42 @@ class Trie:
         Raises:
             TrieFormatError: the arrays do not form a trie; the message says why.
         """
-        return cls(*format.checked_state(arrays, meta))
+        base, sizes, inferred = format.checked_state(arrays, meta)
+        return cls(TrieParts(base), sizes, inferred)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the trie to one file: whole or not at all, versioned, with a checksum."""
+        """Write the trie to one file: whole or not at all, versioned, with a checksum.
+
+        Updates are folded in, as by :meth:`compact`.
+        """
         format.write(path, *self.state())
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], mmap: bool = False) -> Trie:
-        """Read a file written by :meth:`save`, after checking its checksum and its structure.
+    def load(cls, path: str | os.PathLike[str], mmap: bool = False, *, verify: bool = True) -> Trie:
+        """Read a file written by :meth:`save`.
 
         Args:
             path: the file.
-            mmap: map the arrays instead of copying them: processes that load one file then share its memory. The
-                checks read the file once either way.
+            mmap: map the arrays instead of copying them: processes that load one file then share its memory, and pages
+                are read as a search comes by.
+            verify: compare the checksum of the whole file and check its structure, which reads all of it once. Without,
+                only the header is checked, and that the file has the size that it says: with ``mmap`` a trie of any
+                size is then there at once, but a file that was altered may crash a search. For files that were
+                verified since they were written.
 
         Raises:
             TrieFormatError: the file is truncated, altered, of another version, or no trie; the message says which.
             OSError: the file cannot be read.
         """
-        return cls(*format.read(path, mmap))
+        base, sizes, inferred = format.read(path, mmap, verify)
+        return cls(TrieParts(base), sizes, inferred)
 
     def __repr__(self) -> str:
         return (f"Trie(num_items={self.num_items}, depth={self.depth}, num_nodes={self.num_nodes}, "
                 f"codebook_sizes={self.codebook_sizes}, nbytes={self.nbytes}, device={str(self.device)!r})")
 
 
-def _longest_run(starts: Tensor) -> int:
-    return int(starts.diff().max()) if len(starts) > 1 else 0
+def _members(rows: Tensor, size: int) -> Tensor:
+    """(size,) bool, True at ``rows`` (n,); -1 is none."""
+    members = torch.zeros(size + 1, dtype=torch.bool, device=rows.device)
+    return members.scatter_(0, rows + 1, True)[1:]

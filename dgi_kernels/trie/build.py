@@ -1,15 +1,9 @@
-"""From codes to level-order arrays.
-
-Sort the items' codes lexicographically.  A node at depth t is a maximal run of sorted rows that share their first t
-codes, so it begins at each row whose first difference from the row before lies in the first t columns.  Nodes of one
-depth are numbered in that order: the children of a node become a contiguous run of the next depth, sorted by token.
-"""
+"""From what callers give - codes, item ids, sizes - to the level-order arrays of a trie."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,45 +12,28 @@ from torch import Tensor
 from dgi_kernels import backend as backends
 from dgi_kernels import checks
 from dgi_kernels.trie import native, reference
+from dgi_kernels.trie.arrays import END, TrieArrays, count_dtype, token_dtype
 
-END = -1  # the token of a sequence that has ended; it sorts before every code
 INTEGER_DTYPES = (*checks.INDEX_DTYPES, torch.uint16, torch.uint32)
-MAX_CODEBOOK_SIZE = 2**31 - 1  # tokens are int32
+MAX_CODEBOOK_SIZE = 2**31 - 1  # tokens are int32 at most
 
 
-class TrieArrays(NamedTuple):
-    """The arrays of a trie of depth L over N items; n_t is the number of nodes at depth t, and n_0 = 1 (the root)."""
+def build_arrays(codes: Tensor, item_ids: Tensor | None, sizes: tuple[int, ...], backend: str) -> TrieArrays:
+    """Build the arrays from padded ``codes`` (N, L) of any integer dtype, L >= 1, and ``item_ids`` (N,) int64.
 
-    tokens: tuple[Tensor, ...]  # tokens[t]: (n_{t+1},) int32, the edges out of depth t; -1 marks the end of a sequence
-    child_start: tuple[Tensor, ...]  # child_start[t]: (n_t + 1,) int64, node i of depth t has children [s[i], s[i+1])
-    item_start: Tensor  # (n_L + 1,) int64: leaf i holds the items [s[i], s[i+1]) of the leaf order
-    item_order: Tensor  # (N,) int64: the row, as given at build, of each item in leaf order
-    item_ids: Tensor  # (N,) int64: the id of each row, as given at build
-
-
-def sort_rows(codes: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """Run ``trie_sort`` (see :func:`reference.trie_sort`) on the backend chosen; all of them agree bit for bit."""
-    if backends.choose("trie_build", backend, codes.device) == "native":
-        return native.trie_sort(codes)
-    return reference.trie_sort(codes)
+    All backends give the same arrays.
+    """
+    native_or_not = backends.choose("trie_build", backend, codes.device) == "native"
+    make = native.trie_arrays if native_or_not else reference.trie_arrays
+    tokens, child_start, item_start, item_order = make(codes, token_dtype(sizes), count_dtype(len(codes)))
+    return TrieArrays.make(tuple(tokens), tuple(child_start), item_start, item_order, item_ids, len(codes))
 
 
-def build_arrays(codes: Tensor, item_ids: Tensor, backend: str) -> TrieArrays:
-    """Build the arrays from padded ``codes`` (N, L) int64, L >= 1, and ``item_ids`` (N,) int64."""
-    order, first_diff = sort_rows(codes, backend)
-    rows, depth = codes.shape
-    tokens, child_start = [], []
-    starts = torch.zeros(1, dtype=torch.int64, device=codes.device)  # first sorted row of each node; here of the root
-    for t in range(depth):
-        child_rows = (first_diff <= t).nonzero().squeeze(1)
-        child_start.append(_closed(torch.searchsorted(child_rows, starts), len(child_rows)))
-        tokens.append(codes[order[child_rows], t].to(torch.int32))
-        starts = child_rows
-    return TrieArrays(tuple(tokens), tuple(child_start), _closed(starts, rows), order, item_ids)
-
-
-def _closed(starts: Tensor, end: int) -> Tensor:
-    return torch.cat([starts, starts.new_tensor([end])])
+def code_ranges(codes: Tensor) -> tuple[list[int], list[int]]:
+    """The least and the greatest code of each column of ``codes`` (N, L); 0 and -1 where there is no row."""
+    native_or_not = backends.choose("trie_build", "auto", codes.device) == "native"
+    low, high = (native.code_ranges if native_or_not else reference.code_ranges)(codes).tolist()
+    return low, high
 
 
 def integer_tensor(name: str, value: object, device: torch.device | None = None) -> Tensor:
@@ -64,12 +41,19 @@ def integer_tensor(name: str, value: object, device: torch.device | None = None)
 
     What is empty holds no number of the wrong kind, so that ``[]`` and ``torch.tensor([])`` do as well.
     """
+    return integers(name, value, device).to(torch.int64)
+
+
+def integers(name: str, value: object, device: torch.device | None = None) -> Tensor:
+    """As :func:`integer_tensor`, of the dtype and in the memory of a tensor or an array, wherever that can be."""
     if isinstance(value, Tensor):
         if value.layout != torch.strided or value.is_meta:
             raise ValueError(f"{name} must be a dense tensor with data; got layout {value.layout} on {value.device}")
-        if value.numel() and value.dtype not in INTEGER_DTYPES:
-            raise TypeError(f"{name} must hold integers; got dtype {value.dtype}")
-        return value.detach().to(device=device, dtype=torch.int64)
+        if value.dtype not in INTEGER_DTYPES:
+            if value.numel():
+                raise TypeError(f"{name} must hold integers; got dtype {value.dtype}")
+            value = value.long()
+        return value.detach().to(device=device)
     if isinstance(value, (set, frozenset, range)):
         value = list(value)
     try:
@@ -81,7 +65,12 @@ def integer_tensor(name: str, value: object, device: torch.device | None = None)
         raise TypeError(f"{name} must hold integers that fit in 64 bits; got {_kind(value, array)}")
     if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
         raise ValueError(f"{name} must fit in int64; got {array.max()}")
-    return torch.from_numpy(np.array(array, dtype=np.int64)).to(device)
+    if array.dtype.kind not in "iu" or array.dtype == np.uint64:  # empty, or larger than torch's integers
+        array = array.astype(np.int64)
+    shareable = array.flags.writeable and array.dtype.isnative
+    if not shareable or any(stride < 0 or stride % array.itemsize for stride in array.strides):
+        array = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")  # what torch cannot share
+    return torch.from_numpy(array).to(device)
 
 
 def _kind(value: object, array: np.ndarray) -> str:
@@ -89,17 +78,20 @@ def _kind(value: object, array: np.ndarray) -> str:
 
 
 def padded_codes(name: str, codes: object, device: torch.device | None = None) -> Tensor:
-    """Take codes as an (N, L) tensor or array, or as a sequence of N sequences; return (N, L) int64, -1 where ended.
+    """Take codes as an (N, L) tensor or array, or as a sequence of N sequences; return (N, L) integers, -1 where ended.
+
+    A tensor or an array is not copied.
 
     Raises:
         TypeError: not integers, or not such a collection.
         ValueError: a negative code, an empty sequence, no sequence at all (the depth would be unknown).
     """
     if isinstance(codes, (Tensor, np.ndarray)):
-        table = integer_tensor(name, codes, device)
+        table = integers(name, codes, device)
         if table.ndim != 2 or table.shape[1] == 0:
             raise ValueError(f"{name} must have shape (N, L) with L >= 1; got {tuple(table.shape)}")
-        _refuse(name, table, table < 0, "must not be negative (give sequences of unequal length as a list)")
+        if min(code_ranges(table)[0]) < 0:
+            _refuse(name, table, table < 0, "must not be negative (give sequences of unequal length as a list)")
         return table
     if not isinstance(codes, Sequence) or isinstance(codes, (str, bytes)):
         raise TypeError(f"{name} must be an (N, L) integer tensor or array, or a list of sequences; "
@@ -138,9 +130,9 @@ def _flatten(sequences: Sequence[object]) -> object:
 
 def checked_sizes(name: str, codes: Tensor, codebook_sizes: object) -> tuple[int, ...]:
     """Return the codebook sizes of padded ``codes``, given or inferred as the largest code + 1, and check the codes."""
-    depth = codes.shape[1]
+    depth, largest = codes.shape[1], code_ranges(codes)[1]
     if codebook_sizes is None:
-        codebook_sizes = codes.amax(dim=0) + 1 if len(codes) else [0] * depth
+        codebook_sizes = [code + 1 for code in largest]
     given = integer_tensor("codebook_sizes", codebook_sizes)
     if given.shape != (depth,):
         raise ValueError(f"codebook_sizes must have one size per level, shape ({depth},) for these codes; "
@@ -148,8 +140,9 @@ def checked_sizes(name: str, codes: Tensor, codebook_sizes: object) -> tuple[int
     sizes = tuple(given.tolist())
     if min(sizes) < 0 or max(sizes) > MAX_CODEBOOK_SIZE:
         raise ValueError(f"codebook_sizes must be from 0 to {MAX_CODEBOOK_SIZE} (tokens are int32); got {sizes}")
-    limit = torch.tensor(sizes, device=codes.device)
-    _refuse(name, codes, codes >= limit, f"must be less than its level's codebook size, {sizes}")
+    if any(code >= size for code, size in zip(largest, sizes, strict=True)):
+        limit = torch.tensor(sizes, device=codes.device)
+        _refuse(name, codes, codes.long() >= limit, f"must be less than its level's codebook size, {sizes}")
     return sizes
 
 
@@ -159,15 +152,17 @@ def _refuse(name: str, table: Tensor, bad: Tensor, rule: str) -> None:
         raise ValueError(f"{name}[{row}][{column}] {rule}; got {table[row, column].item()}")
 
 
-def checked_ids(name: str, item_ids: object, rows: int, device: torch.device) -> Tensor:
-    """Return ``rows`` distinct item ids as int64; None numbers the rows 0, 1, …"""
+def checked_ids(name: str, item_ids: object, rows: int, device: torch.device) -> Tensor | None:
+    """Return ``rows`` distinct item ids as int64, in memory of their own; None where they are 0, 1, 2, …"""
     if item_ids is None:
-        return torch.arange(rows, device=device)
+        return None
     ids = integer_tensor(name, item_ids, device)
     if ids.shape != (rows,):
         raise ValueError(f"{name} must have one id per item, shape ({rows},); got {tuple(ids.shape)}")
+    if torch.equal(ids, torch.arange(rows, device=device)):
+        return None
     ordered = ids.sort().values
     repeated = ordered[1:] == ordered[:-1]
     if repeated.any():
         raise ValueError(f"{name} must be distinct; {ordered[1:][repeated][0].item()} appears more than once")
-    return ids
+    return ids.clone()

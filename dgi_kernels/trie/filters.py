@@ -1,16 +1,18 @@
 """Restricting a search to a subset of a trie's items, without dead ends.
 
-The items below a node are a range of the leaf order, so with ``counts[i]`` = number of allowed items among the first i,
-a node with items [lo, hi) leads to an allowed item if and only if ``counts[hi] > counts[lo]``.
+The items below a node are a range of the leaf order, so a node leads to an allowed item if and only if the number of
+allowed places before the range's end is greater than that before its beginning: two ranks of a bitset.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from dgi_kernels.trie.item_set import ItemSet
 
 if TYPE_CHECKING:
     from dgi_kernels.trie import Trie
@@ -23,52 +25,70 @@ class TrieFilter:
 
     Attributes:
         trie: the trie that it belongs to.
-        allowed: (num_items,) bool, the items allowed, in the trie's leaf order.
-        counts: (num_items + 1,) int64, the number of allowed items among the first i of the leaf order.
+        base: the places allowed of the trie's base; never those of items that are gone.
+        delta: the places allowed of what an updated trie holds besides; None: all, if any.
     """
 
-    def __init__(self, trie: Trie, allowed: Tensor) -> None:
+    def __init__(self, trie: Trie, base: ItemSet, delta: ItemSet | None) -> None:
         self.trie = trie
-        self.allowed = allowed
-        self.counts = torch.nn.functional.pad(allowed.cumsum(0), (1, 0))
+        self.base = base
+        self.delta = delta
 
     @property
     def num_items(self) -> int:
         """The number of items allowed."""
-        return int(self.counts[-1])
+        added = self.trie.parts.added
+        return len(self.base) + (0 if added is None else added.num_items if self.delta is None else len(self.delta))
 
     def allows(self, nodes: Tensor, depth: int) -> Tensor:
-        """Whether an allowed item lies below each of ``nodes`` (...) of ``depth``, none of them -1; (...) bool."""
-        first, end = self.trie.item_range(nodes, depth)
-        return self.counts[end] > self.counts[first]
+        """Whether an allowed item lies below each of ``nodes`` (...) of ``depth``, none below -1; (...) bool."""
+        return self.trie.parts.holds(nodes, depth, self.base, self.delta)
+
+    def contains(self, places: Tensor) -> Tensor:
+        """Whether the item at each of ``places`` (...) is allowed; (...) bool."""
+        return self.trie.parts.contains(places, self.base, self.delta)
 
     def __and__(self, other: TrieFilter) -> TrieFilter:
-        return TrieFilter(self.trie, self.allowed & self._allowed_of(other))
+        other = self._compatible(other)
+        return TrieFilter(self.trie, self.base & other.base, _combined(self.delta, other.delta, ItemSet.__and__))
 
     def __or__(self, other: TrieFilter) -> TrieFilter:
-        return TrieFilter(self.trie, self.allowed | self._allowed_of(other))
+        other = self._compatible(other)
+        return TrieFilter(self.trie, self.base | other.base, _combined(self.delta, other.delta, ItemSet.__or__))
 
     def __invert__(self) -> TrieFilter:
-        return TrieFilter(self.trie, ~self.allowed)
+        base, live = ~self.base, self.trie.parts.live
+        return TrieFilter(self.trie, base if live is None else base & live,
+                          None if self.delta is None else ~self.delta)
 
-    def _allowed_of(self, other: TrieFilter) -> Tensor:
+    def _compatible(self, other: object) -> TrieFilter:
         if not isinstance(other, TrieFilter):
             raise TypeError(f"a TrieFilter combines with a TrieFilter; got {type(other).__name__}")
         if other.trie is not self.trie:
             raise ValueError("the filters belong to different tries; make both with the same trie's filter()")
-        return other.allowed
+        return other
 
     def __repr__(self) -> str:
         return f"TrieFilter({self.num_items} of {self.trie.num_items} items)"
+
+
+def _combined(a: ItemSet | None, b: ItemSet | None, combine: Callable[[ItemSet, ItemSet], ItemSet]) -> ItemSet | None:
+    return None if a is None or b is None else combine(a, b)  # all filters of one trie have a set, or none of them
 
 
 Filters = TrieFilter | Sequence[TrieFilter | None] | None
 
 
 def check_filters(filters: Filters, trie: Trie, batch: int) -> TrieFilter | list[TrieFilter | None] | None:
-    """Check the argument ``filters``: None, one filter of ``trie``, or one (or None) for each of ``batch`` requests."""
+    """Check the argument ``filters``: None, one filter of ``trie``, or one (or None) for each of ``batch`` requests.
+
+    Returns:
+        What searches go by: of a trie with items that are gone, the filter of all that are left stands in for None.
+    """
+    live = trie.parts.live
+    everything = None if live is None else TrieFilter(trie, live, None)
     if filters is None:
-        return None
+        return everything
     if isinstance(filters, TrieFilter):
         _check_filter("filters", filters, trie)
         return filters
@@ -79,7 +99,9 @@ def check_filters(filters: Filters, trie: Trie, batch: int) -> TrieFilter | list
     for i, entry in enumerate(filters):
         if entry is not None:
             _check_filter(f"filters[{i}]", entry, trie)
-    return list(filters) if any(entry is not None for entry in filters) else None
+    if all(entry is None for entry in filters):
+        return everything
+    return [everything if entry is None else entry for entry in filters]
 
 
 def _check_filter(name: str, value: object, trie: Trie) -> None:
@@ -99,23 +121,34 @@ def allowed_nodes(filters: TrieFilter | list[TrieFilter | None] | None, nodes: T
                         for entry, request in zip(filters, nodes.unbind(0), strict=True)])
 
 
-def allowed_items(filters: TrieFilter | list[TrieFilter | None] | None, positions: Tensor) -> Tensor:
-    """Whether each item, given by its position (B, ...) in the leaf order, is allowed to its request; (B, ...) bool."""
+def allowed_items(filters: TrieFilter | list[TrieFilter | None] | None, places: Tensor) -> Tensor:
+    """Whether each item, given by its place (B, ...), is allowed to its request; (B, ...) bool."""
     if filters is None:
-        return torch.ones_like(positions, dtype=torch.bool)
+        return torch.ones_like(places, dtype=torch.bool)
     if isinstance(filters, TrieFilter):
-        return filters.allowed[positions]
-    return torch.stack([torch.ones_like(request, dtype=torch.bool) if entry is None else entry.allowed[request]
-                        for entry, request in zip(filters, positions.unbind(0), strict=True)])
+        return filters.contains(places)
+    return torch.stack([torch.ones_like(request, dtype=torch.bool) if entry is None else entry.contains(request)
+                        for entry, request in zip(filters, places.unbind(0), strict=True)])
 
 
-def distinct_filters(filters: TrieFilter | list[TrieFilter | None] | None,
-                     batch: int) -> tuple[list[TrieFilter], list[int]]:
-    """The filters without repetition, and for each of ``batch`` requests which of them it has, -1 for none."""
+def filter_arguments(filters: TrieFilter | list[TrieFilter | None] | None,
+                     batch: int) -> tuple[list[Tensor], list[int]]:
+    """The filters as compiled ops take them.
+
+    Returns:
+        Four arrays for each distinct filter, words and ranks of the base and of the delta (empty: all), and for each of
+        ``batch`` requests which filter it has, -1 for none.
+    """
     if filters is None:
         return [], []
     if isinstance(filters, TrieFilter):
-        return [filters], [0] * batch
+        return _arrays(filters), [0] * batch
     distinct = list({id(entry): entry for entry in filters if entry is not None}.values())
     number = {id(entry): i for i, entry in enumerate(distinct)}
-    return distinct, [number.get(id(entry), -1) for entry in filters]
+    return [array for entry in distinct for array in _arrays(entry)], [number.get(id(entry), -1) for entry in filters]
+
+
+def _arrays(entry: TrieFilter) -> list[Tensor]:
+    everything = entry.base.words[:0]
+    of_delta = [everything, everything] if entry.delta is None else [entry.delta.words, entry.delta.ranks]
+    return [entry.base.words, entry.base.ranks, *of_delta]

@@ -1,4 +1,4 @@
-"""Calls into the compiled extension: the sort of trie construction in C++."""
+"""Calls into the compiled extension: trie construction and sets of items in C++."""
 
 from __future__ import annotations
 
@@ -6,10 +6,28 @@ import torch
 from torch import Tensor
 
 
-def trie_sort(codes: Tensor) -> tuple[Tensor, Tensor]:
-    """``codes`` (N, L) int64 on the CPU, at least -1 -> ``order``, ``first_diff`` (N,) int64.
+def code_ranges(codes: Tensor) -> Tensor:
+    """As :func:`reference.code_ranges`, for any strides."""
+    return torch.ops.dgi_kernels.code_ranges(codes)
 
-    ``order`` is the stable lexicographic order of the rows; ``first_diff[i]`` the first column in which sorted row i
-    differs from sorted row i - 1, L where they are equal, 0 for i = 0.
-    """
-    return torch.ops.dgi_kernels.trie_sort(codes.contiguous())
+
+def trie_arrays(codes: Tensor, token_dtype: torch.dtype, count_dtype: torch.dtype) -> tuple[
+        list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
+    """As :func:`reference.trie_arrays`, for any strides."""
+    depth = codes.shape[1]
+    arrays = torch.ops.dgi_kernels.trie_arrays(codes, token_dtype == torch.int16, count_dtype == torch.int32)
+    item_start, item_order = (array if len(array) else None for array in arrays[2 * depth:])
+    return arrays[:depth], arrays[depth:2 * depth], item_start, item_order
+
+
+def find_children(tokens: Tensor, child_start: Tensor, nodes: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`reference.find_children`."""
+    shape = nodes.shape
+    places, found = torch.ops.dgi_kernels.find_children(tokens, child_start, nodes.flatten().contiguous(),
+                                                                codes.flatten().contiguous())
+    return places.view(shape), found.view(shape)
+
+
+def item_set(members: Tensor, item_order: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As :func:`reference.item_set`, of as many words as there must be."""
+    return torch.ops.dgi_kernels.item_set(members.contiguous(), item_order)

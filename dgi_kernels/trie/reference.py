@@ -1,4 +1,4 @@
-"""Sorting rows of codes in plain PyTorch: least significant column first, each pass stable."""
+"""Trie construction and sets of items in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -6,11 +6,48 @@ import torch
 from torch import Tensor
 
 
-def trie_sort(codes: Tensor) -> tuple[Tensor, Tensor]:
-    """Sort the rows of ``codes`` lexicographically and say where neighbours part.
+def code_ranges(codes: Tensor) -> Tensor:
+    """The least and the greatest code of each column: ``codes`` (N, L) of any integer dtype -> (2, L) int64.
+
+    Of no rows 0 and -1.
+    """
+    if len(codes) == 0:
+        return torch.tensor([[0], [-1]], device=codes.device).expand(-1, codes.shape[1])
+    return torch.stack(codes.long().aminmax(dim=0))
+
+
+def trie_arrays(codes: Tensor, token_dtype: torch.dtype, count_dtype: torch.dtype) -> tuple[
+        list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
+    """Derive the level-order arrays from padded codes.
+
+    Sort the rows lexicographically.  A node at depth t is a maximal run of sorted rows that share their first t codes,
+    so it begins at each row whose first difference from the row before lies in the first t columns.
 
     Args:
-        codes: (N, L) int64, -1 where a sequence has ended.
+        codes: (N, L) integers, -1 where a sequence has ended.
+        token_dtype: int16 or int32.
+        count_dtype: int32 or int64.
+
+    Returns:
+        ``tokens`` and ``child_start`` of each depth, ``item_start`` and ``item_order``, as in :class:`TrieArrays`; the
+        last two None where they are 0, 1, 2, …
+    """
+    order, first_diff = trie_sort(codes.long())
+    rows, depth = codes.shape
+    tokens, child_start = [], []
+    starts = torch.zeros(1, dtype=torch.int64, device=codes.device)  # first sorted row of each node; here of the root
+    for t in range(depth):
+        child_rows = (first_diff <= t).nonzero().squeeze(1)
+        child_start.append(_closed(torch.searchsorted(child_rows, starts), len(child_rows)).to(count_dtype))
+        tokens.append(codes[order[child_rows], t].to(token_dtype))
+        starts = child_rows
+    in_order = torch.equal(order, torch.arange(rows, device=order.device))
+    return (tokens, child_start, None if len(starts) == rows else _closed(starts, rows).to(count_dtype),
+            None if in_order else order.to(count_dtype))
+
+
+def trie_sort(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Sort the rows of ``codes`` (N, L) int64 lexicographically, the last column first, and say where neighbours part.
 
     Returns:
         ``order`` (N,) int64, the stable lexicographic order of the rows, and ``first_diff`` (N,) int64: for sorted row
@@ -26,3 +63,40 @@ def trie_sort(codes: Tensor) -> tuple[Tensor, Tensor]:
     first_diff = torch.zeros_like(order)
     first_diff[1:] = column_or_end.amin(dim=1)
     return order, first_diff
+
+
+def _closed(starts: Tensor, end: int) -> Tensor:
+    return torch.cat([starts, starts.new_tensor([end])])
+
+
+def find_children(tokens: Tensor, child_start: Tensor, nodes: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Look for the child of each of ``nodes`` (…) int64 (-1: none) by its code, by binary search in its run of tokens.
+
+    Returns:
+        ``places``, the first child whose token is not less, or the end of the run; and whether it is that of the code.
+        Of a node -1 0 and False.
+    """
+    if len(tokens) == 0:
+        return torch.zeros_like(nodes), torch.zeros_like(nodes, dtype=torch.bool)
+    low, end = child_start[nodes.clamp(min=0)].long(), child_start[nodes.clamp(min=0) + 1].long()
+    high = end
+    for _ in range(len(tokens).bit_length()):
+        middle = (low + high) // 2
+        right = (low < high) & (tokens[middle.clamp(max=len(tokens) - 1)] < codes)
+        low, high = torch.where(right, middle + 1, low), torch.where(right, high, middle)
+    found = (nodes >= 0) & (low < end) & (tokens[low.clamp(max=len(tokens) - 1)] == codes)
+    return torch.where(nodes >= 0, low, 0), found
+
+
+def item_set(members: Tensor, item_order: Tensor | None, words: int, block_words: int) -> tuple[Tensor, Tensor]:
+    """The bits of ``members`` (N,) bool, given by row, in the leaf order, and the ranks of their blocks.
+
+    Returns:
+        (words,) int64, bit p % 64 of word p // 64 that of place p, and (words / block_words,) int64, the number of
+        members before each block.
+    """
+    by_place = members if item_order is None else members[item_order]
+    bits = torch.nn.functional.pad(by_place, (0, 64 * words - len(by_place))).view(words, 64)
+    place = torch.arange(64, device=bits.device)
+    per_block = bits.view(-1, 64 * block_words).sum(1)
+    return (bits.long() << place).sum(1), per_block.cumsum(0) - per_block

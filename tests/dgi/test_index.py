@@ -214,7 +214,8 @@ def test_a_damaged_index_is_refused(searcher: Searcher, tmp_path: Path) -> None:
 
 
 ALTERATIONS = {
-    "an item left out of the trie": lambda t: t.update({"trie.item_ids": t["trie.item_ids"] * 0}),
+    "an item left out of the trie": lambda t: t.update(
+        {"trie.item_ids": torch.zeros(len(t["vectors"]), dtype=torch.int64)}),
     "a code out of its codebook": lambda t: t.update({"trie.tokens.0": t["trie.tokens.0"] + 6}),
     "no vectors": lambda t: t.pop("vectors"),
     "too few vectors": lambda t: t.update({"vectors": t["vectors"][1:]}),

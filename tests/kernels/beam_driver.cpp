@@ -46,24 +46,117 @@ using Random = std::mt19937_64;
 
 int64_t below(Random& random, int64_t n) { return static_cast<int64_t>(random() % static_cast<uint64_t>(n)); }
 
-// One level with `nodes` nodes over `codes` codes; some nodes end, some have no child, and of a thin one all have few.
-struct Level {
-  std::vector<int32_t> tokens;
-  std::vector<int64_t> child_start{0};
+// Some codes of each of several nodes, by ascending token; some nodes end, some have no child.
+struct Prefixes {
+  std::vector<std::vector<int64_t>> of_node;
 
-  Level(Random& random, int64_t nodes, int64_t codes, bool thin) {
-    for (int64_t node = 0; node < nodes; ++node) {
+  Prefixes(Random& random, int64_t nodes, int64_t codes, int64_t share) : of_node(nodes) {
+    for (auto& tokens : of_node) {
       if (below(random, 4) == 0) tokens.push_back(dgi::kEndToken);
-      const int64_t keep = below(random, 5);
+      const int64_t keep = below(random, share);
       for (int64_t code = 0; code < codes; ++code) {
-        if (below(random, thin ? 4 * codes / 3 : 4) < keep) tokens.push_back(static_cast<int32_t>(code));
+        if (below(random, 4) < keep) tokens.push_back(code);
       }
+    }
+  }
+};
+
+// Numbers of either width, each in memory of exactly its size.
+class Numbers {
+ public:
+  Numbers(const std::vector<int64_t>& numbers, bool is_wide)
+      : wide_(is_wide ? numbers : std::vector<int64_t>{}), narrow_(numbers.begin(), is_wide ? numbers.begin() : numbers.end()) {}
+  Numbers(const Numbers&) = delete;
+
+  dgi::Offsets offsets() const {
+    return wide_.empty() ? dgi::Offsets{narrow_.data(), false} : dgi::Offsets{wide_.data(), true};
+  }
+
+ private:
+  std::vector<int64_t> wide_;
+  std::vector<int32_t> narrow_;
+};
+
+// A set of places, all bits behind the last place 0.
+struct Bits {
+  std::vector<uint64_t> words;
+  std::vector<int64_t> ranks;
+
+  explicit Bits(const std::vector<bool>& members) : words((members.size() / 512 + 1) * 8) {
+    int64_t count = 0;
+    for (size_t i = 0; i < words.size() * 64; ++i) {
+      if (i % 512 == 0) ranks.push_back(count);
+      if (i < members.size() && members[i]) words[i / 64] |= uint64_t{1} << i % 64, ++count;
+    }
+    words.shrink_to_fit();
+    ranks.shrink_to_fit();
+  }
+
+  dgi::ItemSet set() const { return {words.data(), ranks.data()}; }
+};
+
+// One depth of one part of a trie: its nodes' children, below each of them one level more, and then some items.
+template <class Token>
+struct Part {
+  std::vector<Token> tokens;
+  std::vector<int64_t> child_start{0}, place_of{0};  // place_of: of each child, where its items begin
+  std::unique_ptr<Numbers> starts, middle, items;
+  std::vector<dgi::Offsets> below;
+
+  Part(Random& random, const Prefixes& prefixes, int64_t most_items) {
+    for (const auto& of_node : prefixes.of_node) {
+      for (int64_t token : of_node) tokens.push_back(static_cast<Token>(token));
       child_start.push_back(static_cast<int64_t>(tokens.size()));
     }
     tokens.shrink_to_fit();
-    child_start.shrink_to_fit();
+    const bool one_each = below_(random, 4) == 0;  // leaves of one item each: then there is no array of their starts
+    std::vector<int64_t> first_leaf{0}, first_item{0};
+    for (size_t child = 0; child < tokens.size(); ++child) {
+      first_leaf.push_back(first_leaf.back() + 1 + below_(random, 3));
+      for (int64_t leaf = first_leaf[child]; leaf < first_leaf.back(); ++leaf) {
+        first_item.push_back(first_item.back() + (one_each ? 1 : 1 + below_(random, most_items)));
+      }
+      place_of.push_back(first_item.back());
+    }
+    const bool is_wide = below_(random, 2) == 0;
+    starts = std::make_unique<Numbers>(child_start, is_wide);
+    middle = std::make_unique<Numbers>(first_leaf, is_wide);
+    items = std::make_unique<Numbers>(first_item, is_wide);
+    below.push_back(middle->offsets());
+    if (!one_each) below.push_back(items->offsets());
+    below.shrink_to_fit();
+  }
+
+  dgi::TrieLevel<Token> level() const {
+    return {tokens.data(), starts->offsets(), static_cast<int64_t>(child_start.size()) - 1};
+  }
+  dgi::LowerLevels lower() const { return {below.data(), static_cast<int64_t>(below.size())}; }
+
+  static int64_t below_(Random& random, int64_t n) { return static_cast<int64_t>(random() % static_cast<uint64_t>(n)); }
+};
+
+struct Set {  // of one request
+  std::vector<bool> base, delta;
+  std::unique_ptr<Bits> base_bits, delta_bits;
+  dgi::AllowedItems items;
+
+  Set(Random& random, int64_t base_places, int64_t delta_places) : base(base_places), delta(delta_places) {
+    const int64_t share = below(random, 5);
+    for (size_t i = 0; i < base.size(); ++i) base[i] = below(random, 4) < share;
+    for (size_t i = 0; i < delta.size(); ++i) delta[i] = below(random, 4) < share;
+    base_bits = std::make_unique<Bits>(base), delta_bits = std::make_unique<Bits>(delta);
+    items.base = base_bits->set();
+    if (below(random, 3) == 0) {
+      delta.assign(delta.size(), true);  // as with a trie whose filter is that of all items
+    } else {
+      items.delta = delta_bits->set();
+    }
   }
 };
+
+bool any(const std::vector<bool>& members, int64_t first, int64_t end) {
+  return std::find(members.begin() + first, members.begin() + end, true) != members.begin() + end;
+}
 
 template <class Real>
 Real number(Random& random) {
@@ -76,26 +169,77 @@ Real number(Random& random) {
 
 struct Expected {
   double score;
-  int64_t parent, child;
+  int64_t parent, child, token;
+};
+
+struct Child {
+  int64_t token, number;
+  bool allowed;
 };
 
 // With "none" and small integers every sum is exact, so that ties are told.
 // With `head` the logits are those of random hidden states and codes.
-template <class Real>
+template <class Real, class Token>
 bool one_case(Random& random, dgi::Normalize normalize, bool head) {
   const bool large = head && below(random, 8) == 0;  // enough beams and codes for bounds on their children
   const int64_t requests = below(random, 3), width = below(random, large ? 60 : 6);
   const int64_t codes = 1 + below(random, large ? 300 : 40);
-  const int64_t nodes = 1 + below(random, 5), num_beams = 1 + below(random, 90);
-  const Level level(random, nodes, codes, large);
-  const int64_t children = static_cast<int64_t>(level.tokens.size());
-  std::vector<int64_t> items{0};
-  for (int64_t i = 0; i < children; ++i) items.push_back(items.back() + 1 + below(random, 3));
-  std::vector<int64_t> counts{0};
-  for (int64_t i = 0; i < items.back(); ++i) counts.push_back(counts.back() + below(random, 2));
-  const int64_t* starts = items.data();
-  std::vector<const int64_t*> counts_of(requests);
-  for (auto& entry : counts_of) entry = below(random, 2) ? counts.data() : nullptr;
+  const int64_t num_beams = 1 + below(random, 90);
+  // Nodes in the order of their prefixes: in the base, in the delta, or twins in both.
+  const bool updated = below(random, 2) == 0;
+  std::vector<int64_t> node_anchors;
+  int64_t base_nodes = 0;
+  for (int64_t i = 1 + below(random, 7); i > 0; --i) {
+    const int64_t kind = updated ? below(random, 3) : 0;
+    if (kind != 0) node_anchors.push_back(2 * base_nodes + (kind == 2));
+    base_nodes += kind != 1;
+  }
+  const int64_t delta_nodes = static_cast<int64_t>(node_anchors.size()), nodes = base_nodes + delta_nodes;
+  const Prefixes of_base(random, base_nodes, codes, 5), of_delta(random, delta_nodes, codes, 3);
+  const int64_t most_items = below(random, 8) == 0 ? 600 : 3;
+  const Part<Token> base(random, of_base, most_items), delta(random, of_delta, most_items);
+  std::vector<int64_t> child_anchors;
+  const int64_t base_children = base.child_start.back();
+  std::vector<std::unique_ptr<Set>> sets;
+  for (int64_t b = 0; b < requests; ++b) {
+    sets.push_back(below(random, 2) ? std::make_unique<Set>(random, base.place_of.back(), delta.place_of.back()) : nullptr);
+  }
+  for (int64_t node = 0; node < delta_nodes; ++node) {
+    const int64_t of = node_anchors[node] / 2;
+    const bool is_twin = node_anchors[node] % 2 == 1;
+    for (int64_t i = delta.child_start[node]; i < delta.child_start[node + 1]; ++i) {
+      int64_t at = base.child_start[of];
+      while (is_twin && at < base.child_start[of + 1] && base.tokens[at] < delta.tokens[i]) ++at;
+      const bool found = is_twin && at < base.child_start[of + 1] && base.tokens[at] == delta.tokens[i];
+      child_anchors.push_back(2 * at + found);
+    }
+  }
+  child_anchors.shrink_to_fit();
+  node_anchors.shrink_to_fit();
+  const auto children_of = [&](int64_t node, const Set* set) {
+    std::vector<Child> list;
+    int64_t in_base = node < base_nodes ? node : -1, in_delta = node < base_nodes ? -1 : node - base_nodes;
+    for (int64_t i = 0; in_base >= 0 && i < delta_nodes; ++i) {
+      if (node_anchors[i] == 2 * in_base + 1) in_delta = i;
+    }
+    const auto holds = [&](const Part<Token>& part, const std::vector<bool>& members, int64_t child) {
+      return any(members, part.place_of[child], part.place_of[child + 1]);
+    };
+    for (int64_t i = in_base < 0 ? 0 : base.child_start[in_base]; in_base >= 0 && i < base.child_start[in_base + 1]; ++i) {
+      list.push_back({base.tokens[i], i, set == nullptr || holds(base, set->base, i)});
+    }
+    for (int64_t i = in_delta < 0 ? 0 : delta.child_start[in_delta]; in_delta >= 0 && i < delta.child_start[in_delta + 1]; ++i) {
+      const bool allowed = set == nullptr || holds(delta, set->delta, i);
+      const auto twin = std::find_if(list.begin(), list.end(), [&](const Child& c) { return c.token == delta.tokens[i]; });
+      if (twin == list.end()) {
+        list.push_back({delta.tokens[i], base_children + i, allowed});
+      } else {
+        twin->allowed = twin->allowed || allowed;
+      }
+    }
+    std::sort(list.begin(), list.end(), [](const Child& a, const Child& b) { return a.token < b.token; });
+    return list;
+  };
 
   const int64_t stride = head ? 1 : 1 + below(random, 2), dim = 1 + below(random, 20);
   std::vector<Real> logits(requests * width * codes * stride), scores(requests * width);
@@ -118,14 +262,23 @@ bool one_case(Random& random, dgi::Normalize normalize, bool head) {
     }
   }
   for (auto& x : scores) x = number<Real>(random);
-  for (auto& x : beams) x = below(random, nodes + 1) - 1;
+  for (auto& x : beams) {
+    x = below(random, nodes + 1) - 1;
+    if (x >= base_nodes && node_anchors[x - base_nodes] % 2 == 1) x = node_anchors[x - base_nodes] / 2;  // a twin's number
+  }
 
   std::vector<int64_t> out_nodes(requests * num_beams), out_tokens(requests * num_beams), out_parents(requests * num_beams);
   std::vector<float> out_scores(requests * num_beams);
-  dgi::cpu::BeamStep<Real> step{};
-  step.level = {level.tokens.data(), level.child_start.data(), nodes};
-  step.lower = {&starts, 1};
-  step.counts = counts_of.data();
+  std::vector<const dgi::AllowedItems*> allowed_of;
+  for (const auto& set : sets) allowed_of.push_back(set == nullptr ? nullptr : &set->items);
+  dgi::cpu::BeamStep<Real, Token> step{};
+  step.trie.base = base.level(), step.trie.base_below = base.lower(), step.trie.base_children = base_children;
+  if (updated) {
+    step.trie.delta = delta.level(), step.trie.delta_below = delta.lower();
+    step.trie.nodes = {node_anchors.data(), delta_nodes};
+    step.trie.children = {child_anchors.data(), static_cast<int64_t>(child_anchors.size())};
+  }
+  step.allowed = allowed_of.data();
   step.requests = requests, step.width = width, step.num_beams = num_beams;
   step.nodes = {beams.data(), width, 1};
   step.scores = {scores.data(), width, 1};
@@ -148,30 +301,26 @@ bool one_case(Random& random, dgi::Normalize normalize, bool head) {
       const auto logit = [&](int64_t code) {
         return dgi::finite_or_dead(logits[((b * width + m) * codes + code) * stride]);
       };
-      const auto allowed = [&](int64_t i) {
-        return counts_of[b] == nullptr || counts[items[i + 1]] > counts[items[i]];
-      };
-      const int64_t first = level.child_start[node], end = level.child_start[node + 1];
+      const std::vector<Child> list = children_of(node, sets[b].get());
       double largest = -INFINITY, sum = 0;
       std::vector<double> in_sum;
       if (normalize == dgi::Normalize::kFull) {
         for (int64_t k = 0; k < codes; ++k) in_sum.push_back(logit(k));
       } else if (normalize == dgi::Normalize::kChildren) {
-        for (int64_t i = first; i < end; ++i) {
-          if (level.tokens[i] >= 0 && allowed(i)) in_sum.push_back(logit(level.tokens[i]));
+        for (const Child& child : list) {
+          if (child.token >= 0 && child.allowed) in_sum.push_back(logit(child.token));
         }
       }
       for (double x : in_sum) largest = std::max(largest, x);
       for (double x : in_sum) sum += std::exp(x - largest);
-      for (int64_t i = first; i < end; ++i) {
-        if (!allowed(i)) continue;
+      for (const Child& child : list) {
+        if (!child.allowed) continue;
         double logp = 0;
-        if (level.tokens[i] >= 0) {
-          logp = normalize == dgi::Normalize::kNone ? logit(level.tokens[i])
-                                                    : logit(level.tokens[i]) - largest - std::log(sum);
+        if (child.token >= 0) {
+          logp = normalize == dgi::Normalize::kNone ? logit(child.token) : logit(child.token) - largest - std::log(sum);
         }
         const double total = std::min<double>(score + logp, std::numeric_limits<Real>::max());
-        if (total > -std::numeric_limits<Real>::max()) expected.push_back({total, m, i});
+        if (total > -std::numeric_limits<Real>::max()) expected.push_back({total, m, child.number, child.token});
       }
     }
     std::stable_sort(expected.begin(), expected.end(), [](const Expected& x, const Expected& y) { return x.score > y.score; });
@@ -185,7 +334,10 @@ bool one_case(Random& random, dgi::Normalize normalize, bool head) {
       if (out_scores[at] != static_cast<float>(want.score)
           && !(std::fabs(out_scores[at] - want.score) <= 1e-4 * (1 + std::fabs(want.score)))) return false;
       if (normalize == dgi::Normalize::kNone && !head && (out_nodes[at] != want.child || out_parents[at] != want.parent)) return false;
-      if (out_tokens[at] != level.tokens[out_nodes[at]]) return false;
+      if (normalize == dgi::Normalize::kNone && !head && out_tokens[at] != want.token) return false;
+      const int64_t number = out_nodes[at];
+      if (number < 0 || number >= base_children + delta.child_start.back()) return false;
+      if (out_tokens[at] != (number < base_children ? base.tokens[number] : delta.tokens[number - base_children])) return false;
     }
   }
   return true;
@@ -200,7 +352,7 @@ int main(int argc, char** argv) {
   for (int64_t i = 0; i < cases; ++i) {
     for (const auto normalize : {dgi::Normalize::kFull, dgi::Normalize::kChildren, dgi::Normalize::kNone}) {
       for (const bool head : {false, true}) {
-        if (one_case<float>(random, normalize, head) && one_case<double>(random, normalize, head)) continue;
+        if (one_case<float, int16_t>(random, normalize, head) && one_case<double, int32_t>(random, normalize, head)) continue;
         std::printf("case %lld, normalize %d, head %d, differs\n", static_cast<long long>(i),
                     static_cast<int>(normalize), head);
         return 1;

@@ -11,6 +11,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -26,7 +27,7 @@ interpreted = pytest.mark.skipif(not (TRITON and INTERPRETED), reason="needs Tri
 launcher = pytest.mark.skipif(not TRITON or GPU or INTERPRETED, reason="needs Triton; a GPU runs the tests itself")
 
 
-def runs(test):  # type: ignore[no-untyped-def]
+def runs(test: Callable[..., None]) -> Callable[..., None]:
     """Mark a test of kernels: skipped where they cannot run."""
     test = pytest.mark.skipif(not (TRITON and (GPU or INTERPRETED)),
                               reason="needs Triton and a GPU or its interpreter")(test)

@@ -11,7 +11,7 @@ import torch
 
 import dgi_kernels
 from dgi_kernels import BackendUnavailable, backend, info
-from dgi_kernels.backend import Kernel, choose, why_not
+from dgi_kernels.backend import choose, why_not
 
 CPU = torch.device("cpu")
 
@@ -19,16 +19,18 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """An op with both kernels, on a machine that has both backends; nothing has been logged yet."""
-    both = {"native": Kernel(frozenset({"cpu"}), frozenset({torch.float32})), "triton": Kernel(frozenset({"cuda"}))}
+    both = {"native": {"cpu": frozenset({torch.float32}), "cuda": frozenset({torch.float16})}, "triton": {"cuda": None}}
     monkeypatch.setattr(backend, "KERNELS", {"op": both, "plain": {}})
     monkeypatch.setattr(backend, "_BACKEND_PROBLEM", {"reference": None, "triton": None, "native": None})
     monkeypatch.setattr(backend, "_logged", set())
+    monkeypatch.setattr(backend._extension, "has_cuda", True)
 
 
 @pytest.mark.parametrize(("device", "dtype", "chosen"), [
     ("cpu", torch.float32, "native"),
     ("cpu", torch.float64, "reference"),
     ("cuda", torch.float64, "triton"),
+    ("cuda", torch.float16, "triton"),
     ("mps", torch.float32, "reference"),
 ])
 def test_auto_takes_the_first_kernel_that_runs(kernels: None, device: str, dtype: torch.dtype, chosen: str) -> None:
@@ -39,8 +41,10 @@ def test_auto_takes_the_first_kernel_that_runs(kernels: None, device: str, dtype
 def test_a_named_backend_that_cannot_run_says_why(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose("op", "native", CPU, torch.float32) == "native"
     for name, device, dtype, reason in (
-            ("native", "cpu", torch.float64, "op has no native kernel for torch.float64 (it takes torch.float32)"),
-            ("native", "cuda", torch.float32, "op has no native kernel for cuda tensors (it runs on cpu)"),
+            ("native", "cpu", torch.float64, "op has no native kernel for torch.float64 on cpu (it takes torch.float32)"),
+            ("native", "cuda", torch.float32,
+             "op has no native kernel for torch.float32 on cuda (it takes torch.float16)"),
+            ("native", "mps", torch.float32, "op has no native kernel for mps tensors (it runs on cpu, cuda)"),
             ("triton", "cpu", torch.float32, "op has no triton kernel for cpu tensors (it runs on cuda)")):
         assert why_not("op", name, torch.device(device), dtype) == reason
         with pytest.raises(BackendUnavailable) as error:
@@ -48,6 +52,9 @@ def test_a_named_backend_that_cannot_run_says_why(kernels: None, monkeypatch: py
         assert str(error.value) == f'backend="{name}" cannot run op here: {reason}'
     with pytest.raises(BackendUnavailable, match="plain has no native kernel in this version"):
         choose("plain", "native", CPU)
+    monkeypatch.setattr(backend._extension, "has_cuda", False)
+    with pytest.raises(BackendUnavailable, match="the extension was built without CUDA kernels"):
+        choose("op", "native", torch.device("cuda"), torch.float16)
     monkeypatch.setitem(backend._BACKEND_PROBLEM, "native", "the disk was full")
     with pytest.raises(BackendUnavailable, match="the native backend is not available: the disk was full"):
         choose("op", "native", CPU, torch.float32)

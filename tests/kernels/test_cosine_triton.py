@@ -202,12 +202,13 @@ def test_what_is_skipped_is_below_rounding(dtype: torch.dtype, monkeypatch: pyte
     monkeypatch.setattr(triton, "LOG2_SKIP", dict.fromkeys(triton.LOG2_SKIP, -1e30))
     dense = loss_and_gradients(ours, h, weight, target, scale)
     assert torch.equal(sparse[0], dense[0])  # the loss sums every weight
-    assert not torch.equal(sparse[1], dense[1]) and not torch.equal(sparse[2], dense[2])
+    # In float16 dh may round to the same bits.
+    assert not torch.equal(sparse[2], dense[2]) and (dtype != torch.float32 or not torch.equal(sparse[1], dense[1]))
+    rounding = scale * 2.0**-24  # of a logit, and so of its weight: how much of it eager suffers depends on the machine
     for gradients in zip(sparse[1:], dense[1:], eager[1:], truth[1:], strict=True):
         sparse_error, dense_error, eager_error = (error(x, gradients[3]) for x in gradients[:3])
         if dtype == torch.float32:
-            # The dense kernel rounds otherwise than eager and now and then by more: that is not for skipping to answer.
-            assert sparse_error <= max(2 * eager_error, 1.01 * dense_error) + 1e-7
+            assert sparse_error <= max(2 * eager_error, rounding)
         assert sparse_error <= 1.1 * dense_error + 1e-7
 
 

@@ -11,10 +11,7 @@ import torch
 from dgi_kernels import Trie, TrieFilter, beam_step
 
 from .oracles import Catalog, random_catalog
-
-
-def make(catalog: Catalog) -> Trie:
-    return Trie.from_codes(catalog.codes, catalog.ids, codebook_sizes=catalog.sizes)
+from .tries import make
 
 
 def subset(catalog: Catalog) -> list[int]:
@@ -27,7 +24,8 @@ def assert_allows(chosen: TrieFilter, catalog: Catalog, items: set[int]) -> None
     for depth in range(catalog.depth + 1):
         prefixes = catalog.prefixes(depth)
         expected = [bool(items & set(catalog.items(prefix))) for prefix in prefixes]
-        assert chosen.allows(torch.arange(len(prefixes)), depth).tolist() == expected
+        nodes = chosen.trie.find(torch.tensor(prefixes).reshape(len(prefixes), depth))
+        assert chosen.allows(nodes, depth).tolist() == expected
 
 
 def test_a_prefix_is_allowed_while_an_allowed_item_lies_below_it() -> None:

@@ -22,9 +22,11 @@ from dgi_kernels import (
     cosine_beam_step,
     cosine_logits,
 )
+from dgi_kernels.trie.filters import check_filters, filter_arguments
 
 from .oracles import Catalog, random_catalog
-from .test_beam import check_step, hurt, make, random_filters, strided
+from .test_beam import check_step, hurt, random_filters, strided
+from .tries import make
 
 pytestmark = pytest.mark.skipif(_extension.load_error is not None, reason=str(_extension.load_error))
 
@@ -58,7 +60,7 @@ def walk(catalog: Catalog, *, dtype: torch.dtype, normalize: str, exact: bool) -
         options = {"num_beams": num_beams, "normalize": normalize, "log_normalizer": log_normalizer,
                    "filters": filters}
         after = beam_step(trie, logits, beams, backend="native", **options)
-        check_step(catalog, beams, logits, after, normalize, log_normalizer, allowed, exact=exact)
+        check_step(trie, catalog, beams, logits, after, normalize, log_normalizer, allowed, exact=exact)
         assert_same(after, beam_step(trie, logits, beams, backend="reference", **options), exact=exact)
         beams = shuffled(after) if random.random() < 0.3 else after
 
@@ -207,7 +209,10 @@ def test_cosine_steps_match_the_reference(dtype: torch.dtype, normalize: str) ->
     for _ in range(12):
         size, dim, batch = random.choice([3, 40, 700]), random.choice([1, 5, 32]), random.randint(0, 12)
         trie = Trie.from_codes(torch.randint(0, size, (random.choice([1, 50, 3000]), 3)), codebook_sizes=[size] * 3)
-        filters = trie.filter(items=range(0, trie.num_items, 2)) if random.random() < 0.5 else None
+        if random.random() < 0.5:
+            new = torch.randint(0, size, (random.choice([1, 50]), 3))
+            trie = trie.update(add=(new, range(5000, 5000 + len(new))), remove=range(0, trie.num_items, 3))
+        filters = trie.filter(items=trie.item_ids[::2]) if random.random() < 0.5 else None
         beams = trie.root(batch)
         for _ in range(3):
             shape = (batch, beams.nodes.shape[1])
@@ -231,9 +236,9 @@ def check_consistent(trie: Trie, before: Beams, after: Beams, logits: Tensor, no
     for row, alive in zip(after.nodes, live, strict=True):
         assert len(set(row[alive].tolist())) == int(alive.sum())
     nodes = before.nodes.gather(1, parents)[live]
-    start = trie.child_start[before.depth]
-    assert ((start[nodes] <= after.nodes[live]) & (after.nodes[live] < start[nodes + 1])).all()
-    assert torch.equal(trie.tokens[before.depth][after.nodes[live]].long(), after.tokens[live])
+    children, of_children, exists = trie.parts.children(nodes, before.depth)
+    is_it = exists & (children == after.nodes[live].unsqueeze(-1))
+    assert (is_it.sum(-1) == 1).all() and torch.equal(of_children[is_it], after.tokens[live])
     if normalize == "children" and log_normalizer is None:
         return
     logp = logits.nan_to_num(-math.inf)
@@ -259,30 +264,42 @@ def test_gradients_need_the_reference() -> None:
 
 def test_the_ops_are_well_registered() -> None:
     trie = Trie.from_codes(torch.randint(0, 5, (30, 2)), codebook_sizes=[5, 5])
-    chosen = trie.filter(items=[1, 2, 3])
-    for lower, counts, filter_of in (([], [], []), ([trie.child_start[1], trie.item_start], [chosen.counts], [0, -1])):
+    changed = trie.update(add=([[1, 4], [0, 0]], [30, 31]), remove=[3])
+    for index, filters in ((trie, None), (trie, [trie.filter(items=[1, 2, 3]), None]), (changed, None),
+                           (changed, changed.filter(items=[1, 30]))):
+        parts, (sets, set_of) = index.parts, filter_arguments(check_filters(filters, index, 2), 2)
+        base, added = parts.base, parts.added
+        delta = [] if added is None else [added.tokens[0], added.child_start[0], *added.below(1)]
+        anchors = [] if added is None else list(parts.delta.anchors[:2])
+        beams = index.root(2)
+        depth = (base.tokens[0], base.child_start[0], base.below(1), delta, anchors, sets, set_of)
         torch.library.opcheck(torch.ops.dgi_kernels.beam_step.default, (
-            trie.tokens[0], trie.child_start[0], lower, counts, filter_of, torch.randn(2, 1, 5), trie.root(2).nodes,
-            trie.root(2).scores, torch.zeros(2, 1), 3, 0))
-    beams = trie.root(2)
-    torch.library.opcheck(torch.ops.dgi_kernels.cosine_beam_step.default, (
-        trie.tokens[0], trie.child_start[0], [], [], [], torch.randn(2, 1, 4), torch.randn(5, 4), torch.tensor(2.0),
-        1e-12, beams.nodes, beams.scores, None, 3, 0))
-    torch.library.opcheck(torch.ops.dgi_kernels.rank_candidates.default, (
-        torch.randn(2, 4), torch.randn(30, 4), [*trie.child_start, trie.item_start], trie.item_order, trie.item_ids,
-        [chosen.allowed], [0, -1], beams.nodes, beams.scores, 3, 1e-12))
+            *depth, torch.randn(2, 1, 5), beams.nodes, beams.scores, torch.zeros(2, 1), 3, 0))
+        torch.library.opcheck(torch.ops.dgi_kernels.cosine_beam_step.default, (
+            *depth, torch.randn(2, 1, 4), torch.randn(5, 4), torch.tensor(2.0), 1e-12, beams.nodes, beams.scores, None,
+            3, 0))
+        of_delta = ([], None, None, None) if added is None else (
+            added.below(0), added.item_order, added.item_ids, parts.delta.anchors[0])
+        torch.library.opcheck(torch.ops.dgi_kernels.rank_candidates.default, (
+            torch.randn(2, 4), torch.randn(32, 4), 1, base.below(0), base.item_order, base.item_ids, *of_delta, sets,
+            set_of, beams.nodes, beams.scores, 3, 1e-12))
 
 
 def test_direct_callers_are_stopped_too() -> None:
     trie = Trie.from_codes([[0], [1]], codebook_sizes=[2])
     root = trie.root(1)
-    good = [trie.tokens[0], trie.child_start[0], [], [], [], torch.zeros(1, 1, 2), root.nodes, root.scores, None, 2, 0]
+    tokens, starts = trie.parts.base.tokens[0], trie.parts.base.child_start[0]
+    words, ranks = torch.zeros(8, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    good = [tokens, starts, [], [], [], [], [], torch.zeros(1, 1, 2), root.nodes, root.scores, None, 2, 0]
     for place, value, message in (
-            (0, trie.tokens[0].long(), "tokens must be a contiguous array"),
-            (4, [0], None), (5, torch.zeros(1, 2), "logits must be"), (6, root.nodes + 1, "nodes must be in"),
-            (6, root.nodes.int(), "nodes has the wrong dtype"), (7, root.scores.double(), "scores has the wrong dtype"),
-            (8, torch.zeros(2, 1), "log_normalizer must be"), (9, 0, "num_beams must be at least 1"),
-            (10, 3, "normalize must be")):
+            (0, tokens.long(), "tokens must be int16 or int32"), (0, tokens.unsqueeze(0), "tokens must be a contig"),
+            (1, starts.short(), "child_start must be"), (3, [tokens], "delta and anchors do not fit"),
+            (4, [ranks, ranks], "delta and anchors do not fit"), (5, [words, ranks, words], "four arrays each"),
+            (5, [words, words, words, ranks], "8 words to a rank"), (5, [words, ranks] * 2, "set_of must have B"),
+            (6, [0], None), (7, torch.zeros(1, 2), "logits must be"), (8, root.nodes + 1, "nodes must be in"),
+            (8, root.nodes.int(), "nodes has the wrong dtype"), (9, root.scores.double(), "scores has the wrong dtype"),
+            (10, torch.zeros(2, 1), "log_normalizer must be"), (11, 0, "num_beams must be at least 1"),
+            (12, 3, "normalize must be")):
         arguments = [value if i == place else argument for i, argument in enumerate(good)]
         if message is None:
             torch.ops.dgi_kernels.beam_step(*arguments)

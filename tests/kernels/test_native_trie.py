@@ -1,24 +1,37 @@
-"""The sort behind the trie in C++ against numpy's lexsort."""
+"""Trie construction and sets of items in C++ against the reference."""
 
 from __future__ import annotations
+
+import random
+import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from dgi_kernels import _extension
+from dgi_kernels.trie import native, reference
+from dgi_kernels.trie.item_set import BLOCK_WORDS, num_words
 
 pytestmark = pytest.mark.skipif(_extension.load_error is not None, reason=str(_extension.load_error))
 
+CSRC = Path(__file__).parents[2] / "csrc"
+DTYPES = [torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64]
 
-def check(codes: np.ndarray) -> None:
-    order, first_diff = torch.ops.dgi_kernels.trie_sort(torch.from_numpy(codes))
-    expected = np.lexsort(codes.T[::-1])
-    np.testing.assert_array_equal(order.numpy(), expected)
-    rows = codes[expected]
-    differs = np.ones((len(rows), codes.shape[1] + 1), bool)  # the last column: equal rows differ "at L"
-    differs[1:, :-1] = rows[1:] != rows[:-1]
-    np.testing.assert_array_equal(first_diff.numpy(), differs.argmax(axis=1))
+
+def check(codes: np.ndarray | Tensor, tokens: torch.dtype = torch.int32, counts: torch.dtype = torch.int32) -> None:
+    table = torch.as_tensor(codes)
+    *levels, item_start, item_order = native.trie_arrays(table, tokens, counts)
+    *expected_levels, expected_start, expected_order = reference.trie_arrays(table, tokens, counts)
+    for made, wanted in zip(levels, expected_levels, strict=True):
+        for array, expected in zip(made, wanted, strict=True):
+            assert array.dtype == expected.dtype and torch.equal(array, expected)
+    for array, expected in ((item_start, expected_start), (item_order, expected_order)):
+        assert (array is None) == (expected is None)
+        assert array is None or (array.dtype == counts and torch.equal(array, expected))
 
 
 @pytest.mark.parametrize("columns", range(1, 9))
@@ -27,14 +40,47 @@ def test_random_codes(columns: int, values: int) -> None:
     check(np.random.randint(0, values, (2000, columns)))
 
 
-@pytest.mark.parametrize("rows", [0, 1, 2, 3, 256, 257])
-def test_few_rows(rows: int) -> None:
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 256, 257, 16383, 16384, 32767, 32768, 40000])
+def test_few_rows_and_several_shares(rows: int) -> None:
     check(np.random.randint(0, 4, (rows, 3)))
+    check(np.random.randint(0, 1000, (rows, 3)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_codes_of_any_dtype_and_strides(dtype: torch.dtype) -> None:
+    codes = torch.randint(0, 120, (900, 6)).to(dtype)
+    check(codes)
+    check(codes[:, ::2])
+    check(codes.T.contiguous().T)
+    check(codes[:1].expand(40, 6))
+    largest = torch.iinfo(dtype).max
+    if largest <= 2**31:
+        largest = min(largest, 2**31 - 1)
+        check(torch.tensor([[largest, 0], [0, largest], [largest - 1, 1]]).to(dtype))
+
+
+@pytest.mark.parametrize("tokens", [torch.int16, torch.int32], ids=str)
+@pytest.mark.parametrize("counts", [torch.int32, torch.int64], ids=str)
+def test_arrays_of_every_width(tokens: torch.dtype, counts: torch.dtype) -> None:
+    codes = np.random.randint(-1, 32768, (3000, 3))
+    codes[:, 0] = np.abs(codes[:, 0])
+    codes[::7] = [32767, 0, 32767]
+    check(codes, tokens, counts)
 
 
 def test_equal_rows_keep_their_order() -> None:
     check(np.repeat(np.random.randint(0, 50, (40, 3)), 30, axis=0))
     check(np.full((100, 4), 7))
+
+
+def test_what_is_the_identity_is_left_out() -> None:
+    codes = torch.cartesian_prod(torch.arange(30), torch.arange(20))
+    *_, item_start, item_order = native.trie_arrays(codes, torch.int16, torch.int32)
+    assert item_start is None and item_order is None
+    *_, item_start, item_order = native.trie_arrays(codes.flip(0), torch.int16, torch.int32)
+    assert item_start is None and torch.equal(item_order, torch.arange(600, dtype=torch.int32).flip(0))
+    *_, item_start, item_order = native.trie_arrays(codes.repeat_interleave(2, 0), torch.int16, torch.int32)
+    assert torch.equal(item_start, torch.arange(0, 1201, 2, dtype=torch.int32)) and item_order is None
 
 
 def test_sequences_that_end_early_sort_first() -> None:
@@ -43,36 +89,91 @@ def test_sequences_that_end_early_sort_first() -> None:
     check(codes)
 
 
-@pytest.mark.parametrize(("columns", "bits"), [(1, 40), (3, 40), (8, 40), (2, 62), (5, 25), (1, 63)])
+@pytest.mark.parametrize(("columns", "bits"), [(1, 31), (3, 31), (8, 31), (5, 25), (60, 1), (70, 1)])
 def test_codes_of_more_bits_than_one_word_holds(columns: int, bits: int) -> None:
     codes = np.random.randint(0, 2**bits - 1, (1500, columns))
     codes[::3] = codes[0]  # so that later columns decide
     codes[::3, -1] = np.random.randint(-1, 2**bits - 1, 500)
     check(codes)
-
-
-def test_the_whole_range_of_codes() -> None:
-    codes = np.random.randint(0, 9, (500, 2))
-    codes[np.random.randint(0, 500, 20), 0] = 2**63 - 1
-    codes[np.random.randint(0, 500, 20), 1] = -1
-    check(codes)
+    check(np.concatenate([codes] * 30))
 
 
 def test_columns_of_unequal_width() -> None:
     check(np.stack([np.random.randint(0, high, 4000) for high in (4096, 1, 2, 2**30, 256)], axis=1))
 
 
-@pytest.mark.parametrize("codes", [torch.zeros(3, dtype=torch.int64), torch.zeros(2, 3),
-                                   torch.zeros(4, 3, dtype=torch.int64).T])
-def test_direct_callers_are_stopped_too(codes: torch.Tensor) -> None:
-    with pytest.raises(RuntimeError, match=r"codes must be a contiguous int64 tensor of shape \(N, L\)"):
-        torch.ops.dgi_kernels.trie_sort(codes)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ranges_of_codes(dtype: torch.dtype) -> None:
+    info = torch.iinfo(dtype)
+    codes = torch.randint(max(info.min, -2**62), min(info.max, 2**62), (50000, 3)).to(dtype)
+    codes[random.randrange(50000), 0] = info.min
+    codes[random.randrange(50000), 2] = info.max
+    for table in (codes, codes[:7], codes[:, 1:], codes[:0]):
+        assert torch.equal(native.code_ranges(table), reference.code_ranges(table))
 
 
-def test_codes_below_minus_one_are_refused() -> None:
-    with pytest.raises(RuntimeError, match="codes must be at least -1; got -2"):
-        torch.ops.dgi_kernels.trie_sort(torch.tensor([[0, 1], [-2, 1]]))
+@pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 511, 512, 513, 5000, 200000])
+@pytest.mark.parametrize("counts", [None, torch.int32, torch.int64], ids=str)
+def test_sets_of_items(size: int, counts: torch.dtype | None) -> None:
+    order = None if counts is None else torch.randperm(size).to(counts)
+    for share in (0.0, 0.01, 0.5, 1.0):
+        members = torch.rand(size) < share
+        words, ranks = native.item_set(members, order)
+        expected_words, expected_ranks = reference.item_set(members, order, num_words(size), BLOCK_WORDS)
+        assert torch.equal(words, expected_words) and torch.equal(ranks, expected_ranks)
 
 
-def test_trie_sort_is_well_registered() -> None:
-    torch.library.opcheck(torch.ops.dgi_kernels.trie_sort.default, (torch.randint(-1, 5, (20, 3)),))
+@pytest.mark.parametrize("tokens", [torch.int16, torch.int32], ids=str)
+@pytest.mark.parametrize("counts", [torch.int32, torch.int64], ids=str)
+def test_children_are_found(tokens: torch.dtype, counts: torch.dtype) -> None:
+    for rows in (0, 1, 300, 5000):
+        (_, level), (_, starts), _, _ = native.trie_arrays(torch.randint(0, 90, (rows, 2)), tokens, counts)
+        nodes, codes = torch.randint(-1, max(1, len(starts) - 1), (2, 700)), torch.randint(-2, 92, (2, 700))
+        nodes = nodes.clamp(max=len(starts) - 2)
+        for got, expected in zip(native.find_children(level, starts, nodes, codes),
+                                 reference.find_children(level, starts, nodes, codes), strict=True):
+            assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(("codes", "message"), [
+    (torch.zeros(3, dtype=torch.int64), "codes must have shape"), (torch.zeros(2, 3), "codes must be integers"),
+    (torch.zeros(2, 0, dtype=torch.int64), "codes must have shape"),
+    (torch.tensor([[0, 1], [-2, 1]]), "codes must be from -1 to 32767; got -2 to 0"),
+    (torch.tensor([[0, 32768]]), "codes must be from -1 to 32767; got 32768 to 32768"),
+])
+def test_direct_callers_are_stopped_too(codes: Tensor, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.dgi_kernels.trie_arrays(codes, True, True)
+
+
+def test_direct_callers_of_item_set_are_stopped_too() -> None:
+    members = torch.ones(3, dtype=torch.bool)
+    for order, message in (([0, 1, 3], "a row that does not exist"), ([0, -1, 2], "a row that does not exist"),
+                           ([0, 1], "an element for each member"), ([0.0, 1, 2], "item_order must be")):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.dgi_kernels.item_set(members, torch.tensor(order))
+    with pytest.raises(RuntimeError, match="members must be"):
+        torch.ops.dgi_kernels.item_set(members.int(), None)
+
+
+def test_the_ops_are_well_registered() -> None:
+    torch.library.opcheck(torch.ops.dgi_kernels.code_ranges.default, (torch.randint(-1, 5, (20, 3)),))
+    torch.library.opcheck(torch.ops.dgi_kernels.find_children.default, (
+        torch.tensor([1, 4, 2], dtype=torch.int16), torch.tensor([0, 2, 3]), torch.tensor([0, 1, -1]),
+        torch.tensor([4, 4, 4])))
+    torch.library.opcheck(torch.ops.dgi_kernels.item_set.default, (torch.rand(20) < 0.5, torch.randperm(20)))
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_construction_is_clean_under_sanitizers(tmp_path: Path, seed: int) -> None:
+    """Random tables and sets through the same C++ with AddressSanitizer and UBSan, against their definitions."""
+    binary = tmp_path / "trie"
+    compiled = subprocess.run(
+        ["c++", "-std=c++20", "-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
+         f"-I{CSRC / 'include'}", f"-I{CSRC / 'cpu'}", str(Path(__file__).with_name("trie_driver.cpp")),
+         str(CSRC / "cpu" / "trie.cpp"), "-o", str(binary)], capture_output=True, text=True)
+    if compiled.returncode and "sanitize" in compiled.stderr + compiled.stdout or "asan" in compiled.stderr:
+        pytest.skip(f"the compiler has no sanitizers: {compiled.stderr[-300:]}")
+    assert compiled.returncode == 0, compiled.stderr
+    done = subprocess.run([str(binary), str(seed), "100"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

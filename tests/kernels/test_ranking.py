@@ -13,27 +13,25 @@ from dgi_kernels import BackendUnavailable, BeamResult, Beams, Trie, backends, b
 
 from . import oracles
 from .oracles import Catalog, random_catalog
+from .tries import make, names
 
 CASES = 100
 BACKENDS = ["reference", *(["native"] if backends()["native"].available else [])]
 
 
-def make(catalog: Catalog) -> Trie:
-    return Trie.from_codes(catalog.codes, catalog.ids, codebook_sizes=catalog.sizes)
-
-
-def random_beams(catalog: Catalog, batch: int, depth: int) -> tuple[Beams, list[list[tuple[float, tuple[int, ...]]]]]:
+def random_beams(trie: Trie, catalog: Catalog, batch: int,
+                 depth: int) -> tuple[Beams, list[list[tuple[float, tuple[int, ...]]]]]:
     """Beams with ties, dead ones among them, in any order; and the live ones as (score, prefix)."""
-    prefixes = catalog.prefixes(depth) if depth else [()]
+    known = names(trie, catalog, depth)
     width = random.randint(1, 6)
     nodes = torch.full((batch, width), -1)
     scores = torch.full((batch, width), -math.inf)
     live: list[list[tuple[float, tuple[int, ...]]]] = [[] for _ in range(batch)]
     for b in range(batch):
-        chosen = random.sample(range(len(prefixes)), random.randint(0, min(width, len(prefixes))))
+        chosen = random.sample(sorted(known), random.randint(0, min(width, len(known))))
         for place, node in zip(random.sample(range(width), len(chosen)), chosen, strict=True):
             nodes[b, place], scores[b, place] = node, float(random.randint(-2, 0))
-            live[b].append((scores[b, place].item(), prefixes[node]))
+            live[b].append((scores[b, place].item(), known[node]))
     return Beams(nodes, nodes, nodes, scores, depth), live
 
 
@@ -48,7 +46,7 @@ def test_items_come_by_beam_score_then_cosine_then_id(dtype: torch.dtype, backen
     for _ in range(CASES):
         catalog = random_catalog(max_items=20, max_size=3)
         trie, batch, k = make(catalog), random.randint(1, 3), random.randint(1, 25)
-        beams, live = random_beams(catalog, batch, random.randint(0, catalog.depth))
+        beams, live = random_beams(trie, catalog, batch, random.randint(0, catalog.depth))
         # 1 or 2 dimensions: equal directions give equal cosines bit for bit, others differ by far more than rounding
         rows = max(catalog.ids) + 1 + random.choice([0, 200])
         query, vectors = integer_vectors(batch, 2, dtype), integer_vectors(rows, 2, dtype)

@@ -121,7 +121,7 @@ def test_an_empty_trie_is_valid() -> None:
     assert trie.items([0], 0).offsets.tolist() == [0, 0]
     assert trie.items([-1], 2).offsets.tolist() == [0, 0]
     assert trie.codes()[0].shape == (0, 2)
-    assert_same(trie.update(add=([[1, 2]], [5])), Trie.from_codes([[1, 2]], [5], codebook_sizes=[3, 4]))
+    assert_same(trie.update(add=([[1, 2]], [5])).compact(), Trie.from_codes([[1, 2]], [5], codebook_sizes=[3, 4]))
 
 
 def test_updates_are_builds_of_the_merged_catalog_and_leave_the_old_trie_alone() -> None:
@@ -139,7 +139,9 @@ def test_updates_are_builds_of_the_merged_catalog_and_leave_the_old_trie_alone()
         padded = Catalog([code for code, _ in merged], [item for _, item in merged], catalog.sizes).padded()
         assert (list(map(tuple, codes.tolist())), ids.tolist()) == (padded, [item for _, item in merged])
         if any(len(code) == catalog.depth for code, _ in merged):
-            assert_same(new, Trie.from_codes([code for code, _ in merged], ids, codebook_sizes=catalog.sizes))
+            built = Trie.from_codes([code for code, _ in merged], ids, codebook_sizes=catalog.sizes)
+            assert_same(new.compact(), built)
+            assert (new.num_items, new.num_nodes) == (built.num_items, built.num_nodes)
         for name, array in trie.arrays.items():
             assert torch.equal(array, before[name]), name
 
@@ -165,8 +167,12 @@ def test_state_makes_the_same_trie() -> None:
 
 def test_nbytes_is_the_size_of_the_arrays() -> None:
     trie = Trie.from_codes([[0, 0], [0, 1], [1, 0]])
-    # tokens: 2 and 3 int32; child_start: 2 and 3; item_start 4, item_order and item_ids 3 each, int64
-    assert trie.nbytes == (2 + 3) * 4 + (2 + 3 + 4 + 3 + 3) * 8
+    # tokens: 2 and 3 int16; child_start: 2 and 3 int32; what is 0, 1, 2, … takes nothing
+    assert trie.nbytes == (2 + 3) * 2 + (2 + 3) * 4
+    trie = Trie.from_codes([[1, 0], [0, 1], [0, 1]], [4, 5, 6], codebook_sizes=[2, 40000])
+    # tokens: 2 and 2 int32; child_start: 2 and 3; item_start 3 and item_order 3 int32; item_ids 3 int64
+    assert trie.nbytes == (2 + 2) * 4 + (2 + 3 + 3 + 3) * 4 + 3 * 8
+    trie = Trie.from_codes([[0, 0], [0, 1], [1, 0]])
     assert "num_items=3" in repr(trie) and "codebook_sizes=(2, 2)" in repr(trie)
 
 
@@ -243,3 +249,37 @@ def test_bad_codes_are_named(codes: object, error: type[Exception], message: str
 def test_bad_arguments_are_named(call: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_an_update_shares_the_arrays_of_the_trie_it_comes_from() -> None:
+    trie = Trie.from_codes(torch.randint(0, 50, (3000, 3)), codebook_sizes=[50] * 3)
+    first = trie.update(add=(torch.randint(0, 50, (20, 3)), range(3000, 3020)), remove=range(100))
+    second = first.update(add=([[1, 2, 3]], [5]), remove=[3000, 101])
+    assert first.parts.base is trie.parts.base and second.parts.base is trie.parts.base
+    assert (trie.num_items, first.num_items, second.num_items) == (3000, 2920, 2919)
+    assert second.parts.delta is not None and len(second.parts.delta.removed) == 101
+    third = second.update(remove=range(3001, 3020)).update(remove=[5])  # nothing is left of what was added
+    assert third.parts.added is None and third.num_items == 2899
+    everything = third.update(remove=third.item_ids)
+    assert everything.num_items == everything.num_nodes == 0 and everything.parts.id_bounds == (0, -1)
+    assert not everything.is_valid(trie.codes()[0]).any() and everything.children(0, 0).tolist() == []
+
+
+def test_an_update_beyond_the_tokens_of_the_base_is_a_rebuild() -> None:
+    trie = Trie.from_codes([[4, 1], [2, 3]])
+    new = trie.update(add=([[40000, 0]], [7]), remove=[0])
+    assert new.parts.delta is None and new.parts.base.tokens[0].dtype == torch.int32
+    assert_same(new, Trie.from_codes([[2, 3], [40000, 0]], [1, 7]))
+
+
+@pytest.mark.parametrize("spread", [1, 3, 10**6], ids=["rows", "close", "far"])
+def test_items_are_found_by_any_ids(spread: int) -> None:
+    ids = torch.randperm(500) * spread - (0 if spread == 1 else 700)
+    trie = Trie.from_codes(torch.randint(0, 9, (500, 2)), ids)
+    wanted = ids[torch.randperm(500)[:40]]
+    assert sorted(trie.update(remove=wanted).item_ids.tolist()) == sorted(set(ids.tolist()) - set(wanted.tolist()))
+    assert trie.filter(items=wanted).num_items == 40
+    for missing in (int(ids.min()) - 1, int(ids.max()) + 1, *([int(ids[0]) + 1] if spread > 1 else [])):
+        for wrong in ([missing], [*wanted.tolist(), missing]):
+            with pytest.raises(ValueError, match=f"it has no item {missing}"):
+                trie.filter(items=wrong)

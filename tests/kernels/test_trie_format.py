@@ -33,7 +33,10 @@ def assert_same(a: Trie, b: Trie) -> None:
 
 
 def signed(data: bytes) -> bytes:
-    """The file with a checksum that fits: what someone who means harm would write."""
+    """The file with checksums that fit: what someone who means harm would write."""
+    header_end = 24 + struct.unpack_from("<I", data, 12)[0]
+    if header_end + 2 * DIGEST <= len(data):
+        data = data[:header_end] + hashlib.sha256(data[:header_end]).digest() + data[header_end + DIGEST:]
     return data[:-DIGEST] + hashlib.sha256(data[:-DIGEST]).digest()
 
 
@@ -44,7 +47,7 @@ def use(trie: Trie) -> None:
                          num_beams=5, filters=trie.filter(mask=torch.rand(trie.num_items) < 0.5))
     assert torch.equal(trie.find(result.codes), result.nodes)
     trie.items(result.nodes, trie.depth)
-    if trie.id_bounds[0] >= 0 and trie.id_bounds[1] < 100:
+    if trie.parts.id_bounds[0] >= 0 and trie.parts.id_bounds[1] < 100:
         rank_candidates(torch.randn(2, 3), torch.randn(100, 3), trie, result, 3)
     assert trie.is_valid(trie.codes()[0]).all()
 
@@ -69,16 +72,19 @@ def test_the_file_is_what_the_readme_says(tmp_path: Path, small: Trie) -> None:
     small.save(tmp_path / "trie")
     data = (tmp_path / "trie").read_bytes()
     magic, version, header_bytes, total = struct.unpack("<8sIIQ", data[:24])
-    assert (magic, version, total) == (b"DGITRIE\n", 1, len(data))
+    assert (magic, version, total) == (b"DGITRIE\n", 2, len(data))
     assert data[-32:] == hashlib.sha256(data[:-32]).digest()
     header = json.loads(data[24:24 + header_bytes])
-    assert header["meta"] == {"codebook_sizes": [4, 3], "sizes_inferred": False}
-    arrays, end = {}, 24 + header_bytes
+    assert header["meta"] == {"codebook_sizes": [4, 3], "sizes_inferred": False, "num_items": 5, "max_degree": [3, 2],
+                              "max_items": [5, 3, 2], "id_bounds": [0, 10]}
+    assert data[24 + header_bytes:56 + header_bytes] == hashlib.sha256(data[:24 + header_bytes]).digest()
+    arrays, end = {}, 56 + header_bytes
     for name, dtype, length in header["arrays"]:
         start = -(-end // 64) * 64
         assert not any(data[end:start])
-        arrays[name] = np.frombuffer(data, {"int32": "<i4", "int64": "<i8"}[dtype], length, start).tolist()
-        end = start + length * {"int32": 4, "int64": 8}[dtype]
+        stored = np.dtype({"int16": "<i2", "int32": "<i4", "int64": "<i8"}[dtype])
+        arrays[name] = np.frombuffer(data, stored, length, start).tolist()
+        end = start + length * stored.itemsize
     assert -(-end // 64) * 64 == len(data) - 32
     assert arrays == {
         "tokens.0": [0, 2, 3], "child_start.0": [0, 3],
@@ -135,11 +141,12 @@ def altered(small: Trie, name: str, value: list[int]) -> dict[str, torch.Tensor]
 
 @pytest.mark.parametrize(("name", "value", "message"), [
     ("child_start.0", [0, 2], "child_start.0 does not cut 3 elements into 1 runs"),
+    ("item_ids", [10, 7, 8, 0, 3], None), ("item_ids", [10, 7, 8, 1, 2], "id_bounds is .0, 10., but"),
     ("child_start.1", [0, 1, 1, 4], "child_start.1 does not cut"),
     ("child_start.1", [0, 3, 2, 4], "child_start.1 does not cut"),
     ("child_start.1", [1, 2, 3, 4], "child_start.1 does not cut"),
     ("child_start.1", [0, 1, 2, 5], "child_start.1 does not cut"),
-    ("child_start.1", [0, 1, 4], "child_start.1 does not cut"),
+    ("child_start.1", [0, 1, 4], "array child_start.1 has 3 elements; it must have 4"),
     ("tokens.0", [0, 2, 4], "tokens.0 holds codes outside of its codebook of 4"),
     ("tokens.0", [0, -2, 3], "tokens.0 holds codes outside"),
     ("tokens.0", [0, 2, 2], "tokens.0 holds codes that do not ascend"),
@@ -150,9 +157,12 @@ def altered(small: Trie, name: str, value: list[int]) -> dict[str, torch.Tensor]
     ("item_order", [1, 3, 4, 0, 5], "item_order holds rows that do not exist"),
     ("item_order", [1, 3, 4, 0, -1], "item_order holds rows that do not exist"),
     ("item_order", [1, 3, 4, 0, 0], "item_order repeats a row"),
-    ("item_order", [1, 3, 4, 0], "item_order has 4"),
+    ("item_order", [1, 3, 4, 0], "array item_order has 4 elements; it must have 5"),
 ])
 def test_arrays_that_form_no_trie_are_refused(small: Trie, name: str, value: list[int], message: str) -> None:
+    if message is None:
+        assert Trie.from_state(altered(small, name, value), small.state()[1]).item_ids.tolist() == value
+        return
     with pytest.raises(TrieFormatError, match=message):
         Trie.from_state(altered(small, name, value), small.state()[1])
 
@@ -161,19 +171,27 @@ def test_a_sequence_does_not_go_on_after_its_end() -> None:
     arrays, meta = Trie.from_codes([[1], [0, 1, 2]]).state()
     assert arrays["tokens.2"].tolist() == [2, -1]
     with pytest.raises(TrieFormatError, match="after the end of a sequence"):
-        Trie.from_state({**arrays, "tokens.2": torch.tensor([2, 0], dtype=torch.int32)}, meta)
+        Trie.from_state({**arrays, "tokens.2": torch.tensor([2, 0], dtype=torch.int16)}, meta)
 
 
-@pytest.mark.parametrize("meta", [
-    {}, {"codebook_sizes": [4, 3]}, {"codebook_sizes": [4], "sizes_inferred": False},
-    {"codebook_sizes": [4, 3, 3], "sizes_inferred": False}, {"codebook_sizes": [], "sizes_inferred": False},
-    {"codebook_sizes": [4, 2.0], "sizes_inferred": False}, {"codebook_sizes": [4, -1], "sizes_inferred": False},
-    {"codebook_sizes": [4, 2**40], "sizes_inferred": False}, {"codebook_sizes": 4, "sizes_inferred": False},
-    {"codebook_sizes": [4, 3], "sizes_inferred": 0}, None, [1],
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"codebook_sizes": [4]}, "max_degree must be"), ({"codebook_sizes": [4, 3, 3]}, "max_degree must be"),
+    ({"codebook_sizes": []}, "codebook_sizes must be"), ({"codebook_sizes": [4, 2.0]}, "codebook_sizes must be"),
+    ({"codebook_sizes": [4, -1]}, "codebook_sizes must be"), ({"codebook_sizes": [4, 2**40]}, "codebook_sizes must be"),
+    ({"codebook_sizes": 4}, "codebook_sizes must be"), ({"codebook_sizes": [4, 40000]}, "tokens.0 must be a vector of"),
+    ({"sizes_inferred": 0}, "sizes_inferred must be"), ({"num_items": 4}, "item_order has 5"),
+    ({"num_items": -1}, "num_items must be"), ({"num_items": True}, "num_items must be"),
+    ({"num_items": 2**31}, "must be a vector of torch.int64"), ({"max_degree": [3, 3]}, "max_degree is .3, 3., but"),
+    ({"max_degree": [3]}, "max_degree must be"), ({"max_items": [5, 3, 3]}, "max_items is"),
+    ({"max_items": None}, "max_items must be"), ({"id_bounds": [0]}, "id_bounds must be"),
+    ({"id_bounds": [0, 11]}, "id_bounds is"), ({"extra": 1}, "meta must hold"), (None, "meta must hold"),
 ])
-def test_meta_data_of_no_trie_is_refused(small: Trie, meta: object) -> None:
-    with pytest.raises(TrieFormatError):
-        Trie.from_state(small.state()[0], meta)
+def test_meta_data_of_no_trie_is_refused(small: Trie, changes: dict[str, object] | None, message: str) -> None:
+    arrays, meta = small.state()
+    with pytest.raises(TrieFormatError, match=message):
+        Trie.from_state(arrays, None if changes is None else meta | changes)
+    with pytest.raises(TrieFormatError, match="meta must hold"):
+        Trie.from_state(arrays, {name: value for name, value in meta.items() if name != "num_items"})
 
 
 def test_state_arrays_of_the_wrong_kind_are_refused(small: Trie) -> None:
@@ -192,8 +210,8 @@ def test_state_arrays_of_the_wrong_kind_are_refused(small: Trie) -> None:
     b'{"meta":{},"arrays":[[[],"int32",0]]}', b'{"meta":{},"arrays":[["a",[],0]]}', b"\xff\xfe", b"[" * 100_000,
 ])
 def test_hostile_headers_are_refused(tmp_path: Path, header: bytes) -> None:
-    body = header + bytes(-(24 + len(header)) % 64)
-    data = struct.pack("<8sIIQ", b"DGITRIE\n", 1, len(header), 24 + len(body) + DIGEST) + body + bytes(DIGEST)
+    body = header + bytes(DIGEST) + bytes(-(24 + len(header) + DIGEST) % 64)
+    data = struct.pack("<8sIIQ", b"DGITRIE\n", 2, len(header), 24 + len(body) + DIGEST) + body + bytes(DIGEST)
     (tmp_path / "trie").write_bytes(signed(data))
     with pytest.raises(TrieFormatError):
         Trie.load(tmp_path / "trie")
@@ -203,9 +221,9 @@ def test_another_version_is_named(tmp_path: Path, small: Trie) -> None:
     path = tmp_path / "trie"
     small.save(path)
     data = bytearray(path.read_bytes())
-    data[8] = 2
+    data[8] = 3
     path.write_bytes(signed(bytes(data)))
-    with pytest.raises(TrieFormatError, match="format version 2; this library reads version 1"):
+    with pytest.raises(TrieFormatError, match="format version 3; this library reads version 2"):
         Trie.load(path)
 
 
@@ -243,8 +261,51 @@ def test_mmap_maps_the_file_and_never_writes_to_it(tmp_path: Path, small: Trie) 
     for name, array in mapped.arrays.items():
         assert any(low <= array.data_ptr() < high for low, high in ranges), name
         assert array.data_ptr() % 64 == 0, name
-    mapped.item_ids.fill_(0)
+    mapped.parts.base.item_ids.fill_(0)
     assert path.read_bytes() == before
+
+
+def test_without_verifying_header_and_size_are_still_checked(tmp_path: Path, small: Trie) -> None:
+    path = tmp_path / "trie"
+    small.save(path)
+    data = path.read_bytes()
+    loaded = Trie.load(path, mmap=True, verify=False)
+    assert_same(loaded, small)
+    use(loaded)
+    header_bytes, = struct.unpack_from("<I", data, 12)
+    for place in range(24 + header_bytes + DIGEST):
+        path.write_bytes(data[:place] + bytes([data[place] ^ random.randint(1, 255)]) + data[place + 1:])
+        with pytest.raises(TrieFormatError):
+            Trie.load(path, mmap=True, verify=False)
+    for length in range(0, len(data), 5):
+        path.write_bytes(data[:length])
+        with pytest.raises(TrieFormatError, match="truncated"):
+            Trie.load(path, mmap=True, verify=False)
+
+
+@MODES
+def test_an_updated_trie_is_saved_with_its_updates_folded_in(tmp_path: Path, small: Trie, mmap: bool) -> None:
+    changed = small.update(add=([[1, 2], [3, 1]], [3, 5]), remove=[8, 0])
+    changed.save(tmp_path / "trie")
+    assert_same(Trie.load(tmp_path / "trie", mmap), changed.compact())
+
+
+@pytest.mark.parametrize("size", [32767, 32768, 32769])
+def test_codebooks_about_the_limit_of_int16(tmp_path: Path, size: int) -> None:
+    codes = torch.tensor([[size - 1, 0], [0, size - 1], [size - 1, size - 1]])
+    trie = Trie.from_codes(codes, codebook_sizes=[size, size])
+    assert trie.parts.base.tokens[0].dtype == (torch.int16 if size <= 32768 else torch.int32)
+    trie.save(tmp_path / "trie")
+    loaded = Trie.load(tmp_path / "trie")
+    assert_same(loaded, trie)
+    for index in (loaded, loaded.update(add=([[size - 1, 1]], [7]), remove=[0])):
+        left = index.codes()[0]
+        logits = torch.zeros(1, 4, size)
+        logits[..., 0] = logits[..., 1] = 1
+        found = beam_search(index, lambda depth, tokens, parents, logits=logits: logits[:, :1 if depth == 0 else 4],
+                            batch_size=1, num_beams=4)
+        assert sorted(code for code in found.codes[0].tolist() if code[0] >= 0) == sorted(left.tolist())
+        assert torch.equal(index.find(found.codes), found.nodes)
 
 
 @MODES

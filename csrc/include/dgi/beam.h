@@ -1,5 +1,5 @@
-// A step of a trie-constrained beam search, but for how the work is shared out: what a child scores, which children there
-// are, and in which order candidates stand.
+// A step of a trie-constrained beam search, but for how the work is shared out: what a child scores, and in which order
+// candidates stand. Which children there are says trie.h.
 //
 //   score(m, k) = scores[m] + logp[m, k],   logp = (logit - offset) - log_sum,   0 for the end of a sequence
 //
@@ -16,34 +16,7 @@
 
 namespace dgi {
 
-constexpr int32_t kEndToken = -1;  // the sequence has ended; sorts before every code
-
 enum class Normalize { kFull, kChildren, kNone };
-
-// The edges out of one depth of a trie. Node i has the children child_start[i] to child_start[i + 1] - 1, by token.
-struct TrieLevel {
-  const int32_t* tokens;       // (children)
-  const int64_t* child_start;  // (nodes + 1)
-  int64_t nodes;
-};
-
-// The levels below those children, down to the ranges of items.
-struct LowerLevels {
-  const int64_t* const* starts;
-  int64_t count;
-};
-
-// Whether an item that is allowed lies below `child`; counts[i] is the number of allowed ones among the first i items in
-// leaf order. Null counts allow all.
-DGI_HOST_DEVICE bool is_allowed(const int64_t* counts, const LowerLevels& lower, int64_t child) {
-  if (counts == nullptr) return true;
-  int64_t first = child, end = child + 1;
-  for (int64_t level = 0; level < lower.count; ++level) {
-    first = lower.starts[level][first];
-    end = lower.starts[level][end];
-  }
-  return counts[end] > counts[first];
-}
 
 // NaN counts as -inf, and +inf as the largest number, so that no sum or difference makes a NaN of it.
 template <class Real>

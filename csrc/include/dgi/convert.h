@@ -41,10 +41,16 @@ DGI_HOST_DEVICE float load(BFloat16 x) { return std::bit_cast<float>(uint32_t{x.
 // Both readings of the bits are made and one is chosen: normal numbers by a shift and a new exponent bias, subnormal ones
 // as the mantissa of a number near 0.5.
 DGI_HOST_DEVICE float load(Float16 x) {
+#ifdef __CUDA_ARCH__
+  float value;  // one instruction
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits));
+  return value;
+#else
   const uint32_t top = uint32_t{x.bits} << 16, sign = top & 0x80000000u, magnitude = top + top;
   const float normal = std::bit_cast<float>((magnitude >> 4) + (0xE0u << 23)) * 0x1p-112f;
   const float subnormal = std::bit_cast<float>((magnitude >> 17) | (126u << 23)) - 0.5f;
   return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(magnitude < (1u << 27) ? subnormal : normal));
+#endif
 }
 
 DGI_HOST_DEVICE void store(float x, float& out) { out = x; }

@@ -1,0 +1,139 @@
+"""What the machine code of a GPU kernel takes; kept between runs, and held against recorded budgets."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+BUDGETS = Path(__file__).with_name("gpu_budgets.json")
+SLACK_REGISTERS = 8  # registers are handed out in eights
+SLACK_INSTRUCTIONS = 1.1
+INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?!\s|NOP)(.*?);", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Registers a thread; bytes of shared memory a block; bytes of local memory, that is of spills, a thread;
+    instructions of the whole kernel, and of its innermost loop for each element (0: not known)."""
+
+    registers: int
+    spilled: int
+    shared: int
+    instructions: int
+    per_element: float = 0.0
+
+
+def cuobjdump() -> str:
+    """The tool, from the PATH or from Triton, which carries it."""
+    found = shutil.which("cuobjdump")
+    if found is None:
+        import triton
+
+        found = triton.knobs.nvidia.cuobjdump.path
+    return found
+
+
+def functions_of(cubin: bytes) -> dict[str, tuple[Usage, str]]:
+    """Each kernel of a cubin: what it takes, and its machine code as text."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, code = (subprocess.run([cuobjdump(), option, file.name], check=True, capture_output=True,
+                                      text=True).stdout for option in ("-res-usage", "-sass"))
+    codes = {name: text for name, text in re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function :|\Z)", code, re.DOTALL)}
+    found = {}
+    for name, line in re.findall(r"Function (\S+):\s*\n(.*)", usage):
+        numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", line)}
+        if name in codes:
+            found[name] = (Usage(numbers["REG"], numbers["STACK"] + numbers["LOCAL"], numbers["SHARED"],
+                                 len(INSTRUCTION.findall(codes[name]))), codes[name])
+    return found
+
+
+def loop_instructions(code: str, marker: str, per_element: float) -> float:
+    """Instructions for each element in the innermost loop with most ``marker`` instructions; an element takes
+    ``per_element`` of these. 0 where no loop has any."""
+    lines = [(int(address, 16), text) for address, text in INSTRUCTION.findall(code)]
+    loops = []
+    for address, text in lines:
+        jump = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        if jump and int(jump[1], 16) < address:
+            body = [text for at, text in lines if int(jump[1], 16) <= at <= address]
+            marks = sum(marker in text for text in body)
+            if marks:
+                loops.append((int(jump[1], 16), address, len(body), marks))
+    innermost = [(marks, length) for first, last, length, marks in loops
+                 if not any(first <= a and b <= last and (a, b) != (first, last) for a, b, _, _ in loops)]
+    if not innermost:
+        return 0.0
+    marks, length = max(innermost, key=lambda loop: (loop[0], -loop[1]))
+    return length * per_element / marks
+
+
+class Kept:
+    """Usages of earlier runs by the hash of all that they follow from."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.all: dict[str, dict[str, dict]] = json.loads(path.read_text()) if path.exists() else {}
+        self.asked: set[str] = set()
+
+    def get(self, key: str) -> dict[str, Usage] | None:
+        self.asked.add(key)
+        found = self.all.get(key)
+        return None if found is None else {name: Usage(**usage) for name, usage in found.items()}
+
+    def put(self, key: str, usages: dict[str, Usage]) -> None:
+        self.all[key] = {name: asdict(usage) for name, usage in usages.items()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".part")
+        partial.write_text(json.dumps(self.all))
+        partial.replace(self.path)
+
+
+class Budgets:
+    """What each kernel took when that was last recorded, by compiler, case and architecture."""
+
+    def __init__(self, compiler: str, version: str, *, recording: bool = False) -> None:
+        self.compiler, self.version = compiler, version
+        own = read_budgets().get(compiler, {})
+        self.recorded: dict[str, list[int]] = own["kernels"] if own.get("version") == version else {}
+        self.why_not = "" if self.recorded and not recording else (
+            f"{compiler} {version} is held to no budget (recorded: {own.get('version', 'none')}), to spills and shared "
+            "memory alone")
+        self.seen: dict[str, list[int]] = {}
+
+    def problem(self, case: str, arch: int, usage: Usage) -> str:
+        """Why a kernel is beyond its budget; empty where it is not, or has none."""
+        key = f"{case} sm_{arch}"
+        now = [usage.registers, usage.shared, usage.instructions]
+        self.seen[key] = [max(pair) for pair in zip(now, self.seen.get(key, now), strict=True)]
+        if self.why_not:
+            return ""
+        if key not in self.recorded:
+            return "has no budget: record it"
+        registers, shared, instructions = self.recorded[key]
+        over = [f"{name} {is_now}, recorded {budget}" for name, is_now, budget, most in (
+            ("registers", usage.registers, registers, registers + SLACK_REGISTERS),
+            ("shared memory", usage.shared, shared, shared),
+            ("instructions", usage.instructions, instructions, SLACK_INSTRUCTIONS * instructions)) if is_now > most]
+        return "; ".join(over)
+
+    def record(self, architectures: Iterable[int]) -> None:
+        """Write what was seen in place of what was recorded for these architectures."""
+        everything = read_budgets()
+        ends = tuple(f" sm_{arch}" for arch in architectures)
+        kept = {key: value for key, value in self.recorded.items() if not key.endswith(ends)}
+        everything[self.compiler] = {"version": self.version, "kernels": dict(sorted((kept | self.seen).items()))}
+        lines = json.dumps(dict(sorted(everything.items())), indent=1)
+        BUDGETS.write_text(re.sub(r"\[\s+(\d+),\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2, \3]", lines) + "\n")
+
+
+def read_budgets() -> dict[str, dict]:
+    return json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}

@@ -1,0 +1,61 @@
+// One depth of a trie, as the ops that search it take it.
+#pragma once
+
+#include "tensors.h"
+#include "trie_arguments.h"
+
+namespace dgi::registration {
+
+constexpr const char* kBeam = "dgi_kernels, beam_step: ";
+
+// delta: tokens and child_start, then the levels below; anchors: of the delta's nodes at this depth
+// and the next. Both are empty where there is no delta.
+class DepthArguments {
+ public:
+  DepthArguments(const Tensor& tokens, const Tensor& child_start, const std::vector<Tensor>& below,
+                 const std::vector<Tensor>& delta, const std::vector<Tensor>& anchors)
+      : tokens_(tokens), child_start_(child_start), delta_(delta), anchors_(anchors), below_(below),
+        delta_below_(delta, 2) {
+    STD_TORCH_CHECK(delta.empty() ? anchors.empty() : delta.size() >= 2 && anchors.size() == 2, kBeam,
+                    "delta and anchors do not fit each other");
+    if (delta.empty()) return;
+    STD_TORCH_CHECK(anchors[0].numel() == delta[1].numel() - 1 && anchors[1].numel() == delta[0].numel(), kBeam,
+                    "anchors must have one entry for each node of the delta");
+  }
+
+  // Calls f with a number of the tokens' type.
+  template <class F>
+  auto for_token(const F& f) const {
+    STD_TORCH_CHECK(tokens_.scalar_type() == ScalarType::Short || tokens_.scalar_type() == ScalarType::Int, kBeam,
+                    "tokens must be int16 or int32");
+    return tokens_.scalar_type() == ScalarType::Short ? f(int16_t{}) : f(int32_t{});
+  }
+
+  template <class Token>
+  dgi::TrieDepth<Token> depth() const {
+    dgi::TrieDepth<Token> depth;
+    depth.base = level<Token>(tokens_, child_start_);
+    depth.base_below = below_.levels();
+    depth.base_children = tokens_.numel();
+    if (delta_.empty()) return depth;
+    depth.delta = level<Token>(delta_[0], delta_[1]);
+    depth.delta_below = delta_below_.levels();
+    depth.nodes = anchors_of(anchors_[0]);
+    depth.children = anchors_of(anchors_[1]);
+    return depth;
+  }
+
+ private:
+  template <class Token>
+  static dgi::TrieLevel<Token> level(const Tensor& tokens, const Tensor& child_start) {
+    check_array("tokens", tokens, sizeof(Token) == 2 ? ScalarType::Short : ScalarType::Int);
+    STD_TORCH_CHECK(child_start.numel() >= 1, kBeam, "child_start must have an element more than there are nodes");
+    return {data_of<Token>(tokens), offsets_of("child_start", child_start), child_start.numel() - 1};
+  }
+
+  const Tensor &tokens_, &child_start_;
+  const std::vector<Tensor>&delta_, &anchors_;
+  const Below below_, delta_below_;
+};
+
+}  // namespace dgi::registration

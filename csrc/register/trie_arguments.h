@@ -1,0 +1,77 @@
+// The arrays of a trie as ops take them: what dgi/trie.h says, in tensors.
+#pragma once
+
+#include <vector>
+
+#include "tensors.h"
+#include "dgi/trie.h"
+
+namespace dgi::registration {
+
+inline void check_array(const char* name, const Tensor& x, ScalarType dtype) {
+  STD_TORCH_CHECK(x.dim() == 1 && x.is_contiguous() && x.scalar_type() == dtype, "dgi_kernels: ", name,
+                  " must be a contiguous array of a trie, of the right dtype");
+}
+
+// int32 or int64; nothing is the identity.
+inline dgi::Offsets offsets_of(const char* name, const std::optional<Tensor>& x) {
+  if (!x) return {};
+  const bool is_wide = x->scalar_type() == ScalarType::Long;
+  check_array(name, *x, is_wide ? ScalarType::Long : ScalarType::Int);
+  return {x->const_data_ptr(), is_wide};
+}
+
+// The child_start of the levels below some depth, and item_start.
+class Below {
+ public:
+  explicit Below(const std::vector<Tensor>& starts, size_t from = 0) {
+    for (size_t i = from; i < starts.size(); ++i) starts_.push_back(offsets_of("below", starts[i]));
+  }
+
+  dgi::LowerLevels levels() const { return {starts_.data(), static_cast<int64_t>(starts_.size())}; }
+
+ private:
+  std::vector<dgi::Offsets> starts_;
+};
+
+// int64, one for each node of the delta; nothing where there is no delta.
+inline dgi::Anchors anchors_of(const Tensor& x) {
+  check_array("anchors", x, ScalarType::Long);
+  return {data_of<int64_t>(x), x.numel()};
+}
+
+// The sets of items of a call: four arrays each (words and ranks of the base, of the delta; words of no element stand for
+// every place), and which of them each request has, -1 for none.
+class Allowed {
+ public:
+  Allowed(const std::vector<Tensor>& sets, const std::vector<int64_t>& set_of, int64_t requests) {
+    STD_TORCH_CHECK(sets.size() % 4 == 0, "dgi_kernels: sets must hold four arrays each");
+    for (size_t i = 0; i < sets.size(); i += 4) {
+      sets_.push_back({item_set(sets[i], sets[i + 1]), item_set(sets[i + 2], sets[i + 3])});
+    }
+    if (sets_.empty()) return;
+    STD_TORCH_CHECK(static_cast<int64_t>(set_of.size()) == requests, "dgi_kernels: set_of must have B entries");
+    for (int64_t set : set_of) {
+      STD_TORCH_CHECK(-1 <= set && set < static_cast<int64_t>(sets_.size()), "dgi_kernels: there is no set ", set);
+      of_.push_back(set < 0 ? nullptr : &sets_[static_cast<size_t>(set)]);
+    }
+  }
+  Allowed(const Allowed&) = delete;
+
+  const dgi::AllowedItems* const* of_requests() const { return of_.empty() ? nullptr : of_.data(); }
+
+ private:
+  static dgi::ItemSet item_set(const Tensor& words, const Tensor& ranks) {
+    check_array("words", words, ScalarType::Long);
+    check_array("ranks", ranks, ScalarType::Long);
+    STD_TORCH_CHECK(words.numel() == dgi::ItemSet::kBlockWords * ranks.numel(), "dgi_kernels: a set has ",
+                    dgi::ItemSet::kBlockWords, " words to a rank");
+    if (words.numel() == 0) return {};
+    return {static_cast<const uint64_t*>(words.const_data_ptr()), data_of<int64_t>(ranks)};
+  }
+
+  std::vector<dgi::AllowedItems> sets_;
+  std::vector<const dgi::AllowedItems*> of_;
+};
+
+}  // namespace dgi::registration

@@ -1,0 +1,111 @@
+"""A whole beam search as one CUDA graph: what the host does between steps costs a small search more than the steps do.
+
+Possible because no step waits for the host, and its launches have shapes that follow from those of the tensors alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from dgi_kernels import checks
+from dgi_kernels.beam import BeamResult, Step, beam_search
+from dgi_kernels.trie import Trie
+from dgi_kernels.trie.filters import Filters
+
+__all__ = ["CapturedSearch", "capture_search"]
+
+WARMUPS = 3  # runs before the capture, in which libraries choose their kernels and take their memory
+
+
+class CapturedSearch:
+    """A search that :func:`capture_search` has captured; call it with new inputs to run it again.
+
+    Attributes:
+        inputs: the tensors that the graph reads.
+        result: the BeamResult that it writes.
+    """
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, inputs: tuple[Tensor, ...], result: BeamResult,
+                 kept_alive: object) -> None:
+        self._graph = graph
+        self._kept_alive = kept_alive  # the graph reads their memory
+        self.inputs = inputs
+        self.result = result
+
+    def __call__(self, *inputs: Tensor) -> BeamResult:
+        """Search for new inputs.
+
+        Args:
+            inputs: as many as were captured, of the same shapes; they are copied into :attr:`inputs`. Without any the
+                graph runs on what these hold.
+
+        Returns:
+            BeamResult, in memory that the next call writes to again: copy what is to be kept.
+
+        Raises:
+            ValueError: the number or the shapes differ from those captured.
+        """
+        if inputs and len(inputs) != len(self.inputs):
+            raise ValueError(f"inputs must be the {len(self.inputs)} tensors of the captured search; got {len(inputs)}")
+        for i, given in enumerate(inputs):
+            checks.shape(f"inputs[{i}]", given, tuple(self.inputs[i].shape), "the shape captured")
+        for target, given in zip(self.inputs, inputs, strict=False):
+            if given is not target:
+                target.copy_(given)
+        self._graph.replay()
+        return self.result
+
+
+def capture_search(trie: Trie, step: Step, inputs: Sequence[Tensor], *, batch_size: int, num_beams: int,
+                   normalize: str = "full", filters: Filters = None, backend: str = "auto") -> CapturedSearch:
+    """Capture a :func:`beam_search`, the model's steps included, in one CUDA graph.
+
+    Args:
+        trie: the trie, on a CUDA device.
+        step: the model's side, as in :func:`beam_search`; it reads ``inputs``, and does nothing that a CUDA graph cannot
+            take (no host sync, no new shapes).
+        inputs: the tensors that differ from call to call, e.g. the hidden states of a batch of queries. They are kept,
+            and written to by calls.
+        batch_size, num_beams, normalize, filters, backend: as in :func:`beam_search`; fixed from here on, the filters
+            with what they allow.
+
+    Returns:
+        CapturedSearch, to be called with new inputs.
+
+    Raises:
+        ValueError: the trie is not on a CUDA device; and as :func:`beam_search`.
+        TypeError, BackendUnavailable: as :func:`beam_search`.
+    """
+    if not isinstance(trie, Trie):
+        raise TypeError(f"trie must be a Trie; got {type(trie).__name__}")
+    if trie.device.type != "cuda":
+        raise ValueError(f"trie must be on a CUDA device, which a CUDA graph needs; it is on {trie.device}")
+    kept = tuple(inputs)
+    for i, tensor in enumerate(kept):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"inputs[{i}] must be a tensor; got {type(tensor).__name__}")
+
+    def search() -> BeamResult:
+        with torch.no_grad():
+            return beam_search(trie, step, batch_size=batch_size, num_beams=num_beams, normalize=normalize,
+                               filters=filters, backend=backend)
+
+    with torch.cuda.device(trie.device):
+        graph, result = _capture(search)
+    return CapturedSearch(graph, kept, result, (trie, step, filters))
+
+
+def _capture(search: Callable[[], BeamResult]) -> tuple[torch.cuda.CUDAGraph, BeamResult]:
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(WARMUPS):
+            search()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = search()
+    return graph, result

@@ -1,0 +1,139 @@
+"""The CUDA beam steps, run thread by thread on the CPU, against the reference and a brute-force search in float64."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from dgi_kernels import Beams, Trie, beam_step, cosine_beam_step, cosine_logits
+
+from ..kernels.oracles import random_catalog
+from ..kernels.test_native_beam import assert_same, check_consistent, walk
+from . import on_cpu
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+NORMALIZE = ["full", "children", "none"]
+OPS = ("beam_step", "cosine_beam_step")
+
+
+@pytest.mark.parametrize("normalize", NORMALIZE)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_steps_are_the_top_of_all_allowed_children(cuda_ops: on_cpu.Ops, dtype: torch.dtype, normalize: str) -> None:
+    """Ragged, duplicate and updated catalogs, filters, NaN and -inf, strides, shuffled beams, more beams than items."""
+    with cuda_ops.instead(*OPS):
+        for _ in range(4):
+            walk(random_catalog(), dtype=dtype, normalize=normalize, exact=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ties_go_to_the_lower_parent_then_the_lower_token(cuda_ops: on_cpu.Ops, dtype: torch.dtype) -> None:
+    with cuda_ops.instead(*OPS):
+        for _ in range(4):
+            walk(random_catalog(max_items=40), dtype=dtype, normalize="none", exact=True)
+
+
+def both(cuda_ops: on_cpu.Ops, trie: Trie, logits: Tensor, beams: Beams, **options: object) -> tuple[Beams, Beams]:
+    with cuda_ops.instead(*OPS):
+        got = beam_step(trie, logits, beams, backend="native", **options)
+    return got, beam_step(trie, logits, beams, backend="reference", **options)
+
+
+@pytest.mark.parametrize("num_beams", [1, 65, 1024, 1025], ids=str)
+@pytest.mark.parametrize("equal", [False, True])
+def test_more_candidates_than_a_block_holds(cuda_ops: on_cpu.Ops, num_beams: int, equal: bool) -> None:
+    """Keys beyond 4096 are made again each pass, of 1025 beams lie in global memory; equal scores take all digits."""
+    codes = 1400
+    trie = Trie.from_codes(torch.randint(0, codes, (12000, 2)), codebook_sizes=[codes, codes])
+    beams = trie.root(1)
+    for width in (1, 1200 if num_beams > 1024 else 5):
+        logits = torch.zeros(1, width, codes) if equal else torch.randint(-9, 9, (1, width, codes)).float()
+        if width > 1:
+            nodes = torch.arange(width).unsqueeze(0)
+            beams = Beams(nodes, nodes, nodes, -torch.rand(1, width).round(decimals=1), 1)
+        assert_same(*both(cuda_ops, trie, logits, beams, num_beams=num_beams, normalize="none"), exact=True)
+
+
+def test_wide_tokens(cuda_ops: on_cpu.Ops) -> None:
+    codes = 40000
+    trie = Trie.from_codes(torch.randint(0, codes, (300, 1)), codebook_sizes=[codes])
+    got, expected = both(cuda_ops, trie, 3 * torch.randn(1, 1, codes), trie.root(1), num_beams=20)
+    assert_same(got, expected, exact=False)
+
+
+@pytest.mark.parametrize("normalize", NORMALIZE)
+def test_numbers_at_the_end_of_the_range(cuda_ops: on_cpu.Ops, normalize: str) -> None:
+    trie = Trie.from_codes(torch.arange(9).unsqueeze(1), codebook_sizes=[9])
+    huge = torch.finfo(torch.float32).max
+    values = torch.tensor([math.inf, huge, -huge, huge / 2, 0.0, -0.0, 1.0, -math.inf, math.nan, -1e30])
+    logits, scores = values[torch.randint(0, 10, (40, 1, 9))], values[torch.randint(0, 10, (40, 1))]
+    beams = trie.root(40)._replace(scores=scores)
+    assert_same(*both(cuda_ops, trie, logits, beams, num_beams=6, normalize=normalize), exact=normalize == "none")
+
+
+def test_the_log_sum_exp_is_exact_to_rounding(cuda_ops: on_cpu.Ops) -> None:
+    trie = Trie.from_codes([[0]], codebook_sizes=[1])
+    for codes in (1, 255, 1025, 5000):
+        trie.codebook_sizes = (codes,)
+        logits = torch.randn(3, 1, codes) * torch.tensor([0.1, 3.0, 40.0]).view(3, 1, 1)
+        with cuda_ops.instead(*OPS):
+            scores = beam_step(trie, logits, trie.root(3), num_beams=1, backend="native").scores[:, 0]
+        torch.testing.assert_close(scores.double(), logits.double().log_softmax(-1)[:, 0, 0], rtol=4e-7, atol=1e-6)
+
+
+def test_nodes_that_are_none_are_dead(cuda_ops: on_cpu.Ops) -> None:
+    """On CUDA nobody looks at values: no wild read, no beam."""
+    trie = Trie.from_codes([[0], [1]], codebook_sizes=[2])
+    nodes = torch.tensor([[1, -7, 2**40, 0]])
+    root = trie.root(1)
+    with cuda_ops.instead(*OPS):
+        arguments = (trie.parts.base.tokens[0], trie.parts.base.child_start[0], [], [], [], [], [])
+        found, tokens, parents, scores = torch.ops.dgi_kernels.beam_step(
+            *arguments, torch.zeros(1, 4, 2), nodes, root.scores.expand(1, 4), None, 3, 2)
+    assert parents.tolist() == [[3, 3, -1]] and tokens.tolist() == [[0, 1, -1]]
+    assert found.tolist() == [[0, 1, -1]] and scores.tolist() == [[0.0, 0.0, -math.inf]]
+
+
+def test_many_requests_with_filters_of_their_own(cuda_ops: on_cpu.Ops) -> None:
+    """A launch takes 96 sets; more come in several."""
+    trie = Trie.from_codes(torch.randint(0, 6, (40, 2)), codebook_sizes=[6, 6])
+    filters = [trie.filter(mask=torch.rand(40) < 0.1) if i != 50 else None for i in range(100)]
+    got, expected = both(cuda_ops, trie, torch.randn(100, 1, 6), trie.root(100), num_beams=4, filters=filters)
+    assert_same(got, expected, exact=False)
+
+
+@pytest.mark.parametrize("normalize", NORMALIZE)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cosine_steps_match_the_reference(cuda_ops: on_cpu.Ops, dtype: torch.dtype, normalize: str) -> None:
+    """300 products are made at a time here, so that the requests come in several parts."""
+    for _ in range(3):
+        size, dim, batch = random.choice([3, 40]), random.choice([1, 5, 40]), random.randint(0, 5)
+        trie = Trie.from_codes(torch.randint(0, size, (random.choice([1, 50, 300]), 2)), codebook_sizes=[size] * 2)
+        filters = trie.filter(items=range(0, trie.num_items, 2)) if random.random() < 0.5 else None
+        beams = trie.root(batch)
+        for _ in range(2):
+            shape = (batch, beams.nodes.shape[1])
+            h, codebook = torch.randn(*shape, 2 * dim).to(dtype)[..., ::2], torch.randn(size, dim).to(dtype)
+            h[torch.rand(shape) < 0.1] = random.choice([0, math.nan])
+            lse = torch.randn(shape).to(dtype) if normalize != "none" and random.random() < 0.3 else None
+            scale = random.choice([1.0, torch.tensor(1.0)])
+            options = {"num_beams": random.choice([1, 5, 33]), "normalize": normalize, "log_normalizer": lse,
+                       "filters": filters}
+            with cuda_ops.instead(*OPS):
+                got = cosine_beam_step(trie, h, codebook, scale, beams, backend="native", **options)
+            expected = cosine_beam_step(trie, h, codebook, scale, beams, backend="reference", **options)
+            assert_same(got, expected, exact=False)
+            check_consistent(trie, beams, got, cosine_logits(h.double(), codebook.double(), 1.0), normalize, lse)
+            beams = got
+
+
+def test_the_order_of_threads_does_not_matter(cuda_ops: on_cpu.Ops) -> None:
+    trie = Trie.from_codes(torch.randint(0, 300, (3000, 2)), codebook_sizes=[300, 300])
+    logits, beams = torch.randn(1, 4, 300), beam_step(trie, torch.randn(1, 1, 300), trie.root(1), num_beams=4)
+    with cuda_ops.instead(*OPS):
+        first, second = (beam_step(trie, logits, beams, num_beams=50, backend="native") for _ in range(2))
+    for a, b in zip(first[:4], second[:4], strict=True):
+        assert torch.equal(a, b)

@@ -1,0 +1,78 @@
+"""The CUDA ranking, run thread by thread on the CPU, against a sort of all items below the beams."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+
+from dgi_kernels import Beams, Trie, rank_candidates
+
+from ..kernels import oracles
+from ..kernels.oracles import random_catalog
+from ..kernels.test_ranking import integer_vectors, random_beams
+from ..kernels.tries import make
+from . import on_cpu
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_items_come_by_beam_score_then_cosine_then_id(cuda_ops: on_cpu.Ops, dtype: torch.dtype) -> None:
+    for _ in range(15):
+        catalog = random_catalog(max_items=20, max_size=3)
+        trie, batch, k = make(catalog), random.randint(0, 3), random.randint(1, 25)
+        beams, live = random_beams(trie, catalog, batch, random.randint(0, catalog.depth))
+        # 1 or 2 dimensions: equal directions give equal cosines bit for bit, others differ by far more than rounding
+        query, vectors = integer_vectors(batch, 2, dtype), integer_vectors(max(catalog.ids) + 1, 2, dtype)
+        items = None if random.random() < 0.5 else set(random.sample(catalog.ids, random.randint(0, len(catalog.ids))))
+        filters = None if items is None else trie.filter(items=items)
+        with cuda_ops.instead("rank_candidates"):
+            ranking = rank_candidates(query, vectors, trie, beams, k, filters=filters, backend="native")
+        for b in range(batch):
+            expected = oracles.rank(catalog, query[b].tolist(), vectors.tolist(), live[b], k, items)
+            missing = k - len(expected)
+            assert ranking.items[b].tolist() == [item for item, _, _ in expected] + [-1] * missing
+            assert ranking.scores[b].tolist() == [score for _, score, _ in expected] + [-math.inf] * missing
+            cosines = [cosine for _, _, cosine in expected] + [-1.0] * missing
+            assert ranking.cosines[b].tolist() == pytest.approx(cosines, abs=1e-6)
+
+
+@pytest.mark.parametrize("width, k", [(3, 5), (40, 300), (40, 600), (600, 20)])
+def test_more_items_than_the_buffer_holds(cuda_ops: on_cpu.Ops, width: int, k: int) -> None:
+    """The buffer is cut several times; more beams or items than shared memory holds lie in global memory."""
+    trie = Trie.from_codes(torch.randint(0, 600, (4000, 1)), codebook_sizes=[600])
+    query, vectors = torch.randn(1, 3), torch.randn(4000, 3)
+    nodes = torch.randint(-1, trie.num_nodes_at(1), (1, width))  # some twice
+    scores = torch.full((1, width), -1.0) if random.random() < 0.5 else -torch.rand(1, width).round(decimals=1)
+    beams = Beams(nodes, nodes, nodes, scores, 1)
+    filters = random.choice([None, trie.filter(mask=torch.rand(4000) < 0.5)])
+    for depth, start in ((1, beams), (0, trie.root(1))):
+        with cuda_ops.instead("rank_candidates"):
+            got = rank_candidates(query, vectors, trie, start, k, filters=filters, backend="native")
+        expected = rank_candidates(query.double(), vectors.double(), trie, start, k, filters=filters,
+                                   backend="reference")
+        assert torch.equal(got.items, expected.items), depth
+        assert torch.equal(got.scores, expected.scores)
+        torch.testing.assert_close(got.cosines.double(), expected.cosines, rtol=0, atol=1e-6)
+
+
+def test_vectors_that_are_not_finite_come_last(cuda_ops: on_cpu.Ops) -> None:
+    trie = Trie.from_codes([[0], [0], [0], [0]])
+    vectors = torch.tensor([[math.nan, 1.0], [1.0, 0.0], [math.inf, 1.0], [0.0, 0.0]])
+    with cuda_ops.instead("rank_candidates"):
+        ranking = rank_candidates(torch.tensor([[1.0, 1.0]]), vectors, trie, trie.root(1), 5, backend="native")
+    assert ranking.items.tolist() == [[1, 3, 0, 2, -1]]
+    assert ranking.cosines[0].tolist() == pytest.approx([math.sqrt(0.5), 0.0, -1.0, -1.0, -1.0])
+
+
+def test_rows_of_any_distance_and_nodes_that_are_none(cuda_ops: on_cpu.Ops) -> None:
+    trie = Trie.from_codes([[0], [1]])
+    query, vectors = torch.randn(2, 9)[:, :5], torch.randn(2, 9)[:, :5]
+    nodes = torch.tensor([[7, 1], [-5, 2**40]])
+    base = trie.parts.base
+    with cuda_ops.instead("rank_candidates"):
+        items, scores, _ = torch.ops.dgi_kernels.rank_candidates(
+            query, vectors, base.num_nodes_at(1), base.below(1), base.item_order, base.item_ids, [], None, None, None,
+            [], [], nodes, torch.tensor([[0.0, -1.0], [0.0, 0.0]]), 2, 1e-12)
+    assert items.tolist() == [[1, -1], [-1, -1]] and scores[0].tolist() == [-1.0, -math.inf]

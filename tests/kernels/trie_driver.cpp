@@ -1,0 +1,152 @@
+// Random tables of codes through trie construction in C++, against a sort of their rows, and sets of items against their
+// definition; built with sanitizers by test_native_trie.py. Every array has exactly its size, so that a read or a write
+// beyond it is seen.
+//   usage: driver SEED CASES
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <type_traits>
+#include <vector>
+
+#include "host.h"
+#include "trie.h"
+
+namespace dgi::cpu {
+
+// What torch provides otherwise; ranges are cut as several threads would.
+void parallel_ranges(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
+  for (int64_t first = 0; first < count; first += grain) body(first, std::min(count, first + grain), context);
+}
+
+int64_t thread_count() { return 3; }
+
+}  // namespace dgi::cpu
+
+namespace {
+
+using Random = std::mt19937_64;
+
+int64_t below(Random& random, int64_t n) { return static_cast<int64_t>(random() % static_cast<uint64_t>(n)); }
+
+template <class Code, class Token, class Offset>
+bool build_case(Random& random, dgi::cpu::IntegerType type) {
+  const int64_t most = below(random, 40) == 0 ? 60000 : 60;
+  const int64_t rows = below(random, most), columns = 1 + below(random, below(random, 4) == 0 ? 40 : 4);
+  const int64_t limit = std::min<int64_t>(std::numeric_limits<Code>::max(), sizeof(Token) == 2 ? 32767 : 2147483647);
+  std::vector<Code> codes(rows * columns);
+  for (int64_t c = 0; c < columns; ++c) {
+    const int64_t size = 1 + below(random, below(random, 3) == 0 ? limit : 5);
+    for (int64_t i = 0; i < rows; ++i) {
+      const bool ended = std::is_signed_v<Code> && below(random, 6) == 0;
+      codes[i * columns + c] = static_cast<Code>(ended ? -1 : below(random, size));
+    }
+  }
+  const auto code = [&](int64_t row, int64_t column) { return static_cast<int64_t>(codes[row * columns + column]); };
+  const dgi::cpu::CodeTable table{codes.data(), type, rows, columns, columns, 1};
+  const auto ranges = dgi::cpu::code_ranges(table);
+  const dgi::cpu::TrieBuild build(table, ranges);
+
+  std::vector<int64_t> order(rows);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+    for (int64_t c = 0; c < columns; ++c) {
+      if (code(a, c) != code(b, c)) return code(a, c) < code(b, c);
+    }
+    return false;
+  });
+  if (build.in_order() != std::is_sorted(order.begin(), order.end())) return false;
+  std::vector<std::vector<int64_t>> tokens(columns);
+  for (int64_t i = 0; i < rows; ++i) {
+    bool differs = i == 0;
+    for (int64_t c = 0; c < columns; ++c) {
+      differs = differs || code(order[i], c) != code(order[i - 1], c);
+      if (differs) tokens[c].push_back(code(order[i], c));
+    }
+  }
+  std::vector<std::vector<Token>> got_tokens(columns);
+  std::vector<std::vector<Offset>> got_starts(columns);
+  std::vector<Token*> token_pointers;
+  std::vector<Offset*> start_pointers;
+  for (int64_t c = 0; c < columns; ++c) {
+    if (build.nodes(c + 1) != static_cast<int64_t>(tokens[c].size())) return false;
+    got_tokens[c].resize(build.nodes(c + 1));
+    got_starts[c].resize(build.nodes(c) + 1);
+    token_pointers.push_back(got_tokens[c].data());
+    start_pointers.push_back(got_starts[c].data());
+  }
+  std::vector<Offset> item_start(build.nodes(columns) + 1), item_order(rows);
+  const bool with_items = below(random, 2) == 0;
+  build.write(token_pointers.data(), start_pointers.data(), with_items ? item_start.data() : nullptr,
+              with_items ? item_order.data() : nullptr);
+  for (int64_t c = 0; c < columns; ++c) {
+    if (!std::equal(tokens[c].begin(), tokens[c].end(), got_tokens[c].begin())) return false;
+    if (got_starts[c].front() != 0 || got_starts[c].back() != static_cast<Offset>(build.nodes(c + 1))) return false;
+  }
+  if (!with_items) return true;
+  if (item_start.front() != 0 || item_start.back() != static_cast<Offset>(rows)) return false;
+  if (!std::equal(order.begin(), order.end(), item_order.begin())) return false;
+  // Walking down to every leaf gives back every row.
+  for (int64_t leaf = 0; leaf < build.nodes(columns); ++leaf) {
+    int64_t node = leaf;
+    for (int64_t c = columns; c-- > 0;) {
+      if (got_tokens[c][node] != code(order[item_start[leaf]], c)) return false;
+      node = std::upper_bound(got_starts[c].begin(), got_starts[c].end(), static_cast<Offset>(node)) - got_starts[c].begin() - 1;
+    }
+    if (node != 0) return false;
+  }
+  return true;
+}
+
+bool set_case(Random& random) {
+  const int64_t size = below(random, below(random, 10) == 0 ? 20000 : 1200), blocks = size / 512 + 1;
+  const std::unique_ptr<bool[]> members(new bool[size]);
+  for (int64_t i = 0; i < size; ++i) members[i] = below(random, 3) == 0;
+  std::vector<int32_t> order(size);
+  std::iota(order.begin(), order.end(), 0);
+  std::shuffle(order.begin(), order.end(), random);
+  const bool ordered = below(random, 2) == 0;
+  const bool broken = ordered && size > 0 && below(random, 5) == 0;
+  if (broken) order[below(random, size)] = below(random, 2) ? -1 : static_cast<int32_t>(size);
+  std::vector<uint64_t> words(blocks * 8);
+  std::vector<int64_t> ranks(blocks);
+  const bool known = dgi::cpu::write_item_set(members.get(), size, {ordered ? order.data() : nullptr, false}, words.data(),
+                                              ranks.data());
+  if (known == broken) return false;
+  if (broken) return true;
+  const dgi::ItemSet set{words.data(), ranks.data()};
+  int64_t count = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    if (set.rank(i) != count || set.contains(i) != members[ordered ? order[i] : i]) return false;
+    count += set.contains(i);
+  }
+  if (set.rank(size) != count) return false;
+  for (int64_t i = 0; i < 50 && size > 0; ++i) {
+    const int64_t first = below(random, size), end = first + below(random, size - first + 1);
+    if (set.any({first, end}) != (set.rank(end) > set.rank(first))) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 3) return 2;
+  Random random(std::strtoull(argv[1], nullptr, 10));
+  using dgi::cpu::IntegerType;
+  for (int64_t i = 0; i < std::atoll(argv[2]); ++i) {
+    const bool fine = build_case<int64_t, int32_t, int64_t>(random, IntegerType::kInt64)
+        && build_case<int32_t, int32_t, int32_t>(random, IntegerType::kInt32)
+        && build_case<int16_t, int16_t, int32_t>(random, IntegerType::kInt16)
+        && build_case<uint16_t, int32_t, int32_t>(random, IntegerType::kUInt16)
+        && build_case<uint8_t, int16_t, int64_t>(random, IntegerType::kUInt8) && set_case(random);
+    if (!fine) {
+      std::printf("case %lld differs\n", static_cast<long long>(i));
+      return 1;
+    }
+  }
+  return 0;
+}
