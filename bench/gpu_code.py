@@ -33,6 +33,7 @@ from machine_code import Budgets, Kept, Usage, functions_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from dgi_kernels import triton_common as common
 from dgi_kernels.cosine import triton as cosine
 from dgi_kernels.gumbel import triton as gumbel
 from dgi_kernels.gumbel import triton_softmax as softmax
@@ -110,7 +111,7 @@ def cosine_launches(arch: int) -> Iterator[Launch]:
     cases = [(dtype, dim) for dtype in cosine.HALF for dim in cosine.FLASH[9]]
     cases += [(torch.bfloat16, 200), (torch.bfloat16, 768), (torch.float16, 768), (torch.float32, 256),
               (torch.float32, 17)]
-    cosine.architecture = lambda device: arch // 10  # type: ignore[assignment]
+    common.architecture = lambda device: arch // 10  # type: ignore[assignment]
     for dtype, dim in cases:
         def call(dtype: torch.dtype = dtype, dim: int = dim) -> None:
             rows, codes = (32, 48) if dim % 16 == 0 else (33, 47)
@@ -126,7 +127,7 @@ def cosine_launches(arch: int) -> Iterator[Launch]:
 
 def gumbel_launches(arch: int) -> Iterator[Launch]:
     """Each dtype, form and mode, with and without noise and each optional gradient; noise and softmax at each tile."""
-    cosine.architecture = lambda device: arch // 10  # type: ignore[assignment]
+    common.architecture = lambda device: arch // 10  # type: ignore[assignment]
     seed, tau = torch.zeros(1, dtype=torch.int64), torch.tensor(0.5, requires_grad=True)
     cases = [(dtype, dim) for dtype in gumbel.HALF for dim in (*gumbel.FLASH[9], 768)] + [(torch.float32, 64)]
     for dtype, dim in cases:
@@ -159,7 +160,7 @@ def compile_for(launch: Launch, arch: int) -> tuple[Usage, float]:
     element from above, and two variants' difference says what one ingredient costs.
     """
     start = time.perf_counter()
-    modules = (cosine.kernels, gumbel.kernels, gumbel.chunks, softmax.kernels)
+    modules = (common, cosine.kernels, gumbel.kernels, gumbel.chunks, softmax.kernels)
     kernel = next(getattr(module, launch.kernel) for module in modules if module.__name__ == launch.module)
     constants = {(kernel.arg_names.index(name),): value for name, value in launch.constants}
     attributes = {(i,): [["tt.divisibility", 16]] for i in launch.aligned}

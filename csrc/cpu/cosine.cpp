@@ -6,13 +6,13 @@
 // g = dL/ds, one tile serves both products:
 //   S = X E^T (then T in its place),   dL/dh^ = scale T E,   V += T^T X = dL/de^ / rnorm,
 // and at the end dh and dE lose their radial part, and dscale = sum_n h^_n . (T E)_n comes free. Nothing is recomputed.
-// Rows whose softmax is peaked leave the tile as short lists (dgi/softmax_row.h); the other rows stay, move up, and are
-// multiplied once enough have gathered.
+// Rows whose softmax is peaked leave short lists in their own place in the tile (dgi/softmax_row.h), whose entries wait,
+// linked by code, for a pass over V; the other rows stay, move up, and are multiplied once enough have gathered.
 //
 // 6 N K D operations, or 2 N K D and those of the lists for rows that are peaked; one V lies in place of dE, and tiles of
 // at most 256 rows are all that is as wide as K. N = K = 4096 at D = 256, float32, two AVX2 cores, against the three
-// products by torch.mm: 1.04 to 1.06 flat, 0.64 to 0.71 where nine rows in ten are at cosine 0.7 to their target (three
-// runs of `python bench/bench_cosine.py --quick --rounds 11`, which has the peers beside it).
+// products by torch.mm: 1.02 to 1.10 flat, 0.59 to 0.68 where nine rows in ten are at cosine 0.7 to their target (three
+// runs on a shared machine; `python bench/bench_cosine.py --quick` measures it, with the peers beside it).
 //
 // Blocks and the rows within them are worked off in fixed order, so the same inputs give the same bits run after run.
 #include "cosine.h"

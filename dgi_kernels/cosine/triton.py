@@ -7,29 +7,28 @@ CUDA graph can hold a training step.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from dgi_kernels import triton_common as common
 from dgi_kernels.cosine import triton_kernels as kernels
-
-HALF = (torch.float16, torch.bfloat16)
+from dgi_kernels.triton_common import (
+    HALF,
+    NORM_BLOCK,
+    Tiles,
+    add_product,
+    finish_block,
+    multiprocessors,
+    norms,
+    product,
+)
 
 # Base-2 logarithm of the part of its row's mass below which a weight needs no product: what float32 sums drop, and for
 # 16-bit operands the square of the rounding (2^-9 in bfloat16, 2^-11 in float16) that every weight suffers anyway.
 LOG2_SKIP = {torch.float32: -24.0, torch.float16: -22.0, torch.bfloat16: -18.0}
-
-
-class Tiles(NamedTuple):
-    """A program of the flash form owns some rows (of w in the weight kernel) and passes over the others in steps."""
-
-    owned: int
-    step: int
-    warps: int
-    stages: int
 
 
 class FlashConfig(NamedTuple):
@@ -56,7 +55,6 @@ FLASH = {
 FLASH_LARGEST = 256
 CHUNK_BYTES = 32 << 20  # products and weights of one chunk: they stay in the L2 of an H100 or H200 (50 MB)
 CHUNK_STEP = 2048  # columns of one pass of the chunked epilogues
-NORM_BLOCK = (16, 128)  # rows, dimensions
 SUM_BLOCK = (32, 64)
 SUM_PROGRAMS = 64
 ORDER_FROM = (4096, 512)  # rows and columns from which sorting rows costs less than the products it can save
@@ -71,15 +69,9 @@ def uses_flash(dim: int, dtype: torch.dtype) -> bool:
     return dtype in HALF and dim <= FLASH_LARGEST
 
 
-@functools.cache
-def architecture(device: torch.device) -> int:
-    """Major compute capability; the interpreter runs the tiles of Hopper."""
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
-
-
 def flash_config(dim: int, device: torch.device) -> tuple[int, FlashConfig]:
     """Dimensions of a tile, and the tiles, for vectors of ``dim`` dimensions."""
-    table = FLASH.get(architecture(device), FLASH[8])
+    table = FLASH.get(common.architecture(device), FLASH[8])
     b_d = min(largest for largest in table if dim <= largest)
     return b_d, table[b_d]
 
@@ -107,7 +99,7 @@ def _forward(h: Tensor, weight: Tensor, target: Tensor, scale: Tensor, ignore_in
     h, weight = _tiled(h), _tiled(weight)
     (rows, dim), codes = h.shape, weight.shape[0]
     with torch.cuda.device_of(h):
-        _norms(weight, eps, rnorm_w)
+        norms(weight, eps, rnorm_w)
         _weighted_sum(weight, rnorm_w, smoothing / max(codes, 1), centre)
         logit, extra = torch.empty_like(loss), torch.empty_like(loss)
         key = torch.empty_like(label)
@@ -222,7 +214,7 @@ def _flash_weight(upstream: Tensor, h: Tensor, weight: Tensor, scale: Tensor, ls
     gain = _gain(upstream, h.dtype)
     b_d, (_, tiles) = flash_config(dim, h.device)
     programs = triton.cdiv(codes, tiles.owned)
-    splits = max(1, min(triton.cdiv(rows, tiles.step), _multiprocessors(h) // programs))
+    splits = max(1, min(triton.cdiv(rows, tiles.step), multiprocessors(h) // programs))
     partial = h.new_empty(splits, codes, dim, dtype=torch.float32)
     kernels.flash_weight_kernel[(programs, splits)](
         h, weight, rnorm_h, rnorm_w, lse, residue, upstream if gain is None else upstream * gain, label, order, scale,
@@ -235,7 +227,7 @@ def _chunked_loss(h: Tensor, weight: Tensor, scale: Tensor, rnorm_h: Tensor, rno
                   extra: Tensor, label: Tensor, smoothing: float, loss: Tensor, lse: Tensor, residue: Tensor) -> None:
     codes = weight.shape[0]
     for rows, s in _chunks(h, weight):
-        _product(h[rows], weight.T, s)
+        product(h[rows], weight.T, s)
         kernels.chunk_loss_kernel[(len(s),)](
             s, rnorm_h[rows], rnorm_w, logit[rows], extra[rows], label[rows], scale, loss[rows], lse[rows],
             residue[rows], codes, smoothing, b_k=CHUNK_STEP, num_warps=8)
@@ -255,14 +247,14 @@ def _chunked_gradients(upstream: Tensor, h: Tensor, weight: Tensor, scale: Tenso
     radial = torch.empty_like(upstream)
     for rows, s in _chunks(h, weight):
         g = s if h.dtype == torch.float32 else s.new_empty(s.shape, dtype=h.dtype)
-        _product(h[rows], weight.T, s)
+        product(h[rows], weight.T, s)
         kernels.chunk_gradient_kernel[(len(s), triton.cdiv(codes, CHUNK_STEP))](
             s, g, rnorm_h[rows], rnorm_w, lse[rows], residue[rows], per_row[rows], label[rows], scale, codes,
             smoothing / max(codes, 1), b_k=CHUNK_STEP, num_warps=8)
         if dweight.numel():
-            _add_product(g.T, h[rows], total)
+            add_product(g.T, h[rows], total)
         row_total = s.new_empty(1, len(s), dim)
-        _product(g, weight, row_total[0])
+        product(g, weight, row_total[0])
         _finish(row_total, h[rows], rnorm_h[rows], scale, gain, nothing, eps, True, dh[rows], radial[rows])
     if dweight.numel():
         _finish(total[None], weight, rnorm_w, scale, gain, nothing, eps, True, dweight, None)
@@ -279,25 +271,6 @@ def _chunks(h: Tensor, weight: Tensor):
         yield slice(start, min(start + size, rows)), buffer[:rows - start]
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out (float32) = a @ b, through cuBLAS with float32 accumulation and result (TF32 as torch's setting says)."""
-    if a.dtype == torch.float32:
-        torch.mm(a, b, out=out)
-    elif a.is_cuda:
-        torch.mm(a, b, out_dtype=torch.float32, out=out)
-    else:
-        torch.mm(a.float(), b.float(), out=out)
-
-
-def _add_product(a: Tensor, b: Tensor, total: Tensor) -> None:
-    if a.dtype == torch.float32:
-        total.addmm_(a, b)
-    else:  # addmm takes no float32 sum of 16-bit products before torch 2.11
-        product = torch.empty_like(total)
-        _product(a, b, product)
-        total.add_(product)
-
-
 def _gain(per_row: Tensor, dtype: torch.dtype, per_column: Tensor | None = None) -> Tensor | None:
     """What brings weights of up to per_row x per_column near the top of float16's range; other dtypes need nothing."""
     if dtype != torch.float16 or per_row.numel() == 0:
@@ -306,13 +279,6 @@ def _gain(per_row: Tensor, dtype: torch.dtype, per_column: Tensor | None = None)
     if per_column is not None and per_column.numel():
         largest = largest * torch.where(per_column == 0, 1.0, per_column).amax()
     return 2.0**14 / largest.clamp(min=1e-30)
-
-
-def _norms(x: Tensor, eps: float, rnorm: Tensor) -> None:
-    b_n, b_d = NORM_BLOCK
-    if len(x):
-        kernels.norm_kernel[(triton.cdiv(len(x), b_n),)](x, rnorm, *x.shape, x.stride(0), eps, b_n=b_n, b_d=b_d,
-                                                         num_warps=4)
 
 
 def _weighted_sum(x: Tensor, weight: Tensor, factor: float, out: Tensor) -> None:
@@ -338,16 +304,6 @@ def _finish(partial: Tensor, x: Tensor, rnorm: Tensor, scale: Tensor, gain: Tens
     kernels.finish_kernel[(triton.cdiv(rows, b_n),)](
         partial, x, rnorm, scale, gain, centre, out, product, splits, rows, dim, width, x.stride(0), eps, scaled=scaled,
         b_n=b_n, b_d=b_d, num_warps=4)
-
-
-def finish_block(dim: int) -> tuple[int, int]:
-    """Rows and dimensions of a tile of whole rows with about 2048 elements."""
-    b_d = max(16, triton.next_power_of_2(dim))
-    return max(1, 2048 // b_d), b_d
-
-
-def _multiprocessors(x: Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
 
 
 def _tiled(x: Tensor) -> Tensor:

@@ -39,6 +39,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dgi_kernels.triton_common import reciprocal_norm
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 SLACK = tl.constexpr(8.0)  # weights stay below 2^8 (and float16 ones, times their gain of 2^6, below its largest)
@@ -46,24 +48,6 @@ IGNORED = tl.constexpr(-1)
 WILD = tl.constexpr(-2)
 # Slices of a chunk, read one number a program: their alignment changes nothing, and would only compile kernels twice.
 PER_ROW = ["p_rnorm_h", "p_logit", "p_extra", "p_label", "p_loss", "p_lse", "p_residue", "p_upstream"]
-
-
-@triton.jit(do_not_specialize=["N"])
-def norm_kernel(p_x, p_rnorm, N, D, stride, eps, b_n: tl.constexpr, b_d: tl.constexpr):
-    """x (N, D) -> 1 / max(||x||, eps) (N,), and 0 for a vector of norm 0, whose products are 0 whatever their scale."""
-    o_n = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
-    total = tl.zeros((b_n,), tl.float32)
-    for start in range(0, D, b_d):
-        o_d = start + tl.arange(0, b_d)
-        x = tl.load(p_x + o_n[:, None] * stride + o_d[None, :], mask=(o_n < N)[:, None] & (o_d < D)[None, :], other=0.0)
-        total += tl.sum(x.to(tl.float32) * x.to(tl.float32), axis=1)
-    tl.store(p_rnorm + o_n, reciprocal_norm(total, eps), mask=o_n < N)
-
-
-@triton.jit
-def reciprocal_norm(squares, eps):
-    norm = tl.sqrt_rn(squares)
-    return tl.where(norm == 0.0, 0.0, tl.div_rn(1.0, tl.maximum(norm, eps)))
 
 
 @triton.jit(do_not_specialize=["N", "rows_each"])

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from dgi_kernels.cosine import triton as cosine
-from dgi_kernels.cosine.triton import HALF, Tiles, _add_product, _multiprocessors, _norms, _product, finish_block
+from dgi_kernels import triton_common as common
 from dgi_kernels.gumbel import triton_chunks as chunks
 from dgi_kernels.gumbel import triton_kernels as kernels
 from dgi_kernels.gumbel.reference import ResidualQuantization
+from dgi_kernels.triton_common import HALF, Tiles, add_product, finish_block, multiprocessors, norms, product
 
 MODES = ("soft", "straight_through", "hard")  # the numbers of the kernels
 SOFT, STRAIGHT_THROUGH, HARD = range(3)
@@ -69,7 +69,7 @@ def uses_flash(dim: int, dtype: torch.dtype) -> bool:
 
 def flash_config(dim: int, device: torch.device) -> tuple[int, FlashConfig]:
     """Dimensions of a tile, and the tiles, for vectors of ``dim`` dimensions."""
-    table = FLASH.get(cosine.architecture(device), FLASH[8])
+    table = FLASH.get(common.architecture(device), FLASH[8])
     b_d = min(largest for largest in table if dim <= largest)
     return b_d, table[b_d]
 
@@ -159,7 +159,7 @@ def _forward(z: Tensor, weight: Tensor, sizes: list[int], scale: Tensor, tau: Te
     rest = torch.empty_like(z, dtype=torch.float32, memory_format=torch.contiguous_format).copy_(z)
     usages = usage.split(sizes)
     with torch.cuda.device_of(z):
-        _norms(weight, eps, rnorm_e)
+        norms(weight, eps, rnorm_e)
         levels = list(_levels(sizes, weight, rnorm_e, residuals, codes, sampled, lse, rnorm, order, largest))
         _emit(rest, None, None, None, levels[0], sampling)
         for level, after in zip(levels, [*levels[1:], None], strict=True):
@@ -242,7 +242,7 @@ def _flash_level(level: Level, sampling: Sampling, usage: Tensor, with_grad: boo
 def _splits(tiles: Tiles, level: Level) -> tuple[int, int]:
     """Tiles of codes, and into how many parts their rows are split so that the GPU is full."""
     count = triton.cdiv(len(level.e), tiles.owned)
-    return count, max(1, min(triton.cdiv(len(level.residual), tiles.step), 2 * _multiprocessors(level.e) // count))
+    return count, max(1, min(triton.cdiv(len(level.residual), tiles.step), 2 * multiprocessors(level.e) // count))
 
 
 def _chunked_level(level: Level, sampling: Sampling, usage: Tensor, with_grad: bool) -> Tensor | None:
@@ -253,7 +253,7 @@ def _chunked_level(level: Level, sampling: Sampling, usage: Tensor, with_grad: b
     usage.zero_()
     for own, s in _chunks(level, 1):
         p = _weights(s, e) if weights else None
-        _product(level.residual[own], e.T, s)
+        product(level.residual[own], e.T, s)
         chunks.chunk_level_kernel[(len(s),)](
             s, p, level.rnorm[own], level.rnorm_e, sampling.seed, sampling.scale, sampling.tau, level.codes[own],
             level.sampled[own], level.lse[own], codes, level.lse.stride(0), level.index,
@@ -261,7 +261,7 @@ def _chunked_level(level: Level, sampling: Sampling, usage: Tensor, with_grad: b
         if p is not None:
             usage.add_(p.sum(0, dtype=torch.float32), alpha=2.0**-log2_gain)
         if mean is not None and p is not None:
-            _product(p, e, mean[own])
+            product(p, e, mean[own])
     return None if mean is None else mean.mul_(2.0**-log2_gain)
 
 
@@ -417,18 +417,18 @@ def _chunked_gradients(level: Level, sampling: Sampling, upstream: Upstream, flo
     radial, of_tau = torch.empty_like(upstream.norm), torch.empty_like(upstream.norm)
     for own, s, c in _chunks(level, 2):
         w, y = _weights(s, e), _weights(c, e)
-        _product(level.residual[own], e.T, s)
-        _product(upstream.unit[own], e.T, c)
+        product(level.residual[own], e.T, s)
+        product(upstream.unit[own], e.T, c)
         chunks.chunk_gradient_kernel[(len(s),)](
             s, c, w, y, level.rnorm[own], level.rnorm_e, sampling.seed, sampling.scale, sampling.tau, level.lse[own],
             level.sampled[own], upstream.norm[own], upstream.dusage,
             None if upstream.dlse is None else upstream.dlse[own], key_gain, value_gain, of_tau[own], codes,
             level.lse.stride(0), level.index, sampling.row_offset + own.start,
             straight_through=sampling.mode == STRAIGHT_THROUGH, noisy=sampling.noisy, b_k=CHUNK_STEP, num_warps=4)
-        _add_product(w.T, level.residual[own], key)
-        _add_product(y.T, upstream.unit[own], value)
+        add_product(w.T, level.residual[own], key)
+        add_product(y.T, upstream.unit[own], value)
         total = torch.empty_like(flow[own])
-        _product(w, e, total)
+        product(w, e, total)
         _finish(total, level.residual[own], level.rnorm[own], None, sampling, key_gain, flow[own], None, flow[own],
                 radial[own])
     _finish(key, e, level.rnorm_e, None, sampling, key_gain, value, value_gain, de, None)

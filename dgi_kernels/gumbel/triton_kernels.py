@@ -33,8 +33,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dgi_kernels.cosine.triton_kernels import reciprocal_norm
 from dgi_kernels.gumbel.triton_noise import LN2, LOG2E, noise_tile, noise_tile_by_code
+from dgi_kernels.triton_common import reciprocal_norm
 
 SLACK = tl.constexpr(8.0)  # the running maximum may lag by this much: weights stay below 2^8
 STREAM = tl.constexpr(0)  # of the noise of residual_quantize

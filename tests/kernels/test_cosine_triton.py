@@ -1,66 +1,41 @@
-"""The Triton cosine cross-entropy against float64: on a GPU where there is one, else in Triton's interpreter.
-
-The interpreter must be chosen before Triton is imported, so without a GPU one test runs this file in a process of its
-own. There bfloat16 is left out (the interpreter's tl.dot multiplies its raw bits), and float32 goes through both forms.
-"""
+"""The Triton cosine cross-entropy against float64: on a GPU where there is one, else in Triton's interpreter."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import random
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GPU = torch.cuda.is_available()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if GPU else "cpu"
-TRITON = importlib.util.find_spec("triton") is not None
-
-marks = [pytest.mark.skipif(not (TRITON and (GPU or INTERPRETED)), reason="needs Triton and a GPU or its interpreter")]
-marks += [pytest.mark.gpu] * (not INTERPRETED)
-interpreted = pytest.mark.skipif(not (TRITON and INTERPRETED), reason="needs Triton's interpreter")
-
-
-def runs(test: Callable[..., None]) -> Callable[..., None]:
-    for mark in marks:
-        test = mark(test)
-    return test
-
+from .interpreter import (
+    DEVICE,
+    DTYPES,
+    GPU,
+    INTERPRETED,
+    TRITON,
+    choose_form,
+    launcher,
+    run_in_the_interpreter,
+    runs,
+)
 
 if TRITON and (GPU or INTERPRETED):
     from dgi_kernels import cosine_cross_entropy
     from dgi_kernels.cosine import triton
 
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * GPU
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}  # of gradients, relative to their norm
 
 
-@pytest.mark.skipif(not TRITON or GPU or INTERPRETED, reason="needs Triton; a GPU runs the tests of this file itself")
+@launcher
 def test_all_of_this_file_in_the_interpreter() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
+    run_in_the_interpreter(__file__)
 
 
 @pytest.fixture(params=["flash", "chunked"])
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Both forms for any size; in the interpreter with small tiles, so that small inputs fill several."""
-    flash = request.param == "flash"
-    monkeypatch.setattr(triton, "uses_flash", lambda dim, dtype: flash and (INTERPRETED or dtype != torch.float32))
-    monkeypatch.setattr(triton, "CHUNK_BYTES", 4096)
-    monkeypatch.setattr(triton, "CHUNK_STEP", 32)
-    if INTERPRETED:
-        tiles = triton.Tiles(owned=32, step=16, warps=4, stages=2)
-        config = triton.FlashConfig(tiles, tiles)
-        monkeypatch.setattr(triton, "flash_config", lambda dim, device: (max(16, 1 << (dim - 1).bit_length()), config))
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    choose_form(monkeypatch, triton, request.param, step=16)
     return request.param
 
 

@@ -1,19 +1,10 @@
-"""Gumbel-Softmax and residual quantization in Triton against float64: on a GPU where there is one, else interpreted.
-
-The interpreter must be chosen before Triton is imported, so without a GPU one test runs this file in a process of its
-own. There bfloat16 is left out (the interpreter's tl.dot multiplies its raw bits) and float32 goes through the flash
-form too.
-"""
+"""Gumbel-Softmax and residual quantization in Triton against float64: on a GPU where there is one, else interpreted."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 import random
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -21,50 +12,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GPU = torch.cuda.is_available()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if GPU else "cpu"
-TRITON = importlib.util.find_spec("triton") is not None
-
-runs = [pytest.mark.skipif(not (TRITON and (GPU or INTERPRETED)), reason="needs Triton and a GPU or its interpreter")]
-runs += [pytest.mark.gpu] * (not INTERPRETED)
-
-
-def run(test):  # type: ignore[no-untyped-def]
-    for mark in runs:
-        test = mark(test)
-    return test
-
+from .interpreter import DEVICE, DTYPES, GPU, INTERPRETED, TRITON, choose_form, launcher, run_in_the_interpreter, runs
 
 if TRITON and (GPU or INTERPRETED):
     from dgi_kernels import ResidualQuantization, gumbel_noise, gumbel_softmax, residual_quantize
     from dgi_kernels.gumbel import triton, triton_softmax
 
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * GPU
 VALUES = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}  # relative to the norm of all of a result
 GRADIENTS = {torch.float32: 5e-5, torch.float16: 6e-3, torch.bfloat16: 4e-2}
 
 
-@pytest.mark.skipif(not TRITON or GPU or INTERPRETED, reason="needs Triton; a GPU runs the tests of this file itself")
+@launcher
 def test_all_of_this_file_in_the_interpreter() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
+    run_in_the_interpreter(__file__)
 
 
 @pytest.fixture(params=["flash", "chunked"])
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Both forms for any size; in the interpreter with small tiles, so that small inputs fill several."""
-    flash = request.param == "flash"
-    monkeypatch.setattr(triton, "uses_flash", lambda dim, dtype: flash and (INTERPRETED or dtype != torch.float32))
-    monkeypatch.setattr(triton, "CHUNK_BYTES", 4096)
-    monkeypatch.setattr(triton, "CHUNK_STEP", 32)
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    choose_form(monkeypatch, triton, request.param, step=32)
     monkeypatch.setattr(triton, "ORDER_FROM", random.choice([(2, 2), (10**9, 10**9)]))
-    if INTERPRETED:
-        tiles = triton.Tiles(owned=32, step=32, warps=4, stages=2)
-        config = triton.FlashConfig(tiles, tiles, tiles)
-        monkeypatch.setattr(triton, "flash_config", lambda dim, device: (max(16, 1 << (dim - 1).bit_length()), config))
     return request.param
 
 
@@ -77,7 +43,7 @@ def seed_tensor() -> Tensor:
     return torch.tensor([random.randrange(-(2**63), 2**63)], device=DEVICE)
 
 
-@run
+@runs
 @pytest.mark.parametrize("shape", [(1, 1), (5, 7), (70, 33), (3, 600)], ids=str)
 def test_noise_is_the_contracts(shape: tuple[int, int]) -> None:
     seed, level, stream = seed_tensor(), random.randrange(2**32), random.randrange(2**32)
@@ -115,7 +81,7 @@ def test_noise_formula_holds_with_the_worst_logarithms() -> None:
     assert worst_noise_error(seams.astype(np.uint32)) < 2e-5
 
 
-@run
+@runs
 @pytest.mark.parametrize("hard", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(5,), (1, 1), (7, 3), (2, 3, 9), (33, 65), (0, 4)], ids=str)
@@ -137,7 +103,7 @@ def test_softmax(shape: tuple[int, ...], dtype: torch.dtype, hard: bool, monkeyp
         assert error(gradient, truth, floor=0.1) < GRADIENTS[dtype]
 
 
-@run
+@runs
 def test_softmax_edge_values() -> None:
     inf = torch.inf
     x = torch.tensor([[0.0, -inf, 1.0], [-inf, -inf, -inf], [0.0, torch.nan, 1.0], [2.0, -inf, -inf]], device=DEVICE)
@@ -207,7 +173,7 @@ def assert_exact(leaves: Sequence[Tensor], scale: Tensor, tau: Tensor, mode: str
     return actual
 
 
-@run
+@runs
 @pytest.mark.parametrize(("mode", "noise"), [("soft", True), ("straight_through", True), ("hard", True), ("soft",
                                                                                                           False)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -221,14 +187,14 @@ def test_quantization(form: str, shape: Shape, dtype: torch.dtype, mode: str, no
             assert torch.equal(result.quantized[:, level], codebook[chosen[:, level]])
 
 
-@run
+@runs
 @pytest.mark.parametrize("only", range(4), ids=["quantized", "residuals", "log_normalizer", "usage"])
 def test_gradient_of_one_result_alone(form: str, only: int) -> None:
     weights, mode = [float(only == i) for i in range(4)], random.choice(["soft", "straight_through"])
     assert_exact(inputs((6, 16, (18, 7)), torch.float32), *scalars(4.0, 0.8), mode, weights)
 
 
-@run
+@runs
 def test_peaked_rows_leave_out_tiles_and_lose_nothing(form: str) -> None:
     """Rows near a code at a low temperature: most tiles are below float32 resolution, and their gradients too."""
     codebook = torch.randn(96, 16, device=DEVICE)
@@ -237,7 +203,7 @@ def test_peaked_rows_leave_out_tiles_and_lose_nothing(form: str) -> None:
     assert_exact(leaves, *scalars(30.0, 0.3), "soft")
 
 
-@run
+@runs
 def test_zero_and_tiny_vectors(form: str) -> None:
     """A zero vector has cosine 0 with everything, a gradient of 1 / eps; an ``eps`` above a norm takes its place."""
     z, *codebooks = inputs((6, 16, (5, 4)), torch.float32)
@@ -246,7 +212,7 @@ def test_zero_and_tiny_vectors(form: str) -> None:
     assert_exact([z, *codebooks], *scalars(4.0, 0.8), "soft", eps=0.05)
 
 
-@run
+@runs
 def test_rows_with_nan_and_ties(form: str) -> None:
     z, codebook = torch.randn(5, 16, device=DEVICE), torch.randn(7, 16, device=DEVICE)
     codebook[5] = codebook[2]
@@ -259,7 +225,7 @@ def test_rows_with_nan_and_ties(form: str) -> None:
         assert result.quantized[1:].isfinite().all()
 
 
-@run
+@runs
 def test_views_empty_batches_and_repeats(form: str) -> None:
     z, codebook = torch.randn(12, 40, device=DEVICE), torch.randn(7, 20, device=DEVICE)
     for view in (z[:, ::2], z[::3, 5:25], z[:1, :20].expand(4, 20), z[:0, :20]):
@@ -274,7 +240,7 @@ def test_views_empty_batches_and_repeats(form: str) -> None:
     assert torch.autograd.grad(result.quantized.sum(), empty)[0].shape == (0, 20)
 
 
-@run
+@runs
 def test_ranks_draw_what_one_process_would(form: str) -> None:
     z, codebook = torch.randn(9, 16, device=DEVICE), torch.randn(7, 16, device=DEVICE)
     whole = residual_quantize(z, [codebook], 3.0, seed=4, backend="triton")
@@ -283,7 +249,7 @@ def test_ranks_draw_what_one_process_would(form: str) -> None:
     torch.testing.assert_close(whole.quantized[5:], part.quantized, rtol=0, atol=1e-5)
 
 
-@run
+@runs
 @pytest.mark.parametrize("dim", [64, 128, 256, 768])
 @pytest.mark.skipif(not GPU, reason="the tiles of the launchers themselves are too large for the interpreter")
 def test_on_the_gpu_at_size(dim: int) -> None:

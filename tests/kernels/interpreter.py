@@ -1,0 +1,54 @@
+"""What the Triton tests share: on a GPU they run there, else once in Triton's interpreter, with small tiles.
+
+The interpreter must be chosen before Triton is imported, so without a GPU one test of each file runs the file in a
+process of its own. There bfloat16 is left out (the interpreter's tl.dot multiplies its raw bits), and float32 goes
+through both forms.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if GPU else "cpu"
+TRITON = importlib.util.find_spec("triton") is not None
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * GPU
+
+interpreted = pytest.mark.skipif(not (TRITON and INTERPRETED), reason="needs Triton's interpreter")
+launcher = pytest.mark.skipif(not TRITON or GPU or INTERPRETED, reason="needs Triton; a GPU runs the tests itself")
+
+
+def runs(test: Callable[..., None]) -> Callable[..., None]:
+    """Mark a test of kernels: skipped where they cannot run."""
+    test = pytest.mark.skipif(not (TRITON and (GPU or INTERPRETED)),
+                              reason="needs Triton and a GPU or its interpreter")(test)
+    return test if INTERPRETED else pytest.mark.gpu(test)
+
+
+def run_in_the_interpreter(file: str) -> None:
+    """Run a file's tests in a process that interprets."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def choose_form(monkeypatch: pytest.MonkeyPatch, triton: ModuleType, form: str, step: int) -> None:
+    """Make an op's launchers take the "flash" or the "chunked" form whatever the size; interpreted with small tiles."""
+    flash = form == "flash"
+    monkeypatch.setattr(triton, "uses_flash", lambda dim, dtype: flash and (INTERPRETED or dtype != torch.float32))
+    monkeypatch.setattr(triton, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(triton, "CHUNK_STEP", 32)
+    if INTERPRETED:
+        tiles = triton.Tiles(owned=32, step=step, warps=4, stages=2)
+        config = triton.FlashConfig(*[tiles] * len(triton.FlashConfig._fields))
+        monkeypatch.setattr(triton, "flash_config", lambda dim, device: (max(16, 1 << (dim - 1).bit_length()), config))
