@@ -65,8 +65,8 @@ def capture_search(trie: Trie, step: Step, inputs: Sequence[Tensor], *, batch_si
 
     Args:
         trie: the trie, on a CUDA device.
-        step: the model's side, as in :func:`beam_search`; it reads ``inputs``, and does nothing that a CUDA graph cannot
-            take (no host sync, no new shapes).
+        step: the model's side, as in :func:`beam_search`; it reads ``inputs``, and does nothing that a CUDA graph
+            cannot take (no host sync, no new shapes).
         inputs: the tensors that differ from call to call, e.g. the hidden states of a batch of queries. They are kept,
             and written to by calls.
         batch_size, num_beams, normalize, filters, backend: as in :func:`beam_search`; fixed from here on, the filters

@@ -1,5 +1,5 @@
-"""Calls into the compiled extension: noise, Gumbel-Softmax and residual quantization in C++ (``csrc/cpu``), the first two
-also in CUDA (``csrc/cuda``).
+"""Calls into the compiled extension: noise, Gumbel-Softmax and residual quantization in C++ (``csrc/cpu``), the first
+two also in CUDA (``csrc/cuda``).
 
 Forward saves inputs, residuals and, of the rows of which few entries count, those entries, but nothing of size N x K;
 backward makes noise and assignments of the other rows again.  Gradients of gradients are those of the reference, which
@@ -79,7 +79,9 @@ def _scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> 
     """On the device without a copy from the host, which a CUDA graph could not capture."""
     if isinstance(value, Tensor):
         return value.to(dtype)
-    return torch.tensor(value, dtype=dtype) if device.type == "cpu" else torch.full((), value, dtype=dtype, device=device)
+    if device.type == "cpu":
+        return torch.tensor(value, dtype=dtype)
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 def _wants_gradients(*inputs: Tensor) -> bool:

@@ -41,7 +41,8 @@ def test_auto_takes_the_first_kernel_that_runs(kernels: None, device: str, dtype
 def test_a_named_backend_that_cannot_run_says_why(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose("op", "native", CPU, torch.float32) == "native"
     for name, device, dtype, reason in (
-            ("native", "cpu", torch.float64, "op has no native kernel for torch.float64 on cpu (it takes torch.float32)"),
+            ("native", "cpu", torch.float64,
+             "op has no native kernel for torch.float64 on cpu (it takes torch.float32)"),
             ("native", "cuda", torch.float32,
              "op has no native kernel for torch.float32 on cuda (it takes torch.float16)"),
             ("native", "mps", torch.float32, "op has no native kernel for mps tensors (it runs on cpu, cuda)"),
