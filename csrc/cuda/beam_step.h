@@ -98,7 +98,7 @@ struct StepView {
   }
 };
 
-// sum exp(x - maximum), the maximum that of the x so far. Eight instructions a logit and no branch: fmaxf passes over
+// sum exp(x - maximum), the maximum that of the x so far. No branch by logit: fmaxf passes over
 // NaN, and saturation, to [0, 1], makes 0 of the exponential of NaN and 1 of that of +inf, which counts as the largest
 // number. The fast exponential errs most where the terms are least: 4e-7 of the sum at most.
 struct RunningSum {

@@ -177,7 +177,8 @@ def flash_forward_kernel(p_h, p_w, p_rnorm_h, p_rnorm_w, p_logit, p_extra, p_lab
     loss, lse, residue = finish_loss(top, others, logit, extra, label, smoothing)
     tl.store(p_loss + o_n, loss, mask=m_n)
     if with_grad:
-        mean *= tl.where(others > 0.0, 1.0 / (others * gain), 0.0)[:, None]
+        # Others that weigh next to nothing move nothing, and the reciprocal of a subnormal sum would be infinite.
+        mean *= tl.where(others > 1e-30, 1.0 / (others * gain), 0.0)[:, None]
         tl.store(p_mean + o_slot[:, None] * D + o_d[None, :], mean.to(h.dtype), mask=m_nd)
         tl.store(p_lse + o_n, lse, mask=m_n)
         tl.store(p_residue + o_n, residue, mask=m_n)

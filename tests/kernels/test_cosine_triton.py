@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -97,6 +98,17 @@ def test_every_option(form: str, shape: tuple[int, int, int], dtype: torch.dtype
 def test_any_scale(form: str, scale: float) -> None:
     """At 300 the running maximum rises by more than 2^8 within a row, at 0 dscale is still a gradient."""
     assert_exact(*inputs(40, 24, 70), scale)
+
+
+@runs
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cosine", [0.3, 0.25, 0.22])
+def test_others_that_all_but_underflow(form: str, dtype: torch.dtype, cosine: float) -> None:
+    """The sum of the others, 2^-121, 2^-130 or 2^-135 of the target's: its reciprocal once made NaN of dh."""
+    weight = torch.tensor([[1.0, 0.0], [cosine, math.sqrt(1 - cosine**2)]], device=DEVICE, dtype=dtype)
+    h = torch.tensor([[2.0, 0.0], [0.5, 0.01]], device=DEVICE, dtype=dtype)
+    assert_exact(h, weight, torch.zeros(2, dtype=torch.int64, device=DEVICE), 120.0, reduction="none",
+                 label_smoothing=0.1)
 
 
 @runs

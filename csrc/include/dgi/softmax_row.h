@@ -179,7 +179,7 @@ DGI_HOST_DEVICE void dense_gradient_row(const SoftmaxRow<Real>& row, const Softm
 // below 2^-24 of the row, or as little as 2^-25, if what they skip changes the row's gradient by no more than about what a
 // float32 softmax rounds away: by kNoise for every code in the norm of p (a sum near 1 loses part of every small term), and
 // by kDrift in the sum of p.
-constexpr double kNegligible = 0x1p-24, kNoise = 1.25e-10, kDrift = 0x1p-14;
+constexpr double kNegligible = 0x1p-24, kNoise = 0.9e-10, kDrift = 0x1p-14;
 
 constexpr int64_t list_capacity(int64_t limit) { return limit + 1 + detail::kGroup; }
 
