@@ -176,10 +176,10 @@ DGI_HOST_DEVICE void dense_gradient_row(const SoftmaxRow<Real>& row, const Softm
 }
 
 // Entries below a share of their row are skipped: below 2^-24 of what is not the target's, if then the list is short; else
-// below 2^-24 of the row, or as little as 2^-25, if what they skip changes the row's gradient by no more than about what a
+// below 2^-24 or 2^-25 of the row, if what they skip changes the row's gradient by no more than about what a
 // float32 softmax rounds away: by kNoise for every code in the norm of p (a sum near 1 loses part of every small term), and
 // by kDrift in the sum of p.
-constexpr double kNegligible = 0x1p-24, kNoise = 0.9e-10, kDrift = 0x1p-14;
+constexpr double kNegligible = 0x1p-24, kNoise = 1.25e-10, kDrift = 0x1p-14;
 
 constexpr int64_t list_capacity(int64_t limit) { return limit + 1 + detail::kGroup; }
 
@@ -255,8 +255,7 @@ DGI_HOST_DEVICE bool sparse_gradient_row(const SoftmaxRow<Real>& row, const Soft
     const double excess = std::fmax(noise, skipped / kDrift);
     if (excess <= 1) break;
     if (share <= kNegligible / 2) return false;
-    // Noise falls about as the root of the cut; if the cube is not enough, the least share will tell.
-    share = share < kNegligible ? kNegligible / 2 : std::fmax(kNegligible / 2, share / (excess * excess * excess));
+    share = kNegligible / 2;  // not between the two: rows that just pass would add up to more than eager loses
     before = detail::list_row(row, static_cast<Real>(share * total), limit, list);
   }
 
