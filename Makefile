@@ -31,7 +31,7 @@ bench-%: $(INSTALLED)  ## run one of them: bench-cosine, bench-gumbel, bench-tri
 report: $(INSTALLED)  ## put the figures of bench/results/ into README.md and docs/
 	$(BIN)/python bench/report.py
 
-gpu-code: $(INSTALLED)  ## compile every Triton kernel for GPUs that need not be here; show registers and spills
+gpu-code: $(INSTALLED)  ## compile all GPU kernels for GPUs that need not be here; show registers and spills
 	$(BIN)/python bench/gpu_code.py
 
 cuda-build:  ## build the CUDA wheel and check it in clean environments (16 GB; needs nvcc, no GPU)
