@@ -92,14 +92,8 @@ __device__ uint32_t list_beams(const RankingView& in, int64_t request, Keys keys
     keys[atomicAdd(live + 0, 1u)] = Descending::of(score, static_cast<uint32_t>(m));
   }
   __syncthreads();
-  const uint32_t count = live[0], whole = count == 0 ? 0 : std::bit_ceil(count);
-  for (uint32_t i = count + threadIdx.x; i < whole; i += kThreads) keys[i] = kNoKey;
-  sort_block(
-      whole, [&](uint32_t i, uint32_t j) { return uint64_t{keys[i]} < uint64_t{keys[j]}; },
-      [&](uint32_t i, uint32_t j) {
-        const uint64_t first = keys[i], second = keys[j];
-        keys[i] = second, keys[j] = first;
-      });
+  const uint32_t count = live[0];
+  sort_keys(count, keys);
   return count;
 }
 

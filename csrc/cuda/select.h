@@ -102,6 +102,19 @@ __device__ uint64_t find_limit(const Keys<Make>& keys, uint32_t wanted, uint32_t
   }
 }
 
+// Sorts `count` keys. The buffer has room for a power of two that is not less; what lies behind the keys is kNoKey then.
+template <class Buffer>
+__device__ void sort_keys(uint32_t count, Buffer buffer) {
+  const uint32_t whole = count == 0 ? 0 : std::bit_ceil(count);
+  for (uint32_t i = count + threadIdx.x; i < whole; i += kSelectThreads) buffer[i] = kNoKey;
+  sort_block(
+      whole, [&](uint32_t i, uint32_t j) { return uint64_t{buffer[i]} < uint64_t{buffer[j]}; },
+      [&](uint32_t i, uint32_t j) {
+        const uint64_t first = buffer[i], second = buffer[j];
+        buffer[i] = second, buffer[j] = first;
+      });
+}
+
 // Puts keys that hold the best `wanted` into the buffer, sorted, and returns how many, at most `room`. The buffer has
 // room for a power of two that is not less than `room`.
 template <class Make, class Buffer>
@@ -115,14 +128,8 @@ __device__ uint32_t select_keys(uint32_t count, const Make& make, uint32_t wante
     if (key <= limit) buffer[atomicAdd(collected + 0, 1u)] = key;
   });
   __syncthreads();
-  const uint32_t taken = collected[0], whole = taken == 0 ? 0 : std::bit_ceil(taken);
-  for (uint32_t i = taken + threadIdx.x; i < whole; i += kSelectThreads) buffer[i] = kNoKey;
-  sort_block(
-      whole, [&](uint32_t i, uint32_t j) { return uint64_t{buffer[i]} < uint64_t{buffer[j]}; },
-      [&](uint32_t i, uint32_t j) {
-        const uint64_t first = buffer[i], second = buffer[j];
-        buffer[i] = second, buffer[j] = first;
-      });
+  const uint32_t taken = collected[0];
+  sort_keys(taken, buffer);
   return taken;
 }
 

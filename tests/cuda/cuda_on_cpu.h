@@ -576,52 +576,37 @@ T* atomic_target(T* target) {
   return target;
 }
 
+template <class Pointer, class Next>
+auto atomic_update(Pointer pointer, const Next& next) {
+  auto* const target = atomic_target(pointer);
+  const auto before = *target;
+  *target = next(before);
+  return before;
+}
+
 template <class Pointer, class T>
 auto atomicAdd(Pointer pointer, T value) {
-  auto* const target = atomic_target(pointer);
-  const auto before = *target;
-  *target = before + value;
-  return before;
+  return atomic_update(pointer, [=](auto before) { return before + value; });
 }
-
 template <class Pointer, class T>
 auto atomicMax(Pointer pointer, T value) {
-  auto* const target = atomic_target(pointer);
-  const auto before = *target;
-  if (value > before) *target = value;
-  return before;
+  return atomic_update(pointer, [=](auto before) { return value > before ? value : before; });
 }
-
 template <class Pointer, class T>
 auto atomicMin(Pointer pointer, T value) {
-  auto* const target = atomic_target(pointer);
-  const auto before = *target;
-  if (value < before) *target = value;
-  return before;
+  return atomic_update(pointer, [=](auto before) { return value < before ? value : before; });
 }
-
 template <class Pointer, class T>
 auto atomicOr(Pointer pointer, T value) {
-  auto* const target = atomic_target(pointer);
-  const auto before = *target;
-  *target = before | value;
-  return before;
+  return atomic_update(pointer, [=](auto before) { return before | value; });
 }
-
 template <class Pointer, class T>
 auto atomicExch(Pointer pointer, T value) {
-  auto* const target = atomic_target(pointer);
-  const auto before = *target;
-  *target = value;
-  return before;
+  return atomic_update(pointer, [=](auto) { return value; });
 }
-
 template <class Pointer, class T>
 auto atomicCAS(Pointer pointer, T expected, T value) {
-  auto* const target = atomic_target(pointer);
-  const auto before = *target;
-  if (before == expected) *target = value;
-  return before;
+  return atomic_update(pointer, [=](auto before) { return before == expected ? value : before; });
 }
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }

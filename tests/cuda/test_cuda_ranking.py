@@ -12,7 +12,7 @@ from dgi_kernels import Beams, Trie, rank_candidates
 
 from ..kernels import oracles
 from ..kernels.oracles import random_catalog
-from ..kernels.test_ranking import integer_vectors, random_beams
+from ..kernels.test_ranking import assert_ranked, integer_vectors, random_beams
 from ..kernels.tries import make
 from . import on_cpu
 
@@ -31,11 +31,7 @@ def test_items_come_by_beam_score_then_cosine_then_id(cuda_ops: on_cpu.Ops, dtyp
             ranking = rank_candidates(query, vectors, trie, beams, k, filters=filters, backend="native")
         for b in range(batch):
             expected = oracles.rank(catalog, query[b].tolist(), vectors.tolist(), live[b], k, items)
-            missing = k - len(expected)
-            assert ranking.items[b].tolist() == [item for item, _, _ in expected] + [-1] * missing
-            assert ranking.scores[b].tolist() == [score for _, score, _ in expected] + [-math.inf] * missing
-            cosines = [cosine for _, _, cosine in expected] + [-1.0] * missing
-            assert ranking.cosines[b].tolist() == pytest.approx(cosines, abs=1e-6)
+            assert_ranked(ranking, b, expected, k)
 
 
 @pytest.mark.parametrize("width, k", [(3, 5), (40, 300), (40, 600), (600, 20)])

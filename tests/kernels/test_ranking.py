@@ -9,7 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from dgi_kernels import BackendUnavailable, BeamResult, Beams, Trie, backends, beam_search, debug, rank_candidates
+from dgi_kernels import (
+    BackendUnavailable,
+    BeamResult,
+    Beams,
+    Ranking,
+    Trie,
+    backends,
+    beam_search,
+    debug,
+    rank_candidates,
+)
 
 from . import oracles
 from .oracles import Catalog, random_catalog
@@ -40,6 +50,15 @@ def integer_vectors(rows: int, dims: int, dtype: torch.dtype) -> Tensor:
     return torch.randint(-1, 2, (rows, dims)).to(dtype)
 
 
+def assert_ranked(ranking: Ranking, b: int, expected: list[tuple[int, float, float]], k: int) -> None:
+    """Request ``b`` has the (id, beam score, cosine) of :func:`oracles.rank`, and padding up to ``k``."""
+    missing = k - len(expected)
+    assert ranking.items[b].tolist() == [item for item, _, _ in expected] + [-1] * missing
+    assert ranking.scores[b].tolist() == [score for _, score, _ in expected] + [-math.inf] * missing
+    cosines = [cosine for _, _, cosine in expected] + [-1.0] * missing
+    assert ranking.cosines[b].tolist() == pytest.approx(cosines, abs=1e-6)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_items_come_by_beam_score_then_cosine_then_id(dtype: torch.dtype, backend: str) -> None:
@@ -57,11 +76,7 @@ def test_items_come_by_beam_score_then_cosine_then_id(dtype: torch.dtype, backen
         assert ranking.cosines.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         for b in range(batch):
             expected = oracles.rank(catalog, query[b].tolist(), vectors.tolist(), live[b], k, items)
-            missing = k - len(expected)
-            assert ranking.items[b].tolist() == [item for item, _, _ in expected] + [-1] * missing
-            assert ranking.scores[b].tolist() == [score for _, score, _ in expected] + [-math.inf] * missing
-            cosines = [cosine for _, _, cosine in expected] + [-1.0] * missing
-            assert ranking.cosines[b].tolist() == pytest.approx(cosines, abs=1e-6)
+            assert_ranked(ranking, b, expected, k)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
