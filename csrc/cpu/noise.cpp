@@ -3,8 +3,9 @@
 //
 // Nothing is read, 4 bytes per element are written; per element a quarter of Philox (5 products of 32 x 32 bits) and two
 // polynomial logarithms. These are two loops: the chain of both, about 140 cycles long, would leave the core waiting, for
-// its reorder buffer holds no more than three such chains. Two cores of an AMD EPYC with AVX2, two threads: 1.6 to 2.4 ns
-// per element where torch's exponential_, which has no thread but its own, takes 23 to 30; python bench/bench_gumbel.py.
+// its reorder buffer holds no more than three such chains. Two cores of an AMD EPYC with AVX2, two threads: 3.1 to 4.0 ns
+// per element where torch's exponential_, which has no thread but its own, takes 30 to 33 (one run of
+// `python bench/bench_gumbel.py --quick --rounds 7`, bench/results/cpu-gumbel.json).
 #include "noise.h"
 
 #include <algorithm>
