@@ -23,22 +23,6 @@ dgi::cpu::View<Real> view_of(const char* name, const Tensor& x, int64_t rows, in
   return {data_of<Real>(x), x.stride(0), x.stride(1)};
 }
 
-// Beams of a step as they leave it; see dgi::cpu::BeamOutput.
-struct NewBeams {
-  Tensor nodes, tokens, parents, scores;
-
-  NewBeams(int64_t requests, int64_t num_beams)
-      : nodes(torch::stable::empty({requests, num_beams}, ScalarType::Long)),
-        tokens(torch::stable::empty({requests, num_beams}, ScalarType::Long)),
-        parents(torch::stable::empty({requests, num_beams}, ScalarType::Long)),
-        scores(torch::stable::empty({requests, num_beams}, ScalarType::Float)) {}
-
-  dgi::cpu::BeamOutput pointers() {
-    return {nodes.mutable_data_ptr<int64_t>(), tokens.mutable_data_ptr<int64_t>(), parents.mutable_data_ptr<int64_t>(),
-            scores.mutable_data_ptr<float>()};
-  }
-};
-
 // A node out of range is an error: the caller need not look at the nodes itself.
 void check_nodes(const dgi::cpu::View<int64_t>& nodes, int64_t rows, int64_t columns, int64_t count) {
   for (int64_t i = 0; i < rows; ++i) {
@@ -76,7 +60,7 @@ struct BeamArguments {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> finished(const NewBeams& beams, bool fits) {
   STD_TORCH_CHECK(fits, kBeam, "more than 2**32 candidates of one request need float64 logits");
-  return {beams.nodes, beams.tokens, beams.parents, beams.scores};
+  return beams.all();
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> beam_step_cpu(
@@ -95,8 +79,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> beam_step_cpu(
       const auto step = arguments.step<dgi::Compute<Stored>, decltype(token)>(requests, width);
       const dgi::cpu::Logits<Stored> view{data_of<Stored>(logits), codes, logits.stride(0), logits.stride(1),
                                           logits.stride(2)};
-      NewBeams beams(requests, num_beams);
-      const dgi::cpu::BeamOutput out = beams.pointers();
+      NewBeams beams(logits, requests, num_beams);
+      const auto out = beams.pointers<dgi::cpu::BeamOutput>();
       std::atomic<bool> fits{true};
       const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, width * codes));  // about 0.05 ms
       torch::stable::parallel_for(0, requests, grain, [&](int64_t first, int64_t last) {
@@ -112,10 +96,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cosine_beam_step_cpu(
     const std::vector<Tensor>& anchors, const std::vector<Tensor>& sets, const std::vector<int64_t>& set_of,
     const Tensor& h, const Tensor& codebook, const Tensor& scale, double eps, const Tensor& nodes, const Tensor& scores,
     const std::optional<Tensor>& log_normalizer, int64_t num_beams, int64_t normalize) {
-  STD_TORCH_CHECK(h.dim() == 3 && h.is_contiguous(), kBeam, "h must be contiguous (B, M, D)");
-  STD_TORCH_CHECK(codebook.dim() == 2 && codebook.is_contiguous() && codebook.size(1) == h.size(2)
-                      && codebook.scalar_type() == h.scalar_type(),
-                  kBeam, "codebook must be contiguous (K, D), of the dtype of h");
+  check_head(h, codebook);
   const int64_t requests = h.size(0), width = h.size(1);
   const DepthArguments depth(tokens, child_start, below, delta, anchors);
   const Allowed allowed(sets, set_of, requests);
@@ -129,8 +110,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cosine_beam_step_cpu(
       const auto step = arguments.step<Real, decltype(token)>(requests, width);
       const dgi::cpu::CosineLogits<Stored> head{data_of<Stored>(h), data_of<Stored>(codebook), codebook.size(0),
                                                 h.size(2), *data_of<Real>(scale), static_cast<Real>(eps)};
-      NewBeams beams(requests, num_beams);
-      return finished(beams, dgi::cpu::cosine_beam_step(step, head, beams.pointers()));
+      NewBeams beams(h, requests, num_beams);
+      return finished(beams, dgi::cpu::cosine_beam_step(step, head, beams.pointers<dgi::cpu::BeamOutput>()));
     });
   });
 }

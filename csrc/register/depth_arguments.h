@@ -1,4 +1,4 @@
-// One depth of a trie, as the ops that search it take it.
+// What the steps of a search take and leave on every device: one depth of a trie, hidden states, beams.
 #pragma once
 
 #include "tensors.h"
@@ -56,6 +56,39 @@ class DepthArguments {
   const Tensor &tokens_, &child_start_;
   const std::vector<Tensor>&delta_, &anchors_;
   const Below below_, delta_below_;
+};
+
+// The hidden states and the codebook of a step that makes its own logits.
+inline void check_head(const Tensor& h, const Tensor& codebook) {
+  STD_TORCH_CHECK(h.dim() == 3 && h.is_contiguous(), kBeam, "h must be contiguous (B, M, D)");
+  STD_TORCH_CHECK(codebook.dim() == 2 && codebook.is_contiguous() && codebook.size(1) == h.size(2)
+                      && codebook.scalar_type() == h.scalar_type(),
+                  kBeam, "codebook must be contiguous (K, D), of the dtype of h");
+}
+
+// The beams that a step leaves, on the device of its inputs.
+struct NewBeams {
+  Tensor nodes, tokens, parents, scores;
+
+  NewBeams(const Tensor& like, int64_t requests, int64_t num_beams)
+      : nodes(empty(like, requests, num_beams, ScalarType::Long)),
+        tokens(empty(like, requests, num_beams, ScalarType::Long)),
+        parents(empty(like, requests, num_beams, ScalarType::Long)),
+        scores(empty(like, requests, num_beams, ScalarType::Float)) {}
+
+  // As dgi::cpu::BeamOutput or dgi::cuda::BeamOutput.
+  template <class Output>
+  Output pointers() {
+    return {nodes.mutable_data_ptr<int64_t>(), tokens.mutable_data_ptr<int64_t>(), parents.mutable_data_ptr<int64_t>(),
+            scores.mutable_data_ptr<float>()};
+  }
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor> all() const { return {nodes, tokens, parents, scores}; }
+
+ private:
+  static Tensor empty(const Tensor& like, int64_t requests, int64_t num_beams, ScalarType dtype) {
+    return torch::stable::empty({requests, num_beams}, dtype, std::nullopt, like.device());
+  }
 };
 
 }  // namespace dgi::registration

@@ -58,23 +58,6 @@ dgi::cuda::View<Element> view_of(const char* op, const char* name, const Tensor&
   return {data_of<Element>(x), x.stride(0), x.stride(1)};
 }
 
-struct NewBeams {
-  Tensor nodes, tokens, parents, scores;
-
-  NewBeams(const Tensor& like, int64_t requests, int64_t num_beams)
-      : nodes(new_on(like, {requests, num_beams}, ScalarType::Long)),
-        tokens(new_on(like, {requests, num_beams}, ScalarType::Long)),
-        parents(new_on(like, {requests, num_beams}, ScalarType::Long)),
-        scores(new_on(like, {requests, num_beams}, ScalarType::Float)) {}
-
-  dgi::cuda::BeamOutput pointers() {
-    return {nodes.mutable_data_ptr<int64_t>(), tokens.mutable_data_ptr<int64_t>(), parents.mutable_data_ptr<int64_t>(),
-            scores.mutable_data_ptr<float>()};
-  }
-
-  std::tuple<Tensor, Tensor, Tensor, Tensor> all() const { return {nodes, tokens, parents, scores}; }
-};
-
 // What both steps have in common. normalize: 0 full, 1 children, 2 none.
 struct StepArguments {
   const DepthArguments& trie;
@@ -124,8 +107,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> beam_step_cuda(
     const auto step = arguments.step<decltype(token)>(requests, width);
     NewBeams beams(logits, requests, num_beams);
     Tensor scratch = scratch_for(logits, requests, width, num_beams);
-    check_launch(kStep, dgi::cuda::beam_step(step, view, beams.pointers(), scratch.mutable_data_ptr(),
-                                             current_stream(logits)));
+    check_launch(kStep, dgi::cuda::beam_step(step, view, beams.pointers<dgi::cuda::BeamOutput>(),
+                                             scratch.mutable_data_ptr(), current_stream(logits)));
     return beams.all();
   });
 }
@@ -156,10 +139,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cosine_beam_step_cuda(
     const std::vector<Tensor>& anchors, const std::vector<Tensor>& sets, const std::vector<int64_t>& set_of,
     const Tensor& h, const Tensor& codebook, const Tensor& scale, double eps, const Tensor& nodes, const Tensor& scores,
     const std::optional<Tensor>& log_normalizer, int64_t num_beams, int64_t normalize) {
-  STD_TORCH_CHECK(h.dim() == 3 && h.is_contiguous(), kBeam, "h must be contiguous (B, M, D)");
-  STD_TORCH_CHECK(codebook.dim() == 2 && codebook.is_contiguous() && codebook.size(1) == h.size(2)
-                      && codebook.scalar_type() == h.scalar_type(),
-                  kBeam, "codebook must be contiguous (K, D), of the dtype of h");
+  check_head(h, codebook);
   STD_TORCH_CHECK(scale.numel() == 1 && scale.scalar_type() == ScalarType::Float, kBeam, "scale must hold one float32");
   check_devices(kStep, h, tokens, child_start, below, delta, anchors, sets, codebook, scale, nodes, scores,
                 log_normalizer);
@@ -185,7 +165,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cosine_beam_step_cuda(
     const Tensor codebook_t = torch::stable::transpose(codebook, 0, 1);
     in_parts(requests, width * codes, [&](int64_t first, int64_t count) {
       const auto part = step.part(first, count);
-      const dgi::cuda::BeamOutput out = beams.pointers().part(first, num_beams);
+      const dgi::cuda::BeamOutput out = beams.pointers<dgi::cuda::BeamOutput>().part(first, num_beams);
       float* const target = products.mutable_data_ptr<float>();
       if (wants_all) {
         Tensor made = torch::stable::narrow(products, 0, 0, count * width);
