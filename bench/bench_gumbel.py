@@ -9,7 +9,8 @@ codebooks in families of 64 codes at cosine 0.8 and rows near a path of codes, s
 count at tau = 0.5 and 3 at tau = 0.1.
 
 Assignment gives items their codes, without gradient, noise or softmax; its floor is one product per level. The noise
-stands against ``exponential_``, which is what ``F.gumbel_softmax`` takes its own from.
+stands against ``exponential_``, which is what ``F.gumbel_softmax`` takes its own from, both in memory that the process
+has already: to fetch new pages from the system may cost more than the noise, and is no part of it.
 
 Run: make bench, or pytest bench/bench_gumbel.py; python bench/bench_gumbel.py prints tables of every shape.
      python bench/bench_gumbel.py --catalog 10000000 assigns codes to so many items instead, once.
@@ -18,6 +19,7 @@ Run: make bench, or pytest bench/bench_gumbel.py; python bench/bench_gumbel.py p
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.util
 import statistics
 from collections.abc import Callable
@@ -209,7 +211,17 @@ def assignment_table(rounds: int, results: Results) -> None:
         add_row("assign_codes", {"N": 4 * ROWS, "D": d}, (d,), assignments(d), rounds, results)
 
 
+def keep_freed_memory() -> None:
+    """Tell glibc to take large tensors from its heap, and to keep it, rather than map and unmap each of them."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_max = -1, -4
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
+
+
 def noise_table(rounds: int, results: Results) -> None:
+    keep_freed_memory()
     print_header("noise", "exponential_ ns", "gumbel_noise ns", "ratio")
     for rows, codes in NOISE_SHAPES:
         systems = {"exponential_": lambda n=rows, k=codes: exponential(n, k),
