@@ -2,7 +2,7 @@
 // compiler vectorises for AVX-512, AVX2 or what the machine has.
 //
 // Nothing is read, 4 bytes per element are written; per element a quarter of Philox (5 products of 32 x 32 bits) and two
-// polynomial logarithms, 11 vector instructions per element of AVX2. These are two loops: the chain of both, about 140
+// polynomial logarithms, about 13 instructions with AVX2. These are two loops: the chain of both, about 140
 // cycles long, would leave the core waiting, for its reorder buffer holds no more than three such chains.
 // `python bench/bench_gumbel.py` measures it against torch's exponential_, which has no thread but its own.
 #include "noise.h"
@@ -40,7 +40,8 @@ DGI_HOST_DEVICE void fill(const NoiseShape& shape, int64_t seed, int64_t first, 
   for (int64_t tile = first; tile < last; ++tile) {
     bool is_one_row = false;
     for_each_row(shape, tile, [&](int64_t at, int64_t row, int64_t block, int64_t length) {
-      const uint32_t first_block = static_cast<uint32_t>(block), row_word = static_cast<uint32_t>(shape.row_offset + row);
+      const uint32_t first_block = static_cast<uint32_t>(block);
+      const uint32_t row_word = static_cast<uint32_t>(shape.row_offset + row);
       is_one_row = length == kNoiseTile;
       if (is_one_row) return philox.run(key, first_block, row_word, kNoiseTile, shape.level, shape.stream, words);
       for (int64_t i = 0; i < length; ++i) {

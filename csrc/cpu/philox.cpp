@@ -25,7 +25,7 @@ void tile_plain(PhiloxKey key, const uint32_t* block, const uint32_t* row, int64
 
 void run_plain(PhiloxKey key, uint32_t block, uint32_t row, int64_t count, uint32_t level, uint32_t stream,
                uint32_t* words) {
-  for (int64_t i = 0; i < count; ++i) plain(key, {{block + static_cast<uint32_t>(i), row, level, stream}}, words + 4 * i);
+  for (int64_t i = 0; i < count; ++i, ++block) plain(key, {{block, row, level, stream}}, words + 4 * i);
 }
 
 #if defined(__x86_64__) && defined(__GNUC__)

@@ -85,7 +85,7 @@ def test_flat_and_peaked_assignments(family: str, mode: str, tau: float) -> None
 @pytest.mark.parametrize("tau", [1.0, 0.5])
 @pytest.mark.parametrize("scale", [9.0, 64.0])
 def test_temperatures_that_need_one_logarithm_if_not_their_gradient(scale: float, tau: float) -> None:
-    """The shortcut exp((s + g) / tau) = (exp(s) / E)^(1 / tau), which a tensor tau that wants its gradient cannot take."""
+    """The shortcut exp((s + g) / tau) = (exp(s) / E)^(1 / tau): not for a tensor tau that wants its gradient."""
     for shape in SHAPES[3:]:
         inputs = scaled(make(shape, torch.float32), scale, tau)
         for mode in GRADIENT_MODES:
