@@ -33,17 +33,21 @@ void run_plain(PhiloxKey key, uint32_t block, uint32_t row, int64_t count, uint3
 #define DGI_AVX512 __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl"), always_inline)) inline
 #define DGI_AVX2 __attribute__((target("avx2"), always_inline)) inline
 
-// Of the four words of a chain only the low half of each 64-bit lane counts.
-DGI_AVX512 void rounds(__m512i (&c)[4], PhiloxKey key) {
+// Of the four words of a chain only the low half of each 64-bit lane counts. Both chains in turns: a round of one fills the
+// time in which the products of the other are on their way.
+DGI_AVX512 void rounds(__m512i (&c)[2][4], PhiloxKey key) {
   const __m512i m0 = _mm512_set1_epi64(0xD2511F53), m1 = _mm512_set1_epi64(0xCD9E8D57);
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
-    const __m512i p0 = _mm512_mul_epu32(c[0], m0), p1 = _mm512_mul_epu32(c[2], m1);
     const __m512i k0 = _mm512_set1_epi32(static_cast<int>(key.low)), k1 = _mm512_set1_epi32(static_cast<int>(key.high));
-    c[0] = _mm512_ternarylogic_epi32(_mm512_srli_epi64(p1, 32), c[1], k0, 0x96);
-    c[2] = _mm512_ternarylogic_epi32(_mm512_srli_epi64(p0, 32), c[3], k1, 0x96);
-    c[1] = p1;
-    c[3] = p0;
+#pragma GCC unroll 2
+    for (auto& chain : c) {
+      const __m512i p0 = _mm512_mul_epu32(chain[0], m0), p1 = _mm512_mul_epu32(chain[2], m1);
+      chain[0] = _mm512_ternarylogic_epi32(_mm512_srli_epi64(p1, 32), chain[1], k0, 0x96);
+      chain[2] = _mm512_ternarylogic_epi32(_mm512_srli_epi64(p0, 32), chain[3], k1, 0x96);
+      chain[1] = p1;
+      chain[3] = p0;
+    }
     key.low += 0x9E3779B9u;
     key.high += 0xBB67AE85u;
   }
@@ -57,10 +61,10 @@ DGI_AVX512 __m512i pair(__m512i low, __m512i high) {
 // The words of 16 counters.
 DGI_AVX512 void sixteen_blocks(PhiloxKey key, __m512i block, __m512i row, __m512i level, __m512i stream,
                                uint32_t* words) {
-  __m512i even[] = {block, row, level, stream};
-  __m512i odd[] = {_mm512_srli_epi64(block, 32), _mm512_srli_epi64(row, 32), level, stream};
-  rounds(even, key);
-  rounds(odd, key);
+  __m512i chains[2][4] = {{block, row, level, stream},
+                          {_mm512_srli_epi64(block, 32), _mm512_srli_epi64(row, 32), level, stream}};
+  rounds(chains, key);
+  const auto &even = chains[0], &odd = chains[1];
   const __m512i even01 = pair(even[0], even[1]), even23 = pair(even[2], even[3]);
   const __m512i odd01 = pair(odd[0], odd[1]), odd23 = pair(odd[2], odd[3]);
   // 128-bit lane j of these is block 4 j, 4 j + 1, 4 j + 2, 4 j + 3: a transposition puts them in order.
@@ -95,19 +99,18 @@ __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl"))) void run_avx512(
   }
 }
 
-template <int kChains>
-DGI_AVX2 void rounds(__m256i (&c)[kChains][4], PhiloxKey key) {
+DGI_AVX2 void rounds(__m256i (&c)[2][4], PhiloxKey key) {
   const __m256i m0 = _mm256_set1_epi64x(0xD2511F53), m1 = _mm256_set1_epi64x(0xCD9E8D57);
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
     const __m256i k0 = _mm256_set1_epi32(static_cast<int>(key.low)), k1 = _mm256_set1_epi32(static_cast<int>(key.high));
-#pragma GCC unroll 8
-    for (int i = 0; i < kChains; ++i) {
-      const __m256i p0 = _mm256_mul_epu32(c[i][0], m0), p1 = _mm256_mul_epu32(c[i][2], m1);
-      c[i][0] = _mm256_xor_si256(_mm256_srli_epi64(p1, 32), _mm256_xor_si256(c[i][1], k0));
-      c[i][2] = _mm256_xor_si256(_mm256_srli_epi64(p0, 32), _mm256_xor_si256(c[i][3], k1));
-      c[i][1] = p1;
-      c[i][3] = p0;
+#pragma GCC unroll 2
+    for (auto& chain : c) {
+      const __m256i p0 = _mm256_mul_epu32(chain[0], m0), p1 = _mm256_mul_epu32(chain[2], m1);
+      chain[0] = _mm256_xor_si256(_mm256_srli_epi64(p1, 32), _mm256_xor_si256(chain[1], k0));
+      chain[2] = _mm256_xor_si256(_mm256_srli_epi64(p0, 32), _mm256_xor_si256(chain[3], k1));
+      chain[1] = p1;
+      chain[3] = p0;
     }
     key.low += 0x9E3779B9u;
     key.high += 0xBB67AE85u;
