@@ -177,8 +177,8 @@ def assignments(d: int) -> dict[str, Step]:
             "eager": lambda: assign_in_pytorch(z, books), "ours": lambda: assign_codes(z, books)}
 
 
-def assign_catalog(items: int, d: int = 64, batch: int = 65536) -> None:
-    """Assign codes to a catalog that is made batch by batch, and print the time of assignment alone."""
+def assign_catalog(items: int, results: Results, d: int = 64, batch: int = 65536) -> None:
+    """Assign codes to a catalog that is made batch by batch; the time of assignment alone, and of its products."""
     books = [codebook.detach() for codebook in inputs(d, peaked=True)[1]]
     random, spent, product = torch.Generator().manual_seed(0), 0.0, 0.0
     tile = torch.empty(batch, max(SIZES))
@@ -192,6 +192,8 @@ def assign_catalog(items: int, d: int = 64, batch: int = 65536) -> None:
         counts += codes[0][:, 0].bincount(minlength=SIZES[0])
     print(f"{items:,} items, D={d}, K={SIZES}: {spent:.1f} s, {items / spent / 1e6:.2f} million a second; the matrix "
           f"products alone {product:.1f} s; {int((counts > 0).sum())} codes of the first level in use; {title()}")
+    for name, total in (("floor", product), ("ours", spent)):
+        results.add("assign_codes", {"items": items, "D": d}, name, [total])
 
 
 def table(shapes: list[tuple[int, float]], rounds: int, results: Results) -> None:
@@ -257,14 +259,14 @@ if __name__ == "__main__":
     parser.add_argument("--catalog", type=int, metavar="ITEMS", help="assign codes to so many items, and no more")
     parser.add_argument("--json", metavar="FILE", help="write the figures there, as pytest-benchmark writes them")
     options = parser.parse_args()
-    if options.catalog:
-        assign_catalog(options.catalog)
-        raise SystemExit
-    torch._dynamo.config.cache_size_limit = 4 * len(SHAPES)
     measured = Results()
-    table(QUICK if options.quick else SHAPES, options.rounds, measured)
-    assignment_table(options.rounds, measured)
-    noise_table(options.rounds, measured)
+    if options.catalog:
+        assign_catalog(options.catalog, measured)
+    else:
+        torch._dynamo.config.cache_size_limit = 4 * len(SHAPES)
+        table(QUICK if options.quick else SHAPES, options.rounds, measured)
+        assignment_table(options.rounds, measured)
+        noise_table(options.rounds, measured)
     if options.json:
         measured.write(options.json)
         print(f"\nwrote {options.json}")
