@@ -72,7 +72,7 @@ def test_the_file_is_what_the_readme_says(tmp_path: Path, small: Trie) -> None:
     small.save(tmp_path / "trie")
     data = (tmp_path / "trie").read_bytes()
     magic, version, header_bytes, total = struct.unpack("<8sIIQ", data[:24])
-    assert (magic, version, total) == (b"DGITRIE\n", 2, len(data))
+    assert (magic, version, total) == (b"DGITRIE\n", 3, len(data))
     assert data[-32:] == hashlib.sha256(data[:-32]).digest()
     header = json.loads(data[24:24 + header_bytes])
     assert header["meta"] == {"codebook_sizes": [4, 3], "sizes_inferred": False, "num_items": 5, "max_degree": [3, 2],
@@ -82,14 +82,15 @@ def test_the_file_is_what_the_readme_says(tmp_path: Path, small: Trie) -> None:
     for name, dtype, length in header["arrays"]:
         start = -(-end // 64) * 64
         assert not any(data[end:start])
-        stored = np.dtype({"int16": "<i2", "int32": "<i4", "int64": "<i8"}[dtype])
+        stored = np.dtype({"int16": "<i2", "int32": "<i4", "int64": "<i8", "uint8": "<u1", "uint64": "<u8"}[dtype])
         arrays[name] = np.frombuffer(data, stored, length, start).tolist()
         end = start + length * stored.itemsize
     assert -(-end // 64) * 64 == len(data) - 32
     assert arrays == {
         "tokens.0": [0, 2, 3], "child_start.0": [0, 3],
         "tokens.1": [-1, 2, 0, 1], "child_start.1": [0, 1, 2, 4],
-        "item_start": [0, 1, 2, 3, 5], "item_order": [1, 3, 4, 0, 2], "item_ids": [10, 7, 8, 0, 2],
+        "item_start": [0, 1, 2, 3, 5], "item_ids": [10, 7, 8, 0, 2],
+        "item_order": [1, 0, 0, 3, 0, 0, 4, 0, 0, 0, 0, 0, 2, 0, 0],
     }
 
 
@@ -154,10 +155,10 @@ def altered(small: Trie, name: str, value: list[int]) -> dict[str, torch.Tensor]
     ("tokens.1", [-1, 2, 1, 1], "tokens.1 holds codes that do not ascend"),
     ("item_start", [0, 1, 2, 2, 5], "item_start does not cut"),
     ("item_start", [0, 1, 2, 3, 6], "item_start does not cut"),
-    ("item_order", [1, 3, 4, 0, 5], "item_order holds rows that do not exist"),
-    ("item_order", [1, 3, 4, 0, -1], "item_order holds rows that do not exist"),
-    ("item_order", [1, 3, 4, 0, 0], "item_order repeats a row"),
-    ("item_order", [1, 3, 4, 0], "array item_order has 4 elements; it must have 5"),
+    ("item_order", [1, 0, 0, 3, 0, 0, 4, 0, 0, 0, 0, 0, 5, 0, 0], "item_order holds rows that do not exist"),
+    ("item_order", [1, 0, 0, 3, 0, 0, 4, 0, 0, 0, 0, 0, 2, 0, 1], "item_order holds rows that do not exist"),
+    ("item_order", [1, 0, 0, 3, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0], "item_order repeats a row"),
+    ("item_order", [1, 3, 4, 0, 2], "array item_order has 5 elements; it must have 15"),
 ])
 def test_arrays_that_form_no_trie_are_refused(small: Trie, name: str, value: list[int], message: str) -> None:
     if message is None:
@@ -179,7 +180,7 @@ def test_a_sequence_does_not_go_on_after_its_end() -> None:
     ({"codebook_sizes": []}, "codebook_sizes must be"), ({"codebook_sizes": [4, 2.0]}, "codebook_sizes must be"),
     ({"codebook_sizes": [4, -1]}, "codebook_sizes must be"), ({"codebook_sizes": [4, 2**40]}, "codebook_sizes must be"),
     ({"codebook_sizes": 4}, "codebook_sizes must be"), ({"codebook_sizes": [4, 40000]}, "tokens.0 must be a vector of"),
-    ({"sizes_inferred": 0}, "sizes_inferred must be"), ({"num_items": 4}, "item_order has 5"),
+    ({"sizes_inferred": 0}, "sizes_inferred must be"), ({"num_items": 4}, "item_order has 15"),
     ({"num_items": -1}, "num_items must be"), ({"num_items": True}, "num_items must be"),
     ({"num_items": 2**31}, "must be a vector of torch.int64"), ({"max_degree": [3, 3]}, "max_degree is .3, 3., but"),
     ({"max_degree": [3]}, "max_degree must be"), ({"max_items": [5, 3, 3]}, "max_items is"),
@@ -211,7 +212,7 @@ def test_state_arrays_of_the_wrong_kind_are_refused(small: Trie) -> None:
 ])
 def test_hostile_headers_are_refused(tmp_path: Path, header: bytes) -> None:
     body = header + bytes(DIGEST) + bytes(-(24 + len(header) + DIGEST) % 64)
-    data = struct.pack("<8sIIQ", b"DGITRIE\n", 2, len(header), 24 + len(body) + DIGEST) + body + bytes(DIGEST)
+    data = struct.pack("<8sIIQ", b"DGITRIE\n", 3, len(header), 24 + len(body) + DIGEST) + body + bytes(DIGEST)
     (tmp_path / "trie").write_bytes(signed(data))
     with pytest.raises(TrieFormatError):
         Trie.load(tmp_path / "trie")
@@ -221,10 +222,11 @@ def test_another_version_is_named(tmp_path: Path, small: Trie) -> None:
     path = tmp_path / "trie"
     small.save(path)
     data = bytearray(path.read_bytes())
-    data[8] = 3
-    path.write_bytes(signed(bytes(data)))
-    with pytest.raises(TrieFormatError, match="format version 3; this library reads version 2"):
-        Trie.load(path)
+    for version in (1, 4):
+        data[8] = version
+        path.write_bytes(signed(bytes(data)))
+        with pytest.raises(TrieFormatError, match=f"format version {version}; this library reads versions 2 to 3"):
+            Trie.load(path)
 
 
 def test_other_files_and_no_file(tmp_path: Path) -> None:
