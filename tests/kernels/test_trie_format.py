@@ -26,6 +26,14 @@ def small() -> Trie:
     return Trie.from_codes([[3, 1], [0], [3, 1], [2, 2], [3, 0]], [10, 7, 8, 0, 2], codebook_sizes=[4, 3])
 
 
+@pytest.fixture
+def marked() -> Trie:
+    """Large enough that the starts of its leaves are marks."""
+    trie = Trie.from_codes([[i % 41 % 7, i % 41 % 6] for i in range(90)], codebook_sizes=[7, 6])
+    assert trie.arrays["item_start"].dtype == torch.uint64 and trie.arrays["item_order"].dtype == torch.uint8
+    return trie
+
+
 def assert_same(a: Trie, b: Trie) -> None:
     for name, array in a.arrays.items():
         assert torch.equal(array, b.arrays[name]), name
@@ -95,9 +103,10 @@ def test_the_file_is_what_the_readme_says(tmp_path: Path, small: Trie) -> None:
 
 
 @MODES
-def test_every_flipped_byte_is_found(tmp_path: Path, small: Trie, mmap: bool) -> None:
+@pytest.mark.parametrize("trie", ["small", "marked"])
+def test_every_flipped_byte_is_found(tmp_path: Path, trie: str, mmap: bool, request: pytest.FixtureRequest) -> None:
     path = tmp_path / "trie"
-    small.save(path)
+    request.getfixturevalue(trie).save(path)
     data = path.read_bytes()
     for place in range(len(data)):
         path.write_bytes(data[:place] + bytes([data[place] ^ random.randint(1, 255)]) + data[place + 1:])
@@ -119,18 +128,21 @@ def test_every_truncation_and_any_added_byte_is_found(tmp_path: Path, small: Tri
         Trie.load(path, mmap=mmap)
 
 
-def test_a_file_made_to_harm_is_refused_or_is_a_trie(tmp_path: Path, small: Trie) -> None:
+@MODES
+@pytest.mark.parametrize("trie", ["small", "marked"])
+def test_a_file_made_to_harm_is_refused_or_is_a_trie(tmp_path: Path, trie: str, mmap: bool,
+                                                     request: pytest.FixtureRequest) -> None:
     path = tmp_path / "trie"
-    small.save(path)
+    request.getfixturevalue(trie).save(path)
     data = path.read_bytes()
     accepted = 0
-    for place in random.sample(range(len(data) - DIGEST), 150):
+    for place in random.sample(range(len(data) - DIGEST), 250):
         path.write_bytes(signed(data[:place] + bytes([random.randrange(256)]) + data[place + 1:]))
         try:
-            trie = Trie.load(path)
+            loaded = Trie.load(path, mmap=mmap)
         except TrieFormatError:
             continue
-        use(trie)
+        use(loaded)
         accepted += 1
     assert accepted > 0
 
@@ -166,6 +178,45 @@ def test_arrays_that_form_no_trie_are_refused(small: Trie, name: str, value: lis
         return
     with pytest.raises(TrieFormatError, match=message):
         Trie.from_state(altered(small, name, value), small.state()[1])
+
+
+def test_marks_that_are_no_starts_of_leaves_are_refused(marked: Trie) -> None:
+    arrays, meta = marked.state()
+    numbers = arrays["item_start"].view(torch.int64)
+    blocks = int(numbers[0])
+    assert (blocks, len(numbers)) == (1, 12)  # blocks, a number of ones, 8 words, 2 samples
+    for place in range(len(numbers)):
+        for bit in (1, 1 << 40, -1):
+            wrong = numbers.clone()
+            wrong[place] ^= bit
+            with pytest.raises(TrieFormatError, match="item_start"):
+                Trie.from_state({**arrays, "item_start": wrong.view(torch.uint64)}, meta)
+    for wrong in (numbers[:-1], torch.cat([numbers, numbers[-1:]])):
+        with pytest.raises(TrieFormatError, match="array item_start has 1[13] elements; it must have 12"):
+            Trie.from_state({**arrays, "item_start": wrong.view(torch.uint64)}, meta)
+
+
+@MODES
+def test_files_of_version_2_are_read(tmp_path: Path, marked: Trie, mmap: bool) -> None:
+    """They held starts and rows as they are: what is written of a trie of such arrays but for the number."""
+    arrays, meta = marked.state()
+    base = marked.parts.base
+    plain = {"item_start": base.item_starts_at(torch.arange(base.num_nodes_at(2) + 1)).int(),
+             "item_order": base.ids_at(torch.arange(90)).int()}
+    Trie.from_state(arrays | plain, meta).save(tmp_path / "trie")
+    data = bytearray((tmp_path / "trie").read_bytes())
+    assert data[8] == 3
+    data[8] = 2
+    (tmp_path / "trie").write_bytes(signed(bytes(data)))
+    old = Trie.load(tmp_path / "trie", mmap=mmap)
+    assert old.arrays["item_start"].dtype == old.arrays["item_order"].dtype == torch.int32
+    use(old)
+    assert torch.equal(old.codes()[0], marked.codes()[0])
+    for depth in range(3):
+        nodes = torch.arange(marked.num_nodes_at(depth))
+        for got, expected in zip(old.items(nodes, depth), marked.items(nodes, depth), strict=True):
+            assert torch.equal(got, expected)
+    assert_same(old.update(remove=[0]).compact(), marked.update(remove=[0]).compact())
 
 
 def test_a_sequence_does_not_go_on_after_its_end() -> None:
