@@ -56,18 +56,23 @@ def functions_of(cubin: bytes) -> dict[str, tuple[Usage, str]]:
     return found
 
 
+def lines_and_loops(code: str) -> tuple[list[tuple[int, str]], list[tuple[int, int]]]:
+    """The instructions with their addresses, and the first and last address of every loop: of every jump back."""
+    lines = [(int(address, 16), text) for address, text in INSTRUCTION.findall(code)]
+    jumps = [(address, re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)) for address, text in lines]
+    return lines, [(int(jump[1], 16), address) for address, jump in jumps if jump and int(jump[1], 16) < address]
+
+
 def loop_instructions(code: str, marker: str, per_element: float) -> float:
     """Instructions for each element in the innermost loop with most ``marker`` instructions; an element takes
     ``per_element`` of these. 0 where no loop has any."""
-    lines = [(int(address, 16), text) for address, text in INSTRUCTION.findall(code)]
+    lines, all_loops = lines_and_loops(code)
     loops = []
-    for address, text in lines:
-        jump = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
-        if jump and int(jump[1], 16) < address:
-            body = [text for at, text in lines if int(jump[1], 16) <= at <= address]
-            marks = sum(marker in text for text in body)
-            if marks:
-                loops.append((int(jump[1], 16), address, len(body), marks))
+    for first, last in all_loops:
+        body = [text for address, text in lines if first <= address <= last]
+        marks = sum(marker in text for text in body)
+        if marks:
+            loops.append((first, last, len(body), marks))
     innermost = [(marks, length) for first, last, length, marks in loops
                  if not any(first <= a and b <= last and (a, b) != (first, last) for a, b, _, _ in loops)]
     if not innermost:
@@ -76,16 +81,21 @@ def loop_instructions(code: str, marker: str, per_element: float) -> float:
     return length * per_element / marks
 
 
+def repeated_instructions(code: str) -> int:
+    """Instructions inside loops; all, where there are none."""
+    lines, loops = lines_and_loops(code)
+    inside = sum(any(first <= address <= last for first, last in loops) for address, _ in lines)
+    return inside or len(lines)
+
+
 class Kept:
     """Usages of earlier runs by the hash of all that they follow from."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.all: dict[str, dict[str, dict]] = json.loads(path.read_text()) if path.exists() else {}
-        self.asked: set[str] = set()
 
     def get(self, key: str) -> dict[str, Usage] | None:
-        self.asked.add(key)
         found = self.all.get(key)
         return None if found is None else {name: Usage(**usage) for name, usage in found.items()}
 

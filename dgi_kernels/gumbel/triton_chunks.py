@@ -11,11 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dgi_kernels.gumbel.triton_kernels import LN2, LOG2E, STREAM, VARYING
+from dgi_kernels.gumbel.triton_kernels import LN2, LOG2E, PER_ROW, STREAM, VARYING
 from dgi_kernels.gumbel.triton_noise import noise_tile
-
-# Slices of a chunk of rows begin anywhere: no code of their own for aligned ones.
-PER_ROW = ["p_rnorm", "p_codes", "p_sampled", "p_lse", "p_norm", "p_dlse", "p_dtau"]
 
 
 @triton.jit

@@ -38,10 +38,12 @@ from dgi_kernels.triton_common import reciprocal_norm
 
 SLACK = tl.constexpr(8.0)  # the running maximum may lag by this much: weights stay below 2^8
 STREAM = tl.constexpr(0)  # of the noise of residual_quantize
-VARYING = ["N", "level", "row_offset"]  # no code of their own for the value 1 or a multiple of 16
+# No code of their own for the value 1 or a multiple of 16: it would be no faster, and each level would wait for one.
+VARYING = ["N", "level", "row_offset"]
+PER_ROW = ["p_rnorm", "p_codes", "p_sampled", "p_index", "p_lse", "p_dlse", "p_norm", "p_dtau", "p_order", "p_largest"]
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=PER_ROW)
 def emit_kernel(p_rest, p_mean, p_e, p_index, p_lse, p_quantized, p_residual, p_rnorm, N, D, stride_d, stride_m, eps,
                 b_n: tl.constexpr, b_d: tl.constexpr):
     """The seam of two levels: rest (N, D) float32 -= z~, and its rounding and norm for the next level. b_d >= D.
@@ -79,7 +81,7 @@ def best_of(y, o_k):
     return highest, tl.min(tl.where(y == highest[:, None], o_k[None, :], 0x7FFFFFFF), axis=1)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=PER_ROW)
 def level_kernel(p_r, p_e, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p_mean, p_codes, p_sampled, p_lse, N, K, D,
                  stride_d, stride_m, level, row_offset, log2_skip, soft: tl.constexpr, noisy: tl.constexpr,
                  b_n: tl.constexpr, b_k: tl.constexpr, b_d: tl.constexpr):
@@ -111,8 +113,8 @@ def level_kernel(p_r, p_e, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p_mean, p
         e = tl.load(p_e + o_tile, mask=m_k[:, None] & m_d[None, :], other=0.0)
         p_e += b_k * D
         rnorm_e = tl.load(p_rnorm_e + o_k, mask=m_k, other=0.0)
-        y = tl.dot(r, tl.trans(e), input_precision="ieee") * scale_r[:, None] * rnorm_e[None, :]
-        y = tl.where(m_k[None, :], y, float("-inf"))
+        beyond = tl.where(m_k, 0.0, float("-inf"))
+        y = tl.dot(r, tl.trans(e), input_precision="ieee") * scale_r[:, None] * rnorm_e[None, :] + beyond[None, :]
         highest, where = best_of(y, o_k)
         code = tl.where(highest > best, where, code)
         best = tl.maximum(best, highest)
@@ -145,7 +147,7 @@ def level_kernel(p_r, p_e, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p_mean, p
         tl.store(p_mean + o_n[:, None] * D + o_d[None, :], mean / total[:, None], mask=m_n[:, None] & m_d[None, :])
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=PER_ROW)
 def usage_kernel(p_r, p_e, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p_lse, p_sampled, p_order, p_partial, p_largest,
                  N, K, D, stride_d, stride_m, level, row_offset, noisy: tl.constexpr, b_n: tl.constexpr,
                  b_k: tl.constexpr, b_d: tl.constexpr):
@@ -206,7 +208,7 @@ def matters(p_largest, i_first, parts: tl.constexpr, row_tiles, code_tiles, i_k,
     return tl.max(tl.load(p_largest + i_n * code_tiles + i_k, mask=i_n < row_tiles, other=0.0)) >= skip
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=PER_ROW)
 def row_gradient_kernel(p_r, p_e, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p_lse, p_order, p_largest, p_unit, p_norm,
                         p_bound, p_dusage, p_dlse, p_gain, p_mean, p_out, p_dtau, N, K, D, stride_d, stride_m, level,
                         row_offset, skip, noisy: tl.constexpr, b_n: tl.constexpr, b_k: tl.constexpr, b_d: tl.constexpr,
@@ -275,7 +277,7 @@ def row_gradient_kernel(p_r, p_e, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p_
     tl.store(p_dtau + o_slot, dtau, mask=m_n)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=PER_ROW)
 def code_gradient_kernel(p_r, p_e, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p_lse, p_sampled, p_order, p_largest,
                          p_unit, p_norm, p_dusage, p_shift, p_gain, p_partial, p_radial, N, K, D, stride_d, stride_m,
                          level, row_offset, skip, eps, straight_through: tl.constexpr, noisy: tl.constexpr,

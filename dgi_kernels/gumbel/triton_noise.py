@@ -30,23 +30,49 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 if os.environ.get("TRITON_INTERPRET") == "1":  # the interpreter has no inline assembly
     @triton.jit
-    def log2_approx(x):
-        return tl.log2(x)
+    def log2_of_modulus(x):
+        return tl.log2(tl.abs(x))
+
+    @triton.jit
+    def halves_of_product(x, factor):
+        return tl.umulhi(x, factor), x * factor
 else:
     @triton.jit
-    def log2_approx(x):
-        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True,
-                                         pack=1)
+    def log2_of_modulus(x):  # the modulus costs nothing, where a minus would be an instruction
+        return tl.inline_asm_elementwise("{ .reg .f32 m; abs.f32 m, $1; lg2.approx.ftz.f32 $0, m; }", "=f,f", [x],
+                                         dtype=tl.float32, is_pure=True, pack=1)
+
+    @triton.jit
+    def halves_of_product(x, factor):
+        return tl.inline_asm_elementwise("{ .reg .b64 p; mul.wide.u32 p, $2, $3; mov.b64 {$1, $0}, p; }", "=r,=r,r,r",
+                                         [x, factor], dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1)
+
+
+@triton.jit
+def philox(seed, c0, c1, c2, c3):
+    """Philox4x32-10 of the counter (c0, c1, c2, c3) uint32 with the key ``seed`` int64.
+
+    tl.philox makes the two halves of a product by two multiplications, where the GPU has one for both.
+    """
+    k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        high0, low0 = halves_of_product(c0, tl.full((), 0xD2511F53, tl.uint32))
+        high1, low1 = halves_of_product(c2, tl.full((), 0xCD9E8D57, tl.uint32))
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0 += tl.full((), 0x9E3779B9, tl.uint32)
+        k1 += tl.full((), 0xBB67AE85, tl.uint32)
+    return c0, c1, c2, c3
 
 
 @triton.jit
 def gumbel_from_word(word):
-    """Uniform uint32 -> G = -log2(-ln(1 - u)). The polynomial is a fit of -log2(1 - u) / u, relative error 2.1e-6."""
+    """Uniform uint32 -> G = -log2(-ln(1 - u)). The polynomial is a fit of log2(1 - u) / u, relative error 2.1e-6."""
     small = word < 0x10000000
     # Not ~word: the interpreter of Triton 3.7 cannot invert unsigned words.
     v = tl.where(small, word, word ^ 0xFFFFFFFF).to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
-    series = v * ((0.5168004631996155 * v + 0.7204892635345459) * v + 1.4426980018615723)
-    return 0.5287663729448977 - log2_approx(tl.where(small, series, -log2_approx(v)))  # -log2(ln 2): E is in base 2
+    series = v * ((-0.5168004631996155 * v - 0.7204892635345459) * v - 1.4426980018615723)
+    # -log2(ln 2): E is in base 2, and negative here.
+    return 0.5287663729448977 - log2_of_modulus(tl.where(small, series, log2_of_modulus(v)))
 
 
 @triton.jit
@@ -54,7 +80,7 @@ def noise_tile(seed, first_code, o_row, level, stream, b_k: tl.constexpr):
     """G of b_k codes from ``first_code``, a multiple of 4, for the rows ``o_row`` (b_n,) uint32 -> (b_n, b_k)."""
     o_block = (first_code // 4 + tl.arange(0, b_k // 4)).to(tl.uint32)
     level, stream = tl.cast(level, tl.uint32), tl.cast(stream, tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, o_block[None, :], o_row[:, None], level, stream)
+    w0, w1, w2, w3 = philox(seed, o_block[None, :], o_row[:, None], level, stream)
     even = tl.join(gumbel_from_word(w0), gumbel_from_word(w2))
     odd = tl.join(gumbel_from_word(w1), gumbel_from_word(w3))
     return tl.reshape(tl.join(even, odd), (o_row.shape[0], b_k))
@@ -65,7 +91,7 @@ def noise_tile_by_code(seed, first_code, o_row, level, stream, b_k: tl.constexpr
     """:func:`noise_tile`, transposed: (b_k, b_n)."""
     o_block = (first_code // 4 + tl.arange(0, b_k // 4)).to(tl.uint32)
     level, stream = tl.cast(level, tl.uint32), tl.cast(stream, tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, o_block[:, None], o_row[None, :], level, stream)
+    w0, w1, w2, w3 = philox(seed, o_block[:, None], o_row[None, :], level, stream)
     even = tl.join(gumbel_from_word(w0), gumbel_from_word(w2))
     odd = tl.join(gumbel_from_word(w1), gumbel_from_word(w3))
     return tl.reshape(tl.permute(tl.join(even, odd), (0, 2, 3, 1)), (b_k, o_row.shape[0]))

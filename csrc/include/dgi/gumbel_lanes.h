@@ -4,7 +4,7 @@
 //
 // A lane takes every lanes-th Philox block, which is four neighbouring codes, and makes their noise again in each pass
 // rather than store it. Between passes the lanes' parts are merged: that alone is the caller's, since threads differ in
-// how they meet.
+// how they meet. y and what is known of it are in base 2, so that exponentials and logarithms are one instruction each.
 #pragma once
 
 #include <cmath>
@@ -12,28 +12,28 @@
 #include <limits>
 
 #include "dgi/convert.h"
-#include "dgi/gumbel.h"
+#include "dgi/gumbel_log2.h"
 #include "dgi/macros.h"
 #include "dgi/noise.h"
 #include "dgi/philox.h"
 
 namespace dgi {
 
-// What some lanes know of y: its maximum, where it is first reached, and sum_k exp(y_k - top), NaN where y has one.
+// What some lanes know of y: its maximum, where it is first reached, and sum_k 2^(y_k - top), NaN where y has one.
 struct SoftmaxPart {
   float top = -std::numeric_limits<float>::infinity();
   float total = 0;
   int64_t index = 0;
 };
 
-DGI_HOST_DEVICE float exp_above(float y, float top) {  // a row of -inf alone has no maximum to subtract
-  return std::exp(y - (top == -std::numeric_limits<float>::infinity() ? 0.0f : top));
+DGI_HOST_DEVICE float exp2_above(float y, float top) {  // a row of -inf alone has no maximum to subtract
+  return std::exp2(y - (top == -std::numeric_limits<float>::infinity() ? 0.0f : top));
 }
 
 DGI_HOST_DEVICE SoftmaxPart merge(const SoftmaxPart& a, const SoftmaxPart& b) {
   const bool second = b.top > a.top || (b.top == a.top && b.index < a.index);
   const float top = second ? b.top : a.top;
-  return {top, a.total * exp_above(a.top, top) + b.total * exp_above(b.top, top), second ? b.index : a.index};
+  return {top, a.total * exp2_above(a.top, top) + b.total * exp2_above(b.top, top), second ? b.index : a.index};
 }
 
 template <class Stored>
@@ -51,14 +51,17 @@ struct GumbelRow {
       const PhiloxBlock random = philox4x32_10(shape.counter(row, block), key);
       for (int w = 0; w < 4; ++w) {
         const int64_t k = 4 * block + w;
-        if (k < shape.codes) visit(k, (load(logits[k]) + gumbel_from_word(random.word[w])) * inv_tau);
+        if (k < shape.codes) visit(k, (load(logits[k]) * kLog2E + gumbel_in_base_2(random.word[w])) * inv_tau);
       }
     }
   }
 
   DGI_HOST_DEVICE SoftmaxPart part(int64_t lane, int64_t lanes) const {
     SoftmaxPart own;
-    walk(lane, lanes, [&](int64_t k, float y) { own = merge(own, SoftmaxPart{y, y == y ? 1.0f : y, k}); });
+    walk(lane, lanes, [&](int64_t k, float y) {
+      if (y > own.top) own = {y, own.total * exp2_above(own.top, y), k};
+      own.total += exp2_above(y, own.top);
+    });
     return own;
   }
 
@@ -66,7 +69,7 @@ struct GumbelRow {
   DGI_HOST_DEVICE void emit(int64_t lane, int64_t lanes, const SoftmaxPart& whole, bool hard, Stored* out) const {
     const float scale = 1 / whole.total;
     walk(lane, lanes, [&](int64_t k, float y) {
-      const float p = exp_above(y, whole.top) * scale;
+      const float p = exp2_above(y, whole.top) * scale;
       store(hard ? (k == whole.index ? 1.0f : 0.0f) + (scale - scale) : p, out[k]);
     });
   }
@@ -74,22 +77,22 @@ struct GumbelRow {
   // The lane's part of sum_k p_k u_k.
   DGI_HOST_DEVICE float mean(int64_t lane, int64_t lanes, const SoftmaxPart& whole, const Stored* upstream) const {
     float sum = 0;
-    walk(lane, lanes, [&](int64_t k, float y) { sum += exp_above(y, whole.top) * load(upstream[k]); });
+    walk(lane, lanes, [&](int64_t k, float y) { sum += exp2_above(y, whole.top) * load(upstream[k]); });
     return sum / whole.total;
   }
 
   // Writes dL/dx; returns the lane's part of dL/dtau = -sum_k dL/dx_k log p_k.
   DGI_HOST_DEVICE float gradient(int64_t lane, int64_t lanes, const SoftmaxPart& whole, const Stored* upstream, float mean,
                                  Stored* out) const {
-    const float log_total = std::log(whole.total);
+    const float log_total = std::log2(whole.total), scale = 1 / whole.total;
     float dtau = 0;
     walk(lane, lanes, [&](int64_t k, float y) {
-      const float p = exp_above(y, whole.top) / whole.total;
+      const float p = exp2_above(y, whole.top) * scale;
       const float dx = p * (load(upstream[k]) - mean) * inv_tau;
       store(dx, out[k]);
       if (p != 0) dtau -= dx * (y - whole.top - log_total);
     });
-    return dtau;
+    return dtau * kLogE2;
   }
 };
 

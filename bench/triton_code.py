@@ -1,0 +1,222 @@
+"""Compile every Triton kernel as its launchers call it for GPUs that need not be there.
+
+The launchers themselves run, on small CPU tensors, with the launch replaced by a note of it, so that what is compiled
+is what a GPU would be asked to run: every dtype, every tile configuration, with the argument specialisations of Triton.
+Launches that Triton makes one code of are one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from machine_code import Kept, Usage, functions_of, repeated_instructions
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dgi_kernels import triton_common as common
+from dgi_kernels.cosine import triton as cosine
+from dgi_kernels.gumbel import triton as gumbel
+from dgi_kernels.gumbel import triton_softmax as softmax
+
+MODULES = (common, cosine.kernels, gumbel.kernels, gumbel.chunks, softmax.kernels)
+TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32",
+         torch.int64: "*i64"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel as one launcher calls it: everything that decides the code Triton makes, and what to call it."""
+
+    module: str
+    kernel: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    aligned: tuple[int, ...]
+    options: tuple[tuple[str, int], ...]
+    label: str = field(compare=False)
+
+    def case(self) -> str:
+        """The label and what the launcher switched on. Of several codes of one case the largest counts."""
+        return " ".join([*self.label.split(), *(name for name, value in self.constants if value is True)])
+
+    def name(self) -> str:
+        """Op family and kernel."""
+        return ".".join([*self.module.split(".")[1:-1], self.kernel])
+
+    def function(self) -> triton.JITFunction:
+        return next(getattr(module, self.kernel) for module in MODULES if module.__name__ == self.module)
+
+
+def describe(label: str, kernel: triton.JITFunction, args: tuple, kwargs: dict[str, Any]) -> Launch:
+    """What Triton specialises on: dtypes, None, constants, integers equal to 1, and multiples of 16."""
+    values = dict(zip(kernel.arg_names, args, strict=False))
+    options = tuple((name, kwargs.pop(name)) for name in ("num_warps", "num_stages") if name in kwargs)
+    values |= kwargs
+    signature, constants, aligned = [], [], []
+    for i, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and isinstance(value, int) and value == 1):
+            kind = "constexpr"
+            constants.append((parameter.name, value))
+        elif isinstance(value, torch.Tensor):
+            kind = TYPES[value.dtype]
+            aligned += [i] * (value.data_ptr() % 16 == 0 and not parameter.do_not_specialize_on_alignment)
+        elif isinstance(value, float):
+            kind = "fp32"
+        else:
+            kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+            aligned += [i] * (special and value % 16 == 0)
+        signature.append((parameter.name, kind))
+    return Launch(kernel.fn.__module__, kernel.__name__, tuple(signature), tuple(constants), tuple(aligned), options,
+                  label)
+
+
+def launches_of(label: str, call: Callable[[], None]) -> list[Launch]:
+    """Run a launcher; note its launches instead of making them."""
+    noted: list[Launch] = []
+
+    def note(kernel: triton.JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        noted.append(describe(label, kernel, args, kwargs))
+        for value in args:
+            if isinstance(value, torch.Tensor) and value.dtype == torch.int64:
+                value.zero_()  # codes and orders that the kernel would have written are indices
+
+    run, triton.JITFunction.run = triton.JITFunction.run, note
+    try:
+        call()
+    finally:
+        triton.JITFunction.run = run
+    return noted
+
+
+def cosine_launches() -> Iterator[Launch]:
+    """Each dtype and form with aligned sizes, and once each with sizes of which nothing is a multiple of 16."""
+    cases = [(dtype, dim) for dtype in cosine.HALF for dim in cosine.FLASH[9]]
+    cases += [(torch.bfloat16, 200), (torch.bfloat16, 768), (torch.float16, 768), (torch.float32, 256),
+              (torch.float32, 17)]
+    for dtype, dim in cases:
+        def call(dtype: torch.dtype = dtype, dim: int = dim) -> None:
+            rows, codes = (32, 48) if dim % 16 == 0 else (33, 47)
+            h = torch.randn(rows, dim).to(dtype).requires_grad_()
+            weight = torch.randn(codes, dim).to(dtype).requires_grad_()
+            target, scale = torch.zeros(rows, dtype=torch.int64), torch.tensor(30.0, requires_grad=True)
+            loss = cosine.cosine_cross_entropy(h, weight, target, scale, -100, "mean", 0.1, 1e-12)
+            loss.backward()
+            with torch.no_grad():
+                cosine.cosine_cross_entropy(h, weight, target, scale, -100, "mean", 0.1, 1e-12)
+        yield from launches_of(f"{str(dtype).removeprefix('torch.')} D={dim}", call)
+
+
+def gumbel_launches() -> Iterator[Launch]:
+    """Residual quantization: each dtype, form and mode, with and without noise, with all optional gradients and with
+    none (less than all is less code), and once each form with codebooks of no multiple of 16; noise and softmax at
+    each tile."""
+    seed, tau = torch.zeros(1, dtype=torch.int64), torch.tensor(0.5, requires_grad=True)
+    cases = [(dtype, dim, 48) for dtype in gumbel.HALF for dim in (*gumbel.FLASH[9], 768)]
+    cases += [(torch.float32, 64, 48), (torch.bfloat16, 128, 47), (torch.bfloat16, 768, 47)]
+    for dtype, dim, codes in cases:
+        def quantize(dtype: torch.dtype = dtype, dim: int = dim, codes: int = codes) -> None:
+            for mode, noise in (("soft", seed), ("soft", None), ("straight_through", seed), ("straight_through", None),
+                                ("hard", None)):
+                z, *codebooks = (torch.randn(rows, dim).to(dtype).requires_grad_() for rows in (32, codes, codes))
+                with torch.set_grad_enabled(mode != "hard"):
+                    result = gumbel.residual_quantize(z, codebooks, torch.tensor(30.0), tau, mode, noise, 0, 1e-12)
+                if mode != "hard":
+                    loss = result.quantized.sum()
+                    if noise is not None:
+                        loss = loss + result.usage[0].sum() + result.log_normalizer.sum()
+                    loss.backward()
+        yield from launches_of(f"{str(dtype).removeprefix('torch.')} D={dim}", quantize)
+    for dtype in (torch.float32, *gumbel.HALF):
+        def sample(dtype: torch.dtype = dtype) -> None:
+            for codes in (*(b_k for _, b_k in softmax.SOFTMAX_TILES), 32000, 33):
+                logits = torch.randn(4, codes).to(dtype).requires_grad_()
+                for hard in (False, True):
+                    softmax.gumbel_softmax(logits, tau, hard, seed).sum().backward()
+        yield from launches_of(str(dtype).removeprefix("torch."), sample)
+    yield from launches_of("", lambda: [softmax.gumbel_noise(seed, 0, 0, 0, 4, codes)
+                                        for codes in (b_k for _, b_k in softmax.NOISE_TILES)] and None)
+
+
+def launches(arch: int) -> list[Launch]:
+    """All of them for one architecture, each code once."""
+    common.architecture = lambda device: arch // 10  # type: ignore[assignment]
+    return list(dict.fromkeys([*gumbel_launches(), *cosine_launches()]))
+
+
+def machine_code(launch: Launch, arch: int) -> tuple[Usage, str]:
+    """What a kernel takes but for instructions by element, and its machine code as text."""
+    kernel = launch.function()
+    constants = {(kernel.arg_names.index(name),): value for name, value in launch.constants}
+    attributes = {(i,): [["tt.divisibility", 16]] for i in launch.aligned}
+    source = ASTSource(kernel, dict(launch.signature), constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
+    (usage, code), = functions_of(compiled.asm["cubin"]).values()
+    return Usage(usage.registers, usage.spilled, compiled.metadata.shared, usage.instructions), code
+
+
+def elements(launch: Launch) -> float:
+    """Of a tile of logits, for each of its threads; 0 for a kernel that has no such tile."""
+    blocks, warps = dict(launch.constants), dict(launch.options)["num_warps"]
+    return blocks.get("b_n", 1) * blocks.get("b_k", 0) / (32 * warps)
+
+
+def compile_for(launch: Launch, arch: int) -> tuple[Usage, float]:
+    """What a kernel takes, and how many seconds its compilation took.
+
+    Instructions by element: those of its loops over tiles of logits (of the whole kernel where a row is one tile), by a
+    thread's elements of a tile; two variants' difference says what one ingredient costs.
+    """
+    start = time.perf_counter()
+    usage, code = machine_code(launch, arch)
+    per_element = repeated_instructions(code) / (elements(launch) or math.inf)
+    return (Usage(usage.registers, usage.spilled, usage.shared, usage.instructions, round(per_element, 1)),
+            time.perf_counter() - start)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A launch for an architecture, and what it takes if that is known."""
+
+    launch: Launch
+    arch: int
+    key: str
+    usage: Usage | None
+
+
+def cases(architectures: list[int], kept: Kept) -> list[Case]:
+    """Every launch for every architecture; what has not changed since it was compiled last is known."""
+    state = hashlib.sha256(triton.__version__.encode())
+    for path in (Path(__file__), Path(__file__).with_name("machine_code.py")):
+        state.update(path.read_bytes())
+    found = []
+    for arch in architectures:
+        for launch in launches(arch):
+            own = state.copy()
+            own.update(f"{launch.function().cache_key} {replace(launch, label='')} {arch}".encode())
+            usages = kept.get(own.hexdigest())
+            found.append(Case(launch, arch, own.hexdigest(), usages[launch.kernel] if usages else None))
+    return found
+
+
+def compiled(found: list[Case], jobs: int, kept: Kept) -> Iterator[tuple[Case, Usage, float]]:
+    """Each case, what it takes, and the seconds that its compilation took."""
+    with ProcessPoolExecutor(jobs) as pool:
+        futures = [None if case.usage else pool.submit(compile_for, case.launch, case.arch) for case in found]
+        for case, future in zip(found, futures, strict=True):
+            usage, seconds = case.usage, 0.0
+            if future is not None:
+                usage, seconds = future.result()
+                kept.put(case.key, {case.launch.kernel: usage})
+            assert usage is not None
+            yield case, usage, seconds
