@@ -24,8 +24,8 @@ class TrieArrays:
     """The arrays of a trie of depth L over N items; n_t is the number of nodes at depth t, and n_0 = 1 (the root).
 
     Tokens are int16 where every codebook has at most 32768 codes, else int32. Offsets are int32 below 2^31, else int64.
-    ``item_start`` and ``item_order`` may be packed: see ``starts.py`` and ``rows.py``. The last three are None where they
-    would be 0, 1, 2, …
+    ``item_start`` and ``item_order`` may be packed: see ``starts.py`` and ``rows.py``. The last three are None where
+    they would be 0, 1, 2, …
 
     Attributes:
         tokens: ``tokens[t]`` (n_{t+1},), the codes out of depth t, run by run; -1 where a sequence has ended.
@@ -53,7 +53,7 @@ class TrieArrays:
     @classmethod
     def make(cls, tokens: tuple[Tensor, ...], child_start: tuple[Tensor, ...], item_start: Tensor | None,
              item_order: Tensor | None, item_ids: Tensor | None, num_items: int) -> TrieArrays:
-        """The arrays with the numbers that follow from them, and packed; ``item_start`` and ``item_order`` are not yet."""
+        """The arrays with the numbers that follow from them; ``item_start`` and ``item_order`` are packed here."""
         runs = item_start  # of items, below each node
         max_items = [1 if num_items and runs is None else _longest_run(runs)]
         for starts in reversed(child_start):

@@ -1,7 +1,8 @@
 """Restricting a search to a subset of a trie's items, without dead ends.
 
 The items below a node are a range of the leaf order, so a node leads to an allowed item if and only if the number of
-allowed places before the range's end is greater than that before its beginning: two ranks of a bitset.
+allowed places before the range's end is greater than that before its beginning: two ranks of a bitset. The same holds
+of its leaves, which is what compiled searches go by: they need not know where the items of a leaf stand.
 """
 
 from __future__ import annotations

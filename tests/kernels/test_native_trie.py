@@ -221,7 +221,8 @@ def test_the_ops_are_well_registered() -> None:
     torch.library.opcheck(torch.ops.dgi_kernels.find_children.default, (
         torch.tensor([1, 4, 2], dtype=torch.int16), torch.tensor([0, 2, 3]), torch.tensor([0, 1, -1]),
         torch.tensor([4, 4, 4])))
-    torch.library.opcheck(torch.ops.dgi_kernels.run_starts.default, (native.run_marks(torch.arange(9)), torch.arange(5)))
+    marks = native.run_marks(torch.arange(9))
+    torch.library.opcheck(torch.ops.dgi_kernels.run_starts.default, (marks, torch.arange(5)))
     torch.library.opcheck(torch.ops.dgi_kernels.item_set.default, (torch.rand(20) < 0.5, torch.randperm(20)))
 
 
@@ -232,7 +233,8 @@ def test_construction_is_clean_under_sanitizers(tmp_path: Path, seed: int) -> No
     compiled = subprocess.run(
         ["c++", "-std=c++20", "-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
          f"-I{CSRC / 'include'}", f"-I{CSRC / 'cpu'}", str(Path(__file__).with_name("trie_driver.cpp")),
-         str(CSRC / "cpu" / "trie.cpp"), str(CSRC / "cpu" / "item_set.cpp"), "-o", str(binary)], capture_output=True, text=True)
+         str(CSRC / "cpu" / "trie.cpp"), str(CSRC / "cpu" / "item_set.cpp"), "-o", str(binary)],
+        capture_output=True, text=True)
     if compiled.returncode and "sanitize" in compiled.stderr + compiled.stdout or "asan" in compiled.stderr:
         pytest.skip(f"the compiler has no sanitizers: {compiled.stderr[-300:]}")
     assert compiled.returncode == 0, compiled.stderr
