@@ -1,8 +1,8 @@
 """Where the items of each leaf start, in as few bytes as can be read at random.
 
 They are int32 or int64, or *marks*: a bit for each place and the end, 1 where a leaf's items start and at the end, as
-an :class:`ItemSet`, and for every 256th leaf the block of 512 places in which they start. Marks are one array of uint64;
-``README.md`` in this folder gives its layout.
+an :class:`ItemSet`, and for every 256th leaf the block of 512 places in which they start. Marks are one array of
+uint64; ``README.md`` in this folder gives its layout.
 """
 
 from __future__ import annotations
