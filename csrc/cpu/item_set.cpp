@@ -2,11 +2,15 @@
 //
 // The members are first packed into bits by row, so that those of ten million rows lie in the second-level cache while
 // places ask for them in any order; then every place gathers its bit. Both take eight rows or more at a time.
+//
+// The members by place become members by leaf word by word: the marks of where leaves begin cut a word into runs, each of
+// which comes to one bit.
 #include "item_set.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <utility>
 
@@ -186,6 +190,57 @@ void write_ranks(const uint64_t* words, int64_t blocks, int64_t* ranks) {
   for (int64_t block = 0; block < blocks; ++block) total += std::exchange(ranks[block], total);
 }
 
+// Moves the bits of `word` that `mask` selects to the lowest places, in order (H. Warren, Hacker's Delight, 7-4): no
+// branch, so that several words go at once.
+DGI_ALWAYS_INLINE inline uint64_t compressed(uint64_t word, uint64_t mask) {
+  word &= mask;
+  uint64_t zeros = ~mask << 1;  // to the right of each bit
+  for (int shift = 1; shift < kWordBits; shift *= 2) {
+    uint64_t parity = zeros;
+    for (int by = 1; by < kWordBits; by *= 2) parity ^= parity << by;
+    const uint64_t moved = parity & mask;
+    mask = (mask ^ moved) | (moved >> shift);
+    const uint64_t bits = word & moved;
+    word = (word ^ bits) | (bits >> shift);
+    zeros &= ~parity;
+  }
+  return word;
+}
+
+// Blocks [first, last) of the `blocks` of places into the leaves, whose words are 0 yet. Other threads take the blocks about
+// them, and share the first and the last word with this one.
+DGI_ALWAYS_INLINE inline void join_runs(const ItemSet& places, const RunMarks& marks, int64_t first, int64_t last,
+                                        int64_t blocks, uint64_t* leaf_words, int64_t count) {
+  const uint64_t *const ranks = marks.data + 1, *const starts = ranks + marks.blocks();
+  int64_t leaf = static_cast<int64_t>(ranks[first]);  // the next to begin
+  const int64_t first_word = (leaf - 1) / kWordBits, last_word = last < blocks
+      ? static_cast<int64_t>(ranks[last]) / kWordBits : std::numeric_limits<int64_t>::max();
+  const auto add = [&](int64_t word, uint64_t bits) {
+    if (bits == 0 || static_cast<uint64_t>(word) >= static_cast<uint64_t>(count)) return;  // the latter: no true marks
+    if (word <= first_word || word >= last_word) {
+      std::atomic_ref<uint64_t>(leaf_words[word]).fetch_or(bits, std::memory_order_relaxed);
+    } else {
+      leaf_words[word] |= bits;
+    }
+  };
+  for (int64_t block = first; block < last; ++block) {
+    const uint64_t *const begins = starts + block * kBlockWords, *const members = places.words + block * kBlockWords;
+    uint64_t joined[kBlockWords];  // of each word, a bit for each of its runs
+    for (int64_t w = 0; w < kBlockWords; ++w) {
+      // A carry from the lowest bit of a run comes out at its highest if and only if all bits on the way are 1.
+      const uint64_t none = ~members[w], ends = begins[w] >> 1 | uint64_t{1} << 63;
+      const uint64_t empty = none & ((none & ~ends) + (begins[w] | 1)) & ends;
+      joined[w] = compressed(ends & ~empty, ends);
+    }
+    for (int64_t w = 0; w < kBlockWords; ++w) {
+      const int64_t at = leaf - ((begins[w] & 1) == 0);  // a run that goes on from the word before is the last leaf's
+      add(at / kWordBits, joined[w] << (at % kWordBits));
+      if (at % kWordBits != 0) add(at / kWordBits + 1, joined[w] >> (kWordBits - at % kWordBits));
+      leaf += count_ones(begins[w]);
+    }
+  }
+}
+
 }  // namespace
 
 bool write_item_set(const bool* members, int64_t size, const Offsets& item_order, uint64_t* words, int64_t* ranks) {
@@ -231,5 +286,25 @@ bool write_run_marks(const Offset* starts, int64_t runs, uint64_t* marks) {
 
 template bool write_run_marks(const int32_t*, int64_t, uint64_t*);
 template bool write_run_marks(const int64_t*, int64_t, uint64_t*);
+
+void write_leaf_set(const ItemSet& places, int64_t blocks, const Offsets& starts, int64_t leaves, uint64_t* leaf_words,
+                    int64_t* leaf_ranks) {
+  const int64_t leaf_blocks = leaves / (kWordBits * kBlockWords) + 1;
+  std::fill_n(leaf_words, leaf_blocks * kBlockWords, uint64_t{0});
+  if (starts.stored == Offsets::Stored::kRunMarks) {
+    const RunMarks marks{static_cast<const uint64_t*>(starts.data)};
+    for_words(blocks, [&](auto, int64_t first, int64_t last) DGI_ALWAYS_INLINE {
+      join_runs(places, marks, first / kBlockWords, last / kBlockWords, blocks, leaf_words, leaf_blocks * kBlockWords);
+    });
+  } else {  // long runs, or few leaves
+    parallel_for(leaf_blocks, 1, [&](int64_t first, int64_t last) {
+      constexpr int64_t kBlockBits = kWordBits * kBlockWords;
+      for (int64_t leaf = first * kBlockBits; leaf < std::min(leaves, last * kBlockBits); ++leaf) {
+        leaf_words[leaf / kWordBits] |= uint64_t{places.any(starts.run(leaf))} << (leaf % kWordBits);
+      }
+    });
+  }
+  write_ranks(leaf_words, leaf_blocks, leaf_ranks);
+}
 
 }  // namespace dgi::cpu

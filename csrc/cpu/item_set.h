@@ -16,4 +16,9 @@ bool write_item_set(const bool* members, int64_t size, const Offsets& item_order
 template <class Offset>
 bool write_run_marks(const Offset* starts, int64_t runs, uint64_t* marks);
 
+// Makes the ItemSet of the leaves that have a member among their places, which are `blocks` blocks. `starts` (leaves + 1) of
+// the leaves' places; `leaf_words` and `leaf_ranks` as large as such a set must be.
+void write_leaf_set(const ItemSet& places, int64_t blocks, const Offsets& starts, int64_t leaves, uint64_t* leaf_words,
+                    int64_t* leaf_ranks);
+
 }  // namespace dgi::cpu

@@ -19,13 +19,13 @@ def rank_candidates(query: Tensor, item_vectors: Tensor, trie: Trie, nodes: Tens
         RuntimeError: a node is out of range (on CUDA it is dead).
     """
     base, delta, added = trie.parts.base, trie.parts.delta, trie.parts.added
-    sets, set_of = filter_arguments(filters, len(query))
+    sets, set_of = filter_arguments(filters, len(query), leaves=False)
     of_delta: tuple[list[Tensor], Tensor | None, Tensor | None, Tensor | None] = ([], None, None, None)
     if added is not None and delta is not None:
-        of_delta = (added.below(depth), added.item_order, added.item_ids, delta.anchors[depth])
+        of_delta = (added.items_below(depth), added.item_order, added.item_ids, delta.anchors[depth])
     return torch.ops.dgi_kernels.rank_candidates(
-        _rows(query), _rows(item_vectors), base.num_nodes_at(depth), base.below(depth), base.item_order, base.item_ids,
-        *of_delta, sets, set_of, nodes, scores, k, EPS)
+        _rows(query), _rows(item_vectors), base.num_nodes_at(depth), base.items_below(depth), base.item_order,
+        base.item_ids, *of_delta, sets, set_of, nodes, scores, k, EPS)
 
 
 def _rows(vectors: Tensor) -> Tensor:

@@ -128,7 +128,11 @@ class Trie:
 
     @property
     def nbytes(self) -> int:
-        """The size of all arrays in bytes, those that are shared with other tries included."""
+        """The size of all arrays in bytes, those that are shared with other tries included.
+
+        About 3 bytes an item say which item is which (``item_start`` and ``item_order``); no search reads them. See
+        "Memory" in ``README.md`` in this folder.
+        """
         return sum(array.nbytes for array in self.arrays.values())
 
     @property

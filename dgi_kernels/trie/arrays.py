@@ -10,8 +10,9 @@ from torch import Tensor
 
 from dgi_kernels import backend as backends
 from dgi_kernels.trie import native, reference
+from dgi_kernels.trie.item_set import ItemSet
 from dgi_kernels.trie.rows import packed_rows, plain_rows, rows_at
-from dgi_kernels.trie.starts import packed_starts, plain_starts, starts_at
+from dgi_kernels.trie.starts import leaf_set, packed_starts, plain_starts, starts_at
 
 END = -1  # the token of a sequence that has ended; it sorts before every code
 NARROW_CODEBOOK = 2**15  # tokens are int16 where no codebook is larger
@@ -23,8 +24,8 @@ class TrieArrays:
     """The arrays of a trie of depth L over N items; n_t is the number of nodes at depth t, and n_0 = 1 (the root).
 
     Tokens are int16 where every codebook has at most 32768 codes, else int32. Offsets are int32 below 2^31, else int64.
-    ``item_start`` and ``item_order`` may be packed: see ``starts.py`` and ``rows.py``. The last three are None where they
-    would be 0, 1, 2, …
+    ``item_start`` and ``item_order`` may be packed: see ``starts.py`` and ``rows.py``. The last three are None where
+    they would be 0, 1, 2, …
 
     Attributes:
         tokens: ``tokens[t]`` (n_{t+1},), the codes out of depth t, run by run; -1 where a sequence has ended.
@@ -52,7 +53,7 @@ class TrieArrays:
     @classmethod
     def make(cls, tokens: tuple[Tensor, ...], child_start: tuple[Tensor, ...], item_start: Tensor | None,
              item_order: Tensor | None, item_ids: Tensor | None, num_items: int) -> TrieArrays:
-        """The arrays with the numbers that follow from them, and packed; ``item_start`` and ``item_order`` are not yet."""
+        """The arrays with the numbers that follow from them; ``item_start`` and ``item_order`` are packed here."""
         runs = item_start  # of items, below each node
         max_items = [1 if num_items and runs is None else _longest_run(runs)]
         for starts in reversed(child_start):
@@ -96,8 +97,16 @@ class TrieArrays:
         return 1 if depth == 0 else len(self.tokens[depth - 1])
 
     def below(self, depth: int) -> list[Tensor]:
+        """The arrays that lead from the nodes of ``depth`` down to leaves."""
+        return list(self.child_start[depth:])
+
+    def items_below(self, depth: int) -> list[Tensor]:
         """The arrays that lead from the nodes of ``depth`` down to places of the leaf order."""
         return [*self.child_start[depth:], *([] if self.item_start is None else [self.item_start])]
+
+    def leaves_of(self, places: ItemSet) -> ItemSet:
+        """The set of the leaves that hold a place of a set."""
+        return places if self.item_start is None else leaf_set(places, self.item_start, self.num_nodes_at(self.depth))
 
     def item_range(self, nodes: Tensor, depth: int) -> tuple[Tensor, Tensor]:
         """The items below nodes of ``depth``, none of them -1, as int64 ranges [first, end) of the leaf order."""

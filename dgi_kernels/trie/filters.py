@@ -1,11 +1,13 @@
 """Restricting a search to a subset of a trie's items, without dead ends.
 
 The items below a node are a range of the leaf order, so a node leads to an allowed item if and only if the number of
-allowed places before the range's end is greater than that before its beginning: two ranks of a bitset.
+allowed places before the range's end is greater than that before its beginning: two ranks of a bitset. The same holds
+of its leaves, which is what compiled searches go by: they need not know where the items of a leaf stand.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -33,6 +35,14 @@ class TrieFilter:
         self.trie = trie
         self.base = base
         self.delta = delta
+
+    @functools.cached_property
+    def leaves(self) -> tuple[ItemSet, ItemSet | None]:
+        """The leaves that hold an allowed item, of base and delta: what a search goes by. Made when first asked for."""
+        parts = self.trie.parts
+        base = parts.live_leaves if self.base is parts.live else parts.base.leaves_of(self.base)
+        assert base is not None
+        return base, None if self.delta is None or parts.added is None else parts.added.leaves_of(self.delta)
 
     @property
     def num_items(self) -> int:
@@ -131,9 +141,9 @@ def allowed_items(filters: TrieFilter | list[TrieFilter | None] | None, places: 
                         for entry, request in zip(filters, places.unbind(0), strict=True)])
 
 
-def filter_arguments(filters: TrieFilter | list[TrieFilter | None] | None,
-                     batch: int) -> tuple[list[Tensor], list[int]]:
-    """The filters as compiled ops take them.
+def filter_arguments(filters: TrieFilter | list[TrieFilter | None] | None, batch: int,
+                     leaves: bool = True) -> tuple[list[Tensor], list[int]]:
+    """The filters as compiled ops take them: the leaves that are allowed, or else the places.
 
     Returns:
         Four arrays for each distinct filter, words and ranks of the base and of the delta (empty: all), and for each of
@@ -142,13 +152,14 @@ def filter_arguments(filters: TrieFilter | list[TrieFilter | None] | None,
     if filters is None:
         return [], []
     if isinstance(filters, TrieFilter):
-        return _arrays(filters), [0] * batch
+        return _arrays(filters, leaves), [0] * batch
     distinct = list({id(entry): entry for entry in filters if entry is not None}.values())
     number = {id(entry): i for i, entry in enumerate(distinct)}
-    return [array for entry in distinct for array in _arrays(entry)], [number.get(id(entry), -1) for entry in filters]
+    return ([array for entry in distinct for array in _arrays(entry, leaves)],
+            [number.get(id(entry), -1) for entry in filters])
 
 
-def _arrays(entry: TrieFilter) -> list[Tensor]:
-    everything = entry.base.words[:0]
-    of_delta = [everything, everything] if entry.delta is None else [entry.delta.words, entry.delta.ranks]
-    return [entry.base.words, entry.base.ranks, *of_delta]
+def _arrays(entry: TrieFilter, leaves: bool) -> list[Tensor]:
+    base, delta = entry.leaves if leaves else (entry.base, entry.delta)
+    everything = base.words[:0]
+    return [base.words, base.ranks, *([everything, everything] if delta is None else [delta.words, delta.ranks])]

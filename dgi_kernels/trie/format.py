@@ -229,7 +229,8 @@ def _check_structure(trie: TrieArrays, sizes: tuple[int, ...]) -> None:
         _check_permutation(plain_rows(trie.item_order))
     made = TrieArrays.make(trie.tokens, trie.child_start, item_start, None, trie.item_ids, trie.num_items)
     if trie.item_start is not None and trie.item_start.dtype == MARKS:
-        if made.item_start.dtype != MARKS or not torch.equal(made.item_start, trie.item_start):
+        packed = made.item_start
+        if packed is None or packed.dtype != MARKS or not torch.equal(packed, trie.item_start):
             raise TrieFormatError("item_start is not packed as the starts that it holds should be")
     for name in ("max_degree", "max_items", "id_bounds"):
         if getattr(made, name) != getattr(trie, name):

@@ -28,6 +28,11 @@ def find_children(tokens: Tensor, child_start: Tensor, nodes: Tensor, codes: Ten
     return places.view(shape), found.view(shape)
 
 
+def leaf_set(words: Tensor, ranks: Tensor, starts: Tensor, leaves: int) -> tuple[Tensor, Tensor]:
+    """Words and ranks of the set of the leaves that hold a place of a set; ``starts`` as in ``starts.py``."""
+    return torch.ops.dgi_kernels.leaf_set(words, ranks, starts, leaves)
+
+
 def run_marks(starts: Tensor) -> Tensor:
     """Marks of ``starts`` (leaves + 1,) of int32 or int64; see ``starts.py``."""
     return torch.ops.dgi_kernels.run_marks(starts)

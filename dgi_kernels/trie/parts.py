@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -35,6 +37,11 @@ class TrieParts:
             self.max_degree = _sums(base.max_degree, self.added.max_degree)
             self.max_items = _sums(base.max_items, self.added.max_items)
         self.id_bounds = base.id_bounds if delta is None else self._id_bounds(delta)
+
+    @functools.cached_property
+    def live_leaves(self) -> ItemSet | None:
+        """The leaves of the base that hold a place that is left; None where all are."""
+        return None if self.live is None else self.base.leaves_of(self.live)
 
     def _id_bounds(self, delta: Delta) -> tuple[int, int]:
         base = self.base

@@ -1,8 +1,8 @@
 """Where the items of each leaf start, in as few bytes as can be read at random.
 
-They are int32 or int64, or *marks*: a bit for each place and the end, 1 where a leaf's items start and at the end, as an
-:class:`ItemSet`, and for every 256th leaf the block of 512 places in which they start. Marks are one array of uint64;
-``README.md`` in this folder gives its layout.
+They are int32 or int64, or *marks*: a bit for each place and the end, 1 where a leaf's items start and at the end, as
+an :class:`ItemSet`, and for every 256th leaf the block of 512 places in which they start. Marks are one array of
+uint64; ``README.md`` in this folder gives its layout.
 """
 
 from __future__ import annotations
@@ -47,10 +47,7 @@ def plain_starts(starts: Tensor, items: int, dtype: torch.dtype) -> Tensor:
     """The starts (leaves + 1,) themselves, as ``dtype`` if they were packed."""
     if starts.dtype != MARKS:
         return starts
-    words = _ranks_and_words(starts, items)[1].flatten()
-    eights = torch.stack([(words >> shift & 0xFF).to(torch.uint8) for shift in range(0, WORD_BITS, 8)], 1)
-    bits = eights.view(-1, 1) >> torch.arange(8, dtype=torch.uint8, device=words.device) & 1
-    return bits.flatten().nonzero().squeeze(1).to(dtype)
+    return _bits(_ranks_and_words(starts, items)[1]).nonzero().squeeze(1).to(dtype)
 
 
 def starts_at(starts: Tensor, items: int, leaves: Tensor) -> Tensor:
@@ -60,6 +57,26 @@ def starts_at(starts: Tensor, items: int, leaves: Tensor) -> Tensor:
     if backends.choose("trie_find", "auto", leaves.device) == "native":
         return native.run_starts(starts, leaves)
     return reference.run_starts(*_ranks_and_words(starts, items), leaves)
+
+
+def leaf_set(places: ItemSet, starts: Tensor, leaves: int) -> ItemSet:
+    """The set of the leaves that hold a place of a set."""
+    if backends.choose("trie_filter", "auto", starts.device) == "native":
+        return ItemSet(leaves, *native.leaf_set(places.words, places.ranks, starts, leaves))
+    if starts.dtype == MARKS:
+        begins = _bits(_ranks_and_words(starts, places.size)[1])[:places.size]
+    else:
+        begins = torch.zeros(places.size, dtype=torch.uint8, device=starts.device)
+        begins[starts[:-1].long()] = 1
+    members = torch.zeros(leaves, dtype=torch.uint8, device=starts.device)
+    members.scatter_reduce_(0, begins.cumsum(0) - 1, _bits(places.words)[:places.size], "amax")
+    return ItemSet.of_rows(members.bool(), None)
+
+
+def _bits(words: Tensor) -> Tensor:
+    """The bits of int64 words, the lowest first, as bytes."""
+    eights = torch.stack([(words.flatten() >> shift & 0xFF).to(torch.uint8) for shift in range(0, WORD_BITS, 8)], 1)
+    return (eights.view(-1, 1) >> torch.arange(8, dtype=torch.uint8, device=words.device) & 1).flatten()
 
 
 def _num_blocks(items: int) -> int:

@@ -69,6 +69,6 @@ def test_rows_of_any_distance_and_nodes_that_are_none(cuda_ops: on_cpu.Ops) -> N
     base = trie.parts.base
     with cuda_ops.instead("rank_candidates"):
         items, scores, _ = torch.ops.dgi_kernels.rank_candidates(
-            query, vectors, base.num_nodes_at(1), base.below(1), base.item_order, base.item_ids, [], None, None, None,
-            [], [], nodes, torch.tensor([[0.0, -1.0], [0.0, 0.0]]), 2, 1e-12)
+            query, vectors, base.num_nodes_at(1), base.items_below(1), base.item_order, base.item_ids, [], None,
+            None, None, [], [], nodes, torch.tensor([[0.0, -1.0], [0.0, 0.0]]), 2, 1e-12)
     assert items.tolist() == [[1, -1], [-1, -1]] and scores[0].tolist() == [-1.0, -math.inf]

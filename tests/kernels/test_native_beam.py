@@ -279,10 +279,11 @@ def test_the_ops_are_well_registered() -> None:
             *depth, torch.randn(2, 1, 4), torch.randn(5, 4), torch.tensor(2.0), 1e-12, beams.nodes, beams.scores, None,
             3, 0))
         of_delta = ([], None, None, None) if added is None else (
-            added.below(0), added.item_order, added.item_ids, parts.delta.anchors[0])
+            added.items_below(0), added.item_order, added.item_ids, parts.delta.anchors[0])
+        places, _ = filter_arguments(check_filters(filters, index, 2), 2, leaves=False)
         torch.library.opcheck(torch.ops.dgi_kernels.rank_candidates.default, (
-            torch.randn(2, 4), torch.randn(32, 4), 1, base.below(0), base.item_order, base.item_ids, *of_delta, sets,
-            set_of, beams.nodes, beams.scores, 3, 1e-12))
+            torch.randn(2, 4), torch.randn(32, 4), 1, base.items_below(0), base.item_order, base.item_ids, *of_delta,
+            places, set_of, beams.nodes, beams.scores, 3, 1e-12))
 
 
 def test_direct_callers_are_stopped_too() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dgi_kernels import _extension
 from dgi_kernels.trie import native, reference, starts
-from dgi_kernels.trie.item_set import BLOCK_WORDS, num_words
+from dgi_kernels.trie.item_set import BLOCK_WORDS, ItemSet, num_words
 from dgi_kernels.trie.rows import packed_rows
 
 pytestmark = pytest.mark.skipif(_extension.load_error is not None, reason=str(_extension.load_error))
@@ -178,6 +178,27 @@ def test_direct_callers_of_item_set_are_stopped_too() -> None:
         torch.ops.dgi_kernels.item_set(members.int(), None)
 
 
+@pytest.mark.parametrize("leaves", [1, 63, 64, 65, 511, 512, 3000, 70000])
+def test_leaves_that_hold_a_place_of_a_set(leaves: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for most in (2, 5, 2000):
+        sizes = torch.randint(1, min(most, 5), (leaves,))
+        sizes[torch.randint(0, leaves, (3,))] = most - 1  # runs over many words
+        plain = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
+        items = int(plain[-1])
+        for share in (0.0, 0.001, 0.1, 0.6, 1.0):
+            members = torch.rand(items) < share
+            places = ItemSet.of_rows(members, None)
+            owner = torch.arange(leaves).repeat_interleave(sizes)
+            held = torch.zeros(leaves, dtype=torch.bool).index_fill_(0, owner[members], True)
+            expected = ItemSet.of_rows(held, None)
+            for given in (native.run_marks(plain), plain, plain.int()):
+                words, ranks = native.leaf_set(places.words, places.ranks, given, leaves)
+                assert torch.equal(words, expected.words) and torch.equal(ranks, expected.ranks)
+                with monkeypatch.context() as patch:
+                    patch.setattr(starts.backends, "choose", lambda *_: "reference")
+                    assert torch.equal(starts.leaf_set(places, given, leaves).words, expected.words)
+
+
 def test_direct_callers_of_marks_are_stopped_too() -> None:
     marks = torch.ops.dgi_kernels.run_marks(torch.arange(301))
     for run in (-1, 301):
@@ -186,6 +207,10 @@ def test_direct_callers_of_marks_are_stopped_too() -> None:
     for wrong in (marks[:-1].clone(), marks[:0], marks[1:].clone()):
         with pytest.raises(RuntimeError, match="not of the size that they say"):
             torch.ops.dgi_kernels.run_starts(wrong, torch.tensor([0]))
+    whole = ItemSet.of_rows(torch.ones(300, dtype=torch.bool), None)
+    for wrong, leaves in ((marks, 299), (marks[:-1].clone(), 300), (torch.arange(300), 300)):
+        with pytest.raises(RuntimeError, match="leaf_set: starts"):
+            torch.ops.dgi_kernels.leaf_set(whole.words, whole.ranks, wrong, leaves)
     for unsorted in ([0, 2, 2], [1, 2], [0, 5, 3], [0, -1, 3], []):
         with pytest.raises(RuntimeError, match="run_marks: starts must"):
             torch.ops.dgi_kernels.run_marks(torch.tensor(unsorted, dtype=torch.int64))
@@ -196,7 +221,8 @@ def test_the_ops_are_well_registered() -> None:
     torch.library.opcheck(torch.ops.dgi_kernels.find_children.default, (
         torch.tensor([1, 4, 2], dtype=torch.int16), torch.tensor([0, 2, 3]), torch.tensor([0, 1, -1]),
         torch.tensor([4, 4, 4])))
-    torch.library.opcheck(torch.ops.dgi_kernels.run_starts.default, (native.run_marks(torch.arange(9)), torch.arange(5)))
+    marks = native.run_marks(torch.arange(9))
+    torch.library.opcheck(torch.ops.dgi_kernels.run_starts.default, (marks, torch.arange(5)))
     torch.library.opcheck(torch.ops.dgi_kernels.item_set.default, (torch.rand(20) < 0.5, torch.randperm(20)))
 
 
@@ -207,7 +233,8 @@ def test_construction_is_clean_under_sanitizers(tmp_path: Path, seed: int) -> No
     compiled = subprocess.run(
         ["c++", "-std=c++20", "-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
          f"-I{CSRC / 'include'}", f"-I{CSRC / 'cpu'}", str(Path(__file__).with_name("trie_driver.cpp")),
-         str(CSRC / "cpu" / "trie.cpp"), str(CSRC / "cpu" / "item_set.cpp"), "-o", str(binary)], capture_output=True, text=True)
+         str(CSRC / "cpu" / "trie.cpp"), str(CSRC / "cpu" / "item_set.cpp"), "-o", str(binary)],
+        capture_output=True, text=True)
     if compiled.returncode and "sanitize" in compiled.stderr + compiled.stdout or "asan" in compiled.stderr:
         pytest.skip(f"the compiler has no sanitizers: {compiled.stderr[-300:]}")
     assert compiled.returncode == 0, compiled.stderr

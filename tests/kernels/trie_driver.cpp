@@ -159,6 +159,22 @@ bool marks_case(Random& random) {
   }
   if (offsets[runs] != starts[runs]) return false;
   if (runs == 0) return true;
+
+  const int64_t items = starts.back(), blocks = items / 512 + 1, leaf_blocks = runs / 512 + 1;
+  const std::unique_ptr<bool[]> members(new bool[items]);
+  const int64_t share = below(random, 5);
+  for (int64_t i = 0; i < items; ++i) members[i] = below(random, 4) < share && below(random, 4) < share;
+  std::vector<uint64_t> words(blocks * 8), leaf_words(leaf_blocks * 8);
+  std::vector<int64_t> ranks(blocks), leaf_ranks(leaf_blocks);
+  dgi::cpu::write_item_set(members.get(), items, {}, words.data(), ranks.data());
+  const dgi::ItemSet places{words.data(), ranks.data()}, leaves{leaf_words.data(), leaf_ranks.data()};
+  dgi::cpu::write_leaf_set(places, blocks, offsets, runs, leaf_words.data(), leaf_ranks.data());
+  int64_t count = 0;
+  for (int64_t i = 0; i < runs; ++i) {
+    if (leaves.rank(i) != count || leaves.contains(i) != places.any({starts[i], starts[i + 1]})) return false;
+    count += leaves.contains(i);
+  }
+  if (leaves.rank(runs) != count) return false;
   starts[below(random, runs)] = starts[runs];
   return !dgi::cpu::write_run_marks(starts.data(), runs, marks.data());
 }

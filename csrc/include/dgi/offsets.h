@@ -121,6 +121,11 @@ struct Offsets {
     }
   }
 
+  // The same of an array of int32 or int64, which searches read most.
+  DGI_HOST_DEVICE int64_t plain(int64_t i) const {
+    return stored == Stored::kInt64 ? static_cast<const int64_t*>(data)[i] : int64_t{static_cast<const int32_t*>(data)[i]};
+  }
+
   // Run i, from its start to that of the next.
   DGI_HOST_DEVICE Range run(int64_t i) const {
     if (data != nullptr && stored == Stored::kRunMarks) return RunMarks{static_cast<const uint64_t*>(data)}.run(i);

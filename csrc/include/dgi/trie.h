@@ -60,7 +60,7 @@ struct TrieLevel {
   Offsets child_start;            // (nodes + 1)
   int64_t nodes = 0;
 
-  DGI_HOST_DEVICE Range children(int64_t node) const { return {child_start[node], child_start[node + 1]}; }
+  DGI_HOST_DEVICE Range children(int64_t node) const { return {child_start.plain(node), child_start.plain(node + 1)}; }
 };
 
 // The levels below some depth, down to the items of the leaves.
