@@ -68,12 +68,12 @@ def random_size(high: int) -> int:
 
 @functools.cache
 def trained_head() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(600, 64), (2000, 64), (600,), scale: what a small model ends with after some hundred steps, a batch of its data.
+    """(600, 128), (2000, 128), (600,), scale: what a small model ends with after some hundred steps.
 
-    Each of 300 contexts has its item; popularities of contexts fall off as in Zipf's law, so the rows of frequent ones are
-    peaked in the end (about 100 of 2,000 entries count) and those of rare ones less so (about 600).
+    Each of 300 contexts has its item; popularities of contexts fall off as in Zipf's law, so the rows of frequent ones
+    are peaked in the end (about 100 of 2,000 entries count) and those of rare ones less so (about 600).
     """
-    contexts, items, dim, steps = 300, 2000, 64, 300
+    contexts, items, dim, steps = 300, 2000, 128, 300
     popularity, item = 1 / torch.arange(1.0, contexts + 1), torch.randint(items, (contexts,))
 
     def draw(count: int) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ from .cosine_cases import (
                                     (True, True, False)])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_any_subset_of_gradients(wanted: tuple[bool, bool, bool], reduction: str) -> None:
-    h, weight, target = peaked_inputs(200, 16, 300)
+    h, weight, target = peaked_inputs(200, 128, 300)
     scale, upstream = torch.tensor(40.0), torch.rand(200 if reduction == "none" else ())
     everything = loss_and_gradients(native_loss, h, weight, target, scale, upstream, reduction=reduction)[1:]
     inputs = [x.clone().requires_grad_(want) for x, want in zip((h, weight, scale), wanted, strict=True)]
@@ -42,7 +42,7 @@ def test_any_subset_of_gradients(wanted: tuple[bool, bool, bool], reduction: str
 @native
 @pytest.mark.parametrize("inputs", [random_inputs, peaked_inputs])
 def test_bits_repeat_over_runs_and_threads(inputs: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> None:
-    h, weight, target = inputs(400, 32, 500)
+    h, weight, target = inputs(400, 128, 500)
     threads = torch.get_num_threads()
     first = loss_and_gradients(native_loss, h, weight, target, torch.tensor(30.0))
     try:
@@ -58,7 +58,7 @@ def test_bits_repeat_over_runs_and_threads(inputs: Callable[..., tuple[Tensor, T
 @pytest.mark.parametrize("inputs", [random_inputs, peaked_inputs])
 def test_bits_repeat_where_threads_take_half_of_the_rows_each(
         inputs: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> None:
-    h, weight, target = inputs(2500, 32, 500)
+    h, weight, target = inputs(2500, 128, 500)
     threads = torch.get_num_threads()
     try:
         runs = []

@@ -114,7 +114,7 @@ def test_peaked_rows_are_as_accurate_as_eager(shift: Callable[[Tensor], Tensor],
     With flat rows among them the error is at most twice eager's; three times where there is nothing but peaked rows. Of
     several draws together, for eager may be exact by luck in one.
     """
-    n, d, k, draws = 400, 96, 1500, 4
+    n, d, k, draws = 400, 128, 1500, 4
     for cosine, flat in ((0.7, 10), (0.8, 10), (0.7, n + 1), (0.95, n + 1)):
         ours, usual, size = torch.zeros(3, 4, dtype=torch.float64)  # squares of norms
         for _ in range(draws):
@@ -163,7 +163,7 @@ def test_trained_rows_are_as_accurate_as_eager(smoothing: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("inputs", [random_inputs, peaked_inputs])
 def test_gradients_have_no_radial_part(inputs: Callable[..., tuple[Tensor, ...]], dtype: torch.dtype) -> None:
-    h, weight, target = inputs(300, 48, 500)
+    h, weight, target = inputs(300, 128, 500)
     h, weight = h.to(dtype), weight.to(dtype)
     _, dh, dweight, _ = loss_and_gradients(native_loss, h, weight, target, torch.tensor(30.0), reduction="sum")
     limits = torch.finfo(dtype)
@@ -210,7 +210,7 @@ def test_zero_and_tiny_vectors() -> None:
 
 @native
 def test_nan_and_inf_do_no_harm_to_other_rows() -> None:
-    h, weight, target = peaked_inputs(300, 16, 400)
+    h, weight, target = peaked_inputs(300, 128, 400)
     clean = loss_and_gradients(native_loss, h, weight, target, torch.tensor(30.0), reduction="none")
     bad = torch.zeros(300, dtype=torch.bool)
     bad[[3, 17, 250]] = True
