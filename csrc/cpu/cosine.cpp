@@ -6,8 +6,9 @@
 // g = dL/ds, one tile serves both products:
 //   S = X E^T (then T in its place),   dL/dh^ = scale T E,   V += T^T X = dL/de^ / rnorm,
 // and at the end dh and dE lose their radial part, and dscale = sum_n h^_n . (T E)_n comes free. Nothing is recomputed.
-// Of vectors that are not short, rows whose softmax is peaked leave lists in their own place in the tile (dgi/softmax_row.h), whose entries wait,
-// linked by code, for a pass over V; the other rows stay, move up, and are multiplied once enough have gathered.
+// Rows whose softmax is peaked leave short lists in their own place in the tile (dgi/softmax_row.h), if vectors are not
+// short; the entries wait, linked by code, for a pass over V. The other rows stay, move up, and are multiplied once enough
+// have gathered.
 //
 // 6 N K D operations, or 2 N K D and those of the lists for rows that are peaked; one V lies in place of dE, and tiles of
 // at most 256 rows are all that is as wide as K. N = K = 4096 at D = 256, float32, two AVX2 cores, against the three

@@ -240,14 +240,18 @@ def test_the_order_of_rows_changes_nothing_but_rounding(monkeypatch: pytest.Monk
 
 
 @runs
-def test_bits_repeat_and_gradients_have_no_radial_part(form: str) -> None:
-    h, weight, target = inputs(40, 24, 50)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_repeat_and_gradients_have_no_radial_part(form: str, dtype: torch.dtype) -> None:
+    h, weight, target = inputs(40, 24, 50, dtype)
     runs = [loss_and_gradients(ours, h, weight, target, 30.0) for _ in range(2)]
     for a, b in zip(*runs, strict=True):
         assert torch.equal(a, b)
     _, dh, dweight, _ = runs[0]
-    for x, dx in ((h, dh), (weight, dweight)):
-        assert ((x * dx).sum(-1).abs() <= 1e-5 * x.norm(dim=-1) * dx.norm(dim=-1) + 1e-9).all()
+    limits = torch.finfo(dtype)
+    rounding = 1e-5 if dtype == torch.float32 else limits.eps / 2 + 1e-5  # of each number of the result
+    for x, dx in ((h.double(), dh.double()), (weight.double(), dweight.double())):
+        least = limits.smallest_normal * limits.eps * x.abs().sum(-1) + 1e-9  # what the dtype cannot hold
+        assert ((x * dx).sum(-1).abs() <= rounding * x.norm(dim=-1) * dx.norm(dim=-1) + least).all()
 
 
 @runs
