@@ -27,7 +27,7 @@ namespace dgi::cpu {
 
 constexpr int64_t kChunk = 2048;  // logits: a chunk is read again from the first-level cache
 
-// Compiled by itself: in the midst of other code the sums do not stay in registers, and it takes a fifth longer.
+// Compiled by itself: in the midst of other code the sums do not stay in registers.
 template <class Real>
 DGI_NEVER_INLINE LogSumExp<Real> log_sum_exp_of(const Real* x, int64_t count) {
   LogSumExp<Real> sum;

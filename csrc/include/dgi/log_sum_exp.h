@@ -55,7 +55,7 @@ DGI_HOST_DEVICE double exponential_term(double d) {
 // x near the maximum.
 //
 // kMaxima: 1, or as many as there are lanes. Stage by stage over all lanes: one lane's operations wait for each other, and
-// so many of them fill a scheduler before the next lane's come (1/4 slower).
+// so many of them fill a scheduler before the next lane's come.
 template <int kLanes, int kMaxima>
 struct PowerTerms {
   static constexpr float kMost = 1e6f;
