@@ -171,6 +171,7 @@ def softmax_backward_kernel(p_x, p_seed, p_tau, p_lse, p_upstream, p_out, p_dtau
     inv_tau = 1.0 / tl.load(p_tau)
     lse = tl.load(p_lse + o_n, mask=m_n, other=0.0)
     mean = tl.zeros((b_n,), tl.float32)
+    dtau = tl.zeros((b_n,), tl.float32)
     mass = tl.zeros((b_n,), tl.float32)  # 1, but for the rounding of lse, which must not tilt what cancels in u - mean
     for first in range(0, K, b_k):
         o_k = first + tl.arange(0, b_k)
@@ -182,7 +183,6 @@ def softmax_backward_kernel(p_x, p_seed, p_tau, p_lse, p_upstream, p_out, p_dtau
         if one_tile:
             dtau = gradient_tile(y, u, mean / mass, inv_tau, p_out + o_n[:, None] * K + o_k[None, :], m_nk)
     if not one_tile:
-        dtau = tl.zeros((b_n,), tl.float32)
         for first in range(0, K, b_k):
             o_k = first + tl.arange(0, b_k)
             m_nk = m_n[:, None] & (o_k < K)[None, :]
