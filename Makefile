@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test bench report gpu-code cuda-build docs lint clean
+.PHONY: help demo test bench bench-catalog report gpu-code cuda-build docs lint clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -27,6 +27,9 @@ bench: $(BENCHMARKS:%=bench-%)  ## run the benchmarks on this CPU; figures go to
 
 bench-%: $(INSTALLED)  ## run one of them: bench-cosine, bench-gumbel, bench-trie, …
 	$(BIN)/python bench/bench_$*.py --json bench/results/cpu-$*.json
+
+bench-catalog: $(INSTALLED)  ## assign codes to 10 million items, which takes minutes
+	$(BIN)/python bench/bench_gumbel.py --catalog 10000000 --json bench/results/cpu-catalog.json
 
 report: $(INSTALLED)  ## put the figures of bench/results/ into README.md and docs/
 	$(BIN)/python bench/report.py

@@ -29,7 +29,7 @@ DGI_HOST_DEVICE GumbelSums soften_row(const GumbelSoftmax<Stored>& in, int64_t r
   const RowNoise noise{philox_key(in.seed), 0, kStream, static_cast<uint32_t>(row)};
   const Real maximum = maximum_of(e, in.codes);
   if constexpr (std::is_same_v<Real, float>) {
-    if (in.tau == 1 && noisy == nullptr) {
+    if (takes_exponential(in.tau) && noisy == nullptr) {
       return soften<kFused, NoiseAs::kExponential>(e, in.codes, maximum, in.tau, noise, e);
     }
   }

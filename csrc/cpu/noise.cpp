@@ -2,10 +2,9 @@
 // compiler vectorises for AVX-512, AVX2 or what the machine has.
 //
 // Nothing is read, 4 bytes per element are written; per element a quarter of Philox (5 products of 32 x 32 bits) and two
-// polynomial logarithms. These are two loops: the chain of both, about 140 cycles long, would leave the core waiting, for
-// its reorder buffer holds no more than three such chains. Two cores of an AMD EPYC with AVX2, two threads: 3.1 to 4.0 ns
-// per element where torch's exponential_, which has no thread but its own, takes 30 to 33 (one run of
-// `python bench/bench_gumbel.py --quick --rounds 7`, bench/results/cpu-gumbel.json).
+// polynomial logarithms, about 13 instructions with AVX2. These are two loops: the chain of both, about 140
+// cycles long, would leave the core waiting, for its reorder buffer holds no more than three such chains.
+// `python bench/bench_gumbel.py` measures it against torch's exponential_, which has no thread but its own.
 #include "noise.h"
 
 #include <algorithm>
@@ -32,21 +31,27 @@ DGI_HOST_DEVICE void for_each_row(const NoiseShape& shape, int64_t tile, const F
   }
 }
 
+template <bool kFused>
 DGI_HOST_DEVICE void fill(const NoiseShape& shape, int64_t seed, int64_t first, int64_t last, float* out) {
   const PhiloxKey key = philox_key(seed);
   uint32_t block_of[kNoiseTile] = {}, row_of[kNoiseTile] = {};
   uint32_t words[4 * kNoiseTile];
   float noise[4 * kNoiseTile];
   for (int64_t tile = first; tile < last; ++tile) {
+    bool is_one_row = false;
     for_each_row(shape, tile, [&](int64_t at, int64_t row, int64_t block, int64_t length) {
+      const uint32_t first_block = static_cast<uint32_t>(block);
+      const uint32_t row_word = static_cast<uint32_t>(shape.row_offset + row);
+      is_one_row = length == kNoiseTile;
+      if (is_one_row) return philox.run(key, first_block, row_word, kNoiseTile, shape.level, shape.stream, words);
       for (int64_t i = 0; i < length; ++i) {
-        block_of[at + i] = static_cast<uint32_t>(block + i);
-        row_of[at + i] = static_cast<uint32_t>(shape.row_offset + row);
+        block_of[at + i] = first_block + static_cast<uint32_t>(i);
+        row_of[at + i] = row_word;
       }
     });
-    philox_tile(key, block_of, row_of, kNoiseTile, shape.level, shape.stream, words);
-    for (int64_t i = 0; i < 4 * kNoiseTile; ++i) noise[i] = exponential_from_word(words[i]);
-    for (int64_t i = 0; i < 4 * kNoiseTile; ++i) noise[i] = gumbel_from_exponential(noise[i]);
+    if (!is_one_row) philox.tile(key, block_of, row_of, kNoiseTile, shape.level, shape.stream, words);
+    for (int64_t i = 0; i < 4 * kNoiseTile; ++i) noise[i] = exponential_from_word<kFused>(words[i]);
+    for (int64_t i = 0; i < 4 * kNoiseTile; ++i) noise[i] = gumbel_from_exponential<kFused>(noise[i]);
     for_each_row(shape, tile, [&](int64_t at, int64_t row, int64_t block, int64_t length) {
       const int64_t codes = std::min(4 * length, shape.codes - 4 * block);
       std::memcpy(out + row * shape.codes + 4 * block, noise + 4 * at, codes * sizeof(float));
@@ -57,7 +62,7 @@ DGI_HOST_DEVICE void fill(const NoiseShape& shape, int64_t seed, int64_t first, 
 }  // namespace
 
 void gumbel_noise(const NoiseShape& shape, int64_t seed, int64_t first, int64_t last, float* out) {
-  with_best_instructions([&](auto) DGI_ALWAYS_INLINE { fill(shape, seed, first, last, out); });
+  with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE { fill<fused.value>(shape, seed, first, last, out); });
 }
 
 }  // namespace dgi::cpu

@@ -28,7 +28,7 @@ template <class Real, class F>
 void with_noise(const Quantize<Real>& in, bool needs_sum, const F& f) {
   if (!in.noise.present) return f(As<NoiseAs::kNone>{});
   if constexpr (std::is_same_v<Real, float>) {
-    if (in.tau == 1 && !needs_sum) return f(As<NoiseAs::kExponential>{});
+    if (takes_exponential(in.tau) && !needs_sum) return f(As<NoiseAs::kExponential>{});
   }
   f(As<NoiseAs::kGumbel>{});
 }

@@ -23,12 +23,8 @@ struct RowNoise {
   template <bool kFused, NoiseAs kAs, class Real>
   DGI_HOST_DEVICE void fill(int64_t first, int64_t count, Real* out) const {
     const int64_t blocks = (count + 4 * kPhiloxStep - 1) / (4 * kPhiloxStep) * kPhiloxStep;
-    uint32_t block_of[kNoiseTile], row_of[kNoiseTile], words[kNoiseChunk];
-    for (int64_t i = 0; i < blocks; ++i) {
-      block_of[i] = static_cast<uint32_t>(first / 4 + i);
-      row_of[i] = row;
-    }
-    philox_tile(key, block_of, row_of, blocks, level, stream, words);
+    uint32_t words[kNoiseChunk];
+    philox.run(key, static_cast<uint32_t>(first / 4), row, blocks, level, stream, words);
     if constexpr (std::is_same_v<Real, double>) {
       for (int64_t i = 0; i < 4 * blocks; ++i) {
         const double rate = -std::log1p(-((static_cast<double>(words[i]) + 0.5) * 0x1p-32));

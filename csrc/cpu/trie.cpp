@@ -7,11 +7,9 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 #include <type_traits>
 
 #include "host.h"
-#include "isa.h"
 #include "trie_sort.h"
 
 namespace dgi::cpu {
@@ -100,94 +98,6 @@ template void TrieBuild::write(int16_t* const*, int32_t* const*, int32_t*, int32
 template void TrieBuild::write(int16_t* const*, int64_t* const*, int64_t*, int64_t*) const;
 template void TrieBuild::write(int32_t* const*, int32_t* const*, int32_t*, int32_t*) const;
 template void TrieBuild::write(int32_t* const*, int64_t* const*, int64_t*, int64_t*) const;
-
-namespace {
-
-// The members as bits, so that those of ten million rows lie in the second-level cache while places ask for them in any
-// order. Bits behind the last member are 0.
-Buffer<uint64_t> packed(const bool* members, int64_t size, int64_t words) {
-  constexpr int64_t kWordBits = ItemSet::kWordBits;
-  Buffer<uint64_t> bits = make_buffer<uint64_t>(words);
-  parallel_for(words, grain(kWordBits / 4), [&](int64_t first, int64_t last) {
-    for (int64_t w = first; w < last; ++w) {
-      const int64_t count = std::clamp<int64_t>(size - w * kWordBits, 0, kWordBits);
-      uint64_t word = 0;
-      if (count == kWordBits) {
-        for (int64_t byte = 0; byte < 8; ++byte) {  // the product moves bit 8 i to bit 56 + i
-          uint64_t eight;
-          std::memcpy(&eight, members + w * kWordBits + 8 * byte, 8);
-          word |= ((eight & 0x0101010101010101) * 0x0102040810204080 >> 56) << (8 * byte);
-        }
-      } else {
-        for (int64_t bit = 0; bit < count; ++bit) word |= uint64_t{members[w * kWordBits + bit]} << bit;
-      }
-      bits[w] = word;
-    }
-  });
-  return bits;
-}
-
-// Whether all of `count` rows are less than `size`.
-template <class Offset>
-DGI_ALWAYS_INLINE inline bool are_rows(const Offset* order, int64_t count, int64_t size) {
-  using Unsigned = std::make_unsigned_t<Offset>;
-  Unsigned largest = 0;
-  for (int64_t i = 0; i < count; ++i) largest = std::max(largest, static_cast<Unsigned>(order[i]));
-  return largest < static_cast<uint64_t>(size);
-}
-
-template <class Offset>
-DGI_ALWAYS_INLINE inline uint64_t gathered(const uint64_t* of_rows, const Offset* order, int64_t count) {
-  uint64_t bits = 0;
-  for (int64_t bit = 0; bit < count; ++bit) {
-    const uint64_t row = static_cast<uint64_t>(order[bit]);
-    bits |= (of_rows[row / ItemSet::kWordBits] >> (row % ItemSet::kWordBits) & 1) << bit;
-  }
-  return bits;
-}
-
-// Blocks [first, last) of a set; false where a row is none.
-template <class Offset>
-bool write_blocks(const uint64_t* of_rows, const Offset* order, int64_t size, int64_t first, int64_t last, uint64_t* words,
-                  int64_t* ranks) {
-  bool known = true;
-  with_best_instructions([&](auto) DGI_ALWAYS_INLINE {
-    for (int64_t block = first; block < last; ++block) {
-      ranks[block] = 0;
-      for (int64_t w = block * ItemSet::kBlockWords; w < (block + 1) * ItemSet::kBlockWords; ++w) {
-        const int64_t place = w * ItemSet::kWordBits, count = std::clamp<int64_t>(size - place, 0, ItemSet::kWordBits);
-        if (order == nullptr) {
-          words[w] = of_rows[w];
-        } else if (are_rows(order + place, count, size)) {
-          words[w] = count == ItemSet::kWordBits ? gathered(of_rows, order + place, ItemSet::kWordBits)
-                                                 : gathered(of_rows, order + place, count);
-        } else {
-          words[w] = 0;
-          known = false;
-        }
-        ranks[block] += count_ones(words[w]);
-      }
-    }
-  });
-  return known;
-}
-
-}  // namespace
-
-bool write_item_set(const bool* members, int64_t size, const Offsets& item_order, uint64_t* words, int64_t* ranks) {
-  const int64_t blocks = size / (ItemSet::kWordBits * ItemSet::kBlockWords) + 1;
-  const Buffer<uint64_t> of_rows = packed(members, size, blocks * ItemSet::kBlockWords);
-  std::atomic<bool> known{true};
-  parallel_for(blocks, grain(ItemSet::kWordBits * ItemSet::kBlockWords), [&](int64_t first, int64_t last) {
-    const bool found = item_order.is_wide
-        ? write_blocks(of_rows.get(), static_cast<const int64_t*>(item_order.data), size, first, last, words, ranks)
-        : write_blocks(of_rows.get(), static_cast<const int32_t*>(item_order.data), size, first, last, words, ranks);
-    if (!found) known = false;
-  });
-  int64_t total = 0;
-  for (int64_t block = 0; block < blocks; ++block) total += std::exchange(ranks[block], total);
-  return known;
-}
 
 template <class Token>
 void find_children(const TrieLevel<Token>& level, int64_t children, const int64_t* nodes, const int64_t* codes,

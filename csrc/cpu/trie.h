@@ -1,4 +1,4 @@
-// Trie construction on the CPU, and sets of items.
+// Trie construction on the CPU, and looking up what was built.
 #pragma once
 
 #include <cstdint>
@@ -76,10 +76,6 @@ class TrieBuild {
   std::vector<int64_t> nodes_;
   bool in_order_ = true;
 };
-
-// Makes an ItemSet (dgi/trie.h) of the places whose row is a member. `members` (size) by row; `words` and `ranks` as large
-// as such a set must be. False where item_order holds no row.
-bool write_item_set(const bool* members, int64_t size, const Offsets& item_order, uint64_t* words, int64_t* ranks);
 
 // Looks for the child of each of `count` nodes by its code: places[i] is the first child of nodes[i] whose token is not
 // less, or the end of its children; found[i] whether it is that of codes[i]. Of a node that does not exist 0 and false.

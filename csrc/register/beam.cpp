@@ -171,10 +171,10 @@ std::tuple<Tensor, Tensor, Tensor> rank_candidates_cpu(
     using Stored = decltype(stored);
     using Real = dgi::Compute<Stored>;
     dgi::cpu::RankingInput<Stored> in{};
-    in.base = {num_nodes, base.levels(), offsets_of("item_order", item_order), offsets_of("item_ids", item_ids)};
+    in.base = {num_nodes, base.levels(), rows_of("item_order", item_order), offsets_of("item_ids", item_ids)};
     if (delta_anchors) {
       in.anchors = anchors_of(*delta_anchors);
-      in.delta = {in.anchors.count, delta.levels(), offsets_of("delta_order", delta_order),
+      in.delta = {in.anchors.count, delta.levels(), rows_of("delta_order", delta_order),
                   offsets_of("delta_ids", delta_ids)};
     }
     in.allowed = allowed.of_requests();

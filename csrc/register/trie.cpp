@@ -2,6 +2,7 @@
 // torch.
 #include "tensors.h"
 #include "trie_arguments.h"
+#include "cpu/item_set.h"
 #include "cpu/trie.h"
 
 namespace dgi::registration {
@@ -82,8 +83,12 @@ std::vector<Tensor> trie_arrays_cpu(const Tensor& codes, bool narrow_tokens, boo
 std::tuple<Tensor, Tensor> item_set_cpu(const Tensor& members, const std::optional<Tensor>& item_order) {
   check_array("members", members, ScalarType::Bool);
   const int64_t size = members.numel(), blocks = size / (dgi::ItemSet::kWordBits * dgi::ItemSet::kBlockWords) + 1;
-  const dgi::Offsets order = offsets_of("item_order", item_order);
-  STD_TORCH_CHECK(!item_order || item_order->numel() == size, "item_set: item_order must have an element for each member");
+  const dgi::Offsets order = rows_of("item_order", item_order);
+  const int64_t elements = order.stored == dgi::Offsets::Stored::kUInt24 ? 3 : 1;
+  STD_TORCH_CHECK(!item_order || item_order->numel() == elements * size,
+                  "item_set: item_order must have an element for each member");
+  STD_TORCH_CHECK(!item_order || order.stored == dgi::Offsets::Stored::kInt64 || size < int64_t{1} << 31,
+                  "item_set: 2^31 rows need an item_order of int64");
   Tensor words = torch::stable::empty({blocks * dgi::ItemSet::kBlockWords}, ScalarType::Long);
   Tensor ranks = torch::stable::empty({blocks}, ScalarType::Long);
   const bool known = dgi::cpu::write_item_set(data_of<bool>(members), size, order,
@@ -113,6 +118,41 @@ std::tuple<Tensor, Tensor> find_children_cpu(const Tensor& tokens, const Tensor&
   return {places, found};
 }
 
+// dgi::RunMarks of starts 0 < ... < end.
+Tensor run_marks_cpu(const Tensor& starts) {
+  const auto make = [&](auto offset) {
+    using Offset = decltype(offset);
+    check_array("starts", starts, sizeof(Offset) == 8 ? ScalarType::Long : ScalarType::Int);
+    const int64_t runs = starts.numel() - 1;
+    STD_TORCH_CHECK(runs >= 0, "run_marks: starts must have an element more than there are runs");
+    const Offset* const data = data_of<Offset>(starts);
+    STD_TORCH_CHECK(data[runs] >= runs, "run_marks: starts must ascend from 0");
+    Tensor marks = torch::stable::empty({dgi::RunMarks::elements(runs, dgi::RunMarks::blocks_of(data[runs]))},
+                                        ScalarType::UInt64);
+    STD_TORCH_CHECK(dgi::cpu::write_run_marks(data, runs, static_cast<uint64_t*>(marks.mutable_data_ptr())),
+                    "run_marks: starts must ascend from 0");
+    return marks;
+  };
+  return starts.scalar_type() == ScalarType::Long ? make(int64_t{}) : make(int32_t{});
+}
+
+// starts[i] for each i of the array `runs`; starts as dgi::RunMarks.
+Tensor run_starts_cpu(const Tensor& starts, const Tensor& runs) {
+  check_array("starts", starts, ScalarType::UInt64);
+  check_array("runs", runs, ScalarType::Long);
+  const dgi::RunMarks marks{data_of<uint64_t>(starts)};
+  STD_TORCH_CHECK(marks.fill(starts.numel()), "run_starts: starts are not of the size that they say");
+  const int64_t count = marks.size();
+  Tensor places = torch::stable::empty({runs.numel()}, ScalarType::Long);
+  const int64_t* const wanted = data_of<int64_t>(runs);
+  int64_t* const out = places.mutable_data_ptr<int64_t>();
+  for (int64_t i = 0; i < runs.numel(); ++i) {
+    STD_TORCH_CHECK(0 <= wanted[i] && wanted[i] <= count, "run_starts: there is no run ", wanted[i]);
+    out[i] = marks[wanted[i]];
+  }
+  return places;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dgi_kernels, m) {
@@ -120,6 +160,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dgi_kernels, m) {
   m.def("trie_arrays(Tensor codes, bool narrow_tokens, bool narrow_offsets) -> Tensor[]");
   m.def("find_children(Tensor tokens, Tensor child_start, Tensor nodes, Tensor codes) -> (Tensor places, Tensor found)");
   m.def("item_set(Tensor members, Tensor? item_order) -> (Tensor words, Tensor ranks)");
+  m.def("run_marks(Tensor starts) -> Tensor");
+  m.def("run_starts(Tensor starts, Tensor runs) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dgi_kernels, CPU, m) {
@@ -127,6 +169,8 @@ STABLE_TORCH_LIBRARY_IMPL(dgi_kernels, CPU, m) {
   m.impl("trie_arrays", TORCH_BOX(&trie_arrays_cpu));
   m.impl("find_children", TORCH_BOX(&find_children_cpu));
   m.impl("item_set", TORCH_BOX(&item_set_cpu));
+  m.impl("run_marks", TORCH_BOX(&run_marks_cpu));
+  m.impl("run_starts", TORCH_BOX(&run_starts_cpu));
 }
 
 }  // namespace dgi::registration

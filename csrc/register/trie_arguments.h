@@ -13,19 +13,31 @@ inline void check_array(const char* name, const Tensor& x, ScalarType dtype) {
                   " must be a contiguous array of a trie, of the right dtype");
 }
 
-// int32 or int64; nothing is the identity.
+// int32 or int64, or as dgi/offsets.h says, by the array's dtype; nothing is the identity.
 inline dgi::Offsets offsets_of(const char* name, const std::optional<Tensor>& x) {
   if (!x) return {};
   const bool is_wide = x->scalar_type() == ScalarType::Long;
   check_array(name, *x, is_wide ? ScalarType::Long : ScalarType::Int);
-  return {x->const_data_ptr(), is_wide};
+  return {x->const_data_ptr(), is_wide ? dgi::Offsets::Stored::kInt64 : dgi::Offsets::Stored::kInt32};
+}
+
+inline dgi::Offsets starts_of(const char* name, const Tensor& x) {
+  if (x.scalar_type() != ScalarType::UInt64) return offsets_of(name, x);
+  check_array(name, x, ScalarType::UInt64);
+  return {x.const_data_ptr(), dgi::Offsets::Stored::kRunMarks};
+}
+
+inline dgi::Offsets rows_of(const char* name, const std::optional<Tensor>& x) {
+  if (!x || x->scalar_type() != ScalarType::Byte) return offsets_of(name, x);
+  check_array(name, *x, ScalarType::Byte);
+  return {x->const_data_ptr(), dgi::Offsets::Stored::kUInt24};
 }
 
 // The child_start of the levels below some depth, and item_start.
 class Below {
  public:
   explicit Below(const std::vector<Tensor>& starts, size_t from = 0) {
-    for (size_t i = from; i < starts.size(); ++i) starts_.push_back(offsets_of("below", starts[i]));
+    for (size_t i = from; i < starts.size(); ++i) starts_.push_back(starts_of("below", starts[i]));
   }
 
   dgi::LowerLevels levels() const { return {starts_.data(), static_cast<int64_t>(starts_.size())}; }

@@ -81,8 +81,8 @@ def cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: float
     """(N, D), (K, D), (N,) int64 -> () or (N,) float32; a target out of range gives NaN for its row."""
     if not isinstance(scale, Tensor):
         scale = torch.full((), scale, dtype=torch.float32, device=h.device)
-    with_grad = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad or scale.requires_grad)
-    loss = _forward(h, weight, target, scale.float(), ignore_index, label_smoothing, eps, with_grad)[0]
+    keep_mean = torch.is_grad_enabled() and h.requires_grad
+    loss = _forward(h, weight, target, scale.float(), ignore_index, label_smoothing, eps, keep_mean)[0]
     if reduction == "mean":
         return loss.sum() / (target != ignore_index).sum()
     return loss.sum() if reduction == "sum" else loss
@@ -90,9 +90,12 @@ def cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: float
 
 @torch.library.custom_op("dgi_kernels::cosine_loss_triton", mutates_args=())
 def _forward(h: Tensor, weight: Tensor, target: Tensor, scale: Tensor, ignore_index: int, smoothing: float, eps: float,
-             with_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> loss, lse, residue, mean, centre, rnorm_h, rnorm_w, label, order (those that no backward will read: empty)."""
-    outputs = _empty_outputs(h, weight, with_grad)
+             keep_mean: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> loss, lse, residue, mean, centre, rnorm_h, rnorm_w, label, order; mean (N, D) is what dh is made of.
+
+    The chunked form has neither mean nor order: they are empty, as is the mean that nobody asks for.
+    """
+    outputs = _empty_outputs(h, weight, keep_mean)
     loss, lse, residue, mean, centre, rnorm_h, rnorm_w, label, order = outputs
     if h.shape[0] == 0:
         return outputs
@@ -116,30 +119,27 @@ def _forward(h: Tensor, weight: Tensor, target: Tensor, scale: Tensor, ignore_in
             torch.arange(rows, out=order)
         gain = 2.0**6 / rnorm_w.amax() if h.dtype == torch.float16 and codes else None
         b_d, config = flash_config(dim, h.device)
-        tiles = config.forward if with_grad else config.weight
+        tiles = config.forward if keep_mean else config.weight
         kernels.flash_forward_kernel[(triton.cdiv(rows, tiles.owned),)](
             h, weight, rnorm_h, rnorm_w, logit, extra, label, order, scale, gain, loss, lse, residue, mean, rows, codes,
-            dim, h.stride(0), weight.stride(0), smoothing, LOG2_SKIP[h.dtype], with_grad=with_grad, b_n=tiles.owned,
-            b_k=tiles.step, b_d=b_d, num_warps=tiles.warps, num_stages=tiles.stages)
+            dim, h.stride(0), weight.stride(0), smoothing, LOG2_SKIP[h.dtype], with_mean=keep_mean,
+            b_n=tiles.owned, b_k=tiles.step, b_d=b_d, num_warps=tiles.warps, num_stages=tiles.stages)
     return outputs
 
 
-def _empty_outputs(h: Tensor, weight: Tensor, with_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+def _empty_outputs(h: Tensor, weight: Tensor, keep_mean: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                                                                        Tensor, Tensor, Tensor]:
-    rows, codes = h.shape[0], weight.shape[0]
-    flash = uses_flash(_tiled_dim(h.shape[1]), h.dtype)
-    kept = rows if with_grad or not flash else 0
-    dim = _tiled_dim(h.shape[1])
-    return (h.new_empty(rows, dtype=torch.float32), h.new_empty(kept, dtype=torch.float32),
-            h.new_empty(kept, dtype=torch.float32), h.new_empty(rows if flash and with_grad else 0, dim),
-            h.new_empty(dim, dtype=torch.float32), h.new_empty(rows, dtype=torch.float32),
-            h.new_empty(codes, dtype=torch.float32), h.new_empty(rows, dtype=torch.int32),
-            h.new_empty(rows if flash else 0, dtype=torch.int64))
+    rows, codes, dim = h.shape[0], weight.shape[0], _tiled_dim(h.shape[1])
+    flash = uses_flash(dim, h.dtype)
+    loss, lse, residue, rnorm_h = (h.new_empty(rows, dtype=torch.float32) for _ in range(4))
+    return (loss, lse, residue, h.new_empty(rows if flash and keep_mean else 0, dim),
+            h.new_empty(dim, dtype=torch.float32), rnorm_h, h.new_empty(codes, dtype=torch.float32),
+            h.new_empty(rows, dtype=torch.int32), h.new_empty(rows if flash else 0, dtype=torch.int64))
 
 
 @_forward.register_fake
-def _(h, weight, target, scale, ignore_index, smoothing, eps, with_grad):
-    return _empty_outputs(h, weight, with_grad)
+def _(h, weight, target, scale, ignore_index, smoothing, eps, keep_mean):
+    return _empty_outputs(h, weight, keep_mean)
 
 
 @torch.library.custom_op("dgi_kernels::cosine_loss_triton_backward", mutates_args=())
@@ -147,43 +147,65 @@ def _backward(upstream: Tensor, h: Tensor, weight: Tensor, scale: Tensor, lse: T
               centre: Tensor, rnorm_h: Tensor, rnorm_w: Tensor, label: Tensor, order: Tensor, smoothing: float,
               eps: float, need_h: bool, need_weight: bool) -> tuple[Tensor, Tensor, Tensor]:
     """-> dh, dweight (empty where not needed), dscale."""
-    dh = h.new_empty(h.shape if need_h else 0)
-    dweight = weight.new_empty(weight.shape if need_weight else 0)
-    if h.shape[0] == 0:
-        return dh, dweight.zero_(), torch.zeros_like(scale)
-    upstream = torch.where(label >= 0, upstream, 0.0)
-    h, weight = _tiled(h), _tiled(weight)
-    flash = uses_flash(h.shape[1], h.dtype)
-    with torch.cuda.device_of(h):
-        if not flash:
-            radial = _chunked_gradients(upstream, h, weight, scale, lse, residue, rnorm_h, rnorm_w, label, smoothing,
-                                        eps, dh, dweight)
-        else:
-            radial = _flash_hidden(upstream, h, weight, scale, residue, mean, centre, rnorm_h, rnorm_w, label, order,
-                                   smoothing, eps, dh)
-            if dweight.numel():
-                _flash_weight(upstream * rnorm_h, h, weight, scale, lse, residue, rnorm_h, rnorm_w, label, order,
-                              smoothing, eps, dweight)
-    return dh, dweight, radial.sum()
+    dh = h.new_empty(h.shape if need_h else (0, 0))
+    return _gradients(upstream, h, weight, scale, lse, residue, mean, centre, rnorm_h, rnorm_w, label, order, smoothing,
+                      eps, dh, need_weight)
 
 
 @_backward.register_fake
 def _(upstream, h, weight, scale, lse, residue, mean, centre, rnorm_h, rnorm_w, label, order, smoothing, eps,
       need_h, need_weight):
-    return (h.new_empty(h.shape if need_h else 0), weight.new_empty(weight.shape if need_weight else 0),
+    return (h.new_empty(h.shape if need_h else (0, 0)), weight.new_empty(weight.shape if need_weight else (0, 0)),
             torch.empty_like(scale))
 
 
+def _gradients(upstream: Tensor, h: Tensor, weight: Tensor, scale: Tensor, lse: Tensor, residue: Tensor, mean: Tensor,
+               centre: Tensor, rnorm_h: Tensor, rnorm_w: Tensor, label: Tensor, order: Tensor, smoothing: float,
+               eps: float, dh: Tensor, need_weight: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """-> dh, filled where it has elements (it may be ``mean`` itself), dweight (or empty), dscale."""
+    dweight = weight.new_empty(weight.shape if need_weight else (0, 0))
+    if h.shape[0] == 0:
+        return dh, dweight.zero_(), torch.zeros_like(scale)
+    upstream = torch.where(label >= 0, upstream, 0.0)
+    h, weight = _tiled(h), _tiled(weight)
+    with torch.cuda.device_of(h):
+        if not uses_flash(h.shape[1], h.dtype):
+            return dh, dweight, _chunked_gradients(upstream, h, weight, scale, lse, residue, rnorm_h, rnorm_w, label,
+                                                   smoothing, eps, dh, dweight).sum()
+        by_row = len(mean) > 0
+        if need_weight or not by_row:
+            radial = _flash_weight(upstream * rnorm_h, h, weight, scale, lse, residue, rnorm_h, rnorm_w, label, order,
+                                   smoothing, eps, dweight)
+        if by_row:
+            radial = _flash_hidden(upstream, h, weight, scale, residue, mean, centre, rnorm_h, rnorm_w, label,
+                                   smoothing, eps, dh)
+    return dh, dweight, radial.sum()
+
+
 def _save(ctx, inputs, output) -> None:
-    h, weight, _, scale, _, ctx.smoothing, ctx.eps, _ = inputs
-    ctx.save_for_backward(h, weight, scale, *output[1:])
+    h, weight, target, scale, ctx.ignore_index, ctx.smoothing, ctx.eps, ctx.keeps_mean = inputs
+    ctx.save_for_backward(target, h, weight, scale, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
+    ctx.mean_is_gone = False
 
 
 def _differentiate(ctx, upstream: Tensor, *_: None):
+    """The first backward turns the mean into dh where it lies: a second (N, D) could be larger than all else.
+
+    The mean is gone then, and a later backward through the same graph makes it again.  What is traced (its tensors are
+    no plain ones) or may be differentiated once more calls the operator, which leaves it as it is.
+    """
+    target, h, weight, scale, lse, residue, mean, *others = ctx.saved_tensors
     need_h, need_weight, _, need_scale = ctx.needs_input_grad[:4]
-    dh, dweight, dscale = _backward(upstream, *ctx.saved_tensors, ctx.smoothing, ctx.eps, need_h, need_weight)
+    if (need_h and not ctx.keeps_mean) or (ctx.mean_is_gone and (need_h or need_scale)):
+        mean = _forward(h, weight, target, scale, ctx.ignore_index, ctx.smoothing, ctx.eps, True)[3]
+    arguments = [upstream, h, weight, scale, lse, residue, mean, *others, ctx.smoothing, ctx.eps]
+    if need_h and mean.shape == h.shape and type(mean) is Tensor and not torch.is_grad_enabled():
+        ctx.mean_is_gone = True
+        dh, dweight, dscale = _gradients(*arguments, mean, need_weight)
+    else:
+        dh, dweight, dscale = _backward(*arguments, need_h, need_weight)
     return (dh if need_h else None, dweight if need_weight else None, None, dscale if need_scale else None,
             None, None, None, None)
 
@@ -192,23 +214,26 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def _flash_hidden(upstream: Tensor, h: Tensor, weight: Tensor, scale: Tensor, residue: Tensor, mean: Tensor,
-                  centre: Tensor, rnorm_h: Tensor, rnorm_w: Tensor, label: Tensor, order: Tensor,
-                  smoothing: float, eps: float, dh: Tensor) -> Tensor:
+                  centre: Tensor, rnorm_h: Tensor, rnorm_w: Tensor, label: Tensor, smoothing: float, eps: float,
+                  dh: Tensor) -> Tensor:
     """Fill dh where it has elements; return each row's part of dscale."""
     rows, dim = h.shape
     radial = torch.empty_like(upstream)
-    width = dh.shape[1] if dh.numel() else 0
     b_n, b_d = finish_block(dim)
     kernels.flash_hidden_kernel[(triton.cdiv(rows, b_n),)](
-        mean, h, weight, rnorm_h, rnorm_w, residue, upstream, label, order, scale, centre, dh, radial, rows, dim, width,
-        h.stride(0), weight.stride(0), smoothing, eps, b_n=b_n, b_d=b_d, num_warps=4)
+        mean, h, weight, rnorm_h, rnorm_w, residue, upstream, label, scale, centre, dh, radial, rows, dim,
+        dh.shape[1], h.stride(0), weight.stride(0), smoothing, eps, b_n=b_n, b_d=b_d, num_warps=4)
     return radial
 
 
 def _flash_weight(upstream: Tensor, h: Tensor, weight: Tensor, scale: Tensor, lse: Tensor,
                   residue: Tensor, rnorm_h: Tensor, rnorm_w: Tensor, label: Tensor, order: Tensor, smoothing: float,
-                  eps: float, dweight: Tensor) -> None:
+                  eps: float, dweight: Tensor) -> Tensor:
+    """Fill dweight where it has elements; return each column's part of dscale."""
     (rows, dim), codes = h.shape, weight.shape[0]
+    if codes == 0:
+        return rnorm_w
+    radial = torch.empty_like(rnorm_w)
     centre = torch.empty_like(h[0], dtype=torch.float32)
     _weighted_sum(h, upstream, smoothing / codes, centre)
     gain = _gain(upstream, h.dtype)
@@ -220,7 +245,8 @@ def _flash_weight(upstream: Tensor, h: Tensor, weight: Tensor, scale: Tensor, ls
         h, weight, rnorm_h, rnorm_w, lse, residue, upstream if gain is None else upstream * gain, label, order, scale,
         partial, rows, codes, dim, h.stride(0), weight.stride(0), 2.0 ** LOG2_SKIP[h.dtype], b_k=tiles.owned,
         b_n=tiles.step, b_d=b_d, num_warps=tiles.warps, num_stages=tiles.stages)
-    _finish(partial, weight, rnorm_w, scale, gain, centre, eps, False, dweight, None)
+    _finish(partial, weight, rnorm_w, scale, gain, centre, eps, False, dweight, radial)
+    return radial.mul_(rnorm_w)
 
 
 def _chunked_loss(h: Tensor, weight: Tensor, scale: Tensor, rnorm_h: Tensor, rnorm_w: Tensor, logit: Tensor,

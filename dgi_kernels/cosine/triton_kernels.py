@@ -126,12 +126,11 @@ def finish_loss(top, others, logit, extra, label, smoothing):
 @triton.jit(do_not_specialize=["N", "K"])
 def flash_forward_kernel(p_h, p_w, p_rnorm_h, p_rnorm_w, p_logit, p_extra, p_label, p_order, p_scale, p_gain, p_loss,
                          p_lse, p_residue, p_mean, N, K, D, stride_h, stride_w, smoothing, log2_skip,
-                         with_grad: tl.constexpr, b_n: tl.constexpr, b_k: tl.constexpr, b_d: tl.constexpr):
-    """h (N, D), w (K, D) -> loss (N,); with_grad: lse (N,), residue g_t (N,), mean (N, D).
+                         with_mean: tl.constexpr, b_n: tl.constexpr, b_k: tl.constexpr, b_d: tl.constexpr):
+    """h (N, D), w (K, D) -> loss, lse, residue g_t (N,); with_mean: mean (N, D).
 
     A program owns b_n rows. Kept in registers: the mean, maximum and sum of each; h in shared memory. The mean of w^_k
-    over all k but the target, by their p_k, is of the size of 1 however small they are, so float16 can keep it. It is
-    stored by slot, a place in the order: for its row, 64-bit addresses would take 32 registers all through the loop.
+    over all k but the target, by their p_k, is of the size of 1 however small they are, so float16 can keep it.
     """
     o_slot = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
     m_n = o_slot < N
@@ -165,33 +164,37 @@ def flash_forward_kernel(p_h, p_w, p_rnorm_h, p_rnorm_w, p_logit, p_extra, p_lab
             s -= rise[:, None]
             top += rise
             others *= tl.exp2(-rise)
-            if with_grad:
+            if with_mean:
                 mean *= tl.exp2(-rise)[:, None]
         p = tl.exp2(s)
         others += tl.sum(p, axis=1)
-        if with_grad:  # noqa: SIM102 (the first is decided when the kernel is compiled)
+        if with_mean:  # noqa: SIM102 (the first is decided when the kernel is compiled)
             if highest >= log2_skip:
                 mean = tl.dot((p * (rnorm_w * gain)[None, :]).to(w.dtype), w, mean, input_precision="ieee")
 
     extra = tl.load(p_extra + o_n, mask=m_n, other=0.0)
     loss, lse, residue = finish_loss(top, others, logit, extra, label, smoothing)
     tl.store(p_loss + o_n, loss, mask=m_n)
-    if with_grad:
+    tl.store(p_lse + o_n, lse, mask=m_n)
+    tl.store(p_residue + o_n, residue, mask=m_n)
+    if with_mean:
         # Others that weigh next to nothing move nothing, and the reciprocal of a subnormal sum would be infinite.
         mean *= tl.where(others > 1e-30, 1.0 / (others * gain), 0.0)[:, None]
-        tl.store(p_mean + o_slot[:, None] * D + o_d[None, :], mean.to(h.dtype), mask=m_nd)
-        tl.store(p_lse + o_n, lse, mask=m_n)
-        tl.store(p_residue + o_n, residue, mask=m_n)
+        # The rows are read again, or the addresses made of them would take 32 registers all through the loop.
+        o_n = tl.load(p_order + o_slot, mask=m_n, other=0, volatile=True)
+        tl.store(p_mean + o_n[:, None] * D + o_d[None, :], mean.to(h.dtype), mask=m_nd)
 
 
 @triton.jit(do_not_specialize=["N"])
-def flash_hidden_kernel(p_mean, p_h, p_w, p_rnorm_h, p_rnorm_w, p_residue, p_upstream, p_label, p_order, p_scale,
-                        p_centre, p_out, p_radial, N, D, width, stride_h, stride_w, smoothing, eps,
-                        b_n: tl.constexpr, b_d: tl.constexpr):
-    """mean (N, D) by slot -> dh (N, width), radial_n = u_n h^_n . o_n (N,), both by row; width <= D <= b_d."""
-    o_slot = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
-    m_n = o_slot < N
-    o_n = tl.load(p_order + o_slot, mask=m_n, other=0)
+def flash_hidden_kernel(p_mean, p_h, p_w, p_rnorm_h, p_rnorm_w, p_residue, p_upstream, p_label, p_scale, p_centre,
+                        p_out, p_radial, N, D, width, stride_h, stride_w, smoothing, eps, b_n: tl.constexpr,
+                        b_d: tl.constexpr):
+    """mean (N, D) -> dh (N, width), radial_n = u_n h^_n . o_n (N,); width <= D <= b_d.
+
+    dh may be the mean itself: a program stores what it has read, after sums over all of it.
+    """
+    o_n = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
+    m_n = o_n < N
     o_d = tl.arange(0, b_d)
     m_d = o_d < D
     m_nd = m_n[:, None] & m_d[None, :]
@@ -203,7 +206,7 @@ def flash_hidden_kernel(p_mean, p_h, p_w, p_rnorm_h, p_rnorm_w, p_residue, p_ups
     of_target = residue * tl.load(p_rnorm_w + label, mask=known, other=0.0)
     w = tl.load(p_w + label[:, None] * stride_w + o_d[None, :], mask=known[:, None] & m_d[None, :], other=0.0)
     h = tl.load(p_h + o_n[:, None] * stride_h + o_d[None, :], mask=m_nd, other=0.0).to(tl.float32)
-    o = tl.load(p_mean + o_slot[:, None] * D + o_d[None, :], mask=m_nd & known[:, None], other=0.0).to(tl.float32)
+    o = tl.load(p_mean + o_n[:, None] * D + o_d[None, :], mask=m_nd & known[:, None], other=0.0).to(tl.float32)
     centre = tl.load(p_centre + o_d, mask=m_d, other=0.0)
     o = o * (smoothing - residue)[:, None] + w.to(tl.float32) * of_target[:, None] - centre[None, :]
     radial = tl.sum(o * h, axis=1) * rnorm

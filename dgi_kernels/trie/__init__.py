@@ -210,8 +210,11 @@ class Trie:
         base, delta = self.parts.base, self.parts.delta
         if mask is None:
             of_base, of_delta = self._rows("items", items)
-            in_base = _members(of_base, base.num_items)
-            in_delta = _members(of_delta, 0 if delta is None else delta.arrays.num_items)
+            if delta is None:
+                in_base = in_delta = _members(of_base, base.num_items)
+            else:
+                in_base = _members(of_base[of_base >= 0], base.num_items)
+                in_delta = _members(of_delta[of_delta >= 0], delta.arrays.num_items)
         else:
             chosen = self._mask(mask)
             in_base, in_delta = chosen[:base.num_items], chosen[base.num_items:]
@@ -385,6 +388,5 @@ class Trie:
 
 
 def _members(rows: Tensor, size: int) -> Tensor:
-    """(size,) bool, True at ``rows`` (n,); -1 is none."""
-    members = torch.zeros(size + 1, dtype=torch.bool, device=rows.device)
-    return members.scatter_(0, rows + 1, True)[1:]
+    """(size,) bool, True at ``rows`` (n,)."""
+    return torch.zeros(size, dtype=torch.bool, device=rows.device).index_fill_(0, rows, True)

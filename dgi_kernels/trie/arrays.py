@@ -10,6 +10,8 @@ from torch import Tensor
 
 from dgi_kernels import backend as backends
 from dgi_kernels.trie import native, reference
+from dgi_kernels.trie.rows import packed_rows, plain_rows, rows_at
+from dgi_kernels.trie.starts import packed_starts, plain_starts, starts_at
 
 END = -1  # the token of a sequence that has ended; it sorts before every code
 NARROW_CODEBOOK = 2**15  # tokens are int16 where no codebook is larger
@@ -20,8 +22,9 @@ NARROW_COUNT = 2**31  # offsets are int32 below
 class TrieArrays:
     """The arrays of a trie of depth L over N items; n_t is the number of nodes at depth t, and n_0 = 1 (the root).
 
-    Tokens are int16 where every codebook has at most 32768 codes, else int32. Offsets and rows are int32 below 2^31,
-    else int64. The last three are None where they would be 0, 1, 2, …
+    Tokens are int16 where every codebook has at most 32768 codes, else int32. Offsets are int32 below 2^31, else int64.
+    ``item_start`` and ``item_order`` may be packed: see ``starts.py`` and ``rows.py``. The last three are None where they
+    would be 0, 1, 2, …
 
     Attributes:
         tokens: ``tokens[t]`` (n_{t+1},), the codes out of depth t, run by run; -1 where a sequence has ended.
@@ -49,7 +52,7 @@ class TrieArrays:
     @classmethod
     def make(cls, tokens: tuple[Tensor, ...], child_start: tuple[Tensor, ...], item_start: Tensor | None,
              item_order: Tensor | None, item_ids: Tensor | None, num_items: int) -> TrieArrays:
-        """The arrays with the numbers that follow from them."""
+        """The arrays with the numbers that follow from them, and packed; ``item_start`` and ``item_order`` are not yet."""
         runs = item_start  # of items, below each node
         max_items = [1 if num_items and runs is None else _longest_run(runs)]
         for starts in reversed(child_start):
@@ -59,7 +62,8 @@ class TrieArrays:
         if item_ids is not None and num_items:
             low, high = item_ids.aminmax()
             bounds = (int(low), int(high))
-        return cls(tokens, child_start, item_start, item_order, item_ids, num_items,
+        return cls(tokens, child_start, None if item_start is None else packed_starts(item_start, num_items),
+                   None if item_order is None else packed_rows(item_order), item_ids, num_items,
                    tuple(map(_longest_run, child_start)), tuple(reversed(max_items)), bounds)
 
     @property
@@ -98,13 +102,17 @@ class TrieArrays:
     def item_range(self, nodes: Tensor, depth: int) -> tuple[Tensor, Tensor]:
         """The items below nodes of ``depth``, none of them -1, as int64 ranges [first, end) of the leaf order."""
         first, end = nodes, nodes + 1
-        for starts in self.below(depth):
+        for starts in self.child_start[depth:]:
             first, end = starts[first].long(), starts[end].long()
-        return first, end
+        return self.item_starts_at(first), self.item_starts_at(end)
+
+    def item_starts_at(self, leaves: Tensor) -> Tensor:
+        """The first place of each of ``leaves`` (…) int64, the end for the number of leaves; (…) int64."""
+        return leaves if self.item_start is None else starts_at(self.item_start, self.num_items, leaves)
 
     def ids_at(self, places: Tensor) -> Tensor:
         """The ids of items, given by their places in the leaf order."""
-        rows = places if self.item_order is None else self.item_order[places].long()
+        rows = places if self.item_order is None else rows_at(self.item_order, places)
         return rows if self.item_ids is None else self.item_ids[rows]
 
     def ids(self) -> Tensor:
@@ -137,7 +145,9 @@ class TrieArrays:
     def codes(self, dtype: torch.dtype = torch.int64) -> Tensor:
         """The codes (N, L) of all rows, -1 where a sequence has ended."""
         by_place = torch.empty(self.num_items, self.depth, dtype=dtype, device=self.device)
-        runs = self.item_start  # of items, below each node of the next depth
+        runs = None  # of items, below each node of the next depth
+        if self.item_start is not None:
+            runs = plain_starts(self.item_start, self.num_items, count_dtype(self.num_items))
         for t in reversed(range(self.depth)):
             tokens = self.tokens[t]
             by_place[:, t] = tokens if runs is None else tokens[run_of_each(runs, self.num_items)]
@@ -145,7 +155,7 @@ class TrieArrays:
         if self.item_order is None:
             return by_place
         codes = torch.empty_like(by_place)
-        codes[self.item_order] = by_place
+        codes[plain_rows(self.item_order)] = by_place
         return codes
 
 

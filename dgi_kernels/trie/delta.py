@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dgi_kernels.trie.arrays import TrieArrays, run_of_each
 from dgi_kernels.trie.item_set import ItemSet
+from dgi_kernels.trie.starts import plain_starts
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,9 +79,11 @@ class Delta:
         """For each of the delta's items, in its leaf order, how many places of the base come before it."""
         anchors = self.anchors[-1]
         leaves = (anchors >> 1) + (anchors & 1)  # a twin's items stand behind those of its leaf of the base
-        places = leaves if base.item_start is None else base.item_start[leaves].long()
-        starts = self.arrays.item_start
-        return places if starts is None else places[run_of_each(starts, self.arrays.num_items)]
+        places, added = base.item_starts_at(leaves), self.arrays
+        if added.item_start is None:
+            return places
+        starts = plain_starts(added.item_start, added.num_items, torch.int64)
+        return places[run_of_each(starts, added.num_items)]
 
 
 def _anchors(base: TrieArrays, added: TrieArrays) -> tuple[Tensor, ...]:

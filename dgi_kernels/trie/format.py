@@ -21,15 +21,21 @@ from torch import Tensor
 from dgi_kernels.files import atomic_write
 from dgi_kernels.trie.arrays import END, TrieArrays, count_dtype, token_dtype
 from dgi_kernels.trie.build import MAX_CODEBOOK_SIZE
+from dgi_kernels.trie.rows import MAX_ROWS, plain_rows
+from dgi_kernels.trie.rows import PACKED as PACKED_ROWS
+from dgi_kernels.trie.starts import MARKS, marks_length, plain_starts
 
 MAGIC = b"DGITRIE\n"
-VERSION = 2
+VERSION = 3
+OLDEST_VERSION = 2  # had no packed arrays
 PREFIX = struct.Struct("<8sIIQ")  # magic, version, bytes of the JSON header, bytes of the whole file
 DIGEST_BYTES = hashlib.sha256().digest_size
 ALIGNMENT = 64
-STORED_DTYPES: dict[str, np.dtype[np.signedinteger[Any]]] = {
-    "int16": np.dtype("<i2"), "int32": np.dtype("<i4"), "int64": np.dtype("<i8")}
+STORED_DTYPES: dict[str, np.dtype[np.integer[Any]]] = {
+    "int16": np.dtype("<i2"), "int32": np.dtype("<i4"), "int64": np.dtype("<i8"), "uint8": np.dtype("<u1"),
+    "uint64": np.dtype("<u8")}
 META = {"codebook_sizes", "sizes_inferred", "num_items", "max_degree", "max_items", "id_bounds"}
+PACKED = {"item_start": MARKS, "item_order": PACKED_ROWS}  # these two may be packed
 OPTIONAL = {"item_start", "item_order", "item_ids"}  # left out where they are 0, 1, 2, …
 
 
@@ -45,7 +51,7 @@ def state(trie: TrieArrays, sizes: tuple[int, ...], inferred: bool) -> tuple[dic
 
 
 def write(path: str | os.PathLike[str], arrays: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    """Write named vectors of int16, int32 and int64 and JSON data to ``path``, whole or not at all."""
+    """Write named vectors of integers and JSON data to ``path``, whole or not at all."""
     listing = [[name, str(array.dtype).removeprefix("torch."), len(array)] for name, array in arrays.items()]
     header = json.dumps({"meta": meta, "arrays": listing}, separators=(",", ":")).encode()
     sizes = [PREFIX.size + len(header) + DIGEST_BYTES, *(array.nbytes for array in arrays.values())]
@@ -101,8 +107,8 @@ def _parse(data: Any, verify: bool) -> tuple[dict[str, Tensor], Any]:
     magic, version, header_bytes, total = PREFIX.unpack_from(data)
     if magic != MAGIC:
         raise TrieFormatError("no trie file: it does not begin with the trie's magic number")
-    if version != VERSION:
-        raise TrieFormatError(f"format version {version}; this library reads version {VERSION}")
+    if not OLDEST_VERSION <= version <= VERSION:
+        raise TrieFormatError(f"format version {version}; this library reads versions {OLDEST_VERSION} to {VERSION}")
     if total != len(data):
         raise TrieFormatError(f"truncated or altered: it has {len(data)} bytes and should have {total}")
     view, end = memoryview(data), PREFIX.size + header_bytes
@@ -146,7 +152,7 @@ def checked_state(arrays: Mapping[str, Tensor], meta: Mapping[str, Any],
     for name, array in arrays.items():
         dtype = torch.int64 if name == "item_ids" else token_dtype(sizes) if name.startswith("tokens") \
             else count_dtype(num_items)
-        if not isinstance(array, Tensor) or array.dtype != dtype or array.ndim != 1:
+        if not isinstance(array, Tensor) or array.dtype not in (dtype, PACKED.get(name)) or array.ndim != 1:
             raise TrieFormatError(f"array {name} must be a vector of {dtype}")
     trie = TrieArrays(tuple(arrays[f"tokens.{t}"] for t in range(depth)),
                       tuple(arrays[f"child_start.{t}"] for t in range(depth)), arrays.get("item_start"),
@@ -193,12 +199,15 @@ def _check_sizes(trie: TrieArrays) -> None:
         _check_length(f"child_start.{t}", starts, nodes + 1)
         nodes = len(tokens)
     if trie.item_start is not None:
-        _check_length("item_start", trie.item_start, nodes + 1)
+        packed = trie.item_start.dtype == MARKS
+        _check_length("item_start", trie.item_start, marks_length(nodes, trie.num_items) if packed else nodes + 1)
     elif nodes != trie.num_items:
         raise TrieFormatError(f"there must be item_start, or as many leaves as items, {trie.num_items}; got {nodes}")
-    for name, array in (("item_order", trie.item_order), ("item_ids", trie.item_ids)):
-        if array is not None:
-            _check_length(name, array, trie.num_items)
+    if trie.item_order is not None:
+        packed = trie.item_order.dtype == PACKED_ROWS
+        _check_length("item_order", trie.item_order, 3 * min(trie.num_items, MAX_ROWS) if packed else trie.num_items)
+    if trie.item_ids is not None:
+        _check_length("item_ids", trie.item_ids, trie.num_items)
 
 
 def _check_length(name: str, array: Tensor, length: int) -> None:
@@ -211,12 +220,17 @@ def _check_structure(trie: TrieArrays, sizes: tuple[int, ...]) -> None:
     for t in range(trie.depth):
         _check_runs(f"child_start.{t}", trie.child_start[t], len(trie.tokens[t]), may_be_empty=t == 0)
         ended = _check_tokens(t, trie.tokens[t], trie.child_start[t], sizes[t], ended)
-    if trie.item_start is not None:
-        _check_runs("item_start", trie.item_start, trie.num_items)
+    item_start = trie.item_start
+    if item_start is not None:
+        item_start = plain_starts(item_start, trie.num_items, count_dtype(trie.num_items))
+        _check_length("item_start, unpacked,", item_start, len(trie.tokens[-1]) + 1)
+        _check_runs("item_start", item_start, trie.num_items)
     if trie.item_order is not None:
-        _check_permutation(trie.item_order)
-    made = TrieArrays.make(trie.tokens, trie.child_start, trie.item_start, trie.item_order, trie.item_ids,
-                           trie.num_items)
+        _check_permutation(plain_rows(trie.item_order))
+    made = TrieArrays.make(trie.tokens, trie.child_start, item_start, None, trie.item_ids, trie.num_items)
+    if trie.item_start is not None and trie.item_start.dtype == MARKS:
+        if made.item_start.dtype != MARKS or not torch.equal(made.item_start, trie.item_start):
+            raise TrieFormatError("item_start is not packed as the starts that it holds should be")
     for name in ("max_degree", "max_items", "id_bounds"):
         if getattr(made, name) != getattr(trie, name):
             raise TrieFormatError(f"{name} is {getattr(trie, name)}, but that of the arrays {getattr(made, name)}")

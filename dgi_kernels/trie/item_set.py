@@ -11,6 +11,8 @@ from torch import Tensor
 
 from dgi_kernels import backend as backends
 from dgi_kernels.trie import native, reference
+from dgi_kernels.trie.reference import count_ones
+from dgi_kernels.trie.rows import plain_rows
 
 WORD_BITS = 64
 BLOCK_WORDS = 8  # a rank for every 512 places
@@ -36,11 +38,15 @@ class ItemSet:
 
     @classmethod
     def of_rows(cls, members: Tensor, item_order: Tensor | None) -> ItemSet:
-        """The set of the places whose row is a member: ``members`` (size,) bool by row; ``item_order`` place -> row."""
+        """The set of the places whose row is a member: ``members`` (size,) bool by row; ``item_order`` place -> row.
+
+        ``item_order`` may be packed.
+        """
         size = len(members)
         if backends.choose("trie_filter", "auto", members.device) == "native":
             return cls(size, *native.item_set(members, item_order))
-        return cls(size, *reference.item_set(members, item_order, num_words(size), BLOCK_WORDS))
+        order = None if item_order is None else plain_rows(item_order)
+        return cls(size, *reference.item_set(members, order, num_words(size), BLOCK_WORDS))
 
     def to(self, device: torch.device) -> ItemSet:
         """The set on ``device``."""
@@ -81,11 +87,3 @@ class ItemSet:
 def num_words(size: int) -> int:
     """How many words a set over ``size`` places has: whole blocks, with room for one place more."""
     return (size // (WORD_BITS * BLOCK_WORDS) + 1) * BLOCK_WORDS
-
-
-def count_ones(words: Tensor) -> Tensor:
-    """The number of bits that are 1 in each int64."""
-    words = words - (words >> 1 & 0x5555555555555555)
-    words = (words & 0x3333333333333333) + (words >> 2 & 0x3333333333333333)
-    words = words + (words >> 4) & 0x0F0F0F0F0F0F0F0F
-    return words * 0x0101010101010101 >> 56

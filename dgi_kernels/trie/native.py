@@ -28,6 +28,16 @@ def find_children(tokens: Tensor, child_start: Tensor, nodes: Tensor, codes: Ten
     return places.view(shape), found.view(shape)
 
 
+def run_marks(starts: Tensor) -> Tensor:
+    """Marks of ``starts`` (leaves + 1,) of int32 or int64; see ``starts.py``."""
+    return torch.ops.dgi_kernels.run_marks(starts)
+
+
+def run_starts(starts: Tensor, runs: Tensor) -> Tensor:
+    """Where each of ``runs`` (…) starts, from marks."""
+    return torch.ops.dgi_kernels.run_starts(starts, runs.flatten().contiguous()).view(runs.shape)
+
+
 def item_set(members: Tensor, item_order: Tensor | None) -> tuple[Tensor, Tensor]:
     """As :func:`reference.item_set`, of as many words as there must be."""
     return torch.ops.dgi_kernels.item_set(members.contiguous(), item_order)

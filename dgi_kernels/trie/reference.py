@@ -88,6 +88,36 @@ def find_children(tokens: Tensor, child_start: Tensor, nodes: Tensor, codes: Ten
     return torch.where(nodes >= 0, low, 0), found
 
 
+def run_starts(ranks: Tensor, words: Tensor, runs: Tensor) -> Tensor:
+    """The places of the ones that as many ones come before as ``runs`` (…) int64 say: run i begins at that of i.
+
+    Args:
+        ranks: (blocks,) int64, the number of ones before each block.
+        words: (blocks, words) int64, the bits.
+        runs: (…), each less than there are ones.
+    """
+    block = torch.searchsorted(ranks, runs, right=True) - 1
+    before = runs - ranks[block]
+    through = count_ones(words[block]).cumsum(-1)  # ones up to each word of the block
+    word = (through <= before.unsqueeze(-1)).sum(-1)
+    before = before - torch.where(word > 0, through.gather(-1, (word - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1), 0)
+    bits, place = words[block, word], 64 * (words.shape[1] * block + word)
+    for half in (32, 16, 8, 4, 2, 1):
+        low = count_ones(bits & (1 << half) - 1)
+        above = before >= low
+        bits, before = torch.where(above, bits >> half, bits), torch.where(above, before - low, before)
+        place = torch.where(above, place + half, place)
+    return place
+
+
+def count_ones(words: Tensor) -> Tensor:
+    """The number of bits that are 1 in each int64."""
+    words = words - (words >> 1 & 0x5555555555555555)
+    words = (words & 0x3333333333333333) + (words >> 2 & 0x3333333333333333)
+    words = words + (words >> 4) & 0x0F0F0F0F0F0F0F0F
+    return words * 0x0101010101010101 >> 56
+
+
 def item_set(members: Tensor, item_order: Tensor | None, words: int, block_words: int) -> tuple[Tensor, Tensor]:
     """The bits of ``members`` (N,) bool, given by row, in the leaf order, and the ranks of their blocks.
 

@@ -69,7 +69,8 @@ class Numbers {
   Numbers(const Numbers&) = delete;
 
   dgi::Offsets offsets() const {
-    return wide_.empty() ? dgi::Offsets{narrow_.data(), false} : dgi::Offsets{wide_.data(), true};
+    using Stored = dgi::Offsets::Stored;
+    return wide_.empty() ? dgi::Offsets{narrow_.data(), Stored::kInt32} : dgi::Offsets{wide_.data(), Stored::kInt64};
   }
 
  private:

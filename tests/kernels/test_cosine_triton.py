@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from .interpreter import (
     INTERPRETED,
     TRITON,
     choose_form,
+    interpreted,
     launcher,
     run_in_the_interpreter,
     runs,
@@ -244,6 +247,47 @@ def test_bits_repeat_and_gradients_have_no_radial_part(form: str) -> None:
     _, dh, dweight, _ = runs[0]
     for x, dx in ((h, dh), (weight, dweight)):
         assert ((x * dx).sum(-1).abs() <= 1e-5 * x.norm(dim=-1) * dx.norm(dim=-1) + 1e-9).all()
+
+
+@runs
+def test_a_second_backward_repeats_the_first(form: str) -> None:
+    """The first one makes dh of what forward kept for it, the second of the same made anew."""
+    h, weight, target = (x.requires_grad_() if x.is_floating_point() else x for x in inputs(40, 24, 50))
+    leaves = (h, weight, torch.tensor(30.0, device=DEVICE, requires_grad=True))
+    loss = ours(h, weight, target, leaves[2], label_smoothing=0.1)
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    kept = [gradient.clone() for gradient in first]
+    assert torch.equal(torch.autograd.grad(loss, leaves[2], retain_graph=True)[0], kept[2])
+    for gradient, before, again in zip(first, kept, torch.autograd.grad(loss, leaves, retain_graph=True), strict=True):
+        assert torch.equal(gradient, before) and torch.equal(again, before)
+    twice = torch.autograd.grad(loss, leaves, create_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(twice, kept, strict=True))
+    with pytest.raises(RuntimeError, match="no autograd formula|not implemented|backward"):
+        torch.autograd.grad(twice[0].sum(), weight)
+
+
+def peak_bytes(step: Callable[[], object]) -> int:
+    """The most bytes that torch's CPU allocator had given away at one time during a step, beyond those before it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        kept = step()
+    del kept
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+@interpreted
+def test_flash_keeps_no_second_gradient_of_h(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against the mean and dh beside each other, and against a mean where h needs no gradient."""
+    choose_form(monkeypatch, triton, "flash", step=16)
+    h, weight, target = inputs(512, 64, 16, torch.float16)
+    vectors = 512 * 80 + 4 * 16 * 64 * 4 + 4096  # a dozen numbers a row, and the four partial sums of dweight
+    for need_h in (True, False):
+        def step(need_h: bool = need_h) -> tuple[Tensor, ...]:
+            leaves = [h.detach().requires_grad_(need_h), weight.detach().requires_grad_()]
+            ours(*leaves, target, 30.0).backward()
+            return tuple(leaf.grad for leaf in leaves if leaf.requires_grad)
+        step()
+        assert peak_bytes(step) <= h.nbytes * need_h + weight.nbytes + vectors, need_h
 
 
 @runs

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from dgi_kernels import _extension
-from dgi_kernels.trie import native, reference
+from dgi_kernels.trie import native, reference, starts
 from dgi_kernels.trie.item_set import BLOCK_WORDS, num_words
+from dgi_kernels.trie.rows import packed_rows
 
 pytestmark = pytest.mark.skipif(_extension.load_error is not None, reason=str(_extension.load_error))
 
@@ -121,17 +122,38 @@ def test_sets_of_items(size: int, counts: torch.dtype | None) -> None:
         words, ranks = native.item_set(members, order)
         expected_words, expected_ranks = reference.item_set(members, order, num_words(size), BLOCK_WORDS)
         assert torch.equal(words, expected_words) and torch.equal(ranks, expected_ranks)
+        if order is not None:
+            for got, expected in zip(native.item_set(members, packed_rows(order)), (words, ranks), strict=True):
+                assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("leaves", [0, 1, 255, 256, 257, 512, 5000])
+@pytest.mark.parametrize("counts", [torch.int32, torch.int64], ids=str)
+def test_starts_as_marks(leaves: int, counts: torch.dtype) -> None:
+    for most in (2, 4, 3000):  # one item each, few, and runs over several blocks of bits
+        sizes = torch.where(torch.rand(leaves) < 0.02, torch.randint(1, most, (leaves,)), 1)
+        plain = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)]).to(counts)
+        items, marks = int(plain[-1]), native.run_marks(plain)
+        assert len(marks) == starts.marks_length(leaves, items)
+        assert torch.equal(marks, starts._marks(plain, items))
+        assert torch.equal(starts.plain_starts(marks, items, counts), plain)
+        wanted = torch.randint(0, leaves + 1, (3, 50))
+        for got in (native.run_starts(marks, wanted), starts.starts_at(marks, items, wanted),
+                    reference.run_starts(*starts._ranks_and_words(marks, items), wanted)):
+            assert torch.equal(got, plain[wanted].long())
+        smaller = starts.packed_starts(plain, items)
+        assert smaller.nbytes == min(plain.nbytes, marks.nbytes)
 
 
 @pytest.mark.parametrize("tokens", [torch.int16, torch.int32], ids=str)
 @pytest.mark.parametrize("counts", [torch.int32, torch.int64], ids=str)
 def test_children_are_found(tokens: torch.dtype, counts: torch.dtype) -> None:
     for rows in (0, 1, 300, 5000):
-        (_, level), (_, starts), _, _ = native.trie_arrays(torch.randint(0, 90, (rows, 2)), tokens, counts)
-        nodes, codes = torch.randint(-1, max(1, len(starts) - 1), (2, 700)), torch.randint(-2, 92, (2, 700))
-        nodes = nodes.clamp(max=len(starts) - 2)
-        for got, expected in zip(native.find_children(level, starts, nodes, codes),
-                                 reference.find_children(level, starts, nodes, codes), strict=True):
+        (_, level), (_, child_start), _, _ = native.trie_arrays(torch.randint(0, 90, (rows, 2)), tokens, counts)
+        nodes, codes = torch.randint(-1, max(1, len(child_start) - 1), (2, 700)), torch.randint(-2, 92, (2, 700))
+        nodes = nodes.clamp(max=len(child_start) - 2)
+        for got, expected in zip(native.find_children(level, child_start, nodes, codes),
+                                 reference.find_children(level, child_start, nodes, codes), strict=True):
             assert torch.equal(got, expected)
 
 
@@ -156,11 +178,25 @@ def test_direct_callers_of_item_set_are_stopped_too() -> None:
         torch.ops.dgi_kernels.item_set(members.int(), None)
 
 
+def test_direct_callers_of_marks_are_stopped_too() -> None:
+    marks = torch.ops.dgi_kernels.run_marks(torch.arange(301))
+    for run in (-1, 301):
+        with pytest.raises(RuntimeError, match=f"there is no run {run}"):
+            torch.ops.dgi_kernels.run_starts(marks, torch.tensor([0, run]))
+    for wrong in (marks[:-1].clone(), marks[:0], marks[1:].clone()):
+        with pytest.raises(RuntimeError, match="not of the size that they say"):
+            torch.ops.dgi_kernels.run_starts(wrong, torch.tensor([0]))
+    for unsorted in ([0, 2, 2], [1, 2], [0, 5, 3], [0, -1, 3], []):
+        with pytest.raises(RuntimeError, match="run_marks: starts must"):
+            torch.ops.dgi_kernels.run_marks(torch.tensor(unsorted, dtype=torch.int64))
+
+
 def test_the_ops_are_well_registered() -> None:
     torch.library.opcheck(torch.ops.dgi_kernels.code_ranges.default, (torch.randint(-1, 5, (20, 3)),))
     torch.library.opcheck(torch.ops.dgi_kernels.find_children.default, (
         torch.tensor([1, 4, 2], dtype=torch.int16), torch.tensor([0, 2, 3]), torch.tensor([0, 1, -1]),
         torch.tensor([4, 4, 4])))
+    torch.library.opcheck(torch.ops.dgi_kernels.run_starts.default, (native.run_marks(torch.arange(9)), torch.arange(5)))
     torch.library.opcheck(torch.ops.dgi_kernels.item_set.default, (torch.rand(20) < 0.5, torch.randperm(20)))
 
 
@@ -171,7 +207,7 @@ def test_construction_is_clean_under_sanitizers(tmp_path: Path, seed: int) -> No
     compiled = subprocess.run(
         ["c++", "-std=c++20", "-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
          f"-I{CSRC / 'include'}", f"-I{CSRC / 'cpu'}", str(Path(__file__).with_name("trie_driver.cpp")),
-         str(CSRC / "cpu" / "trie.cpp"), "-o", str(binary)], capture_output=True, text=True)
+         str(CSRC / "cpu" / "trie.cpp"), str(CSRC / "cpu" / "item_set.cpp"), "-o", str(binary)], capture_output=True, text=True)
     if compiled.returncode and "sanitize" in compiled.stderr + compiled.stdout or "asan" in compiled.stderr:
         pytest.skip(f"the compiler has no sanitizers: {compiled.stderr[-300:]}")
     assert compiled.returncode == 0, compiled.stderr

@@ -170,8 +170,8 @@ def test_nbytes_is_the_size_of_the_arrays() -> None:
     # tokens: 2 and 3 int16; child_start: 2 and 3 int32; what is 0, 1, 2, … takes nothing
     assert trie.nbytes == (2 + 3) * 2 + (2 + 3) * 4
     trie = Trie.from_codes([[1, 0], [0, 1], [0, 1]], [4, 5, 6], codebook_sizes=[2, 40000])
-    # tokens: 2 and 2 int32; child_start: 2 and 3; item_start 3 and item_order 3 int32; item_ids 3 int64
-    assert trie.nbytes == (2 + 2) * 4 + (2 + 3 + 3 + 3) * 4 + 3 * 8
+    # tokens: 2 and 2 int32; child_start: 2 and 3; item_start 3 int32; item_order 3 of 3 bytes; item_ids 3 int64
+    assert trie.nbytes == (2 + 2) * 4 + (2 + 3 + 3) * 4 + 3 * 3 + 3 * 8
     trie = Trie.from_codes([[0, 0], [0, 1], [1, 0]])
     assert "num_items=3" in repr(trie) and "codebook_sizes=(2, 2)" in repr(trie)
 

@@ -26,6 +26,14 @@ def small() -> Trie:
     return Trie.from_codes([[3, 1], [0], [3, 1], [2, 2], [3, 0]], [10, 7, 8, 0, 2], codebook_sizes=[4, 3])
 
 
+@pytest.fixture
+def marked() -> Trie:
+    """Large enough that the starts of its leaves are marks."""
+    trie = Trie.from_codes([[i % 41 % 7, i % 41 % 6] for i in range(90)], codebook_sizes=[7, 6])
+    assert trie.arrays["item_start"].dtype == torch.uint64 and trie.arrays["item_order"].dtype == torch.uint8
+    return trie
+
+
 def assert_same(a: Trie, b: Trie) -> None:
     for name, array in a.arrays.items():
         assert torch.equal(array, b.arrays[name]), name
@@ -72,7 +80,7 @@ def test_the_file_is_what_the_readme_says(tmp_path: Path, small: Trie) -> None:
     small.save(tmp_path / "trie")
     data = (tmp_path / "trie").read_bytes()
     magic, version, header_bytes, total = struct.unpack("<8sIIQ", data[:24])
-    assert (magic, version, total) == (b"DGITRIE\n", 2, len(data))
+    assert (magic, version, total) == (b"DGITRIE\n", 3, len(data))
     assert data[-32:] == hashlib.sha256(data[:-32]).digest()
     header = json.loads(data[24:24 + header_bytes])
     assert header["meta"] == {"codebook_sizes": [4, 3], "sizes_inferred": False, "num_items": 5, "max_degree": [3, 2],
@@ -82,21 +90,23 @@ def test_the_file_is_what_the_readme_says(tmp_path: Path, small: Trie) -> None:
     for name, dtype, length in header["arrays"]:
         start = -(-end // 64) * 64
         assert not any(data[end:start])
-        stored = np.dtype({"int16": "<i2", "int32": "<i4", "int64": "<i8"}[dtype])
+        stored = np.dtype({"int16": "<i2", "int32": "<i4", "int64": "<i8", "uint8": "<u1", "uint64": "<u8"}[dtype])
         arrays[name] = np.frombuffer(data, stored, length, start).tolist()
         end = start + length * stored.itemsize
     assert -(-end // 64) * 64 == len(data) - 32
     assert arrays == {
         "tokens.0": [0, 2, 3], "child_start.0": [0, 3],
         "tokens.1": [-1, 2, 0, 1], "child_start.1": [0, 1, 2, 4],
-        "item_start": [0, 1, 2, 3, 5], "item_order": [1, 3, 4, 0, 2], "item_ids": [10, 7, 8, 0, 2],
+        "item_start": [0, 1, 2, 3, 5], "item_ids": [10, 7, 8, 0, 2],
+        "item_order": [1, 0, 0, 3, 0, 0, 4, 0, 0, 0, 0, 0, 2, 0, 0],
     }
 
 
 @MODES
-def test_every_flipped_byte_is_found(tmp_path: Path, small: Trie, mmap: bool) -> None:
+@pytest.mark.parametrize("trie", ["small", "marked"])
+def test_every_flipped_byte_is_found(tmp_path: Path, trie: str, mmap: bool, request: pytest.FixtureRequest) -> None:
     path = tmp_path / "trie"
-    small.save(path)
+    request.getfixturevalue(trie).save(path)
     data = path.read_bytes()
     for place in range(len(data)):
         path.write_bytes(data[:place] + bytes([data[place] ^ random.randint(1, 255)]) + data[place + 1:])
@@ -118,18 +128,21 @@ def test_every_truncation_and_any_added_byte_is_found(tmp_path: Path, small: Tri
         Trie.load(path, mmap=mmap)
 
 
-def test_a_file_made_to_harm_is_refused_or_is_a_trie(tmp_path: Path, small: Trie) -> None:
+@MODES
+@pytest.mark.parametrize("trie", ["small", "marked"])
+def test_a_file_made_to_harm_is_refused_or_is_a_trie(tmp_path: Path, trie: str, mmap: bool,
+                                                     request: pytest.FixtureRequest) -> None:
     path = tmp_path / "trie"
-    small.save(path)
+    request.getfixturevalue(trie).save(path)
     data = path.read_bytes()
     accepted = 0
-    for place in random.sample(range(len(data) - DIGEST), 150):
+    for place in random.sample(range(len(data) - DIGEST), 250):
         path.write_bytes(signed(data[:place] + bytes([random.randrange(256)]) + data[place + 1:]))
         try:
-            trie = Trie.load(path)
+            loaded = Trie.load(path, mmap=mmap)
         except TrieFormatError:
             continue
-        use(trie)
+        use(loaded)
         accepted += 1
     assert accepted > 0
 
@@ -154,10 +167,10 @@ def altered(small: Trie, name: str, value: list[int]) -> dict[str, torch.Tensor]
     ("tokens.1", [-1, 2, 1, 1], "tokens.1 holds codes that do not ascend"),
     ("item_start", [0, 1, 2, 2, 5], "item_start does not cut"),
     ("item_start", [0, 1, 2, 3, 6], "item_start does not cut"),
-    ("item_order", [1, 3, 4, 0, 5], "item_order holds rows that do not exist"),
-    ("item_order", [1, 3, 4, 0, -1], "item_order holds rows that do not exist"),
-    ("item_order", [1, 3, 4, 0, 0], "item_order repeats a row"),
-    ("item_order", [1, 3, 4, 0], "array item_order has 4 elements; it must have 5"),
+    ("item_order", [1, 0, 0, 3, 0, 0, 4, 0, 0, 0, 0, 0, 5, 0, 0], "item_order holds rows that do not exist"),
+    ("item_order", [1, 0, 0, 3, 0, 0, 4, 0, 0, 0, 0, 0, 2, 0, 1], "item_order holds rows that do not exist"),
+    ("item_order", [1, 0, 0, 3, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0], "item_order repeats a row"),
+    ("item_order", [1, 3, 4, 0, 2], "array item_order has 5 elements; it must have 15"),
 ])
 def test_arrays_that_form_no_trie_are_refused(small: Trie, name: str, value: list[int], message: str) -> None:
     if message is None:
@@ -165,6 +178,45 @@ def test_arrays_that_form_no_trie_are_refused(small: Trie, name: str, value: lis
         return
     with pytest.raises(TrieFormatError, match=message):
         Trie.from_state(altered(small, name, value), small.state()[1])
+
+
+def test_marks_that_are_no_starts_of_leaves_are_refused(marked: Trie) -> None:
+    arrays, meta = marked.state()
+    numbers = arrays["item_start"].view(torch.int64)
+    blocks = int(numbers[0])
+    assert (blocks, len(numbers)) == (1, 12)  # blocks, a number of ones, 8 words, 2 samples
+    for place in range(len(numbers)):
+        for bit in (1, 1 << 40, -1):
+            wrong = numbers.clone()
+            wrong[place] ^= bit
+            with pytest.raises(TrieFormatError, match="item_start"):
+                Trie.from_state({**arrays, "item_start": wrong.view(torch.uint64)}, meta)
+    for wrong in (numbers[:-1], torch.cat([numbers, numbers[-1:]])):
+        with pytest.raises(TrieFormatError, match="array item_start has 1[13] elements; it must have 12"):
+            Trie.from_state({**arrays, "item_start": wrong.view(torch.uint64)}, meta)
+
+
+@MODES
+def test_files_of_version_2_are_read(tmp_path: Path, marked: Trie, mmap: bool) -> None:
+    """They held starts and rows as they are: what is written of a trie of such arrays but for the number."""
+    arrays, meta = marked.state()
+    base = marked.parts.base
+    plain = {"item_start": base.item_starts_at(torch.arange(base.num_nodes_at(2) + 1)).int(),
+             "item_order": base.ids_at(torch.arange(90)).int()}
+    Trie.from_state(arrays | plain, meta).save(tmp_path / "trie")
+    data = bytearray((tmp_path / "trie").read_bytes())
+    assert data[8] == 3
+    data[8] = 2
+    (tmp_path / "trie").write_bytes(signed(bytes(data)))
+    old = Trie.load(tmp_path / "trie", mmap=mmap)
+    assert old.arrays["item_start"].dtype == old.arrays["item_order"].dtype == torch.int32
+    use(old)
+    assert torch.equal(old.codes()[0], marked.codes()[0])
+    for depth in range(3):
+        nodes = torch.arange(marked.num_nodes_at(depth))
+        for got, expected in zip(old.items(nodes, depth), marked.items(nodes, depth), strict=True):
+            assert torch.equal(got, expected)
+    assert_same(old.update(remove=[0]).compact(), marked.update(remove=[0]).compact())
 
 
 def test_a_sequence_does_not_go_on_after_its_end() -> None:
@@ -179,7 +231,7 @@ def test_a_sequence_does_not_go_on_after_its_end() -> None:
     ({"codebook_sizes": []}, "codebook_sizes must be"), ({"codebook_sizes": [4, 2.0]}, "codebook_sizes must be"),
     ({"codebook_sizes": [4, -1]}, "codebook_sizes must be"), ({"codebook_sizes": [4, 2**40]}, "codebook_sizes must be"),
     ({"codebook_sizes": 4}, "codebook_sizes must be"), ({"codebook_sizes": [4, 40000]}, "tokens.0 must be a vector of"),
-    ({"sizes_inferred": 0}, "sizes_inferred must be"), ({"num_items": 4}, "item_order has 5"),
+    ({"sizes_inferred": 0}, "sizes_inferred must be"), ({"num_items": 4}, "item_order has 15"),
     ({"num_items": -1}, "num_items must be"), ({"num_items": True}, "num_items must be"),
     ({"num_items": 2**31}, "must be a vector of torch.int64"), ({"max_degree": [3, 3]}, "max_degree is .3, 3., but"),
     ({"max_degree": [3]}, "max_degree must be"), ({"max_items": [5, 3, 3]}, "max_items is"),
@@ -211,7 +263,7 @@ def test_state_arrays_of_the_wrong_kind_are_refused(small: Trie) -> None:
 ])
 def test_hostile_headers_are_refused(tmp_path: Path, header: bytes) -> None:
     body = header + bytes(DIGEST) + bytes(-(24 + len(header) + DIGEST) % 64)
-    data = struct.pack("<8sIIQ", b"DGITRIE\n", 2, len(header), 24 + len(body) + DIGEST) + body + bytes(DIGEST)
+    data = struct.pack("<8sIIQ", b"DGITRIE\n", 3, len(header), 24 + len(body) + DIGEST) + body + bytes(DIGEST)
     (tmp_path / "trie").write_bytes(signed(data))
     with pytest.raises(TrieFormatError):
         Trie.load(tmp_path / "trie")
@@ -221,10 +273,11 @@ def test_another_version_is_named(tmp_path: Path, small: Trie) -> None:
     path = tmp_path / "trie"
     small.save(path)
     data = bytearray(path.read_bytes())
-    data[8] = 3
-    path.write_bytes(signed(bytes(data)))
-    with pytest.raises(TrieFormatError, match="format version 3; this library reads version 2"):
-        Trie.load(path)
+    for version in (1, 4):
+        data[8] = version
+        path.write_bytes(signed(bytes(data)))
+        with pytest.raises(TrieFormatError, match=f"format version {version}; this library reads versions 2 to 3"):
+            Trie.load(path)
 
 
 def test_other_files_and_no_file(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "host.h"
+#include "item_set.h"
 #include "trie.h"
 
 namespace dgi::cpu {
@@ -110,17 +111,25 @@ bool set_case(Random& random) {
   std::shuffle(order.begin(), order.end(), random);
   const bool ordered = below(random, 2) == 0;
   const bool broken = ordered && size > 0 && below(random, 5) == 0;
-  if (broken) order[below(random, size)] = below(random, 2) ? -1 : static_cast<int32_t>(size);
+  if (broken) order[below(random, size)] = below(random, 2) ? (1 << 24) - 1 : static_cast<int32_t>(size);
+  const bool packed = below(random, 2) == 0;
+  std::vector<uint8_t> bytes;
+  for (int32_t row : order) {
+    for (int shift : {0, 8, 16}) bytes.push_back(static_cast<uint8_t>(row >> shift));
+  }
+  bytes.shrink_to_fit();
+  using Stored = dgi::Offsets::Stored;
+  dgi::Offsets rows{order.data(), Stored::kInt32};
+  if (packed) rows = {bytes.data(), Stored::kUInt24};
   std::vector<uint64_t> words(blocks * 8);
   std::vector<int64_t> ranks(blocks);
-  const bool known = dgi::cpu::write_item_set(members.get(), size, {ordered ? order.data() : nullptr, false}, words.data(),
-                                              ranks.data());
+  const bool known = dgi::cpu::write_item_set(members.get(), size, ordered ? rows : dgi::Offsets{}, words.data(), ranks.data());
   if (known == broken) return false;
   if (broken) return true;
   const dgi::ItemSet set{words.data(), ranks.data()};
   int64_t count = 0;
   for (int64_t i = 0; i < size; ++i) {
-    if (set.rank(i) != count || set.contains(i) != members[ordered ? order[i] : i]) return false;
+    if (rows[i] != order[i] || set.rank(i) != count || set.contains(i) != members[ordered ? order[i] : i]) return false;
     count += set.contains(i);
   }
   if (set.rank(size) != count) return false;
@@ -129,6 +138,29 @@ bool set_case(Random& random) {
     if (set.any({first, end}) != (set.rank(end) > set.rank(first))) return false;
   }
   return true;
+}
+
+template <class Offset>
+bool marks_case(Random& random) {
+  const int64_t runs = below(random, below(random, 10) == 0 ? 5000 : 600);
+  std::vector<Offset> starts{0};
+  for (int64_t i = 0; i < runs; ++i) {
+    const int64_t size = 1 + below(random, below(random, 50) == 0 ? 3000 : 4);
+    starts.push_back(static_cast<Offset>(starts.back() + size));
+  }
+  std::vector<uint64_t> marks(dgi::RunMarks::elements(runs, dgi::RunMarks::blocks_of(starts.back())));
+  if (!dgi::cpu::write_run_marks(starts.data(), runs, marks.data())) return false;
+  const dgi::RunMarks made{marks.data()};
+  const dgi::Offsets offsets{marks.data(), dgi::Offsets::Stored::kRunMarks};
+  if (!made.fill(static_cast<int64_t>(marks.size())) || made.size() != runs) return false;
+  for (int64_t i = 0; i < runs; ++i) {
+    const dgi::Range run = offsets.run(i);
+    if (offsets[i] != starts[i] || run.first != starts[i] || run.end != starts[i + 1]) return false;
+  }
+  if (offsets[runs] != starts[runs]) return false;
+  if (runs == 0) return true;
+  starts[below(random, runs)] = starts[runs];
+  return !dgi::cpu::write_run_marks(starts.data(), runs, marks.data());
 }
 
 }  // namespace
@@ -142,7 +174,8 @@ int main(int argc, char** argv) {
         && build_case<int32_t, int32_t, int32_t>(random, IntegerType::kInt32)
         && build_case<int16_t, int16_t, int32_t>(random, IntegerType::kInt16)
         && build_case<uint16_t, int32_t, int32_t>(random, IntegerType::kUInt16)
-        && build_case<uint8_t, int16_t, int64_t>(random, IntegerType::kUInt8) && set_case(random);
+        && build_case<uint8_t, int16_t, int64_t>(random, IntegerType::kUInt8) && set_case(random)
+        && marks_case<int32_t>(random) && marks_case<int64_t>(random);
     if (!fine) {
       std::printf("case %lld differs\n", static_cast<long long>(i));
       return 1;

@@ -46,18 +46,16 @@ DGI_HOST_DEVICE Reduced reduce(float x) {
 
 constexpr float kLn2 = 0.6931471805599453f;
 
-// E = -log1p(-u). Below 1 - sqrt(1/2) the argument of log1p_reduced is -u itself, which keeps full resolution as u -> 0;
-// above, log(1 - u) is reduced from 1 - u = (2^32 - x - 0.5) 2^-32, which keeps it as u -> 1. Not from the complement ~x:
-// gcc's instruction for it waits for the iteration before, which halves the speed.
+// E = -log1p(-u) = -log t, t = 1 - u. The word as a signed number gives u - [u >= 1/2] to full resolution at both ends:
+// w = -u where u < 1/2, else w = 1 - u. Above sqrt(1/2), where its exponent is 0, t is too coarse for a small u, and the
+// polynomial's argument t - 1 is w itself.
 template <bool kFused = false>
 DGI_HOST_DEVICE float exponential_from_word(uint32_t x) {
-  const bool is_low = x < 0x4AFB0CCDu;  // (1 - sqrt(1/2)) 2^32
-  const uint32_t distance = is_low ? x : 0u - x;
-  const float t = (static_cast<float>(distance) + (is_low ? 0.5f : -0.5f)) * 0x1p-32f;
-  const Reduced rest = reduce(t);
-  const float f = is_low ? -t : rest.mantissa - 1.0f;
-  const float exponent = is_low ? 0.0f : static_cast<float>(rest.exponent);
-  return -multiply_add<kFused>(exponent, kLn2, log1p_reduced<kFused>(f));
+  const float signed_word = static_cast<float>(static_cast<int32_t>(x));
+  const float w = multiply_add<kFused>(signed_word, -0x1p-32f, -0x1p-33f);  // the product is exact
+  const Reduced t = reduce(w + (static_cast<int32_t>(x) < 0 ? 0.0f : 1.0f));
+  const float f = t.exponent == 0 ? w : t.mantissa - 1.0f;
+  return -multiply_add<kFused>(static_cast<float>(t.exponent), kLn2, log1p_reduced<kFused>(f));
 }
 
 // g = -log E

@@ -2,8 +2,8 @@
 //
 //   p_k = exp((s_k + g_k) / tau) / Z,   dL/ds_k = p_k (dp_k - sum_i p_i dp_i) / tau
 //
-// The noise is made chunk by chunk in the first-level cache, forward and backward alike. At tau = 1 it is needed as
-// E = exp(-g) only: exp(s + g) = exp(s) / E saves the second logarithm.
+// The noise is made chunk by chunk in the first-level cache, forward and backward alike. At tau = 1 and tau = 1/2 it is
+// needed as E = exp(-g) only: exp((s + g) / tau) = (exp(s) / E)^(1 / tau) saves the second logarithm.
 #pragma once
 
 #include <cmath>
@@ -20,6 +20,12 @@ namespace dgi {
 constexpr int64_t kNoiseChunk = 256;  // codes whose noise is made at a time
 
 enum class NoiseAs { kNone, kGumbel, kExponential };
+
+// Whether the noise may be taken as E. Of larger powers float32 has not the range: 1 / E goes up to 2^33.
+template <class Real>
+constexpr bool takes_exponential(Real tau) {
+  return std::is_same_v<Real, float> && (tau == 1 || tau == Real(0.5));
+}
 
 // exp that is 0 where it would be subnormal: a logit of -inf has probability 0.
 template <bool kFused, class Real>
@@ -92,6 +98,7 @@ DGI_HOST_DEVICE GumbelSums soften(const Real* s, int64_t codes, Real maximum, Re
   const Real inverse = 1 / tau;
   if constexpr (kAs == NoiseAs::kExponential) {
     Real largest = 0;
+    const bool is_squared = tau != 1;
     for (int64_t first = 0; first < codes; first += kNoiseChunk) {
       const int64_t count = first + kNoiseChunk < codes ? kNoiseChunk : codes - first;
       noise.template fill<kFused, kAs>(first, count, buffer);
@@ -99,7 +106,8 @@ DGI_HOST_DEVICE GumbelSums soften(const Real* s, int64_t codes, Real maximum, Re
       Real *const to = out + first, sum = 0;
 #pragma omp simd reduction(+ : sum) reduction(max : largest)
       for (int64_t k = 0; k < count; ++k) {
-        const Real e = exponential_or_zero<kFused>(in[k] - maximum) / buffer[k];
+        const Real root = exponential_or_zero<kFused>(in[k] - maximum) / buffer[k];
+        const Real e = is_squared ? root * root : root;
         to[k] = e;
         sum += e;
         largest = largest < e ? e : largest;
@@ -107,7 +115,7 @@ DGI_HOST_DEVICE GumbelSums soften(const Real* s, int64_t codes, Real maximum, Re
       result.sum += sum;
     }
     result.sampled = first_equal(out, codes, largest);
-    result.log_normalizer = maximum + std::log(result.sum);
+    result.log_normalizer = static_cast<double>(maximum) / static_cast<double>(tau) + std::log(result.sum);
   } else {
     if constexpr (kAs == NoiseAs::kGumbel) {
       maximum = -std::numeric_limits<Real>::infinity();

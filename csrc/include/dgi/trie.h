@@ -12,39 +12,14 @@
 // Nothing here knows torch, and all of it runs on host and device.
 #pragma once
 
-#include <bit>
 #include <cstdint>
 
 #include "dgi/macros.h"
+#include "dgi/offsets.h"
 
 namespace dgi {
 
 constexpr int32_t kEndToken = -1;  // the sequence has ended; sorts before every code
-
-struct Range {  // [first, end)
-  int64_t first = 0, end = 0;
-
-  DGI_HOST_DEVICE int64_t size() const { return end - first; }
-};
-
-// Numbers stored as int32 or int64. Without data the identity, i -> i. Read per parent, never per child.
-struct Offsets {
-  const void* data = nullptr;
-  bool is_wide = false;
-
-  DGI_HOST_DEVICE int64_t operator[](int64_t i) const {
-    if (data == nullptr) return i;
-    return is_wide ? static_cast<const int64_t*>(data)[i] : int64_t{static_cast<const int32_t*>(data)[i]};
-  }
-};
-
-DGI_HOST_DEVICE int count_ones(uint64_t word) {
-#ifdef __CUDA_ARCH__
-  return __popcll(word);
-#else
-  return std::popcount(word);
-#endif
-}
 
 // A set of places: bit p % 64 of word p / 64, and the number of members before each block of 512 places. The words cover
 // whole blocks, and at least one place more than there are; the bits behind the last place are 0. Without words the set
@@ -97,7 +72,8 @@ struct LowerLevels {
   DGI_HOST_DEVICE Range items(int64_t node) const {
     Range range{node, node + 1};
     for (int64_t level = 0; level < count; ++level) {
-      range = {starts[level][range.first], starts[level][range.end]};
+      range = range.size() == 1 ? starts[level].run(range.first)
+                                : Range{starts[level][range.first], starts[level][range.end]};
     }
     return range;
   }
