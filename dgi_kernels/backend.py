@@ -156,7 +156,10 @@ def choose_without_gradient(op: str, backend: str, main: torch.Tensor, *others: 
     chosen = choose(op, backend, main.device, main.dtype)
     if chosen == "reference" or not torch.is_grad_enabled():
         return chosen
-    if not any(isinstance(value, torch.Tensor) and value.requires_grad for value in (main, *others)):
+    for value in (main, *others):
+        if isinstance(value, torch.Tensor) and value.requires_grad:
+            break
+    else:
         return chosen
     if backend != "auto":
         raise BackendUnavailable(f'backend="{backend}" cannot run {op} here: it gives no gradients, and an input '

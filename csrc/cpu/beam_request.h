@@ -3,12 +3,18 @@
 // The best num_beams candidates so far give a threshold. A beam whose own score, or an upper bound of its children's, lies
 // below it has no child that counts (log-probabilities are at most 0), and neither have those behind it. The threshold
 // also becomes a bound on the logit, so that most children cost a load and a comparison; only those that pass are scored,
-// looked up in the filter and kept.
+// looked up in the filter and kept. The first beams of a request have no threshold to go by: one is taken from their own
+// children, the num_beams'th of the largest of each of several groups of them.
+//
+// Where a node has a quarter or more of the codes between its first and its last (a root, or most nodes of a small
+// codebook), all these codes are compared, 32 at a time and without a gather, and those few that pass are looked up among
+// the children. That is a mask made from the logits; one stored per node, K bits, would save those look-ups alone.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <vector>
 
@@ -18,6 +24,16 @@
 #include "isa.h"
 
 namespace dgi::cpu {
+
+constexpr int64_t kChunk = 2048;  // logits: a chunk is read again from the first-level cache
+
+// Compiled by itself: in the midst of other code the sums do not stay in registers.
+template <class Real>
+DGI_NEVER_INLINE LogSumExp<Real> log_sum_exp_of(const Real* x, int64_t count) {
+  LogSumExp<Real> sum;
+  with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE { sum.template add<fused.value>(x, count); });
+  return sum;
+}
 
 // Keeps the best `limit` of the keys that it is given: all of them at first, then what beats the threshold; whenever the
 // room is used up, the best are selected and the threshold rises. A linear number of comparisons in all.
@@ -148,9 +164,11 @@ class Request {
     return best_.full() && parent.bound < best_.threshold();
   }
 
-  // `logit(token)` is the logit of a code, `log_sum_exp()` that of all codes; either is asked for what is needed only.
-  template <bool kFused, class Logit, class Sum>
-  DGI_ALWAYS_INLINE inline void extend(const Parent<Real>& parent, const Logit& logit, const Sum& log_sum_exp) {
+  // `logit(token)` is the logit of a code, `log_sum_exp()` that of all codes; either is asked for what is needed only. Where
+  // the logits of all codes lie one behind the other, `row()`, asked for last, says where; else it is null.
+  template <bool kFused, class Logit, class Sum, class Row>
+  DGI_ALWAYS_INLINE inline void extend(const Parent<Real>& parent, const Logit& logit, const Sum& log_sum_exp,
+                                       const Row& row) {
     const bool ends = add_end(parent);
     const Run& last = runs_[parent.end_run - 1];
     if (ends && parent.end_run - parent.first_run == 1 && last.end - last.first == 1) return;  // no other child
@@ -170,7 +188,8 @@ class Request {
     for (int64_t r = parent.first_run; r < parent.end_run; ++r) {
       const Run& run = runs_[r];
       const Token* const tokens = tokens_of(run);
-      add_children(run, first_code(run, ends), parent.score, normalizer, allowed_,
+      const int64_t first = first_code(run, ends);
+      add_children({first, run.end}, run, parent.score, normalizer, allowed_, row(), tokens + first,
                    [=](int64_t i) DGI_ALWAYS_INLINE { return logit(tokens[i]); });
     }
   }
@@ -204,7 +223,6 @@ class Request {
     }
   }
 
-  static constexpr int64_t kChunk = 1024;
   static constexpr Real kDead = -std::numeric_limits<Real>::infinity();
 
   const Token* tokens_of(const Run& run) const { return run.in_delta ? step_.trie.delta.tokens : step_.trie.base.tokens; }
@@ -255,51 +273,130 @@ class Request {
     const int64_t count = static_cast<int64_t>(values_.size());
     LogSumExp<Real> sum;
     for (int64_t i = 0; i < count; i += kChunk) {
-      sum.template add<kFused>(values_.data() + i, std::min(kChunk, count - i));
+      sum.template add<kFused>(log_sum_exp_of(values_.data() + i, std::min(kChunk, count - i)));
     }
     if (sum.empty()) return;
     const Real* values = values_.data();
     for (int64_t r = parent.first_run; r < parent.end_run; ++r) {
       const Run& run = runs_[r];
       const int64_t first = first_code(run, ends);
-      add_children(run, first, parent.score, {sum.maximum, sum.log_sum()}, nullptr,
-                   [=](int64_t i) DGI_ALWAYS_INLINE { return values[i - first]; });
+      add_children({first, run.end}, run, parent.score, {sum.maximum, sum.log_sum()}, nullptr, values,
+                   static_cast<const Token*>(nullptr), [=](int64_t i) DGI_ALWAYS_INLINE { return values[i - first]; });
       values += run.end - first;
     }
   }
 
-  // `logit(i)` is that of child i, from `first` on; `allowed` is the filter that has not been asked yet.
+  // Adds the children of a run. `logit(i)` is that of child i; `allowed` is the filter that has not been asked yet. `row`
+  // has the logits of all codes, of which `tokens` are the children's, or without tokens those of the children; it may be
+  // null.
   template <class Logit>
-  DGI_ALWAYS_INLINE inline void add_children(const Run& run, int64_t first, Real parent, const Normalizer<Real>& normalizer,
-                                             const AllowedItems* allowed, const Logit& logit) {
-    const auto current_cut = [&] {
-      return best_.full() ? normalizer.cut(parent, best_.threshold()) : std::numeric_limits<Real>::lowest();
-    };
-    constexpr int64_t kGroup = 8;  // children that are compared at once: hardly any passes
-    const int64_t end = run.end, slot = run.slot - run.first;
-    Real cut = current_cut();
-    for (int64_t i = first; i < end; ++i) {
-      while (i + kGroup <= end) {
-        bool passes = false;
-        for (int64_t j = 0; j < kGroup; ++j) passes |= logit(i + j) >= cut;
-        if (passes) break;
-        i += kGroup;
+  DGI_ALWAYS_INLINE inline void add_children(const Range& children, const Run& run, Real parent,
+                                             const Normalizer<Real>& normalizer, const AllowedItems* allowed,
+                                             const Real* row, const Token* tokens, const Logit& logit) {
+    constexpr Real kLowest = std::numeric_limits<Real>::lowest();
+    const int64_t count = children.size();
+    if (count <= 0) return;
+    const int64_t least = tokens == nullptr ? 0 : tokens[0];
+    const int64_t span = tokens == nullptr ? count : tokens[count - 1] - least + 1;
+    if (row != nullptr) row += least;
+    if (span != count && span > kSparse * count) row = nullptr;
+
+    // Of the logits that are looked at: no child below the floor scores as much as `reached`.
+    Real reached = kDead, floor = kLowest, ceiling = std::numeric_limits<Real>::quiet_NaN();
+    if (!best_.full() && count >= 2 * step_.num_beams) {
+      const Real enough = enough_children(count, [&](int64_t i) DGI_ALWAYS_INLINE { return logit(children.first + i); });
+      if (enough > kLowest) {
+        reached = normalizer.score(parent, enough);
+        floor = normalizer.cut(parent, reached);
       }
-      if (i == end) break;
-      const Real x = logit(i);
-      if (!(x >= cut)) continue;
-      const Real score = normalizer.score(parent, x);
-      if (score == kDead || !step_.trie.is_allowed(allowed, i, run.in_delta)) continue;
-      if (best_.add(score, slot + i)) cut = current_cut();
+    }
+    while (true) {
+      const auto current_cut = [&] {
+        return best_.full() ? std::max(floor, normalizer.cut(parent, best_.threshold())) : floor;
+      };
+      Real cut = current_cut();
+      const auto consider = [&](int64_t i, Real x) DGI_ALWAYS_INLINE {
+        if (x >= cut && !(x >= ceiling) && add_child(run, i, normalizer.score(parent, x), allowed)) cut = current_cut();
+      };
+      bool through = false;
+      int64_t done = 0;  // children
+      if (row != nullptr && (span == count || cut > kLowest)) {
+        int64_t strangers = 0;  // codes that pass, but are no child's
+        through = scan_row(row, span, cut, [&](int64_t k) DGI_ALWAYS_INLINE {
+          done = span == count ? k : lower_bound(tokens, Range{done, count}, least + k);
+          if (span != count && tokens[done] != least + k) return ++strangers * kSearch < count;
+          consider(children.first + done, row[k]);
+          ++done;
+          return true;
+        });
+      }
+      for (int64_t i = through ? children.end : children.first + done; i < children.end; ++i) {
+        for (; i + kGroup <= children.end; i += kGroup) {
+          bool passes = false;
+          for (int64_t j = 0; j < kGroup; ++j) passes |= logit(i + j) >= cut;
+          if (passes) break;
+        }
+        if (i < children.end) consider(i, logit(i));
+      }
+      if (allowed == nullptr || floor == kLowest) return;
+      best_.select();
+      if (best_.full() && best_.threshold() >= reached) return;
+      ceiling = floor, floor = kLowest;  // the filter has left too few of those above
     }
   }
+
+  // Whether the threshold has changed. Not inlined: few children come so far.
+  DGI_NEVER_INLINE bool add_child(const Run& run, int64_t child, Real score, const AllowedItems* allowed) {
+    if (score == kDead || !step_.trie.is_allowed(allowed, child, run.in_delta)) return false;
+    return best_.add(score, run.slot + (child - run.first));
+  }
+
+  // A logit that `num_beams` of the children reach, and few more than that: the num_beams'th of the largest of each of
+  // several groups of children.
+  template <class Logit>
+  DGI_ALWAYS_INLINE inline Real enough_children(int64_t count, const Logit& logit) {
+    const int64_t groups = std::min(count, 4 * step_.num_beams);
+    largest_.assign(static_cast<size_t>(groups), -std::numeric_limits<Real>::infinity());
+    for (int64_t first = 0; first < count; first += groups) {
+      for (int64_t i = 0; i < std::min(groups, count - first); ++i) {
+        const Real x = logit(first + i);
+        largest_[i] = x > largest_[i] ? x : largest_[i];
+      }
+    }
+    const auto last = largest_.begin() + (step_.num_beams - 1);
+    std::nth_element(largest_.begin(), last, largest_.end(), std::greater<Real>());
+    return *last;
+  }
+
+  // Calls visit(k) for each k, ascending, with row[k] >= cut, which may rise meanwhile; false once that returns false.
+  template <class Visit>
+  DGI_ALWAYS_INLINE static inline bool scan_row(const Real* row, int64_t count, const Real& cut, const Visit& visit) {
+    for (int64_t k = 0; k < count;) {
+      const Real bound = cut;
+      for (; k + kCodes <= count; k += kCodes) {
+        int passes = 0;
+#pragma omp simd reduction(| : passes)
+        for (int64_t j = 0; j < kCodes; ++j) passes |= row[k + j] >= bound;
+        if (passes != 0) break;
+      }
+      for (const int64_t end = std::min(count, k + kCodes); k < end; ++k) {
+        if (row[k] >= cut && !visit(k)) return false;
+      }
+    }
+    return true;
+  }
+
+  static constexpr int64_t kGroup = 8;    // children that are compared at once: hardly any passes
+  static constexpr int64_t kCodes = 32;   // codes, likewise
+  static constexpr int64_t kSparse = 4;   // a comparison of all codes costs less than one of a child in so many
+  static constexpr int64_t kSearch = 16;  // children that are compared in the time that it takes to look one up
 
   const BeamStep<Real, Token>& step_;
   int64_t request_ = 0, slots_ = 0;
   const AllowedItems* allowed_ = nullptr;
   std::vector<Run> runs_;  // of all parents, by slot
   std::vector<Parent<Real>> parents_;
-  std::vector<Real> values_;
+  std::vector<Real> values_, largest_;
   Best<Real> best_;
 };
 

@@ -50,7 +50,7 @@ bool step_by_children(const BeamStep<Compute<Stored>, Token>& step, const Cosine
                 const Stored* const code = in.codebook + token * in.dim;
                 return dot<fused.value>(code, x.get(), in.dim) * reciprocal_norm<fused.value>(code, in.dim, in.eps);
               },
-              [] { return LogSumExp<Real>{}; });
+              [] { return LogSumExp<Real>{}; }, [] { return static_cast<const Real*>(nullptr); });
         }
         worker.write(out);
       }
@@ -188,7 +188,8 @@ bool step_by_tiles(const BeamStep<Compute<Stored>, Token>& step, const CosineLog
               const Real* const logits = tile.logits(row);
               turn.worker.template extend<fused.value>(
                   parent, [=](int32_t token) DGI_ALWAYS_INLINE { return logits[token * stride]; },
-                  [&]() DGI_ALWAYS_INLINE { return tile.template log_sum_exp<fused.value>(row); });
+                  [&]() DGI_ALWAYS_INLINE { return tile.template log_sum_exp<fused.value>(row); },
+                  [] { return static_cast<const Real*>(nullptr); });
             }
           }
         });

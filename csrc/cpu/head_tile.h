@@ -12,6 +12,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <type_traits>
@@ -49,6 +50,22 @@ DGI_ALWAYS_INLINE inline void panel_logits(const Real* const* codes, const Real*
   }
 }
 
+// Adds exp(logit - offset) to the sums lane by lane, none of which becomes less than 1. False, and nothing is done, where
+// the quick way does not do.
+template <bool kFused, int kLanes, class Real>
+DGI_ALWAYS_INLINE inline bool add_power_terms(const Real* logits, int64_t count, const Real (&offset)[kLanes],
+                                              Real (&sum)[kLanes]) {
+  if constexpr (kFused && std::is_same_v<Real, float>) {
+    using Terms = PowerTerms<kLanes, kLanes>;
+    if (std::any_of(offset, offset + kLanes, [](float x) { return std::abs(x) > Terms::kMost; })) return false;
+    const Terms terms(offset);
+    for (int64_t k = 0; k < count; ++k) terms.add(logits + k * kLanes, sum);
+    for (int lane = 0; lane < kLanes; ++lane) sum[lane] = std::max(1.0f, sum[lane] * terms.correction[lane]);
+    return true;
+  }
+  return false;
+}
+
 // Lane by lane the largest of `count` logits and the sum of exp(logit - largest); 0 where all are NaN or -inf.
 template <bool kFused, int kLanes, class Real>
 DGI_ALWAYS_INLINE inline void panel_sums(const Real* logits, int64_t count, Real* maxima, Real* sums) {
@@ -63,10 +80,12 @@ DGI_ALWAYS_INLINE inline void panel_sums(const Real* logits, int64_t count, Real
     }
   }
   for (int lane = 0; lane < kLanes; ++lane) offset[lane] = largest[lane] == kNone ? 0 : largest[lane];
-  for (int64_t k = 0; k < count; ++k) {
+  if (!add_power_terms<kFused>(logits, count, offset, sum)) {
+    for (int64_t k = 0; k < count; ++k) {
 #pragma omp simd
-    for (int lane = 0; lane < kLanes; ++lane) {
-      sum[lane] += exponential_term<kFused>(logits[k * kLanes + lane] - offset[lane]);
+      for (int lane = 0; lane < kLanes; ++lane) {
+        sum[lane] += exponential_term<kFused>(logits[k * kLanes + lane] - offset[lane]);
+      }
     }
   }
   for (int lane = 0; lane < kLanes; ++lane) {

@@ -5,8 +5,10 @@
 
 #if defined(__GNUC__)
 #define DGI_ALWAYS_INLINE __attribute__((always_inline))
+#define DGI_NEVER_INLINE __attribute__((noinline))
 #else
 #define DGI_ALWAYS_INLINE
+#define DGI_NEVER_INLINE
 #endif
 
 namespace dgi::cpu {

@@ -99,6 +99,29 @@ def test_many_children_and_equal_scores(normalize: str, num_beams: int) -> None:
         beams = got
 
 
+@pytest.mark.parametrize("share", [0.02, 0.4, 1.0], ids=["few", "many", "all"])
+@pytest.mark.parametrize("updates", [False, True], ids=["built", "updated"])
+def test_nodes_of_many_children_with_filters(share: float, updates: bool) -> None:
+    """A first cut is taken from a beam's own children, before the filter is asked: what lies below it must come back
+    where the filter leaves too few, also where earlier beams have filled the list with less. Codes that pass the cut
+    without being children must not count."""
+    codes = (torch.rand(40, 600) < share).nonzero()
+    trie = Trie.from_codes(codes, codebook_sizes=[40, 600])
+    if updates:
+        added = torch.stack([torch.randint(0, 40, (300,)), torch.randint(0, 600, (300,))], 1)
+        trie = trie.update(add=(added, torch.arange(300) + len(codes)), remove=torch.randperm(len(codes))[:50])
+    root = trie.root(3)
+    for num_beams in (1, 4, 30, 250):
+        filters = [trie.filter(mask=torch.rand(trie.num_items) < kept) for kept in (0.9, 0.1)] + [None]
+        beams = beam_step(trie, torch.randn(3, 1, 40), root, num_beams=7, filters=filters)
+        logits = torch.randint(-9, 9, (3, 7, 600)).float()
+        logits[torch.rand(logits.shape) < 0.05] = random.choice([-math.inf, math.nan, math.inf, 1e30])
+        for normalize in ("none", "full", "children"):
+            got, expected = (beam_step(trie, logits, beams, num_beams=num_beams, filters=filters, backend=backend,
+                                       normalize=normalize) for backend in ("native", "reference"))
+            assert_same(got, expected, exact=normalize == "none")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_peaked_rows_and_hopeless_beams(dtype: torch.dtype) -> None:
     """Beams below the threshold are skipped, their logits unread; the result must not show it."""
@@ -174,9 +197,10 @@ def test_numbers_at_the_end_of_the_range(dtype: torch.dtype, normalize: str) -> 
 
 def test_the_log_sum_exp_is_exact_to_rounding() -> None:
     trie = Trie.from_codes([[0]], codebook_sizes=[1])
-    for codes in (1, 15, 16, 17, 1023, 1024, 1025, 5000):
+    for codes in (1, 15, 16, 17, 2047, 2048, 2049, 5000):
         trie.codebook_sizes = (codes,)
         logits = torch.randn(3, 1, codes) * torch.tensor([0.1, 3.0, 40.0]).view(3, 1, 1)
+        logits += random.choice([0.0, 100.3, -700.7, -5e4, 9.9e5, 3e7])  # the quick way is for maxima up to 1e6
         scores = beam_step(trie, logits, trie.root(3), num_beams=1, backend="native").scores[:, 0]
         expected = logits.double().log_softmax(-1)[:, 0, 0]
         torch.testing.assert_close(scores.double(), expected, rtol=4e-7, atol=1e-6)
