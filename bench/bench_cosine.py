@@ -25,6 +25,7 @@ from dgi_kernels import cosine_cross_entropy
 
 SHAPES = [(n, d, k) for k, n in ((256, 4096), (4096, 4096), (32768, 1024)) for d in (64, 256, 768)]  # (N, D, K)
 QUICK = [(4096, 64, 4096), (4096, 256, 4096), (64, 256, 256)]  # what `make bench` runs
+LARGE, LARGE_ROUNDS = 10**10, 3  # N K D from which a round takes seconds, and how many rounds are enough of it
 SCALE = 30.0
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -93,12 +94,13 @@ def test_cosine_cross_entropy(benchmark: BenchmarkFixture, n: int, d: int, k: in
 
 def table(shapes: list[tuple[int, int, int]], rounds: int) -> Results:
     names, results = ["floor", *LOSSES], Results()
-    print(f"{title()}; ms (ratio to the floor), MB at the peak; medians of {rounds} interleaved rounds\n")
+    print(f"{title()}; ms (ratio to the floor), MB at the peak; medians of {rounds} interleaved rounds"
+          f" ({min(rounds, LARGE_ROUNDS)} where N K D > {LARGE:.0e})\n")
     print("| N | D | K | logits | " + " | ".join(names) + " |\n" + "|---" * (4 + len(names)) + "|")
     for n, d, k in shapes:
         for logits in ("flat", "peaked"):
             systems = steps(n, d, k, logits == "peaked")
-            times = interleaved(systems, rounds)
+            times = interleaved(systems, min(rounds, LARGE_ROUNDS) if n * d * k > LARGE else rounds)
             base, cells = statistics.median(times["floor"]), []
             for name in names:
                 memory = peak_bytes(systems[name]) if name != "floor" else None

@@ -6,8 +6,9 @@
 // g = dL/ds, one tile serves both products:
 //   S = X E^T (then T in its place),   dL/dh^ = scale T E,   V += T^T X = dL/de^ / rnorm,
 // and at the end dh and dE lose their radial part, and dscale = sum_n h^_n . (T E)_n comes free. Nothing is recomputed.
-// Rows whose softmax is peaked leave short lists in their own place in the tile (dgi/softmax_row.h), whose entries wait,
-// linked by code, for a pass over V; the other rows stay, move up, and are multiplied once enough have gathered.
+// Rows whose softmax is peaked leave short lists in their own place in the tile (dgi/softmax_row.h), if vectors are not
+// short; the entries wait, linked by code, for a pass over V. The other rows stay, move up, and are multiplied once enough
+// have gathered.
 //
 // 6 N K D operations, or 2 N K D and those of the lists for rows that are peaked; one V lies in place of dE, and tiles of
 // at most 256 rows are all that is as wide as K. N = K = 4096 at D = 256, float32, two AVX2 cores, against the three
@@ -37,10 +38,15 @@ namespace {
 
 using namespace cosine;
 
-// With more entries than this a list saves nothing over its row of a matrix product. Entries hold rows as 32-bit numbers.
+// With more entries than this a list saves nothing over its row of a matrix product; nor does any list of few dimensions,
+// where two products cost less than to look for it: peaked, lists take 1.17 times what dense rows take at D = 64, 1.07 at 96
+// and 0.90 at 128 (N = K = 4096, as in bench/bench_cosine.py, with and without them in turns). Entries hold rows as 32-bit
+// numbers.
 template <class Real>
-int64_t list_limit(int64_t rows, int64_t codes) {
-  return std::is_same_v<Real, float> && rows <= INT32_MAX ? std::min<int64_t>(codes / 8, 1024) : 0;
+int64_t list_limit(int64_t rows, int64_t codes, int64_t dim) {
+  constexpr int64_t kLeastDim = 112;
+  const bool pays = std::is_same_v<Real, float> && dim >= kLeastDim && rows <= INT32_MAX;
+  return pays ? std::min<int64_t>(codes / 8, 1024) : 0;
 }
 
 // Enough rows for an efficient product, few enough that all of them and what else the shares need, a V more, a codebook in
@@ -51,7 +57,7 @@ Sizes sizes_of_share(const Cosine<Stored>& in, int64_t rows, int64_t shares) {
   constexpr int64_t kBytes = int64_t{38} << 18, kEntries = int64_t{20} << 10, kCodes = 1024;
   constexpr bool kConverts = !std::is_same_v<Stored, Real>;
   rows = (rows + shares - 1) / shares;
-  const int64_t entries = std::min(rows * list_limit<Real>(in.rows, in.codes), kEntries);
+  const int64_t entries = std::min(rows * list_limit<Real>(in.rows, in.codes, in.dim), kEntries);
   const int64_t copies = kConverts ? shares + 1 : shares - 1, element = sizeof(Real);
   const int64_t free = (kBytes - copies * in.codes * in.dim * element) / shares - EntriesByCode<Real>::bytes(entries);
   const int64_t fit = free / std::max<int64_t>(1, (in.codes + in.dim) * element);
@@ -91,7 +97,7 @@ class Share {
       : in_(in), options_(options), uniform_(uniform),
         softmax_{options.smoothing, std::abs(static_cast<double>(in.scale)) > kMaxScaleWithoutMaximum},
         codebook_(codebook), wants_gradients_(out.any()), sizes_(sizes),
-        limit_(out.any() ? list_limit<Real>(in.rows, in.codes) : 0), tile_(in, sizes.rows),
+        limit_(out.any() ? list_limit<Real>(in.rows, in.codes, in.dim) : 0), tile_(in, sizes.rows),
         backward_(in, codebook, out, sizes, in_place), rows_(sizes.rows), numbers_(sizes.rows) {}
 
   // Takes `count` rows that are active, from row `n` on. Their losses are added up, and go to `loss` by row where it is not

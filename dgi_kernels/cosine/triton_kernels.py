@@ -219,9 +219,11 @@ def flash_hidden_kernel(p_mean, p_h, p_w, p_rnorm_h, p_rnorm_w, p_residue, p_ups
 
 @triton.jit(do_not_specialize=["N", "K"])
 def flash_weight_kernel(p_h, p_w, p_rnorm_h, p_rnorm_w, p_lse, p_residue, p_upstream, p_label, p_order, p_scale,
-                        p_partial, N, K, D, stride_h, stride_w, skip, b_k: tl.constexpr, b_n: tl.constexpr,
+                        p_partial, p_largest, N, K, D, stride_h, stride_w, skip, b_k: tl.constexpr, b_n: tl.constexpr,
                         b_d: tl.constexpr):
-    """-> partial (splits, K, D): sum_n upstream_n (p_nk - (1 - e) [k = t]) h_n over every splits-th tile of rows.
+    """-> partial (splits, K, D) times largest (splits, K), its largest number: over every splits-th tile of rows,
+
+    sum_n upstream_n (p_nk - (1 - e) [k = t]) h_n.
 
     upstream (N,) is u_n rh_n (times the gain that keeps float16 in range). A program owns b_k columns of one split.
     """
@@ -250,13 +252,19 @@ def flash_weight_kernel(p_h, p_w, p_rnorm_h, p_rnorm_w, p_lse, p_residue, p_upst
         unknown = tl.max((lse != lse).to(tl.int32), axis=0)  # tl.max drops NaN, which must reach dw
         if (tl.max(tl.abs(g)) >= skip) | (unknown > 0):
             dw = tl.dot((g * upstream[None, :]).to(h.dtype), h, dw, input_precision="ieee")
-    tl.store(p_partial + (i_split.to(tl.int64) * K + o_k[:, None]) * D + o_d[None, :], dw, mask=m_kd)
+    o_partial = i_split.to(tl.int64) * K + o_k
+    largest = tl.max(tl.abs(dw), axis=1)
+    dw *= tl.where(largest > 1e-30, 1.0 / largest, 1e30)[:, None]
+    tl.store(p_largest + o_partial, tl.where(largest > 1e-30, largest, 1e-30), mask=m_k)
+    tl.store(p_partial + o_partial[:, None] * D + o_d[None, :], dw.to(p_partial.dtype.element_ty), mask=m_kd)
 
 
 @triton.jit(do_not_specialize=["N", "splits"], do_not_specialize_on_alignment=["p_rnorm", "p_product"])
-def finish_kernel(p_partial, p_x, p_rnorm, p_scale, p_gain, p_centre, p_out, p_product, splits, N, D, width, stride,
-                  eps, scaled: tl.constexpr, b_n: tl.constexpr, b_d: tl.constexpr):
+def finish_kernel(p_partial, p_largest, p_x, p_rnorm, p_scale, p_gain, p_centre, p_out, p_product, splits, N, D, width,
+                  stride, eps, scaled: tl.constexpr, b_n: tl.constexpr, b_d: tl.constexpr):
     """partial (splits, N, D), x (N, D) -> out (N, width) = scale rx (I - x^ x^T) (sum partial / gain - centre).
+
+    Partials are times largest (splits, N), if there is one.
 
     The end of dw, and of dh in the chunked form, where rx is in the partials already (``scaled``) and product (N,), x .
     partial, is wanted too. width <= D <= b_d.
@@ -268,7 +276,10 @@ def finish_kernel(p_partial, p_x, p_rnorm, p_scale, p_gain, p_centre, p_out, p_p
     m_nd = m_n[:, None] & m_d[None, :]
     total = tl.zeros((b_n, b_d), tl.float32)
     for i in range(splits):
-        total += tl.load(p_partial + (i * N + o_n[:, None]) * D + o_d[None, :], mask=m_nd, other=0.0)
+        partial = tl.load(p_partial + (i * N + o_n[:, None]) * D + o_d[None, :], mask=m_nd, other=0.0).to(tl.float32)
+        if p_largest is not None:
+            partial *= tl.load(p_largest + i * N + o_n, mask=m_n, other=0.0)[:, None]
+        total += partial
     if p_gain is not None:
         total /= tl.load(p_gain)
     total -= tl.load(p_centre + o_d, mask=m_d, other=0.0)[None, :]

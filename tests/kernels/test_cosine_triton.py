@@ -79,8 +79,9 @@ def assert_exact(h: Tensor, weight: Tensor, target: Tensor, scale: float, **opti
     expected = loss_and_gradients(exact, h, weight, target, scale, torch.float64, **options)
     assert error(actual[0], expected[0], floor=0.01 + abs(scale) / 20) < 2e-5  # a loss near 0 is a difference of logits
     for gradient, truth, name in zip(actual[1:], expected[1:], ("dh", "dweight", "dscale"), strict=True):
-        # where a gradient cancels to nothing, what it is summed from is still rounded
-        assert error(gradient, truth, floor=1e-3) < TOLERANCE[h.dtype], name
+        # Where a gradient cancels to nothing, what it is summed from is still rounded; of the scale's, one sum over all
+        # rows and codes, that is up to 2 for each unit of upstream gradient.
+        assert error(gradient, truth, floor=0.1 if name == "dscale" else 1e-3) < TOLERANCE[h.dtype], name
 
 
 @runs
@@ -239,14 +240,18 @@ def test_the_order_of_rows_changes_nothing_but_rounding(monkeypatch: pytest.Monk
 
 
 @runs
-def test_bits_repeat_and_gradients_have_no_radial_part(form: str) -> None:
-    h, weight, target = inputs(40, 24, 50)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_repeat_and_gradients_have_no_radial_part(form: str, dtype: torch.dtype) -> None:
+    h, weight, target = inputs(40, 24, 50, dtype)
     runs = [loss_and_gradients(ours, h, weight, target, 30.0) for _ in range(2)]
     for a, b in zip(*runs, strict=True):
         assert torch.equal(a, b)
     _, dh, dweight, _ = runs[0]
-    for x, dx in ((h, dh), (weight, dweight)):
-        assert ((x * dx).sum(-1).abs() <= 1e-5 * x.norm(dim=-1) * dx.norm(dim=-1) + 1e-9).all()
+    limits = torch.finfo(dtype)
+    rounding = 1e-5 if dtype == torch.float32 else limits.eps / 2 + 1e-5  # of each number of the result
+    for x, dx in ((h.double(), dh.double()), (weight.double(), dweight.double())):
+        least = limits.smallest_normal * limits.eps * x.abs().sum(-1) + 1e-9  # what the dtype cannot hold
+        assert ((x * dx).sum(-1).abs() <= rounding * x.norm(dim=-1) * dx.norm(dim=-1) + least).all()
 
 
 @runs
@@ -280,7 +285,7 @@ def test_flash_keeps_no_second_gradient_of_h(monkeypatch: pytest.MonkeyPatch) ->
     """Guards against the mean and dh beside each other, and against a mean where h needs no gradient."""
     choose_form(monkeypatch, triton, "flash", step=16)
     h, weight, target = inputs(512, 64, 16, torch.float16)
-    vectors = 512 * 80 + 4 * 16 * 64 * 4 + 4096  # a dozen numbers a row, and the four partial sums of dweight
+    vectors = 512 * 80 + 4 * 16 * 64 * 2 + 4096  # a dozen numbers a row, and the four partial sums of dweight
     for need_h in (True, False):
         def step(need_h: bool = need_h) -> tuple[Tensor, ...]:
             leaves = [h.detach().requires_grad_(need_h), weight.detach().requires_grad_()]
@@ -400,11 +405,11 @@ def test_a_cuda_graph_holds_a_step(d: int) -> None:
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")
 @pytest.mark.parametrize("d", [64, 256])
 def test_memory_on_a_gpu(d: int) -> None:
-    """Beyond the gradients: the mean of each row (as large as dh), and 2 % of the logits that are never formed."""
+    """Beyond the gradients, 1 % of the logits that are never formed."""
     h, weight, target = inputs(65536, d, 4096, torch.bfloat16)
     h, weight = h.requires_grad_(), weight.requires_grad_()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     ours(h, weight, target, torch.tensor(30.0, device=DEVICE)).backward()
     gradients = 2 * (h.numel() + weight.numel())
-    assert torch.cuda.max_memory_allocated() - before <= gradients + 2 * h.numel() + 0.02 * 65536 * 4096 * 4
+    assert torch.cuda.max_memory_allocated() - before <= gradients + 0.01 * 65536 * 4096 * 4
