@@ -81,7 +81,7 @@ def describe(label: str, kernel: triton.JITFunction, args: tuple, kwargs: dict[s
                   label)
 
 
-def launches_of(label: str, call: Callable[[], None]) -> list[Launch]:
+def launches_of(label: str, call: Callable[[], object]) -> list[Launch]:
     """Run a launcher; note its launches instead of making them."""
     noted: list[Launch] = []
 
@@ -145,7 +145,7 @@ def gumbel_launches() -> Iterator[Launch]:
                     softmax.gumbel_softmax(logits, tau, hard, seed).sum().backward()
         yield from launches_of(str(dtype).removeprefix("torch."), sample)
     yield from launches_of("", lambda: [softmax.gumbel_noise(seed, 0, 0, 0, 4, codes)
-                                        for codes in (b_k for _, b_k in softmax.NOISE_TILES)] and None)
+                                        for codes in (b_k for _, b_k in softmax.NOISE_TILES)])
 
 
 def launches(arch: int) -> list[Launch]:

@@ -13,9 +13,9 @@ for the rest.
 A tile computes one Philox block for four neighbouring codes and uses all four words. A row's and a code's parts of the
 first two rounds stay vectors of b_n and b_k / 4 elements by broadcasting, so that eight rounds are paid for.
 
-Instructions an element in the machine code for sm_90 (Triton 3.9, bench/gpu_code.py), where 35 were aimed at: 30 for
-the noise in the loop of triton_kernels.usage_kernel (noisy less noiseless), 40 in level_kernel's, with a second argmax,
-and 40 for all of noise_kernel, addresses and stores included. Not yet run on a GPU.
+Instructions an element in the machine code for sm_90 (Triton 3.7, bench/gpu_code.py), where 35 were aimed at: 22 for
+the noise in the loop of triton_kernels.usage_kernel (noisy less noiseless), 26 in level_kernel's, with a second argmax,
+and 35 to 40 for all of noise_kernel, addresses and stores included. Not yet run on a GPU.
 """
 
 from __future__ import annotations
