@@ -16,11 +16,12 @@ from machine_code import Kept, Usage, functions_of, loop_instructions
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", f"-I{CSRC}", f"-I{CSRC / 'include'}"]  # as setup.py's
-# kernel -> an instruction of its innermost loop, and how many of them an element takes: an exponential a logit, two
-# multiply-adds an element of a vector, one store of four for four numbers of the noise.
+# kernel -> an instruction of its innermost loop, how many of them an element takes, and how many such loops it has: an
+# exponential a logit, two multiply-adds an element of a vector, a conversion of an integer a random word.
 ELEMENTS = {
     "parents_kernel": ("MUFU.EX2", 1), "children_kernel": ("FFMA", 2), "factors_kernel": ("FFMA", 1),
-    "rank_kernel": ("FFMA", 2), "rank_wide_kernel": ("FFMA", 2), "gumbel_noise_kernel": ("STG.E.128", 0.25),
+    "rank_kernel": ("FFMA", 2), "rank_wide_kernel": ("FFMA", 2), "gumbel_noise_kernel": ("I2F", 1),
+    "softmax_kernel": ("I2F", 1, 2), "softmax_backward_kernel": ("I2F", 1, 3),
 }
 
 

@@ -63,9 +63,9 @@ def lines_and_loops(code: str) -> tuple[list[tuple[int, str]], list[tuple[int, i
     return lines, [(int(jump[1], 16), address) for address, jump in jumps if jump and int(jump[1], 16) < address]
 
 
-def loop_instructions(code: str, marker: str, per_element: float) -> float:
-    """Instructions for each element in the innermost loop with most ``marker`` instructions; an element takes
-    ``per_element`` of these. 0 where no loop has any."""
+def loop_instructions(code: str, marker: str, per_element: int, passes: int = 1) -> float:
+    """Instructions for each element in the innermost loops with most ``marker`` instructions, a loop for each pass over
+    the elements; an element takes ``per_element`` of these. 0 where fewer loops have any."""
     lines, all_loops = lines_and_loops(code)
     loops = []
     for first, last in all_loops:
@@ -75,10 +75,10 @@ def loop_instructions(code: str, marker: str, per_element: float) -> float:
             loops.append((first, last, len(body), marks))
     innermost = [(marks, length) for first, last, length, marks in loops
                  if not any(first <= a and b <= last and (a, b) != (first, last) for a, b, _, _ in loops)]
-    if not innermost:
+    if len(innermost) < passes:
         return 0.0
-    marks, length = max(innermost, key=lambda loop: (loop[0], -loop[1]))
-    return length * per_element / marks
+    chosen = sorted(innermost, key=lambda loop: (-loop[0], loop[1]))[:passes]
+    return sum(length * per_element / marks for marks, length in chosen)
 
 
 def repeated_instructions(code: str) -> int:
@@ -93,14 +93,17 @@ class Kept:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.all: dict[str, dict[str, dict]] = json.loads(path.read_text()) if path.exists() else {}
+        self.all = self.read()
+
+    def read(self) -> dict[str, dict[str, dict]]:
+        return json.loads(self.path.read_text()) if self.path.exists() else {}
 
     def get(self, key: str) -> dict[str, Usage] | None:
         found = self.all.get(key)
         return None if found is None else {name: Usage(**usage) for name, usage in found.items()}
 
     def put(self, key: str, usages: dict[str, Usage]) -> None:
-        self.all[key] = {name: asdict(usage) for name, usage in usages.items()}
+        self.all = self.read() | {key: {name: asdict(usage) for name, usage in usages.items()}}  # others may run too
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".part")
         partial.write_text(json.dumps(self.all))

@@ -81,7 +81,7 @@ def describe(label: str, kernel: triton.JITFunction, args: tuple, kwargs: dict[s
                   label)
 
 
-def launches_of(label: str, call: Callable[[], None]) -> list[Launch]:
+def launches_of(label: str, call: Callable[[], object]) -> list[Launch]:
     """Run a launcher; note its launches instead of making them."""
     noted: list[Launch] = []
 
@@ -145,7 +145,7 @@ def gumbel_launches() -> Iterator[Launch]:
                     softmax.gumbel_softmax(logits, tau, hard, seed).sum().backward()
         yield from launches_of(str(dtype).removeprefix("torch."), sample)
     yield from launches_of("", lambda: [softmax.gumbel_noise(seed, 0, 0, 0, 4, codes)
-                                        for codes in (b_k for _, b_k in softmax.NOISE_TILES)] and None)
+                                        for codes in (b_k for _, b_k in softmax.NOISE_TILES)])
 
 
 def launches(arch: int) -> list[Launch]:
@@ -168,7 +168,8 @@ def machine_code(launch: Launch, arch: int) -> tuple[Usage, str]:
 def elements(launch: Launch) -> float:
     """Of a tile of logits, for each of its threads; 0 for a kernel that has no such tile."""
     blocks, warps = dict(launch.constants), dict(launch.options)["num_warps"]
-    return blocks.get("b_n", 1) * blocks.get("b_k", 0) / (32 * warps)
+    rows = blocks.get("b_n", 0 if "b_d" in blocks else 1)
+    return rows * blocks.get("b_k", 0) / (32 * warps)
 
 
 def compile_for(launch: Launch, arch: int) -> tuple[Usage, float]:
@@ -179,7 +180,8 @@ def compile_for(launch: Launch, arch: int) -> tuple[Usage, float]:
     """
     start = time.perf_counter()
     usage, code = machine_code(launch, arch)
-    per_element = repeated_instructions(code) / (elements(launch) or math.inf)
+    counted = usage.instructions if dict(launch.constants).get("one_tile") else repeated_instructions(code)
+    per_element = counted / (elements(launch) or math.inf)
     return (Usage(usage.registers, usage.spilled, usage.shared, usage.instructions, round(per_element, 1)),
             time.perf_counter() - start)
 
@@ -210,13 +212,17 @@ def cases(architectures: list[int], kept: Kept) -> list[Case]:
 
 
 def compiled(found: list[Case], jobs: int, kept: Kept) -> Iterator[tuple[Case, Usage, float]]:
-    """Each case, what it takes, and the seconds that its compilation took."""
+    """Each case, what it takes, and the seconds that its compilation took. Raises for one that does not compile."""
     with ProcessPoolExecutor(jobs) as pool:
         futures = [None if case.usage else pool.submit(compile_for, case.launch, case.arch) for case in found]
         for case, future in zip(found, futures, strict=True):
             usage, seconds = case.usage, 0.0
             if future is not None:
-                usage, seconds = future.result()
+                try:
+                    usage, seconds = future.result()
+                except Exception as error:
+                    pool.shutdown(cancel_futures=True)
+                    raise RuntimeError(f"{case.launch.name()} {case.launch.case()} fails for sm_{case.arch}") from error
                 kept.put(case.key, {case.launch.kernel: usage})
             assert usage is not None
             yield case, usage, seconds

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 import cuda_code  # noqa: E402
 import machine_code  # noqa: E402
-from machine_code import Budgets, Kept, Usage, loop_instructions  # noqa: E402
+from machine_code import Budgets, Kept, Usage, loop_instructions, repeated_instructions  # noqa: E402
 
 
 def sass(*instructions: str) -> str:
@@ -25,6 +29,14 @@ def test_instructions_of_the_innermost_loop() -> None:
     assert loop_instructions(code, "FFMA", 1) == 2.0  # load, two multiply-adds and the jump
     assert loop_instructions(code, "FFMA", 2) == 4.0
     assert loop_instructions(code, "MUFU", 1) == 0.0
+
+
+def test_instructions_of_several_passes() -> None:
+    code = sass("MOV R1", "I2F R2", "@P0 BRA 0x0010", "I2F R3", "FADD R3", "@P1 BRA 0x0030", "EXIT")
+    assert loop_instructions(code, "I2F", 1, passes=2) == 5.0
+    assert loop_instructions(code, "I2F", 1, passes=3) == 0.0
+    assert repeated_instructions(code) == 5
+    assert repeated_instructions(sass("MOV R1", "EXIT", "BRA 0x0020")) == 3  # what follows the end jumps to itself
 
 
 def test_budgets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,3 +67,27 @@ def test_names_do_not_hold_the_hash_of_a_file() -> None:
     names = {cuda_code.without_file(f"_ZN3dgi4cuda41_GLOBAL__N__{file:08x}_9_gumbel_cu_1daa61b710sum_kernelEPKflPf")
              for file in (1, 2)}
     assert names == {"_ZN3dgi4cuda12_GLOBAL__N_110sum_kernelEPKflPf"}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1",
+                    reason="needs Triton's compiler")
+def test_a_kernel_that_has_grown_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The noise, compiled for sm_90: in its budget as it is, beyond it with a tile of twice the rows."""
+    import triton_code
+
+    seed = torch.zeros(1, dtype=torch.int64)
+    launch, = triton_code.launches_of("", lambda: triton_code.softmax.gumbel_noise(seed, 0, 0, 0, 4, 512))
+    usage, code = triton_code.machine_code(launch, 90)
+    assert usage.spilled == 0
+    # Both logarithms of each of a thread's elements, and nowhere a slow path of them.
+    assert code.count("MUFU.LG2") == 2 * triton_code.elements(launch)
+    assert triton_code.compile_for(launch, 90)[0].per_element < 42
+
+    monkeypatch.setattr(machine_code, "BUDGETS", tmp_path / "budgets.json")
+    recording = Budgets("triton", "3", recording=True)
+    recording.problem("noise", 90, usage)
+    recording.record([90])
+    assert Budgets("triton", "3").problem("noise", 90, usage) == ""
+    taller = replace(launch, constants=tuple((name, 2 * value if name == "b_n" else value)
+                                             for name, value in launch.constants))
+    assert "instructions" in Budgets("triton", "3").problem("noise", 90, triton_code.machine_code(taller, 90)[0])

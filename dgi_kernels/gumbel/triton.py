@@ -43,13 +43,14 @@ class FlashConfig(NamedTuple):
 
 
 _WIDE = FlashConfig(Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2), Tiles(128, 32, 8, 2))
-_NARROW = FlashConfig(Tiles(128, 64, 8, 2), Tiles(64, 32, 4, 2), Tiles(128, 16, 8, 2))
+_NARROW = FlashConfig(Tiles(128, 32, 8, 2), Tiles(64, 32, 4, 2), Tiles(128, 16, 8, 2))
+_SMALL = FlashConfig(Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 1))
 
 # Architecture -> dimensions up to -> tiles: all that the launchers can choose, each compiled by bench/gpu_code.py. They
-# are the largest that spill no registers; which of these is fastest is to be measured. Others than 9 and 10 take those
-# of 8.
+# are the largest that spill at most two words; which of these is fastest is to be measured. Others than 9 and 10 take
+# those of 8.
 FLASH = {8: {64: _WIDE, 128: _NARROW}, 9: {64: _WIDE, 128: _WIDE._replace(codes=_NARROW.codes)},
-         10: {64: _WIDE, 128: _WIDE}}
+         10: {64: _WIDE, 128: _SMALL}}
 FLASH_LARGEST = 128
 CHUNK_BYTES = 32 << 20  # products and weights of one chunk: they stay in the L2 of an H100 or H200 (50 MB)
 CHUNK_STEP = 1024  # codes of one pass of the chunked epilogues

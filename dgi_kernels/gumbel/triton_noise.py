@@ -13,9 +13,9 @@ for the rest.
 A tile computes one Philox block for four neighbouring codes and uses all four words. A row's and a code's parts of the
 first two rounds stay vectors of b_n and b_k / 4 elements by broadcasting, so that eight rounds are paid for.
 
-Instructions an element in the machine code for sm_90 (Triton 3.9, bench/gpu_code.py), where 35 were aimed at: 30 for
-the noise in the loop of triton_kernels.usage_kernel (noisy less noiseless), 40 in level_kernel's, with a second argmax,
-and 40 for all of noise_kernel, addresses and stores included. Not yet run on a GPU.
+Instructions an element in the machine code for sm_90 (Triton 3.7, bench/gpu_code.py), where 35 were aimed at: 22 for
+the noise in the loop of triton_kernels.usage_kernel (noisy less noiseless), 26 in level_kernel's, with a second argmax,
+and 35 to 40 for all of noise_kernel, addresses and stores included. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -171,6 +171,7 @@ def softmax_backward_kernel(p_x, p_seed, p_tau, p_lse, p_upstream, p_out, p_dtau
     inv_tau = 1.0 / tl.load(p_tau)
     lse = tl.load(p_lse + o_n, mask=m_n, other=0.0)
     mean = tl.zeros((b_n,), tl.float32)
+    dtau = tl.zeros((b_n,), tl.float32)
     mass = tl.zeros((b_n,), tl.float32)  # 1, but for the rounding of lse, which must not tilt what cancels in u - mean
     for first in range(0, K, b_k):
         o_k = first + tl.arange(0, b_k)
@@ -182,7 +183,6 @@ def softmax_backward_kernel(p_x, p_seed, p_tau, p_lse, p_upstream, p_out, p_dtau
         if one_tile:
             dtau = gradient_tile(y, u, mean / mass, inv_tau, p_out + o_n[:, None] * K + o_k[None, :], m_nk)
     if not one_tile:
-        dtau = tl.zeros((b_n,), tl.float32)
         for first in range(0, K, b_k):
             o_k = first + tl.arange(0, b_k)
             m_nk = m_n[:, None] & (o_k < K)[None, :]
