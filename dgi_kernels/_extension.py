@@ -28,6 +28,7 @@ def _load() -> str | None:
     torch.library.register_fake("dgi_kernels::code_ranges", _fake_code_ranges)
     torch.library.register_fake("dgi_kernels::find_children", _fake_find_children)
     torch.library.register_fake("dgi_kernels::item_set", _fake_item_set)
+    torch.library.register_fake("dgi_kernels::leaf_set", _fake_leaf_set)
     torch.library.register_fake("dgi_kernels::run_starts", _fake_run_starts)
     torch.library.register_fake("dgi_kernels::cosine_logits", _fake_cosine_logits)
     torch.library.register_fake("dgi_kernels::cosine_logits_backward", _fake_cosine_logits_backward)
@@ -59,6 +60,11 @@ def _fake_find_children(tokens: Tensor, child_start: Tensor, nodes: Tensor, code
 def _fake_item_set(members: Tensor, item_order: Tensor | None) -> tuple[Tensor, Tensor]:
     blocks = members.shape[0] // 512 + 1
     return members.new_empty(8 * blocks, dtype=torch.int64), members.new_empty(blocks, dtype=torch.int64)
+
+
+def _fake_leaf_set(words: Tensor, ranks: Tensor, starts: Tensor, leaves: int) -> tuple[Tensor, Tensor]:
+    blocks = leaves // 512 + 1
+    return words.new_empty(8 * blocks), ranks.new_empty(blocks)
 
 
 def _fake_run_starts(starts: Tensor, runs: Tensor) -> Tensor:

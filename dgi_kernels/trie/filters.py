@@ -7,7 +7,6 @@ of its leaves, which is what compiled searches go by: they need not know where t
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -35,14 +34,23 @@ class TrieFilter:
         self.trie = trie
         self.base = base
         self.delta = delta
+        self._leaves: tuple[ItemSet, ItemSet | None] | None = None
 
-    @functools.cached_property
+    @property
     def leaves(self) -> tuple[ItemSet, ItemSet | None]:
-        """The leaves that hold an allowed item, of base and delta: what a search goes by. Made when first asked for."""
+        """The leaves that hold an allowed item, of base and delta: what a search goes by. Made when first asked for.
+
+        Not a ``cached_property``, whose lock torch.compile cannot take.
+        """
+        if self._leaves is not None:
+            return self._leaves
         parts = self.trie.parts
         base = parts.live_leaves if self.base is parts.live else parts.base.leaves_of(self.base)
         assert base is not None
-        return base, None if self.delta is None or parts.added is None else parts.added.leaves_of(self.delta)
+        leaves = base, None if self.delta is None or parts.added is None else parts.added.leaves_of(self.delta)
+        if not torch.compiler.is_compiling():
+            self._leaves = leaves
+        return leaves
 
     @property
     def num_items(self) -> int:

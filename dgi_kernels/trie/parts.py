@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -37,11 +35,17 @@ class TrieParts:
             self.max_degree = _sums(base.max_degree, self.added.max_degree)
             self.max_items = _sums(base.max_items, self.added.max_items)
         self.id_bounds = base.id_bounds if delta is None else self._id_bounds(delta)
+        self._live_leaves: ItemSet | None = None
 
-    @functools.cached_property
+    @property
     def live_leaves(self) -> ItemSet | None:
-        """The leaves of the base that hold a place that is left; None where all are."""
-        return None if self.live is None else self.base.leaves_of(self.live)
+        """The leaves of the base that hold a place that is left; None where all are. Made when first asked for."""
+        if self.live is None or self._live_leaves is not None:
+            return self._live_leaves
+        leaves = self.base.leaves_of(self.live)
+        if not torch.compiler.is_compiling():
+            self._live_leaves = leaves
+        return leaves
 
     def _id_bounds(self, delta: Delta) -> tuple[int, int]:
         base = self.base

@@ -224,6 +224,8 @@ def test_the_ops_are_well_registered() -> None:
     marks = native.run_marks(torch.arange(9))
     torch.library.opcheck(torch.ops.dgi_kernels.run_starts.default, (marks, torch.arange(5)))
     torch.library.opcheck(torch.ops.dgi_kernels.item_set.default, (torch.rand(20) < 0.5, torch.randperm(20)))
+    places = torch.ops.dgi_kernels.item_set(torch.rand(20) < 0.5, None)
+    torch.library.opcheck(torch.ops.dgi_kernels.leaf_set.default, (*places, torch.tensor([0, 3, 20]), 2))
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
