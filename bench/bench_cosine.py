@@ -23,8 +23,9 @@ from torch import Tensor
 
 from dgi_kernels import cosine_cross_entropy
 
-SHAPES = [(n, d, k) for k, n in ((256, 4096), (4096, 4096), (32768, 1024)) for d in (64, 256, 768)]  # (N, D, K)
-QUICK = [(4096, 64, 4096), (4096, 256, 4096), (64, 256, 256)]  # what `make bench` runs
+SMALL = (64, 256, 256)  # (N, D, K)
+SHAPES = [SMALL, *((n, d, k) for k, n in ((256, 4096), (4096, 4096), (32768, 1024)) for d in (64, 256, 768))]
+QUICK = [(4096, 64, 4096), (4096, 256, 4096), SMALL]  # what `make bench` runs
 LARGE, LARGE_ROUNDS = 10**10, 3  # N K D from which a round takes seconds, and how many rounds are enough of it
 SCALE = 30.0
 

@@ -8,10 +8,10 @@
 //
 // Bytes read: those of the logits, once, and 2 or 4 per child for its token; per logit 12 vector operations. One core of
 // an AMD EPYC with AVX2, 1e6 clustered items, three levels of 2048 codes, 8 requests of 50 beams: a whole search takes 2.3
-// of a copy of its logits, 1/12 of STATIC and 1/6.9 of STATIC compiled; with 64 requests 1.7, 1/28 and 1/8.1. The fused
-// head (D = 256) takes 0.96 of its matrix product alone, and 1/1.35 of head and step one after the other (64 requests:
-// 1/1.15); with normalize="children" 1/13. A filter of half of the items adds 14 % to a search (64 requests: 27 %), 1,000
-// changed items 8 % (20 %). `python bench/bench_beam.py B8-M50 B64-M50`.
+// of a copy of its logits, 1/10.7 of STATIC and 1/6.3 of STATIC compiled; with 64 requests 1.6, 1/32 and 1/10. The fused
+// head (D = 256) takes 0.94 of its matrix product alone, and 1/1.34 of head and step one after the other (64 requests:
+// 1/1.18); with normalize="children" 1/14. A filter of half of the items adds 24 % to a search (64 requests: 12 %), 1,000
+// changed items nothing (7 %). `python bench/bench_beam.py B8-M50 B64-M50`.
 #include "beam.h"
 
 #include <algorithm>

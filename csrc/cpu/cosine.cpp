@@ -12,8 +12,8 @@
 //
 // 6 N K D operations, or 2 N K D and those of the lists for rows that are peaked; one V lies in place of dE, and tiles of
 // at most 256 rows are all that is as wide as K. N = K = 4096 at D = 256, float32, two AVX2 cores, against the three
-// products by torch.mm: 1.07 flat, 0.67 where nine rows in ten are at cosine 0.7 to their target (one run of
-// `python bench/bench_cosine.py --quick --rounds 9`, which has the peers beside it).
+// products by torch.mm: 1.09 flat, 0.61 where nine rows in ten are at cosine 0.7 to their target (one run of
+// `python bench/bench_cosine.py --rounds 5`, which has the peers beside it).
 //
 // Blocks and the rows within them are worked off in fixed order, so the same inputs give the same bits run after run.
 #include "cosine.h"
