@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.library import register_fake
 
 LIBRARY = Path(__file__).with_name("_C.abi3.so")
 
@@ -24,24 +25,24 @@ def _load() -> str | None:
         torch.ops.load_library(str(LIBRARY))
     except (OSError, RuntimeError) as error:
         return f"{LIBRARY} was found but could not be loaded by torch {torch.__version__}: {error}"
-    torch.library.register_fake("dgi_kernels::gumbel_noise", _fake_gumbel_noise)
-    torch.library.register_fake("dgi_kernels::code_ranges", _fake_code_ranges)
-    torch.library.register_fake("dgi_kernels::find_children", _fake_find_children)
-    torch.library.register_fake("dgi_kernels::item_set", _fake_item_set)
-    torch.library.register_fake("dgi_kernels::leaf_set", _fake_leaf_set)
-    torch.library.register_fake("dgi_kernels::run_starts", _fake_run_starts)
-    torch.library.register_fake("dgi_kernels::cosine_logits", _fake_cosine_logits)
-    torch.library.register_fake("dgi_kernels::cosine_logits_backward", _fake_cosine_logits_backward)
-    torch.library.register_fake("dgi_kernels::cosine_cross_entropy", _fake_cosine_cross_entropy)
-    torch.library.register_fake("dgi_kernels::gumbel_softmax", _fake_gumbel_softmax)
-    torch.library.register_fake("dgi_kernels::gumbel_softmax_backward", _fake_gumbel_softmax_backward)
-    torch.library.register_fake("dgi_kernels::residual_quantize", _fake_residual_quantize)
-    torch.library.register_fake("dgi_kernels::assign_codes", _fake_assign_codes)
-    torch.library.register_fake("dgi_kernels::residual_quantize_backward", _fake_residual_quantize_backward)
-    torch.library.register_fake("dgi_kernels::beam_step", _fake_beam_step)
-    torch.library.register_fake("dgi_kernels::cosine_beam_step", _fake_cosine_beam_step)
-    torch.library.register_fake("dgi_kernels::beam_codes", _fake_beam_codes)
-    torch.library.register_fake("dgi_kernels::rank_candidates", _fake_rank_candidates)
+    register_fake("dgi_kernels::gumbel_noise", _fake_gumbel_noise)
+    register_fake("dgi_kernels::code_ranges", _fake_code_ranges)
+    register_fake("dgi_kernels::find_children", _fake_find_children)
+    register_fake("dgi_kernels::item_set", _fake_item_set)
+    register_fake("dgi_kernels::leaf_set", _fake_leaf_set)
+    register_fake("dgi_kernels::run_starts", _fake_run_starts)
+    register_fake("dgi_kernels::cosine_logits", _fake_cosine_logits)
+    register_fake("dgi_kernels::cosine_logits_backward", _fake_cosine_logits_backward)
+    register_fake("dgi_kernels::cosine_cross_entropy", _fake_cosine_cross_entropy)
+    register_fake("dgi_kernels::gumbel_softmax", _fake_gumbel_softmax)
+    register_fake("dgi_kernels::gumbel_softmax_backward", _fake_gumbel_softmax_backward)
+    register_fake("dgi_kernels::residual_quantize", _fake_residual_quantize)
+    register_fake("dgi_kernels::assign_codes", _fake_assign_codes)
+    register_fake("dgi_kernels::residual_quantize_backward", _fake_residual_quantize_backward)
+    register_fake("dgi_kernels::beam_step", _fake_beam_step)
+    register_fake("dgi_kernels::cosine_beam_step", _fake_cosine_beam_step)
+    register_fake("dgi_kernels::beam_codes", _fake_beam_codes)
+    register_fake("dgi_kernels::rank_candidates", _fake_rank_candidates)
     return None
 
 
@@ -58,13 +59,16 @@ def _fake_find_children(tokens: Tensor, child_start: Tensor, nodes: Tensor, code
 
 
 def _fake_item_set(members: Tensor, item_order: Tensor | None) -> tuple[Tensor, Tensor]:
-    blocks = members.shape[0] // 512 + 1
-    return members.new_empty(8 * blocks, dtype=torch.int64), members.new_empty(blocks, dtype=torch.int64)
+    return _fake_set(members, members.shape[0])
 
 
 def _fake_leaf_set(words: Tensor, ranks: Tensor, starts: Tensor, leaves: int) -> tuple[Tensor, Tensor]:
-    blocks = leaves // 512 + 1
-    return words.new_empty(8 * blocks), ranks.new_empty(blocks)
+    return _fake_set(words, leaves)
+
+
+def _fake_set(like: Tensor, places: int) -> tuple[Tensor, Tensor]:
+    blocks = places // 512 + 1
+    return like.new_empty(8 * blocks, dtype=torch.int64), like.new_empty(blocks, dtype=torch.int64)
 
 
 def _fake_run_starts(starts: Tensor, runs: Tensor) -> Tensor:

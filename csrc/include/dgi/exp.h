@@ -10,6 +10,8 @@
 
 namespace dgi {
 
+constexpr float kLog2E = 1.44269504f;
+
 // a b + c, fused where the instruction set has it: without it the library's fmaf is a hundred times slower.
 template <bool kFused>
 DGI_HOST_DEVICE float multiply_add(float a, float b, float c) {
@@ -28,7 +30,7 @@ template <bool kFused>
 DGI_HOST_DEVICE float exponential(float x) {
   constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
   x = x < -87.3f ? -87.3f : x;
-  const float shifted = multiply_add<kFused>(x, 1.44269504f, kRound);
+  const float shifted = multiply_add<kFused>(x, kLog2E, kRound);
   const float n = shifted - kRound;
   float r = multiply_add<kFused>(n, -0.693359375f, x);  // nine bits: the product is exact
   r = multiply_add<kFused>(n, 2.12194440e-4f, r);

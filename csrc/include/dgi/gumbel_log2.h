@@ -9,11 +9,11 @@
 #include <cmath>
 #include <cstdint>
 
+#include "dgi/exp.h"
 #include "dgi/macros.h"
 
 namespace dgi {
 
-constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLogE2 = 0.6931471805599453f;
 
 DGI_HOST_DEVICE float log2_of_modulus(float x) {

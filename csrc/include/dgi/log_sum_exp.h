@@ -29,7 +29,7 @@ DGI_HOST_DEVICE float power_of_fraction(float f) {
   return p;
 }
 
-constexpr float kLog2E = 1.44269504f, kRoundToInteger = 0x1.8p23f;  // adding it leaves an integer in the low bits
+constexpr float kRoundToInteger = 0x1.8p23f;  // adding it leaves an integer in the low bits
 
 // exp(d) for d <= 0 as a term of a sum whose largest term is 1: absolute error 1e-7, relative error 3e-7 down to d = -8.
 // Below -86 and for NaN exp(-86), which such a sum does not notice. Three operations fewer than exponential().
