@@ -60,7 +60,7 @@ DGI_ALWAYS_INLINE inline bool add_power_terms(const Real* logits, int64_t count,
     if (std::any_of(offset, offset + kLanes, [](float x) { return std::abs(x) > Terms::kMost; })) return false;
     const Terms terms(offset);
     for (int64_t k = 0; k < count; ++k) terms.add(logits + k * kLanes, sum);
-    for (int lane = 0; lane < kLanes; ++lane) sum[lane] = std::max(1.0f, sum[lane] * terms.correction[lane]);
+    for (int lane = 0; lane < kLanes; ++lane) sum[lane] = std::max(1.0f, sum[lane] / terms.largest[lane]);
     return true;
   }
   return false;

@@ -162,13 +162,18 @@ def test_fused_steps_skip_no_beam_that_counts(dtype: torch.dtype, spread: float)
         beams = got
 
 
-def test_a_child_of_probability_one_ties_with_its_parent() -> None:
+@pytest.mark.parametrize("codes", [1, 40])
+@pytest.mark.parametrize("magnitude", [1.0, 1e3, 1e7])
+def test_a_child_of_probability_one_ties_with_its_parent(magnitude: float, codes: int) -> None:
     """Exactly 0 is the largest log-probability: a beam that equals the threshold still counts."""
-    trie = Trie.from_codes([[0, 0], [1, 0], [2, 0], [3, 0]], codebook_sizes=[4, 1])
-    nodes = torch.tensor([[3, 2, 1, 0]])
-    beams = Beams(nodes, nodes, nodes, torch.full((1, 4), -2.5), 1)
-    after = beam_step(trie, torch.randn(1, 4, 1), beams, num_beams=2, backend="native")
-    assert after.parents.tolist() == [[0, 1]] and after.scores.tolist() == [[-2.5, -2.5]]
+    beams = 200
+    trie = Trie.from_codes([[i, 0] for i in range(beams)], codebook_sizes=[beams, codes])
+    nodes = torch.arange(beams).flip(0).unsqueeze(0)
+    logits = torch.full((1, beams, codes), -math.inf)
+    logits[..., 0] = magnitude * torch.randn(beams)
+    after = beam_step(trie, logits, Beams(nodes, nodes, nodes, torch.full((1, beams), -2.5), 1), num_beams=20,
+                      backend="native")
+    assert after.parents.tolist() == [list(range(20))] and after.scores.tolist() == [[-2.5] * 20]
 
 
 def test_zeros_of_either_sign_tie() -> None:

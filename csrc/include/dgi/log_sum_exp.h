@@ -47,12 +47,12 @@ DGI_HOST_DEVICE double exponential_term(double d) {
   return d > -700.0 ? std::exp(d) : 0.0;
 }
 
-// Adds exp(x[lane] - maximum) / correction to sum[lane], as terms of the same kind, where multiply-adds are fused and
-// |maximum| <= kMost: 11 vector operations. What is subtracted is a whole power of two close to exp(maximum): then x log2 e
-// need not be rounded before the difference is taken, and adding one number rounds, subtracts and biases at once. The
-// polynomial's first factor is left out, which saves a multiplication and a register: with one more the sums would not stay
-// in registers. The correction makes up for that, for the power, and for log2 e in float32 being 1.3e-8 off, the latter for
-// x near the maximum.
+// Adds exp(x[lane] - maximum) to sum[lane], times what it makes of the maximum itself (`largest`), as terms of the same
+// kind, where multiply-adds are fused and |maximum| <= kMost: 11 vector operations. What is subtracted is a whole power of
+// two close to exp(maximum): then x log2 e need not be rounded before the difference is taken, and adding one number
+// rounds, subtracts and biases at once. The polynomial's first factor is left out, which saves a multiplication and a
+// register: with one more the sums would not stay in registers. Division by `largest` makes up for that, for the power, for
+// log2 e in float32 being 1.3e-8 off (the latter for x near the maximum), and leaves exactly 1 of a row of one number.
 //
 // kMaxima: 1, or as many as there are lanes. Stage by stage over all lanes: one lane's operations wait for each other, and
 // so many of them fill a scheduler before the next lane's come.
@@ -60,17 +60,18 @@ template <int kLanes, int kMaxima>
 struct PowerTerms {
   static constexpr float kMost = 1e6f;
 
-  float lowest[kMaxima], shift[kMaxima], correction[kMaxima];
+  float lowest[kMaxima], shift[kMaxima], largest[kLanes];
 
-  DGI_HOST_DEVICE explicit PowerTerms(const float* maximum) {
+  DGI_HOST_DEVICE explicit PowerTerms(const float* maximum) : largest{} {
     constexpr float kBias = 127.0f;
+    float x[kLanes];
     for (int i = 0; i < kMaxima; ++i) {
-      const double power = static_cast<double>(maximum[i]) * kLog2E;
-      const float whole = (static_cast<float>(power) + kRoundToInteger) - kRoundToInteger;
+      const float whole = (maximum[i] * kLog2E + kRoundToInteger) - kRoundToInteger;
       lowest[i] = maximum[i] - 86.0f;
       shift[i] = kRoundToInteger + kBias - whole;
-      correction[i] = kFraction[0] * power_of_fraction<true>(static_cast<float>(whole - power));
     }
+    for (int i = 0; i < kLanes; ++i) x[i] = maximum[kMaxima == 1 ? 0 : i];
+    add(x, largest);
   }
 
   DGI_HOST_DEVICE void add(const float* x, float (&sum)[kLanes]) const {
@@ -172,7 +173,7 @@ struct LogSumExp {
     float total = 0;
 #pragma omp simd reduction(+ : total)
     for (int lane = 0; lane < kLanes; ++lane) total += sum[lane];
-    return total * terms.correction[0];
+    return total / terms.largest[0];
   }
 };
 
