@@ -154,12 +154,8 @@ def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype | Non
 def choose_without_gradient(op: str, backend: str, main: torch.Tensor, *others: object) -> str:
     """As :func:`choose`, for ops whose reference alone passes gradients on: it is taken where an input requires one."""
     chosen = choose(op, backend, main.device, main.dtype)
-    if chosen == "reference" or not torch.is_grad_enabled():
-        return chosen
-    for value in (main, *others):
-        if isinstance(value, torch.Tensor) and value.requires_grad:
-            break
-    else:
+    wants_gradient = any(isinstance(value, torch.Tensor) and value.requires_grad for value in (main, *others))
+    if chosen == "reference" or not wants_gradient or not torch.is_grad_enabled():
         return chosen
     if backend != "auto":
         raise BackendUnavailable(f'backend="{backend}" cannot run {op} here: it gives no gradients, and an input '

@@ -25,14 +25,6 @@
 namespace dgi::cpu {
 namespace {
 
-// Starts to load `bytes` from `data` on into the second-level cache.
-inline void prefetch(const void* data, int64_t bytes) {
-#ifdef __GNUC__
-  constexpr int64_t kLine = 64;
-  for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(static_cast<const char*>(data) + at, 0, 2);
-#endif
-}
-
 // The logits of one beam, and what they sum up to.
 template <class Stored>
 class Row {
@@ -53,9 +45,11 @@ class Row {
     if (contiguous_ == nullptr) buffer_.resize(static_cast<size_t>(codes_));
     for (int64_t first = 0; first < codes_; first += kChunk) {
       const int64_t count = std::min(kChunk, codes_ - first);
-      if (next != nullptr) prefetch(next + first, count * static_cast<int64_t>(sizeof(Stored)));
+      const Real* ahead = nullptr;
+      if constexpr (std::is_same_v<Stored, Real>) ahead = next == nullptr ? nullptr : next + first;
       if (contiguous_ == nullptr) convert(first, count);
-      sum.template add<kFused>(log_sum_exp_of((contiguous_ == nullptr ? buffer_.data() : contiguous_) + first, count));
+      const Real* const values = contiguous_ == nullptr ? buffer_.data() : contiguous_;
+      sum.template add<kFused>(log_sum_exp_of(values + first, count, ahead));
     }
     if (contiguous_ == nullptr) contiguous_ = buffer_.data();
     return sum;

@@ -29,9 +29,9 @@ constexpr int64_t kChunk = 2048;  // logits: a chunk is read again from the firs
 
 // Compiled by itself: in the midst of other code the sums do not stay in registers.
 template <class Real>
-DGI_NEVER_INLINE LogSumExp<Real> log_sum_exp_of(const Real* x, int64_t count) {
+DGI_NEVER_INLINE LogSumExp<Real> log_sum_exp_of(const Real* x, int64_t count, const Real* ahead = nullptr) {
   LogSumExp<Real> sum;
-  with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE { sum.template add<fused.value>(x, count); });
+  with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE { sum.template add<fused.value>(x, count, ahead); });
   return sum;
 }
 
@@ -229,6 +229,7 @@ class Request {
 
   void add_run(int64_t beam, const Range& range, bool in_delta) {
     if (range.size() == 0) return;
+    prefetch_line((in_delta ? step_.trie.delta : step_.trie.base).tokens + range.first);
     runs_.push_back({range.first, range.end, slots_, beam, in_delta});
     slots_ += range.size();
   }

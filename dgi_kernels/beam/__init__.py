@@ -98,21 +98,23 @@ def beam_step(trie: Trie, logits: Tensor, beams: Beams, *, num_beams: int, norma
     _check_logits("logits", logits, trie, beams)
     _check_options(beams, num_beams, normalize, log_normalizer)
     filters = check_filters(filters, trie, beams.nodes.shape[0])
-    return _beam_step(trie, logits, beams, num_beams, normalize, log_normalizer, filters, backend)
+    chosen = choose_without_gradient("beam_step", backend, logits, beams.scores, log_normalizer)
+    if chosen == "native":
+        return _native_step(trie, beams, lambda beams: _beam_step(trie, logits, beams, num_beams, normalize,
+                                                                  log_normalizer, filters, chosen))
+    return _beam_step(trie, logits, _check_nodes(trie, beams), num_beams, normalize, log_normalizer, filters, chosen)
 
 
 def _beam_step(trie: Trie, logits: Tensor, beams: Beams, num_beams: int, normalize: str, log_normalizer: Tensor | None,
-               filters: TrieFilter | list[TrieFilter | None] | None, backend: str) -> Beams:
-    """:func:`beam_step` on arguments that are checked, but for the nodes."""
-    compute = checks.compute_dtype(logits.dtype)
+               filters: TrieFilter | list[TrieFilter | None] | None, chosen: str) -> Beams:
+    """:func:`beam_step` on arguments that are checked, by the implementation that is chosen."""
     if log_normalizer is not None:
-        log_normalizer = log_normalizer.to(compute)
-    if choose_without_gradient("beam_step", backend, logits, beams.scores, log_normalizer) == "native":
-        return _native_step(trie, beams, lambda beams: native.beam_step(trie, logits, beams, num_beams, normalize,
-                                                                        log_normalizer, filters))
-    beams = _check_nodes(trie, beams)
+        log_normalizer = log_normalizer.to(checks.compute_dtype(logits.dtype))
+    if chosen == "native":
+        return native.beam_step(trie, logits, beams, num_beams, normalize, log_normalizer, filters)
     with torch.autocast(logits.device.type, enabled=False):
-        return reference.beam_step(trie, logits.to(compute), beams, num_beams, normalize, log_normalizer, filters)
+        return reference.beam_step(trie, logits.to(checks.compute_dtype(logits.dtype)), beams, num_beams, normalize,
+                                   log_normalizer, filters)
 
 
 def cosine_beam_step(trie: Trie, h: Tensor, codebook: Tensor, scale: float | Tensor, beams: Beams, *, num_beams: int,
@@ -191,9 +193,11 @@ def beam_search(trie: Trie, step: Step, *, batch_size: int, num_beams: int, norm
     beams = trie.root(batch_size)
     _check_options(beams, num_beams, normalize, None)
     filters = check_filters(filters, trie, batch_size)
-    history = []
+    history: list[Beams] = []
+    chosen = "reference"  # or what runs, for logits of `dtype`: asked for once, where no gradient is in play
+    dtype: torch.dtype | None = None
     for depth in range(trie.depth):
-        if depth > 0 and _all_ended(beams):  # their ends cost nothing, whatever the logits
+        if depth > 0 and _all_ended(beams, chosen):  # their ends cost nothing, whatever the logits
             logits: Tensor | HiddenStates = _no_logits(trie, beams)
         else:
             logits = step(depth, None, None) if depth == 0 else step(depth, beams.tokens, beams.parents)
@@ -202,16 +206,22 @@ def beam_search(trie: Trie, step: Step, *, batch_size: int, num_beams: int, norm
                                      normalize=normalize, filters=filters, eps=logits.eps, backend=backend)
         else:
             _check_logits(f"logits of step(depth={depth})", logits, trie, beams)
-            beams = _beam_step(trie, logits, beams, num_beams, normalize, None, filters, backend)
+            if logits.dtype is not dtype or logits.requires_grad:
+                chosen = choose_without_gradient("beam_step", backend, logits, beams.scores)
+                dtype = logits.dtype
+            beams = _beam_step(trie, logits, beams, num_beams, normalize, None, filters, chosen)
         history.append(beams)
     return BeamResult(_codes(history, backend), beams.scores, beams.nodes)
 
 
-def _all_ended(beams: Beams) -> bool:
+def _all_ended(beams: Beams, chosen: str) -> bool:
     """Whether no beam of a step has got a code; False where it is not known without waiting for the device."""
-    if beams.tokens.device.type != "cpu" or torch.compiler.is_compiling():
+    tokens = beams.tokens
+    if tokens.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    return beams.tokens.numel() == 0 or int(beams.tokens.max()) < 0
+    if chosen == "native":
+        return native.all_ended(tokens)
+    return tokens.numel() == 0 or int(tokens.max()) < 0
 
 
 def _no_logits(trie: Trie, beams: Beams) -> Tensor:

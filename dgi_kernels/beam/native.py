@@ -41,7 +41,12 @@ def cosine_beam_step(trie: Trie, h: Tensor, codebook: Tensor, scale: float | Ten
 
 def beam_codes(history: list[Beams]) -> Tensor:
     """As :func:`reference.beam_codes`."""
-    return torch.ops.dgi_kernels.beam_codes([beams.tokens for beams in history], [beams.parents for beams in history])
+    return torch.ops.dgi_kernels.beam_codes.default([beams.tokens for beams in history], [beams.parents for beams in history])
+
+
+def all_ended(tokens: Tensor) -> bool:
+    """Whether every token is -1; ``tokens`` int64, contiguous, on the CPU."""
+    return torch.ops.dgi_kernels.count_outside.default(tokens, -1, 0, None) == 0
 
 
 def _step(op: Callable[..., tuple[Tensor, ...]], trie: Trie, beams: Beams,
@@ -55,10 +60,12 @@ def _step(op: Callable[..., tuple[Tensor, ...]], trie: Trie, beams: Beams,
     if added is not None and delta is not None:
         of_delta = [added.tokens[depth], added.child_start[depth], *added.below(depth + 1)]
         anchors = [delta.anchors[depth], delta.anchors[depth + 1]]
-    scores = beams.scores.to(_compute_dtype(source[0]))
+    nodes, scores, compute = beams.nodes, beams.scores, _compute_dtype(source[0])
+    if nodes.dtype is not torch.int64 or scores.dtype is not compute:
+        nodes, scores = nodes.long(), scores.to(compute)
     nodes, tokens, parents, scores = op(
         base.tokens[depth], base.child_start[depth], below, of_delta, anchors, sets, set_of, *source,
-        beams.nodes.long(), scores, log_normalizer, num_beams, NORMALIZE[normalize])
+        nodes, scores, log_normalizer, num_beams, NORMALIZE[normalize])
     return Beams(nodes, tokens, parents, scores, depth + 1)
 
 

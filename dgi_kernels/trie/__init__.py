@@ -154,9 +154,10 @@ class Trie:
     def root(self, batch_size: int) -> Beams:
         """The start of a search: one live beam at the root, with score 0, for each of ``batch_size`` requests."""
         checks.integer("batch_size", batch_size, low=0, high=MAX_COUNT)
-        nodes = torch.zeros(batch_size, 1, dtype=torch.int64, device=self.device)
-        none = torch.full_like(nodes, -1)
-        return Beams(nodes, none, none, torch.zeros_like(nodes, dtype=torch.float32), 0)
+        shape, device = (batch_size, 1), self.device
+        none = torch.full(shape, -1, dtype=torch.int64, device=device)
+        return Beams(torch.full(shape, 0, dtype=torch.int64, device=device), none, none,
+                     torch.full(shape, 0.0, dtype=torch.float32, device=device), 0)
 
     def find(self, prefixes: object) -> Tensor:
         """Find the nodes of prefixes.

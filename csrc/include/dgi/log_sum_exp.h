@@ -1,6 +1,6 @@
 // log-sum-exp of a row, chunk by chunk: sum_k exp(x_k - maximum) with the largest x seen so far as maximum.
 //
-// A chunk is read twice, the second time from the first-level cache. NaN and -inf add nothing; +inf counts as the largest
+// A chunk is read twice, the second time from the first-level cache, while what is to be read next is on its way. NaN and -inf add nothing; +inf counts as the largest
 // finite number. The sum is never less than 1, so that its logarithm is never negative and no log-probability is ever
 // positive, rounding included: searches cut off what cannot win by that.
 #pragma once
@@ -115,14 +115,15 @@ struct LogSumExp {
     maximum = large.maximum;
   }
 
+  // `ahead`: as many numbers that will be read next, or null.
   template <bool kFused>
-  DGI_HOST_DEVICE void add(const Real* x, int64_t count) {
+  DGI_HOST_DEVICE void add(const Real* x, int64_t count, const Real* ahead = nullptr) {
     const Real largest = largest_of(x, count);
     if (largest == -std::numeric_limits<Real>::infinity()) return;
     LogSumExp chunk;
     chunk.maximum = largest > std::numeric_limits<Real>::max() ? std::numeric_limits<Real>::max() : largest;
-    const Real terms = chunk.maximum < largest ? chunk.template terms<kFused, true>(x, count)
-                                               : chunk.template terms<kFused, false>(x, count);
+    const Real terms = chunk.maximum < largest ? chunk.template terms<kFused, true>(x, count, ahead)
+                                               : chunk.template terms<kFused, false>(x, count, ahead);
     chunk.sum = terms > 1 ? terms : 1;
     add<kFused>(chunk);
   }
@@ -132,23 +133,24 @@ struct LogSumExp {
 
   DGI_HOST_DEVICE static Real largest_of(const Real* x, int64_t count) {
     constexpr Real kNone = -std::numeric_limits<Real>::infinity();
-    Real lanes[kLanes], largest = kNone;
+    constexpr int kApart = 4 * kLanes;  // maxima side by side, so that none waits for the one before
+    Real lanes[kApart], largest = kNone;
     for (Real& lane : lanes) lane = kNone;
     int64_t k = 0;
-    for (; k + kLanes <= count; k += kLanes) {
+    for (; k + kApart <= count; k += kApart) {
 #pragma omp simd
-      for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = x[k + lane] > lanes[lane] ? x[k + lane] : lanes[lane];
+      for (int lane = 0; lane < kApart; ++lane) lanes[lane] = x[k + lane] > lanes[lane] ? x[k + lane] : lanes[lane];
     }
     for (; k < count; ++k) largest = x[k] > largest ? x[k] : largest;
 #pragma omp simd reduction(max : largest)
-    for (int lane = 0; lane < kLanes; ++lane) largest = lanes[lane] > largest ? lanes[lane] : largest;
+    for (int lane = 0; lane < kApart; ++lane) largest = lanes[lane] > largest ? lanes[lane] : largest;
     return largest;
   }
 
   template <bool kFused, bool kClamps>
-  DGI_HOST_DEVICE Real terms(const Real* x, int64_t count) const {
+  DGI_HOST_DEVICE Real terms(const Real* x, int64_t count, [[maybe_unused]] const Real* ahead) const {
     if constexpr (kFused && !kClamps && std::is_same_v<Real, float>) {
-      if (std::abs(maximum) <= PowerTerms<kLanes, 1>::kMost) return power_terms(x, count);
+      if (std::abs(maximum) <= PowerTerms<kLanes, 1>::kMost) return power_terms(x, count, ahead == nullptr ? x : ahead);
     }
     constexpr Real kLargest = std::numeric_limits<Real>::max();
     const Real offset = maximum;
@@ -161,11 +163,14 @@ struct LogSumExp {
     return total;
   }
 
-  DGI_HOST_DEVICE float power_terms(const float* x, int64_t count) const {
+  DGI_HOST_DEVICE float power_terms(const float* x, int64_t count, const float* ahead) const {
     const PowerTerms<kLanes, 1> terms(&maximum);
     float sum[kLanes] = {}, rest[kLanes];
     int64_t k = 0;
-    for (; k + kLanes <= count; k += kLanes) terms.add(x + k, sum);
+    for (; k + kLanes <= count; k += kLanes) {
+      prefetch_line(ahead + k);
+      terms.add(x + k, sum);
+    }
     if (k < count) {
       for (int lane = 0; lane < kLanes; ++lane) rest[lane] = k + lane < count ? x[k + lane] : terms.lowest[0];
       terms.add(rest, sum);

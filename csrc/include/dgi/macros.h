@@ -9,3 +9,14 @@
 #else
 #define DGI_HOST_DEVICE inline
 #endif
+
+namespace dgi {
+
+// Starts to load a cache line into the first-level cache of a CPU.
+DGI_HOST_DEVICE void prefetch_line([[maybe_unused]] const void* address) {
+#if defined(__GNUC__) && !defined(__CUDA_ARCH__)
+  __builtin_prefetch(address);
+#endif
+}
+
+}  // namespace dgi
