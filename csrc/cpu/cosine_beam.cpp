@@ -133,8 +133,8 @@ bool step_by_tiles(const BeamStep<Compute<Stored>, Token>& step, const CosineLog
   using Real = Compute<Stored>;
   constexpr int64_t kTileElements = int64_t{1} << 19, kBeamsAtOnce = 32;
   const int64_t rows = std::clamp<int64_t>(kTileElements / std::max<int64_t>(1, in.codes), 64, 256);
-  const int64_t rounds = std::max<int64_t>(2, (step.width + kBeamsAtOnce - 1) / kBeamsAtOnce);
-  const int64_t at_once = std::max<int64_t>(1, (step.width + rounds - 1) / rounds);
+  // The threshold that most beams of a request leave rules out more of the others than that of half of them would.
+  const int64_t at_once = std::clamp<int64_t>((5 * step.width + 7) / 8, 1, kBeamsAtOnce);
   const int64_t group = std::min(step.requests, std::max<int64_t>(1, rows / at_once));
   const bool wants_sums = step.normalizes() && step.normalize == Normalize::kFull;
   HeadTile<Stored> tile(in, group * at_once);
