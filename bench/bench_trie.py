@@ -59,7 +59,7 @@ def figures(case: Case, folder: Path) -> Iterator[Figure]:
     ids = mask.nonzero().squeeze(1)
     some, others = trie.filter(mask=mask), trie.filter(mask=torch.rand(items) < 0.5)
     yield "filter", "of a mask", lambda: trie.filter(mask=mask), f"{some.base.words.nbytes / 1e6:.2f} MB"
-    yield "filter", "of a mask, and its leaves", lambda: trie.filter(mask=mask).leaves, ""
+    yield "filter", "of a mask, and its nodes", lambda: trie.filter(mask=mask).nodes, ""
     yield "filter", "of the ids of a tenth", lambda: trie.filter(items=ids), ""
     yield "filter", "a & b", lambda: some & others, ""
 

@@ -29,7 +29,7 @@ def _load() -> str | None:
     register_fake("dgi_kernels::code_ranges", _fake_code_ranges)
     register_fake("dgi_kernels::find_children", _fake_find_children)
     register_fake("dgi_kernels::item_set", _fake_item_set)
-    register_fake("dgi_kernels::leaf_set", _fake_leaf_set)
+    register_fake("dgi_kernels::parent_set", _fake_parent_set)
     register_fake("dgi_kernels::run_starts", _fake_run_starts)
     register_fake("dgi_kernels::cosine_logits", _fake_cosine_logits)
     register_fake("dgi_kernels::cosine_logits_backward", _fake_cosine_logits_backward)
@@ -62,8 +62,8 @@ def _fake_item_set(members: Tensor, item_order: Tensor | None) -> tuple[Tensor, 
     return _fake_set(members, members.shape[0])
 
 
-def _fake_leaf_set(words: Tensor, ranks: Tensor, starts: Tensor, leaves: int) -> tuple[Tensor, Tensor]:
-    return _fake_set(words, leaves)
+def _fake_parent_set(words: Tensor, ranks: Tensor, starts: Tensor, parents: int) -> tuple[Tensor, Tensor]:
+    return _fake_set(words, parents)
 
 
 def _fake_set(like: Tensor, places: int) -> tuple[Tensor, Tensor]:
@@ -137,17 +137,16 @@ def _fake_beam_codes(tokens: list[Tensor], parents: list[Tensor]) -> Tensor:
     return tokens[-1].new_empty((*tokens[-1].shape, len(tokens)))
 
 
-def _fake_beam_step(tokens: Tensor, child_start: Tensor, below: list[Tensor], delta: list[Tensor],
-                    anchors: list[Tensor], sets: list[Tensor], set_of: list[int], logits: Tensor, nodes: Tensor,
-                    scores: Tensor, log_normalizer: Tensor | None, num_beams: int,
-                    normalize: int) -> tuple[Tensor, ...]:
+def _fake_beam_step(tokens: Tensor, child_start: Tensor, delta: list[Tensor], anchors: list[Tensor],
+                    sets: list[Tensor], set_of: list[int], logits: Tensor, nodes: Tensor, scores: Tensor,
+                    log_normalizer: Tensor | None, num_beams: int, normalize: int) -> tuple[Tensor, ...]:
     return _fake_beams(logits, num_beams)
 
 
-def _fake_cosine_beam_step(tokens: Tensor, child_start: Tensor, below: list[Tensor], delta: list[Tensor],
-                           anchors: list[Tensor], sets: list[Tensor], set_of: list[int], h: Tensor, codebook: Tensor,
-                           scale: Tensor, eps: float, nodes: Tensor, scores: Tensor, log_normalizer: Tensor | None,
-                           num_beams: int, normalize: int) -> tuple[Tensor, ...]:
+def _fake_cosine_beam_step(tokens: Tensor, child_start: Tensor, delta: list[Tensor], anchors: list[Tensor],
+                           sets: list[Tensor], set_of: list[int], h: Tensor, codebook: Tensor, scale: Tensor,
+                           eps: float, nodes: Tensor, scores: Tensor, log_normalizer: Tensor | None, num_beams: int,
+                           normalize: int) -> tuple[Tensor, ...]:
     return _fake_beams(h, num_beams)
 
 

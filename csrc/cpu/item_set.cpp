@@ -4,7 +4,8 @@
 // places ask for them in any order; then every place gathers its bit. Both take eight rows or more at a time.
 //
 // The members by place become members by leaf word by word: the marks of where leaves begin cut a word into runs, each of
-// which comes to one bit.
+// which comes to one bit. Nodes further up have starts of their own, and mostly one child each at the lower depths: eight
+// of these are eight bits.
 #include "item_set.h"
 
 #include <algorithm>
@@ -241,6 +242,23 @@ DGI_ALWAYS_INLINE inline void join_runs(const ItemSet& places, const RunMarks& m
   }
 }
 
+constexpr int64_t kBits = 8;
+
+// A bit for each of `count` <= kBits parents.
+inline uint64_t bits_of_parents(const ItemSet& children, const Offsets& starts, int64_t parent, int64_t count) {
+  const int64_t first = starts.plain(parent), word = first / kWordBits, shift = first % kWordBits;
+  uint64_t bits = 0;
+  if (count == kBits && starts.plain(parent + kBits) - first == kBits) {  // one child each
+    bits = children.words[word] >> shift;
+    if (shift > kWordBits - kBits) bits |= children.words[word + 1] << (kWordBits - shift);
+    return bits & ((uint64_t{1} << kBits) - 1);
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    bits |= uint64_t{children.any({starts.plain(parent + i), starts.plain(parent + i + 1)})} << i;
+  }
+  return bits;
+}
+
 }  // namespace
 
 bool write_item_set(const bool* members, int64_t size, const Offsets& item_order, uint64_t* words, int64_t* ranks) {
@@ -287,24 +305,25 @@ bool write_run_marks(const Offset* starts, int64_t runs, uint64_t* marks) {
 template bool write_run_marks(const int32_t*, int64_t, uint64_t*);
 template bool write_run_marks(const int64_t*, int64_t, uint64_t*);
 
-void write_leaf_set(const ItemSet& places, int64_t blocks, const Offsets& starts, int64_t leaves, uint64_t* leaf_words,
-                    int64_t* leaf_ranks) {
-  const int64_t leaf_blocks = leaves / (kWordBits * kBlockWords) + 1;
-  std::fill_n(leaf_words, leaf_blocks * kBlockWords, uint64_t{0});
+void write_parent_set(const ItemSet& children, int64_t blocks, const Offsets& starts, int64_t parents, uint64_t* words,
+                      int64_t* ranks) {
+  const int64_t parent_blocks = parents / (kWordBits * kBlockWords) + 1;
+  std::fill_n(words, parent_blocks * kBlockWords, uint64_t{0});
   if (starts.stored == Offsets::Stored::kRunMarks) {
     const RunMarks marks{static_cast<const uint64_t*>(starts.data)};
     for_words(blocks, [&](auto, int64_t first, int64_t last) DGI_ALWAYS_INLINE {
-      join_runs(places, marks, first / kBlockWords, last / kBlockWords, blocks, leaf_words, leaf_blocks * kBlockWords);
+      join_runs(children, marks, first / kBlockWords, last / kBlockWords, blocks, words, parent_blocks * kBlockWords);
     });
-  } else {  // long runs, or few leaves
-    parallel_for(leaf_blocks, 1, [&](int64_t first, int64_t last) {
-      constexpr int64_t kBlockBits = kWordBits * kBlockWords;
-      for (int64_t leaf = first * kBlockBits; leaf < std::min(leaves, last * kBlockBits); ++leaf) {
-        leaf_words[leaf / kWordBits] |= uint64_t{places.any(starts.run(leaf))} << (leaf % kWordBits);
+  } else {
+    for_words(parent_blocks, [&](auto, int64_t first, int64_t last) {
+      const int64_t end = std::min(parents, last * kWordBits);
+      for (int64_t parent = first * kWordBits; parent < end; parent += kBits) {
+        words[parent / kWordBits] |= bits_of_parents(children, starts, parent, std::min(kBits, end - parent))
+                                     << (parent % kWordBits);
       }
     });
   }
-  write_ranks(leaf_words, leaf_blocks, leaf_ranks);
+  write_ranks(words, parent_blocks, ranks);
 }
 
 }  // namespace dgi::cpu

@@ -16,9 +16,9 @@ bool write_item_set(const bool* members, int64_t size, const Offsets& item_order
 template <class Offset>
 bool write_run_marks(const Offset* starts, int64_t runs, uint64_t* marks);
 
-// Makes the ItemSet of the leaves that have a member among their places, which are `blocks` blocks. `starts` (leaves + 1) of
-// the leaves' places; `leaf_words` and `leaf_ranks` as large as such a set must be.
-void write_leaf_set(const ItemSet& places, int64_t blocks, const Offsets& starts, int64_t leaves, uint64_t* leaf_words,
-                    int64_t* leaf_ranks);
+// Makes the ItemSet of the nodes that have a member among their children, which are `blocks` blocks; the children of leaves
+// are places. `starts` (parents + 1) of the nodes' children; `words` and `ranks` as large as such a set must be.
+void write_parent_set(const ItemSet& children, int64_t blocks, const Offsets& starts, int64_t parents, uint64_t* words,
+                      int64_t* ranks);
 
 }  // namespace dgi::cpu

@@ -9,8 +9,8 @@
 
 namespace dgi::cuda {
 
-// B requests of `width` beams each. The arrays of the trie and of the sets are device memory, the tables that name them
-// (levels below, `allowed`) host memory.
+// B requests of `width` beams each. The arrays of the trie and of the sets are device memory, the table that names the
+// latter (`allowed`) host memory.
 template <class Token>
 struct BeamStep {
   TrieDepth<Token> trie;

@@ -131,18 +131,11 @@ __device__ inline RunningSum merge(const RunningSum& a, const RunningSum& b) {
   return {maximum, a.sum * fast_exp(a.maximum - maximum) + b.sum * fast_exp(b.maximum - maximum)};
 }
 
-// Whether an allowed item lies below a child, for one of the launch's requests. The levels below come with the sets.
-template <class Token>
-__device__ __forceinline__ bool is_allowed(const TrieDepth<Token>& trie, const RequestSets& sets, int64_t request,
-                                        int64_t child, bool in_delta) {
-  TrieDepth<Token> whole = trie;
-  whole.base_below = sets.base(), whole.delta_below = sets.delta();
-  return whole.is_allowed(sets.of(request), child, in_delta);
-}
-
-template <class Token>
-__device__ __forceinline__ bool is_allowed(const TrieDepth<Token>&, const NoSets&, int64_t, int64_t, bool) {
-  return true;
+// Whether an allowed item lies below a child, for one of the launch's requests.
+template <class Token, class Sets>
+__device__ __forceinline__ bool is_allowed(const TrieDepth<Token>& trie, const Sets& sets, int64_t request, int64_t child,
+                                           bool in_delta) {
+  return trie.is_allowed(sets.of(request), child, in_delta);
 }
 
 // The thread's share of the log-sum-exp over all codes.
@@ -377,9 +370,6 @@ const char* why_not(const BeamStep<Token>& step, int64_t codes) {
   // At most one child a code in each part of the trie, and the end of a sequence.
   if (step.width > 0 && 2 * (codes + 1) >= kMost / step.width) return "more than 2**31 candidates of one request";
   if (step.requests * step.width >= kMost || step.num_beams >= kMost / 4) return "more than 2**31 beams";
-  if (step.allowed != nullptr && !fits(step.trie.base_below, step.trie.delta_below)) {
-    return "filters and updated tries are searched down to 64 levels";
-  }
   return nullptr;
 }
 
@@ -405,8 +395,7 @@ const char* launch_step(const BeamStep<Token>& step, const Rows& rows, const Bea
                         void* stream) {
   StepView<Token> view = view_of(step, scratch);
   const unsigned threads = row_threads(step.normalize, view.is_given(), rows.codes);
-  for_requests(step.allowed, step.trie.base_below, step.trie.delta_below, step.requests,
-               [&](const auto& sets, int64_t first, int64_t count) {
+  for_requests(step.allowed, step.requests, [&](const auto& sets, int64_t first, int64_t count) {
     using Sets = std::decay_t<decltype(sets)>;
     view.first = first;
     if (step.width > 0) {

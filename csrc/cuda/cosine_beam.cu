@@ -60,8 +60,7 @@ void launch_children(const BeamStep<Token>& step, const CosineHead& head, float*
                      void* scratch, void* stream) {
   StepView<Token> view = view_of(step, scratch);
   const LogitRows<float> rows{logits, step.width, head.codes, step.width * head.codes, head.codes, 1, nullptr, nullptr};
-  for_requests(step.allowed, step.trie.base_below, step.trie.delta_below, step.requests,
-               [&](const auto& sets, int64_t first, int64_t count) {
+  for_requests(step.allowed, step.requests, [&](const auto& sets, int64_t first, int64_t count) {
     using Sets = std::decay_t<decltype(sets)>;
     view.first = first;
     if (step.width > 0) {

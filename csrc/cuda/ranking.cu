@@ -45,6 +45,23 @@ struct RankKey {
 
 __device__ uint32_t descending_bits(float x) { return static_cast<uint32_t>(Descending::of(x, 0) >> 32); }
 
+// What the requests of one launch may find, and the levels below the beams, from the host's tables.
+struct RankedSets : RequestSets {
+  static constexpr int kLevels = 64;
+
+  Offsets base_below[kLevels], delta_below[kLevels];
+  int16_t base_levels, delta_levels;
+
+  RankedSets(const LowerLevels& base, const LowerLevels& delta)
+      : base_levels(static_cast<int16_t>(base.count)), delta_levels(static_cast<int16_t>(delta.count)) {
+    std::copy_n(base.starts, base.count, base_below);
+    std::copy_n(delta.starts, delta.count, delta_below);
+  }
+
+  __device__ LowerLevels base() const { return {base_below, base_levels}; }
+  __device__ LowerLevels delta() const { return {delta_below, delta_levels}; }
+};
+
 struct RankingView {
   ItemLevels base, delta;
   Anchors anchors;
@@ -63,7 +80,7 @@ struct Below {
   __device__ uint32_t size() const { return static_cast<uint32_t>(base.size() + delta.size()); }
 };
 
-__device__ Below below(const RankingView& in, const RequestSets& sets, int64_t node) {
+__device__ Below below(const RankingView& in, const RankedSets& sets, int64_t node) {
   Below found;
   int64_t delta_node = node - in.base.nodes;
   if (delta_node < 0) {
@@ -100,7 +117,7 @@ __device__ uint32_t list_beams(const RankingView& in, int64_t request, Keys keys
 // starts[r], of the beams in order: the number of the first item below. Returns how many items there are before no
 // more can count.
 template <class Keys, class Starts>
-__device__ uint32_t list_items(const RankingView& in, const RequestSets& sets, const AllowedItems& allowed,
+__device__ uint32_t list_items(const RankingView& in, const RankedSets& sets, const AllowedItems& allowed,
                                int64_t request, Keys keys, uint32_t beams, Starts starts) {
   DGI_SHARED(uint32_t, last, 1);  // the beam with the k-th item
   const uint32_t wanted = static_cast<uint32_t>(in.k);
@@ -137,7 +154,7 @@ __device__ uint32_t list_items(const RankingView& in, const RequestSets& sets, c
 }
 
 template <class Stored, class Keys, class Starts, class Buffer>
-__device__ void rank(const RankingView& in, const RequestSets& sets, const Stored* all_queries, const Stored* vectors,
+__device__ void rank(const RankingView& in, const RankedSets& sets, const Stored* all_queries, const Stored* vectors,
                      Keys keys, Starts starts, Buffer buffer, uint32_t room) {
   DGI_SHARED(uint32_t, held, 1);
   const int64_t request = in.first + blockIdx.x;
@@ -218,7 +235,7 @@ __device__ void rank(const RankingView& in, const RequestSets& sets, const Store
 
 template <class Stored>
 __global__ void __launch_bounds__(kThreads, 1)
-    rank_kernel(const __grid_constant__ RankingView in, const __grid_constant__ RequestSets sets, const Stored* query,
+    rank_kernel(const __grid_constant__ RankingView in, const __grid_constant__ RankedSets sets, const Stored* query,
                 const Stored* vectors) {
   DGI_SHARED(uint64_t, keys, kSharedWidth);
   DGI_SHARED(uint32_t, starts, kSharedWidth + 1);
@@ -229,7 +246,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 // The same with everything in global memory, for more beams or items.
 template <class Stored>
 __global__ void __launch_bounds__(kThreads, 1)
-    rank_wide_kernel(const __grid_constant__ RankingView in, const __grid_constant__ RequestSets sets,
+    rank_wide_kernel(const __grid_constant__ RankingView in, const __grid_constant__ RankedSets sets,
                      const Stored* query, const Stored* vectors, RankKey* buffers, uint32_t room, uint64_t* all_keys,
                      uint32_t width, uint32_t* all_starts) {
   const int64_t request = in.first + blockIdx.x;
@@ -251,8 +268,8 @@ void launch_on(const Ranking& in, const RankingOutput& out, void* scratch, void*
                    in.query_stride, in.item_stride, in.eps, out};
   const auto* const query = static_cast<const Stored*>(in.query);
   const auto* const vectors = static_cast<const Stored*>(in.items);
-  for_requests_with_levels(in.allowed, in.base.below, in.delta.below, in.requests,
-                           [&](const RequestSets& sets, int64_t first, int64_t count) {
+  RankedSets ranked(in.base.below, in.delta.below);
+  for_requests_with(ranked, in.allowed, in.requests, [&](const RankedSets& sets, int64_t first, int64_t count) {
     view.first = first;
     const unsigned grid = static_cast<unsigned>(count);
     if (!is_wide(in.width, in.k)) {
@@ -282,7 +299,9 @@ const char* rank_candidates(const Ranking& in, const RankingOutput& out, void* s
   if (in.requests == 0) return nullptr;
   if (in.width >= kMost / 4 || in.k >= kMost / 4) return "more than 2**29 beams or items of one request";
   if (in.requests >= kMost) return "more than 2**31 requests";
-  if (!fits(in.base.below, in.delta.below)) return "tries are ranked down to 64 levels";
+  if (std::max(in.base.below.count, in.delta.below.count) > RankedSets::kLevels) {
+    return "tries are ranked down to 64 levels";
+  }
   switch (in.dtype) {
     case Float::kFloat32: launch_on<float>(in, out, scratch, stream); break;
     case Float::kBFloat16: launch_on<BFloat16>(in, out, scratch, stream); break;

@@ -18,43 +18,29 @@ struct View {
   DGI_HOST_DEVICE Element at(int64_t i, int64_t j) const { return data[i * row_stride + j * column_stride]; }
 };
 
-// The items that the requests of one launch may find. A kernel takes this by value (7 KB, of the 32 that CUDA allows),
-// so that nothing is copied to the device, and what a CUDA graph has captured stays as it is.
+// What the requests of one launch may find. A kernel takes this by value (5 KB, of the 32 that CUDA allows), so that
+// nothing is copied to the device, and what a CUDA graph has captured stays as it is.
 struct RequestSets {
-  static constexpr int kLevels = 64, kSets = 96, kRequests = 1024;
+  static constexpr int kSets = 96, kRequests = 1024;
 
   AllowedItems sets[kSets];
-  Offsets base_below[kLevels], delta_below[kLevels];
-  int16_t set_of[kRequests];  // of the launch's requests; -1: all items
-  int16_t base_levels = 0, delta_levels = 0;
+  int16_t set_of[kRequests];  // of the launch's requests; -1: all
 
   DGI_HOST_DEVICE const AllowedItems* of(int64_t request) const {
     return set_of[request] < 0 ? nullptr : &sets[set_of[request]];
   }
-  DGI_HOST_DEVICE LowerLevels base() const { return {base_below, base_levels}; }
-  DGI_HOST_DEVICE LowerLevels delta() const { return {delta_below, delta_levels}; }
 };
 
-// Where every request may find all items.
+// Where every request may find all.
 struct NoSets {
   DGI_HOST_DEVICE const AllowedItems* of(int64_t) const { return nullptr; }
-  DGI_HOST_DEVICE LowerLevels base() const { return {}; }
-  DGI_HOST_DEVICE LowerLevels delta() const { return {}; }
 };
 
-inline bool fits(const LowerLevels& base, const LowerLevels& delta) {
-  return base.count <= RequestSets::kLevels && delta.count <= RequestSets::kLevels;
-}
-
 // Calls launch(sets, first, count) for all `requests`: once, or once for as many at a time as fit with their sets.
-// `allowed` (requests) is host memory, null for a request that may find all; null where all may.
-template <class Launch>
-void for_requests_with_levels(const AllowedItems* const* allowed, const LowerLevels& base, const LowerLevels& delta,
-                              int64_t requests, const Launch& launch) {
-  RequestSets sets;
-  std::copy_n(base.starts, base.count, sets.base_below);
-  std::copy_n(delta.starts, delta.count, sets.delta_below);
-  sets.base_levels = static_cast<int16_t>(base.count), sets.delta_levels = static_cast<int16_t>(delta.count);
+// `allowed` (requests) is host memory, null for a request that may find all; null where all may. `sets` is or has in it
+// RequestSets.
+template <class Sets, class Launch>
+void for_requests_with(Sets& sets, const AllowedItems* const* allowed, int64_t requests, const Launch& launch) {
   for (int64_t first = 0, end; first < requests; first = end) {
     const AllowedItems* known[RequestSets::kSets];
     int16_t count = 0;
@@ -74,14 +60,14 @@ void for_requests_with_levels(const AllowedItems* const* allowed, const LowerLev
   }
 }
 
-// The same, but that where no request has a set the levels are not asked for, and NoSets says so.
+// The same, but that NoSets says so where no request has a set.
 template <class Launch>
-void for_requests(const AllowedItems* const* allowed, const LowerLevels& base, const LowerLevels& delta,
-                  int64_t requests, const Launch& launch) {
+void for_requests(const AllowedItems* const* allowed, int64_t requests, const Launch& launch) {
   if (allowed == nullptr) {
     launch(NoSets{}, int64_t{0}, requests);
   } else {
-    for_requests_with_levels(allowed, base, delta, requests, launch);
+    RequestSets sets;
+    for_requests_with(sets, allowed, requests, launch);
   }
 }
 

@@ -64,14 +64,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> finished(const NewBeams& beams, bool 
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> beam_step_cpu(
-    const Tensor& tokens, const Tensor& child_start, const std::vector<Tensor>& below, const std::vector<Tensor>& delta,
-    const std::vector<Tensor>& anchors, const std::vector<Tensor>& sets, const std::vector<int64_t>& set_of,
+    const Tensor& tokens, const Tensor& child_start, const std::vector<Tensor>& delta, const std::vector<Tensor>& anchors,
+    const std::vector<Tensor>& sets, const std::vector<int64_t>& set_of,
     const Tensor& logits, const Tensor& nodes, const Tensor& scores, const std::optional<Tensor>& log_normalizer,
     int64_t num_beams, int64_t normalize) {
   STD_TORCH_CHECK(logits.dim() == 3, kBeam, "logits must be (B, M, K)");
   const int64_t requests = logits.size(0), width = logits.size(1), codes = logits.size(2);
-  const DepthArguments depth(tokens, child_start, below, delta, anchors);
-  const Allowed allowed(sets, set_of, requests);
+  const DepthArguments depth(tokens, child_start, delta, anchors);
+  const Allowed allowed = depth.allowed(sets, set_of, requests);
   const BeamArguments arguments{depth, allowed, nodes, scores, log_normalizer, num_beams, normalize};
   return depth.for_token([&](auto token) {
     return for_dtype(logits, [&](auto stored) {
@@ -92,14 +92,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> beam_step_cpu(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> cosine_beam_step_cpu(
-    const Tensor& tokens, const Tensor& child_start, const std::vector<Tensor>& below, const std::vector<Tensor>& delta,
-    const std::vector<Tensor>& anchors, const std::vector<Tensor>& sets, const std::vector<int64_t>& set_of,
+    const Tensor& tokens, const Tensor& child_start, const std::vector<Tensor>& delta, const std::vector<Tensor>& anchors,
+    const std::vector<Tensor>& sets, const std::vector<int64_t>& set_of,
     const Tensor& h, const Tensor& codebook, const Tensor& scale, double eps, const Tensor& nodes, const Tensor& scores,
     const std::optional<Tensor>& log_normalizer, int64_t num_beams, int64_t normalize) {
   check_head(h, codebook);
   const int64_t requests = h.size(0), width = h.size(1);
-  const DepthArguments depth(tokens, child_start, below, delta, anchors);
-  const Allowed allowed(sets, set_of, requests);
+  const DepthArguments depth(tokens, child_start, delta, anchors);
+  const Allowed allowed = depth.allowed(sets, set_of, requests);
   const BeamArguments arguments{depth, allowed, nodes, scores, log_normalizer, num_beams, normalize};
   return depth.for_token([&](auto token) {
     return for_dtype(h, [&](auto stored) {
@@ -166,7 +166,7 @@ std::tuple<Tensor, Tensor, Tensor> rank_candidates_cpu(
   STD_TORCH_CHECK(k >= 1 && num_nodes >= 0, kRank, "k must be at least 1, num_nodes at least 0");
   const int64_t requests = query.size(0), width = nodes.size(1);
   const Below base(below), delta(delta_below);
-  const Allowed allowed(sets, set_of, requests);
+  const Allowed allowed(sets, set_of, requests, 0, 0);
   return for_dtype(query, [&](auto stored) -> std::tuple<Tensor, Tensor, Tensor> {
     using Stored = decltype(stored);
     using Real = dgi::Compute<Stored>;
@@ -203,11 +203,11 @@ std::tuple<Tensor, Tensor, Tensor> rank_candidates_cpu(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dgi_kernels, m) {
-  m.def("beam_step(Tensor tokens, Tensor child_start, Tensor[] below, Tensor[] delta, Tensor[] anchors, Tensor[] sets, "
-        "int[] set_of, Tensor logits, Tensor nodes, Tensor scores, Tensor? log_normalizer, int num_beams, int normalize) "
+  m.def("beam_step(Tensor tokens, Tensor child_start, Tensor[] delta, Tensor[] anchors, Tensor[] sets, int[] set_of, "
+        "Tensor logits, Tensor nodes, Tensor scores, Tensor? log_normalizer, int num_beams, int normalize) "
         "-> (Tensor nodes, Tensor tokens, Tensor parents, Tensor scores)");
-  m.def("cosine_beam_step(Tensor tokens, Tensor child_start, Tensor[] below, Tensor[] delta, Tensor[] anchors, "
-        "Tensor[] sets, int[] set_of, Tensor h, Tensor codebook, Tensor scale, float eps, Tensor nodes, Tensor scores, "
+  m.def("cosine_beam_step(Tensor tokens, Tensor child_start, Tensor[] delta, Tensor[] anchors, Tensor[] sets, "
+        "int[] set_of, Tensor h, Tensor codebook, Tensor scale, float eps, Tensor nodes, Tensor scores, "
         "Tensor? log_normalizer, int num_beams, int normalize) -> (Tensor nodes, Tensor tokens, Tensor parents, "
         "Tensor scores)");
   m.def("beam_codes(Tensor[] tokens, Tensor[] parents) -> Tensor");

@@ -8,19 +8,23 @@ namespace dgi::registration {
 
 constexpr const char* kBeam = "dgi_kernels, beam_step: ";
 
-// delta: tokens and child_start, then the levels below; anchors: of the delta's nodes at this depth
-// and the next. Both are empty where there is no delta.
+// delta: tokens and child_start; anchors: of the delta's nodes at this depth and the next. Both are empty where there is no
+// delta.
 class DepthArguments {
  public:
-  DepthArguments(const Tensor& tokens, const Tensor& child_start, const std::vector<Tensor>& below,
-                 const std::vector<Tensor>& delta, const std::vector<Tensor>& anchors)
-      : tokens_(tokens), child_start_(child_start), delta_(delta), anchors_(anchors), below_(below),
-        delta_below_(delta, 2) {
-    STD_TORCH_CHECK(delta.empty() ? anchors.empty() : delta.size() >= 2 && anchors.size() == 2, kBeam,
+  DepthArguments(const Tensor& tokens, const Tensor& child_start, const std::vector<Tensor>& delta,
+                 const std::vector<Tensor>& anchors)
+      : tokens_(tokens), child_start_(child_start), delta_(delta), anchors_(anchors) {
+    STD_TORCH_CHECK(delta.empty() ? anchors.empty() : delta.size() == 2 && anchors.size() == 2, kBeam,
                     "delta and anchors do not fit each other");
     if (delta.empty()) return;
     STD_TORCH_CHECK(anchors[0].numel() == delta[1].numel() - 1 && anchors[1].numel() == delta[0].numel(), kBeam,
                     "anchors must have one entry for each node of the delta");
+  }
+
+  // The nodes of the next depth that each request may find.
+  Allowed allowed(const std::vector<Tensor>& sets, const std::vector<int64_t>& set_of, int64_t requests) const {
+    return {sets, set_of, requests, tokens_.numel(), delta_.empty() ? 0 : delta_[0].numel()};
   }
 
   // Calls f with a number of the tokens' type.
@@ -35,11 +39,9 @@ class DepthArguments {
   dgi::TrieDepth<Token> depth() const {
     dgi::TrieDepth<Token> depth;
     depth.base = level<Token>(tokens_, child_start_);
-    depth.base_below = below_.levels();
     depth.base_children = tokens_.numel();
     if (delta_.empty()) return depth;
     depth.delta = level<Token>(delta_[0], delta_[1]);
-    depth.delta_below = delta_below_.levels();
     depth.nodes = anchors_of(anchors_[0]);
     depth.children = anchors_of(anchors_[1]);
     return depth;
@@ -55,7 +57,6 @@ class DepthArguments {
 
   const Tensor &tokens_, &child_start_;
   const std::vector<Tensor>&delta_, &anchors_;
-  const Below below_, delta_below_;
 };
 
 // The hidden states and the codebook of a step that makes its own logits.

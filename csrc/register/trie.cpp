@@ -118,28 +118,30 @@ std::tuple<Tensor, Tensor> find_children_cpu(const Tensor& tokens, const Tensor&
   return {places, found};
 }
 
-// The set of the leaves that hold a place of a set; starts as dgi::RunMarks or plain.
-std::tuple<Tensor, Tensor> leaf_set_cpu(const Tensor& words, const Tensor& ranks, const Tensor& starts, int64_t leaves) {
+// The set of the nodes that have a member of a set among their children, or leaves among their places; starts as
+// dgi::RunMarks or plain.
+std::tuple<Tensor, Tensor> parent_set_cpu(const Tensor& words, const Tensor& ranks, const Tensor& starts,
+                                          int64_t parents) {
   constexpr int64_t kBlockWords = dgi::ItemSet::kBlockWords;
   check_array("words", words, ScalarType::Long);
   check_array("ranks", ranks, ScalarType::Long);
-  STD_TORCH_CHECK(words.numel() == kBlockWords * ranks.numel(), "leaf_set: a set has ", kBlockWords, " words to a rank");
+  STD_TORCH_CHECK(words.numel() == kBlockWords * ranks.numel(), "parent_set: a set has ", kBlockWords, " words to a rank");
   const dgi::Offsets offsets = starts_of("starts", starts);
   if (offsets.stored == dgi::Offsets::Stored::kRunMarks) {
     const dgi::RunMarks marks{data_of<uint64_t>(starts)};
-    STD_TORCH_CHECK(marks.fill(starts.numel()) && marks.size() == leaves && marks.blocks() >= ranks.numel()
+    STD_TORCH_CHECK(marks.fill(starts.numel()) && marks.size() == parents && marks.blocks() >= ranks.numel()
                         && marks.blocks() <= ranks.numel() + 1,
-                    "leaf_set: starts do not fit leaves and places");
+                    "parent_set: starts do not fit parents and children");
   } else {
-    STD_TORCH_CHECK(starts.numel() == leaves + 1, "leaf_set: starts must have an element more than there are leaves");
+    STD_TORCH_CHECK(starts.numel() == parents + 1, "parent_set: starts must have an element more than there are parents");
   }
-  const int64_t blocks = leaves / (dgi::ItemSet::kWordBits * kBlockWords) + 1;
-  Tensor leaf_words = torch::stable::empty({blocks * kBlockWords}, ScalarType::Long);
-  Tensor leaf_ranks = torch::stable::empty({blocks}, ScalarType::Long);
-  dgi::cpu::write_leaf_set({static_cast<const uint64_t*>(words.const_data_ptr()), data_of<int64_t>(ranks)},
-                           ranks.numel(), offsets, leaves, static_cast<uint64_t*>(leaf_words.mutable_data_ptr()),
-                           leaf_ranks.mutable_data_ptr<int64_t>());
-  return {leaf_words, leaf_ranks};
+  const int64_t blocks = parents / (dgi::ItemSet::kWordBits * kBlockWords) + 1;
+  Tensor parent_words = torch::stable::empty({blocks * kBlockWords}, ScalarType::Long);
+  Tensor parent_ranks = torch::stable::empty({blocks}, ScalarType::Long);
+  dgi::cpu::write_parent_set({static_cast<const uint64_t*>(words.const_data_ptr()), data_of<int64_t>(ranks)},
+                             ranks.numel(), offsets, parents, static_cast<uint64_t*>(parent_words.mutable_data_ptr()),
+                             parent_ranks.mutable_data_ptr<int64_t>());
+  return {parent_words, parent_ranks};
 }
 
 // dgi::RunMarks of starts 0 < ... < end.
@@ -184,7 +186,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dgi_kernels, m) {
   m.def("trie_arrays(Tensor codes, bool narrow_tokens, bool narrow_offsets) -> Tensor[]");
   m.def("find_children(Tensor tokens, Tensor child_start, Tensor nodes, Tensor codes) -> (Tensor places, Tensor found)");
   m.def("item_set(Tensor members, Tensor? item_order) -> (Tensor words, Tensor ranks)");
-  m.def("leaf_set(Tensor words, Tensor ranks, Tensor starts, int leaves) -> (Tensor words, Tensor ranks)");
+  m.def("parent_set(Tensor words, Tensor ranks, Tensor starts, int parents) -> (Tensor words, Tensor ranks)");
   m.def("run_marks(Tensor starts) -> Tensor");
   m.def("run_starts(Tensor starts, Tensor runs) -> Tensor");
 }
@@ -194,7 +196,7 @@ STABLE_TORCH_LIBRARY_IMPL(dgi_kernels, CPU, m) {
   m.impl("trie_arrays", TORCH_BOX(&trie_arrays_cpu));
   m.impl("find_children", TORCH_BOX(&find_children_cpu));
   m.impl("item_set", TORCH_BOX(&item_set_cpu));
-  m.impl("leaf_set", TORCH_BOX(&leaf_set_cpu));
+  m.impl("parent_set", TORCH_BOX(&parent_set_cpu));
   m.impl("run_marks", TORCH_BOX(&run_marks_cpu));
   m.impl("run_starts", TORCH_BOX(&run_starts_cpu));
 }

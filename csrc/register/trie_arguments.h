@@ -36,8 +36,8 @@ inline dgi::Offsets rows_of(const char* name, const std::optional<Tensor>& x) {
 // The child_start of the levels below some depth, and item_start.
 class Below {
  public:
-  explicit Below(const std::vector<Tensor>& starts, size_t from = 0) {
-    for (size_t i = from; i < starts.size(); ++i) starts_.push_back(starts_of("below", starts[i]));
+  explicit Below(const std::vector<Tensor>& starts) {
+    for (const Tensor& level : starts) starts_.push_back(starts_of("below", level));
   }
 
   dgi::LowerLevels levels() const { return {starts_.data(), static_cast<int64_t>(starts_.size())}; }
@@ -52,14 +52,15 @@ inline dgi::Anchors anchors_of(const Tensor& x) {
   return {data_of<int64_t>(x), x.numel()};
 }
 
-// The sets of items of a call: four arrays each (words and ranks of the base, of the delta; words of no element stand for
-// every place), and which of them each request has, -1 for none.
+// The sets of a call: four arrays each (words and ranks of the base, of the delta; words of no element stand for every
+// place), and which of them each request has, -1 for none. They have room for so many places of base and delta, or more.
 class Allowed {
  public:
-  Allowed(const std::vector<Tensor>& sets, const std::vector<int64_t>& set_of, int64_t requests) {
+  Allowed(const std::vector<Tensor>& sets, const std::vector<int64_t>& set_of, int64_t requests, int64_t base_places,
+          int64_t delta_places) {
     STD_TORCH_CHECK(sets.size() % 4 == 0, "dgi_kernels: sets must hold four arrays each");
     for (size_t i = 0; i < sets.size(); i += 4) {
-      sets_.push_back({item_set(sets[i], sets[i + 1]), item_set(sets[i + 2], sets[i + 3])});
+      sets_.push_back({item_set(sets[i], sets[i + 1], base_places), item_set(sets[i + 2], sets[i + 3], delta_places)});
     }
     if (sets_.empty()) return;
     STD_TORCH_CHECK(static_cast<int64_t>(set_of.size()) == requests, "dgi_kernels: set_of must have B entries");
@@ -73,12 +74,13 @@ class Allowed {
   const dgi::AllowedItems* const* of_requests() const { return of_.empty() ? nullptr : of_.data(); }
 
  private:
-  static dgi::ItemSet item_set(const Tensor& words, const Tensor& ranks) {
+  static dgi::ItemSet item_set(const Tensor& words, const Tensor& ranks, int64_t places) {
     check_array("words", words, ScalarType::Long);
     check_array("ranks", ranks, ScalarType::Long);
     STD_TORCH_CHECK(words.numel() == dgi::ItemSet::kBlockWords * ranks.numel(), "dgi_kernels: a set has ",
                     dgi::ItemSet::kBlockWords, " words to a rank");
     if (words.numel() == 0) return {};
+    STD_TORCH_CHECK(words.numel() > places / dgi::ItemSet::kWordBits, "dgi_kernels: a set is over fewer places than there are");
     return {static_cast<const uint64_t*>(words.const_data_ptr()), data_of<int64_t>(ranks)};
   }
 

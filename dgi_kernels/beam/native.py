@@ -41,7 +41,8 @@ def cosine_beam_step(trie: Trie, h: Tensor, codebook: Tensor, scale: float | Ten
 
 def beam_codes(history: list[Beams]) -> Tensor:
     """As :func:`reference.beam_codes`."""
-    return torch.ops.dgi_kernels.beam_codes.default([beams.tokens for beams in history], [beams.parents for beams in history])
+    return torch.ops.dgi_kernels.beam_codes.default([beams.tokens for beams in history],
+                                                    [beams.parents for beams in history])
 
 
 def all_ended(tokens: Tensor) -> bool:
@@ -53,18 +54,17 @@ def _step(op: Callable[..., tuple[Tensor, ...]], trie: Trie, beams: Beams,
           filters: TrieFilter | list[TrieFilter | None] | None, source: tuple[Any, ...], num_beams: int,
           normalize: str, log_normalizer: Tensor | None) -> Beams:
     depth, base, delta, added = beams.depth, trie.parts.base, trie.parts.delta, trie.parts.added
-    sets, set_of = filter_arguments(filters, beams.nodes.shape[0])
-    below = base.below(depth + 1) if sets else []
+    sets, set_of = filter_arguments(filters, beams.nodes.shape[0], depth + 1)
     of_delta: list[Tensor] = []
     anchors: list[Tensor] = []
     if added is not None and delta is not None:
-        of_delta = [added.tokens[depth], added.child_start[depth], *added.below(depth + 1)]
+        of_delta = [added.tokens[depth], added.child_start[depth]]
         anchors = [delta.anchors[depth], delta.anchors[depth + 1]]
     nodes, scores, compute = beams.nodes, beams.scores, _compute_dtype(source[0])
     if nodes.dtype is not torch.int64 or scores.dtype is not compute:
         nodes, scores = nodes.long(), scores.to(compute)
     nodes, tokens, parents, scores = op(
-        base.tokens[depth], base.child_start[depth], below, of_delta, anchors, sets, set_of, *source,
+        base.tokens[depth], base.child_start[depth], of_delta, anchors, sets, set_of, *source,
         nodes, scores, log_normalizer, num_beams, NORMALIZE[normalize])
     return Beams(nodes, tokens, parents, scores, depth + 1)
 

@@ -19,7 +19,7 @@ def rank_candidates(query: Tensor, item_vectors: Tensor, trie: Trie, nodes: Tens
         RuntimeError: a node is out of range (on CUDA it is dead).
     """
     base, delta, added = trie.parts.base, trie.parts.delta, trie.parts.added
-    sets, set_of = filter_arguments(filters, len(query), leaves=False)
+    sets, set_of = filter_arguments(filters, len(query), None)
     of_delta: tuple[list[Tensor], Tensor | None, Tensor | None, Tensor | None] = ([], None, None, None)
     if added is not None and delta is not None:
         of_delta = (added.items_below(depth), added.item_order, added.item_ids, delta.anchors[depth])

@@ -12,7 +12,7 @@ from dgi_kernels import backend as backends
 from dgi_kernels.trie import native, reference
 from dgi_kernels.trie.item_set import ItemSet
 from dgi_kernels.trie.rows import packed_rows, plain_rows, rows_at
-from dgi_kernels.trie.starts import leaf_set, packed_starts, plain_starts, starts_at
+from dgi_kernels.trie.starts import packed_starts, parent_set, plain_starts, starts_at
 
 END = -1  # the token of a sequence that has ended; it sorts before every code
 NARROW_CODEBOOK = 2**15  # tokens are int16 where no codebook is larger
@@ -96,17 +96,16 @@ class TrieArrays:
         """n_t: 1 at depth 0, the root."""
         return 1 if depth == 0 else len(self.tokens[depth - 1])
 
-    def below(self, depth: int) -> list[Tensor]:
-        """The arrays that lead from the nodes of ``depth`` down to leaves."""
-        return list(self.child_start[depth:])
-
     def items_below(self, depth: int) -> list[Tensor]:
         """The arrays that lead from the nodes of ``depth`` down to places of the leaf order."""
         return [*self.child_start[depth:], *([] if self.item_start is None else [self.item_start])]
 
-    def leaves_of(self, places: ItemSet) -> ItemSet:
-        """The set of the leaves that hold a place of a set."""
-        return places if self.item_start is None else leaf_set(places, self.item_start, self.num_nodes_at(self.depth))
+    def nodes_above(self, places: ItemSet) -> tuple[ItemSet, ...]:
+        """The sets of the nodes of depth 1, 2, … L that lead to a place of a set."""
+        sets = [places]  # which are leaves, if each has one item
+        for depth, starts in reversed(list(enumerate(self.items_below(1), 1))):
+            sets.append(parent_set(sets[-1], starts, self.num_nodes_at(depth)))
+        return tuple(reversed(sets[-self.depth:]))
 
     def item_range(self, nodes: Tensor, depth: int) -> tuple[Tensor, Tensor]:
         """The items below nodes of ``depth``, none of them -1, as int64 ranges [first, end) of the leaf order."""

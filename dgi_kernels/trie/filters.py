@@ -1,8 +1,9 @@
 """Restricting a search to a subset of a trie's items, without dead ends.
 
 The items below a node are a range of the leaf order, so a node leads to an allowed item if and only if the number of
-allowed places before the range's end is greater than that before its beginning: two ranks of a bitset. The same holds
-of its leaves, which is what compiled searches go by: they need not know where the items of a leaf stand.
+allowed places before the range's end is greater than that before its beginning: two ranks of a bitset. Compiled
+searches go by a set of the nodes of each depth, made from that of the places once: one bit says whether a node leads to
+an allowed item.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from dgi_kernels.trie.item_set import ItemSet
 
 if TYPE_CHECKING:
     from dgi_kernels.trie import Trie
+
+NodeSets = tuple[ItemSet, ...]
 
 
 class TrieFilter:
@@ -34,23 +37,23 @@ class TrieFilter:
         self.trie = trie
         self.base = base
         self.delta = delta
-        self._leaves: tuple[ItemSet, ItemSet | None] | None = None
+        self._nodes: tuple[NodeSets, NodeSets | None] | None = None
 
     @property
-    def leaves(self) -> tuple[ItemSet, ItemSet | None]:
-        """The leaves that hold an allowed item, of base and delta: what a search goes by. Made when first asked for.
+    def nodes(self) -> tuple[NodeSets, NodeSets | None]:
+        """The nodes of base and delta that lead to an allowed item, by depth from 1: what a search goes by.
 
-        Not a ``cached_property``, whose lock torch.compile cannot take.
+        Made when first asked for. Not a ``cached_property``, whose lock torch.compile cannot take.
         """
-        if self._leaves is not None:
-            return self._leaves
+        if self._nodes is not None:
+            return self._nodes
         parts = self.trie.parts
-        base = parts.live_leaves if self.base is parts.live else parts.base.leaves_of(self.base)
+        base = parts.live_nodes if self.base is parts.live else parts.base.nodes_above(self.base)
         assert base is not None
-        leaves = base, None if self.delta is None or parts.added is None else parts.added.leaves_of(self.delta)
+        nodes = base, None if self.delta is None or parts.added is None else parts.added.nodes_above(self.delta)
         if not torch.compiler.is_compiling():
-            self._leaves = leaves
-        return leaves
+            self._nodes = nodes
+        return nodes
 
     @property
     def num_items(self) -> int:
@@ -150,8 +153,8 @@ def allowed_items(filters: TrieFilter | list[TrieFilter | None] | None, places: 
 
 
 def filter_arguments(filters: TrieFilter | list[TrieFilter | None] | None, batch: int,
-                     leaves: bool = True) -> tuple[list[Tensor], list[int]]:
-    """The filters as compiled ops take them: the leaves that are allowed, or else the places.
+                     depth: int | None) -> tuple[list[Tensor], list[int]]:
+    """The filters as compiled ops take them: the nodes of ``depth`` that lead to an allowed item, or None: the places.
 
     Returns:
         Four arrays for each distinct filter, words and ranks of the base and of the delta (empty: all), and for each of
@@ -160,14 +163,17 @@ def filter_arguments(filters: TrieFilter | list[TrieFilter | None] | None, batch
     if filters is None:
         return [], []
     if isinstance(filters, TrieFilter):
-        return _arrays(filters, leaves), [0] * batch
+        return _arrays(filters, depth), [0] * batch
     distinct = list({id(entry): entry for entry in filters if entry is not None}.values())
     number = {id(entry): i for i, entry in enumerate(distinct)}
-    return ([array for entry in distinct for array in _arrays(entry, leaves)],
+    return ([array for entry in distinct for array in _arrays(entry, depth)],
             [number.get(id(entry), -1) for entry in filters])
 
 
-def _arrays(entry: TrieFilter, leaves: bool) -> list[Tensor]:
-    base, delta = entry.leaves if leaves else (entry.base, entry.delta)
+def _arrays(entry: TrieFilter, depth: int | None) -> list[Tensor]:
+    base, delta = entry.base, entry.delta
+    if depth is not None:
+        of_base, of_delta = entry.nodes
+        base, delta = of_base[depth - 1], None if of_delta is None else of_delta[depth - 1]
     everything = base.words[:0]
     return [base.words, base.ranks, *([everything, everything] if delta is None else [delta.words, delta.ranks])]

@@ -28,9 +28,9 @@ def find_children(tokens: Tensor, child_start: Tensor, nodes: Tensor, codes: Ten
     return places.view(shape), found.view(shape)
 
 
-def leaf_set(words: Tensor, ranks: Tensor, starts: Tensor, leaves: int) -> tuple[Tensor, Tensor]:
-    """Words and ranks of the set of the leaves that hold a place of a set; ``starts`` as in ``starts.py``."""
-    return torch.ops.dgi_kernels.leaf_set(words, ranks, starts, leaves)
+def parent_set(words: Tensor, ranks: Tensor, starts: Tensor, parents: int) -> tuple[Tensor, Tensor]:
+    """As :func:`starts.parent_set`: words and ranks."""
+    return torch.ops.dgi_kernels.parent_set(words, ranks, starts, parents)
 
 
 def run_marks(starts: Tensor) -> Tensor:

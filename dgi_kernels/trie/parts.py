@@ -35,17 +35,20 @@ class TrieParts:
             self.max_degree = _sums(base.max_degree, self.added.max_degree)
             self.max_items = _sums(base.max_items, self.added.max_items)
         self.id_bounds = base.id_bounds if delta is None else self._id_bounds(delta)
-        self._live_leaves: ItemSet | None = None
+        self._live_nodes: tuple[ItemSet, ...] | None = None
 
     @property
-    def live_leaves(self) -> ItemSet | None:
-        """The leaves of the base that hold a place that is left; None where all are. Made when first asked for."""
-        if self.live is None or self._live_leaves is not None:
-            return self._live_leaves
-        leaves = self.base.leaves_of(self.live)
+    def live_nodes(self) -> tuple[ItemSet, ...] | None:
+        """The nodes of the base, by depth from 1, that lead to a place that is left; None where all are left.
+
+        Made when first asked for.
+        """
+        if self.live is None or self._live_nodes is not None:
+            return self._live_nodes
+        nodes = self.base.nodes_above(self.live)
         if not torch.compiler.is_compiling():
-            self._live_leaves = leaves
-        return leaves
+            self._live_nodes = nodes
+        return nodes
 
     def _id_bounds(self, delta: Delta) -> tuple[int, int]:
         base = self.base

@@ -59,17 +59,17 @@ def starts_at(starts: Tensor, items: int, leaves: Tensor) -> Tensor:
     return reference.run_starts(*_ranks_and_words(starts, items), leaves)
 
 
-def leaf_set(places: ItemSet, starts: Tensor, leaves: int) -> ItemSet:
-    """The set of the leaves that hold a place of a set."""
+def parent_set(children: ItemSet, starts: Tensor, parents: int) -> ItemSet:
+    """The nodes that have a member of a set among their children; those of leaves are places."""
     if backends.choose("trie_filter", "auto", starts.device) == "native":
-        return ItemSet(leaves, *native.leaf_set(places.words, places.ranks, starts, leaves))
+        return ItemSet(parents, *native.parent_set(children.words, children.ranks, starts, parents))
     if starts.dtype == MARKS:
-        begins = _bits(_ranks_and_words(starts, places.size)[1])[:places.size]
+        begins = _bits(_ranks_and_words(starts, children.size)[1])[:children.size]
     else:
-        begins = torch.zeros(places.size, dtype=torch.uint8, device=starts.device)
+        begins = torch.zeros(children.size, dtype=torch.uint8, device=starts.device)
         begins[starts[:-1].long()] = 1
-    members = torch.zeros(leaves, dtype=torch.uint8, device=starts.device)
-    members.scatter_reduce_(0, begins.cumsum(0) - 1, _bits(places.words)[:places.size], "amax")
+    members = torch.zeros(parents, dtype=torch.uint8, device=starts.device)
+    members.scatter_reduce_(0, begins.cumsum(0) - 1, _bits(children.words)[:children.size], "amax")
     return ItemSet.of_rows(members.bool(), None)
 
 

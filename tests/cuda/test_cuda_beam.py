@@ -90,7 +90,7 @@ def test_nodes_that_are_none_are_dead(cuda_ops: on_cpu.Ops) -> None:
     nodes = torch.tensor([[1, -7, 2**40, 0]])
     root = trie.root(1)
     with cuda_ops.instead(*OPS):
-        arguments = (trie.parts.base.tokens[0], trie.parts.base.child_start[0], [], [], [], [], [])
+        arguments = (trie.parts.base.tokens[0], trie.parts.base.child_start[0], [], [], [], [])
         found, tokens, parents, scores = torch.ops.dgi_kernels.beam_step(
             *arguments, torch.zeros(1, 4, 2), nodes, root.scores.expand(1, 4), None, 3, 2)
     assert parents.tolist() == [[3, 3, -1]] and tokens.tolist() == [[0, 1, -1]]

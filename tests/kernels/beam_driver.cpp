@@ -96,52 +96,33 @@ struct Bits {
   dgi::ItemSet set() const { return {words.data(), ranks.data()}; }
 };
 
-// One depth of one part of a trie: its nodes' children, below each of them one level more, and then some items.
+// One depth of one part of a trie: its nodes' children.
 template <class Token>
 struct Part {
   std::vector<Token> tokens;
-  std::vector<int64_t> child_start{0}, place_of{0};  // place_of: of each child, where its items begin
-  std::unique_ptr<Numbers> starts, middle, items;
-  std::vector<dgi::Offsets> below;
+  std::vector<int64_t> child_start{0};
+  std::unique_ptr<Numbers> starts;
 
-  Part(Random& random, const Prefixes& prefixes, int64_t most_items) {
+  Part(Random& random, const Prefixes& prefixes) {
     for (const auto& of_node : prefixes.of_node) {
       for (int64_t token : of_node) tokens.push_back(static_cast<Token>(token));
       child_start.push_back(static_cast<int64_t>(tokens.size()));
     }
     tokens.shrink_to_fit();
-    const bool one_each = below_(random, 4) == 0;  // leaves of one item each: then there is no array of their starts
-    std::vector<int64_t> first_leaf{0}, first_item{0};
-    for (size_t child = 0; child < tokens.size(); ++child) {
-      first_leaf.push_back(first_leaf.back() + 1 + below_(random, 3));
-      for (int64_t leaf = first_leaf[child]; leaf < first_leaf.back(); ++leaf) {
-        first_item.push_back(first_item.back() + (one_each ? 1 : 1 + below_(random, most_items)));
-      }
-      place_of.push_back(first_item.back());
-    }
-    const bool is_wide = below_(random, 2) == 0;
-    starts = std::make_unique<Numbers>(child_start, is_wide);
-    middle = std::make_unique<Numbers>(first_leaf, is_wide);
-    items = std::make_unique<Numbers>(first_item, is_wide);
-    below.push_back(middle->offsets());
-    if (!one_each) below.push_back(items->offsets());
-    below.shrink_to_fit();
+    starts = std::make_unique<Numbers>(child_start, below(random, 2) == 0);
   }
 
   dgi::TrieLevel<Token> level() const {
     return {tokens.data(), starts->offsets(), static_cast<int64_t>(child_start.size()) - 1};
   }
-  dgi::LowerLevels lower() const { return {below.data(), static_cast<int64_t>(below.size())}; }
-
-  static int64_t below_(Random& random, int64_t n) { return static_cast<int64_t>(random() % static_cast<uint64_t>(n)); }
 };
 
-struct Set {  // of one request
+struct Set {  // of the children, of one request
   std::vector<bool> base, delta;
   std::unique_ptr<Bits> base_bits, delta_bits;
   dgi::AllowedItems items;
 
-  Set(Random& random, int64_t base_places, int64_t delta_places) : base(base_places), delta(delta_places) {
+  Set(Random& random, int64_t base_children, int64_t delta_children) : base(base_children), delta(delta_children) {
     const int64_t share = below(random, 5);
     for (size_t i = 0; i < base.size(); ++i) base[i] = below(random, 4) < share;
     for (size_t i = 0; i < delta.size(); ++i) delta[i] = below(random, 4) < share;
@@ -154,10 +135,6 @@ struct Set {  // of one request
     }
   }
 };
-
-bool any(const std::vector<bool>& members, int64_t first, int64_t end) {
-  return std::find(members.begin() + first, members.begin() + end, true) != members.begin() + end;
-}
 
 template <class Real>
 Real number(Random& random) {
@@ -197,13 +174,12 @@ bool one_case(Random& random, dgi::Normalize normalize, bool head) {
   }
   const int64_t delta_nodes = static_cast<int64_t>(node_anchors.size()), nodes = base_nodes + delta_nodes;
   const Prefixes of_base(random, base_nodes, codes, 5), of_delta(random, delta_nodes, codes, 3);
-  const int64_t most_items = below(random, 8) == 0 ? 600 : 3;
-  const Part<Token> base(random, of_base, most_items), delta(random, of_delta, most_items);
+  const Part<Token> base(random, of_base), delta(random, of_delta);
   std::vector<int64_t> child_anchors;
   const int64_t base_children = base.child_start.back();
   std::vector<std::unique_ptr<Set>> sets;
   for (int64_t b = 0; b < requests; ++b) {
-    sets.push_back(below(random, 2) ? std::make_unique<Set>(random, base.place_of.back(), delta.place_of.back()) : nullptr);
+    sets.push_back(below(random, 2) ? std::make_unique<Set>(random, base_children, delta.child_start.back()) : nullptr);
   }
   for (int64_t node = 0; node < delta_nodes; ++node) {
     const int64_t of = node_anchors[node] / 2;
@@ -223,14 +199,11 @@ bool one_case(Random& random, dgi::Normalize normalize, bool head) {
     for (int64_t i = 0; in_base >= 0 && i < delta_nodes; ++i) {
       if (node_anchors[i] == 2 * in_base + 1) in_delta = i;
     }
-    const auto holds = [&](const Part<Token>& part, const std::vector<bool>& members, int64_t child) {
-      return any(members, part.place_of[child], part.place_of[child + 1]);
-    };
     for (int64_t i = in_base < 0 ? 0 : base.child_start[in_base]; in_base >= 0 && i < base.child_start[in_base + 1]; ++i) {
-      list.push_back({base.tokens[i], i, set == nullptr || holds(base, set->base, i)});
+      list.push_back({base.tokens[i], i, set == nullptr || set->base[i]});
     }
     for (int64_t i = in_delta < 0 ? 0 : delta.child_start[in_delta]; in_delta >= 0 && i < delta.child_start[in_delta + 1]; ++i) {
-      const bool allowed = set == nullptr || holds(delta, set->delta, i);
+      const bool allowed = set == nullptr || set->delta[i];
       const auto twin = std::find_if(list.begin(), list.end(), [&](const Child& c) { return c.token == delta.tokens[i]; });
       if (twin == list.end()) {
         list.push_back({delta.tokens[i], base_children + i, allowed});
@@ -273,9 +246,9 @@ bool one_case(Random& random, dgi::Normalize normalize, bool head) {
   std::vector<const dgi::AllowedItems*> allowed_of;
   for (const auto& set : sets) allowed_of.push_back(set == nullptr ? nullptr : &set->items);
   dgi::cpu::BeamStep<Real, Token> step{};
-  step.trie.base = base.level(), step.trie.base_below = base.lower(), step.trie.base_children = base_children;
+  step.trie.base = base.level(), step.trie.base_children = base_children;
   if (updated) {
-    step.trie.delta = delta.level(), step.trie.delta_below = delta.lower();
+    step.trie.delta = delta.level();
     step.trie.nodes = {node_anchors.data(), delta_nodes};
     step.trie.children = {child_anchors.data(), static_cast<int64_t>(child_anchors.size())};
   }

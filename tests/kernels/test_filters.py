@@ -92,3 +92,15 @@ def test_bad_filters_are_named(filters: object, error: type[Exception], message:
     trie = Trie.from_codes([[0, 1], [1, 1]])
     with pytest.raises(error, match=message):
         beam_step(trie, torch.zeros(2, 1, 2), trie.root(2), num_beams=2, filters=filters)
+
+
+def test_the_nodes_of_each_depth_that_lead_to_an_allowed_item() -> None:
+    """What compiled searches go by, against ranges of places."""
+    for ragged in (False, True):
+        codes = [[random.randrange(4) for _ in range(random.randint(1, 4) if ragged else 4)] for _ in range(300)]
+        trie = Trie.from_codes(codes)
+        for index in (trie, trie.update(remove=list(range(0, 300, 3)))):
+            chosen = index.filter(mask=torch.rand(index.num_items) < random.random())
+            for depth in range(1, index.depth + 1):
+                nodes = torch.arange(index.num_nodes_at(depth))
+                assert torch.equal(chosen.nodes[0][depth - 1].contains(nodes), chosen.allows(nodes, depth))

@@ -296,12 +296,12 @@ def test_the_ops_are_well_registered() -> None:
     changed = trie.update(add=([[1, 4], [0, 0]], [30, 31]), remove=[3])
     for index, filters in ((trie, None), (trie, [trie.filter(items=[1, 2, 3]), None]), (changed, None),
                            (changed, changed.filter(items=[1, 30]))):
-        parts, (sets, set_of) = index.parts, filter_arguments(check_filters(filters, index, 2), 2)
+        parts, (sets, set_of) = index.parts, filter_arguments(check_filters(filters, index, 2), 2, 1)
         base, added = parts.base, parts.added
-        delta = [] if added is None else [added.tokens[0], added.child_start[0], *added.below(1)]
+        delta = [] if added is None else [added.tokens[0], added.child_start[0]]
         anchors = [] if added is None else list(parts.delta.anchors[:2])
         beams = index.root(2)
-        depth = (base.tokens[0], base.child_start[0], base.below(1), delta, anchors, sets, set_of)
+        depth = (base.tokens[0], base.child_start[0], delta, anchors, sets, set_of)
         torch.library.opcheck(torch.ops.dgi_kernels.beam_step.default, (
             *depth, torch.randn(2, 1, 5), beams.nodes, beams.scores, torch.zeros(2, 1), 3, 0))
         torch.library.opcheck(torch.ops.dgi_kernels.cosine_beam_step.default, (
@@ -309,7 +309,7 @@ def test_the_ops_are_well_registered() -> None:
             3, 0))
         of_delta = ([], None, None, None) if added is None else (
             added.items_below(0), added.item_order, added.item_ids, parts.delta.anchors[0])
-        places, _ = filter_arguments(check_filters(filters, index, 2), 2, leaves=False)
+        places, _ = filter_arguments(check_filters(filters, index, 2), 2, None)
         torch.library.opcheck(torch.ops.dgi_kernels.rank_candidates.default, (
             torch.randn(2, 4), torch.randn(32, 4), 1, base.items_below(0), base.item_order, base.item_ids, *of_delta,
             places, set_of, beams.nodes, beams.scores, 3, 1e-12))
@@ -320,22 +320,26 @@ def test_direct_callers_are_stopped_too() -> None:
     root = trie.root(1)
     tokens, starts = trie.parts.base.tokens[0], trie.parts.base.child_start[0]
     words, ranks = torch.zeros(8, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-    good = [tokens, starts, [], [], [], [], [], torch.zeros(1, 1, 2), root.nodes, root.scores, None, 2, 0]
+    good = [tokens, starts, [], [], [], [], torch.zeros(1, 1, 2), root.nodes, root.scores, None, 2, 0]
     for place, value, message in (
             (0, tokens.long(), "tokens must be int16 or int32"), (0, tokens.unsqueeze(0), "tokens must be a contig"),
-            (1, starts.short(), "child_start must be"), (3, [tokens], "delta and anchors do not fit"),
-            (4, [ranks, ranks], "delta and anchors do not fit"), (5, [words, ranks, words], "four arrays each"),
-            (5, [words, words, words, ranks], "8 words to a rank"), (5, [words, ranks] * 2, "set_of must have B"),
-            (6, [0], None), (7, torch.zeros(1, 2), "logits must be"), (8, root.nodes + 1, "nodes must be in"),
-            (8, root.nodes.int(), "nodes has the wrong dtype"), (9, root.scores.double(), "scores has the wrong dtype"),
-            (10, torch.zeros(2, 1), "log_normalizer must be"), (11, 0, "num_beams must be at least 1"),
-            (12, 3, "normalize must be")):
+            (1, starts.short(), "child_start must be"), (2, [tokens], "delta and anchors do not fit"),
+            (3, [ranks, ranks], "delta and anchors do not fit"), (4, [words, ranks, words], "four arrays each"),
+            (4, [words, words, words, ranks], "8 words to a rank"), (4, [words, ranks] * 2, "set_of must have B"),
+            (5, [0], None), (6, torch.zeros(1, 2), "logits must be"), (7, root.nodes + 1, "nodes must be in"),
+            (7, root.nodes.int(), "nodes has the wrong dtype"), (8, root.scores.double(), "scores has the wrong dtype"),
+            (9, torch.zeros(2, 1), "log_normalizer must be"), (10, 0, "num_beams must be at least 1"),
+            (11, 3, "normalize must be")):
         arguments = [value if i == place else argument for i, argument in enumerate(good)]
         if message is None:
             torch.ops.dgi_kernels.beam_step(*arguments)
             continue
         with pytest.raises(RuntimeError, match=message):
             torch.ops.dgi_kernels.beam_step(*arguments)
+    large = Trie.from_codes(torch.arange(600).unsqueeze(1)).parts.base
+    with pytest.raises(RuntimeError, match="a set is over fewer places than there are"):
+        torch.ops.dgi_kernels.beam_step(large.tokens[0], large.child_start[0], [], [], [words, ranks] * 2, [0],
+                                        torch.zeros(1, 1, 600), *good[7:])
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")

@@ -47,14 +47,14 @@ def peaked(n: int, d: int, sizes: tuple[int, ...], dtype: torch.dtype = torch.fl
 
 def assert_matches_oracle(inputs: Inputs, mode: str, seed: int | None, forward: float, backward: float,
                           with_tau: bool = True) -> None:
-    """Errors are relative to the norm of what is compared; those of the gradients of scale and tau to the sum of what the
-    rows add to them in magnitude, since these sums cancel."""
+    """Errors are relative to the norm of what is compared; those of the gradients of scale and tau to the sum of what
+    the rows add to them in magnitude, since these sums cancel."""
     row_offset = random.randrange(2**31)
     tau = inputs.tau if with_tau else float(inputs.tau.detach())
     result = residual_quantize(inputs.z, inputs.codebooks, inputs.scale, tau, mode=mode, noise=seed is not None,
                                seed=seed, row_offset=row_offset, backend="native")
-    per_row = [scalar.detach().expand(len(inputs.z), 1).clone().requires_grad_() for scalar in (inputs.scale, inputs.tau)]
-    expanded = Inputs(inputs.z, inputs.codebooks, *per_row)
+    expanded = Inputs(inputs.z, inputs.codebooks, *(scalar.detach().expand(len(inputs.z), 1).clone().requires_grad_()
+                                                    for scalar in (inputs.scale, inputs.tau)))
     truth = oracle(expanded, mode, seed, result, row_offset)
     compared = differentiable(result), differentiable(truth)
     for actual, expected in zip(*compared, strict=True):

@@ -192,11 +192,11 @@ def test_leaves_that_hold_a_place_of_a_set(leaves: int, monkeypatch: pytest.Monk
             held = torch.zeros(leaves, dtype=torch.bool).index_fill_(0, owner[members], True)
             expected = ItemSet.of_rows(held, None)
             for given in (native.run_marks(plain), plain, plain.int()):
-                words, ranks = native.leaf_set(places.words, places.ranks, given, leaves)
+                words, ranks = native.parent_set(places.words, places.ranks, given, leaves)
                 assert torch.equal(words, expected.words) and torch.equal(ranks, expected.ranks)
                 with monkeypatch.context() as patch:
                     patch.setattr(starts.backends, "choose", lambda *_: "reference")
-                    assert torch.equal(starts.leaf_set(places, given, leaves).words, expected.words)
+                    assert torch.equal(starts.parent_set(places, given, leaves).words, expected.words)
 
 
 def test_direct_callers_of_marks_are_stopped_too() -> None:
@@ -209,8 +209,8 @@ def test_direct_callers_of_marks_are_stopped_too() -> None:
             torch.ops.dgi_kernels.run_starts(wrong, torch.tensor([0]))
     whole = ItemSet.of_rows(torch.ones(300, dtype=torch.bool), None)
     for wrong, leaves in ((marks, 299), (marks[:-1].clone(), 300), (torch.arange(300), 300)):
-        with pytest.raises(RuntimeError, match="leaf_set: starts"):
-            torch.ops.dgi_kernels.leaf_set(whole.words, whole.ranks, wrong, leaves)
+        with pytest.raises(RuntimeError, match="parent_set: starts"):
+            torch.ops.dgi_kernels.parent_set(whole.words, whole.ranks, wrong, leaves)
     for unsorted in ([0, 2, 2], [1, 2], [0, 5, 3], [0, -1, 3], []):
         with pytest.raises(RuntimeError, match="run_marks: starts must"):
             torch.ops.dgi_kernels.run_marks(torch.tensor(unsorted, dtype=torch.int64))
@@ -225,7 +225,7 @@ def test_the_ops_are_well_registered() -> None:
     torch.library.opcheck(torch.ops.dgi_kernels.run_starts.default, (marks, torch.arange(5)))
     torch.library.opcheck(torch.ops.dgi_kernels.item_set.default, (torch.rand(20) < 0.5, torch.randperm(20)))
     places = torch.ops.dgi_kernels.item_set(torch.rand(20) < 0.5, None)
-    torch.library.opcheck(torch.ops.dgi_kernels.leaf_set.default, (*places, torch.tensor([0, 3, 20]), 2))
+    torch.library.opcheck(torch.ops.dgi_kernels.parent_set.default, (*places, torch.tensor([0, 3, 20]), 2))
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")

@@ -168,7 +168,7 @@ bool marks_case(Random& random) {
   std::vector<int64_t> ranks(blocks), leaf_ranks(leaf_blocks);
   dgi::cpu::write_item_set(members.get(), items, {}, words.data(), ranks.data());
   const dgi::ItemSet places{words.data(), ranks.data()}, leaves{leaf_words.data(), leaf_ranks.data()};
-  dgi::cpu::write_leaf_set(places, blocks, offsets, runs, leaf_words.data(), leaf_ranks.data());
+  dgi::cpu::write_parent_set(places, blocks, offsets, runs, leaf_words.data(), leaf_ranks.data());
   int64_t count = 0;
   for (int64_t i = 0; i < runs; ++i) {
     if (leaves.rank(i) != count || leaves.contains(i) != places.any({starts[i], starts[i + 1]})) return false;

@@ -2,7 +2,8 @@
 //
 // The nodes of a depth are numbered in the order of their prefixes, so that the children of a node are a run of the next
 // depth, sorted by token, and the items below it a range of places in the order of leaves. A child is allowed while an
-// allowed item lies below it: while the rank of a bitset over places rises over that range.
+// allowed item lies below it: while the rank of a bitset over places rises over that range, or, as searches ask it, while
+// it is in a bitset over the nodes of its depth.
 //
 // An updated trie has two parts: the `base`, some of whose items may be gone, and a `delta`, a trie of the items that
 // came since. They are searched as one. Node n of the whole, at a depth where the base has b nodes, is the base's node n
@@ -21,9 +22,9 @@ namespace dgi {
 
 constexpr int32_t kEndToken = -1;  // the sequence has ended; sorts before every code
 
-// A set of places: bit p % 64 of word p / 64, and the number of members before each block of 512 places. The words cover
-// whole blocks, and at least one place more than there are; the bits behind the last place are 0. Without words the set
-// holds every place.
+// A set of places, or of the nodes of a depth: bit p % 64 of word p / 64, and the number of members before each block of
+// 512 places. The words cover whole blocks, and at least one place more than there are; the bits behind the last place are
+// 0. Without words the set holds every place.
 struct ItemSet {
   static constexpr int kWordBits = 64, kBlockWords = 8;
 
@@ -108,7 +109,8 @@ struct Anchors {
   }
 };
 
-// The items that one request may find, by place in base and delta. Items that are gone are in no such set.
+// What one request may find, in base and delta: the places of items, or the nodes of one depth that lead to such. Items
+// that are gone are in no such set.
 struct AllowedItems {
   ItemSet base, delta;
 };
@@ -118,13 +120,12 @@ struct Children {
   Range base, delta;
 };
 
-// A trie from one depth on.
+// A trie at one depth.
 template <class Token>
 struct TrieDepth {
-  TrieLevel<Token> base, delta;           // delta.nodes is 0 where there is none
-  LowerLevels base_below, delta_below;    // from the children on
-  Anchors nodes, children;                // of the delta's nodes at this depth and the next
-  int64_t base_children = 0;              // how many nodes the base has at the next depth
+  TrieLevel<Token> base, delta;  // delta.nodes is 0 where there is none
+  Anchors nodes, children;       // of the delta's nodes at this depth and the next
+  int64_t base_children = 0;     // how many nodes the base has at the next depth
 
   // Numbers of nodes at this depth are less than this.
   DGI_HOST_DEVICE int64_t end() const { return base.nodes + delta.nodes; }
@@ -140,15 +141,15 @@ struct TrieDepth {
     return found;
   }
 
-  // Whether an allowed item lies below a child, given by its place in the run of its part; null allows all. The delta's
-  // children that have a twin are asked for by the twin.
+  // Whether a child, given by its place in the run of its part, is one of the nodes of its depth that are allowed; null
+  // allows all. The delta's children that have a twin are asked for by the twin.
   DGI_HOST_DEVICE bool is_allowed(const AllowedItems* allowed, int64_t child, bool in_delta) const {
     if (allowed == nullptr) return true;
-    if (in_delta) return allowed->delta.any(delta_below.items(child));
-    if (allowed->base.any(base_below.items(child))) return true;
+    if (in_delta) return allowed->delta.contains(child);
+    if (allowed->base.contains(child)) return true;
     if (children.count == 0) return false;
     const int64_t twin = children.twin_of(child);
-    return twin >= 0 && allowed->delta.any(delta_below.items(twin));
+    return twin >= 0 && allowed->delta.contains(twin);
   }
 
   DGI_HOST_DEVICE int64_t child_number(int64_t child, bool in_delta) const {

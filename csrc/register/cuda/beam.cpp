@@ -90,15 +90,15 @@ Tensor scratch_for(const Tensor& like, int64_t requests, int64_t width, int64_t 
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> beam_step_cuda(
-    const Tensor& tokens, const Tensor& child_start, const std::vector<Tensor>& below, const std::vector<Tensor>& delta,
-    const std::vector<Tensor>& anchors, const std::vector<Tensor>& sets, const std::vector<int64_t>& set_of,
+    const Tensor& tokens, const Tensor& child_start, const std::vector<Tensor>& delta, const std::vector<Tensor>& anchors,
+    const std::vector<Tensor>& sets, const std::vector<int64_t>& set_of,
     const Tensor& logits, const Tensor& nodes, const Tensor& scores, const std::optional<Tensor>& log_normalizer,
     int64_t num_beams, int64_t normalize) {
   STD_TORCH_CHECK(logits.dim() == 3, kBeam, "logits must be (B, M, K)");
-  check_devices(kStep, logits, tokens, child_start, below, delta, anchors, sets, nodes, scores, log_normalizer);
+  check_devices(kStep, logits, tokens, child_start, delta, anchors, sets, nodes, scores, log_normalizer);
   const int64_t requests = logits.size(0), width = logits.size(1);
-  const DepthArguments depth(tokens, child_start, below, delta, anchors);
-  const Allowed allowed(sets, set_of, requests);
+  const DepthArguments depth(tokens, child_start, delta, anchors);
+  const Allowed allowed = depth.allowed(sets, set_of, requests);
   const StepArguments arguments{depth, allowed, nodes, scores, log_normalizer, num_beams, normalize};
   const dgi::cuda::Logits view{logits.const_data_ptr(), float_of(logits), logits.size(2), logits.stride(0),
                                logits.stride(1), logits.stride(2)};
@@ -135,17 +135,17 @@ void in_parts(int64_t requests, int64_t of_one, const F& f) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> cosine_beam_step_cuda(
-    const Tensor& tokens, const Tensor& child_start, const std::vector<Tensor>& below, const std::vector<Tensor>& delta,
-    const std::vector<Tensor>& anchors, const std::vector<Tensor>& sets, const std::vector<int64_t>& set_of,
+    const Tensor& tokens, const Tensor& child_start, const std::vector<Tensor>& delta, const std::vector<Tensor>& anchors,
+    const std::vector<Tensor>& sets, const std::vector<int64_t>& set_of,
     const Tensor& h, const Tensor& codebook, const Tensor& scale, double eps, const Tensor& nodes, const Tensor& scores,
     const std::optional<Tensor>& log_normalizer, int64_t num_beams, int64_t normalize) {
   check_head(h, codebook);
   STD_TORCH_CHECK(scale.numel() == 1 && scale.scalar_type() == ScalarType::Float, kBeam, "scale must hold one float32");
-  check_devices(kStep, h, tokens, child_start, below, delta, anchors, sets, codebook, scale, nodes, scores,
+  check_devices(kStep, h, tokens, child_start, delta, anchors, sets, codebook, scale, nodes, scores,
                 log_normalizer);
   const int64_t requests = h.size(0), width = h.size(1), codes = codebook.size(0), dim = h.size(2);
-  const DepthArguments depth(tokens, child_start, below, delta, anchors);
-  const Allowed allowed(sets, set_of, requests);
+  const DepthArguments depth(tokens, child_start, delta, anchors);
+  const Allowed allowed = depth.allowed(sets, set_of, requests);
   const StepArguments arguments{depth, allowed, nodes, scores, log_normalizer, num_beams, normalize};
   const DeviceGuard guard(h.get_device_index());
   return depth.for_token([&](auto token) {
@@ -204,7 +204,7 @@ std::tuple<Tensor, Tensor, Tensor> rank_candidates_cuda(
                 delta_ids, delta_anchors, sets, nodes, scores);
   const int64_t requests = query.size(0), width = nodes.size(1);
   const Below base(below), delta(delta_below);
-  const Allowed allowed(sets, set_of, requests);
+  const Allowed allowed(sets, set_of, requests, 0, 0);
   dgi::cuda::Ranking in{};
   in.base = {num_nodes, base.levels(), rows_of("item_order", item_order), offsets_of("item_ids", item_ids)};
   if (delta_anchors) {
