@@ -320,14 +320,15 @@ class Request {
         if (x >= cut && !(x >= ceiling) && add_child(run, i, normalizer.score(parent, x), allowed)) cut = current_cut();
       };
       bool through = false;
-      int64_t done = 0;  // children
+      int64_t done = 0, passed = 0;  // children, and the codes up to the last of them
       if (row != nullptr && (span == count || cut > kLowest)) {
         int64_t strangers = 0;  // codes that pass, but are no child's
         through = scan_row(row, span, cut, [&](int64_t k) DGI_ALWAYS_INLINE {
-          done = span == count ? k : lower_bound(tokens, Range{done, count}, least + k);
+          done = span == count ? k : lower_bound(tokens, Range{done, std::min(count, done + k - passed)}, least + k);
+          passed = k;
           if (span != count && tokens[done] != least + k) return ++strangers * kSearch < count;
           consider(children.first + done, row[k]);
-          ++done;
+          ++done, ++passed;
           return true;
         });
       }
