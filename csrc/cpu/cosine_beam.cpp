@@ -131,15 +131,18 @@ struct Turn {
 template <class Stored, class Token>
 bool step_by_tiles(const BeamStep<Compute<Stored>, Token>& step, const CosineLogits<Stored>& in, const BeamOutput& out) {
   using Real = Compute<Stored>;
-  constexpr int64_t kTileElements = int64_t{1} << 19, kBeamsAtOnce = 32;
+  constexpr int64_t kTileElements = int64_t{1} << 19, kBeamsAtOnce = 32, kFewRows = 128;
   const int64_t rows = std::clamp<int64_t>(kTileElements / std::max<int64_t>(1, in.codes), 64, 256);
-  // The threshold that most beams of a request leave rules out more of the others than that of half of them would.
-  const int64_t at_once = std::clamp<int64_t>((5 * step.width + 7) / 8, 1, kBeamsAtOnce);
+  // In one round where few rows are to be multiplied at all. Else the threshold that most beams of a request leave rules out
+  // many of the others, more than that of half of them would.
+  const bool one_round = step.requests * step.width <= kFewRows;
+  const int64_t at_once = one_round ? std::max<int64_t>(1, step.width)
+                                    : std::clamp<int64_t>((5 * step.width + 7) / 8, 1, kBeamsAtOnce);
   const int64_t group = std::min(step.requests, std::max<int64_t>(1, rows / at_once));
   const bool wants_sums = step.normalizes() && step.normalize == Normalize::kFull;
   HeadTile<Stored> tile(in, group * at_once);
-  std::optional<ChildBounds<Stored>> bounds;  // worth their price where there are several panels
-  if (wants_sums && step.requests * step.width >= 64) bounds.emplace(in, tile);
+  std::optional<ChildBounds<Stored>> bounds;
+  if (wants_sums && !one_round) bounds.emplace(in, tile);
   std::vector<Turn<Real, Token>> turns(group, Turn<Real, Token>{Request<Real, Token>(step)});
 
   for (int64_t begin = 0; begin < step.requests; begin += group) {

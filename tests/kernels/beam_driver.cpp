@@ -160,7 +160,7 @@ struct Child {
 template <class Real, class Token>
 bool one_case(Random& random, dgi::Normalize normalize, bool head) {
   const bool large = head && below(random, 8) == 0;  // enough beams and codes for bounds on their children
-  const int64_t requests = below(random, 3), width = below(random, large ? 60 : 6);
+  const int64_t requests = below(random, large ? 6 : 3), width = below(random, large ? 60 : 6);
   const int64_t codes = 1 + below(random, large ? 300 : 40);
   const int64_t num_beams = 1 + below(random, 90);
   // Nodes in the order of their prefixes: in the base, in the delta, or twins in both.
