@@ -138,6 +138,9 @@ def table(run: Run, op: str, rows: list[Row]) -> str:
         (name, [value_text(row.shape.get(name, "")) for row in rows]) for name in varying]
     if run.gpu:
         columns.append(("ours, ms", [cell(row.seconds.get(row.ours), lambda s: f"{1e3 * s:.4g}") for row in rows]))
+    if not any(row.ours for row in rows):  # nobody to compare with
+        columns += [(f"{name}, ms", [cell(row.seconds.get(name), lambda s: f"{1e3 * s:.3g}") for row in rows])
+                    for name in names]
     for name in names:
         ratios = [row.ratio(name) for row in rows]
         if any(ratio is not None for ratio in ratios):

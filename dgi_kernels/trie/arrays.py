@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -49,6 +49,7 @@ class TrieArrays:
     max_degree: tuple[int, ...]
     max_items: tuple[int, ...]
     id_bounds: tuple[int, int]
+    _marks: tuple[Tensor, ...] | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def make(cls, tokens: tuple[Tensor, ...], child_start: tuple[Tensor, ...], item_start: Tensor | None,
@@ -103,9 +104,21 @@ class TrieArrays:
     def nodes_above(self, places: ItemSet) -> tuple[ItemSet, ...]:
         """The sets of the nodes of depth 1, 2, … L that lead to a place of a set."""
         sets = [places]  # which are leaves, if each has one item
-        for depth, starts in reversed(list(enumerate(self.items_below(1), 1))):
+        levels = [*self._marks_of_children(), *([] if self.item_start is None else [self.item_start])]
+        for depth, starts in reversed(list(enumerate(levels, 1))):
             sets.append(parent_set(sets[-1], starts, self.num_nodes_at(depth)))
         return tuple(reversed(sets[-self.depth:]))
+
+    def _marks_of_children(self) -> tuple[Tensor, ...]:
+        """``child_start[1:]``, as marks where compiled code reads them, which makes sets of nodes faster. Made when first asked
+        for, and kept: a bit for each node.
+        """
+        plain = self.child_start[1:]
+        if torch.compiler.is_compiling() or backends.choose("trie_filter", "auto", self.device) != "native":
+            return plain
+        if self._marks is None:
+            object.__setattr__(self, "_marks", tuple(map(native.run_marks, plain)))
+        return self._marks or ()
 
     def item_range(self, nodes: Tensor, depth: int) -> tuple[Tensor, Tensor]:
         """The items below nodes of ``depth``, none of them -1, as int64 ranges [first, end) of the leaf order."""
