@@ -110,8 +110,9 @@ class TrieArrays:
         return tuple(reversed(sets[-self.depth:]))
 
     def _marks_of_children(self) -> tuple[Tensor, ...]:
-        """``child_start[1:]``, as marks where compiled code reads them, which makes sets of nodes faster. Made when first asked
-        for, and kept: a bit for each node.
+        """``child_start[1:]``, as marks where compiled code reads them, which makes sets of nodes faster.
+
+        Made when first asked for, and kept: a bit for each node.
         """
         plain = self.child_start[1:]
         if torch.compiler.is_compiling() or backends.choose("trie_filter", "auto", self.device) != "native":
