@@ -5,7 +5,6 @@
 #include <atomic>
 #include <cmath>
 #include <limits>
-#include <numeric>
 #include <optional>
 #include <vector>
 
@@ -68,26 +67,9 @@ class ChildBounds {
   using Real = Compute<Stored>;
 
   ChildBounds(const CosineLogits<Stored>& in, const HeadTile<Stored>& tile)
-      : in_(in), tile_(tile), log_codes_(std::log(static_cast<Real>(in.codes))), mean_(make_buffer<Real>(in.dim)),
-        margin_(kEpsilon * std::abs(in.scale) * static_cast<Real>(4 * in.dim + in.codes / kBlock + kBlock + 64)) {
-    const int64_t blocks = (in.codes + kBlock - 1) / kBlock;
-    const Buffer<Real> sums = make_buffer<Real>(blocks * in.dim);
-    std::vector<int32_t> all(in.codes);
-    std::iota(all.begin(), all.end(), 0);
-    std::fill(sums.get(), sums.get() + blocks * in.dim, Real{0});
-    std::fill(mean_.get(), mean_.get() + in.dim, Real{0});
-    parallel_for(blocks, grain(kBlock * in.dim), [&](int64_t first, int64_t last) {
-      with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
-        for (int64_t block = first; block < last; ++block) {
-          const int64_t from = block * kBlock, count = std::min(kBlock, in.codes - from);
-          add_rows<fused.value>(all.data() + from, tile.rnorm() + from, count, tile.codebook(), in.dim,
-                                sums.get() + block * in.dim);
-        }
-      });
-    });
-    const Real factor = 1 / static_cast<Real>(in.codes);
-    for (int64_t i = 0; i < blocks * in.dim; ++i) mean_[i % in.dim] += factor * sums[i];
-  }
+      : in_(in), tile_(tile), log_codes_(std::log(static_cast<Real>(in.codes))),
+        margin_(kEpsilon * std::abs(in.scale)
+                * static_cast<Real>(4 * in.dim + in.codes / HeadTile<Stored>::kBlock + HeadTile<Stored>::kBlock + 64)) {}
 
   // Lowers the bounds of a request's parents, but where so many children would have to be multiplied that it is no gain.
   template <class Token>
@@ -101,21 +83,19 @@ class ChildBounds {
           const Real logit = tile_.rnorm()[token] * dot<fused.value>(tile_.codebook() + token * in_.dim, x, in_.dim);
           best = logit > best ? logit : best;
         });
-        const Real mean = dot<fused.value>(mean_.get(), x, in_.dim);
+        const Real mean = dot<fused.value>(tile_.mean(), x, in_.dim);
         return parent.score + (best - (log_codes_ + mean)) + margin_ + 16 * kEpsilon * std::abs(parent.score);
       });
     });
   }
 
  private:
-  static constexpr int64_t kBlock = 96;  // codes that are summed before their sum is: rounding grows with both numbers
   static constexpr int64_t kFewer = 32;  // products by themselves are worth it for one code in so many
   static constexpr Real kEpsilon = std::numeric_limits<Real>::epsilon();
 
   const CosineLogits<Stored>& in_;
   const HeadTile<Stored>& tile_;
   Real log_codes_;
-  Buffer<Real> mean_;
   Real margin_;  // what rounding may add to either dot product
 };
 
@@ -140,9 +120,10 @@ bool step_by_tiles(const BeamStep<Compute<Stored>, Token>& step, const CosineLog
                                     : std::clamp<int64_t>((5 * step.width + 7) / 8, 1, kBeamsAtOnce);
   const int64_t group = std::min(step.requests, std::max<int64_t>(1, rows / at_once));
   const bool wants_sums = step.normalizes() && step.normalize == Normalize::kFull;
-  HeadTile<Stored> tile(in, group * at_once);
+  const bool wants_bounds = wants_sums && !one_round;
+  HeadTile<Stored> tile(in, group * at_once, wants_bounds);
   std::optional<ChildBounds<Stored>> bounds;
-  if (wants_sums && !one_round) bounds.emplace(in, tile);
+  if (wants_bounds) bounds.emplace(in, tile);
   std::vector<Turn<Real, Token>> turns(group, Turn<Real, Token>{Request<Real, Token>(step)});
 
   for (int64_t begin = 0; begin < step.requests; begin += group) {

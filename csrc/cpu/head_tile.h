@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <limits>
 #include <type_traits>
+#include <vector>
 
 #include "beam.h"
 #include "dgi/log_sum_exp.h"
@@ -99,7 +100,7 @@ class HeadTile {
  public:
   using Real = Compute<Stored>;
 
-  HeadTile(const CosineLogits<Stored>& head, int64_t max_rows)
+  HeadTile(const CosineLogits<Stored>& head, int64_t max_rows, bool wants_mean)
       : head_(head), blocks_((head.codes + kBlock - 1) / kBlock), rnorm_(make_buffer<Real>(head.codes)) {
     with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE { lanes_ = 2 * fused.kVectorBytes / static_cast<int>(sizeof(Real)); });
     const int64_t panels = (max_rows + lanes_ - 1) / lanes_;
@@ -108,17 +109,18 @@ class HeadTile {
     maxima_ = make_buffer<Real>(panels * lanes_ * blocks_);
     sums_ = make_buffer<Real>(panels * lanes_ * blocks_);
     if constexpr (!kInPlace) converted_ = make_buffer<Real>(head.codes * head.dim);
-    parallel_for(head.codes, grain(head.dim), [&](int64_t first, int64_t last) {
+    const Buffer<Real> sums = make_buffer<Real>(wants_mean ? blocks_ * head.dim : 0);
+    parallel_for(blocks_, grain(kBlock * head.dim), [&](int64_t first, int64_t last) {
       with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
-        for (int64_t k = first; k < last; ++k) {
-          const Stored* const code = head.codebook + k * head.dim;
-          rnorm_[k] = reciprocal_norm<fused.value>(code, head.dim, head.eps);
-          if constexpr (!kInPlace) {
-            for (int64_t d = 0; d < head.dim; ++d) converted_[k * head.dim + d] = load(code[d]);
-          }
+        for (int64_t block = first; block < last; ++block) {
+          read_block<fused.value>(block, wants_mean ? sums.get() + block * head.dim : nullptr);
         }
       });
     });
+    if (!wants_mean) return;
+    mean_.assign(head.dim, Real{0});
+    const Real factor = 1 / static_cast<Real>(head.codes);
+    for (int64_t i = 0; i < blocks_ * head.dim; ++i) mean_[i % head.dim] += factor * sums[i];
   }
 
   // How many rows the next tile will have; each is to be set.
@@ -174,13 +176,34 @@ class HeadTile {
     return sum;
   }
 
+  // mean_k e^_k, where it was wanted: what is summed at once are the codes of a block, then the blocks.
+  const Real* mean() const { return mean_.data(); }
+  static constexpr int64_t kBlock = 96;  // codes; a multiple of what is multiplied at once
+
   // (codes, dim) and the reciprocal norms of its rows
   const Real* codebook() const { return kInPlace ? reinterpret_cast<const Real*>(head_.codebook) : converted_.get(); }
   const Real* rnorm() const { return rnorm_.get(); }
 
  private:
   static constexpr bool kInPlace = std::is_same_v<Stored, Real>;  // the codebook needs no conversion
-  static constexpr int64_t kBlock = 96;  // codes; a multiple of what is multiplied at once
+
+  // The norms of a block of codes, and their sum.
+  template <bool kFused>
+  DGI_ALWAYS_INLINE inline void read_block(int64_t block, Real* sum) {
+    const int64_t dim = head_.dim, from = block * kBlock, count = std::min(kBlock, head_.codes - from);
+    int32_t all[kBlock];
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t k = from + i;
+      all[i] = static_cast<int32_t>(i);
+      rnorm_[k] = reciprocal_norm<kFused>(head_.codebook + k * dim, dim, head_.eps);
+      if constexpr (!kInPlace) {
+        for (int64_t d = 0; d < dim; ++d) converted_[k * dim + d] = load(head_.codebook[k * dim + d]);
+      }
+    }
+    if (sum == nullptr) return;
+    std::fill(sum, sum + dim, Real{0});
+    add_rows<kFused>(all, rnorm_.get() + from, count, codebook() + from * dim, dim, sum);
+  }
 
   int64_t lanes_of(int64_t panel) const { return panel == panels_ - 1 ? last_lanes_ : lanes_; }
   Real* tile(int64_t panel) const { return logits_.get() + panel * lanes_ * blocks_ * kBlock; }
@@ -208,6 +231,7 @@ class HeadTile {
   const CosineLogits<Stored>& head_;
   int64_t blocks_, lanes_ = 0, last_lanes_ = 0, panels_ = 0;
   Buffer<Real> rnorm_, converted_, rows_, logits_, maxima_, sums_;
+  std::vector<Real> mean_;
 };
 
 }  // namespace dgi::cpu

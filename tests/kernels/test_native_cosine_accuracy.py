@@ -73,7 +73,8 @@ def test_low_precision_is_no_worse_than_eager(round_: int, dtype: torch.dtype) -
         limits = torch.finfo(dtype)
         rounding = limits.eps / 2 * e.norm().item() + limits.smallest_normal * limits.eps * e.numel() ** 0.5
         least = TOLERANCE * e.norm().item() if name == "loss" else rounding
-        allowed = max(1.5 * (u.double() - e).norm().item(), least)
+        own = (u.double() - e).norm().item()  # NaN where a float16 sum overflows, as ours in float32 does not
+        allowed = max(1.5 * own, least) if math.isfinite(own) else max(limits.eps * e.norm().item(), least)
         assert (a.double() - e).norm().item() <= allowed, (name, [x.shape for x in inputs[:2]], inputs[3], options)
 
 

@@ -178,8 +178,8 @@ DGI_HOST_DEVICE void dense_gradient_row(const SoftmaxRow<Real>& row, const Softm
 // Entries below a share of their row are skipped: below 2^-24 of what is not the target's, if then the list is short; else
 // below 2^-24 or 2^-25 of the row, if what they skip changes the row's gradient by no more than about what a
 // float32 softmax rounds away: by kNoise for every code in the norm of p (a sum near 1 loses part of every small term), and
-// by kDrift in the sum of p.
-constexpr double kNegligible = 0x1p-24, kNoise = 1.25e-10, kDrift = 0x1p-14;
+// by kDrift in the sum of p. Scales that need a maximum are held to less noise: there a float32 softmax rounds less away.
+constexpr double kNegligible = 0x1p-24, kNoise = 1.25e-10, kNoiseOfLargeScale = 0.8e-10, kDrift = 0x1p-14;
 
 constexpr int64_t list_capacity(int64_t limit) { return limit + 1 + detail::kGroup; }
 
@@ -238,6 +238,7 @@ DGI_HOST_DEVICE bool sparse_gradient_row(const SoftmaxRow<Real>& row, const Soft
                                          SparseRow<Real>& list) {
   const double total = sums.total(), codes = static_cast<double>(row.codes);
   if (!(total > 0x1p-60 && total < 0x1p120)) return false;
+  const double most_noise = (options.needs_maximum ? kNoiseOfLargeScale : kNoise) * codes;
   double share = kNegligible * sums.rest / total, skipped = 0;
   int64_t before = detail::list_row(row, static_cast<Real>(share * total), limit / 4, list);
   if (before < 0) {
@@ -251,7 +252,7 @@ DGI_HOST_DEVICE bool sparse_gradient_row(const SoftmaxRow<Real>& row, const Soft
       if (j != before) skipped -= static_cast<double>(row.products[list.index[j]]);
     }
     skipped = skipped < 0 ? 0 : skipped / total;
-    const double noise = share * detail::norm_below<kFused>(row, static_cast<Real>(share * total)) / (kNoise * codes);
+    const double noise = share * detail::norm_below<kFused>(row, static_cast<Real>(share * total)) / most_noise;
     const double excess = std::fmax(noise, skipped / kDrift);
     if (excess <= 1) break;
     if (share <= kNegligible / 2) return false;
