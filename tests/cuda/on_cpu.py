@@ -7,6 +7,7 @@ GPU, argument checks included, but with CPU tensors: their kernels are registere
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import shlex
@@ -84,13 +85,17 @@ class Ops:
         for path in everything:
             state.update(path.read_bytes())
         library = cache / f"cuda-on-cpu-{state.hexdigest()[:16]}.so"
-        if not library.exists():
-            for old in cache.glob("cuda-on-cpu-*"):
-                old.unlink()
-            home = Path(torch.__file__).parent
-            compile_library(sources, library, [home / "include", home / "include/torch/csrc/api/include"],
-                            ["-DUSE_CUDA", "-DDGI_PRODUCTS=300", "-DTORCH_TARGET_VERSION=0x020a000000000000"],
-                            [f"-L{home / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"])
+        with (cache / "lock").open("w") as lock:  # several workers may come here at once, each for a file of tests
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not library.exists():
+                for old in cache.glob("cuda-on-cpu-*"):
+                    old.unlink()
+                home = Path(torch.__file__).parent
+                part = library.with_suffix(".part.so")
+                compile_library(sources, part, [home / "include", home / "include/torch/csrc/api/include"],
+                                ["-DUSE_CUDA", "-DDGI_PRODUCTS=300", "-DTORCH_TARGET_VERSION=0x020a000000000000"],
+                                [f"-L{home / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"])
+                part.replace(library)
         torch.ops.load_library(str(library))
         self._library = ctypes.CDLL(str(library))
         self._products = torch.library.Library("aten", "IMPL")
