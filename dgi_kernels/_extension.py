@@ -9,8 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.library import register_fake
+from torch import Tensor, library
 
 LIBRARY = Path(__file__).with_name("_C.abi3.so")
 
@@ -25,24 +24,24 @@ def _load() -> str | None:
         torch.ops.load_library(str(LIBRARY))
     except (OSError, RuntimeError) as error:
         return f"{LIBRARY} was found but could not be loaded by torch {torch.__version__}: {error}"
-    register_fake("dgi_kernels::gumbel_noise", _fake_gumbel_noise)
-    register_fake("dgi_kernels::code_ranges", _fake_code_ranges)
-    register_fake("dgi_kernels::find_children", _fake_find_children)
-    register_fake("dgi_kernels::item_set", _fake_item_set)
-    register_fake("dgi_kernels::parent_set", _fake_parent_set)
-    register_fake("dgi_kernels::run_starts", _fake_run_starts)
-    register_fake("dgi_kernels::cosine_logits", _fake_cosine_logits)
-    register_fake("dgi_kernels::cosine_logits_backward", _fake_cosine_logits_backward)
-    register_fake("dgi_kernels::cosine_cross_entropy", _fake_cosine_cross_entropy)
-    register_fake("dgi_kernels::gumbel_softmax", _fake_gumbel_softmax)
-    register_fake("dgi_kernels::gumbel_softmax_backward", _fake_gumbel_softmax_backward)
-    register_fake("dgi_kernels::residual_quantize", _fake_residual_quantize)
-    register_fake("dgi_kernels::assign_codes", _fake_assign_codes)
-    register_fake("dgi_kernels::residual_quantize_backward", _fake_residual_quantize_backward)
-    register_fake("dgi_kernels::beam_step", _fake_beam_step)
-    register_fake("dgi_kernels::cosine_beam_step", _fake_cosine_beam_step)
-    register_fake("dgi_kernels::beam_codes", _fake_beam_codes)
-    register_fake("dgi_kernels::rank_candidates", _fake_rank_candidates)
+    library.register_fake("dgi_kernels::gumbel_noise", _fake_gumbel_noise)
+    library.register_fake("dgi_kernels::code_ranges", _fake_code_ranges)
+    library.register_fake("dgi_kernels::find_children", _fake_find_children)
+    library.register_fake("dgi_kernels::item_set", _fake_item_set)
+    library.register_fake("dgi_kernels::parent_set", _fake_parent_set)
+    library.register_fake("dgi_kernels::run_starts", _fake_run_starts)
+    library.register_fake("dgi_kernels::cosine_logits", _fake_cosine_logits)
+    library.register_fake("dgi_kernels::cosine_logits_backward", _fake_cosine_logits_backward)
+    library.register_fake("dgi_kernels::cosine_cross_entropy", _fake_cosine_cross_entropy)
+    library.register_fake("dgi_kernels::gumbel_softmax", _fake_gumbel_softmax)
+    library.register_fake("dgi_kernels::gumbel_softmax_backward", _fake_gumbel_softmax_backward)
+    library.register_fake("dgi_kernels::residual_quantize", _fake_residual_quantize)
+    library.register_fake("dgi_kernels::assign_codes", _fake_assign_codes)
+    library.register_fake("dgi_kernels::residual_quantize_backward", _fake_residual_quantize_backward)
+    library.register_fake("dgi_kernels::beam_step", _fake_beam_step)
+    library.register_fake("dgi_kernels::cosine_beam_step", _fake_cosine_beam_step)
+    library.register_fake("dgi_kernels::beam_codes", _fake_beam_codes)
+    library.register_fake("dgi_kernels::rank_candidates", _fake_rank_candidates)
     return None
 
 

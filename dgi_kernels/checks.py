@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from dgi_kernels import _extension
 from dgi_kernels.backend import checks_values
@@ -177,7 +177,7 @@ def _one_of(dtypes: Sequence[torch.dtype]) -> str:
     return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
-@torch.library.custom_op("dgi_kernels::checked_scalar", mutates_args=())
+@library.custom_op("dgi_kernels::checked_scalar", mutates_args=())
 def _checked_scalar(value: Tensor, name: str, positive: bool) -> Tensor:
     _check_finite(name, float(value), positive)
     return value.clone()
@@ -191,7 +191,7 @@ def _(value: Tensor, name: str, positive: bool) -> Tensor:
 _checked_scalar.register_autograd(lambda ctx, grad: (grad, None, None))
 
 
-@torch.library.custom_op("dgi_kernels::checked_index", mutates_args=())
+@library.custom_op("dgi_kernels::checked_index", mutates_args=())
 def _checked_index(value: Tensor, low: int, high: int, also: int | None, name: str) -> Tensor:
     _check_index(name, value, low, high, also)
     return value.clone()

@@ -4,8 +4,7 @@
 // places ask for them in any order; then every place gathers its bit. Both take eight rows or more at a time.
 //
 // The members by place become members by leaf word by word: the marks of where leaves begin cut a word into runs, each of
-// which comes to one bit. Nodes further up have starts of their own, and mostly one child each at the lower depths: eight
-// of these are eight bits.
+// which comes to one bit; and so on for the nodes above.
 #include "item_set.h"
 
 #include <algorithm>
@@ -242,23 +241,6 @@ DGI_ALWAYS_INLINE inline void join_runs(const ItemSet& places, const RunMarks& m
   }
 }
 
-constexpr int64_t kBits = 8;
-
-// A bit for each of `count` <= kBits parents.
-inline uint64_t bits_of_parents(const ItemSet& children, const Offsets& starts, int64_t parent, int64_t count) {
-  const int64_t first = starts.plain(parent), word = first / kWordBits, shift = first % kWordBits;
-  uint64_t bits = 0;
-  if (count == kBits && starts.plain(parent + kBits) - first == kBits) {  // one child each
-    bits = children.words[word] >> shift;
-    if (shift > kWordBits - kBits) bits |= children.words[word + 1] << (kWordBits - shift);
-    return bits & ((uint64_t{1} << kBits) - 1);
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    bits |= uint64_t{children.any({starts.plain(parent + i), starts.plain(parent + i + 1)})} << i;
-  }
-  return bits;
-}
-
 }  // namespace
 
 bool write_item_set(const bool* members, int64_t size, const Offsets& item_order, uint64_t* words, int64_t* ranks) {
@@ -314,12 +296,10 @@ void write_parent_set(const ItemSet& children, int64_t blocks, const Offsets& st
     for_words(blocks, [&](auto, int64_t first, int64_t last) DGI_ALWAYS_INLINE {
       join_runs(children, marks, first / kBlockWords, last / kBlockWords, blocks, words, parent_blocks * kBlockWords);
     });
-  } else {
+  } else {  // long runs, or few parents
     for_words(parent_blocks, [&](auto, int64_t first, int64_t last) {
-      const int64_t end = std::min(parents, last * kWordBits);
-      for (int64_t parent = first * kWordBits; parent < end; parent += kBits) {
-        words[parent / kWordBits] |= bits_of_parents(children, starts, parent, std::min(kBits, end - parent))
-                                     << (parent % kWordBits);
+      for (int64_t parent = first * kWordBits; parent < std::min(parents, last * kWordBits); ++parent) {
+        words[parent / kWordBits] |= uint64_t{children.any(starts.run(parent))} << (parent % kWordBits);
       }
     });
   }

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 import triton
-from torch import Tensor
+from torch import Tensor, library
 
 from dgi_kernels import triton_common as common
 from dgi_kernels.cosine import triton_kernels as kernels
@@ -88,7 +88,7 @@ def cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: float
     return loss.sum() if reduction == "sum" else loss
 
 
-@torch.library.custom_op("dgi_kernels::cosine_loss_triton", mutates_args=())
+@library.custom_op("dgi_kernels::cosine_loss_triton", mutates_args=())
 def _forward(h: Tensor, weight: Tensor, target: Tensor, scale: Tensor, ignore_index: int, smoothing: float, eps: float,
              keep_mean: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> loss, lse, residue, mean, centre, rnorm_h, rnorm_w, label, order; mean (N, D) is what dh is made of.
@@ -142,7 +142,7 @@ def _(h, weight, target, scale, ignore_index, smoothing, eps, keep_mean):
     return _empty_outputs(h, weight, keep_mean)
 
 
-@torch.library.custom_op("dgi_kernels::cosine_loss_triton_backward", mutates_args=())
+@library.custom_op("dgi_kernels::cosine_loss_triton_backward", mutates_args=())
 def _backward(upstream: Tensor, h: Tensor, weight: Tensor, scale: Tensor, lse: Tensor, residue: Tensor, mean: Tensor,
               centre: Tensor, rnorm_h: Tensor, rnorm_w: Tensor, label: Tensor, order: Tensor, smoothing: float,
               eps: float, need_h: bool, need_weight: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 import triton
-from torch import Tensor
+from torch import Tensor, library
 
 from dgi_kernels import triton_common as common
 from dgi_kernels.gumbel import triton_chunks as chunks
@@ -144,7 +144,7 @@ def _tile_counts(x: Tensor, sizes: Sequence[int]) -> list[int]:
     return [triton.cdiv(len(x), tiles.step) * triton.cdiv(size, tiles.owned) for size in sizes]
 
 
-@torch.library.custom_op("dgi_kernels::residual_quantize_triton", mutates_args=())
+@library.custom_op("dgi_kernels::residual_quantize_triton", mutates_args=())
 def _forward(z: Tensor, weight: Tensor, sizes: list[int], scale: Tensor, tau: Tensor, seed: Tensor, row_offset: int,
              eps: float, mode: int, noisy: bool, with_grad: bool) -> tuple[
                  Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -282,7 +282,7 @@ def _weights(products: Tensor, e: Tensor) -> Tensor:
     return products if e.dtype == torch.float32 else torch.empty_like(products, dtype=e.dtype)
 
 
-@torch.library.custom_op("dgi_kernels::residual_quantize_triton_backward", mutates_args=())
+@library.custom_op("dgi_kernels::residual_quantize_triton_backward", mutates_args=())
 def _backward(dquantized: Tensor | None, dusage: Tensor | None, dresiduals: Tensor | None, dlse: Tensor | None,
               weight: Tensor, scale: Tensor, tau: Tensor, seed: Tensor, codes: Tensor, sampled: Tensor,
               residuals: Tensor, lse: Tensor, rnorm: Tensor, rnorm_e: Tensor, order: Tensor, largest: Tensor,

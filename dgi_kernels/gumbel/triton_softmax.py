@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import triton
-from torch import Tensor
+from torch import Tensor, library
 
 from dgi_kernels.gumbel import triton_noise as kernels
 from dgi_kernels.noise import STREAM_GUMBEL_SOFTMAX
@@ -19,7 +19,7 @@ def tile(codes: int, tiles: tuple[tuple[int, int], ...]) -> tuple[int, int]:
     return next((tile for tile in tiles if codes <= tile[1]), tiles[-1])
 
 
-@torch.library.custom_op("dgi_kernels::gumbel_noise_triton", mutates_args=())
+@library.custom_op("dgi_kernels::gumbel_noise_triton", mutates_args=())
 def gumbel_noise(seed: Tensor, level: int, stream: int, row_offset: int, rows: int, codes: int) -> Tensor:
     """``seed`` int64 of one element -> (rows, codes) float32 on its device."""
     out = seed.new_empty(rows, codes, dtype=torch.float32)
@@ -44,7 +44,7 @@ def gumbel_softmax(logits: Tensor, tau: float | Tensor, hard: bool, seed: Tensor
     return _softmax(rows, tau.float(), hard, seed)[0].reshape(logits.shape)
 
 
-@torch.library.custom_op("dgi_kernels::gumbel_softmax_triton", mutates_args=())
+@library.custom_op("dgi_kernels::gumbel_softmax_triton", mutates_args=())
 def _softmax(logits: Tensor, tau: Tensor, hard: bool, seed: Tensor) -> tuple[Tensor, Tensor]:
     """(N, K) -> the sample (N, K), and the log-normalizer (N,) in base 2, from which backward makes p again."""
     logits = logits.contiguous()
@@ -64,7 +64,7 @@ def _(logits, tau, hard, seed):
     return logits.new_empty(logits.shape), logits.new_empty(logits.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("dgi_kernels::gumbel_softmax_triton_backward", mutates_args=())
+@library.custom_op("dgi_kernels::gumbel_softmax_triton_backward", mutates_args=())
 def _softmax_backward(upstream: Tensor, logits: Tensor, tau: Tensor, seed: Tensor, lse: Tensor) -> tuple[Tensor,
                                                                                                          Tensor]:
     """-> dlogits (N, K), dtau ()."""

@@ -1,8 +1,8 @@
 // log-sum-exp of a row, chunk by chunk: sum_k exp(x_k - maximum) with the largest x seen so far as maximum.
 //
-// A chunk is read twice, the second time from the first-level cache, while what is to be read next is on its way. NaN and -inf add nothing; +inf counts as the largest
-// finite number. The sum is never less than 1, so that its logarithm is never negative and no log-probability is ever
-// positive, rounding included: searches cut off what cannot win by that.
+// A chunk is read twice, the second time from the first-level cache, while what is to be read next is on its way. NaN and
+// -inf add nothing; +inf counts as the largest finite number. The sum is never less than 1, so that its logarithm is never
+// negative and no log-probability is ever positive, rounding included: searches cut off what cannot win by that.
 #pragma once
 
 #include <bit>
