@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import re
 import shutil
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from machine_code import Kept, Usage, functions_of, loop_instructions
+from machine_code import READERS, Kept, Usage, functions_of, loop_instructions
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", f"-I{CSRC}", f"-I{CSRC / 'include'}"]  # as setup.py's
@@ -42,8 +43,10 @@ def usages(compiler: str, architectures: list[int], jobs: int,
     """Each file, architecture, and what its kernels take, by their short names; from ``kept`` what has not changed."""
     headers = sorted([*(CSRC / "cuda").glob("*.h"), *(CSRC / "include").rglob("*.h")])
     common = hashlib.sha256("\n".join([version_of(compiler), *FLAGS[:3], repr(ELEMENTS)]).encode())
-    for path in (*headers, Path(__file__), Path(__file__).with_name("machine_code.py")):
+    for path in headers:
         common.update(path.read_bytes())
+    for function in (compile_file, short_names, without_file, *READERS):
+        common.update(inspect.getsource(function).encode())
 
     def usages_of(source: Path, arch: int) -> dict[str, Usage]:
         state = common.copy()

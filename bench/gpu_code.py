@@ -1,13 +1,16 @@
 """Compile every Triton and CUDA kernel for GPUs that need not be there; show its registers, memory and instructions.
 
-    python bench/gpu_code.py [--arch 80 90 100] [--jobs 2] [--only triton|cuda] [--record]
+    python bench/gpu_code.py [--arch 80 90 100] [--jobs 2] [--only triton|cuda] [--record] [--anew]
 
 Triton's are compiled as the launchers call them (triton_code.py), CUDA's file by file, where nvcc is (cuda_code.py).
 
 Fails on a kernel that spills more than JUSTIFIED_SPILLS allows it, takes more shared memory than the architecture has,
 or goes beyond its budget in gpu_budgets.json, which holds for the compiler that it was recorded with (--record does it
-anew). Registers and spills are ptxas's, so they vary with Triton: the tiles are chosen for 3.6 and 3.7. What has not
-changed since it was compiled last is not compiled again: build/gpu-code.json keeps the results.
+anew). Registers and spills are ptxas's, so they vary with Triton: the tiles are chosen for 3.6 and 3.7.
+
+What has not changed since it was compiled last, by a hash of its source, of what it calls and of the compiler's
+version, is not compiled again unless --anew says so: gpu_compiled.json has the results for the source as it is
+(--record), build/gpu-code.json those of this machine.
 """
 
 from __future__ import annotations
@@ -82,9 +85,13 @@ def main() -> int:
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES))
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--only", choices=("triton", "cuda"))
-    parser.add_argument("--record", action="store_true", help="write what the kernels take as their budgets")
+    parser.add_argument("--record", action="store_true",
+                        help="write what the kernels take: as their budgets, and for runs in which they are unchanged")
+    parser.add_argument("--anew", action="store_true", help="compile what is unchanged, too: 45 minutes on two cores")
     options = parser.parse_args()
     kept = Kept(Path(__file__).resolve().parents[1] / "build" / "gpu-code.json")
+    if options.anew:
+        kept.all = {}
     runs = []
     if options.only != "cuda":
         budgets = Budgets("triton", triton.__version__, recording=options.record)
@@ -104,6 +111,8 @@ def main() -> int:
         print(f"{budgets.compiler} {budgets.version}: {count} kernels, {outcome}")
         if options.record and not failed:
             budgets.record(options.arch)
+    if options.record and not failures:
+        kept.record(whole=options.only is None and set(options.arch) == set(ARCHITECTURES) and compiler is not None)
     return int(failures > 0)
 
 

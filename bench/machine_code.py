@@ -8,10 +8,11 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 BUDGETS = Path(__file__).with_name("gpu_budgets.json")
+COMPILED = Path(__file__).with_name("gpu_compiled.json")
 SLACK_REGISTERS = 8  # registers are handed out in eights
 SLACK_INSTRUCTIONS = 1.1
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?!\s|NOP)(.*?);", re.MULTILINE)
@@ -88,26 +89,47 @@ def repeated_instructions(code: str) -> int:
     return inside or len(lines)
 
 
+READERS = (functions_of, lines_and_loops, loop_instructions, repeated_instructions)  # what a usage follows from, too
+
+
 class Kept:
-    """Usages of earlier runs by the hash of all that they follow from."""
+    """Usages of earlier runs by the hash of all that they follow from: those recorded with the source, and this
+    machine's own."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, recorded: Path = COMPILED) -> None:
+        self.path, self.recorded = path, recorded
         self.all = self.read()
+        self.used: dict[str, dict[str, list]] = {}
 
-    def read(self) -> dict[str, dict[str, dict]]:
-        return json.loads(self.path.read_text()) if self.path.exists() else {}
+    def read(self) -> dict[str, dict[str, list]]:
+        files = [path for path in (self.recorded, self.path) if path.exists()]
+        return {key: usages for path in files for key, usages in json.loads(path.read_text()).items()}
 
     def get(self, key: str) -> dict[str, Usage] | None:
         found = self.all.get(key)
-        return None if found is None else {name: Usage(**usage) for name, usage in found.items()}
+        if found is None:
+            return None
+        self.used[key] = found
+        return {name: Usage(*usage) for name, usage in found.items()}
 
     def put(self, key: str, usages: dict[str, Usage]) -> None:
-        self.all = self.read() | {key: {name: asdict(usage) for name, usage in usages.items()}}  # others may run too
+        self.used[key] = {name: list(astuple(usage)) for name, usage in usages.items()}
+        self.all = self.read() | self.used  # others may run too
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".part")
-        partial.write_text(json.dumps(self.all))
-        partial.replace(self.path)
+        write_lines(self.path, self.all)
+
+    def record(self, *, whole: bool) -> None:
+        """Write what this run used, a line a kernel or file of kernels: in place of all that was recorded if the run
+        was ``whole``, else beside it."""
+        before = {} if whole or not self.recorded.exists() else json.loads(self.recorded.read_text())
+        write_lines(self.recorded, dict(sorted((before | self.used).items())))
+
+
+def write_lines(path: Path, usages: dict[str, dict[str, list]]) -> None:
+    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in usages.items())
+    partial = path.with_suffix(".part")
+    partial.write_text(f"{{\n{lines}\n}}\n")
+    partial.replace(path)
 
 
 class Budgets:

@@ -8,17 +8,17 @@ Launches that Triton makes one code of are one.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from machine_code import Kept, Usage, functions_of, repeated_instructions
+from machine_code import READERS, Kept, Usage, functions_of, repeated_instructions
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -199,8 +199,8 @@ class Case:
 def cases(architectures: list[int], kept: Kept) -> list[Case]:
     """Every launch for every architecture; what has not changed since it was compiled last is known."""
     state = hashlib.sha256(triton.__version__.encode())
-    for path in (Path(__file__), Path(__file__).with_name("machine_code.py")):
-        state.update(path.read_bytes())
+    for function in (compile_for, machine_code, elements, *READERS):
+        state.update(inspect.getsource(function).encode())
     found = []
     for arch in architectures:
         for launch in launches(arch):

@@ -1,9 +1,10 @@
-"""Fresh random inputs for every test, from a seed that is printed when the test fails."""
+"""Random inputs for every test, from a seed of its own that is the same in every run, or fresh ones."""
 
 from __future__ import annotations
 
 import os
 import random
+import zlib
 
 # Threads that spin while they wait stall when another process has one of the cores.  OpenMP reads this as it loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -17,8 +18,13 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> int:
-    """Seed every generator from ``DGI_TEST_SEED`` or afresh; shown with a failing test's output."""
-    value = int(os.environ.get("DGI_TEST_SEED", random.SystemRandom().randrange(2**31)))
+    """Seed every generator: from the test's name, so that runs repeat; or from ``DGI_TEST_SEED``, a number for every
+    test alike or ``fresh`` for new inputs.  Shown with a failing test's output."""
+    wanted = os.environ.get("DGI_TEST_SEED")
+    if wanted is None:
+        value = zlib.crc32(request.node.nodeid.encode())
+    else:
+        value = random.SystemRandom().randrange(2**31) if wanted == "fresh" else int(wanted)
     random.seed(value)
     np.random.seed(value)
     torch.manual_seed(value)

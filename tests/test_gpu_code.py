@@ -57,10 +57,22 @@ def test_budgets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_results_are_kept(tmp_path: Path) -> None:
-    kept = Kept(tmp_path / "build" / "kept.json")
+    own, recorded = tmp_path / "build" / "kept.json", tmp_path / "recorded.json"
+    kept = Kept(own, recorded)
     assert kept.get("key") is None
     kept.put("key", {"kernel": Usage(1, 2, 3, 4, 5.5)})
-    assert Kept(kept.path).get("key") == {"kernel": Usage(1, 2, 3, 4, 5.5)}
+    kept.put("other", {"kernel": Usage(6, 7, 8, 9)})
+    assert not recorded.exists()
+    again = Kept(own, recorded)
+    assert again.get("key") == {"kernel": Usage(1, 2, 3, 4, 5.5)}
+    again.record(whole=True)
+    assert set(json.loads(recorded.read_text())) == {"key"}
+    own.unlink()
+    later = Kept(own, recorded)
+    assert later.get("key") == {"kernel": Usage(1, 2, 3, 4, 5.5)} and later.get("other") is None
+    later.put("third", {})
+    later.record(whole=False)
+    assert set(json.loads(recorded.read_text())) == {"key", "third"}
 
 
 def test_names_do_not_hold_the_hash_of_a_file() -> None:

@@ -38,7 +38,9 @@ def test_items_come_by_beam_score_then_cosine_then_id(cuda_ops: on_cpu.Ops, dtyp
 def test_more_items_than_the_buffer_holds(cuda_ops: on_cpu.Ops, width: int, k: int) -> None:
     """The buffer is cut several times; more beams or items than shared memory holds lie in global memory."""
     trie = Trie.from_codes(torch.randint(0, 600, (4000, 1)), codebook_sizes=[600])
-    query, vectors = torch.randn(1, 3), torch.randn(4000, 3)
+    angles = torch.linspace(0.1, 3, 4000)[torch.randperm(4000)]  # no cosines so close that float32 confuses them
+    query, vectors = torch.tensor([[2.0, 0.0]]), torch.stack([angles.cos(), angles.sin()], dim=-1)
+    vectors *= torch.empty(4000, 1).uniform_(0.1, 5)
     nodes = torch.randint(-1, trie.num_nodes_at(1), (1, width))  # some twice
     scores = torch.full((1, width), -1.0) if random.random() < 0.5 else -torch.rand(1, width).round(decimals=1)
     beams = Beams(nodes, nodes, nodes, scores, 1)
