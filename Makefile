@@ -35,7 +35,7 @@ report: $(INSTALLED)  ## put the figures of bench/results/ into README.md and do
 	$(BIN)/python bench/report.py
 
 gpu-code: $(INSTALLED)  ## compile all GPU kernels for GPUs that need not be here; show registers and spills
-	$(BIN)/python bench/gpu_code.py
+	$(BIN)/python bench/gpu_code.py $(OPTIONS)
 
 cuda-build:  ## build the CUDA wheel and check it in clean environments (16 GB; needs nvcc, no GPU)
 	PYTHON=$(PYTHON) .ci/cuda-build

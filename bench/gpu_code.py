@@ -87,7 +87,7 @@ def main() -> int:
     parser.add_argument("--only", choices=("triton", "cuda"))
     parser.add_argument("--record", action="store_true",
                         help="write what the kernels take: as their budgets, and for runs in which they are unchanged")
-    parser.add_argument("--anew", action="store_true", help="compile what is unchanged, too: 45 minutes on two cores")
+    parser.add_argument("--anew", action="store_true", help="compile what is unchanged, too: a quarter of an hour")
     options = parser.parse_args()
     kept = Kept(Path(__file__).resolve().parents[1] / "build" / "gpu-code.json")
     if options.anew:

@@ -27,6 +27,7 @@ def _load() -> str | None:
     library.register_fake("dgi_kernels::gumbel_noise", _fake_gumbel_noise)
     library.register_fake("dgi_kernels::code_ranges", _fake_code_ranges)
     library.register_fake("dgi_kernels::find_children", _fake_find_children)
+    library.register_fake("dgi_kernels::child_masks", _fake_child_masks)
     library.register_fake("dgi_kernels::item_set", _fake_item_set)
     library.register_fake("dgi_kernels::parent_set", _fake_parent_set)
     library.register_fake("dgi_kernels::run_starts", _fake_run_starts)
@@ -55,6 +56,10 @@ def _fake_code_ranges(codes: Tensor) -> Tensor:
 
 def _fake_find_children(tokens: Tensor, child_start: Tensor, nodes: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(nodes), torch.empty_like(nodes, dtype=torch.bool)
+
+
+def _fake_child_masks(tokens: Tensor, child_start: Tensor, codes: int) -> Tensor:
+    return tokens.new_empty((child_start.shape[0] - 1, (codes + 31) // 32), dtype=torch.int32)
 
 
 def _fake_item_set(members: Tensor, item_order: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -138,7 +143,8 @@ def _fake_beam_codes(tokens: list[Tensor], parents: list[Tensor]) -> Tensor:
 
 def _fake_beam_step(tokens: Tensor, child_start: Tensor, delta: list[Tensor], anchors: list[Tensor],
                     sets: list[Tensor], set_of: list[int], logits: Tensor, nodes: Tensor, scores: Tensor,
-                    log_normalizer: Tensor | None, num_beams: int, normalize: int) -> tuple[Tensor, ...]:
+                    log_normalizer: Tensor | None, num_beams: int, normalize: int,
+                    child_masks: Tensor | None = None) -> tuple[Tensor, ...]:
     return _fake_beams(logits, num_beams)
 
 

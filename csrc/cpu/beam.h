@@ -17,11 +17,22 @@ struct View {
   const Real& at(int64_t i, int64_t j) const { return data[i * row_stride + j * column_stride]; }
 };
 
+// Which codes the children of each node have: bit c % 32 of a node's word c / 32 for code c. Optional.
+struct ChildMasks {
+  static constexpr int kWordBits = 32;
+
+  const uint32_t* data = nullptr;
+  int64_t words = 0;  // of a node
+
+  const uint32_t* of(int64_t node) const { return data == nullptr ? nullptr : data + node * words; }
+};
+
 // B requests of `width` beams each.
 template <class Real, class Token>
 struct BeamStep {
   TrieDepth<Token> trie;
   const AllowedItems* const* allowed;  // (B): null for a request that may find all; null where all may
+  ChildMasks masks;                    // of the base's nodes
 
   int64_t requests, width, num_beams;
   View<int64_t> nodes;  // -1, or any number that is no node: dead

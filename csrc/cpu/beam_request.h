@@ -6,12 +6,12 @@
 // looked up in the filter and kept. The first beams of a request have no threshold to go by: one is taken from their own
 // children, the num_beams'th of the largest of each of several groups of them.
 //
-// Where a node has a quarter or more of the codes between its first and its last (a root, or most nodes of a small
-// codebook), all these codes are compared, 32 at a time and without a gather, and those few that pass are looked up among
-// the children. That is a mask made from the logits; one stored per node, K bits, would save those look-ups alone.
+// Where a node has many of the codes between its first and its last (a root, or most nodes of a small codebook), all these codes are compared, 32 at a time and without a gather. Which of those few that pass are children,
+// and which, a mask of the node's codes says; without one they are looked up among the tokens.
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <functional>
@@ -189,7 +189,9 @@ class Request {
       const Run& run = runs_[r];
       const Token* const tokens = tokens_of(run);
       const int64_t first = first_code(run, ends);
+      const bool whole = parent.end_run - parent.first_run == 1 && !run.in_delta;  // all children of a node of the base
       add_children({first, run.end}, run, parent.score, normalizer, allowed_, row(), tokens + first,
+                   whole ? step_.masks.of(step_.nodes.at(request_, parent.beam)) : nullptr,
                    [=](int64_t i) DGI_ALWAYS_INLINE { return logit(tokens[i]); });
     }
   }
@@ -282,25 +284,27 @@ class Request {
       const Run& run = runs_[r];
       const int64_t first = first_code(run, ends);
       add_children({first, run.end}, run, parent.score, {sum.maximum, sum.log_sum()}, nullptr, values,
-                   static_cast<const Token*>(nullptr), [=](int64_t i) DGI_ALWAYS_INLINE { return values[i - first]; });
+                   static_cast<const Token*>(nullptr), nullptr,
+                   [=](int64_t i) DGI_ALWAYS_INLINE { return values[i - first]; });
       values += run.end - first;
     }
   }
 
   // Adds the children of a run. `logit(i)` is that of child i; `allowed` is the filter that has not been asked yet. `row`
-  // has the logits of all codes, of which `tokens` are the children's, or without tokens those of the children; it may be
-  // null.
+  // has the logits of all codes, of which `tokens` are the children's and `mask` tells so, or without tokens those of the
+  // children; it may be null, and so may the mask.
   template <class Logit>
   DGI_ALWAYS_INLINE inline void add_children(const Range& children, const Run& run, Real parent,
                                              const Normalizer<Real>& normalizer, const AllowedItems* allowed,
-                                             const Real* row, const Token* tokens, const Logit& logit) {
+                                             const Real* row, const Token* tokens, const uint32_t* mask,
+                                             const Logit& logit) {
     constexpr Real kLowest = std::numeric_limits<Real>::lowest();
     const int64_t count = children.size();
     if (count <= 0) return;
-    const int64_t least = tokens == nullptr ? 0 : tokens[0];
+    const int64_t least = tokens == nullptr || mask != nullptr ? 0 : tokens[0];
     const int64_t span = tokens == nullptr ? count : tokens[count - 1] - least + 1;
     if (row != nullptr) row += least;
-    if (span != count && span > kSparse * count) row = nullptr;
+    if (span != count && span > (mask != nullptr ? kSparseMasked : kSparse) * count) row = nullptr;
 
     // Of the logits that are looked at: no child below the floor scores as much as `reached`.
     Real reached = kDead, floor = kLowest, ceiling = std::numeric_limits<Real>::quiet_NaN();
@@ -322,15 +326,30 @@ class Request {
       bool through = false;
       int64_t done = 0, passed = 0;  // children, and the codes up to the last of them
       if (row != nullptr && (span == count || cut > kLowest)) {
-        int64_t strangers = 0;  // codes that pass, but are no child's
-        through = scan_row(row, span, cut, [&](int64_t k) DGI_ALWAYS_INLINE {
-          done = span == count ? k : lower_bound(tokens, Range{done, std::min(count, done + k - passed)}, least + k);
-          passed = k;
-          if (span != count && tokens[done] != least + k) return ++strangers * kSearch < count;
-          consider(children.first + done, row[k]);
-          ++done, ++passed;
-          return true;
-        });
+        if (span == count) {
+          through = scan_row(row, span, cut, nullptr, [&](int64_t k) DGI_ALWAYS_INLINE {
+            consider(children.first + k, row[k]);
+            return true;
+          });
+        } else if (mask != nullptr) {
+          int64_t word = 0, before = 0;  // children by the codes of the words before it
+          through = scan_row(row, span, cut, mask, [&](int64_t k) DGI_ALWAYS_INLINE {
+            for (; word < k / ChildMasks::kWordBits; ++word) before += std::popcount(mask[word]);
+            const uint32_t below = mask[word] & ((uint32_t{1} << k % ChildMasks::kWordBits) - 1);
+            consider(children.first + before + std::popcount(below), row[k]);
+            return true;
+          });
+        } else {
+          int64_t strangers = 0;  // codes that pass, but are no child's
+          through = scan_row(row, span, cut, nullptr, [&](int64_t k) DGI_ALWAYS_INLINE {
+            done = lower_bound(tokens, Range{done, std::min(count, done + k - passed)}, least + k);
+            passed = k;
+            if (tokens[done] != least + k) return ++strangers * kSearch < count;
+            consider(children.first + done, row[k]);
+            ++done, ++passed;
+            return true;
+          });
+        }
       }
       for (int64_t i = through ? children.end : children.first + done; i < children.end; ++i) {
         for (; i + kGroup <= children.end; i += kGroup) {
@@ -370,27 +389,33 @@ class Request {
     return *last;
   }
 
-  // Calls visit(k) for each k, ascending, with row[k] >= cut, which may rise meanwhile; false once that returns false.
+  // Calls visit(k) for each k, ascending, with row[k] >= cut, which may rise meanwhile, and with its bit in the mask, if
+  // there is one; false once that returns false.
   template <class Visit>
-  DGI_ALWAYS_INLINE static inline bool scan_row(const Real* row, int64_t count, const Real& cut, const Visit& visit) {
-    for (int64_t k = 0; k < count;) {
+  DGI_ALWAYS_INLINE static inline bool scan_row(const Real* row, int64_t count, const Real& cut, const uint32_t* mask,
+                                                const Visit& visit) {
+    int64_t k = 0;
+    for (; k + kCodes <= count; k += kCodes) {
       const Real bound = cut;
-      for (; k + kCodes <= count; k += kCodes) {
-        int passes = 0;
+      uint32_t passes = 0;
 #pragma omp simd reduction(| : passes)
-        for (int64_t j = 0; j < kCodes; ++j) passes |= row[k + j] >= bound;
-        if (passes != 0) break;
+      for (int64_t j = 0; j < kCodes; ++j) passes |= row[k + j] >= bound ? uint32_t{1} << j : 0;
+      if (mask != nullptr) passes &= mask[k / kCodes];
+      for (; passes != 0; passes &= passes - 1) {
+        if (!visit(k + std::countr_zero(passes))) return false;
       }
-      for (const int64_t end = std::min(count, k + kCodes); k < end; ++k) {
-        if (row[k] >= cut && !visit(k)) return false;
-      }
+    }
+    for (; k < count; ++k) {
+      const bool counts = mask == nullptr || (mask[k / kCodes] >> k % kCodes & 1) != 0;
+      if (counts && row[k] >= cut && !visit(k)) return false;
     }
     return true;
   }
 
   static constexpr int64_t kGroup = 8;    // children that are compared at once: hardly any passes
-  static constexpr int64_t kCodes = 32;   // codes, likewise
-  static constexpr int64_t kSparse = 4;   // a comparison of all codes costs less than one of a child in so many
+  static constexpr int64_t kCodes = ChildMasks::kWordBits;  // codes, likewise
+  static constexpr int64_t kSparse = 4;   // a comparison of all codes costs less than one of a child in so many,
+  static constexpr int64_t kSparseMasked = 16;  // or in so many, where a mask says which child passes
   static constexpr int64_t kSearch = 16;  // children that are compared in the time that it takes to look one up
 
   const BeamStep<Real, Token>& step_;

@@ -117,4 +117,22 @@ void find_children(const TrieLevel<Token>& level, int64_t children, const int64_
 template void find_children(const TrieLevel<int16_t>&, int64_t, const int64_t*, const int64_t*, int64_t, int64_t*, bool*);
 template void find_children(const TrieLevel<int32_t>&, int64_t, const int64_t*, const int64_t*, int64_t, int64_t*, bool*);
 
+template <class Token>
+void write_child_masks(const TrieLevel<Token>& level, int64_t words, uint32_t* masks) {
+  constexpr int kWordBits = 32;
+  parallel_for(level.nodes, grain(8 * words), [&](int64_t first, int64_t last) {
+    std::fill(masks + first * words, masks + last * words, 0);
+    for (int64_t node = first; node < last; ++node) {
+      const Range run = level.children(node);
+      for (int64_t i = run.first; i < run.end; ++i) {
+        const Token code = level.tokens[i];
+        if (code != kEndToken) masks[node * words + code / kWordBits] |= uint32_t{1} << code % kWordBits;
+      }
+    }
+  });
+}
+
+template void write_child_masks(const TrieLevel<int16_t>&, int64_t, uint32_t*);
+template void write_child_masks(const TrieLevel<int32_t>&, int64_t, uint32_t*);
+
 }  // namespace dgi::cpu

@@ -83,4 +83,8 @@ template <class Token>
 void find_children(const TrieLevel<Token>& level, int64_t children, const int64_t* nodes, const int64_t* codes,
                    int64_t count, int64_t* places, bool* found);
 
+// The words (nodes, words) of dgi::cpu::ChildMasks; no code is beyond the last word.
+template <class Token>
+void write_child_masks(const TrieLevel<Token>& level, int64_t words, uint32_t* masks);
+
 }  // namespace dgi::cpu

@@ -33,6 +33,15 @@ void check_nodes(const dgi::cpu::View<int64_t>& nodes, int64_t rows, int64_t col
   }
 }
 
+// As child_masks makes them.
+dgi::cpu::ChildMasks masks_of(const Tensor& masks, int64_t nodes, int64_t codes) {
+  constexpr int64_t kWordBits = dgi::cpu::ChildMasks::kWordBits;
+  STD_TORCH_CHECK(masks.dim() == 2 && masks.size(0) == nodes && masks.size(1) <= (codes + kWordBits - 1) / kWordBits
+                      && masks.is_contiguous() && masks.scalar_type() == ScalarType::Int,
+                  kBeam, "child_masks must be contiguous int32 (nodes, words), a bit for each code");
+  return {static_cast<const uint32_t*>(masks.const_data_ptr()), masks.size(1)};
+}
+
 // What both steps have in common. normalize: 0 full, 1 children, 2 none.
 struct BeamArguments {
   const DepthArguments& trie;
@@ -67,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> beam_step_cpu(
     const Tensor& tokens, const Tensor& child_start, const std::vector<Tensor>& delta, const std::vector<Tensor>& anchors,
     const std::vector<Tensor>& sets, const std::vector<int64_t>& set_of,
     const Tensor& logits, const Tensor& nodes, const Tensor& scores, const std::optional<Tensor>& log_normalizer,
-    int64_t num_beams, int64_t normalize) {
+    int64_t num_beams, int64_t normalize, const std::optional<Tensor>& child_masks) {
   STD_TORCH_CHECK(logits.dim() == 3, kBeam, "logits must be (B, M, K)");
   const int64_t requests = logits.size(0), width = logits.size(1), codes = logits.size(2);
   const DepthArguments depth(tokens, child_start, delta, anchors);
@@ -76,7 +85,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> beam_step_cpu(
   return depth.for_token([&](auto token) {
     return for_dtype(logits, [&](auto stored) {
       using Stored = decltype(stored);
-      const auto step = arguments.step<dgi::Compute<Stored>, decltype(token)>(requests, width);
+      auto step = arguments.step<dgi::Compute<Stored>, decltype(token)>(requests, width);
+      if (child_masks) step.masks = masks_of(*child_masks, step.trie.base.nodes, codes);
       const dgi::cpu::Logits<Stored> view{data_of<Stored>(logits), codes, logits.stride(0), logits.stride(1),
                                           logits.stride(2)};
       NewBeams beams(logits, requests, num_beams);
@@ -204,8 +214,8 @@ std::tuple<Tensor, Tensor, Tensor> rank_candidates_cpu(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dgi_kernels, m) {
   m.def("beam_step(Tensor tokens, Tensor child_start, Tensor[] delta, Tensor[] anchors, Tensor[] sets, int[] set_of, "
-        "Tensor logits, Tensor nodes, Tensor scores, Tensor? log_normalizer, int num_beams, int normalize) "
-        "-> (Tensor nodes, Tensor tokens, Tensor parents, Tensor scores)");
+        "Tensor logits, Tensor nodes, Tensor scores, Tensor? log_normalizer, int num_beams, int normalize, "
+        "Tensor? child_masks=None) -> (Tensor nodes, Tensor tokens, Tensor parents, Tensor scores)");
   m.def("cosine_beam_step(Tensor tokens, Tensor child_start, Tensor[] delta, Tensor[] anchors, Tensor[] sets, "
         "int[] set_of, Tensor h, Tensor codebook, Tensor scale, float eps, Tensor nodes, Tensor scores, "
         "Tensor? log_normalizer, int num_beams, int normalize) -> (Tensor nodes, Tensor tokens, Tensor parents, "

@@ -1,5 +1,7 @@
 // Trie construction and sets of items, as torch sees them: schemas, argument checks, calls into the code that knows no
 // torch.
+#include <algorithm>
+
 #include "tensors.h"
 #include "trie_arguments.h"
 #include "cpu/item_set.h"
@@ -118,6 +120,26 @@ std::tuple<Tensor, Tensor> find_children_cpu(const Tensor& tokens, const Tensor&
   return {places, found};
 }
 
+// dgi::cpu::ChildMasks (nodes, words) for a codebook of `codes` codes, as int32.
+Tensor child_masks_cpu(const Tensor& tokens, const Tensor& child_start, int64_t codes) {
+  constexpr int64_t kWordBits = 32;
+  STD_TORCH_CHECK(codes >= 1, "child_masks: codes must be at least 1; got ", codes);
+  STD_TORCH_CHECK(child_start.numel() >= 1, "child_masks: child_start must have an element more than there are nodes");
+  const int64_t nodes = child_start.numel() - 1, words = (codes + kWordBits - 1) / kWordBits;
+  Tensor masks = torch::stable::empty({nodes, words}, ScalarType::Int);
+  const auto write = [&](auto token) {
+    using Token = decltype(token);
+    check_array("tokens", tokens, sizeof(Token) == 2 ? ScalarType::Short : ScalarType::Int);
+    const Token* const all = data_of<Token>(tokens);
+    STD_TORCH_CHECK(std::all_of(all, all + tokens.numel(), [&](Token c) { return c < codes; }),
+                    "child_masks: a token is beyond the last code");
+    dgi::cpu::write_child_masks(dgi::TrieLevel<Token>{all, offsets_of("child_start", child_start), nodes}, words,
+                                static_cast<uint32_t*>(masks.mutable_data_ptr()));
+  };
+  tokens.scalar_type() == ScalarType::Short ? write(int16_t{}) : write(int32_t{});
+  return masks;
+}
+
 // The set of the nodes that have a member of a set among their children, or leaves among their places; starts as
 // dgi::RunMarks or plain.
 std::tuple<Tensor, Tensor> parent_set_cpu(const Tensor& words, const Tensor& ranks, const Tensor& starts,
@@ -185,6 +207,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dgi_kernels, m) {
   m.def("code_ranges(Tensor codes) -> Tensor");
   m.def("trie_arrays(Tensor codes, bool narrow_tokens, bool narrow_offsets) -> Tensor[]");
   m.def("find_children(Tensor tokens, Tensor child_start, Tensor nodes, Tensor codes) -> (Tensor places, Tensor found)");
+  m.def("child_masks(Tensor tokens, Tensor child_start, int codes) -> Tensor");
   m.def("item_set(Tensor members, Tensor? item_order) -> (Tensor words, Tensor ranks)");
   m.def("parent_set(Tensor words, Tensor ranks, Tensor starts, int parents) -> (Tensor words, Tensor ranks)");
   m.def("run_marks(Tensor starts) -> Tensor");
@@ -195,6 +218,7 @@ STABLE_TORCH_LIBRARY_IMPL(dgi_kernels, CPU, m) {
   m.impl("code_ranges", TORCH_BOX(&code_ranges_cpu));
   m.impl("trie_arrays", TORCH_BOX(&trie_arrays_cpu));
   m.impl("find_children", TORCH_BOX(&find_children_cpu));
+  m.impl("child_masks", TORCH_BOX(&child_masks_cpu));
   m.impl("item_set", TORCH_BOX(&item_set_cpu));
   m.impl("parent_set", TORCH_BOX(&parent_set_cpu));
   m.impl("run_marks", TORCH_BOX(&run_marks_cpu));

@@ -22,8 +22,11 @@ def beam_step(trie: Trie, logits: Tensor, beams: Beams, num_beams: int, normaliz
     Raises:
         RuntimeError: a node is out of range (on CUDA it is dead).
     """
+    masks = None
+    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
+        masks = trie.parts.base.child_masks(beams.depth, trie.codebook_sizes[beams.depth])
     return _step(torch.ops.dgi_kernels.beam_step.default, trie, beams, filters, (logits,), num_beams, normalize,
-                 log_normalizer)
+                 log_normalizer, masks)
 
 
 def cosine_beam_step(trie: Trie, h: Tensor, codebook: Tensor, scale: float | Tensor, eps: float, beams: Beams,
@@ -52,7 +55,7 @@ def all_ended(tokens: Tensor) -> bool:
 
 def _step(op: Callable[..., tuple[Tensor, ...]], trie: Trie, beams: Beams,
           filters: TrieFilter | list[TrieFilter | None] | None, source: tuple[Any, ...], num_beams: int,
-          normalize: str, log_normalizer: Tensor | None) -> Beams:
+          normalize: str, log_normalizer: Tensor | None, *more: Tensor | None) -> Beams:
     depth, base, delta, added = beams.depth, trie.parts.base, trie.parts.delta, trie.parts.added
     sets, set_of = filter_arguments(filters, beams.nodes.shape[0], depth + 1)
     of_delta: list[Tensor] = []
@@ -65,7 +68,7 @@ def _step(op: Callable[..., tuple[Tensor, ...]], trie: Trie, beams: Beams,
         nodes, scores = nodes.long(), scores.to(compute)
     nodes, tokens, parents, scores = op(
         base.tokens[depth], base.child_start[depth], of_delta, anchors, sets, set_of, *source,
-        nodes, scores, log_normalizer, num_beams, NORMALIZE[normalize])
+        nodes, scores, log_normalizer, num_beams, NORMALIZE[normalize], *more)
     return Beams(nodes, tokens, parents, scores, depth + 1)
 
 

@@ -50,6 +50,7 @@ class TrieArrays:
     max_items: tuple[int, ...]
     id_bounds: tuple[int, int]
     _marks: tuple[Tensor, ...] | None = field(default=None, init=False, repr=False)
+    _masks: dict[tuple[int, int], Tensor | None] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def make(cls, tokens: tuple[Tensor, ...], child_start: tuple[Tensor, ...], item_start: Tensor | None,
@@ -108,6 +109,19 @@ class TrieArrays:
         for depth, starts in reversed(list(enumerate(levels, 1))):
             sets.append(parent_set(sets[-1], starts, self.num_nodes_at(depth)))
         return tuple(reversed(sets[-self.depth:]))
+
+    def child_masks(self, depth: int, codes: int) -> Tensor | None:
+        """Which of ``codes`` codes the children of each node of ``depth`` have, a bit for each code, for compiled steps
+        on the CPU; see :func:`native.child_masks`. None where the tokens take less memory.
+
+        Made when first asked for, and kept.
+        """
+        key = depth, codes
+        if key not in self._masks:
+            tokens, starts = self.tokens[depth], self.child_start[depth]
+            larger = 4 * (-(-codes // 32)) * (len(starts) - 1) > tokens.nbytes
+            self._masks[key] = None if larger else native.child_masks(tokens, starts, codes)
+        return self._masks[key]
 
     def _marks_of_children(self) -> tuple[Tensor, ...]:
         """``child_start[1:]``, as marks where compiled code reads them, which makes sets of nodes faster.

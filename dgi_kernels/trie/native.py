@@ -28,6 +28,12 @@ def find_children(tokens: Tensor, child_start: Tensor, nodes: Tensor, codes: Ten
     return places.view(shape), found.view(shape)
 
 
+def child_masks(tokens: Tensor, child_start: Tensor, codes: int) -> Tensor:
+    """Which of ``codes`` codes the children of each node have: (nodes, codes / 32 rounded up) int32, bit c % 32 of word
+    c / 32 for code c."""
+    return torch.ops.dgi_kernels.child_masks(tokens, child_start, codes)
+
+
 def parent_set(words: Tensor, ranks: Tensor, starts: Tensor, parents: int) -> tuple[Tensor, Tensor]:
     """As :func:`starts.parent_set`: words and ranks."""
     return torch.ops.dgi_kernels.parent_set(words, ranks, starts, parents)

@@ -161,7 +161,7 @@ template <class Real, class Token>
 bool one_case(Random& random, dgi::Normalize normalize, bool head) {
   const bool large = head && below(random, 8) == 0;  // enough beams and codes for bounds on their children
   const int64_t requests = below(random, large ? 6 : 3), width = below(random, large ? 60 : 6);
-  const int64_t codes = 1 + below(random, large ? 300 : 40);
+  const int64_t codes = 1 + below(random, large ? 300 : below(random, 4) == 0 ? 130 : 40);
   const int64_t num_beams = 1 + below(random, 90);
   // Nodes in the order of their prefixes: in the base, in the delta, or twins in both.
   const bool updated = below(random, 2) == 0;
@@ -257,6 +257,18 @@ bool one_case(Random& random, dgi::Normalize normalize, bool head) {
   step.nodes = {beams.data(), width, 1};
   step.scores = {scores.data(), width, 1};
   step.normalize = normalize;
+  std::vector<uint32_t> masks;
+  if (below(random, 2) == 0) {
+    const int64_t words = (codes + 31) / 32;
+    masks.resize(static_cast<size_t>(base_nodes * words));
+    for (int64_t node = 0; node < base_nodes; ++node) {
+      for (int64_t i = base.child_start[node]; i < base.child_start[node + 1]; ++i) {
+        const int64_t code = base.tokens[i];
+        if (code >= 0) masks[node * words + code / 32] |= uint32_t{1} << code % 32;
+      }
+    }
+    step.masks = {masks.data(), words};
+  }
   const dgi::cpu::BeamOutput out{out_nodes.data(), out_tokens.data(), out_parents.data(), out_scores.data()};
   if (head) {
     const dgi::cpu::CosineLogits<Real> source{h.data(), codebook.data(), codes, dim, Real{5}, static_cast<Real>(1e-12)};

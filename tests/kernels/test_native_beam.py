@@ -22,6 +22,7 @@ from dgi_kernels import (
     cosine_beam_step,
     cosine_logits,
 )
+from dgi_kernels.trie.arrays import TrieArrays
 from dgi_kernels.trie.filters import check_filters, filter_arguments
 
 from .oracles import Catalog, random_catalog
@@ -101,10 +102,14 @@ def test_many_children_and_equal_scores(normalize: str, num_beams: int) -> None:
 
 @pytest.mark.parametrize("share", [0.02, 0.4, 1.0], ids=["few", "many", "all"])
 @pytest.mark.parametrize("updates", [False, True], ids=["built", "updated"])
-def test_nodes_of_many_children_with_filters(share: float, updates: bool) -> None:
+@pytest.mark.parametrize("masks", [True, False], ids=["masks", "no masks"])
+def test_nodes_of_many_children_with_filters(share: float, updates: bool, masks: bool,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
     """A first cut is taken from a beam's own children, before the filter is asked: what lies below it must come back
     where the filter leaves too few, also where earlier beams have filled the list with less. Codes that pass the cut
     without being children must not count."""
+    if not masks:
+        monkeypatch.setattr(TrieArrays, "child_masks", lambda *_: None)
     codes = (torch.rand(40, 600) < share).nonzero()
     trie = Trie.from_codes(codes, codebook_sizes=[40, 600])
     if updates:
@@ -303,7 +308,7 @@ def test_the_ops_are_well_registered() -> None:
         beams = index.root(2)
         depth = (base.tokens[0], base.child_start[0], delta, anchors, sets, set_of)
         torch.library.opcheck(torch.ops.dgi_kernels.beam_step.default, (
-            *depth, torch.randn(2, 1, 5), beams.nodes, beams.scores, torch.zeros(2, 1), 3, 0))
+            *depth, torch.randn(2, 1, 5), beams.nodes, beams.scores, torch.zeros(2, 1), 3, 0, base.child_masks(0, 5)))
         torch.library.opcheck(torch.ops.dgi_kernels.cosine_beam_step.default, (
             *depth, torch.randn(2, 1, 4), torch.randn(5, 4), torch.tensor(2.0), 1e-12, beams.nodes, beams.scores, None,
             3, 0))
@@ -320,7 +325,7 @@ def test_direct_callers_are_stopped_too() -> None:
     root = trie.root(1)
     tokens, starts = trie.parts.base.tokens[0], trie.parts.base.child_start[0]
     words, ranks = torch.zeros(8, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-    good = [tokens, starts, [], [], [], [], torch.zeros(1, 1, 2), root.nodes, root.scores, None, 2, 0]
+    good = [tokens, starts, [], [], [], [], torch.zeros(1, 1, 2), root.nodes, root.scores, None, 2, 0, None]
     for place, value, message in (
             (0, tokens.long(), "tokens must be int16 or int32"), (0, tokens.unsqueeze(0), "tokens must be a contig"),
             (1, starts.short(), "child_start must be"), (2, [tokens], "delta and anchors do not fit"),
@@ -329,7 +334,9 @@ def test_direct_callers_are_stopped_too() -> None:
             (5, [0], None), (6, torch.zeros(1, 2), "logits must be"), (7, root.nodes + 1, "nodes must be in"),
             (7, root.nodes.int(), "nodes has the wrong dtype"), (8, root.scores.double(), "scores has the wrong dtype"),
             (9, torch.zeros(2, 1), "log_normalizer must be"), (10, 0, "num_beams must be at least 1"),
-            (11, 3, "normalize must be")):
+            (11, 3, "normalize must be"), (12, torch.zeros(1, 2, dtype=torch.int32), "child_masks must be"),
+            (12, torch.zeros(2, 1, dtype=torch.int32), "child_masks must be"),
+            (12, starts.view(1, -1), "child_masks must be")):
         arguments = [value if i == place else argument for i, argument in enumerate(good)]
         if message is None:
             torch.ops.dgi_kernels.beam_step(*arguments)

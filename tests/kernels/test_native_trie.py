@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dgi_kernels import _extension
+from dgi_kernels import Trie, _extension
 from dgi_kernels.trie import native, reference, starts
 from dgi_kernels.trie.item_set import BLOCK_WORDS, ItemSet, num_words
 from dgi_kernels.trie.rows import packed_rows
@@ -157,6 +157,32 @@ def test_children_are_found(tokens: torch.dtype, counts: torch.dtype) -> None:
             assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("tokens", [torch.int16, torch.int32], ids=str)
+@pytest.mark.parametrize("codes", [1, 31, 32, 33, 90])
+def test_masks_of_children(tokens: torch.dtype, codes: int) -> None:
+    table = torch.randint(-1, codes, (400, 2))
+    table[table[:, 0] < 0] = -1
+    (_, level), (_, child_start), _, _ = native.trie_arrays(table, tokens, torch.int32)
+    nodes = len(child_start) - 1
+    has = torch.zeros(nodes, 32 * -(-codes // 32), dtype=torch.bool)
+    for node in range(nodes):
+        mine = level[child_start[node]:child_start[node + 1]].long()
+        has[node, mine[mine >= 0]] = True
+    masks = native.child_masks(level, child_start, codes)
+    assert masks.dtype == torch.int32 and masks.shape == (nodes, -(-codes // 32))
+    assert torch.equal((masks.unsqueeze(-1) >> torch.arange(32, dtype=torch.int32) & 1).bool().flatten(1), has)
+    with pytest.raises(RuntimeError, match="a token is beyond the last code"):
+        native.child_masks(level + codes, child_start, codes)
+
+
+def test_masks_take_no_more_memory_than_tokens() -> None:
+    for share, kept in ((0.2, True), (0.01, False)):
+        arrays = Trie.from_codes((torch.rand(50, 640) < share).nonzero(), codebook_sizes=[50, 640]).parts.base
+        masks = arrays.child_masks(1, 640)
+        assert (masks is not None) == kept and masks is arrays.child_masks(1, 640)
+        assert masks is None or masks.nbytes <= arrays.tokens[1].nbytes
+
+
 @pytest.mark.parametrize(("codes", "message"), [
     (torch.zeros(3, dtype=torch.int64), "codes must have shape"), (torch.zeros(2, 3), "codes must be integers"),
     (torch.zeros(2, 0, dtype=torch.int64), "codes must have shape"),
@@ -222,6 +248,8 @@ def test_the_ops_are_well_registered() -> None:
         torch.tensor([1, 4, 2], dtype=torch.int16), torch.tensor([0, 2, 3]), torch.tensor([0, 1, -1]),
         torch.tensor([4, 4, 4])))
     marks = native.run_marks(torch.arange(9))
+    torch.library.opcheck(torch.ops.dgi_kernels.child_masks.default, (
+        torch.tensor([1, 4, 2], dtype=torch.int16), torch.tensor([0, 2, 3]), 40))
     torch.library.opcheck(torch.ops.dgi_kernels.run_starts.default, (marks, torch.arange(5)))
     torch.library.opcheck(torch.ops.dgi_kernels.item_set.default, (torch.rand(20) < 0.5, torch.randperm(20)))
     places = torch.ops.dgi_kernels.item_set(torch.rand(20) < 0.5, None)

@@ -93,7 +93,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> beam_step_cuda(
     const Tensor& tokens, const Tensor& child_start, const std::vector<Tensor>& delta, const std::vector<Tensor>& anchors,
     const std::vector<Tensor>& sets, const std::vector<int64_t>& set_of,
     const Tensor& logits, const Tensor& nodes, const Tensor& scores, const std::optional<Tensor>& log_normalizer,
-    int64_t num_beams, int64_t normalize) {
+    int64_t num_beams, int64_t normalize, const std::optional<Tensor>& /*child_masks*/) {  // no gain: real children only
   STD_TORCH_CHECK(logits.dim() == 3, kBeam, "logits must be (B, M, K)");
   check_devices(kStep, logits, tokens, child_start, delta, anchors, sets, nodes, scores, log_normalizer);
   const int64_t requests = logits.size(0), width = logits.size(1);
