@@ -6,8 +6,9 @@
 // looked up in the filter and kept. The first beams of a request have no threshold to go by: one is taken from their own
 // children, the num_beams'th of the largest of each of several groups of them.
 //
-// Where a node has many of the codes between its first and its last (a root, or most nodes of a small codebook), all these codes are compared, 32 at a time and without a gather. Which of those few that pass are children,
-// and which, a mask of the node's codes says; without one they are looked up among the tokens.
+// Where a node has many of the codes between its first and its last (a root, or most nodes of a small codebook), all
+// these codes are compared, 32 at a time and without a gather. Which of those few that pass are children, and which, a
+// mask of the node's codes says; without one they are looked up among the tokens.
 #pragma once
 
 #include <algorithm>
@@ -103,8 +104,10 @@ struct Run {
 // A live beam with children: the runs [first_run, end_run).
 template <class Real>
 struct Parent {
-  Real score, bound;  // no child scores more than the bound, where log-probabilities are normalised here
+  Real score, bound;  // no child scores more than the bound, where log-probabilities are normalised here,
+  Real peak;          // nor, with a log-sum-exp yet to be taken off, more than this
   int64_t beam, first_run, end_run;
+  int64_t held = -1;  // where the logits of its children are held, if they are
 };
 
 // One request at a time: its parents, its candidates, its result. Knows nothing of where logits come from.
@@ -120,6 +123,7 @@ class Request {
     best_.start(step_.num_beams);
     parents_.clear();
     runs_.clear();
+    held_.clear();
     slots_ = 0;
     for (int64_t m = 0; m < step_.width; ++m) {
       const int64_t node = step_.nodes.at(request_, m);
@@ -128,7 +132,7 @@ class Request {
       const int64_t first_run = static_cast<int64_t>(runs_.size());
       list_runs(m, step_.trie.children_of(node));
       if (static_cast<int64_t>(runs_.size()) > first_run) {
-        parents_.push_back({score, score, m, first_run, static_cast<int64_t>(runs_.size())});
+        parents_.push_back({score, score, -kDead, m, first_run, static_cast<int64_t>(runs_.size())});
       }
     }
     sort_by_bound();
@@ -138,20 +142,37 @@ class Request {
   // The live beams, those first whose children may score most, to be extended in this order.
   const std::vector<Parent<Real>>& parents() const { return parents_; }
 
-  // Lowers the bounds of parents to bound(parent, count, visit): how many children each has, and visit(f) calls f with the
-  // token of every one of them.
-  template <class Bound>
-  DGI_ALWAYS_INLINE inline void lower_bounds(const Bound& bound) {
+  // Makes room for the logits of the children of those parents that have at most `most`, none of them the end of a
+  // sequence: to be filled by whoever makes them, and then used by extend_held.
+  void hold_children(int64_t most) {
+    int64_t held = 0;
     for (Parent<Real>& parent : parents_) {
       const Run &run = runs_[parent.first_run], &last = runs_[parent.end_run - 1];
-      if (tokens_of(run)[run.first] == kEndToken) continue;  // the end of a sequence costs nothing
-      const auto visit = [&](const auto& f) DGI_ALWAYS_INLINE {
-        for (int64_t r = parent.first_run; r < parent.end_run; ++r) {
-          const Token* const tokens = tokens_of(runs_[r]);
-          for (int64_t i = runs_[r].first; i < runs_[r].end; ++i) f(tokens[i]);
-        }
-      };
-      const Real lower = bound(parent, last.slot + (last.end - last.first) - run.slot, visit);
+      const int64_t count = last.slot + (last.end - last.first) - run.slot;
+      if (count > most || tokens_of(run)[run.first] == kEndToken) continue;
+      parent.held = held;
+      held += count;
+    }
+    held_.resize(static_cast<size_t>(held));
+  }
+
+  // Calls f with the token of each child of a parent whose logits are held, and where that logit is.
+  template <class F>
+  DGI_ALWAYS_INLINE inline void visit_held(const Parent<Real>& parent, const F& f) {
+    Real* logit = held_.data() + parent.held;
+    for (int64_t r = parent.first_run; r < parent.end_run; ++r) {
+      const Token* const tokens = tokens_of(runs_[r]);
+      for (int64_t i = runs_[r].first; i < runs_[r].end; ++i) f(int64_t{tokens[i]}, logit++);
+    }
+  }
+
+  // Sets the peaks of those parents to peak(parent), and lowers their bounds to that less least_sum(parent).
+  template <class Peak, class Sum>
+  DGI_ALWAYS_INLINE inline void lower_bounds(const Peak& peak, const Sum& least_sum) {
+    for (Parent<Real>& parent : parents_) {
+      if (parent.held < 0) continue;
+      parent.peak = peak(parent);
+      const Real lower = parent.peak - least_sum(parent);
       if (lower < parent.bound) parent.bound = lower;
     }
     sort_by_bound();
@@ -161,7 +182,12 @@ class Request {
   bool is_done(const Parent<Real>& parent) {
     if (!step_.normalizes()) return false;
     best_.refresh();
-    return best_.full() && parent.bound < best_.threshold();
+    return room_above(parent.bound) < 0;
+  }
+
+  // How far a bound lies above the threshold that there is.
+  Real room_above(Real bound) const {
+    return best_.full() ? bound - best_.threshold() : std::numeric_limits<Real>::infinity();
   }
 
   // `logit(token)` is the logit of a code, `log_sum_exp()` that of all codes; either is asked for what is needed only. Where
@@ -177,14 +203,7 @@ class Request {
       return;
     }
     Normalizer<Real> normalizer;
-    if (step_.log_normalizer.data != nullptr) {
-      normalizer.offset = step_.log_normalizer.at(request_, parent.beam);
-      if (!(std::abs(normalizer.offset) <= std::numeric_limits<Real>::max())) return;
-    } else if (step_.normalize == Normalize::kFull) {
-      const LogSumExp<Real> sum = log_sum_exp();
-      if (sum.empty()) return;
-      normalizer = {sum.maximum, sum.log_sum()};
-    }
+    if (!find_normalizer(parent, log_sum_exp, normalizer)) return;
     for (int64_t r = parent.first_run; r < parent.end_run; ++r) {
       const Run& run = runs_[r];
       const Token* const tokens = tokens_of(run);
@@ -193,6 +212,19 @@ class Request {
       add_children({first, run.end}, run, parent.score, normalizer, allowed_, row(), tokens + first,
                    whole ? step_.masks.of(step_.nodes.at(request_, parent.beam)) : nullptr,
                    [=](int64_t i) DGI_ALWAYS_INLINE { return logit(tokens[i]); });
+    }
+  }
+
+  // The same for a parent whose logits are held.
+  template <class Sum>
+  DGI_ALWAYS_INLINE inline void extend_held(const Parent<Real>& parent, const Sum& log_sum_exp) {
+    Normalizer<Real> normalizer;
+    if (!find_normalizer(parent, log_sum_exp, normalizer)) return;
+    const Real* values = held_.data() + parent.held;
+    for (int64_t r = parent.first_run; r < parent.end_run; ++r) {
+      const Run& run = runs_[r];
+      add_values({run.first, run.end}, run, parent.score, normalizer, allowed_, values);
+      values += run.end - run.first;
     }
   }
 
@@ -218,6 +250,22 @@ class Request {
   }
 
  private:
+  // False where no child of the parent can be found.
+  template <class Sum>
+  DGI_ALWAYS_INLINE inline bool find_normalizer(const Parent<Real>& parent, const Sum& log_sum_exp,
+                                                Normalizer<Real>& normalizer) const {
+    if (step_.log_normalizer.data != nullptr) {
+      normalizer.offset = step_.log_normalizer.at(request_, parent.beam);
+      return std::abs(normalizer.offset) <= std::numeric_limits<Real>::max();
+    }
+    if (step_.normalize == Normalize::kFull) {
+      const LogSumExp<Real> sum = log_sum_exp();
+      if (sum.empty()) return false;
+      normalizer = {sum.maximum, sum.log_sum()};
+    }
+    return true;
+  }
+
   void sort_by_bound() {
     const auto better = [](const Parent<Real>& a, const Parent<Real>& b) { return a.bound > b.bound; };
     if (!std::is_sorted(parents_.begin(), parents_.end(), better)) {
@@ -283,11 +331,17 @@ class Request {
     for (int64_t r = parent.first_run; r < parent.end_run; ++r) {
       const Run& run = runs_[r];
       const int64_t first = first_code(run, ends);
-      add_children({first, run.end}, run, parent.score, {sum.maximum, sum.log_sum()}, nullptr, values,
-                   static_cast<const Token*>(nullptr), nullptr,
-                   [=](int64_t i) DGI_ALWAYS_INLINE { return values[i - first]; });
+      add_values({first, run.end}, run, parent.score, {sum.maximum, sum.log_sum()}, nullptr, values);
       values += run.end - first;
     }
+  }
+
+  // Adds the children of a run whose logits are `values`.
+  DGI_ALWAYS_INLINE inline void add_values(const Range& children, const Run& run, Real parent,
+                                           const Normalizer<Real>& normalizer, const AllowedItems* allowed,
+                                           const Real* values) {
+    add_children(children, run, parent, normalizer, allowed, values, static_cast<const Token*>(nullptr), nullptr,
+                 [&](int64_t i) DGI_ALWAYS_INLINE { return values[i - children.first]; });
   }
 
   // Adds the children of a run. `logit(i)` is that of child i; `allowed` is the filter that has not been asked yet. `row`
@@ -423,7 +477,7 @@ class Request {
   const AllowedItems* allowed_ = nullptr;
   std::vector<Run> runs_;  // of all parents, by slot
   std::vector<Parent<Real>> parents_;
-  std::vector<Real> values_, largest_;
+  std::vector<Real> held_, values_, largest_;
   Best<Real> best_;
 };
 
