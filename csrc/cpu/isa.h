@@ -26,7 +26,7 @@ struct Instructions : std::bool_constant<kFused> {
 #if defined(__x86_64__) && defined(__GNUC__)
 
 template <class Body>
-__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma"))) void on_avx512(const Body& body) {
+__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma,bmi2"))) void on_avx512(const Body& body) {
   body(Instructions<true, 64, 32>{});
 }
 
@@ -38,7 +38,7 @@ __attribute__((target("avx2,fma"))) void on_avx2(const Body& body) {
 template <class Body>
 void with_best_instructions(const Body& body) {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw")
-      && __builtin_cpu_supports("avx512vl")) {
+      && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("bmi2")) {
     on_avx512(body);
   } else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     on_avx2(body);
