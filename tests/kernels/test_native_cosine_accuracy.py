@@ -205,8 +205,9 @@ def test_zero_and_tiny_vectors() -> None:
         native_loss(*ours, target, 20.0, eps=eps).backward()
         F.cross_entropy(20.0 * F.normalize(usual[0], dim=-1, eps=eps) @ F.normalize(usual[1], dim=-1, eps=eps).T,
                         target).backward()
-        for a, e in zip(ours, usual, strict=True):
-            torch.testing.assert_close(a.grad.double(), e.grad, rtol=1e-3, atol=1e-5)
+        for a, e in zip(ours, usual, strict=True):  # row by row; what cancels within one is as large as scale / norm
+            bound = 1e-3 * e.grad.norm(dim=1) + 1e-5 * 20.0 / e.norm(dim=1).clamp(min=eps)
+            assert ((a.grad.double() - e.grad).norm(dim=1) <= bound).all()
 
 
 @native
