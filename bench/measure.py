@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import shlex
+import random
 import statistics
 import sys
 import time
@@ -24,13 +25,16 @@ Step = Callable[[], object]
 
 
 def interleaved(systems: Mapping[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call, the systems taking turns, so that what else the machine does falls on all alike."""
+    """Seconds of each call, the systems taking turns, so that what else the machine does falls on all alike; each round
+    in another order, so that none always finds the caches as the same other leaves them."""
     times: dict[str, list[float]] = {name: [] for name in systems}
     for run in systems.values():  # compiles, and warms up
         run()
+    order, shuffled = list(systems), random.Random(0)
     for _ in range(rounds):
-        for name, run in systems.items():
-            times[name].append(seconds(run))
+        shuffled.shuffle(order)
+        for name in order:
+            times[name].append(seconds(systems[name]))
     return times
 
 
