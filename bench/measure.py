@@ -9,8 +9,8 @@ import ctypes
 import json
 import os
 import platform
-import shlex
 import random
+import shlex
 import statistics
 import sys
 import time
