@@ -89,9 +89,7 @@ def main() -> int:
                         help="write what the kernels take: as their budgets, and for runs in which they are unchanged")
     parser.add_argument("--anew", action="store_true", help="compile what is unchanged, too: a quarter of an hour")
     options = parser.parse_args()
-    kept = Kept(Path(__file__).resolve().parents[1] / "build" / "gpu-code.json")
-    if options.anew:
-        kept.all = {}
+    kept = Kept(Path(__file__).resolve().parents[1] / "build" / "gpu-code.json", anew=options.anew)
     runs = []
     if options.only != "cuda":
         budgets = Budgets("triton", triton.__version__, recording=options.record)

@@ -94,10 +94,10 @@ READERS = (functions_of, lines_and_loops, loop_instructions, repeated_instructio
 
 class Kept:
     """Usages of earlier runs by the hash of all that they follow from: those recorded with the source, and this
-    machine's own."""
+    machine's own. ``anew``: none of them, only what this run has put."""
 
-    def __init__(self, path: Path, recorded: Path = COMPILED) -> None:
-        self.path, self.recorded = path, recorded
+    def __init__(self, path: Path, recorded: Path = COMPILED, *, anew: bool = False) -> None:
+        self.path, self.recorded, self.anew = path, recorded, anew
         self.all = self.read()
         self.used: dict[str, dict[str, list]] = {}
 
@@ -106,7 +106,7 @@ class Kept:
         return {key: usages for path in files for key, usages in json.loads(path.read_text()).items()}
 
     def get(self, key: str) -> dict[str, Usage] | None:
-        found = self.all.get(key)
+        found = (self.used if self.anew else self.all).get(key)
         if found is None:
             return None
         self.used[key] = found

@@ -67,6 +67,10 @@ def test_results_are_kept(tmp_path: Path) -> None:
     assert again.get("key") == {"kernel": Usage(1, 2, 3, 4, 5.5)}
     again.record(whole=True)
     assert set(json.loads(recorded.read_text())) == {"key"}
+    anew = Kept(own, recorded, anew=True)
+    assert anew.get("key") is None
+    anew.put("new", {})
+    assert anew.get("key") is None and anew.get("new") == {}
     own.unlink()
     later = Kept(own, recorded)
     assert later.get("key") == {"kernel": Usage(1, 2, 3, 4, 5.5)} and later.get("other") is None

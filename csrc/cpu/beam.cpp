@@ -8,10 +8,10 @@
 //
 // Bytes read: those of the logits, once, and 2 or 4 per child for its token; per logit 12 vector operations. One core of
 // an Intel Xeon with AVX-512, 1e6 clustered items, three levels of 2048 codes, 8 requests of 50 beams: a whole search takes
-// 1.7 times a copy of its logits, 1/13.5 of STATIC and 1/7.8 of STATIC compiled; with 64 requests 1.2, 1/29 and 1/10. The
-// fused head (D = 256) takes 1.08 times its matrix product alone, and 1/1.29 of head and step one after the other (64
-// requests: 1/1.23); with normalize="children" 1/11. A filter of half of the items adds 23 % to a search (64 requests:
-// 5 %), 1,000 changed items nothing. `python bench/bench_beam.py B8-M50 B64-M50`.
+// 1.3 times a copy of its logits, 1/14.7 of STATIC and 1/8.5 of STATIC compiled; with 64 requests 0.95, 1/31 and 1/12. The
+// fused head (D = 256) takes 0.97 of its matrix product alone, and 1/1.47 of head and step one after the other (64
+// requests: 1/1.43); with normalize="children" 1/10. A filter of half of the items adds 10 % to a search (64 requests:
+// 5 %), 1,000 changed items 9 % (nothing). `python bench/bench_beam.py B8-M50 B64-M50`.
 #include "beam.h"
 
 #include <algorithm>

@@ -5,6 +5,7 @@
 #include "dgi/beam.h"
 #include "dgi/convert.h"
 #include "dgi/trie.h"
+#include "trie.h"
 
 namespace dgi::cpu {
 
@@ -15,16 +16,6 @@ struct View {
   int64_t row_stride, column_stride;
 
   const Real& at(int64_t i, int64_t j) const { return data[i * row_stride + j * column_stride]; }
-};
-
-// Which codes the children of each node have: bit c % 32 of a node's word c / 32 for code c. Optional.
-struct ChildMasks {
-  static constexpr int kWordBits = 32;
-
-  const uint32_t* data = nullptr;
-  int64_t words = 0;  // of a node
-
-  const uint32_t* of(int64_t node) const { return data == nullptr ? nullptr : data + node * words; }
 };
 
 // B requests of `width` beams each.

@@ -166,13 +166,15 @@ class Request {
     }
   }
 
-  // Sets the peaks of those parents to peak(parent), and lowers their bounds to that less least_sum(parent).
-  template <class Peak, class Sum>
-  DGI_ALWAYS_INLINE inline void lower_bounds(const Peak& peak, const Sum& least_sum) {
+  // Sets the peaks of those parents, and lowers their bounds: limits(parent) is the peak, and what is the least to be taken
+  // off it.
+  template <class Limits>
+  DGI_ALWAYS_INLINE inline void lower_bounds(const Limits& limits) {
     for (Parent<Real>& parent : parents_) {
       if (parent.held < 0) continue;
-      parent.peak = peak(parent);
-      const Real lower = parent.peak - least_sum(parent);
+      const auto [peak, least_sum] = limits(parent);
+      parent.peak = peak;
+      const Real lower = peak - least_sum;
       if (lower < parent.bound) parent.bound = lower;
     }
     sort_by_bound();

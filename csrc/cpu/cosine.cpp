@@ -39,9 +39,7 @@ namespace {
 using namespace cosine;
 
 // With more entries than this a list saves nothing over its row of a matrix product; nor does any list of few dimensions,
-// where two products cost less than to look for it: peaked, lists take 1.17 times what dense rows take at D = 64, 1.07 at 96
-// and 0.90 at 128 (N = K = 4096, as in bench/bench_cosine.py, with and without them in turns). Entries hold rows as 32-bit
-// numbers.
+// where two products cost less than to look for it. Entries hold rows as 32-bit numbers.
 template <class Real>
 int64_t list_limit(int64_t rows, int64_t codes, int64_t dim) {
   constexpr int64_t kLeastDim = 112;

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <limits>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "beam.h"
@@ -70,24 +71,24 @@ class ChildBounds {
 
   ChildBounds(const CosineLogits<Stored>& in, const HeadTile<Stored>& tile)
       : in_(in), tile_(tile),
-        margin_(kEpsilon * std::abs(in.scale)
-                * static_cast<Real>(4 * in.dim + in.codes / HeadTile<Stored>::kBlock + HeadTile<Stored>::kBlock + 64)) {}
+        margin_(kEpsilon * (16 * (1 + std::log(static_cast<Real>(in.codes)))
+                            + std::abs(in.scale) * static_cast<Real>(4 * in.dim + in.codes / HeadTile<Stored>::kBlock
+                                                                     + HeadTile<Stored>::kBlock + 64))) {}
 
   // Lowers the bounds of a request's parents whose children's logits are held; `x` has room for a row.
   template <class Token>
   void apply(Request<Real, Token>& worker, const Stored* h, Real* x) const {
     with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
-      worker.lower_bounds(
-          [&](const Parent<Real>& parent) DGI_ALWAYS_INLINE {
-            scaled_row<fused.value>(in_, h + parent.beam * in_.dim, x);
-            Real best = -std::numeric_limits<Real>::infinity();
-            worker.visit_held(parent, [&](int64_t token, Real*) DGI_ALWAYS_INLINE {
-              const Real logit = tile_.rnorm()[token] * dot<fused.value>(tile_.codebook() + token * in_.dim, x, in_.dim);
-              best = logit > best ? logit : best;
-            });
-            return parent.score + best + margin_ + 16 * kEpsilon * std::abs(parent.score);
-          },
-          [&](const Parent<Real>&) DGI_ALWAYS_INLINE { return least_from<fused.value>(0, x); });
+      worker.lower_bounds([&](const Parent<Real>& parent) DGI_ALWAYS_INLINE {
+        scaled_row<fused.value>(in_, h + parent.beam * in_.dim, x);
+        Real best = -std::numeric_limits<Real>::infinity();
+        worker.visit_held(parent, [&](int64_t token, Real*) DGI_ALWAYS_INLINE {
+          const Real logit = tile_.rnorm()[token] * dot<fused.value>(tile_.codebook() + token * in_.dim, x, in_.dim);
+          best = logit > best ? logit : best;
+        });
+        const Real peak = parent.score + best + margin_ + 16 * kEpsilon * std::abs(parent.score);
+        return std::pair{peak, least_from<fused.value>(0, x)};
+      });
     });
   }
 
@@ -113,7 +114,7 @@ class ChildBounds {
 
   const CosineLogits<Stored>& in_;
   const HeadTile<Stored>& tile_;
-  Real margin_;  // what rounding may add to either dot product
+  Real margin_;  // what rounding may add to either dot product, and to the logarithm of a sum
 };
 
 // A step by tiles of products of all codes with the best beams left of each of a group of requests.
@@ -241,19 +242,20 @@ class TiledStep {
     for (int stage = 0; stage < kStages && tile_.panels_left() > 0; ++stage) {
       tile_.compute(stage, stage + 1, wants_sums_);
       if (stage + 1 == kStages) break;
-      while (tile_.panels_left() > 0 && is_hopeless(tile_.last_left(), stage + 1, x.get())) tile_.drop_last();
+      while (tile_.panels_left() > 0 && is_hopeless(tile_.panels_left() - 1, stage + 1, x.get())) tile_.drop_last();
     }
   }
 
   bool is_hopeless(int64_t panel, int stage, Real* x) const {
     const int64_t first = panel * tile_.lanes(), last = std::min<int64_t>(rows_.size(), first + tile_.lanes());
-    return std::all_of(rows_.begin() + first, rows_.begin() + last, [&](const Row& row) {
-      const Turn& turn = turns_[row.turn];
-      const Parent<Real>& parent = turn.parent(row.parent);
-      const int64_t r = turn.rows[row.parent - turn.next];
-      return parent.held >= 0
-             && turn.worker.room_above(parent.peak - bounds_->least_sum(r, stage, hidden(row), x)) < 0;
-    });
+    for (int64_t r = first; r < last; ++r) {
+      const Turn& turn = turns_[rows_[r].turn];
+      const Parent<Real>& parent = turn.parent(rows_[r].parent);
+      if (parent.held < 0) return false;
+      const Real bound = parent.peak - bounds_->least_sum(r, stage, hidden(rows_[r]), x);
+      if (!(turn.worker.room_above(bound) < 0)) return false;
+    }
+    return true;
   }
 
   void extend() {

@@ -162,14 +162,12 @@ class HeadTile {
 
   // How many rows the next tile will have; each is to be set, and to be kept or its logits asked for.
   void start(int64_t rows) {
+    panels_ = panels_left_ = (rows + lanes_ - 1) / lanes_;
     wanted_.clear();
-    first_wanted_.assign(static_cast<size_t>((rows + lanes_ - 1) / lanes_ * blocks_), -1);
-    keeps_.assign(static_cast<size_t>((rows + lanes_ - 1) / lanes_), false);
-    left_.clear();
-    for (int64_t panel = 0; panel * lanes_ < rows; ++panel) left_.push_back(panel);
+    first_wanted_.assign(static_cast<size_t>(panels_ * blocks_), -1);
+    keeps_.assign(static_cast<size_t>(panels_), false);
     const int64_t in_last = rows % lanes_;  // their panel is padded with zeros, and narrower where half of it will do
     last_lanes_ = in_last == 0 || 2 * in_last > lanes_ ? lanes_ : lanes_ / 2;
-    panels_ = (rows + lanes_ - 1) / lanes_;
     if (in_last != 0) {
       Real* const panel = rows_.get() + (panels_ - 1) * lanes_ * head_.dim;
       std::fill(panel, panel + last_lanes_ * head_.dim, Real{0});
@@ -212,14 +210,14 @@ class HeadTile {
 
   // Makes the tile for the stages [first, end) and the panels that are left, and the log-sum-exps where they are wanted.
   void compute(int first_stage, int end_stage, bool wants_sums) {
-    const int64_t from = begin(first_stage), blocks = begin(end_stage) - from, panels = panels_left();
+    const int64_t from = begin(first_stage), blocks = begin(end_stage) - from, panels = panels_left_;
     parallel_for(blocks * panels, grain(kBlock * lanes_ * head_.dim / 16), [&](int64_t first, int64_t last) {
       with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
         constexpr int kWidth = fused.kVectorBytes / static_cast<int>(sizeof(Real));
         constexpr int kSums = fused.kVectorRegisters * 3 / 4;
         const Buffer<Real> logits = make_buffer<Real>(kBlock * lanes_);
         for (int64_t i = first; i < last; ++i) {
-          const int64_t block = from + i / panels, panel = left_[i % panels];
+          const int64_t block = from + i / panels, panel = i % panels;
           if (lanes_of(panel) == 2 * kWidth) {
             compute_block<fused.value, kSums / 2, 2 * kWidth>(block, panel, wants_sums, logits.get());
           } else {
@@ -230,10 +228,9 @@ class HeadTile {
     });
   }
 
-  // Panels that have not been dropped, by the order of their rows; the last may be.
-  int64_t panels_left() const { return static_cast<int64_t>(left_.size()); }
-  int64_t last_left() const { return left_.back(); }
-  void drop_last() { left_.pop_back(); }
+  // Panels of `lanes` rows each that have not been dropped: the first ones, of which the last may be.
+  int64_t panels_left() const { return panels_left_; }
+  void drop_last() { --panels_left_; }
   int64_t lanes() const { return lanes_; }
 
   // The logit of code k of a row that is kept lies at logits(row)[k * stride(row)].
@@ -318,8 +315,7 @@ class HeadTile {
   std::vector<Wanted> wanted_;
   std::vector<int64_t> first_wanted_;  // (panels, blocks)
   std::vector<char> keeps_;            // (panels)
-  std::vector<int64_t> left_;
-  int64_t blocks_, lanes_ = 0, last_lanes_ = 0, panels_ = 0;
+  int64_t blocks_, lanes_ = 0, last_lanes_ = 0, panels_ = 0, panels_left_ = 0;
   Buffer<Real> rnorm_, converted_, rows_, logits_, maxima_, sums_;
   std::vector<Real> means_;  // (kStages, dim)
 };

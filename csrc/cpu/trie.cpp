@@ -119,7 +119,7 @@ template void find_children(const TrieLevel<int32_t>&, int64_t, const int64_t*, 
 
 template <class Token>
 void write_child_masks(const TrieLevel<Token>& level, int64_t words, uint32_t* masks) {
-  constexpr int kWordBits = 32;
+  constexpr int kWordBits = ChildMasks::kWordBits;
   parallel_for(level.nodes, grain(8 * words), [&](int64_t first, int64_t last) {
     std::fill(masks + first * words, masks + last * words, 0);
     for (int64_t node = first; node < last; ++node) {

@@ -83,7 +83,19 @@ template <class Token>
 void find_children(const TrieLevel<Token>& level, int64_t children, const int64_t* nodes, const int64_t* codes,
                    int64_t count, int64_t* places, bool* found);
 
-// The words (nodes, words) of dgi::cpu::ChildMasks; no code is beyond the last word.
+// Which codes the children of each node have: bit c % 32 of a node's word c / 32 for code c. Optional.
+struct ChildMasks {
+  static constexpr int kWordBits = 32;
+
+  const uint32_t* data = nullptr;
+  int64_t words = 0;  // of a node
+
+  static constexpr int64_t words_for(int64_t codes) { return (codes + kWordBits - 1) / kWordBits; }
+
+  const uint32_t* of(int64_t node) const { return data == nullptr ? nullptr : data + node * words; }
+};
+
+// The words (nodes, words) of ChildMasks; no code is beyond the last word.
 template <class Token>
 void write_child_masks(const TrieLevel<Token>& level, int64_t words, uint32_t* masks);
 

@@ -35,8 +35,7 @@ void check_nodes(const dgi::cpu::View<int64_t>& nodes, int64_t rows, int64_t col
 
 // As child_masks makes them.
 dgi::cpu::ChildMasks masks_of(const Tensor& masks, int64_t nodes, int64_t codes) {
-  constexpr int64_t kWordBits = dgi::cpu::ChildMasks::kWordBits;
-  STD_TORCH_CHECK(masks.dim() == 2 && masks.size(0) == nodes && masks.size(1) <= (codes + kWordBits - 1) / kWordBits
+  STD_TORCH_CHECK(masks.dim() == 2 && masks.size(0) == nodes && masks.size(1) <= dgi::cpu::ChildMasks::words_for(codes)
                       && masks.is_contiguous() && masks.scalar_type() == ScalarType::Int,
                   kBeam, "child_masks must be contiguous int32 (nodes, words), a bit for each code");
   return {static_cast<const uint32_t*>(masks.const_data_ptr()), masks.size(1)};

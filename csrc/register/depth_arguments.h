@@ -38,23 +38,16 @@ class DepthArguments {
   template <class Token>
   dgi::TrieDepth<Token> depth() const {
     dgi::TrieDepth<Token> depth;
-    depth.base = level<Token>(tokens_, child_start_);
+    depth.base = level_of<Token>(tokens_, child_start_);
     depth.base_children = tokens_.numel();
     if (delta_.empty()) return depth;
-    depth.delta = level<Token>(delta_[0], delta_[1]);
+    depth.delta = level_of<Token>(delta_[0], delta_[1]);
     depth.nodes = anchors_of(anchors_[0]);
     depth.children = anchors_of(anchors_[1]);
     return depth;
   }
 
  private:
-  template <class Token>
-  static dgi::TrieLevel<Token> level(const Tensor& tokens, const Tensor& child_start) {
-    check_array("tokens", tokens, sizeof(Token) == 2 ? ScalarType::Short : ScalarType::Int);
-    STD_TORCH_CHECK(child_start.numel() >= 1, kBeam, "child_start must have an element more than there are nodes");
-    return {data_of<Token>(tokens), offsets_of("child_start", child_start), child_start.numel() - 1};
-  }
-
   const Tensor &tokens_, &child_start_;
   const std::vector<Tensor>&delta_, &anchors_;
 };

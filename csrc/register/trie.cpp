@@ -105,15 +105,10 @@ std::tuple<Tensor, Tensor> find_children_cpu(const Tensor& tokens, const Tensor&
   check_array("nodes", nodes, ScalarType::Long);
   check_array("codes", codes, ScalarType::Long);
   STD_TORCH_CHECK(nodes.numel() == codes.numel(), "find_children: nodes and codes must be of one size");
-  STD_TORCH_CHECK(child_start.numel() >= 1, "find_children: child_start must have an element more than there are nodes");
   Tensor places = torch::stable::empty({nodes.numel()}, ScalarType::Long);
   Tensor found = torch::stable::empty({nodes.numel()}, ScalarType::Bool);
   const auto find = [&](auto token) {
-    using Token = decltype(token);
-    check_array("tokens", tokens, sizeof(Token) == 2 ? ScalarType::Short : ScalarType::Int);
-    const dgi::TrieLevel<Token> level{data_of<Token>(tokens), offsets_of("child_start", child_start),
-                                      child_start.numel() - 1};
-    dgi::cpu::find_children(level, tokens.numel(), data_of<int64_t>(nodes), data_of<int64_t>(codes), nodes.numel(),
+    dgi::cpu::find_children(level_of<decltype(token)>(tokens, child_start), tokens.numel(), data_of<int64_t>(nodes), data_of<int64_t>(codes), nodes.numel(),
                             places.mutable_data_ptr<int64_t>(), static_cast<bool*>(found.mutable_data_ptr()));
   };
   tokens.scalar_type() == ScalarType::Short ? find(int16_t{}) : find(int32_t{});
@@ -122,22 +117,17 @@ std::tuple<Tensor, Tensor> find_children_cpu(const Tensor& tokens, const Tensor&
 
 // dgi::cpu::ChildMasks (nodes, words) for a codebook of `codes` codes, as int32.
 Tensor child_masks_cpu(const Tensor& tokens, const Tensor& child_start, int64_t codes) {
-  constexpr int64_t kWordBits = 32;
   STD_TORCH_CHECK(codes >= 1, "child_masks: codes must be at least 1; got ", codes);
-  STD_TORCH_CHECK(child_start.numel() >= 1, "child_masks: child_start must have an element more than there are nodes");
-  const int64_t nodes = child_start.numel() - 1, words = (codes + kWordBits - 1) / kWordBits;
-  Tensor masks = torch::stable::empty({nodes, words}, ScalarType::Int);
-  const auto write = [&](auto token) {
-    using Token = decltype(token);
-    check_array("tokens", tokens, sizeof(Token) == 2 ? ScalarType::Short : ScalarType::Int);
-    const Token* const all = data_of<Token>(tokens);
-    STD_TORCH_CHECK(std::all_of(all, all + tokens.numel(), [&](Token c) { return c < codes; }),
+  const auto make = [&](auto token) {
+    const auto level = level_of<decltype(token)>(tokens, child_start);
+    STD_TORCH_CHECK(std::all_of(level.tokens, level.tokens + tokens.numel(), [&](int64_t code) { return code < codes; }),
                     "child_masks: a token is beyond the last code");
-    dgi::cpu::write_child_masks(dgi::TrieLevel<Token>{all, offsets_of("child_start", child_start), nodes}, words,
-                                static_cast<uint32_t*>(masks.mutable_data_ptr()));
+    const int64_t words = dgi::cpu::ChildMasks::words_for(codes);
+    Tensor masks = torch::stable::empty({level.nodes, words}, ScalarType::Int);
+    dgi::cpu::write_child_masks(level, words, static_cast<uint32_t*>(masks.mutable_data_ptr()));
+    return masks;
   };
-  tokens.scalar_type() == ScalarType::Short ? write(int16_t{}) : write(int32_t{});
-  return masks;
+  return tokens.scalar_type() == ScalarType::Short ? make(int16_t{}) : make(int32_t{});
 }
 
 // The set of the nodes that have a member of a set among their children, or leaves among their places; starts as

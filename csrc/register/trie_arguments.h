@@ -33,6 +33,14 @@ inline dgi::Offsets rows_of(const char* name, const std::optional<Tensor>& x) {
   return {x->const_data_ptr(), dgi::Offsets::Stored::kUInt24};
 }
 
+// The edges out of one depth.
+template <class Token>
+dgi::TrieLevel<Token> level_of(const Tensor& tokens, const Tensor& child_start) {
+  check_array("tokens", tokens, sizeof(Token) == 2 ? ScalarType::Short : ScalarType::Int);
+  STD_TORCH_CHECK(child_start.numel() >= 1, "dgi_kernels: child_start must have an element more than there are nodes");
+  return {data_of<Token>(tokens), offsets_of("child_start", child_start), child_start.numel() - 1};
+}
+
 // The child_start of the levels below some depth, and item_start.
 class Below {
  public:

@@ -22,6 +22,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch import library as torch_library
 
 from dgi_kernels import _extension
 
@@ -98,7 +99,7 @@ class Ops:
                 part.replace(library)
         torch.ops.load_library(str(library))
         self._library = ctypes.CDLL(str(library))
-        self._products = torch.library.Library("aten", "IMPL")
+        self._products = torch_library.Library("aten", "IMPL")
         if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::mm.dtype_out", "CPU"):
             self._products.impl("mm.dtype_out", wide_product, "CPU")
 

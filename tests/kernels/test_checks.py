@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from torch import library
 
 from dgi_kernels import checks
 
@@ -98,5 +99,5 @@ def test_values_are_not_read_where_that_would_cost_a_sync(monkeypatch: pytest.Mo
 def test_the_operators_of_compiled_code_pass_torchs_own_checks() -> None:
     for requires_grad in (False, True):
         scale = torch.tensor(2.0, requires_grad=requires_grad)
-        torch.library.opcheck(torch.ops.dgi_kernels.checked_scalar.default, (scale, "x", True))
-    torch.library.opcheck(torch.ops.dgi_kernels.checked_index.default, (torch.tensor([1]), 0, 2, None, "x"))
+        library.opcheck(torch.ops.dgi_kernels.checked_scalar.default, (scale, "x", True))
+    library.opcheck(torch.ops.dgi_kernels.checked_index.default, (torch.tensor([1]), 0, 2, None, "x"))

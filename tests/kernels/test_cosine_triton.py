@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 from .interpreter import (
     DEVICE,
@@ -343,7 +343,7 @@ def test_operator_registration(form: str) -> None:
     h, weight, target = inputs(9, 5, 11)
     gamma = torch.tensor(20.0, device=DEVICE, requires_grad=True)
     arguments = (h.requires_grad_(), weight.requires_grad_(), target, gamma, -100, 0.1, 1e-12, True)
-    torch.library.opcheck(torch.ops.dgi_kernels.cosine_loss_triton.default, arguments)
+    library.opcheck(torch.ops.dgi_kernels.cosine_loss_triton.default, arguments)
 
 
 @runs

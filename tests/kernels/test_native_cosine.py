@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from dgi_kernels import cosine_cross_entropy, cosine_logits
 
@@ -129,12 +129,12 @@ def test_leading_dimensions_and_strides() -> None:
 def test_ops_are_well_registered() -> None:
     h, weight, target = random_inputs(5, 3, 7)
     scale, ops = torch.tensor(9.0), torch.ops.dgi_kernels
-    torch.library.opcheck(ops.cosine_logits.default, (h, weight, scale, 1e-12))
-    torch.library.opcheck(ops.cosine_logits_backward.default,
+    library.opcheck(ops.cosine_logits.default, (h, weight, scale, 1e-12))
+    library.opcheck(ops.cosine_logits_backward.default,
                           (torch.randn(5, 7), h, weight, scale, 1e-12, True, False, True))
     for upstream, reduction, wanted in ((None, 1, (True,) * 3), (torch.rand(5), 0, (True, False, True)),
                                         (None, 0, (False,) * 3)):
-        torch.library.opcheck(ops.cosine_cross_entropy.default,
+        library.opcheck(ops.cosine_cross_entropy.default,
                               (h, weight, target, scale, upstream, -100, reduction, 0.1, 1e-12, *wanted))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 from dgi_kernels import _extension, assign_codes, gumbel_softmax, residual_quantize
 
@@ -243,15 +243,15 @@ def test_ops_are_well_registered(seeded: bool) -> None:
     z, books, scale, tau = torch.randn(5, 3), torch.randn(9, 3), torch.tensor(9.0), torch.tensor(0.8)
     seed = torch.tensor([3]) if seeded else None
     options = ([4, 5], scale, tau, seed, 7, 0, 1e-12, 2)
-    torch.library.opcheck(ops.residual_quantize.default, (z, books, *options[:-1], 0))  # room is left as it was
+    library.opcheck(ops.residual_quantize.default, (z, books, *options[:-1], 0))  # room is left as it was
     result = ops.residual_quantize(z, books, *options)
     upstream = (torch.randn(5, 2, 3), None, None, torch.randn(5, 2))
-    torch.library.opcheck(ops.residual_quantize_backward.default,
+    library.opcheck(ops.residual_quantize_backward.default,
                           (*upstream, result[4], result[2], *result[5:], books, *options[:-1],
                            True, seeded, True, not seeded))
     logits = torch.randn(4, 6)
-    torch.library.opcheck(ops.gumbel_softmax.default, (logits, tau, torch.tensor([3]), seeded))
-    torch.library.opcheck(ops.gumbel_softmax_backward.default, (logits, logits, tau, torch.tensor([3]), seeded))
+    library.opcheck(ops.gumbel_softmax.default, (logits, tau, torch.tensor([3]), seeded))
+    library.opcheck(ops.gumbel_softmax_backward.default, (logits, logits, tau, torch.tensor([3]), seeded))
 
 
 def test_direct_callers_are_stopped_too() -> None:

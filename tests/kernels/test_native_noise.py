@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import library
 
 from dgi_kernels import _extension
 
@@ -207,4 +208,4 @@ def test_seed_must_be_one_int64(seed: torch.Tensor) -> None:
 
 @native
 def test_noise_is_well_registered() -> None:
-    torch.library.opcheck(torch.ops.dgi_kernels.gumbel_noise.default, (torch.tensor([3]), 1, 0, 5, 6, 7))
+    library.opcheck(torch.ops.dgi_kernels.gumbel_noise.default, (torch.tensor([3]), 1, 0, 5, 6, 7))

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from dgi_kernels import Trie, _extension
 from dgi_kernels.trie import native, reference, starts
@@ -243,17 +243,17 @@ def test_direct_callers_of_marks_are_stopped_too() -> None:
 
 
 def test_the_ops_are_well_registered() -> None:
-    torch.library.opcheck(torch.ops.dgi_kernels.code_ranges.default, (torch.randint(-1, 5, (20, 3)),))
-    torch.library.opcheck(torch.ops.dgi_kernels.find_children.default, (
+    library.opcheck(torch.ops.dgi_kernels.code_ranges.default, (torch.randint(-1, 5, (20, 3)),))
+    library.opcheck(torch.ops.dgi_kernels.find_children.default, (
         torch.tensor([1, 4, 2], dtype=torch.int16), torch.tensor([0, 2, 3]), torch.tensor([0, 1, -1]),
         torch.tensor([4, 4, 4])))
     marks = native.run_marks(torch.arange(9))
-    torch.library.opcheck(torch.ops.dgi_kernels.child_masks.default, (
+    library.opcheck(torch.ops.dgi_kernels.child_masks.default, (
         torch.tensor([1, 4, 2], dtype=torch.int16), torch.tensor([0, 2, 3]), 40))
-    torch.library.opcheck(torch.ops.dgi_kernels.run_starts.default, (marks, torch.arange(5)))
-    torch.library.opcheck(torch.ops.dgi_kernels.item_set.default, (torch.rand(20) < 0.5, torch.randperm(20)))
+    library.opcheck(torch.ops.dgi_kernels.run_starts.default, (marks, torch.arange(5)))
+    library.opcheck(torch.ops.dgi_kernels.item_set.default, (torch.rand(20) < 0.5, torch.randperm(20)))
     places = torch.ops.dgi_kernels.item_set(torch.rand(20) < 0.5, None)
-    torch.library.opcheck(torch.ops.dgi_kernels.parent_set.default, (*places, torch.tensor([0, 3, 20]), 2))
+    library.opcheck(torch.ops.dgi_kernels.parent_set.default, (*places, torch.tensor([0, 3, 20]), 2))
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
