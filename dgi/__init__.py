@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from dgi import _moved
+
 if TYPE_CHECKING:
     from dgi import data, integrations, metrics
     from dgi.batches import Batch, make_batch
@@ -50,6 +52,7 @@ _MODULES = {
     "search": ("Searcher",),
     "train": ("Trainer",),
 }
+_moved.install()
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __version__ = "0.1.0"
@@ -91,7 +94,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _MODULE_OF:
         return getattr(importlib.import_module(f"dgi.{_MODULE_OF[name]}"), name)
-    if name in _MODULES:
+    if name in __all__:
         return importlib.import_module(f"dgi.{name}")
     raise AttributeError(f"module 'dgi' has no attribute {name!r}")
 
