@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from dgi import _moved
 
 if TYPE_CHECKING:
-    from dgi import data, integrations, metrics
+    from dgi import data, integrations
+    from dgi.evaluation import metrics
     from dgi.batches import Batch, make_batch
     from dgi.checkpoint import CheckpointError, load_model, save_model
     from dgi.config import ModelConfig, TrainConfig
@@ -43,10 +44,8 @@ _MODULES = {
     "data": ("Catalog", "DataError", "Dataset", "Interactions", "Judgments", "load_catalog", "load_dataset",
              "load_interactions", "load_judgments", "load_movielens"),
     "heads": ("CosineHead",),
-    "integrations": (),
     "index": ("DGIIndex", "IndexFormatError", "SearchResult"),
     "losses": ("DGILoss",),
-    "metrics": (),
     "model": ("DGIModel", "DualEncoder"),
     "quantizer": ("ResidualQuantizer",),
     "search": ("Searcher",),

@@ -12,7 +12,11 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-MOVED: dict[str, str] = {}
+MOVED: dict[str, str] = {
+    "dgi.evaluate": "dgi.evaluation.evaluate",
+    "dgi.metrics": "dgi.evaluation.metrics",
+    "dgi.plots": "dgi.evaluation.plots",
+}
 
 
 class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from dgi import evaluate
+from dgi.evaluation import evaluate
 from dgi.baselines import rank_by_popularity
 from dgi.checkpoint import RunFolder
 from dgi.config import ModelConfig, TrainConfig, to_dict

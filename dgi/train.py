@@ -377,7 +377,7 @@ class Trainer:
         return json.loads(json.dumps(description))  # as it will be read back, tuples being lists
 
     def _write_results(self, folder: RunFolder) -> None:
-        from dgi.plots import training_curve  # matplotlib, which only this needs
+        from dgi.evaluation.plots import training_curve  # matplotlib, which only this needs
 
         save_model(self.model, folder.model_path)
         training_curve(folder.metrics.path, folder.curve_path)

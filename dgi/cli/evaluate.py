@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from dgi.data import load_judgments
-    from dgi.evaluate import evaluate_judgments, write_results
+    from dgi.evaluation.evaluate import evaluate_judgments, write_results
 
     data = load_data(args.data)
     judgments = None if args.judgments is None else load_judgments(args.judgments, data.catalog,
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _evaluate_test_set(args: argparse.Namespace, data: Dataset, searcher: Searcher) -> dict[str, Any]:
-    from dgi import evaluate
+    from dgi.evaluation import evaluate
     from dgi.baselines import rank_by_popularity
 
     test = evaluate.sample(data.test, args.max_queries)
@@ -93,7 +93,7 @@ def _evaluate_test_set(args: argparse.Namespace, data: Dataset, searcher: Search
 
 
 def _show(results: dict[str, Any]) -> None:
-    from dgi.evaluate import judgments_table, results_table
+    from dgi.evaluation.evaluate import judgments_table, results_table
 
     print(f"{results['queries']:,} of {results['test_interactions']:,} test interactions of {results['data']}")
     print(results_table(results["systems"]))

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from dgi.index import DGIIndex
-    from dgi.metrics import collisions
+    from dgi.evaluation.metrics import collisions
 
     model = load_trained(args.model, device(args.device))
     index = DGIIndex.build(model, load_catalog(args.data), batch_size=args.batch_size, progress=args.progress)

@@ -15,7 +15,7 @@ import dgi
 from dgi.cli import COMMANDS, main
 from dgi.cli.train import configs
 from dgi.data import load_dataset
-from dgi.evaluate import sample
+from dgi.evaluation.evaluate import sample
 from dgi.index import DGIIndex
 from tests.dgi.tiny_folder import ITEMS, SETTINGS, write_data, write_judgments
 
@@ -38,7 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the picture out, which takes longest in a run so small."""
-    monkeypatch.setattr("dgi.plots.bucket_picture", lambda *_, **__: None)
+    monkeypatch.setattr("dgi.evaluation.plots.bucket_picture", lambda *_, **__: None)
 
 
 def search(run: Path, *arguments: str) -> int:
@@ -108,7 +108,7 @@ def test_eval_reports_index_judgments_and_a_sample_and_is_deterministic(
     assert set(results["judgments"]) == {"DGI", "exact cosine"} and results["judgments"]["DGI"]["queries"] == 2
     assert (tmp_path / "a/buckets.png").read_bytes().startswith(b"\x89PNG")
     assert "metrics.json" in capsys.readouterr().out
-    monkeypatch.setattr("dgi.plots.bucket_picture", lambda *_, **__: None)
+    monkeypatch.setattr("dgi.evaluation.plots.bucket_picture", lambda *_, **__: None)
     again = evaluate(run, tmp_path / "b", "--judgments", str(judgments), "--max-queries", "7")
     assert again == results
 
@@ -132,7 +132,7 @@ def test_a_target_in_its_history_is_told_and_can_be_kept(run: Path, tmp_path: Pa
 
 def test_resume_takes_the_settings_of_the_run(run: Path, monkeypatch: pytest.MonkeyPatch,
                                               capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("dgi.plots.training_curve", lambda *_: None)
+    monkeypatch.setattr("dgi.evaluation.plots.training_curve", lambda *_: None)
     model = (run / "model/model.safetensors").read_bytes()
     common = ["train", "--data", str(run / "data"), "--output", str(run / "model"), QUIET]
     assert main(common) == 2

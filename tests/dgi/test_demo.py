@@ -12,7 +12,7 @@ import dgi.demo
 from dgi.checkpoint import load_model
 from dgi.cli import main
 from dgi.data import load_dataset
-from dgi.evaluate import sample
+from dgi.evaluation.evaluate import sample
 from dgi.index import DGIIndex
 from dgi.search import Searcher
 from tests.dgi.tiny_folder import write_data
@@ -41,8 +41,8 @@ def test_the_demo_leaves_what_it_prints_and_can_be_run_again(tmp_path: Path, mon
     assert metrics["systems"]["DGI"]["overall"]["hit_rate@10"] == pytest.approx(np.mean(hits))
     assert printed.count("chosen next") == 5, "each example marks or names the item chosen"
 
-    monkeypatch.setattr("dgi.plots.training_curve", lambda *_: None)
-    monkeypatch.setattr("dgi.plots.bucket_picture", lambda *_, **__: None)
+    monkeypatch.setattr("dgi.evaluation.plots.training_curve", lambda *_: None)
+    monkeypatch.setattr("dgi.evaluation.plots.bucket_picture", lambda *_, **__: None)
     assert main(["demo", "--data", str(folder), "--output", str(output), "--no-progress", "--full"]) == 0
     assert "all 40 test interactions" in capsys.readouterr().out
     assert json.loads((output / "metrics.json").read_text())["index"] == metrics["index"], "nothing was trained again"

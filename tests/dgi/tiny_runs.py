@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dgi import plots
+from dgi.evaluation import plots
 from dgi.checkpoint import save_model
 from dgi.config import ModelConfig, TrainConfig, from_dict
 from dgi.data import Catalog, Interactions

@@ -14,8 +14,8 @@ pytest.importorskip("matplotlib")
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from dgi import plots
-from dgi.metrics import code_usage, evaluate_rankings
+from dgi.evaluation import plots
+from dgi.evaluation.metrics import code_usage, evaluate_rankings
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dgi import metrics
+from dgi.evaluation import metrics
 from dgi.data import Interactions, Judgments
 from dgi.index import DGIIndex
 from dgi.search import Requests, Searcher, encode_requests, rank_by_cosine
@@ -176,7 +176,7 @@ def write_json(path: str | os.PathLike[str], value: Json) -> None:
 
 def write_results(output: Path, results: Json) -> None:
     """Write ``metrics.json`` and ``buckets.png`` of ``results``, with its ``systems`` and ``index``, into a folder."""
-    from dgi.plots import bucket_picture  # matplotlib, which only this needs
+    from dgi.evaluation.plots import bucket_picture  # matplotlib, which only this needs
 
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "metrics.json", results)

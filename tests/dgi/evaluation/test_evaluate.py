@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dgi import evaluate, metrics
+from dgi.evaluation import evaluate, metrics
 from dgi.baselines import rank_by_popularity
 from dgi.config import ModelConfig
 from dgi.data import Catalog, Interactions, Judgments

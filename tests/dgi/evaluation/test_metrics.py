@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dgi import metrics
+from dgi.evaluation import metrics
 from dgi.data import Judgments
 
 

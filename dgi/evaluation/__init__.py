@@ -1,0 +1,1 @@
+"""How good a system is: metrics, evaluation of rankings and indexes, pictures."""
