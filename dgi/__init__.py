@@ -30,11 +30,11 @@ if TYPE_CHECKING:
         load_movielens,
     )
     from dgi.heads import CosineHead
-    from dgi.index import DGIIndex, IndexFormatError, SearchResult
+    from dgi.retrieval.index import DGIIndex, IndexFormatError, SearchResult
     from dgi.losses import DGILoss
     from dgi.model import DGIModel, DualEncoder
     from dgi.quantizer import ResidualQuantizer
-    from dgi.search import Searcher
+    from dgi.retrieval.search import Searcher
     from dgi.train import Trainer
 
 _MODULES = {
@@ -44,11 +44,11 @@ _MODULES = {
     "data": ("Catalog", "DataError", "Dataset", "Interactions", "Judgments", "load_catalog", "load_dataset",
              "load_interactions", "load_judgments", "load_movielens"),
     "heads": ("CosineHead",),
-    "index": ("DGIIndex", "IndexFormatError", "SearchResult"),
+    "retrieval.index": ("DGIIndex", "IndexFormatError", "SearchResult"),
     "losses": ("DGILoss",),
     "model": ("DGIModel", "DualEncoder"),
     "quantizer": ("ResidualQuantizer",),
-    "search": ("Searcher",),
+    "retrieval.search": ("Searcher",),
     "train": ("Trainer",),
 }
 _moved.install()

@@ -13,9 +13,12 @@ from collections.abc import Sequence
 from types import ModuleType
 
 MOVED: dict[str, str] = {
+    "dgi.baselines": "dgi.retrieval.baselines",
     "dgi.evaluate": "dgi.evaluation.evaluate",
+    "dgi.index": "dgi.retrieval.index",
     "dgi.metrics": "dgi.evaluation.metrics",
     "dgi.plots": "dgi.evaluation.plots",
+    "dgi.search": "dgi.retrieval.search",
 }
 
 

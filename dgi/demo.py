@@ -11,13 +11,13 @@ import numpy as np
 import torch
 
 from dgi.evaluation import evaluate
-from dgi.baselines import rank_by_popularity
+from dgi.retrieval.baselines import rank_by_popularity
 from dgi.checkpoint import RunFolder
 from dgi.config import ModelConfig, TrainConfig, to_dict
 from dgi.data import Catalog, Dataset, Interactions
-from dgi.index import DGIIndex, encode_items
+from dgi.retrieval.index import DGIIndex, encode_items
 from dgi.model import DGIModel, DualEncoder
-from dgi.search import Requests, Searcher, encode_requests, rank_by_cosine
+from dgi.retrieval.search import Requests, Searcher, encode_requests, rank_by_cosine
 from dgi.train import Trainer
 
 DEMO_MODEL = ModelConfig(dim=64, codebook_sizes=(64, 32, 16), text_layers=0, dropout=0.1)

@@ -32,10 +32,10 @@ from dgi.checkpoint import Checkpoints, RunFolder, copy_tensors, save_model, uni
 from dgi.config import LOSS_TERMS, TrainConfig, to_dict
 from dgi.data import Catalog, Interactions
 from dgi.distributed import broadcast, gather_rows, global_mean, local_device, rank, world_size
-from dgi.index import encode_items
+from dgi.retrieval.index import encode_items
 from dgi.losses import DGILoss
 from dgi.model import DGIModel, DualEncoder
-from dgi.search import Requests
+from dgi.retrieval.search import Requests
 
 REVIVED_SHARE = 0.8  # of training; see Schedule.revives
 

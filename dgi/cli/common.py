@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from dgi.data import Catalog, Dataset
     from dgi.model import DGIModel
-    from dgi.search import Searcher
+    from dgi.retrieval.search import Searcher
 
 MOVIELENS = "movielens-100k"
 MODEL_FILE = "model.safetensors"
@@ -94,8 +94,8 @@ def load_trained(folder: Path, on: torch.device) -> DGIModel:
 
 def load_searcher(args: argparse.Namespace, catalog: Catalog) -> Searcher:
     """Model and index of ``--model`` and ``--index``, on ``--device``."""
-    from dgi.index import DGIIndex
-    from dgi.search import Searcher
+    from dgi.retrieval.index import DGIIndex
+    from dgi.retrieval.search import Searcher
 
     if not args.index.is_file():
         raise FileNotFoundError(f'{args.index}: there is no such file; "dgi index --output {args.index}" makes it')

@@ -21,7 +21,7 @@ from dgi.cli.common import (
 
 if TYPE_CHECKING:
     from dgi.data import Dataset
-    from dgi.search import Searcher
+    from dgi.retrieval.search import Searcher
 
 HELP = "measure a search on the test interactions, and on graded judgments"
 EPILOG = f"""\
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _evaluate_test_set(args: argparse.Namespace, data: Dataset, searcher: Searcher) -> dict[str, Any]:
     from dgi.evaluation import evaluate
-    from dgi.baselines import rank_by_popularity
+    from dgi.retrieval.baselines import rank_by_popularity
 
     test = evaluate.sample(data.test, args.max_queries)
     counts = evaluate.train_counts(data.train, len(data.catalog))

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from dgi.index import DGIIndex
+    from dgi.retrieval.index import DGIIndex
     from dgi.evaluation.metrics import collisions
 
     model = load_trained(args.model, device(args.device))

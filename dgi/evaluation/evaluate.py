@@ -15,8 +15,8 @@ from torch import Tensor
 
 from dgi.evaluation import metrics
 from dgi.data import Interactions, Judgments
-from dgi.index import DGIIndex
-from dgi.search import Requests, Searcher, encode_requests, rank_by_cosine
+from dgi.retrieval.index import DGIIndex
+from dgi.retrieval.search import Requests, Searcher, encode_requests, rank_by_cosine
 from dgi_kernels.files import atomic_write
 
 Json = dict[str, Any]

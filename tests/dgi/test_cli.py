@@ -16,7 +16,7 @@ from dgi.cli import COMMANDS, main
 from dgi.cli.train import configs
 from dgi.data import load_dataset
 from dgi.evaluation.evaluate import sample
-from dgi.index import DGIIndex
+from dgi.retrieval.index import DGIIndex
 from tests.dgi.tiny_folder import ITEMS, SETTINGS, write_data, write_judgments
 
 QUIET = "--no-progress"

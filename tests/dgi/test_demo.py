@@ -13,8 +13,8 @@ from dgi.checkpoint import load_model
 from dgi.cli import main
 from dgi.data import load_dataset
 from dgi.evaluation.evaluate import sample
-from dgi.index import DGIIndex
-from dgi.search import Searcher
+from dgi.retrieval.index import DGIIndex
+from dgi.retrieval.search import Searcher
 from tests.dgi.tiny_folder import write_data
 
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from dgi.evaluation import evaluate, metrics
-from dgi.baselines import rank_by_popularity
+from dgi.retrieval.baselines import rank_by_popularity
 from dgi.config import ModelConfig
 from dgi.data import Catalog, Interactions, Judgments
-from dgi.index import DGIIndex
+from dgi.retrieval.index import DGIIndex
 from dgi.model import DGIModel
-from dgi.search import Requests, Searcher, rank_by_cosine
+from dgi.retrieval.search import Requests, Searcher, rank_by_cosine
 
 ITEMS = 25
 

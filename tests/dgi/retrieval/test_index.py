@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import dgi.index
+import dgi.retrieval.index
 from dgi.batches import Batch
 from dgi.checkpoint import read_tensors, save_model, write_tensors
 from dgi.config import ModelConfig
 from dgi.data import Catalog, Interactions, pad_histories
-from dgi.index import DGIIndex, IndexFormatError
+from dgi.retrieval.index import DGIIndex, IndexFormatError
 from dgi.model import DGIModel, DualEncoder
-from dgi.search import Requests, Searcher
+from dgi.retrieval.search import Requests, Searcher
 
 ITEMS = 40
 
@@ -73,7 +73,7 @@ def scores_one_by_one(searcher: Searcher, batch: Batch) -> tuple[Tensor, Tensor]
     return scores, F.normalize(query.vector.double(), dim=1) @ F.normalize(z, dim=1).T
 
 
-def same_results(a: dgi.index.SearchResult, b: dgi.index.SearchResult) -> bool:
+def same_results(a: dgi.retrieval.index.SearchResult, b: dgi.retrieval.index.SearchResult) -> bool:
     return (torch.equal(a.items, b.items) and torch.equal(a.scores, b.scores) and torch.equal(a.cosines, b.cosines)
             and a.ids == b.ids)
 
@@ -144,7 +144,7 @@ def test_filters_restrict_each_request(searcher: Searcher) -> None:
 def test_searching_in_parts_changes_nothing(searcher: Searcher, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = make_requests()
     whole = searcher.search_interactions(requests, k=7, exclude_history=True)
-    monkeypatch.setattr(dgi.index, "MEMORY_FLOATS", 1)
+    monkeypatch.setattr(dgi.retrieval.index, "MEMORY_FLOATS", 1)
     parts = searcher.search_interactions(requests, k=7, exclude_history=True)
     assert torch.equal(whole.items, parts.items)
     torch.testing.assert_close(whole.scores, parts.scores, atol=1e-5, rtol=0)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dgi.index import first_allowed
+from dgi.retrieval.index import first_allowed
 
 
 def rank_by_popularity(train_counts: np.ndarray, n: int, k: int, *, exclude: Tensor | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from dgi.batches import Batch, make_batch
 from dgi.data import Catalog, Interactions, pad_histories
-from dgi.index import DGIIndex, SearchResult, device_of, encode_items, evaluating, item_ids
+from dgi.retrieval.index import DGIIndex, SearchResult, device_of, encode_items, evaluating, item_ids
 from dgi.model import DGIModel, DualEncoder
 from dgi_kernels import TrieFilter
 
