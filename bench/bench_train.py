@@ -24,7 +24,7 @@ from dgi import DGIModel, Trainer
 from dgi.config import ModelConfig, TrainConfig
 from dgi.data import Catalog, Interactions, load_movielens
 from dgi.demo import DEMO_MODEL, DEMO_TRAINING
-from dgi.train import LossStep
+from dgi.training.trainer import LossStep
 
 BACKENDS = ("auto", "reference")
 FIRST = 10  # steps within which rounding has not grown yet

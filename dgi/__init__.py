@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dgi import data, integrations
     from dgi.evaluation import metrics
     from dgi.batches import Batch, make_batch
-    from dgi.checkpoint import CheckpointError, load_model, save_model
+    from dgi.training.checkpoint import CheckpointError, load_model, save_model
     from dgi.config import ModelConfig, TrainConfig
     from dgi.data import (
         Catalog,
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
     from dgi.model import DGIModel, DualEncoder
     from dgi.quantizer import ResidualQuantizer
     from dgi.retrieval.search import Searcher
-    from dgi.train import Trainer
+    from dgi.training.trainer import Trainer
 
 _MODULES = {
     "batches": ("Batch", "make_batch"),
-    "checkpoint": ("CheckpointError", "load_model", "save_model"),
+    "training.checkpoint": ("CheckpointError", "load_model", "save_model"),
     "config": ("ModelConfig", "TrainConfig"),
     "data": ("Catalog", "DataError", "Dataset", "Interactions", "Judgments", "load_catalog", "load_dataset",
              "load_interactions", "load_judgments", "load_movielens"),
@@ -49,7 +49,7 @@ _MODULES = {
     "model": ("DGIModel", "DualEncoder"),
     "quantizer": ("ResidualQuantizer",),
     "retrieval.search": ("Searcher",),
-    "train": ("Trainer",),
+    "training.trainer": ("Trainer",),
 }
 _moved.install()
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

@@ -14,11 +14,14 @@ from types import ModuleType
 
 MOVED: dict[str, str] = {
     "dgi.baselines": "dgi.retrieval.baselines",
+    "dgi.checkpoint": "dgi.training.checkpoint",
+    "dgi.distributed": "dgi.training.distributed",
     "dgi.evaluate": "dgi.evaluation.evaluate",
     "dgi.index": "dgi.retrieval.index",
     "dgi.metrics": "dgi.evaluation.metrics",
     "dgi.plots": "dgi.evaluation.plots",
     "dgi.search": "dgi.retrieval.search",
+    "dgi.train": "dgi.training.trainer",
 }
 
 

@@ -12,13 +12,13 @@ import torch
 
 from dgi.evaluation import evaluate
 from dgi.retrieval.baselines import rank_by_popularity
-from dgi.checkpoint import RunFolder
+from dgi.training.checkpoint import RunFolder
 from dgi.config import ModelConfig, TrainConfig, to_dict
 from dgi.data import Catalog, Dataset, Interactions
 from dgi.retrieval.index import DGIIndex, encode_items
 from dgi.model import DGIModel, DualEncoder
 from dgi.retrieval.search import Requests, Searcher, encode_requests, rank_by_cosine
-from dgi.train import Trainer
+from dgi.training.trainer import Trainer
 
 DEMO_MODEL = ModelConfig(dim=64, codebook_sizes=(64, 32, 16), text_layers=0, dropout=0.1)
 DEMO_TRAINING = TrainConfig(epochs=4, batch_size=256, backbone_lr=1e-3, quantizer_lr=1e-3)

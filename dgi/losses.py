@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dgi.config import LOSS_TERMS, SimilarityKind
-from dgi.distributed import gather_rows, global_mean
+from dgi.training.distributed import gather_rows, global_mean
 from dgi.heads import CosineHead
 from dgi.model import DGIOutput
 from dgi_kernels import ResidualQuantization, cosine_cross_entropy

@@ -58,7 +58,7 @@ def device(name: str | None) -> torch.device:
     """The device of that name, by default this process's GPU or the CPU."""
     import torch
 
-    from dgi.distributed import local_device
+    from dgi.training.distributed import local_device
 
     if name is None:
         return local_device()
@@ -84,7 +84,7 @@ def load_catalog(name: str) -> Catalog:
 
 def load_trained(folder: Path, on: torch.device) -> DGIModel:
     """The model that ``dgi train`` left in a folder."""
-    from dgi.checkpoint import load_model
+    from dgi.training.checkpoint import load_model
 
     path = folder / MODEL_FILE
     if not path.is_file():

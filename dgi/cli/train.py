@@ -58,9 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     import torch
 
-    from dgi.distributed import process_group, rank
+    from dgi.training.distributed import process_group, rank
     from dgi.model import DGIModel
-    from dgi.train import Trainer
+    from dgi.training.trainer import Trainer
 
     with process_group():
         data = load_data(args.data)

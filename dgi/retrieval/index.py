@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dgi.batches import Batch
-from dgi.checkpoint import CheckpointError, read_tensors, write_tensors
+from dgi.training.checkpoint import CheckpointError, read_tensors, write_tensors
 from dgi.data import Catalog
 from dgi.encoders import QueryEncoding
 from dgi.model import DGIModel, DualEncoder

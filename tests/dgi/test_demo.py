@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import dgi.demo
-from dgi.checkpoint import load_model
+from dgi.training.checkpoint import load_model
 from dgi.cli import main
 from dgi.data import load_dataset
 from dgi.evaluation.evaluate import sample

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from dgi.evaluation import plots
-from dgi.checkpoint import save_model
+from dgi.training.checkpoint import save_model
 from dgi.config import ModelConfig, TrainConfig, from_dict
 from dgi.data import Catalog, Interactions
-from dgi.distributed import process_group, rank
+from dgi.training.distributed import process_group, rank
 from dgi.model import DGIModel, DualEncoder
-from dgi.train import Trainer
+from dgi.training.trainer import Trainer
 
 MODEL = {"dim": 16, "codebook_sizes": [5, 4], "attention_heads": 2, "history_layers": 1, "text_layers": 1,
          "decoder_layers": 1, "dropout": 0.1, "vocabulary_size": 64, "max_tokens": 4, "max_history": 3}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import dgi.retrieval.index
 from dgi.batches import Batch
-from dgi.checkpoint import read_tensors, save_model, write_tensors
+from dgi.training.checkpoint import read_tensors, save_model, write_tensors
 from dgi.config import ModelConfig
 from dgi.data import Catalog, Interactions, pad_histories
 from dgi.retrieval.index import DGIIndex, IndexFormatError

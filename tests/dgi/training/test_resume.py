@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from dgi.checkpoint import CheckpointError
+from dgi.training.checkpoint import CheckpointError
 from tests.dgi.tiny_runs import tiny_trainer, train_until_killed
 
 # Processes start from one that has imported everything (an optimizer imports torch._dynamo), in milliseconds.

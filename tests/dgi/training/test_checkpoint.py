@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dgi.checkpoint import (
+from dgi.training.checkpoint import (
     CheckpointError,
     Checkpoints,
     MetricsLog,

@@ -28,10 +28,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from dgi.batches import Batch, make_batch
-from dgi.checkpoint import Checkpoints, RunFolder, copy_tensors, save_model, unique_tensors
+from dgi.training.checkpoint import Checkpoints, RunFolder, copy_tensors, save_model, unique_tensors
 from dgi.config import LOSS_TERMS, TrainConfig, to_dict
 from dgi.data import Catalog, Interactions
-from dgi.distributed import broadcast, gather_rows, global_mean, local_device, rank, world_size
+from dgi.training.distributed import broadcast, gather_rows, global_mean, local_device, rank, world_size
 from dgi.retrieval.index import encode_items
 from dgi.losses import DGILoss
 from dgi.model import DGIModel, DualEncoder
@@ -190,7 +190,7 @@ def collision_rate(item_rows: Tensor, codes: Tensor) -> float:
 class Trainer:
     """Trains a model on interactions, alone or as one of ``torchrun``'s processes.
 
-    Under ``torchrun``, construct and use it within :func:`dgi.distributed.process_group`.  Rank 0's weights count, and
+    Under ``torchrun``, construct and use it within :func:`dgi.training.distributed.process_group`.  Rank 0's weights count, and
     only rank 0 reads and writes ``output``.
 
     Args:
@@ -200,7 +200,7 @@ class Trainer:
         catalog: the items.
         interactions: what to learn from.
         output: folder of the run, or None to keep everything in memory.  It receives ``metrics.jsonl``,
-            ``training_curve.png``, ``model.safetensors`` (see :func:`dgi.checkpoint.load_model`) and, for resuming,
+            ``training_curve.png``, ``model.safetensors`` (see :func:`dgi.training.checkpoint.load_model`) and, for resuming,
             ``checkpoints/``.
         device: None for this process's GPU, or the CPU where there is none.
         progress: show a progress bar (rank 0).

@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from dgi.distributed import gather_rows, global_mean, process_group, rank, world_size
+from dgi.training.distributed import gather_rows, global_mean, process_group, rank, world_size
 from tests.dgi import tiny_runs
 
 ROOT = Path(__file__).parents[2]
@@ -84,6 +84,6 @@ def test_without_torchrun_there_is_one_process() -> None:
 
 
 def test_batch_size_must_divide_among_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dgi.train.world_size", lambda: 3)
+    monkeypatch.setattr("dgi.training.trainer.world_size", lambda: 3)
     with pytest.raises(ValueError, match="batch_size must be a multiple of the 3 processes; got 8"):
         tiny_runs.tiny_trainer(None, SEED)

@@ -1,0 +1,1 @@
+"""Training: the loop, its checkpoints, and the processes of a distributed run."""
