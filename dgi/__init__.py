@@ -14,7 +14,7 @@ from dgi import _moved
 if TYPE_CHECKING:
     from dgi import data, integrations
     from dgi.evaluation import metrics
-    from dgi.batches import Batch, make_batch
+    from dgi.data.batches import Batch, make_batch
     from dgi.training.checkpoint import CheckpointError, load_model, save_model
     from dgi.config import ModelConfig, TrainConfig
     from dgi.data import (
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from dgi.training.trainer import Trainer
 
 _MODULES = {
-    "batches": ("Batch", "make_batch"),
+    "data.batches": ("Batch", "make_batch"),
     "training.checkpoint": ("CheckpointError", "load_model", "save_model"),
     "config": ("ModelConfig", "TrainConfig"),
     "data": ("Catalog", "DataError", "Dataset", "Interactions", "Judgments", "load_catalog", "load_dataset",

@@ -14,6 +14,7 @@ from types import ModuleType
 
 MOVED: dict[str, str] = {
     "dgi.baselines": "dgi.retrieval.baselines",
+    "dgi.batches": "dgi.data.batches",
     "dgi.checkpoint": "dgi.training.checkpoint",
     "dgi.distributed": "dgi.training.distributed",
     "dgi.evaluate": "dgi.evaluation.evaluate",

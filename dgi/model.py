@@ -8,7 +8,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from dgi.batches import Batch
+from dgi.data.batches import Batch
 from dgi.config import ModelConfig
 from dgi.decoders import TransformerDecoder
 from dgi.encoders import Encoder, QueryEncoding, SequenceEncoder

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dgi.batches import Batch
+from dgi.data.batches import Batch
 from dgi.config import ModelConfig
 from dgi.data import Catalog
 from dgi.encoders import QueryEncoding

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from dgi.batches import Batch
+from dgi.data.batches import Batch
 from dgi.training.checkpoint import CheckpointError, read_tensors, write_tensors
 from dgi.data import Catalog
 from dgi.encoders import QueryEncoding

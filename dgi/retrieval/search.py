@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from dgi.batches import Batch, make_batch
+from dgi.data.batches import Batch, make_batch
 from dgi.data import Catalog, Interactions, pad_histories
 from dgi.retrieval.index import DGIIndex, SearchResult, device_of, encode_items, evaluating, item_ids
 from dgi.model import DGIModel, DualEncoder

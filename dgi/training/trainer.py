@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from dgi.batches import Batch, make_batch
+from dgi.data.batches import Batch, make_batch
 from dgi.training.checkpoint import Checkpoints, RunFolder, copy_tensors, save_model, unique_tensors
 from dgi.config import LOSS_TERMS, TrainConfig, to_dict
 from dgi.data import Catalog, Interactions

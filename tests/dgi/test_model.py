@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dgi.batches import Batch, make_batch
+from dgi.data.batches import Batch, make_batch
 from dgi.config import ModelConfig
 from dgi.losses import DGILoss
 from dgi.model import DGIModel

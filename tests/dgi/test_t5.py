@@ -27,7 +27,7 @@ from transformers import (  # noqa: E402
 )
 
 import dgi.t5  # noqa: E402
-from dgi.batches import Batch, make_batch  # noqa: E402
+from dgi.data.batches import Batch, make_batch  # noqa: E402
 from dgi.config import ModelConfig  # noqa: E402
 from dgi.data import Catalog  # noqa: E402
 from dgi.encoders import QueryEncoding  # noqa: E402

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dgi.retrieval.index
-from dgi.batches import Batch
+from dgi.data.batches import Batch
 from dgi.training.checkpoint import read_tensors, save_model, write_tensors
 from dgi.config import ModelConfig
 from dgi.data import Catalog, Interactions, pad_histories
