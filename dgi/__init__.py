@@ -29,11 +29,11 @@ if TYPE_CHECKING:
         load_judgments,
         load_movielens,
     )
-    from dgi.heads import CosineHead
+    from dgi.model.heads import CosineHead
     from dgi.retrieval.index import DGIIndex, IndexFormatError, SearchResult
-    from dgi.losses import DGILoss
-    from dgi.model import DGIModel, DualEncoder
-    from dgi.quantizer import ResidualQuantizer
+    from dgi.model.losses import DGILoss
+    from dgi.model.dgi_model import DGIModel, DualEncoder
+    from dgi.model.quantizer import ResidualQuantizer
     from dgi.retrieval.search import Searcher
     from dgi.training.trainer import Trainer
 
@@ -43,11 +43,11 @@ _MODULES = {
     "config": ("ModelConfig", "TrainConfig"),
     "data": ("Catalog", "DataError", "Dataset", "Interactions", "Judgments", "load_catalog", "load_dataset",
              "load_interactions", "load_judgments", "load_movielens"),
-    "heads": ("CosineHead",),
+    "model.heads": ("CosineHead",),
     "retrieval.index": ("DGIIndex", "IndexFormatError", "SearchResult"),
-    "losses": ("DGILoss",),
-    "model": ("DGIModel", "DualEncoder"),
-    "quantizer": ("ResidualQuantizer",),
+    "model.losses": ("DGILoss",),
+    "model.dgi_model": ("DGIModel", "DualEncoder"),
+    "model.quantizer": ("ResidualQuantizer",),
     "retrieval.search": ("Searcher",),
     "training.trainer": ("Trainer",),
 }

@@ -13,15 +13,23 @@ from collections.abc import Sequence
 from types import ModuleType
 
 MOVED: dict[str, str] = {
+    "dgi.ablations": "dgi.model.ablations",
     "dgi.baselines": "dgi.retrieval.baselines",
     "dgi.batches": "dgi.data.batches",
     "dgi.checkpoint": "dgi.training.checkpoint",
+    "dgi.clustering": "dgi.model.clustering",
+    "dgi.decoders": "dgi.model.decoders",
     "dgi.distributed": "dgi.training.distributed",
+    "dgi.encoders": "dgi.model.encoders",
     "dgi.evaluate": "dgi.evaluation.evaluate",
+    "dgi.heads": "dgi.model.heads",
     "dgi.index": "dgi.retrieval.index",
+    "dgi.losses": "dgi.model.losses",
     "dgi.metrics": "dgi.evaluation.metrics",
     "dgi.plots": "dgi.evaluation.plots",
+    "dgi.quantizer": "dgi.model.quantizer",
     "dgi.search": "dgi.retrieval.search",
+    "dgi.t5": "dgi.model.t5",
     "dgi.train": "dgi.training.trainer",
 }
 

@@ -16,7 +16,7 @@ from dgi.training.checkpoint import RunFolder
 from dgi.config import ModelConfig, TrainConfig, to_dict
 from dgi.data import Catalog, Dataset, Interactions
 from dgi.retrieval.index import DGIIndex, encode_items
-from dgi.model import DGIModel, DualEncoder
+from dgi.model.dgi_model import DGIModel, DualEncoder
 from dgi.retrieval.search import Requests, Searcher, encode_requests, rank_by_cosine
 from dgi.training.trainer import Trainer
 

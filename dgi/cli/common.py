@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
 
     from dgi.data import Catalog, Dataset
-    from dgi.model import DGIModel
+    from dgi.model.dgi_model import DGIModel
     from dgi.retrieval.search import Searcher
 
 MOVIELENS = "movielens-100k"

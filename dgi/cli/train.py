@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from dgi.training.distributed import process_group, rank
-    from dgi.model import DGIModel
+    from dgi.model.dgi_model import DGIModel
     from dgi.training.trainer import Trainer
 
     with process_group():

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dgi.quantizer import ResidualQuantizer
+from dgi.model.quantizer import ResidualQuantizer
 from dgi_kernels import checks, gumbel_softmax
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dgi.config import ModelConfig, from_dict, to_dict
-from dgi.model import DGIModel, DualEncoder
+from dgi.model.dgi_model import DGIModel, DualEncoder
 from dgi_kernels.files import atomic_write
 
 FORMAT_VERSION = 1
@@ -118,7 +118,7 @@ def save_model(model: DualEncoder, path: str | os.PathLike[str]) -> None:
     Beside that of a Hugging Face encoder, ``NAME.backbone/`` receives its configuration and tokenizer.
     """
     if model.config.encoder == "t5":
-        from dgi.t5 import T5Encoder  # transformers is an optional dependency
+        from dgi.model.t5 import T5Encoder  # transformers is an optional dependency
 
         if isinstance(model.encoder, T5Encoder):
             model.encoder.save_backbone(_backbone(path))

@@ -33,8 +33,8 @@ from dgi.config import LOSS_TERMS, TrainConfig, to_dict
 from dgi.data import Catalog, Interactions
 from dgi.training.distributed import broadcast, gather_rows, global_mean, local_device, rank, world_size
 from dgi.retrieval.index import encode_items
-from dgi.losses import DGILoss
-from dgi.model import DGIModel, DualEncoder
+from dgi.model.losses import DGILoss
+from dgi.model.dgi_model import DGIModel, DualEncoder
 from dgi.retrieval.search import Requests
 
 REVIVED_SHARE = 0.8  # of training; see Schedule.revives

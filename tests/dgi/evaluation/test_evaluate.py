@@ -14,7 +14,7 @@ from dgi.retrieval.baselines import rank_by_popularity
 from dgi.config import ModelConfig
 from dgi.data import Catalog, Interactions, Judgments
 from dgi.retrieval.index import DGIIndex
-from dgi.model import DGIModel
+from dgi.model.dgi_model import DGIModel
 from dgi.retrieval.search import Requests, Searcher, rank_by_cosine
 
 ITEMS = 25

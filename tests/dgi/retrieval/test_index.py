@@ -17,7 +17,7 @@ from dgi.training.checkpoint import read_tensors, save_model, write_tensors
 from dgi.config import ModelConfig
 from dgi.data import Catalog, Interactions, pad_histories
 from dgi.retrieval.index import DGIIndex, IndexFormatError
-from dgi.model import DGIModel, DualEncoder
+from dgi.model.dgi_model import DGIModel, DualEncoder
 from dgi.retrieval.search import Requests, Searcher
 
 ITEMS = 40

@@ -22,7 +22,7 @@ from dgi.training.checkpoint import (
     write_tensors,
 )
 from dgi.config import ModelConfig, from_dict
-from dgi.model import DGIModel, DualEncoder
+from dgi.model.dgi_model import DGIModel, DualEncoder
 from tests.dgi.tiny_runs import MODEL
 
 TENSORS = {

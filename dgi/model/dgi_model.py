@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from dgi.data.batches import Batch
 from dgi.config import ModelConfig
-from dgi.decoders import TransformerDecoder
-from dgi.encoders import Encoder, QueryEncoding, SequenceEncoder
-from dgi.heads import CosineHead, InnerProductHead
-from dgi.quantizer import ResidualQuantizer
+from dgi.model.decoders import TransformerDecoder
+from dgi.model.encoders import Encoder, QueryEncoding, SequenceEncoder
+from dgi.model.heads import CosineHead, InnerProductHead
+from dgi.model.quantizer import ResidualQuantizer
 from dgi_kernels import HiddenStates, ResidualQuantization
 
 
@@ -42,7 +42,7 @@ class DualEncoder(nn.Module):
 
     Args:
         config: the model's configuration.
-        encoder: any module that is an :class:`dgi.encoders.Encoder`; built from ``config`` if None.
+        encoder: any module that is an :class:`dgi.model.encoders.Encoder`; built from ``config`` if None.
     """
 
     encoder: Encoder
@@ -87,7 +87,7 @@ class DGIModel(DualEncoder):
 
     Args:
         config: the model's configuration, ablation switches included.
-        encoder: any module that is an :class:`dgi.encoders.Encoder`; built from ``config`` if None.
+        encoder: any module that is an :class:`dgi.model.encoders.Encoder`; built from ``config`` if None.
         decoder: any module ``(inputs (B, t, d), memory, mask) -> (B, t + 1, d)``; built from ``config`` if None.
 
     Attributes:
@@ -163,7 +163,7 @@ class DGIModel(DualEncoder):
 def build_encoder(config: ModelConfig) -> Encoder:
     """The encoder that ``config.encoder`` names."""
     if config.encoder == "t5":
-        from dgi.t5 import T5Encoder  # transformers is an optional dependency
+        from dgi.model.t5 import T5Encoder  # transformers is an optional dependency
 
         return T5Encoder.from_pretrained(config)
     return SequenceEncoder(config)
@@ -172,7 +172,7 @@ def build_encoder(config: ModelConfig) -> Encoder:
 def build_decoder(config: ModelConfig, encoder: Encoder) -> nn.Module:
     """A T5 decoder beside a T5 encoder, else the built-in one."""
     if config.encoder == "t5":
-        from dgi.t5 import T5Decoder
+        from dgi.model.t5 import T5Decoder
 
         return T5Decoder.from_pretrained(config)
     return TransformerDecoder(config, encoder.width)

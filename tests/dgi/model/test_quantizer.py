@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dgi.ablations import inner_product_residual_quantize
-from dgi.clustering import cosine_kmeans
-from dgi.quantizer import ResidualQuantizer
+from dgi.model.ablations import inner_product_residual_quantize
+from dgi.model.clustering import cosine_kmeans
+from dgi.model.quantizer import ResidualQuantizer
 from dgi_kernels import gumbel_noise
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dgi.heads import CosineHead
-from dgi.losses import DGILoss
-from dgi.model import DGIOutput
-from dgi.quantizer import ResidualQuantizer
+from dgi.model.heads import CosineHead
+from dgi.model.losses import DGILoss
+from dgi.model.dgi_model import DGIOutput
+from dgi.model.quantizer import ResidualQuantizer
 
 
 def make_output(rows: int = 6, dim: int = 5) -> tuple[DGIOutput, list[CosineHead], list[torch.Tensor]]:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from dgi.data.batches import Batch
 from dgi.config import ModelConfig
 from dgi.data import Catalog
-from dgi.encoders import QueryEncoding
+from dgi.model.encoders import QueryEncoding
 from dgi_kernels.files import atomic_write
 
 try:

@@ -26,14 +26,14 @@ from transformers import (  # noqa: E402
     UMT5Config,
 )
 
-import dgi.t5  # noqa: E402
+import dgi.model.t5  # noqa: E402
 from dgi.data.batches import Batch, make_batch  # noqa: E402
 from dgi.config import ModelConfig  # noqa: E402
 from dgi.data import Catalog  # noqa: E402
-from dgi.encoders import QueryEncoding  # noqa: E402
-from dgi.losses import DGILoss  # noqa: E402
-from dgi.model import DGIModel, DualEncoder  # noqa: E402
-from dgi.t5 import T5Decoder, T5Encoder  # noqa: E402
+from dgi.model.encoders import QueryEncoding  # noqa: E402
+from dgi.model.losses import DGILoss  # noqa: E402
+from dgi.model.dgi_model import DGIModel, DualEncoder  # noqa: E402
+from dgi.model.t5 import T5Decoder, T5Encoder  # noqa: E402
 
 WORDS = [f"w{n}" for n in range(40)]
 SMALL = {"vocab_size": 48, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
@@ -133,11 +133,11 @@ def test_query_reads_its_text_then_its_history_oldest_first_without_holes(model:
 
 def test_too_long_a_history_loses_its_oldest_tokens(model: DGIModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cut at the end would drop the newest titles, which say most."""
-    monkeypatch.setattr(dgi.t5, "MAX_SEQUENCE", 7)
+    monkeypatch.setattr(dgi.model.t5, "MAX_SEQUENCE", 7)
     whole = ids("w0 w1 w2") + ids("w3") + ids("w9 w10")
     assert read_tokens(model.encoder, [[0, 1, 3]], ["w20 w21"]) == [ids("w20 w21") + whole[-4:]]
     assert read_tokens(model.encoder, [[0, 1, 3]]) == [whole[-7:]]
-    monkeypatch.setattr(dgi.t5, "MAX_SEQUENCE", 2)
+    monkeypatch.setattr(dgi.model.t5, "MAX_SEQUENCE", 2)
     assert read_tokens(model.encoder, [[0, 1, 3]], ["w20 w21"]) == [ids("w20 w21")[:2]]
 
 
@@ -361,7 +361,7 @@ def test_encoder_made_from_objects_saves_a_backbone_that_has_a_decoder(tmp_path:
 
 
 def test_without_transformers_the_cure_is_named() -> None:
-    program = "import sys; sys.modules['transformers'] = None; import dgi.t5"
+    program = "import sys; sys.modules['transformers'] = None; import dgi.model.t5"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert "ModuleNotFoundError: encoder \"t5\" needs the package transformers: pip install 'dgi-kernels[hf]'" in (

@@ -7,8 +7,8 @@ import torch
 
 from dgi.data.batches import Batch, make_batch
 from dgi.config import ModelConfig
-from dgi.losses import DGILoss
-from dgi.model import DGIModel
+from dgi.model.losses import DGILoss
+from dgi.model.dgi_model import DGIModel
 
 SIZES = (7, 5, 3)
 

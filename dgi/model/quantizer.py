@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from dgi.ablations import inner_product_residual_quantize
-from dgi.clustering import cosine_kmeans
+from dgi.model.ablations import inner_product_residual_quantize
+from dgi.model.clustering import cosine_kmeans
 from dgi.config import SimilarityKind
 from dgi_kernels import ResidualQuantization, assign_codes, residual_quantize
 

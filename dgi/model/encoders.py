@@ -1,7 +1,7 @@
 """Encoders: items to vectors, queries with their history to a vector and a memory for the decoder.
 
 :class:`Encoder` is what the model asks of one.  Built in are :class:`SequenceEncoder`, over words or precomputed
-vectors, and :class:`dgi.t5.T5Encoder`.
+vectors, and :class:`dgi.model.t5.T5Encoder`.
 """
 
 from __future__ import annotations
