@@ -13,9 +13,6 @@ from dgi import _moved
 
 if TYPE_CHECKING:
     from dgi import data, integrations
-    from dgi.evaluation import metrics
-    from dgi.data.batches import Batch, make_batch
-    from dgi.training.checkpoint import CheckpointError, load_model, save_model
     from dgi.config import ModelConfig, TrainConfig
     from dgi.data import (
         Catalog,
@@ -29,12 +26,15 @@ if TYPE_CHECKING:
         load_judgments,
         load_movielens,
     )
-    from dgi.model.heads import CosineHead
-    from dgi.retrieval.index import DGIIndex, IndexFormatError, SearchResult
-    from dgi.model.losses import DGILoss
+    from dgi.data.batches import Batch, make_batch
+    from dgi.evaluation import metrics
     from dgi.model.dgi_model import DGIModel, DualEncoder
+    from dgi.model.heads import CosineHead
+    from dgi.model.losses import DGILoss
     from dgi.model.quantizer import ResidualQuantizer
+    from dgi.retrieval.index import DGIIndex, IndexFormatError, SearchResult
     from dgi.retrieval.search import Searcher
+    from dgi.training.checkpoint import CheckpointError, load_model, save_model
     from dgi.training.trainer import Trainer
 
 _MODULES = {

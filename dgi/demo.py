@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from dgi.evaluation import evaluate
-from dgi.retrieval.baselines import rank_by_popularity
-from dgi.training.checkpoint import RunFolder
 from dgi.config import ModelConfig, TrainConfig, to_dict
 from dgi.data import Catalog, Dataset, Interactions
-from dgi.retrieval.index import DGIIndex, encode_items
+from dgi.evaluation import evaluate
 from dgi.model.dgi_model import DGIModel, DualEncoder
+from dgi.retrieval.baselines import rank_by_popularity
+from dgi.retrieval.index import DGIIndex, encode_items
 from dgi.retrieval.search import Requests, Searcher, encode_requests, rank_by_cosine
+from dgi.training.checkpoint import RunFolder
 from dgi.training.trainer import Trainer
 
 DEMO_MODEL = ModelConfig(dim=64, codebook_sizes=(64, 32, 16), text_layers=0, dropout=0.1)

@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from dgi.retrieval.index import DGIIndex
     from dgi.evaluation.metrics import collisions
+    from dgi.retrieval.index import DGIIndex
 
     model = load_trained(args.model, device(args.device))
     index = DGIIndex.build(model, load_catalog(args.data), batch_size=args.batch_size, progress=args.progress)

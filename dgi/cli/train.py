@@ -58,8 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     import torch
 
-    from dgi.training.distributed import process_group, rank
     from dgi.model.dgi_model import DGIModel
+    from dgi.training.distributed import process_group, rank
     from dgi.training.trainer import Trainer
 
     with process_group():

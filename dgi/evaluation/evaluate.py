@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dgi.evaluation import metrics
 from dgi.data import Interactions, Judgments
+from dgi.evaluation import metrics
 from dgi.retrieval.index import DGIIndex
 from dgi.retrieval.search import Requests, Searcher, encode_requests, rank_by_cosine
 from dgi_kernels.files import atomic_write

@@ -8,8 +8,8 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from dgi.data.batches import Batch
 from dgi.config import ModelConfig
+from dgi.data.batches import Batch
 from dgi.model.decoders import TransformerDecoder
 from dgi.model.encoders import Encoder, QueryEncoding, SequenceEncoder
 from dgi.model.heads import CosineHead, InnerProductHead

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dgi.data.batches import Batch
 from dgi.config import ModelConfig
 from dgi.data import Catalog
+from dgi.data.batches import Batch
 
 _WORD = re.compile(r"\w+")
 

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dgi.config import LOSS_TERMS, SimilarityKind
-from dgi.training.distributed import gather_rows, global_mean
-from dgi.model.heads import CosineHead
 from dgi.model.dgi_model import DGIOutput
+from dgi.model.heads import CosineHead
+from dgi.training.distributed import gather_rows, global_mean
 from dgi_kernels import ResidualQuantization, cosine_cross_entropy
 
 _LOG_EPSILON = 1e-9

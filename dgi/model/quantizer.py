@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from dgi.config import SimilarityKind
 from dgi.model.ablations import inner_product_residual_quantize
 from dgi.model.clustering import cosine_kmeans
-from dgi.config import SimilarityKind
 from dgi_kernels import ResidualQuantization, assign_codes, residual_quantize
 
 # A code is dead when its decayed count is below this; with the decay of ResidualQuantizer.count, one use fades to it in

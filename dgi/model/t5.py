@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dgi.data.batches import Batch
 from dgi.config import ModelConfig
 from dgi.data import Catalog
+from dgi.data.batches import Batch
 from dgi.model.encoders import QueryEncoding
 from dgi_kernels.files import atomic_write
 

@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from dgi.data.batches import Batch
-from dgi.training.checkpoint import CheckpointError, read_tensors, write_tensors
 from dgi.data import Catalog
-from dgi.model.encoders import QueryEncoding
+from dgi.data.batches import Batch
 from dgi.model.dgi_model import DGIModel, DualEncoder
+from dgi.model.encoders import QueryEncoding
+from dgi.training.checkpoint import CheckpointError, read_tensors, write_tensors
 from dgi_kernels import Ranking, Trie, TrieFilter, beam_search, rank_candidates
 
 KIND = "DGIIndex"

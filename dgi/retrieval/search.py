@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from dgi.data.batches import Batch, make_batch
 from dgi.data import Catalog, Interactions, pad_histories
-from dgi.retrieval.index import DGIIndex, SearchResult, device_of, encode_items, evaluating, item_ids
+from dgi.data.batches import Batch, make_batch
 from dgi.model.dgi_model import DGIModel, DualEncoder
+from dgi.retrieval.index import DGIIndex, SearchResult, device_of, encode_items, evaluating, item_ids
 from dgi_kernels import TrieFilter
 
 SAMPLED_ITEMS = 32  # encoded again, to tell whether an index is of this model and catalog

@@ -27,15 +27,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from dgi.data.batches import Batch, make_batch
-from dgi.training.checkpoint import Checkpoints, RunFolder, copy_tensors, save_model, unique_tensors
 from dgi.config import LOSS_TERMS, TrainConfig, to_dict
 from dgi.data import Catalog, Interactions
-from dgi.training.distributed import broadcast, gather_rows, global_mean, local_device, rank, world_size
-from dgi.retrieval.index import encode_items
-from dgi.model.losses import DGILoss
+from dgi.data.batches import Batch, make_batch
 from dgi.model.dgi_model import DGIModel, DualEncoder
+from dgi.model.losses import DGILoss
+from dgi.retrieval.index import encode_items
 from dgi.retrieval.search import Requests
+from dgi.training.checkpoint import Checkpoints, RunFolder, copy_tensors, save_model, unique_tensors
+from dgi.training.distributed import broadcast, gather_rows, global_mean, local_device, rank, world_size
 
 REVIVED_SHARE = 0.8  # of training; see Schedule.revives
 
@@ -190,8 +190,8 @@ def collision_rate(item_rows: Tensor, codes: Tensor) -> float:
 class Trainer:
     """Trains a model on interactions, alone or as one of ``torchrun``'s processes.
 
-    Under ``torchrun``, construct and use it within :func:`dgi.training.distributed.process_group`.  Rank 0's weights count, and
-    only rank 0 reads and writes ``output``.
+    Under ``torchrun``, construct and use it within :func:`dgi.training.distributed.process_group`.  Rank 0's weights
+    count, and only rank 0 reads and writes ``output``.
 
     Args:
         model: :class:`dgi.DGIModel` or :class:`dgi.DualEncoder`, moved to ``device``; its weights as made by the
@@ -200,8 +200,8 @@ class Trainer:
         catalog: the items.
         interactions: what to learn from.
         output: folder of the run, or None to keep everything in memory.  It receives ``metrics.jsonl``,
-            ``training_curve.png``, ``model.safetensors`` (see :func:`dgi.training.checkpoint.load_model`) and, for resuming,
-            ``checkpoints/``.
+            ``training_curve.png``, ``model.safetensors`` (see :func:`dgi.training.checkpoint.load_model`) and, for
+            resuming, ``checkpoints/``.
         device: None for this process's GPU, or the CPU where there is none.
         progress: show a progress bar (rank 0).
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 import dgi.demo
-from dgi.training.checkpoint import load_model
 from dgi.cli import main
 from dgi.data import load_dataset
 from dgi.evaluation.evaluate import sample
 from dgi.retrieval.index import DGIIndex
 from dgi.retrieval.search import Searcher
+from dgi.training.checkpoint import load_model
 from tests.dgi.tiny_folder import write_data
 
 

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from dgi.evaluation import plots
-from dgi.training.checkpoint import save_model
 from dgi.config import ModelConfig, TrainConfig, from_dict
 from dgi.data import Catalog, Interactions
-from dgi.training.distributed import process_group, rank
+from dgi.evaluation import plots
 from dgi.model.dgi_model import DGIModel, DualEncoder
+from dgi.training.checkpoint import save_model
+from dgi.training.distributed import process_group, rank
 from dgi.training.trainer import Trainer
 
 MODEL = {"dim": 16, "codebook_sizes": [5, 4], "attention_heads": 2, "history_layers": 1, "text_layers": 1,

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from dgi.evaluation import evaluate, metrics
-from dgi.retrieval.baselines import rank_by_popularity
 from dgi.config import ModelConfig
 from dgi.data import Catalog, Interactions, Judgments
-from dgi.retrieval.index import DGIIndex
+from dgi.evaluation import evaluate, metrics
 from dgi.model.dgi_model import DGIModel
+from dgi.retrieval.baselines import rank_by_popularity
+from dgi.retrieval.index import DGIIndex
 from dgi.retrieval.search import Requests, Searcher, rank_by_cosine
 
 ITEMS = 25

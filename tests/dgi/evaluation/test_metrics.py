@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dgi.evaluation import metrics
 from dgi.data import Judgments
+from dgi.evaluation import metrics
 
 
 def rankings(n: int, num_items: int, width: int) -> np.ndarray:

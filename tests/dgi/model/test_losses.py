@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dgi.model.dgi_model import DGIOutput
 from dgi.model.heads import CosineHead
 from dgi.model.losses import DGILoss
-from dgi.model.dgi_model import DGIOutput
 from dgi.model.quantizer import ResidualQuantizer
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dgi.data.batches import Batch, make_batch
 from dgi.config import ModelConfig
-from dgi.model.losses import DGILoss
+from dgi.data.batches import Batch, make_batch
 from dgi.model.dgi_model import DGIModel
+from dgi.model.losses import DGILoss
 
 SIZES = (7, 5, 3)
 

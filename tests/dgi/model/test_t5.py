@@ -27,12 +27,12 @@ from transformers import (  # noqa: E402
 )
 
 import dgi.model.t5  # noqa: E402
-from dgi.data.batches import Batch, make_batch  # noqa: E402
 from dgi.config import ModelConfig  # noqa: E402
 from dgi.data import Catalog  # noqa: E402
+from dgi.data.batches import Batch, make_batch  # noqa: E402
+from dgi.model.dgi_model import DGIModel, DualEncoder  # noqa: E402
 from dgi.model.encoders import QueryEncoding  # noqa: E402
 from dgi.model.losses import DGILoss  # noqa: E402
-from dgi.model.dgi_model import DGIModel, DualEncoder  # noqa: E402
 from dgi.model.t5 import T5Decoder, T5Encoder  # noqa: E402
 
 WORDS = [f"w{n}" for n in range(40)]

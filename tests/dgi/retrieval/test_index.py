@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dgi.retrieval.index
-from dgi.data.batches import Batch
-from dgi.training.checkpoint import read_tensors, save_model, write_tensors
 from dgi.config import ModelConfig
 from dgi.data import Catalog, Interactions, pad_histories
-from dgi.retrieval.index import DGIIndex, IndexFormatError
+from dgi.data.batches import Batch
 from dgi.model.dgi_model import DGIModel, DualEncoder
+from dgi.retrieval.index import DGIIndex, IndexFormatError
 from dgi.retrieval.search import Requests, Searcher
+from dgi.training.checkpoint import read_tensors, save_model, write_tensors
 
 ITEMS = 40
 

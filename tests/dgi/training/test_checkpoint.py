@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from dgi.config import ModelConfig, from_dict
+from dgi.model.dgi_model import DGIModel, DualEncoder
 from dgi.training.checkpoint import (
     CheckpointError,
     Checkpoints,
@@ -21,8 +23,6 @@ from dgi.training.checkpoint import (
     unique_tensors,
     write_tensors,
 )
-from dgi.config import ModelConfig, from_dict
-from dgi.model.dgi_model import DGIModel, DualEncoder
 from tests.dgi.tiny_runs import MODEL
 
 TENSORS = {

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from dgi.training.checkpoint import load_model, unique_tensors
 from dgi.config import ModelConfig, TrainConfig, from_dict
 from dgi.data import Catalog, Interactions
 from dgi.model.dgi_model import DGIModel, DualEncoder
 from dgi.model.quantizer import ResidualQuantizer
+from dgi.training.checkpoint import load_model, unique_tensors
 from dgi.training.trainer import Schedule, Trainer, build_optimizer, collision_rate
 from dgi_kernels import Trie, beam_search, rank_candidates
 from tests.dgi.tiny_runs import MODEL, tiny_data, tiny_trainer

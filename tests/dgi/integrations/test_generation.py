@@ -35,7 +35,7 @@ from dgi.integrations import TrieLogitsProcessor, constrained_generate  # noqa: 
 from dgi_kernels import Trie  # noqa: E402
 
 PAD, END, FIRST = 0, 1, 5  # token ids of padding, the end, and the first code of the first level
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
 LIVE = -1e6  # generate gives rows of no beam scores of -1e9 and less
 
 EncoderDecoder = ("t5", "bart")
