@@ -14,9 +14,10 @@ from dgi.config import ModelConfig, TrainConfig, to_dict
 from dgi.data import Catalog, Dataset, Interactions
 from dgi.evaluation import evaluate
 from dgi.model.dgi_model import DGIModel, DualEncoder
+from dgi.model.encoding import Requests, encode_items, encode_requests
 from dgi.retrieval.baselines import rank_by_popularity
-from dgi.retrieval.index import DGIIndex, encode_items
-from dgi.retrieval.search import Requests, Searcher, encode_requests, rank_by_cosine
+from dgi.retrieval.index import DGIIndex
+from dgi.retrieval.search import Searcher, rank_by_cosine
 from dgi.training.checkpoint import RunFolder
 from dgi.training.trainer import Trainer
 

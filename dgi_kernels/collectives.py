@@ -34,6 +34,11 @@ def sum_gradients(value: Tensor, group: Group = None) -> Tensor:
     return value if world_size(group) == 1 else _SumGradients.apply(value, group)
 
 
+def global_mean(value: Tensor) -> Tensor:
+    """Mean of equally weighted values of all ranks, with its gradient."""
+    return value if world_size() == 1 else gather_rows(value.unsqueeze(0)).mean(0)
+
+
 def all_gather(value: Tensor, group: Group = None) -> Tensor:
     """Concatenate (B, ...) of all ranks, without gradient."""
     value = value.contiguous()

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from dgi.data import Interactions, Judgments
 from dgi.evaluation import metrics
+from dgi.model.encoding import Requests, encode_requests
 from dgi.retrieval.index import DGIIndex
-from dgi.retrieval.search import Requests, Searcher, encode_requests, rank_by_cosine
+from dgi.retrieval.search import Searcher, rank_by_cosine
 from dgi_kernels.files import atomic_write
 
 Json = dict[str, Any]

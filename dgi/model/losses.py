@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from dgi.config import LOSS_TERMS, SimilarityKind
 from dgi.model.dgi_model import DGIOutput
 from dgi.model.heads import CosineHead
-from dgi.training.distributed import gather_rows, global_mean
 from dgi_kernels import ResidualQuantization, cosine_cross_entropy
+from dgi_kernels.collectives import gather_rows, global_mean
 
 _LOG_EPSILON = 1e-9
 

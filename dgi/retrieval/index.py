@@ -7,21 +7,20 @@ first, then ``ẑ_q · ẑ_item`` (paper, inference).
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from dgi.data import Catalog
 from dgi.data.batches import Batch
-from dgi.model.dgi_model import DGIModel, DualEncoder
+from dgi.model.dgi_model import DGIModel
 from dgi.model.encoders import QueryEncoding
+from dgi.model.encoding import device_of, encode_items, evaluating
 from dgi.training.checkpoint import CheckpointError, read_tensors, write_tensors
 from dgi_kernels import Ranking, Trie, TrieFilter, beam_search, rank_candidates
 
@@ -220,41 +219,6 @@ class DGIIndex:
         device = device_of(model)
         if device != self.vectors.device:
             raise ValueError(f"the index is on {self.vectors.device}, the model on {device}; move one with to()")
-
-
-@torch.no_grad()
-def encode_items(model: DualEncoder, item_features: Tensor, *, batch_size: int = 1024,
-                 progress: bool = False) -> Tensor:
-    """z (N, d) of items in batches, in evaluation mode, from the features that the encoder prepared.
-
-    Raises:
-        ValueError: there are no items.
-    """
-    if len(item_features) == 0:
-        raise ValueError("the catalog must hold at least one item; got none")
-    device = device_of(model)
-    with evaluating(model), tqdm(total=len(item_features), desc="encoding items", disable=not progress) as bar:
-        parts = []
-        for features in item_features.split(batch_size):
-            parts.append(model.encoder.encode_items(features.to(device)))
-            bar.update(len(features))
-    return torch.cat(parts)
-
-
-@contextlib.contextmanager
-def evaluating(model: DualEncoder) -> Iterator[None]:
-    """Evaluation mode within the block, the mode before after it."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
-def device_of(model: DualEncoder) -> torch.device:
-    """The device that a model is on."""
-    return next(model.parameters()).device
 
 
 def first_allowed(items: Tensor, exclude: Tensor, k: int) -> tuple[Tensor, Tensor]:

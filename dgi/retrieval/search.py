@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,55 +11,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dgi.data import Catalog, Interactions, pad_histories
-from dgi.data.batches import Batch, make_batch
-from dgi.model.dgi_model import DGIModel, DualEncoder
-from dgi.retrieval.index import DGIIndex, SearchResult, device_of, encode_items, evaluating, item_ids
+from dgi.model.dgi_model import DGIModel
+from dgi.model.encoding import Requests, device_of, encode_items
+from dgi.model.encoding import encode_requests as encode_requests
+from dgi.retrieval.index import DGIIndex, SearchResult, item_ids
 from dgi_kernels import TrieFilter
 
 SAMPLED_ITEMS = 32  # encoded again, to tell whether an index is of this model and catalog
 SAME_VECTOR = 0.99  # least mean cosine of the sample; half precision stays well above
-
-
-@dataclass(frozen=True, eq=False)
-class Requests:
-    """n requests as the encoder reads them, on the CPU.
-
-    Attributes:
-        histories: (n, H) int64 catalog rows, oldest first, -1 where there is none.
-        query_features: (n, ...), or None where no request has a query.
-    """
-
-    histories: Tensor
-    query_features: Tensor | None
-
-    @classmethod
-    def prepare(cls, model: DualEncoder, queries: Sequence[str], histories: np.ndarray,
-                query_vectors: np.ndarray | None) -> Requests:
-        """Keep the latest items of each history, as many as the model reads, and prepare the queries.
-
-        Raises:
-            ValueError: there are query texts, but the model reads query vectors, and none are given.
-        """
-        features = model.encoder.prepare_queries(queries, query_vectors)
-        if features is None and any(queries):
-            raise ValueError("the model reads query vectors, not texts: give query_vectors with the queries")
-        first = max(0, histories.shape[1] - model.config.max_history)
-        return cls(torch.from_numpy(histories[:, first:]), features)
-
-    @classmethod
-    def of(cls, model: DualEncoder, interactions: Interactions) -> Requests:
-        """The requests of recorded interactions; what was chosen then is not looked at."""
-        return cls.prepare(model, interactions.queries, interactions.histories, interactions.query_vectors)
-
-    def __len__(self) -> int:
-        return len(self.histories)
-
-    def batches(self, item_features: Tensor, batch_size: int) -> Iterator[tuple[slice, Batch]]:
-        """The requests in order, with the rows that each batch holds."""
-        for start in range(0, len(self), batch_size):
-            rows = slice(start, start + batch_size)
-            queries = None if self.query_features is None else self.query_features[rows]
-            yield rows, make_batch(item_features, self.histories[rows], None, queries)
 
 
 class Searcher:
@@ -155,15 +113,6 @@ class Searcher:
             raise ValueError(f"histories must hold ids of the catalog's items; it has no item {unknown[0]!r}")
         rows = [[self.catalog.row(item_id) for item_id in history] for history in histories]
         return pad_histories(rows, max(1, max(map(len, rows))))
-
-
-@torch.no_grad()
-def encode_requests(model: DualEncoder, requests: Requests, item_features: Tensor, *, batch_size: int = 256) -> Tensor:
-    """z_q (n, d) of requests in batches, in evaluation mode; ``item_features`` are those of the whole catalog."""
-    device = device_of(model)
-    with evaluating(model):
-        return torch.cat([model.encode_queries(batch.to(device)).vector
-                          for _, batch in requests.batches(item_features, batch_size)])
 
 
 @torch.no_grad()

@@ -1,8 +1,4 @@
-"""The processes of a ``torchrun``, and collectives that carry gradients and do nothing in a single process.
-
-With the mean of gradients that DistributedDataParallel takes, a loss built from these has the gradient that one
-process would compute on the whole batch.
-"""
+"""The processes of a ``torchrun``: joining them, this one's device, and rank 0's state for all."""
 
 from __future__ import annotations
 
@@ -14,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dgi_kernels.collectives import gather_rows, rank, world_size
+from dgi_kernels.collectives import gather_rows, global_mean, rank, world_size
 
 __all__ = ["broadcast", "gather_rows", "global_mean", "local_device", "process_group", "rank", "world_size"]
 
@@ -40,11 +36,6 @@ def local_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-
-
-def global_mean(value: Tensor) -> Tensor:
-    """Mean of equally weighted values of all ranks, with its gradient."""
-    return value if world_size() == 1 else gather_rows(value.unsqueeze(0)).mean(0)
 
 
 @torch.no_grad()

@@ -31,9 +31,8 @@ from dgi.config import LOSS_TERMS, TrainConfig, to_dict
 from dgi.data import Catalog, Interactions
 from dgi.data.batches import Batch, make_batch
 from dgi.model.dgi_model import DGIModel, DualEncoder
+from dgi.model.encoding import Requests, encode_items
 from dgi.model.losses import DGILoss
-from dgi.retrieval.index import encode_items
-from dgi.retrieval.search import Requests
 from dgi.training.checkpoint import Checkpoints, RunFolder, copy_tensors, save_model, unique_tensors
 from dgi.training.distributed import broadcast, gather_rows, global_mean, local_device, rank, world_size
 
@@ -377,7 +376,7 @@ class Trainer:
         return json.loads(json.dumps(description))  # as it will be read back, tuples being lists
 
     def _write_results(self, folder: RunFolder) -> None:
-        from dgi.evaluation.plots import training_curve  # matplotlib, which only this needs
+        from dgi.training.curve import training_curve  # matplotlib, which only this needs
 
         save_model(self.model, folder.model_path)
         training_curve(folder.metrics.path, folder.curve_path)

@@ -41,7 +41,7 @@ def test_the_demo_leaves_what_it_prints_and_can_be_run_again(tmp_path: Path, mon
     assert metrics["systems"]["DGI"]["overall"]["hit_rate@10"] == pytest.approx(np.mean(hits))
     assert printed.count("chosen next") == 5, "each example marks or names the item chosen"
 
-    monkeypatch.setattr("dgi.evaluation.plots.training_curve", lambda *_: None)
+    monkeypatch.setattr("dgi.training.curve.training_curve", lambda *_: None)
     monkeypatch.setattr("dgi.evaluation.plots.bucket_picture", lambda *_, **__: None)
     assert main(["demo", "--data", str(folder), "--output", str(output), "--no-progress", "--full"]) == 0
     assert "all 40 test interactions" in capsys.readouterr().out

@@ -132,7 +132,7 @@ def test_a_target_in_its_history_is_told_and_can_be_kept(run: Path, tmp_path: Pa
 
 def test_resume_takes_the_settings_of_the_run(run: Path, monkeypatch: pytest.MonkeyPatch,
                                               capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("dgi.evaluation.plots.training_curve", lambda *_: None)
+    monkeypatch.setattr("dgi.training.curve.training_curve", lambda *_: None)
     model = (run / "model/model.safetensors").read_bytes()
     common = ["train", "--data", str(run / "data"), "--output", str(run / "model"), QUIET]
     assert main(common) == 2

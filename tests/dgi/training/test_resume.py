@@ -25,7 +25,7 @@ processes.set_forkserver_preload(["tests.dgi.tiny_runs", "torch._dynamo"])
 @pytest.fixture(autouse=True)
 def no_curve(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the picture out, which takes longest in a run so small."""
-    monkeypatch.setattr("dgi.evaluation.plots.training_curve", lambda *_: None)
+    monkeypatch.setattr("dgi.training.curve.training_curve", lambda *_: None)
 
 
 def start(output: Path, seed: int, train: dict[str, Any], function: str | None = None,

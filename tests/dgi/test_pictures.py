@@ -14,21 +14,24 @@ pytest.importorskip("matplotlib")
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
+from dgi import pictures
 from dgi.evaluation import plots
 from dgi.evaluation.metrics import code_usage, evaluate_rankings
+from dgi.training import curve
 
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """Every figure that is saved, kept for a look at what it shows."""
     saved: list[Figure] = []
-    save = plots._save
+    save = pictures.save
 
     def keep(figure: Figure, path: Path) -> None:
         saved.append(figure)
         save(figure, path)
 
-    monkeypatch.setattr(plots, "_save", keep)
+    for module in (curve, plots):
+        monkeypatch.setattr(module, "save", keep)
     return saved
 
 
@@ -48,7 +51,7 @@ def results(num_systems: int) -> dict[str, dict]:
 
 def test_training_curve_draws_what_was_logged(tmp_path: Path, figures: list[Figure]) -> None:
     rows = write_metrics(tmp_path / "metrics.jsonl", 12)
-    plots.training_curve(tmp_path / "metrics.jsonl", tmp_path / "curve.png")
+    curve.training_curve(tmp_path / "metrics.jsonl", tmp_path / "curve.png")
     losses, _, codes, gamma, _, rates = figures[0].axes
     drawn = {line.get_label(): line for line in losses.lines}
     np.testing.assert_array_equal(drawn["total"].get_xdata(), [row["step"] for row in rows])
@@ -63,7 +66,7 @@ def test_training_curve_draws_what_was_logged(tmp_path: Path, figures: list[Figu
 
 def test_long_runs_are_smoothed_by_their_mean() -> None:
     values = np.random.randn(500)
-    smooth = plots._running_mean(values, 11)
+    smooth = curve._running_mean(values, 11)
     for i in (0, 3, 250, 499):
         assert smooth[i] == pytest.approx(values[max(0, i - 5):i + 6].mean())
 
@@ -73,13 +76,13 @@ def test_a_run_killed_while_it_wrote_can_be_drawn(tmp_path: Path, figures: list[
     write_metrics(tmp_path / "metrics.jsonl", 3)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 30, "lo')
-    plots.training_curve(tmp_path / "metrics.jsonl", tmp_path / "curve.png")
+    curve.training_curve(tmp_path / "metrics.jsonl", tmp_path / "curve.png")
     assert len(figures[0].axes[0].lines[0].get_xdata()) == 3
 
 
 def test_missing_terms_leave_their_panel_empty(tmp_path: Path, figures: list[Figure]) -> None:
     (tmp_path / "m.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0, "tau": 0.5}\n')
-    plots.training_curve(tmp_path / "m.jsonl", tmp_path / "curve.png")
+    curve.training_curve(tmp_path / "m.jsonl", tmp_path / "curve.png")
     assert [len(panel.lines) for panel in figures[0].axes] == [1, 0, 0, 0, 1, 0]
     assert figures[0].axes[1].texts[0].get_text() == "not logged"
 
@@ -87,10 +90,10 @@ def test_missing_terms_leave_their_panel_empty(tmp_path: Path, figures: list[Fig
 def test_unusable_metrics(tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_text("")
     with pytest.raises(ValueError, match="there is nothing to draw"):
-        plots.training_curve(tmp_path / "m.jsonl", tmp_path / "curve.png")
+        curve.training_curve(tmp_path / "m.jsonl", tmp_path / "curve.png")
     (tmp_path / "m.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
     with pytest.raises(ValueError, match="line 2 is not JSON"):
-        plots.training_curve(tmp_path / "m.jsonl", tmp_path / "curve.png")
+        curve.training_curve(tmp_path / "m.jsonl", tmp_path / "curve.png")
     assert not (tmp_path / "curve.png").exists()
 
 
