@@ -106,7 +106,7 @@ class BuildExtension(cpp_extension.BuildExtension):
 
 
 def extension(cuda: bool) -> Extension:
-    sources = sorted(str(path) for folder in ("register", "cpu") for path in Path("csrc", folder).glob("*.cpp"))
+    sources = sorted(map(str, [*Path("csrc/register").glob("*.cpp"), *Path("csrc/cpu").rglob("*.cpp")]))
     macros, kind = [], cpp_extension.CppExtension
     if cuda:
         sources += sorted(map(str, [*Path("csrc/register/cuda").glob("*.cpp"), *Path("csrc/cuda").glob("*.cu")]))

@@ -5,9 +5,9 @@
 // cache. Instructions of the machine code are listed by `make gpu-code`.
 //
 // Not yet run on a GPU. Its logic runs on the CPU in the tests, thread by thread.
-#include "beam.h"
+#include "cuda/beam_cuda.h"
 
-#include "beam_step.h"
+#include "cuda/beam_step.h"
 
 namespace dgi::cuda {
 namespace {

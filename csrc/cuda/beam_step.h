@@ -14,11 +14,11 @@
 #include <limits>
 #include <type_traits>
 
-#include "beam.h"
-#include "block.h"
-#include "device.h"
+#include "cuda/beam_cuda.h"
+#include "cuda/block.h"
+#include "cuda/device.h"
+#include "cuda/select.h"
 #include "dgi/convert.h"
-#include "select.h"
 
 namespace dgi::cuda {
 

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "device.h"
+#include "cuda/device.h"
 
 namespace dgi::cuda {
 

@@ -7,8 +7,8 @@
 // norm comes with the product.
 //
 // Not yet run on a GPU. Its logic runs on the CPU in the tests, thread by thread.
-#include "beam_step.h"
-#include "vector.h"
+#include "cuda/beam_step.h"
+#include "cuda/warp_products.h"
 
 namespace dgi::cuda {
 namespace {

@@ -6,12 +6,12 @@
 //
 // Not yet run on a GPU. Compiles to cubin for sm_80, sm_90 and sm_100 without spills (nvcc -cubin -Xptxas -v); the
 // logic of a thread is tested in C++.
-#include "gumbel.h"
+#include "cuda/gumbel_cuda.h"
 
 #include <algorithm>
 
-#include "block.h"
-#include "device.h"
+#include "cuda/block.h"
+#include "cuda/device.h"
 #include "dgi/gumbel_lanes.h"
 
 namespace dgi::cuda {

@@ -3,11 +3,11 @@
 // Everything is recomputed from (row, code), nothing is read but the seed; 4 bytes per element are written. Bound by
 // instruction issue, not by memory: per element a quarter of Philox's 10 rounds and two logarithms. Instructions and
 // registers are listed by `make gpu-code`. Not yet run on a GPU.
-#include "noise.h"
+#include "cuda/noise_cuda.h"
 
 #include <algorithm>
 
-#include "device.h"
+#include "cuda/device.h"
 #include "dgi/gumbel_log2.h"
 #include "dgi/philox.h"
 

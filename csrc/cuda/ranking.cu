@@ -8,18 +8,18 @@
 // Bytes: D elements for each item that may count, about k of them whatever the number of beams.
 //
 // Not yet run on a GPU. Its logic runs on the CPU in the tests, thread by thread.
-#include "ranking.h"
+#include "cuda/ranking_cuda.h"
 
 #include <algorithm>
 #include <bit>
 #include <cstring>
 #include <limits>
 
-#include "block.h"
-#include "device.h"
+#include "cuda/block.h"
+#include "cuda/device.h"
+#include "cuda/select.h"
+#include "cuda/warp_products.h"
 #include "dgi/beam.h"
-#include "select.h"
-#include "vector.h"
 
 namespace dgi::cuda {
 namespace {

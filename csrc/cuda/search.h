@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cuda/types.h"
 #include "dgi/trie.h"
-#include "types.h"
 
 namespace dgi::cuda {
 

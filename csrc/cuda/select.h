@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "block.h"
-#include "device.h"
+#include "cuda/block.h"
+#include "cuda/device.h"
 
 namespace dgi::cuda {
 

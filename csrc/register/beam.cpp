@@ -2,11 +2,11 @@
 #include <algorithm>
 #include <atomic>
 
-#include "depth_arguments.h"
-#include "tensors.h"
-#include "trie_arguments.h"
-#include "cpu/beam.h"
-#include "cpu/ranking.h"
+#include "cpu/beam/beam_cpu.h"
+#include "cpu/ranking/ranking_cpu.h"
+#include "register/depth_arguments.h"
+#include "register/tensors.h"
+#include "register/trie_arguments.h"
 
 namespace dgi::registration {
 namespace {

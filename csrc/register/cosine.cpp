@@ -2,8 +2,8 @@
 #include <array>
 #include <cmath>
 
-#include "tensors.h"
-#include "cpu/cosine.h"
+#include "cpu/cosine/cosine_cpu.h"
+#include "register/tensors.h"
 
 namespace dgi::registration {
 namespace {

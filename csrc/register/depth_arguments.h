@@ -1,8 +1,8 @@
 // What the steps of a search take and leave on every device: one depth of a trie, hidden states, beams.
 #pragma once
 
-#include "tensors.h"
-#include "trie_arguments.h"
+#include "register/tensors.h"
+#include "register/trie_arguments.h"
 
 namespace dgi::registration {
 

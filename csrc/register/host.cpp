@@ -1,10 +1,10 @@
 // What the kernels need of torch: matrix products and threads.
-#include "cpu/host.h"
+#include "cpu/shared/host.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
-#include "tensors.h"
+#include "register/tensors.h"
 
 namespace dgi::registration {
 namespace {

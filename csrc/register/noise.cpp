@@ -1,8 +1,8 @@
 // Noise, as torch sees it: schemas, argument checks, calls into the code that knows no torch.
-#include "noise.h"
+#include "register/noise_arguments.h"
 
-#include "cpu/noise.h"
-#include "cpu/pages.h"
+#include "cpu/gumbel/noise_cpu.h"
+#include "cpu/shared/pages.h"
 
 namespace dgi::registration {
 namespace {

@@ -2,10 +2,10 @@
 // torch.
 #include <algorithm>
 
-#include "tensors.h"
-#include "trie_arguments.h"
-#include "cpu/item_set.h"
-#include "cpu/trie.h"
+#include "cpu/trie/item_set.h"
+#include "cpu/trie/trie_cpu.h"
+#include "register/tensors.h"
+#include "register/trie_arguments.h"
 
 namespace dgi::registration {
 namespace {

@@ -3,8 +3,8 @@
 
 #include <vector>
 
-#include "tensors.h"
 #include "dgi/trie.h"
+#include "register/tensors.h"
 
 namespace dgi::registration {
 

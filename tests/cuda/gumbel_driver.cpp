@@ -2,7 +2,7 @@
 #include <string>
 #include <vector>
 
-#include "gumbel.cu"
+#include "cuda/gumbel.cu"
 
 extern "C" const char* run(uint64_t seed, const float* logits, float* out, int64_t rows, int64_t codes) {
   static std::string fault;

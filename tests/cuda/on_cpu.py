@@ -51,7 +51,7 @@ def why_no_ops() -> str | None:
 def compile_library(sources: Sequence[Path], target: Path, include: Sequence[Path] = (), flags: Sequence[str] = (),
                     libraries: Sequence[str] = ()) -> None:
     """Compile ``sources``, also ``.cu``, as C++ and link them to the shared library ``target``."""
-    folders = [*include, CSRC, CSRC / "include", CSRC / "cuda", HERE]
+    folders = [*include, CSRC, CSRC / "include", HERE]
     objects = [target.with_name(f"{target.stem}-{i}-{source.stem}.o") for i, source in enumerate(sources)]
 
     def compile_one(source: Path, output: Path) -> None:

@@ -103,13 +103,15 @@ MUTATIONS = {
 
 @pytest.mark.parametrize("name", [None, *MUTATIONS])
 def test_faults_planted_into_gumbel_softmax(tmp_path: Path, name: str | None) -> None:
-    for file in ("gumbel.cu", "block.h"):  # each finds the other beside it
-        shutil.copy(on_cpu.CSRC / "cuda" / file, tmp_path)
+    copies = tmp_path / "cuda"
+    copies.mkdir()
+    for file in ("gumbel.cu", "block.h"):  # found before the originals
+        shutil.copy(on_cpu.CSRC / "cuda" / file, copies)
     if name is not None:
         before, after, _ = MUTATIONS[name]
-        source = (tmp_path / "block.h").read_text()
+        source = (copies / "block.h").read_text()
         assert source.count(before) == 1
-        (tmp_path / "block.h").write_text(source.replace(before, after))
+        (copies / "block.h").write_text(source.replace(before, after))
     on_cpu.compile_library([on_cpu.HERE / "gumbel_driver.cpp"], tmp_path / "gumbel.so", [tmp_path], ["-DNDEBUG"])
     library = ctypes.CDLL(str(tmp_path / "gumbel.so"))
     library.run.restype = ctypes.c_char_p

@@ -10,8 +10,8 @@
 #include <random>
 #include <vector>
 
-#include "beam.h"
-#include "host.h"
+#include "cpu/beam/beam_cpu.h"
+#include "cpu/shared/host.h"
 
 namespace dgi::cpu {
 

@@ -355,8 +355,8 @@ def test_the_kernel_is_clean_under_sanitizers(tmp_path: Path, seed: int) -> None
     binary = tmp_path / "beam"
     compiled = subprocess.run(
         ["c++", "-std=c++20", "-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
-         f"-I{CSRC / 'include'}", f"-I{CSRC / 'cpu'}", str(Path(__file__).with_name("beam_driver.cpp")),
-         str(CSRC / "cpu" / "beam.cpp"), str(CSRC / "cpu" / "cosine_beam.cpp"), "-o", str(binary)],
+         f"-I{CSRC / 'include'}", f"-I{CSRC}", str(Path(__file__).with_name("beam_driver.cpp")),
+         str(CSRC / "cpu/beam/beam.cpp"), str(CSRC / "cpu/beam/cosine_beam.cpp"), "-o", str(binary)],
         capture_output=True, text=True)
     if compiled.returncode and "sanitize" in compiled.stderr + compiled.stdout or "asan" in compiled.stderr:
         pytest.skip(f"the compiler has no sanitizers: {compiled.stderr[-300:]}")

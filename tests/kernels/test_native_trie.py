@@ -262,8 +262,8 @@ def test_construction_is_clean_under_sanitizers(tmp_path: Path, seed: int) -> No
     binary = tmp_path / "trie"
     compiled = subprocess.run(
         ["c++", "-std=c++20", "-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
-         f"-I{CSRC / 'include'}", f"-I{CSRC / 'cpu'}", str(Path(__file__).with_name("trie_driver.cpp")),
-         str(CSRC / "cpu" / "trie.cpp"), str(CSRC / "cpu" / "item_set.cpp"), "-o", str(binary)],
+         f"-I{CSRC / 'include'}", f"-I{CSRC}", str(Path(__file__).with_name("trie_driver.cpp")),
+         str(CSRC / "cpu/trie/trie.cpp"), str(CSRC / "cpu/trie/item_set.cpp"), "-o", str(binary)],
         capture_output=True, text=True)
     if compiled.returncode and "sanitize" in compiled.stderr + compiled.stdout or "asan" in compiled.stderr:
         pytest.skip(f"the compiler has no sanitizers: {compiled.stderr[-300:]}")

@@ -12,9 +12,9 @@
 #include <type_traits>
 #include <vector>
 
-#include "host.h"
-#include "item_set.h"
-#include "trie.h"
+#include "cpu/shared/host.h"
+#include "cpu/trie/item_set.h"
+#include "cpu/trie/trie_cpu.h"
 
 namespace dgi::cpu {
 

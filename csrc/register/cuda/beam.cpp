@@ -1,13 +1,13 @@
 // Beam steps and ranking on CUDA, as torch sees them. No value is read on the host: a node out of range is dead.
-#include "cuda/beam.h"
+#include "cuda/beam_cuda.h"
 
 #include <algorithm>
 #include <array>
 
-#include "../depth_arguments.h"
-#include "../trie_arguments.h"
-#include "cuda/ranking.h"
-#include "device.h"
+#include "cuda/ranking_cuda.h"
+#include "register/cuda/cuda_stream.h"
+#include "register/depth_arguments.h"
+#include "register/trie_arguments.h"
 
 namespace dgi::registration {
 namespace {

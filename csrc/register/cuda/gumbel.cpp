@@ -1,7 +1,7 @@
 // Gumbel-Softmax on CUDA, as torch sees it.
-#include "cuda/gumbel.h"
+#include "cuda/gumbel_cuda.h"
 
-#include "device.h"
+#include "register/cuda/cuda_stream.h"
 
 namespace dgi::registration {
 namespace {

@@ -1,8 +1,8 @@
 // Noise on CUDA, as torch sees it.
-#include "cuda/noise.h"
+#include "cuda/noise_cuda.h"
 
-#include "../noise.h"
-#include "device.h"
+#include "register/cuda/cuda_stream.h"
+#include "register/noise_arguments.h"
 
 namespace dgi::registration {
 namespace {

@@ -1,0 +1,486 @@
+// The search of one request: which of its beams are worth looking at, and the best of their children.
+//
+// The best num_beams candidates so far give a threshold. A beam whose own score, or an upper bound of its children's, lies
+// below it has no child that counts (log-probabilities are at most 0), and neither have those behind it. The threshold
+// also becomes a bound on the logit, so that most children cost a load and a comparison; only those that pass are scored,
+// looked up in the filter and kept. The first beams of a request have no threshold to go by: one is taken from their own
+// children, the num_beams'th of the largest of each of several groups of them.
+//
+// Where a node has many of the codes between its first and its last (a root, or most nodes of a small codebook), all
+// these codes are compared, 32 at a time and without a gather. Which of those few that pass are children, and which, a
+// mask of the node's codes says; without one they are looked up among the tokens.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <functional>
+#include <limits>
+#include <vector>
+
+#include "cpu/beam/beam_cpu.h"
+#include "cpu/shared/isa.h"
+#include "dgi/beam.h"
+#include "dgi/log_sum_exp.h"
+
+namespace dgi::cpu {
+
+constexpr int64_t kChunk = 2048;  // logits: a chunk is read again from the first-level cache
+
+// Compiled by itself: in the midst of other code the sums do not stay in registers.
+template <class Real>
+DGI_NEVER_INLINE LogSumExp<Real> log_sum_exp_of(const Real* x, int64_t count, const Real* ahead = nullptr) {
+  LogSumExp<Real> sum;
+  with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE { sum.template add<fused.value>(x, count, ahead); });
+  return sum;
+}
+
+// Keeps the best `limit` of the keys that it is given: all of them at first, then what beats the threshold; whenever the
+// room is used up, the best are selected and the threshold rises. A linear number of comparisons in all.
+template <class Real>
+class Best {
+ public:
+  using Candidate = CandidateKey<Real>;
+  using Key = typename Candidate::Key;
+
+  void start(int64_t limit) {
+    limit_ = limit;
+    room_ = limit + std::max<int64_t>(64, limit / 2);
+    keys_.clear();
+    full_ = false;
+  }
+
+  // Whether `limit` candidates are held, so that others need to beat the threshold.
+  bool full() const { return full_; }
+  Real threshold() const { return Candidate::score(worst_); }
+
+  // Returns whether the threshold has changed.
+  bool add(Real score, int64_t slot) {
+    const Key key = Candidate::of(score, static_cast<typename Candidate::Bits>(slot));
+    if (full_ && key > worst_) return false;
+    keys_.push_back(key);
+    if (static_cast<int64_t>(keys_.size()) < room_) return false;
+    select();
+    return true;
+  }
+
+  // Raises the threshold where enough candidates have come in since to be worth it.
+  void refresh() {
+    if (static_cast<int64_t>(keys_.size()) >= (full_ ? limit_ + limit_ / 8 + 1 : limit_)) select();
+  }
+
+  // Drops all but the best `limit`, where there are more than that or just so many.
+  void select() {
+    if (limit_ == 0 || static_cast<int64_t>(keys_.size()) < limit_) return;
+    const auto last = keys_.begin() + (limit_ - 1);
+    std::nth_element(keys_.begin(), last, keys_.end());
+    worst_ = *last;
+    keys_.resize(limit_);
+    full_ = true;
+  }
+
+  const std::vector<Key>& sorted() {
+    select();
+    std::sort(keys_.begin(), keys_.end());
+    return keys_;
+  }
+
+ private:
+  int64_t limit_ = 0, room_ = 0;
+  std::vector<Key> keys_;
+  Key worst_ = 0;
+  bool full_ = false;
+};
+
+// Children of one beam that follow each other in one part of the trie, and by token in the whole of it.
+struct Run {
+  int64_t first, end;
+  int64_t slot;  // of the first child
+  int64_t beam;
+  bool in_delta;
+};
+
+// A live beam with children: the runs [first_run, end_run).
+template <class Real>
+struct Parent {
+  Real score, bound;  // no child scores more than the bound, where log-probabilities are normalised here,
+  Real peak;          // nor, with a log-sum-exp yet to be taken off, more than this
+  int64_t beam, first_run, end_run;
+  int64_t held = -1;  // where the logits of its children are held, if they are
+};
+
+// One request at a time: its parents, its candidates, its result. Knows nothing of where logits come from.
+template <class Real, class Token>
+class Request {
+ public:
+  explicit Request(const BeamStep<Real, Token>& step) : step_(step) {}
+
+  // Takes up a request. False where it has more candidates than keys can number.
+  bool start(int64_t request) {
+    request_ = request;
+    allowed_ = step_.allowed == nullptr ? nullptr : step_.allowed[request];
+    best_.start(step_.num_beams);
+    parents_.clear();
+    runs_.clear();
+    held_.clear();
+    slots_ = 0;
+    for (int64_t m = 0; m < step_.width; ++m) {
+      const int64_t node = step_.nodes.at(request_, m);
+      const Real score = finite_or_dead(step_.scores.at(request_, m));
+      if (node < 0 || node >= step_.trie.end() || score == kDead) continue;
+      const int64_t first_run = static_cast<int64_t>(runs_.size());
+      list_runs(m, step_.trie.children_of(node));
+      if (static_cast<int64_t>(runs_.size()) > first_run) {
+        parents_.push_back({score, score, -kDead, m, first_run, static_cast<int64_t>(runs_.size())});
+      }
+    }
+    sort_by_bound();
+    return static_cast<uint64_t>(slots_) <= std::numeric_limits<typename CandidateKey<Real>::Bits>::max();
+  }
+
+  // The live beams, those first whose children may score most, to be extended in this order.
+  const std::vector<Parent<Real>>& parents() const { return parents_; }
+
+  // Makes room for the logits of the children of those parents that have at most `most`, none of them the end of a
+  // sequence: to be filled by whoever makes them, and then used by extend_held.
+  void hold_children(int64_t most) {
+    int64_t held = 0;
+    for (Parent<Real>& parent : parents_) {
+      const Run &run = runs_[parent.first_run], &last = runs_[parent.end_run - 1];
+      const int64_t count = last.slot + (last.end - last.first) - run.slot;
+      if (count > most || tokens_of(run)[run.first] == kEndToken) continue;
+      parent.held = held;
+      held += count;
+    }
+    held_.resize(static_cast<size_t>(held));
+  }
+
+  // Calls f with the token of each child of a parent whose logits are held, and where that logit is.
+  template <class F>
+  DGI_ALWAYS_INLINE inline void visit_held(const Parent<Real>& parent, const F& f) {
+    Real* logit = held_.data() + parent.held;
+    for (int64_t r = parent.first_run; r < parent.end_run; ++r) {
+      const Token* const tokens = tokens_of(runs_[r]);
+      for (int64_t i = runs_[r].first; i < runs_[r].end; ++i) f(int64_t{tokens[i]}, logit++);
+    }
+  }
+
+  // Sets the peaks of those parents, and lowers their bounds: limits(parent) is the peak, and what is the least to be taken
+  // off it.
+  template <class Limits>
+  DGI_ALWAYS_INLINE inline void lower_bounds(const Limits& limits) {
+    for (Parent<Real>& parent : parents_) {
+      if (parent.held < 0) continue;
+      const auto [peak, least_sum] = limits(parent);
+      parent.peak = peak;
+      const Real lower = peak - least_sum;
+      if (lower < parent.bound) parent.bound = lower;
+    }
+    sort_by_bound();
+  }
+
+  // Whether this parent and all behind it are hopeless.
+  bool is_done(const Parent<Real>& parent) {
+    if (!step_.normalizes()) return false;
+    best_.refresh();
+    return room_above(parent.bound) < 0;
+  }
+
+  // How far a bound lies above the threshold that there is.
+  Real room_above(Real bound) const {
+    return best_.full() ? bound - best_.threshold() : std::numeric_limits<Real>::infinity();
+  }
+
+  // `logit(token)` is the logit of a code, `log_sum_exp()` that of all codes; either is asked for what is needed only. Where
+  // the logits of all codes lie one behind the other, `row()`, asked for last, says where; else it is null.
+  template <bool kFused, class Logit, class Sum, class Row>
+  DGI_ALWAYS_INLINE inline void extend(const Parent<Real>& parent, const Logit& logit, const Sum& log_sum_exp,
+                                       const Row& row) {
+    const bool ends = add_end(parent);
+    const Run& last = runs_[parent.end_run - 1];
+    if (ends && parent.end_run - parent.first_run == 1 && last.end - last.first == 1) return;  // no other child
+    if (step_.normalize == Normalize::kChildren && step_.normalizes()) {
+      extend_by_children<kFused>(parent, ends, logit);
+      return;
+    }
+    Normalizer<Real> normalizer;
+    if (!find_normalizer(parent, log_sum_exp, normalizer)) return;
+    for (int64_t r = parent.first_run; r < parent.end_run; ++r) {
+      const Run& run = runs_[r];
+      const Token* const tokens = tokens_of(run);
+      const int64_t first = first_code(run, ends);
+      const bool whole = parent.end_run - parent.first_run == 1 && !run.in_delta;  // all children of a node of the base
+      add_children({first, run.end}, run, parent.score, normalizer, allowed_, row(), tokens + first,
+                   whole ? step_.masks.of(step_.nodes.at(request_, parent.beam)) : nullptr,
+                   [=](int64_t i) DGI_ALWAYS_INLINE { return logit(tokens[i]); });
+    }
+  }
+
+  // The same for a parent whose logits are held.
+  template <class Sum>
+  DGI_ALWAYS_INLINE inline void extend_held(const Parent<Real>& parent, const Sum& log_sum_exp) {
+    Normalizer<Real> normalizer;
+    if (!find_normalizer(parent, log_sum_exp, normalizer)) return;
+    const Real* values = held_.data() + parent.held;
+    for (int64_t r = parent.first_run; r < parent.end_run; ++r) {
+      const Run& run = runs_[r];
+      add_values({run.first, run.end}, run, parent.score, normalizer, allowed_, values);
+      values += run.end - run.first;
+    }
+  }
+
+  // Writes the result of the request.
+  void write(const BeamOutput& out) {
+    const auto& keys = best_.sorted();
+    const int64_t found = static_cast<int64_t>(keys.size()), begin = request_ * step_.num_beams;
+    for (int64_t i = 0; i < found; ++i) {
+      const int64_t slot = static_cast<int64_t>(CandidateKey<Real>::slot(keys[i]));
+      const auto behind = std::upper_bound(runs_.begin(), runs_.end(), slot,
+                                           [](int64_t s, const Run& run) { return s < run.slot; });
+      const Run& run = *(behind - 1);
+      const int64_t child = run.first + (slot - run.slot);
+      out.nodes[begin + i] = step_.trie.child_number(child, run.in_delta);
+      out.tokens[begin + i] = tokens_of(run)[child];
+      out.parents[begin + i] = run.beam;
+      out.scores[begin + i] = static_cast<float>(CandidateKey<Real>::score(keys[i]));
+    }
+    std::fill(out.nodes + begin + found, out.nodes + begin + step_.num_beams, -1);
+    std::fill(out.tokens + begin + found, out.tokens + begin + step_.num_beams, -1);
+    std::fill(out.parents + begin + found, out.parents + begin + step_.num_beams, -1);
+    std::fill(out.scores + begin + found, out.scores + begin + step_.num_beams, -std::numeric_limits<float>::infinity());
+  }
+
+ private:
+  // False where no child of the parent can be found.
+  template <class Sum>
+  DGI_ALWAYS_INLINE inline bool find_normalizer(const Parent<Real>& parent, const Sum& log_sum_exp,
+                                                Normalizer<Real>& normalizer) const {
+    if (step_.log_normalizer.data != nullptr) {
+      normalizer.offset = step_.log_normalizer.at(request_, parent.beam);
+      return std::abs(normalizer.offset) <= std::numeric_limits<Real>::max();
+    }
+    if (step_.normalize == Normalize::kFull) {
+      const LogSumExp<Real> sum = log_sum_exp();
+      if (sum.empty()) return false;
+      normalizer = {sum.maximum, sum.log_sum()};
+    }
+    return true;
+  }
+
+  void sort_by_bound() {
+    const auto better = [](const Parent<Real>& a, const Parent<Real>& b) { return a.bound > b.bound; };
+    if (!std::is_sorted(parents_.begin(), parents_.end(), better)) {
+      std::stable_sort(parents_.begin(), parents_.end(), better);
+    }
+  }
+
+  static constexpr Real kDead = -std::numeric_limits<Real>::infinity();
+
+  const Token* tokens_of(const Run& run) const { return run.in_delta ? step_.trie.delta.tokens : step_.trie.base.tokens; }
+
+  void add_run(int64_t beam, const Range& range, bool in_delta) {
+    if (range.size() == 0) return;
+    prefetch_line((in_delta ? step_.trie.delta : step_.trie.base).tokens + range.first);
+    runs_.push_back({range.first, range.end, slots_, beam, in_delta});
+    slots_ += range.size();
+  }
+
+  // The children of a node in the order of their tokens: the base's run, cut where children of the delta come in between.
+  void list_runs(int64_t beam, const Children& found) {
+    int64_t base = found.base.first;
+    for (int64_t i = found.delta.first; i < found.delta.end; ++i) {
+      if (step_.trie.children.has_twin(i)) continue;
+      const int64_t cut = lower_bound(step_.trie.base.tokens, Range{base, found.base.end}, step_.trie.delta.tokens[i]);
+      add_run(beam, {base, cut}, false);
+      add_run(beam, {i, i + 1}, true);
+      base = cut;
+    }
+    add_run(beam, {base, found.base.end}, false);
+  }
+
+  // The end of a sequence, which comes first if at all; whether there is one.
+  bool add_end(const Parent<Real>& parent) {
+    const Run& run = runs_[parent.first_run];
+    if (tokens_of(run)[run.first] != kEndToken) return false;
+    if (step_.trie.is_allowed(allowed_, run.first, run.in_delta)) best_.add(parent.score, run.slot);
+    return true;
+  }
+
+  // Where the codes of a run begin; its parent's first run may begin with the end of a sequence.
+  int64_t first_code(const Run& run, bool ends) const {
+    return ends && tokens_of(run)[run.first] == kEndToken ? run.first + 1 : run.first;
+  }
+
+  // Normalises over the allowed children only, so that the filter is asked for all of them.
+  template <bool kFused, class Logit>
+  DGI_ALWAYS_INLINE inline void extend_by_children(const Parent<Real>& parent, bool ends, const Logit& logit) {
+    values_.clear();
+    for (int64_t r = parent.first_run; r < parent.end_run; ++r) {
+      const Run& run = runs_[r];
+      const Token* const tokens = tokens_of(run);
+      for (int64_t i = first_code(run, ends); i < run.end; ++i) {
+        values_.push_back(step_.trie.is_allowed(allowed_, i, run.in_delta) ? Real{logit(tokens[i])} : kDead);
+      }
+    }
+    const int64_t count = static_cast<int64_t>(values_.size());
+    LogSumExp<Real> sum;
+    for (int64_t i = 0; i < count; i += kChunk) {
+      sum.template add<kFused>(log_sum_exp_of(values_.data() + i, std::min(kChunk, count - i)));
+    }
+    if (sum.empty()) return;
+    const Real* values = values_.data();
+    for (int64_t r = parent.first_run; r < parent.end_run; ++r) {
+      const Run& run = runs_[r];
+      const int64_t first = first_code(run, ends);
+      add_values({first, run.end}, run, parent.score, {sum.maximum, sum.log_sum()}, nullptr, values);
+      values += run.end - first;
+    }
+  }
+
+  // Adds the children of a run whose logits are `values`.
+  DGI_ALWAYS_INLINE inline void add_values(const Range& children, const Run& run, Real parent,
+                                           const Normalizer<Real>& normalizer, const AllowedItems* allowed,
+                                           const Real* values) {
+    add_children(children, run, parent, normalizer, allowed, values, static_cast<const Token*>(nullptr), nullptr,
+                 [&](int64_t i) DGI_ALWAYS_INLINE { return values[i - children.first]; });
+  }
+
+  // Adds the children of a run. `logit(i)` is that of child i; `allowed` is the filter that has not been asked yet. `row`
+  // has the logits of all codes, of which `tokens` are the children's and `mask` tells so, or without tokens those of the
+  // children; it may be null, and so may the mask.
+  template <class Logit>
+  DGI_ALWAYS_INLINE inline void add_children(const Range& children, const Run& run, Real parent,
+                                             const Normalizer<Real>& normalizer, const AllowedItems* allowed,
+                                             const Real* row, const Token* tokens, const uint32_t* mask,
+                                             const Logit& logit) {
+    constexpr Real kLowest = std::numeric_limits<Real>::lowest();
+    const int64_t count = children.size();
+    if (count <= 0) return;
+    const int64_t least = tokens == nullptr || mask != nullptr ? 0 : tokens[0];
+    const int64_t span = tokens == nullptr ? count : tokens[count - 1] - least + 1;
+    if (row != nullptr) row += least;
+    if (span != count && span > (mask != nullptr ? kSparseMasked : kSparse) * count) row = nullptr;
+
+    // Of the logits that are looked at: no child below the floor scores as much as `reached`.
+    Real reached = kDead, floor = kLowest, ceiling = std::numeric_limits<Real>::quiet_NaN();
+    if (!best_.full() && count >= 2 * step_.num_beams) {
+      const Real enough = enough_children(count, [&](int64_t i) DGI_ALWAYS_INLINE { return logit(children.first + i); });
+      if (enough > kLowest) {
+        reached = normalizer.score(parent, enough);
+        floor = normalizer.cut(parent, reached);
+      }
+    }
+    while (true) {
+      const auto current_cut = [&] {
+        return best_.full() ? std::max(floor, normalizer.cut(parent, best_.threshold())) : floor;
+      };
+      Real cut = current_cut();
+      const auto consider = [&](int64_t i, Real x) DGI_ALWAYS_INLINE {
+        if (x >= cut && !(x >= ceiling) && add_child(run, i, normalizer.score(parent, x), allowed)) cut = current_cut();
+      };
+      bool through = false;
+      int64_t done = 0, passed = 0;  // children, and the codes up to the last of them
+      if (row != nullptr && (span == count || cut > kLowest)) {
+        if (span == count) {
+          through = scan_row(row, span, cut, nullptr, [&](int64_t k) DGI_ALWAYS_INLINE {
+            consider(children.first + k, row[k]);
+            return true;
+          });
+        } else if (mask != nullptr) {
+          int64_t word = 0, before = 0;  // children by the codes of the words before it
+          through = scan_row(row, span, cut, mask, [&](int64_t k) DGI_ALWAYS_INLINE {
+            for (; word < k / ChildMasks::kWordBits; ++word) before += std::popcount(mask[word]);
+            const uint32_t below = mask[word] & ((uint32_t{1} << k % ChildMasks::kWordBits) - 1);
+            consider(children.first + before + std::popcount(below), row[k]);
+            return true;
+          });
+        } else {
+          int64_t strangers = 0;  // codes that pass, but are no child's
+          through = scan_row(row, span, cut, nullptr, [&](int64_t k) DGI_ALWAYS_INLINE {
+            done = lower_bound(tokens, Range{done, std::min(count, done + k - passed)}, least + k);
+            passed = k;
+            if (tokens[done] != least + k) return ++strangers * kSearch < count;
+            consider(children.first + done, row[k]);
+            ++done, ++passed;
+            return true;
+          });
+        }
+      }
+      for (int64_t i = through ? children.end : children.first + done; i < children.end; ++i) {
+        for (; i + kGroup <= children.end; i += kGroup) {
+          bool passes = false;
+          for (int64_t j = 0; j < kGroup; ++j) passes |= logit(i + j) >= cut;
+          if (passes) break;
+        }
+        if (i < children.end) consider(i, logit(i));
+      }
+      if (allowed == nullptr || floor == kLowest) return;
+      best_.select();
+      if (best_.full() && best_.threshold() >= reached) return;
+      ceiling = floor, floor = kLowest;  // the filter has left too few of those above
+    }
+  }
+
+  // Whether the threshold has changed. Not inlined: few children come so far.
+  DGI_NEVER_INLINE bool add_child(const Run& run, int64_t child, Real score, const AllowedItems* allowed) {
+    if (score == kDead || !step_.trie.is_allowed(allowed, child, run.in_delta)) return false;
+    return best_.add(score, run.slot + (child - run.first));
+  }
+
+  // A logit that `num_beams` of the children reach, and few more than that: the num_beams'th of the largest of each of
+  // several groups of children.
+  template <class Logit>
+  DGI_ALWAYS_INLINE inline Real enough_children(int64_t count, const Logit& logit) {
+    const int64_t groups = std::min(count, 4 * step_.num_beams);
+    largest_.assign(static_cast<size_t>(groups), -std::numeric_limits<Real>::infinity());
+    for (int64_t first = 0; first < count; first += groups) {
+      for (int64_t i = 0; i < std::min(groups, count - first); ++i) {
+        const Real x = logit(first + i);
+        largest_[i] = x > largest_[i] ? x : largest_[i];
+      }
+    }
+    const auto last = largest_.begin() + (step_.num_beams - 1);
+    std::nth_element(largest_.begin(), last, largest_.end(), std::greater<Real>());
+    return *last;
+  }
+
+  // Calls visit(k) for each k, ascending, with row[k] >= cut, which may rise meanwhile, and with its bit in the mask, if
+  // there is one; false once that returns false.
+  template <class Visit>
+  DGI_ALWAYS_INLINE static inline bool scan_row(const Real* row, int64_t count, const Real& cut, const uint32_t* mask,
+                                                const Visit& visit) {
+    int64_t k = 0;
+    for (; k + kCodes <= count; k += kCodes) {
+      const Real bound = cut;
+      uint32_t passes = 0;
+#pragma omp simd reduction(| : passes)
+      for (int64_t j = 0; j < kCodes; ++j) passes |= row[k + j] >= bound ? uint32_t{1} << j : 0;
+      if (mask != nullptr) passes &= mask[k / kCodes];
+      for (; passes != 0; passes &= passes - 1) {
+        if (!visit(k + std::countr_zero(passes))) return false;
+      }
+    }
+    for (; k < count; ++k) {
+      const bool counts = mask == nullptr || (mask[k / kCodes] >> k % kCodes & 1) != 0;
+      if (counts && row[k] >= cut && !visit(k)) return false;
+    }
+    return true;
+  }
+
+  static constexpr int64_t kGroup = 8;    // children that are compared at once: hardly any passes
+  static constexpr int64_t kCodes = ChildMasks::kWordBits;  // codes, likewise
+  static constexpr int64_t kSparse = 4;   // a comparison of all codes costs less than one of a child in so many,
+  static constexpr int64_t kSparseMasked = 16;  // or in so many, where a mask says which child passes
+  static constexpr int64_t kSearch = 16;  // children that are compared in the time that it takes to look one up
+
+  const BeamStep<Real, Token>& step_;
+  int64_t request_ = 0, slots_ = 0;
+  const AllowedItems* allowed_ = nullptr;
+  std::vector<Run> runs_;  // of all parents, by slot
+  std::vector<Parent<Real>> parents_;
+  std::vector<Real> held_, values_, largest_;
+  Best<Real> best_;
+};
+
+}  // namespace dgi::cpu

@@ -1,0 +1,224 @@
+// Residual quantization on the CPU: soft and straight-through, with all gradients. quantize_hard.cpp has the hard one.
+//
+//   s_nk = scale r^_n . e^_k,   p = softmax((s + g) / tau),   z~ = P E,   r' = r - z~
+//
+// Rows are taken in blocks through all levels, so that residuals stay in the cache; of a tile of kBlock x K nothing is
+// left but sums of its rows and columns. With X = scale r^ the tile is X E^T, scaled by the codes' reciprocal norms.
+// Backward makes tile and noise again and goes through the levels in reverse. Below X, the rows of dz~ share its products:
+//
+//   [s / rnorm; dP] = [X; dZ~] E^T,   dS = P (dP - rowsum(P dP)) / tau,   T = dS rnorm,
+//   dr^ = scale T E,   dE = [T; P]^T [X; dZ~], key and value at once,
+//
+// and then dr and dE lose their radial parts: those of dE are the sums of columns of dS s, and dscale = sum r^ . (T E).
+//
+// Rows of which few entries count (dgi/gumbel_row.h) leave the tile as lists, which are kept for backward: forward takes X E^T
+// whole and all other products at the listed codes alone, backward neither tile nor noise.
+//
+// 14 N K D operations (forward 4, backward 10), twice the noise. `python bench/bench_gumbel.py` measures them against the
+// products alone.
+//
+// Blocks, groups of rows and rows are worked off or added up in fixed order: the same bits on any number of threads, as
+// far as torch's matrix product does.
+#include "cpu/quantize/quantize_levels.h"
+
+namespace dgi::cpu {
+namespace {
+
+// The entries that count of a block's peaked rows: codes ascending, and p, which sums to 1 over them.
+template <class Real>
+class Lists {
+ public:
+  Lists(int64_t rows, int64_t limit)
+      : stride_(limit + detail::kGroup), count_(rows), code_(make_buffer<int32_t>(rows * stride_)),
+        p_(make_buffer<Real>(rows * stride_)) {}
+
+  // Lists row `row`, whose exponentials are `e`, where at most `limit` of them count.
+  DGI_HOST_DEVICE void take(int64_t row, const Real* e, int64_t codes, double sum, int64_t limit) {
+    int32_t* const code = code_.get() + row * stride_;
+    Real* const p = p_.get() + row * stride_;
+    const int64_t listed = list_row(e, codes, sum, kNegligibleShare, limit, code);
+    count_[row] = std::max<int64_t>(0, listed);
+    double total = 0;
+    for (int64_t j = 0; j < listed; ++j) total += e[code[j]];
+    for (int64_t j = 0; j < listed; ++j) p[j] = static_cast<Real>(e[code[j]] / total);
+  }
+
+  int64_t count(int64_t row) const { return count_[row]; }
+  const int32_t* code(int64_t row) const { return code_.get() + row * stride_; }
+  const Real* p(int64_t row) const { return p_.get() + row * stride_; }
+
+ private:
+  int64_t stride_;
+  std::vector<int64_t> count_;  // 0: not listed
+  Buffer<int32_t> code_;
+  Buffer<Real> p_;
+};
+
+template <class Real>
+class Forward {
+ public:
+  // Its lists may take [first_entry, last_entry) of the room for them.
+  Forward(const Quantize<Real>& in, const Quantized<Real>& out, const Codebooks<Real>& codebooks, int64_t block,
+          int64_t first_entry, int64_t last_entry)
+      : in_(in), out_(out), codebooks_(codebooks), usage_(codebooks_.codes(), 0.0),
+        residual_(make_buffer<Real>(block * in.dim)), x_(make_buffer<Real>(block * in.dim)),
+        emitted_(make_buffer<Real>(block * in.dim)), weight_(block), slot_(block), order_(block),
+        tile_(make_buffer<Real>(block * widest())), columns_(block, widest()), lists_(block, list_limit<Real>(widest())),
+        remembered_(first_entry), last_entry_(last_entry) {}
+
+  void run_block(int64_t begin, int64_t count) {
+    std::copy_n(in_.z + begin * in_.dim, count * in_.dim, residual_.get());
+    for (int64_t number = 0; number < in_.levels(); ++number) {
+      const Level<Real>& level = codebooks_[number];
+      start_level(level, begin, count);
+      matrix_product({x_.get(), count, in_.dim}, level.vectors.transposed(), {tile_.get(), count, level.codes},
+                     Into::kOverwrite);
+      with_noise(in_, false, [&](auto as) { assign<as.value>(level, begin, count); });
+      remember_lists(level, begin, count);
+      if (in_.mode == QuantizeMode::kSoft) multiply_dense_rows(level, count);
+      emit(level, begin, count);
+    }
+  }
+
+  // sum_n p_nk of the rows of all blocks
+  double usage(int64_t code) const { return usage_[code]; }
+
+ private:
+  int64_t widest() const { return *std::max_element(in_.sizes.begin(), in_.sizes.end()); }
+  int64_t at(const Level<Real>& level, int64_t row) const { return row * in_.levels() + level.number; }
+
+  void start_level(const Level<Real>& level, int64_t begin, int64_t count) {
+    parallel_for(count, grain(in_.dim), [&](int64_t first, int64_t last) {
+      with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
+        for (int64_t i = first; i < last; ++i) {
+          const Real* const r = residual_.get() + i * in_.dim;
+          std::copy_n(r, in_.dim, out_.residuals + at(level, begin + i) * in_.dim);
+          scaled_unit<fused.value>(r, in_, x_.get() + i * in_.dim);
+        }
+      });
+    });
+  }
+
+  // Turns the tile into exp((s + g) / tau), not yet normalised; codes, usage and the rows' sums.
+  template <NoiseAs kAs>
+  void assign(const Level<Real>& level, int64_t begin, int64_t count) {
+    for_each_group(count, 4 * level.codes, [&](int64_t group, int64_t first, int64_t last) {
+      with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
+        Real* const sums = columns_.start(group, level.codes);
+        for (int64_t i = first; i < last; ++i) {
+          Real* const s = tile_.get() + i * level.codes;
+          const int64_t to = at(level, begin + i);
+          const Real maximum = scale_row(s, level.rnorm, level.codes);
+          int64_t code = first_equal(s, level.codes, maximum);
+          const GumbelSums row = soften<fused.value, kAs>(s, level.codes, maximum, in_.tau,
+                                                          noise_of(in_, level.number, begin + i), s);
+          if (row.sum != row.sum) code = row.sampled;
+          out_.codes[to] = code;
+          out_.sampled[to] = row.sampled;
+          out_.log_normalizer[to] = static_cast<Real>(row.log_normalizer);
+          const Real weight = static_cast<Real>(1 / row.sum);
+          weight_[i] = weight;
+          lists_.take(i, s, level.codes, row.sum, list_limit<Real>(level.codes));
+#pragma omp simd
+          for (int64_t k = 0; k < level.codes; ++k) sums[k] = multiply_add<fused.value>(weight, s[k], sums[k]);
+        }
+      });
+    });
+    columns_.add_to(usage_.data() + level.first, (count + kGroup - 1) / kGroup, level.codes);
+  }
+
+  void remember_lists(const Level<Real>& level, int64_t begin, int64_t count) {
+    const ListedRows<Real>& lists = out_.lists;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t listed = remembered_ + lists_.count(i) <= last_entry_ ? lists_.count(i) : 0;
+      std::copy_n(lists_.code(i), listed, lists.code + remembered_);
+      std::copy_n(lists_.p(i), listed, lists.p + remembered_);
+      int64_t* const range = lists.range + 2 * at(level, begin + i);
+      range[0] = remembered_;
+      range[1] = remembered_ += listed;
+    }
+  }
+
+  // P E of the rows that are not peaked, which move up in the tile.
+  void multiply_dense_rows(const Level<Real>& level, int64_t count) {
+    int64_t dense = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      if (lists_.count(i) > 0) continue;
+      if (dense < i) std::copy_n(tile_.get() + i * level.codes, level.codes, tile_.get() + dense * level.codes);
+      slot_[i] = dense++;
+    }
+    matrix_product({tile_.get(), dense, level.codes}, level.vectors, {emitted_.get(), dense, in_.dim}, Into::kOverwrite);
+  }
+
+  void emit(const Level<Real>& level, int64_t begin, int64_t count) {
+    const int64_t* const sampled = out_.sampled;
+    // By code: neighbours take the same rows of E, which are in the cache then.
+    std::iota(order_.begin(), order_.begin() + count, int64_t{0});
+    std::stable_sort(order_.begin(), order_.begin() + count, [&](int64_t a, int64_t b) {
+      return sampled[at(level, begin + a)] < sampled[at(level, begin + b)];
+    });
+    parallel_for(count, grain(4 * in_.dim), [&](int64_t first, int64_t last) {
+      const Buffer<Real> sum = make_buffer<Real>(in_.dim);
+      with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
+        for (int64_t place = first; place < last; ++place) {
+          const int64_t i = order_[place], to = at(level, begin + i);
+          Real *const r = residual_.get() + i * in_.dim, *const quantized = out_.quantized + to * in_.dim;
+          const Real* emitted = sum.get();
+          Real factor = weight_[i];
+          if (in_.mode == QuantizeMode::kSoft && lists_.count(i) > 0) {
+            std::fill_n(sum.get(), in_.dim, Real{0});
+            add_rows<fused.value>(lists_.code(i), lists_.p(i), lists_.count(i), level.vectors.data, in_.dim, sum.get());
+            factor = 1;
+          } else {
+            emitted = emitted_.get() + slot_[i] * in_.dim;
+          }
+          if (in_.mode != QuantizeMode::kSoft) {
+            emitted = level.vectors.data + sampled[to] * in_.dim;
+            factor = factor == factor ? Real{1} : factor;  // a row of E to the bit, but NaN where the softmax is
+          }
+#pragma omp simd
+          for (int64_t d = 0; d < in_.dim; ++d) {
+            const Real value = factor * emitted[d];
+            quantized[d] = value;
+            r[d] -= value;
+          }
+        }
+      });
+    });
+  }
+
+  const Quantize<Real>& in_;
+  const Quantized<Real>& out_;
+  const Codebooks<Real>& codebooks_;
+  std::vector<double> usage_;
+  Buffer<Real> residual_, x_, emitted_;
+  std::vector<Real> weight_;
+  std::vector<int64_t> slot_;  // of a dense row in the tile and in `emitted_`
+  std::vector<int64_t> order_;
+  Buffer<Real> tile_;
+  ColumnSums<Real> columns_;
+  Lists<Real> lists_;
+  int64_t remembered_, last_entry_;  // where the next list for backward goes, and where its room ends
+};
+
+}  // namespace
+
+template <class Real>
+void residual_quantize(const Quantize<Real>& in, const Quantized<Real>& out) {
+  const Codebooks<Real> codebooks(in);
+  const int64_t room = out.lists.room;
+  const auto shares = run<Forward<Real>>(in, [&](int64_t share, int64_t shares, int64_t block) {
+    return std::make_unique<Forward<Real>>(in, out, codebooks, block, share * room / shares, (share + 1) * room / shares);
+  });
+  const double rows = static_cast<double>(std::max<int64_t>(1, in.rows));
+  for (int64_t k = 0; k < codebooks.codes(); ++k) {
+    double usage = 0;
+    for (const auto& share : shares) usage += share->usage(k);
+    out.usage[k] = static_cast<Real>(usage / rows);
+  }
+}
+
+template void residual_quantize(const Quantize<float>&, const Quantized<float>&);
+template void residual_quantize(const Quantize<double>&, const Quantized<double>&);
+
+}  // namespace dgi::cpu

@@ -1,0 +1,85 @@
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace dgi::cpu {
+
+// Where the noise of an op comes from; none at all without a seed.
+struct NoiseSource {
+  bool present = false;
+  int64_t seed = 0, row_offset = 0;
+};
+
+enum class QuantizeMode { kSoft, kStraightThrough, kHard };
+
+// z (rows, dim); codebooks (sum of sizes, dim), level after level
+template <class Real>
+struct Quantize {
+  const Real *z, *codebooks;
+  std::vector<int64_t> sizes;
+  int64_t rows, dim;
+  Real scale, tau, eps;
+  QuantizeMode mode;
+  NoiseSource noise;
+
+  int64_t levels() const { return static_cast<int64_t>(sizes.size()); }
+};
+
+// What forward remembers for backward of rows of which few entries count: codes, ascending, and p there. A row without an
+// entry is dense, or there was no room left for it.
+template <class Real, class Code = int32_t, class Position = int64_t>
+struct ListedRows {
+  int64_t room;     // entries that fit
+  Position* range;  // (rows, levels, 2): where a row's entries begin and end
+  Code* code;       // (room)
+  Real* p;          // (room)
+};
+
+// quantized, residuals (rows, levels, dim); codes, sampled, log_normalizer (rows, levels); usage (sum of sizes)
+template <class Real>
+struct Quantized {
+  Real *quantized, *residuals, *usage, *log_normalizer;
+  int64_t *codes, *sampled;
+  ListedRows<Real> lists;
+};
+
+// What backward takes of the results.
+template <class Real>
+struct QuantizeSaved {
+  const Real *residuals, *log_normalizer;
+  const int64_t* sampled;
+  ListedRows<const Real, const int32_t, const int64_t> lists;
+};
+
+// Of the results' gradients each may be null, which is zero.
+template <class Real>
+struct QuantizeUpstream {
+  const Real *quantized, *residuals, *usage, *log_normalizer;
+};
+
+// Null where not wanted.
+template <class Real>
+struct QuantizeGradients {
+  Real *z, *codebooks, *scale, *tau;
+};
+
+// Soft and straight-through; hard is a function of its own.
+template <class Real>
+void residual_quantize(const Quantize<Real>& in, const Quantized<Real>& out);
+
+// As Quantized; all but `codes` may be null where it is not wanted.
+template <class Real>
+struct HardQuantized {
+  Real *quantized, *residuals, *usage, *log_normalizer;
+  int64_t *codes, *sampled;
+};
+
+template <class Real>
+void residual_quantize_hard(const Quantize<Real>& in, const HardQuantized<Real>& out);
+
+template <class Real>
+void residual_quantize_backward(const Quantize<Real>& in, const QuantizeSaved<Real>& saved,
+                                const QuantizeUpstream<Real>& upstream, const QuantizeGradients<Real>& out);
+
+}  // namespace dgi::cpu

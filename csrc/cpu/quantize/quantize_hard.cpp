@@ -1,0 +1,192 @@
+// Hard residual quantization on the CPU: an argmax and a gather per level, for the final codes of a catalog.
+//
+//   c = argmax_k s_k,   r' = r - e_c,   s_k = scale r^ . e^_k
+//
+// No softmax and no P E. Codes are taken in tiles that stay in the second-level cache between the product that makes them
+// and the pass that reduces them to a running maximum per row; who wants log sum_k exp(s_k / tau), too, pays for the
+// exponentials that count. 2 N K D operations, no memory but the tile and a block of rows.
+#include <limits>
+
+#include "cpu/quantize/quantize_levels.h"
+
+namespace dgi::cpu {
+namespace {
+
+constexpr int64_t kTileCodes = 1024;  // a multiple of kNoiseChunk
+
+// The first largest of the values seen so far, as argmax has it: the first NaN where there is one.
+template <class Real>
+struct Largest {
+  Real value = -std::numeric_limits<Real>::infinity();
+  int64_t code = 0;
+  bool is_nan = false;
+
+  // `x` are the values of codes first ...; returns their maximum.
+  DGI_HOST_DEVICE Real take(const Real* x, int64_t first, int64_t count) {
+    Real maximum = -std::numeric_limits<Real>::infinity();
+    int nan = 0;
+#pragma omp simd reduction(max : maximum) reduction(| : nan)
+    for (int64_t k = 0; k < count; ++k) {
+      maximum = maximum < x[k] ? x[k] : maximum;
+      nan |= x[k] != x[k];
+    }
+    if (nan && !is_nan) {
+      code = first + argmax_with_nan(x, count, maximum);
+      is_nan = true;
+    }
+    if (!is_nan && maximum > value) {
+      value = maximum;
+      code = first + first_equal(x, count, maximum);
+    }
+    return maximum;
+  }
+};
+
+// log sum exp(x / tau) of the values seen so far.
+template <class Real>
+struct LogSum {
+  Real offset = -std::numeric_limits<Real>::infinity();
+  double sum = 0;
+
+  template <bool kFused>
+  DGI_HOST_DEVICE void take(const Real* x, int64_t count, Real maximum, Real inverse_tau) {
+    constexpr Real kNothing = std::is_same_v<Real, float> ? Real(-40) : Real(-80);  // below rounding, and 10^8 times
+    if ((maximum - offset) * inverse_tau < kNothing) return;
+    if (maximum > offset) {
+      sum *= std::exp(static_cast<double>((offset - maximum) * inverse_tau));
+      offset = maximum;
+    }
+    Real more = 0;
+#pragma omp simd reduction(+ : more)
+    for (int64_t k = 0; k < count; ++k) more += exponential_or_zero<kFused>((x[k] - offset) * inverse_tau);
+    sum += more;
+  }
+
+  double log(Real inverse_tau) const { return static_cast<double>(offset) * inverse_tau + std::log(sum); }
+};
+
+template <class Real>
+class Hard {
+ public:
+  Hard(const Quantize<Real>& in, const HardQuantized<Real>& out, const Codebooks<Real>& codebooks, int64_t block)
+      : in_(in), out_(out), codebooks_(codebooks), counts_(codebooks.codes(), 0),
+        residual_(make_buffer<Real>(block * in.dim)), x_(make_buffer<Real>(block * in.dim)),
+        tile_(make_buffer<Real>(block * kTileCodes)), row_(block) {}
+
+  void run_block(int64_t begin, int64_t count) {
+    std::copy_n(in_.z + begin * in_.dim, count * in_.dim, residual_.get());
+    for (int64_t number = 0; number < in_.levels(); ++number) {
+      const Level<Real>& level = codebooks_[number];
+      start_level(level, begin, count);
+      for (int64_t first = 0; first < level.codes; first += kTileCodes) {
+        const int64_t codes = std::min(kTileCodes, level.codes - first);
+        const Matrix<Real> vectors{level.vectors.data + first * in_.dim, codes, in_.dim};
+        matrix_product({x_.get(), count, in_.dim}, vectors.transposed(), {tile_.get(), count, codes}, Into::kOverwrite);
+        if (in_.noise.present) {
+          reduce<NoiseAs::kGumbel>(level, begin, count, first, codes);
+        } else {
+          reduce<NoiseAs::kNone>(level, begin, count, first, codes);
+        }
+      }
+      gather(level, begin, count);
+    }
+  }
+
+  int64_t uses(int64_t code) const { return counts_[code]; }
+
+ private:
+  struct Row {
+    Largest<Real> chosen, sampled;
+    LogSum<Real> log_sum;
+  };
+
+  int64_t at(const Level<Real>& level, int64_t row) const { return row * in_.levels() + level.number; }
+
+  void start_level(const Level<Real>& level, int64_t begin, int64_t count) {
+    std::fill_n(row_.begin(), count, Row{});
+    parallel_for(count, grain(in_.dim), [&](int64_t first, int64_t last) {
+      with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
+        for (int64_t i = first; i < last; ++i) {
+          const Real* const r = residual_.get() + i * in_.dim;
+          if (out_.residuals != nullptr) std::copy_n(r, in_.dim, out_.residuals + at(level, begin + i) * in_.dim);
+          scaled_unit<fused.value>(r, in_, x_.get() + i * in_.dim);
+        }
+      });
+    });
+  }
+
+  template <NoiseAs kAs>
+  void reduce(const Level<Real>& level, int64_t begin, int64_t count, int64_t first_code, int64_t codes) {
+    const bool wants_sum = out_.log_normalizer != nullptr;
+    const Real inverse_tau = 1 / in_.tau;
+    parallel_for(count, grain(codes), [&](int64_t first, int64_t last) {
+      Real x[kNoiseChunk], noise[kNoiseChunk];
+      with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
+        for (int64_t i = first; i < last; ++i) {
+          for (int64_t chunk = 0; chunk < codes; chunk += kNoiseChunk) {
+            const int64_t here = first_code + chunk, width = std::min(kNoiseChunk, codes - chunk);
+            const Real *const s = tile_.get() + i * codes + chunk, *const rnorm = level.rnorm + here;
+#pragma omp simd
+            for (int64_t k = 0; k < width; ++k) x[k] = s[k] * rnorm[k];
+            Real maximum = row_[i].chosen.take(x, here, width);
+            if constexpr (kAs == NoiseAs::kGumbel) {
+              noise_of(in_, level.number, begin + i).template fill<fused.value, kAs>(here, width, noise);
+#pragma omp simd
+              for (int64_t k = 0; k < width; ++k) x[k] += noise[k];
+              maximum = row_[i].sampled.take(x, here, width);
+            }
+            if (wants_sum) row_[i].log_sum.template take<fused.value>(x, width, maximum, inverse_tau);
+          }
+        }
+      });
+    });
+  }
+
+  void gather(const Level<Real>& level, int64_t begin, int64_t count) {
+    parallel_for(count, grain(4 * in_.dim), [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t to = at(level, begin + i), code = row_[i].chosen.code;
+        const Real* const e = level.vectors.data + code * in_.dim;
+        Real* const r = residual_.get() + i * in_.dim;
+        out_.codes[to] = code;
+        if (out_.sampled != nullptr) out_.sampled[to] = in_.noise.present ? row_[i].sampled.code : code;
+        if (out_.log_normalizer != nullptr) {
+          out_.log_normalizer[to] = row_[i].chosen.is_nan ? std::numeric_limits<Real>::quiet_NaN()
+                                                          : static_cast<Real>(row_[i].log_sum.log(1 / in_.tau));
+        }
+        if (out_.quantized != nullptr) std::copy_n(e, in_.dim, out_.quantized + to * in_.dim);
+        for (int64_t d = 0; d < in_.dim; ++d) r[d] -= e[d];
+      }
+    });
+    for (int64_t i = 0; i < count; ++i) ++counts_[level.first + row_[i].chosen.code];
+  }
+
+  const Quantize<Real>& in_;
+  const HardQuantized<Real>& out_;
+  const Codebooks<Real>& codebooks_;
+  std::vector<int64_t> counts_;
+  Buffer<Real> residual_, x_, tile_;
+  std::vector<Row> row_;
+};
+
+}  // namespace
+
+template <class Real>
+void residual_quantize_hard(const Quantize<Real>& in, const HardQuantized<Real>& out) {
+  const Codebooks<Real> codebooks(in);
+  const auto shares = run<Hard<Real>>(in, [&](int64_t, int64_t, int64_t block) {
+    return std::make_unique<Hard<Real>>(in, out, codebooks, block);
+  });
+  if (out.usage == nullptr) return;
+  const double rows = static_cast<double>(std::max<int64_t>(1, in.rows));
+  for (int64_t k = 0; k < codebooks.codes(); ++k) {
+    int64_t uses = 0;
+    for (const auto& share : shares) uses += share->uses(k);
+    out.usage[k] = static_cast<Real>(static_cast<double>(uses) / rows);
+  }
+}
+
+template void residual_quantize_hard(const Quantize<float>&, const HardQuantized<float>&);
+template void residual_quantize_hard(const Quantize<double>&, const HardQuantized<double>&);
+
+}  // namespace dgi::cpu

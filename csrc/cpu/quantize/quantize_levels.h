@@ -1,0 +1,164 @@
+// What forward and backward of residual quantization share: quantize.cpp explains both.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <memory>
+#include <numeric>
+#include <type_traits>
+#include <vector>
+
+#include "cpu/quantize/quantize_cpu.h"
+#include "cpu/shared/host.h"
+#include "cpu/shared/isa.h"
+#include "cpu/shared/row_noise.h"
+#include "dgi/gumbel_row.h"
+#include "dgi/vector.h"
+
+namespace dgi::cpu {
+
+constexpr int64_t kGroup = 16;  // rows whose sums over columns are added up by one thread
+
+template <NoiseAs kAs>
+using As = std::integral_constant<NoiseAs, kAs>;
+
+// Calls f with the kind of noise as a type. `needs_sum`: s + g itself is asked for.
+template <class Real, class F>
+void with_noise(const Quantize<Real>& in, bool needs_sum, const F& f) {
+  if (!in.noise.present) return f(As<NoiseAs::kNone>{});
+  if constexpr (std::is_same_v<Real, float>) {
+    if (takes_exponential(in.tau) && !needs_sum) return f(As<NoiseAs::kExponential>{});
+  }
+  f(As<NoiseAs::kGumbel>{});
+}
+
+template <class Real>
+RowNoise noise_of(const Quantize<Real>& in, int64_t level, int64_t row) {
+  return {philox_key(in.noise.seed), static_cast<uint32_t>(level), 0,
+          static_cast<uint32_t>(in.noise.row_offset + row)};
+}
+
+// One level's codebook.
+template <class Real>
+struct Level {
+  int64_t number, first, codes;  // first: of all codes
+  Matrix<Real> vectors;
+  const Real* rnorm;
+};
+
+template <class Real>
+class Codebooks {
+ public:
+  explicit Codebooks(const Quantize<Real>& in) {
+    const int64_t total = std::accumulate(in.sizes.begin(), in.sizes.end(), int64_t{0});
+    rnorm_ = make_buffer<Real>(total);
+    parallel_for(total, grain(in.dim), [&](int64_t first, int64_t last) {
+      with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
+        for (int64_t k = first; k < last; ++k) {
+          rnorm_[k] = reciprocal_norm<fused.value>(in.codebooks + k * in.dim, in.dim, in.eps);
+        }
+      });
+    });
+    int64_t first = 0;
+    for (int64_t number = 0; number < in.levels(); ++number) {
+      const int64_t codes = in.sizes[number];
+      levels_.push_back({number, first, codes, {const_cast<Real*>(in.codebooks) + first * in.dim, codes, in.dim},
+                         rnorm_.get() + first});
+      first += codes;
+    }
+  }
+
+  const Level<Real>& operator[](int64_t level) const { return levels_[level]; }
+  int64_t codes() const { return levels_.back().first + levels_.back().codes; }
+
+ private:
+  Buffer<Real> rnorm_;
+  std::vector<Level<Real>> levels_;
+};
+
+// Sums over columns of a tile: each group of rows has its own, which are then added in order.
+template <class Real>
+class ColumnSums {
+ public:
+  ColumnSums(int64_t rows, int64_t codes) : partial_(make_buffer<Real>((rows + kGroup - 1) / kGroup * codes)) {}
+
+  Real* start(int64_t group, int64_t codes) {
+    Real* const sums = partial_.get() + group * codes;
+    std::fill_n(sums, codes, Real{0});
+    return sums;
+  }
+
+  void add_to(double* total, int64_t groups, int64_t codes) const {
+    parallel_for(codes, grain(groups), [&](int64_t first, int64_t last) {
+      for (int64_t group = 0; group < groups; ++group) {
+        const Real* const sums = partial_.get() + group * codes;
+#pragma omp simd
+        for (int64_t k = first; k < last; ++k) total[k] += static_cast<double>(sums[k]);
+      }
+    });
+  }
+
+ private:
+  Buffer<Real> partial_;
+};
+
+// With more entries than this a list saves nothing over its row of a matrix product.
+template <class Real>
+int64_t list_limit(int64_t codes) {
+  return std::is_same_v<Real, float> ? std::min<int64_t>(codes / 8, 1024) : 0;
+}
+
+// Calls body(group, first row, last row) for the groups of a block, in parallel.
+template <class Body>
+void for_each_group(int64_t rows, int64_t elements_per_row, const Body& body) {
+  const int64_t groups = (rows + kGroup - 1) / kGroup;
+  parallel_for(groups, grain(kGroup * elements_per_row), [&](int64_t first, int64_t last) {
+    for (int64_t group = first; group < last; ++group) body(group, group * kGroup, std::min(rows, (group + 1) * kGroup));
+  });
+}
+
+// out = scale r^; returns the reciprocal norm of r.
+template <bool kFused, class Real>
+DGI_HOST_DEVICE Real scaled_unit(const Real* r, const Quantize<Real>& in, Real* out) {
+  const Real rnorm = reciprocal_norm<kFused>(r, in.dim, in.eps), scale = in.scale;
+#pragma omp simd
+  for (int64_t d = 0; d < in.dim; ++d) out[d] = scale * (rnorm * r[d]);
+  return rnorm;
+}
+
+// Two threads wait for each other less if each takes half of the rows from end to end, with sums of its own, than if they
+// share every product. With more threads there would be too many sums as large as the codebooks.
+inline int64_t shares_of(int64_t rows) { return thread_count() <= 2 && rows >= 512 ? 2 : 1; }
+
+// Rows that a share takes through the levels at once: enough for efficient products.
+template <class Real>
+int64_t block_rows(const Quantize<Real>& in, int64_t shares) {
+  const int64_t elements = (int64_t{1} << 21) / shares, widest = *std::max_element(in.sizes.begin(), in.sizes.end());
+  const int64_t block = std::clamp<int64_t>(elements / widest / kGroup * kGroup, 128, 512);
+  return std::max<int64_t>(1, std::min((in.rows + shares - 1) / shares, block));
+}
+
+// Makes a pass for every share of the rows by make(share, shares, rows of a block), and runs them side by side.
+template <class Pass, class Real, class Make>
+std::vector<std::unique_ptr<Pass>> run(const Quantize<Real>& in, const Make& make) {
+  const int64_t shares = shares_of(in.rows), block = block_rows(in, shares);
+  std::vector<std::unique_ptr<Pass>> passes;
+  for (int64_t share = 0; share < shares; ++share) passes.push_back(make(share, shares, block));
+  const auto run_share = [&](int64_t share) {
+    const int64_t end = (share + 1) * in.rows / shares;
+    for (int64_t begin = share * in.rows / shares; begin < end; begin += block) {
+      passes[share]->run_block(begin, std::min(block, end - begin));
+    }
+  };
+  if (shares == 1) {
+    run_share(0);  // not within parallel_for, where products and loops have one thread
+  } else {
+    parallel_for(shares, 1, [&](int64_t first, int64_t last) {
+      for (int64_t share = first; share < last; ++share) run_share(share);
+    });
+  }
+  return passes;
+}
+
+}  // namespace dgi::cpu
