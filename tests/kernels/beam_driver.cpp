@@ -1,5 +1,5 @@
 // Random tries, beams and filters through the beam step in C++, against a search that looks at all children; built with
-// sanitizers by test_native_beam.py. Every array has exactly its size, so that a read beyond it is seen.
+// sanitizers by test_beam_native.py. Every array has exactly its size, so that a read beyond it is seen.
 //   usage: driver SEED CASES
 #include <algorithm>
 #include <cmath>

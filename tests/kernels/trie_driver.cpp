@@ -1,5 +1,5 @@
 // Random tables of codes through trie construction in C++, against a sort of their rows, and sets of items against their
-// definition; built with sanitizers by test_native_trie.py. Every array has exactly its size, so that a read or a write
+// definition; built with sanitizers by test_trie_native.py. Every array has exactly its size, so that a read or a write
 // beyond it is seen.
 //   usage: driver SEED CASES
 #include <algorithm>

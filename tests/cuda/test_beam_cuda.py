@@ -12,7 +12,7 @@ from torch import Tensor
 from dgi_kernels import Beams, Trie, beam_step, cosine_beam_step, cosine_logits
 
 from ..kernels.oracles import random_catalog
-from ..kernels.test_native_beam import assert_same, check_consistent, walk
+from ..kernels.test_beam_native import assert_same, check_consistent, walk
 from . import on_cpu
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
