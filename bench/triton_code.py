@@ -24,10 +24,10 @@ from triton.compiler import ASTSource
 
 from dgi_kernels import triton_common as common
 from dgi_kernels.cosine import triton as cosine
-from dgi_kernels.gumbel import triton as gumbel
 from dgi_kernels.gumbel import triton_softmax as softmax
+from dgi_kernels.quantize import triton as quantize
 
-MODULES = (common, cosine.kernels, gumbel.kernels, gumbel.chunks, softmax.kernels)
+MODULES = (common, cosine.kernels, softmax.kernels, quantize.kernels, quantize.chunks)
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32",
          torch.int64: "*i64"}
 
@@ -117,27 +117,31 @@ def cosine_launches() -> Iterator[Launch]:
         yield from launches_of(f"{str(dtype).removeprefix('torch.')} D={dim}", call)
 
 
-def gumbel_launches() -> Iterator[Launch]:
+def quantize_launches() -> Iterator[Launch]:
     """Residual quantization: each dtype, form and mode, with and without noise, with all optional gradients and with
-    none (less than all is less code), and once each form with codebooks of no multiple of 16; noise and softmax at
-    each tile."""
+    none (less than all is less code), and once each form with codebooks of no multiple of 16."""
     seed, tau = torch.zeros(1, dtype=torch.int64), torch.tensor(0.5, requires_grad=True)
-    cases = [(dtype, dim, 48) for dtype in gumbel.HALF for dim in (*gumbel.FLASH[9], 768)]
+    cases = [(dtype, dim, 48) for dtype in quantize.HALF for dim in (*quantize.FLASH[9], 768)]
     cases += [(torch.float32, 64, 48), (torch.bfloat16, 128, 47), (torch.bfloat16, 768, 47)]
     for dtype, dim, codes in cases:
-        def quantize(dtype: torch.dtype = dtype, dim: int = dim, codes: int = codes) -> None:
+        def step(dtype: torch.dtype = dtype, dim: int = dim, codes: int = codes) -> None:
             for mode, noise in (("soft", seed), ("soft", None), ("straight_through", seed), ("straight_through", None),
                                 ("hard", None)):
                 z, *codebooks = (torch.randn(rows, dim).to(dtype).requires_grad_() for rows in (32, codes, codes))
                 with torch.set_grad_enabled(mode != "hard"):
-                    result = gumbel.residual_quantize(z, codebooks, torch.tensor(30.0), tau, mode, noise, 0, 1e-12)
+                    result = quantize.residual_quantize(z, codebooks, torch.tensor(30.0), tau, mode, noise, 0, 1e-12)
                 if mode != "hard":
                     loss = result.quantized.sum()
                     if noise is not None:
                         loss = loss + result.usage[0].sum() + result.log_normalizer.sum()
                     loss.backward()
-        yield from launches_of(f"{str(dtype).removeprefix('torch.')} D={dim}", quantize)
-    for dtype in (torch.float32, *gumbel.HALF):
+        yield from launches_of(f"{str(dtype).removeprefix('torch.')} D={dim}", step)
+
+
+def gumbel_launches() -> Iterator[Launch]:
+    """Noise and softmax at each tile."""
+    seed, tau = torch.zeros(1, dtype=torch.int64), torch.tensor(0.5, requires_grad=True)
+    for dtype in (torch.float32, *common.HALF):
         def sample(dtype: torch.dtype = dtype) -> None:
             for codes in (*(b_k for _, b_k in softmax.SOFTMAX_TILES), 32000, 33):
                 logits = torch.randn(4, codes).to(dtype).requires_grad_()
@@ -151,7 +155,7 @@ def gumbel_launches() -> Iterator[Launch]:
 def launches(arch: int) -> list[Launch]:
     """All of them for one architecture, each code once."""
     common.architecture = lambda device: arch // 10  # type: ignore[assignment]
-    return list(dict.fromkeys([*gumbel_launches(), *cosine_launches()]))
+    return list(dict.fromkeys([*quantize_launches(), *gumbel_launches(), *cosine_launches()]))
 
 
 def machine_code(launch: Launch, arch: int) -> tuple[Usage, str]:
@@ -205,7 +209,7 @@ def cases(architectures: list[int], kept: Kept) -> list[Case]:
     for arch in architectures:
         for launch in launches(arch):
             own = state.copy()
-            own.update(f"{launch.function().cache_key} {replace(launch, label='')} {arch}".encode())
+            own.update(f"{launch.function().cache_key} {replace(launch, label='', module='')} {arch}".encode())
             usages = kept.get(own.hexdigest())
             found.append(Case(launch, arch, own.hexdigest(), usages[launch.kernel] if usages else None))
     return found

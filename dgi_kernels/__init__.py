@@ -10,7 +10,8 @@ from dgi_kernels.beam import BeamResult, Beams, HiddenStates, beam_search, beam_
 from dgi_kernels.cosine import cosine_cross_entropy, cosine_logits
 from dgi_kernels.cosine.modules import CosineCrossEntropyLoss, CosineLinear
 from dgi_kernels.cosine.parallel import vocabulary_parallel_cosine_cross_entropy
-from dgi_kernels.gumbel import ResidualQuantization, assign_codes, gumbel_noise, gumbel_softmax, residual_quantize
+from dgi_kernels.gumbel import gumbel_noise, gumbel_softmax
+from dgi_kernels.quantize import ResidualQuantization, assign_codes, residual_quantize
 from dgi_kernels.ranking import Ranking, rank_candidates
 from dgi_kernels.trie import ItemRanges, Trie, TrieFilter, TrieFormatError
 

@@ -1,4 +1,4 @@
-"""Calls into the compiled extension: scaled cosine logits and their cross-entropy in C++ (``csrc/cpu/cosine/cosine.cpp``).
+"""Calls into the compiled extension: scaled cosine logits and their cross-entropy in C++ (``csrc/cpu/cosine``).
 
 The loss' gradients are made together with it, so that backward only scales them by one number; with
 ``reduction="none"`` the rows' weights are not known before backward, which then works the tiles again.  Gradients of

@@ -1,15 +1,15 @@
-"""Gumbel-Softmax and differentiable residual quantization (paper eq. 6, 7, 10), with noise that is a function.
+"""Gumbel-Softmax (paper eq. 6), with noise that is a function.
 
-    s_j = scale * r^_{j-1} . e^_j        p_j = softmax((s_j + g_j) / tau),    g ~ Gumbel(0, 1)
-    z~_j = p_j E_j                       r_j = r_{j-1} - z~_j,                r_0 = z
+    p = softmax((logits + g) / tau),    g ~ Gumbel(0, 1)
 
 One seed gives one sample on every backend and any tiling, see :mod:`dgi_kernels.noise`.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,14 +18,20 @@ from dgi_kernels import checks
 from dgi_kernels import noise as reference_noise
 from dgi_kernels.backend import backends, choose
 from dgi_kernels.gumbel import native, reference
-from dgi_kernels.gumbel.reference import ResidualQuantization
 
 if backends()["triton"].available:
-    from dgi_kernels.gumbel import triton, triton_softmax
+    from dgi_kernels.gumbel import triton_softmax
 
-__all__ = ["ResidualQuantization", "assign_codes", "gumbel_noise", "gumbel_softmax", "residual_quantize"]
+__all__ = ["gumbel_noise", "gumbel_softmax"]
 
-MODES = ("soft", "straight_through", "hard")
+MOVED = ("ResidualQuantization", "assign_codes", "residual_quantize")  # now in dgi_kernels.quantize
+
+
+def __getattr__(name: str) -> Any:
+    """What was here before it had a folder of its own is still found here."""
+    if name in MOVED:
+        return getattr(importlib.import_module("dgi_kernels.quantize"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def gumbel_noise(seed: int | Tensor | None, level: int, rows: int, codes: int, *, stream: int = 0,
@@ -62,7 +68,7 @@ def gumbel_noise(seed: int | Tensor | None, level: int, rows: int, codes: int, *
         device = torch.device(device)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"device must be a torch.device or its name; got {device!r}: {error}") from None
-    return _noise(reference_noise.resolve_seed(seed, device), level, rows, codes, stream, row_offset, backend)
+    return draw_noise(reference_noise.resolve_seed(seed, device), level, rows, codes, stream, row_offset, backend)
 
 
 def gumbel_softmax(logits: Tensor, tau: float | Tensor = 1.0, hard: bool = False, *, seed: int | Tensor | None = None,
@@ -101,7 +107,7 @@ def gumbel_softmax(logits: Tensor, tau: float | Tensor = 1.0, hard: bool = False
     reference_noise.check_row_offset(0, rows)
 
     def in_pytorch(logits: Tensor, tau: float | Tensor) -> Tensor:
-        noise = _noise(seed, 0, rows, codes, reference_noise.STREAM_GUMBEL_SOFTMAX, 0, _noise_backend(backend))
+        noise = draw_noise(seed, 0, rows, codes, reference_noise.STREAM_GUMBEL_SOFTMAX, 0, inner_backend(backend))
         with torch.autocast(logits.device.type, enabled=False):
             p = reference.gumbel_softmax(logits.to(compute), noise.reshape(logits.shape).to(compute),
                                          checks.to_dtype(tau, compute), hard)
@@ -114,146 +120,8 @@ def gumbel_softmax(logits: Tensor, tau: float | Tensor = 1.0, hard: bool = False
     return in_pytorch(logits, tau)
 
 
-def residual_quantize(z: Tensor, codebooks: Iterable[Tensor], scale: float | Tensor, tau: float | Tensor = 1.0, *,
-                      mode: str = "soft", noise: bool = True, seed: int | Tensor | None = None, row_offset: int = 0,
-                      eps: float = 1e-12, backend: str = "auto") -> ResidualQuantization:
-    """Quantize vectors by a sequence of codebooks, each level the residual of the levels before (paper eq. 6, 7, 10).
-
-    Level j has logits ``s_j = scale * r^_{j-1} . e^_j`` and probabilities ``p_j = softmax((s_j + g_j) / tau)``, emits
-    z~_j and leaves ``r_j = r_{j-1} - z~_j``, with ``r_0 = z``. What it emits is the mode's:
-
-    - ``"soft"``: ``z~_j = p_j E_j``.
-    - ``"straight_through"``: the row of E_j with the largest ``s_j + g_j``, exactly; backward takes the softmax's
-      Jacobian for the one-hot's, as ``F.gumbel_softmax(hard=True) @ E_j`` does.
-    - ``"hard"``: the row of E_j with the largest ``s_j``, exactly, without noise and gradients: the final codes.
-
-    Everything is computed in float32 (float64 for float64 inputs). A row of ``z`` with a NaN has ``log_normalizer``
-    NaN in every mode and emits NaN, in hard mode code 0.
-
-    Args:
-        z: (N, D) float32, bfloat16, float16 or float64; any strides; N may be 0.
-        codebooks: m >= 1 tensors (K_j, D), K_j >= 1, in the dtype of ``z`` (under ``torch.autocast`` in any).
-        scale: the logit scale (gamma), a finite float or a 0-d tensor, which receives its gradient.
-        tau: temperature, positive and finite; a float or a 0-d tensor, which receives its gradient.
-        mode: ``"soft"``, ``"straight_through"`` or ``"hard"``.
-        noise: add Gumbel noise g to the logits; False: g = 0. In hard mode noise is drawn only where a ``seed`` is
-            given as well, and shows in ``sampled`` and ``log_normalizer`` alone.
-        seed: as in :func:`gumbel_noise`, whose stream 0 this is.
-        row_offset: number of the first row, for the noise: data-parallel ranks draw what one process would.
-        eps: lower bound of the norms; a zero vector has cosine 0 with everything.
-        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"``.
-
-    Returns:
-        ResidualQuantization, a named tuple. ``quantized``, ``usage``, ``residuals`` and ``log_normalizer`` carry
-        gradients to ``z``, every codebook, ``scale`` and ``tau``; in hard mode nothing does.
-
-        - ``quantized`` (N, m, D), z~_j, in the dtype of ``z`` (promoted with the codebooks').
-        - ``codes`` (N, m) int64, the argmax of ``s_j``, without noise, on the path that the mode takes; ties go to the
-          lower code.
-        - ``sampled`` (N, m) int64, the argmax of ``s_j + g_j``; equal to ``codes`` without noise.
-        - ``usage``, a list of m tensors (K_j,), the batch mean of p_j, in hard mode the frequency of the codes; zeros
-          for an empty batch; float32 (float64).
-        - ``residuals`` (N, m, D), the r_{j-1} that level j saw, in the dtype of ``quantized``.
-        - ``log_normalizer`` (N, m), ``logsumexp_k((s_j + g_j) / tau)``, the log-normalizer of p_j; float32 (float64).
-
-    Raises:
-        ValueError, TypeError: an argument has the wrong shape, type or device, or is out of range; it is named.
-        BackendUnavailable: ``backend``, asked for by name, cannot run here.
-    """
-    checks.float_tensor("z", z, ndim=2)
-    codebooks = _check_codebooks(codebooks, z)
-    scale, tau = checks.scalar("scale", scale, z), checks.scalar("tau", tau, z, positive=True)
-    checks.choice("mode", mode, MODES)
-    if not isinstance(noise, bool):
-        raise TypeError(f"noise must be a bool; got {type(noise).__name__}")
-    eps = checks.number("eps", eps, positive=True)
-    row_offset = reference_noise.check_row_offset(row_offset, z.shape[0])
-    if seed is not None or (noise and mode != "hard"):
-        seed = reference_noise.resolve_seed(seed, z.device)
-    seed = seed if noise else None
-    dtype = z.dtype
-    for codebook in codebooks:
-        dtype = torch.promote_types(dtype, codebook.dtype)
-    chosen = choose("residual_quantize", backend, z.device, dtype)
-    compute = checks.compute_dtype(dtype)
-    gradients = torch.is_grad_enabled() and mode != "hard"
-
-    def in_pytorch(z: Tensor, codebooks: Sequence[Tensor], scale: float | Tensor,
-                   tau: float | Tensor) -> ResidualQuantization:
-        level_noise = None if seed is None else _level_noise(seed, z.shape[0], row_offset, backend)
-        return reference.residual_quantize(z, codebooks, scale, tau, mode, level_noise, eps)
-
-    with torch.autocast(z.device.type, enabled=False), torch.set_grad_enabled(gradients):
-        if chosen == "triton":
-            return triton.residual_quantize(z.to(dtype), [codebook.to(dtype) for codebook in codebooks], scale, tau,
-                                            mode, seed, row_offset, eps)
-        inputs = (z.to(compute), [codebook.to(compute) for codebook in codebooks], checks.to_dtype(scale, compute),
-                  checks.to_dtype(tau, compute))
-        if chosen == "native":
-            result = native.residual_quantize(*inputs, mode, seed, row_offset, eps, in_pytorch)
-        else:
-            result = in_pytorch(*inputs)
-        return result._replace(quantized=result.quantized.to(dtype), residuals=result.residuals.to(dtype))
-
-
-@torch.no_grad()
-def assign_codes(z: Tensor, codebooks: Iterable[Tensor], *, eps: float = 1e-12, backend: str = "auto") -> Tensor:
-    """The final codes of vectors: those of ``residual_quantize(z, codebooks, scale, mode="hard")`` for any scale > 0.
-
-    An argmax of cosines and a gather per level and nothing else: what assigning the codes of a whole catalog needs.
-    Where two codes are within rounding of each other, either may come out.
-
-    Args:
-        z, codebooks, eps, backend: as in :func:`residual_quantize`.
-
-    Returns:
-        (N, m) int64.
-
-    Raises:
-        ValueError, TypeError: an argument has the wrong shape, type or device, or is out of range; it is named.
-        BackendUnavailable: ``backend``, asked for by name, cannot run here.
-    """
-    checks.float_tensor("z", z, ndim=2)
-    codebooks = _check_codebooks(codebooks, z)
-    eps = checks.number("eps", eps, positive=True)
-    dtype = z.dtype
-    for codebook in codebooks:
-        dtype = torch.promote_types(dtype, codebook.dtype)
-    if choose("residual_quantize", backend, z.device, dtype) != "native":
-        return residual_quantize(z, codebooks, 1.0, mode="hard", noise=False, eps=eps, backend=backend).codes
-    compute = checks.compute_dtype(dtype)
-    return native.assign_codes(z.to(compute), [codebook.to(compute) for codebook in codebooks], eps)
-
-
-def _check_codebooks(codebooks: Iterable[Tensor], z: Tensor) -> list[Tensor]:
-    if isinstance(codebooks, Tensor):
-        raise TypeError("codebooks must be a sequence of (K_j, D) tensors, one per level; got one tensor")
-    try:
-        codebooks = list(codebooks)
-    except TypeError:
-        raise TypeError(f"codebooks must be a sequence of (K_j, D) tensors, one per level; "
-                        f"got {type(codebooks).__name__}") from None
-    if not codebooks:
-        raise ValueError("codebooks must hold at least one (K_j, D) tensor; got none")
-    for level, codebook in enumerate(codebooks):
-        name = f"codebooks[{level}]"
-        checks.float_tensor(name, codebook, ndim=2, like=z)
-        checks.shape(name, codebook, (None, z.shape[1]), "(K_j, D)")
-        checks.same_dtype(name, codebook, "z", z)
-        if codebook.shape[0] == 0:
-            raise ValueError(f"{name} must have at least one row; got shape {tuple(codebook.shape)}")
-    return codebooks
-
-
-def _level_noise(seed: Tensor, rows: int, row_offset: int, backend: str) -> Callable[[int, int], Tensor]:
-    """g_j of :func:`residual_quantize` as a function of the level and its number of codes."""
-    def noise(level: int, codes: int) -> Tensor:
-        return _noise(seed, level, rows, codes, reference_noise.STREAM_RESIDUAL_QUANTIZE, row_offset,
-                      _noise_backend(backend))
-    return noise
-
-
-def _noise(seed: Tensor, level: int, rows: int, codes: int, stream: int, row_offset: int, backend: str) -> Tensor:
+def draw_noise(seed: Tensor, level: int, rows: int, codes: int, stream: int, row_offset: int, backend: str) -> Tensor:
+    """As :func:`gumbel_noise`, from checked arguments."""
     chosen = choose("gumbel_noise", backend, seed.device)
     if chosen == "native":
         return native.gumbel_noise(seed, level, stream, row_offset, rows, codes)
@@ -262,6 +130,6 @@ def _noise(seed: Tensor, level: int, rows: int, codes: int, stream: int, row_off
     return reference_noise.gumbel_noise(seed, level, rows, codes, stream, row_offset)
 
 
-def _noise_backend(backend: str) -> str:
+def inner_backend(backend: str) -> str:
     """The backend of the noise inside another op's reference: PyTorch's alone where that was asked for by name."""
     return "reference" if backend == "reference" else "auto"

@@ -1,30 +1,12 @@
-"""Gumbel-Softmax and residual quantization in plain PyTorch (paper eq. 6, 7).
-
-    s_j = scale * r^_{j-1} . e^_j        p_j = softmax((s_j + g_j) / tau)
-    z~_j = p_j E_j                       r_j = r_{j-1} - z~_j
+"""Gumbel-Softmax in plain PyTorch (paper eq. 6): softmax((logits + g) / tau).
 
 Inputs arrive checked and in the compute dtype (float32, or float64 for float64 inputs); the noise ``g`` is an input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-
-class ResidualQuantization(NamedTuple):
-    """Result of :func:`dgi_kernels.residual_quantize` for N vectors and m levels; j counts levels."""
-
-    quantized: Tensor  # (N, m, D), the quantized vectors z~_j
-    codes: Tensor  # (N, m) int64, argmax_k s_j: the code without noise
-    sampled: Tensor  # (N, m) int64, argmax_k (s_j + g_j)
-    usage: list[Tensor]  # m of (K_j,), mean over N of p_j; hard: frequency of the codes
-    residuals: Tensor  # (N, m, D), the residual r_{j-1} that level j saw
-    log_normalizer: Tensor  # (N, m), logsumexp_k((s_j + g_j) / tau)
 
 
 def gumbel_softmax(logits: Tensor, noise: Tensor, tau: float | Tensor, hard: bool) -> Tensor:
@@ -35,36 +17,3 @@ def gumbel_softmax(logits: Tensor, noise: Tensor, tau: float | Tensor, hard: boo
         return p
     one_hot = F.one_hot(noisy.argmax(dim=-1), logits.shape[-1]).to(p.dtype)
     return one_hot + (p - p.detach())
-
-
-def residual_quantize(z: Tensor, codebooks: Sequence[Tensor], scale: float | Tensor, tau: float | Tensor, mode: str,
-                      noise: Callable[[int, int], Tensor] | None, eps: float) -> ResidualQuantization:
-    """(N, D), m of (K_j, D) -> ResidualQuantization; ``noise(level, K_j)`` is g_j (N, K_j), None for no noise."""
-    residual = z
-    levels = []
-    for level, codebook in enumerate(codebooks):
-        s = scale * (F.normalize(residual, dim=-1, eps=eps) @ F.normalize(codebook, dim=-1, eps=eps).T)
-        noisy = s if noise is None else s + noise(level, codebook.shape[0]).to(s.dtype)
-        codes, sampled = s.argmax(dim=-1), noisy.argmax(dim=-1)
-        quantized, usage = _emit(noisy / tau, codebook, mode, codes, sampled)
-        levels.append((quantized, codes, sampled, usage, residual, (noisy / tau).logsumexp(dim=-1)))
-        residual = residual - quantized
-    all_quantized, all_codes, all_sampled, usages, residuals, log_normalizers = zip(*levels, strict=True)
-    return ResidualQuantization(
-        quantized=torch.stack(all_quantized, dim=1), codes=torch.stack(all_codes, dim=1),
-        sampled=torch.stack(all_sampled, dim=1), usage=list(usages), residuals=torch.stack(residuals, dim=1),
-        log_normalizer=torch.stack(log_normalizers, dim=1))
-
-
-def _emit(logits: Tensor, codebook: Tensor, mode: str, codes: Tensor, sampled: Tensor) -> tuple[Tensor, Tensor]:
-    """What one level emits, (N, D), and how often it uses each code, (K,)."""
-    rows = max(logits.shape[0], 1)  # an empty batch uses no code: zeros, not 0 / 0
-    if mode == "hard":
-        counts = logits.new_zeros(codebook.shape[0]).index_add(0, codes, torch.ones_like(codes, dtype=logits.dtype))
-        return codebook[codes], counts / rows
-    p = logits.softmax(dim=-1)
-    if mode == "soft":
-        return p @ codebook, p.sum(dim=0) / rows
-    # The one-hot y of `sampled` in the place of p: dz~/dE through y, dy/ds := dp/ds. Indexing and x - x keep E's bits.
-    soft = p @ codebook.detach()
-    return codebook[sampled] + (soft - soft.detach()), p.sum(dim=0) / rows

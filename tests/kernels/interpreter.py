@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch import Tensor
 
 GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -52,3 +54,12 @@ def choose_form(monkeypatch: pytest.MonkeyPatch, triton: ModuleType, form: str, 
         tiles = triton.Tiles(owned=32, step=step, warps=4, stages=2)
         config = triton.FlashConfig(*[tiles] * len(triton.FlashConfig._fields))
         monkeypatch.setattr(triton, "flash_config", lambda dim, device: (max(16, 1 << (dim - 1).bit_length()), config))
+
+
+def error(actual: Tensor, expected: Tensor, floor: float = 1e-30) -> float:
+    """Relative to the norm of what is expected."""
+    return ((actual.double() - expected.double()).norm() / expected.double().norm().clamp(min=floor)).item()
+
+
+def seed_tensor() -> Tensor:
+    return torch.tensor([random.randrange(-(2**63), 2**63)], device=DEVICE)

@@ -1,46 +1,36 @@
-"""Gumbel-Softmax and residual quantization in Triton against float64: on a GPU where there is one, else interpreted."""
+"""The noise and Gumbel-Softmax in Triton against float64: on a GPU where there is one, else interpreted."""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from .interpreter import DEVICE, DTYPES, GPU, INTERPRETED, TRITON, choose_form, launcher, run_in_the_interpreter, runs
+from .gumbel_cases import GRADIENTS, VALUES
+from .interpreter import (
+    DEVICE,
+    DTYPES,
+    GPU,
+    INTERPRETED,
+    TRITON,
+    error,
+    launcher,
+    run_in_the_interpreter,
+    runs,
+    seed_tensor,
+)
 
 if TRITON and (GPU or INTERPRETED):
-    from dgi_kernels import ResidualQuantization, gumbel_noise, gumbel_softmax, residual_quantize
-    from dgi_kernels.gumbel import triton, triton_softmax
-
-VALUES = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}  # relative to the norm of all of a result
-GRADIENTS = {torch.float32: 5e-5, torch.float16: 6e-3, torch.bfloat16: 4e-2}
+    from dgi_kernels import gumbel_noise, gumbel_softmax
+    from dgi_kernels.gumbel import triton_softmax
 
 
 @launcher
 def test_all_of_this_file_in_the_interpreter() -> None:
     run_in_the_interpreter(__file__)
-
-
-@pytest.fixture(params=["flash", "chunked"])
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    choose_form(monkeypatch, triton, request.param, step=32)
-    monkeypatch.setattr(triton, "ORDER_FROM", random.choice([(2, 2), (10**9, 10**9)]))
-    return request.param
-
-
-def error(actual: Tensor, expected: Tensor, floor: float = 1e-30) -> float:
-    """Relative to the norm of what is expected."""
-    return ((actual.double() - expected.double()).norm() / expected.double().norm().clamp(min=floor)).item()
-
-
-def seed_tensor() -> Tensor:
-    return torch.tensor([random.randrange(-(2**63), 2**63)], device=DEVICE)
 
 
 @runs
@@ -112,146 +102,3 @@ def test_softmax_edge_values() -> None:
         assert p[0, 1] == 0 and p[0].sum().item() == pytest.approx(1)
         assert p[3].tolist() == [1, 0, 0]
         assert p[1].isnan().all() and p[2].isnan().all()
-
-
-Shape = tuple[int, int, tuple[int, ...]]
-SHAPES: list[Shape] = [(1, 1, (1,)), (6, 3, (4, 1, 3)), (35, 7, (9, 33))]
-
-
-def inputs(shape: Shape, dtype: torch.dtype) -> list[Tensor]:
-    # Lengths stay away from 0, where the cosine's gradient, 1 / length, has no digits left to compare.
-    n, d, sizes = shape
-    tensors = [F.normalize(torch.randn(rows, d, device=DEVICE), dim=1) * d**0.5
-               * torch.empty(rows, 1, device=DEVICE).uniform_(0.5, 2)
-               for rows in (n, *sizes)]
-    return [x.to(dtype).requires_grad_() for x in tensors]
-
-
-def scalars(scale: float, tau: float) -> tuple[Tensor, Tensor]:
-    return (torch.tensor(scale, device=DEVICE, requires_grad=True), torch.tensor(tau, device=DEVICE,
-                                                                                 requires_grad=True))
-
-
-def assert_exact(leaves: Sequence[Tensor], scale: Tensor, tau: Tensor, mode: str, weights: Sequence[float] = (1, 1, 1,
-                                                                                                              9),
-                 **options: object) -> ResidualQuantization:
-    """Every result and every gradient, for gradients of every result (``weights``: 0 for none), against float64."""
-    dtype = leaves[0].dtype
-    seed, row_offset = seed_tensor(), random.choice([0, 5, 2**32 - len(leaves[0])])
-
-    def quantize(values: Sequence[Tensor], backend: str) -> ResidualQuantization:
-        z, *codebooks, scale, tau = values
-        return residual_quantize(z, codebooks, scale, tau, mode=mode, seed=seed, row_offset=row_offset, backend=backend,
-                                 **options)  # type: ignore[arg-type]
-
-    values = [*leaves, scale, tau]
-    exact = [x.detach().double().requires_grad_() for x in values]
-    actual, expected = quantize(values, "triton"), quantize(exact, "reference")
-    if not (torch.equal(actual.codes, expected.codes) and torch.equal(actual.sampled, expected.sampled)):
-        pytest.skip("a near-tie, decided by rounding: another path")
-    assert actual.quantized.dtype == actual.residuals.dtype == dtype
-    for name in ("quantized", "residuals", "log_normalizer"):
-        assert error(getattr(actual, name), getattr(expected, name), floor=1e-2) < VALUES[dtype], name
-    assert error(torch.cat(actual.usage), torch.cat(expected.usage)) < VALUES[dtype]
-    if mode == "hard":
-        assert not actual.quantized.requires_grad
-        return actual
-
-    def loss(result: ResidualQuantization) -> Tensor:
-        results = (result.quantized, result.residuals, result.log_normalizer, torch.cat(result.usage))
-        return sum((weight * (x.double() * torch.linspace(-1, 2, x.numel(), device=DEVICE,
-                                                          dtype=torch.float64).view(x.shape)
-                              ).sum() for weight, x in zip(weights, results, strict=True) if weight), torch.tensor(0.0))
-
-    gradients = torch.autograd.grad(loss(actual), values, materialize_grads=True)
-    truths = torch.autograd.grad(loss(expected), exact, materialize_grads=True)
-    names = ["z", *(f"codebooks[{j}]" for j in range(len(leaves) - 1)), "scale", "tau"]
-    size = max(truth.norm().item() for truth in truths)
-    for name, gradient, truth in zip(names, gradients, truths, strict=True):
-        # where a gradient cancels to nothing, what it is summed from is still rounded
-        assert error(gradient, truth, floor=0.1 * size) < GRADIENTS[dtype], name
-    return actual
-
-
-@runs
-@pytest.mark.parametrize(("mode", "noise"), [("soft", True), ("straight_through", True), ("hard", True), ("soft",
-                                                                                                          False)])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_quantization(form: str, shape: Shape, dtype: torch.dtype, mode: str, noise: bool) -> None:
-    leaves, (scale, tau) = inputs(shape, dtype), scalars(random.uniform(2, 6), random.uniform(0.6, 1.5))
-    result = assert_exact(leaves, scale, tau, mode, noise=noise)
-    chosen = {"straight_through": result.sampled, "hard": result.codes}.get(mode)
-    if chosen is not None:  # exactly one row of the codebook
-        for level, codebook in enumerate(leaves[1:]):
-            assert torch.equal(result.quantized[:, level], codebook[chosen[:, level]])
-
-
-@runs
-@pytest.mark.parametrize("only", range(4), ids=["quantized", "residuals", "log_normalizer", "usage"])
-def test_gradient_of_one_result_alone(form: str, only: int) -> None:
-    weights, mode = [float(only == i) for i in range(4)], random.choice(["soft", "straight_through"])
-    assert_exact(inputs((6, 16, (18, 7)), torch.float32), *scalars(4.0, 0.8), mode, weights)
-
-
-@runs
-def test_peaked_rows_leave_out_tiles_and_lose_nothing(form: str) -> None:
-    """Rows near a code at a low temperature: most tiles are below float32 resolution, and their gradients too."""
-    codebook = torch.randn(96, 16, device=DEVICE)
-    near = codebook[torch.arange(48, device=DEVICE) * 2] + 0.05 * torch.randn(48, 16, device=DEVICE)
-    leaves = [x.requires_grad_() for x in (near, codebook)]
-    assert_exact(leaves, *scalars(30.0, 0.3), "soft")
-
-
-@runs
-def test_zero_and_tiny_vectors(form: str) -> None:
-    """A zero vector has cosine 0 with everything, a gradient of 1 / eps; an ``eps`` above a norm takes its place."""
-    z, *codebooks = inputs((6, 16, (5, 4)), torch.float32)
-    with torch.no_grad():
-        z[1], z[2], codebooks[0][3] = 0, z[2] * 1e-3, 0
-    assert_exact([z, *codebooks], *scalars(4.0, 0.8), "soft", eps=0.05)
-
-
-@runs
-def test_rows_with_nan_and_ties(form: str) -> None:
-    z, codebook = torch.randn(5, 16, device=DEVICE), torch.randn(7, 16, device=DEVICE)
-    codebook[5] = codebook[2]
-    z[0], z[1] = torch.nan, codebook[2]
-    for mode in ("soft", "straight_through", "hard"):
-        result = residual_quantize(z, [codebook], 3.0, mode=mode, seed=1, backend="triton")
-        assert result.log_normalizer[0].isnan().all() and result.log_normalizer[1:].isfinite().all()
-        assert mode == "hard" or result.quantized[0].isnan().all()
-        assert result.codes[0] == 0 and result.codes[1] == 2, "ties go to the lower code"
-        assert result.quantized[1:].isfinite().all()
-
-
-@runs
-def test_views_empty_batches_and_repeats(form: str) -> None:
-    z, codebook = torch.randn(12, 40, device=DEVICE), torch.randn(7, 20, device=DEVICE)
-    for view in (z[:, ::2], z[::3, 5:25], z[:1, :20].expand(4, 20), z[:0, :20]):
-        first = residual_quantize(view, [codebook, codebook], 3.0, seed=1, backend="triton")
-        again = residual_quantize(view.contiguous(), [codebook, codebook], 3.0, seed=1, backend="triton")
-        for a, b in zip((first.quantized, first.log_normalizer, *first.usage), (again.quantized, again.log_normalizer,
-                                                                                *again.usage), strict=True):
-            assert torch.equal(a, b)
-    empty = z[:0, :20].clone().requires_grad_()
-    result = residual_quantize(empty, [codebook], 3.0, seed=1, backend="triton")
-    assert result.usage[0].tolist() == [0] * 7
-    assert torch.autograd.grad(result.quantized.sum(), empty)[0].shape == (0, 20)
-
-
-@runs
-def test_ranks_draw_what_one_process_would(form: str) -> None:
-    z, codebook = torch.randn(9, 16, device=DEVICE), torch.randn(7, 16, device=DEVICE)
-    whole = residual_quantize(z, [codebook], 3.0, seed=4, backend="triton")
-    part = residual_quantize(z[5:], [codebook], 3.0, seed=4, row_offset=5, backend="triton")
-    assert torch.equal(whole.sampled[5:], part.sampled)
-    torch.testing.assert_close(whole.quantized[5:], part.quantized, rtol=0, atol=1e-5)
-
-
-@runs
-@pytest.mark.parametrize("dim", [64, 128, 256, 768])
-@pytest.mark.skipif(not GPU, reason="the tiles of the launchers themselves are too large for the interpreter")
-def test_on_the_gpu_at_size(dim: int) -> None:
-    leaves = inputs((5000, dim, (1030, 256)), torch.bfloat16)
-    assert_exact(leaves, *scalars(30.0, 1.0), "soft", (1, 0, 0, 9))

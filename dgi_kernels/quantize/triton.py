@@ -1,6 +1,6 @@
 """Launchers of residual quantization in Triton, as operators that torch.compile keeps whole.
 
-Formulas, what is kept and what is made again: :mod:`dgi_kernels.gumbel.triton_kernels`. The codebooks come as one
+Formulas, what is kept and what is made again: :mod:`dgi_kernels.quantize.triton_kernels`. The codebooks come as one
 tensor (sum K_j, D) and a list of sizes. Grids depend on shapes alone and nothing is read back, so a CUDA graph can hold
 a step.
 """
@@ -17,9 +17,9 @@ import triton
 from torch import Tensor, library
 
 from dgi_kernels import triton_common as common
-from dgi_kernels.gumbel import triton_chunks as chunks
-from dgi_kernels.gumbel import triton_kernels as kernels
-from dgi_kernels.gumbel.reference import ResidualQuantization
+from dgi_kernels.quantize import triton_chunks as chunks
+from dgi_kernels.quantize import triton_kernels as kernels
+from dgi_kernels.quantize.result import ResidualQuantization
 from dgi_kernels.triton_common import HALF, Tiles, add_product, finish_block, multiprocessors, norms, product
 
 MODES = ("soft", "straight_through", "hard")  # the numbers of the kernels

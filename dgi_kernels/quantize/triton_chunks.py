@@ -1,6 +1,6 @@
 """Epilogues of residual quantization's chunked form: products of a chunk of rows come from cuBLAS and stay in the L2.
 
-The formulas are those of :mod:`dgi_kernels.gumbel.triton_kernels`. One row a program; each kernel passes over its row
+The formulas are those of :mod:`dgi_kernels.quantize.triton_kernels`. One row a program; each kernel passes over its row
 twice, and what the second pass needs lies where the products lay, so that noise is made once forward and once backward.
 Per (row, code) the L2 sees, for 16-bit operands, 14 bytes forward (products written and read, l written and read by way
 of the L1, p written and read) and 24 backward.
@@ -11,8 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dgi_kernels.gumbel.triton_kernels import LN2, LOG2E, PER_ROW, STREAM, VARYING
 from dgi_kernels.gumbel.triton_noise import noise_tile
+from dgi_kernels.quantize.triton_kernels import LN2, LOG2E, PER_ROW, STREAM, VARYING
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Gumbel-Softmax and residual quantization in C++ against the float64 oracle and the reference with the same noise."""
+"""Residual quantization in C++ against the float64 oracle and the reference with the same noise."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library
 
-from dgi_kernels import _extension, assign_codes, gumbel_softmax, residual_quantize
+from dgi_kernels import _extension, assign_codes, residual_quantize
 
-from .shapes import GUMBEL, QUANTIZE, Quantize
-from .test_gumbel import GRADIENT_MODES, Inputs, differentiable, gradients, make, oracle, weighted_sum
+from .gumbel_cases import gradients
+from .quantize_cases import GRADIENT_MODES, Inputs, differentiable, make, oracle, weighted_sum
+from .shapes import QUANTIZE, Quantize
 
 pytestmark = pytest.mark.skipif(_extension.load_error is not None, reason=str(_extension.load_error))
 
@@ -100,29 +101,6 @@ def test_temperatures_that_need_one_logarithm_if_not_their_gradient(scale: float
             assert_matches_oracle(inputs, mode, random.randrange(2**63), FORWARD, BACKWARD, with_tau=False)
 
 
-@pytest.mark.parametrize("hard", [False, True])
-@pytest.mark.parametrize("tau", [1.0, 0.5, 0.4])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [*GUMBEL, (3, 700), (2, 0, 4)], ids=str)
-def test_softmax_is_the_references(shape: tuple[int, ...], dtype: torch.dtype, tau: float, hard: bool) -> None:
-    seed, logits = random.randrange(2**63), (torch.randn(shape) * 3).to(dtype).requires_grad_()
-    upstream = torch.randn_like(logits)
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
-    for temperature in (tau, torch.tensor(tau).to(dtype).requires_grad_()):
-        wide = [x.detach().double().requires_grad_() for x in (logits, torch.as_tensor(temperature, dtype=compute))]
-        truth = gumbel_softmax(*wide, hard, seed=seed, backend="reference")
-        actual = gumbel_softmax(logits, temperature, hard, seed=seed, backend="native")
-        assert actual.dtype == dtype and actual.shape == shape
-        resolution = {torch.float64: 1e-9, torch.float32: 1e-5}.get(dtype, torch.finfo(dtype).eps)
-        torch.testing.assert_close(actual.double(), truth, rtol=0, atol=resolution)
-        leaves = [logits, temperature] if isinstance(temperature, Tensor) else [logits]
-        ours = torch.autograd.grad(actual, leaves, upstream)
-        theirs = torch.autograd.grad(truth, wide, upstream.double())
-        for a, e in zip(ours, theirs, strict=False):
-            atol = 8 * resolution * max(1, logits.numel() / 99)
-            torch.testing.assert_close(a.double(), e, rtol=4 * resolution, atol=atol)
-
-
 def test_gradients_of_gradients_are_the_references() -> None:
     inputs = make(Quantize(n=3, d=2, sizes=(3, 2)))
     z, codebooks, scale, tau = inputs
@@ -134,18 +112,6 @@ def test_gradients_of_gradients_are_the_references() -> None:
         return list(torch.autograd.grad(sum(g.square().sum() for g in first), inputs.leaves))
 
     torch.testing.assert_close(second("native"), second("reference"), rtol=1e-4, atol=1e-4)
-    logits = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(lambda x: gumbel_softmax(x, 0.8, seed=1, backend="native"), (logits,),
-                                        atol=1e-4)
-
-
-def test_infinite_logits_have_no_gradient_to_tau() -> None:
-    logits = torch.tensor([[0.5, -torch.inf, 1.0]])
-    tau = torch.tensor(0.7, requires_grad=True)
-    p = gumbel_softmax(logits, tau, seed=3, backend="native")
-    assert p[0, 1] == 0
-    gradient, = torch.autograd.grad(p[0, 0], tau)
-    assert gradient.isfinite() and gradient != 0
 
 
 def test_a_codebook_row_of_nan_reaches_every_row_as_in_the_reference() -> None:
@@ -249,9 +215,6 @@ def test_ops_are_well_registered(seeded: bool) -> None:
     library.opcheck(ops.residual_quantize_backward.default,
                           (*upstream, result[4], result[2], *result[5:], books, *options[:-1],
                            True, seeded, True, not seeded))
-    logits = torch.randn(4, 6)
-    library.opcheck(ops.gumbel_softmax.default, (logits, tau, torch.tensor([3]), seeded))
-    library.opcheck(ops.gumbel_softmax_backward.default, (logits, logits, tau, torch.tensor([3]), seeded))
 
 
 def test_direct_callers_are_stopped_too() -> None:

@@ -1,0 +1,36 @@
+"""What the calls into the compiled extension share: scalars as tensors, and gradients of gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On the device without a copy from the host, which a CUDA graph could not capture."""
+    if isinstance(value, Tensor):
+        return value.to(dtype)
+    if device.type == "cpu":
+        return torch.tensor(value, dtype=dtype)
+    return torch.full((), value, dtype=dtype, device=device)
+
+
+def wants_gradients(*inputs: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+
+
+def create_graph() -> bool:
+    """Whether backward runs with ``create_graph=True``; what is compiled cannot."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def gradients_of(outputs: Sequence[Tensor], upstream: Sequence[Tensor | None], inputs: Sequence[Tensor],
+                 wanted: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients that can be differentiated themselves."""
+    pairs = [(output, g) for output, g in zip(outputs, upstream, strict=True) if g is not None and output.requires_grad]
+    leaves = [x for x, want in zip(inputs, wanted, strict=True) if want]
+    gradients = iter(torch.autograd.grad([o for o, _ in pairs], leaves, [g for _, g in pairs], create_graph=True,
+                                         allow_unused=True) if pairs else [None] * len(leaves))
+    return [next(gradients) if want else None for want in wanted]

@@ -1,0 +1,73 @@
+"""What the tests of residual quantization share: inputs, and a float64 oracle, level by level."""
+
+from __future__ import annotations
+
+import random
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dgi_kernels import ResidualQuantization, gumbel_noise
+
+from .shapes import Quantize
+
+GRADIENT_MODES = ("soft", "straight_through")
+
+
+class Inputs(NamedTuple):
+    z: Tensor
+    codebooks: list[Tensor]
+    scale: Tensor
+    tau: Tensor
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [self.z, *self.codebooks, self.scale, self.tau]
+
+
+def make(shape: Quantize, dtype: torch.dtype = torch.float64) -> Inputs:
+    def vectors(rows: int) -> Tensor:  # norms that are neither tiny nor huge keep the gradients' condition in hand
+        unit = F.normalize(torch.randn(rows, shape.d, dtype=torch.float64), dim=-1)
+        return (unit * torch.empty(rows, 1, dtype=torch.float64).uniform_(0.5, 2)).to(dtype).requires_grad_()
+
+    scale, tau = (torch.tensor(random.uniform(low, 6), dtype=torch.float64).to(dtype).requires_grad_()
+                  for low in (2, 1))
+    return Inputs(vectors(shape.n), [vectors(k) for k in shape.sizes], scale, tau)
+
+
+def oracle(inputs: Inputs, mode: str, seed: int | None, result: ResidualQuantization,
+           row_offset: int = 0) -> ResidualQuantization:
+    """method.md in float64, one level after the other, with an explicit one-hot where the mode has one.
+
+    The one-hot follows the codes of ``result``, which must be as good as the best: at a near-tie rounding decides.
+    """
+    residual, scale, tau = inputs.z.double(), inputs.scale.double(), inputs.tau.double()
+    columns: list[list[Tensor]] = [[] for _ in range(6)]
+    for level, codebook in enumerate(codebook.double() for codebook in inputs.codebooks):
+        s = scale * F.normalize(residual, dim=-1) @ F.normalize(codebook, dim=-1).T
+        g = torch.zeros_like(s)
+        if seed is not None:
+            g = gumbel_noise(seed, level, *s.shape, row_offset=row_offset, backend="reference").double()
+        p = ((s + g) / tau).softmax(-1)
+        codes, sampled = result.codes[:, level], result.sampled[:, level]
+        for scores, chosen in ((s, codes), (s + g, sampled)):
+            assert (scores.gather(1, chosen.unsqueeze(1)) >= scores.amax(1, keepdim=True) - 1e-4).all()
+        one_hot = F.one_hot(codes if mode == "hard" else sampled, len(codebook)).double()
+        assignment = {"soft": p, "straight_through": one_hot + p - p.detach(), "hard": one_hot}[mode]
+        quantized = assignment @ codebook
+        usage = (one_hot if mode == "hard" else p).mean(0)
+        normalizer = ((s + g) / tau).exp().sum(-1).log()
+        for column, value in zip(columns, (quantized, codes, sampled, usage, residual, normalizer), strict=True):
+            column.append(value)
+        residual = residual - quantized
+    return ResidualQuantization(*(c if i == 3 else torch.stack(c, 1) for i, c in enumerate(columns)))
+
+
+def differentiable(result: ResidualQuantization) -> list[Tensor]:
+    return [result.quantized, *result.usage, result.residuals, result.log_normalizer]
+
+
+def weighted_sum(tensors: list[Tensor], weights: list[Tensor]) -> Tensor:
+    return sum(((t.double() * w).sum() for t, w in zip(tensors, weights, strict=True)), torch.tensor(0.0))
