@@ -29,7 +29,7 @@ bench-%: $(INSTALLED)  ## run one of them: bench-cosine, bench-gumbel, bench-tri
 	$(BIN)/python bench/bench_$*.py --json bench/results/cpu-$*.json
 
 bench-catalog: $(INSTALLED)  ## assign codes to 10 million items, which takes minutes
-	$(BIN)/python bench/bench_gumbel.py --catalog 10000000 --json bench/results/cpu-catalog.json
+	$(BIN)/python bench/bench_quantize.py --catalog 10000000 --json bench/results/cpu-catalog.json
 
 report: $(INSTALLED)  ## put the figures of bench/results/ into README.md and docs/
 	$(BIN)/python bench/report.py

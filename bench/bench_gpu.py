@@ -1,6 +1,6 @@
 """Every op on a GPU against its peers, with the ceilings of the machine; peers that are not installed are left out.
 
-    python bench/bench_gpu.py ceilings cosine gumbel beam --output DIR     one gpu-NAME.json each
+    python bench/bench_gpu.py ceilings cosine gumbel quantize beam --output DIR     one gpu-NAME.json each
     python bench/bench_gpu.py beam --rehearse                              tiny, on the CPU: that it runs, not how fast
 
 Sizes are those of a training step at scale: 65,536 rows against 4,096 codes for the loss, 16,384 rows for residual
@@ -24,7 +24,7 @@ from pathlib import Path
 
 import bench_beam
 import bench_cosine
-import bench_gumbel
+import bench_quantize
 import torch
 import torch.nn.functional as F
 from measure import Results, Step, peak_bytes, seconds
@@ -189,23 +189,27 @@ def cosine(results: Results) -> None:
                     systems)
 
 
-def gumbel(results: Results) -> None:
+def quantize(results: Results) -> None:
     torch._dynamo.config.cache_size_limit = 64
     n, dtype = size(16384, 32), torch.bfloat16
-    bench_gumbel.ROWS = n
+    bench_quantize.ROWS = n
     for dim in DIMS[:size(len(DIMS), 1)]:
         for assignments in ("flat", "peaked"):
-            z, codebooks, scale = bench_gumbel.inputs(dim, assignments == "peaked")
+            z, codebooks, scale = bench_quantize.inputs(dim, assignments == "peaked")
             z = z.detach().to(DEVICE, dtype).requires_grad_()
             codebooks = [book.detach().to(DEVICE, dtype).requires_grad_() for book in codebooks]
             arguments = (z, codebooks, scale.detach().to(DEVICE).requires_grad_(), 0.5)
             systems = {"floor": products(z.detach(), [book.detach() for book in codebooks])}
-            for name, quantize in bench_gumbel.SYSTEMS.items():
+            for name, system in bench_quantize.SYSTEMS.items():
                 if not (REHEARSAL and name == "compile"):
-                    systems[name] = quantize_step(quantize, arguments)
+                    systems[name] = quantize_step(system, arguments)
             measure(results, "residual_quantize", {"N": n, "K": "4096, 1024, 256", "D": dim,
                                                    "assignments": assignments, "tau": 0.5, "dtype": "bfloat16"},
                     systems, rounds=7)
+
+
+def gumbel(results: Results) -> None:
+    dtype = torch.bfloat16
     for codes in (256, 4096, 32768):
         rows = size((1 << 26) // codes, 8)
         logits = torch.randn(rows, codes, device=DEVICE, dtype=dtype).requires_grad_()
@@ -307,7 +311,7 @@ def launches(run: Step) -> int:
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
 
 
-SECTIONS = {"ceilings": ceilings, "cosine": cosine, "gumbel": gumbel, "beam": beam}
+SECTIONS = {"ceilings": ceilings, "cosine": cosine, "gumbel": gumbel, "quantize": quantize, "beam": beam}
 
 
 def main() -> int:

@@ -82,7 +82,7 @@ tests tests "$tests_limit" "${which[@]}" tests/kernels/test_every_backend.py
 # Only the files that have such tests: others may import what is not installed here.
 mapfile -t files < <(grep -rl 'mark\.gpu' tests --include='test_*.py' | grep -v test_every_backend)
 tests tests-of-kernels 120 -m gpu "${files[@]}"
-for section in ceilings cosine beam gumbel; do
+for section in ceilings cosine beam gumbel quantize; do
     step "bench-$section" 100 "$python" bench/bench_gpu.py "$section" --output "$out" ${rehearse:+"$rehearse"}
 done
 
