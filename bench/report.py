@@ -22,7 +22,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -101,7 +101,7 @@ class Run:
                 f"`{self.document['command']}`")
 
 
-def systems(rows: Iterable[Row]) -> list[str]:
+def systems(rows: Sequence[Row]) -> list[str]:
     """Ours first, then the others in the order of the file."""
     ours = dict.fromkeys(row.ours for row in rows if row.ours)
     others = dict.fromkeys(name for row in rows for name in row.seconds if name not in (*ours, FLOOR))
@@ -190,7 +190,7 @@ def draw(run: Run, filters: dict[str, str]) -> Iterator[tuple[Path, str]]:
 
     by_op = run.rows(filters)
     rows = [(op, row) for op, op_rows in by_op.items() for row in op_rows if row.ours]
-    names = [FLOOR, *systems(row for _, row in rows)]
+    names = [FLOOR, *systems([row for _, row in rows])]
     varying = {op: split_shape(op_rows)[1] for op, op_rows in by_op.items()}
     for mode, ink, palette in (("light", "#24292f", "#8c959f #1f6feb #bf8700 #1a7f37 #cf222e #8250df #0a7c86"),
                                ("dark", "#e6edf3", "#6e7681 #58a6ff #e3b341 #3fb950 #ff7b72 #bc8cff #39c5cf")):
@@ -205,7 +205,7 @@ def draw(run: Run, filters: dict[str, str]) -> Iterator[tuple[Path, str]]:
                 start = place
                 for name in (name for name in names if name in row.seconds):
                     ratio = row.seconds[name] / row.seconds[row.ours]
-                    axes.barh(place, ratio, height=0.86, color=colours.get(name, ink))
+                    axes.barh(place, ratio, height=0.86, color=colours.get(name, ink), gid=f"bar-{place}")
                     axes.annotate(f"{name}  {significant(ratio)}", (ratio, place), xytext=(4, 0),
                                   textcoords="offset points", va="center", fontsize=7.5)
                     place += 1

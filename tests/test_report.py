@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -75,3 +77,36 @@ def test_pictures_are_drawn_light_and_dark_and_repeat(run: report.Run) -> None:
     first, again = (dict(report.draw(run, {"op": "op"})) for _ in range(2))
     assert first == again and [path.name for path in first] == ["cpu-sample-op-light.svg", "cpu-sample-op-dark.svg"]
     assert all(text.startswith("<?xml") for text in first.values())
+
+
+def labels(run: report.Run, filters: dict[str, str]) -> Counter[str]:
+    """What a picture must say, counted from the results alone: each system of each shape that has one of ours."""
+    shapes = [row for rows in run.rows(filters).values() for row in rows if set(report.OURS) & set(row.seconds)]
+    ours = [next(row.seconds[name] for name in report.OURS if name in row.seconds) for row in shapes]
+    return Counter(f"{name}  {report.significant(seconds / one)}"
+                   for row, one in zip(shapes, ours, strict=True) for name, seconds in row.seconds.items())
+
+
+def check_bars(svg: str, expected: Counter[str]) -> None:
+    """An SVG of matplotlib has each text as a comment before its outlines."""
+    drawn = Counter(text for text in re.findall(r"<!-- (.*?) -->", svg) if "  " in text)
+    assert drawn == expected and svg.count('<g id="bar-') == expected.total()
+
+
+SHOWN = {report.picture_name(run.name, filters): (run, filters)
+         for page in report.PAGES for run, filters in report.rendered(page, page.read_text())[1]}
+
+
+@pytest.mark.parametrize("mode", ["light", "dark"])
+@pytest.mark.parametrize("name", SHOWN)
+def test_a_committed_picture_has_a_bar_and_a_label_for_every_system(name: str, mode: str) -> None:
+    svg = (report.ASSETS / f"{name}-{mode}.svg").read_text()
+    expected = labels(*SHOWN[name])
+    assert len(expected) > 2
+    check_bars(svg, expected)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
+def test_a_new_picture_has_a_bar_and_a_label_for_every_system(run: report.Run) -> None:
+    for svg in dict(report.draw(run, {"op": "op"})).values():
+        check_bars(svg, Counter({"floor  0.80": 2, "ours  1.00": 2, "eager  3.00": 2}))
