@@ -19,13 +19,19 @@ milliseconds too.  Where there are no results the page says so.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -36,6 +42,10 @@ KERNELS = re.compile(r"(?<=<!-- kernels -->\n).*?(?=<!-- /kernels -->)", re.DOTA
 COLUMNS = {"C++": ("native", "cpu"), "Triton": ("triton", "cuda"), "CUDA C++": ("native", "cuda")}
 OURS = ("ours", "native", "fused", "constrained_generate", "auto")  # what benchmarks call it; the first there is
 FLOOR = "floor"
+WIDTH = 5.0  # inches of a picture, so that its letters can still be read where it is made as narrow as a phone
+# Ink, then the floor's colour, ours, and the others'.
+THEMES = {"light": ("#24292f", "#8c959f #1f6feb #bf8700 #1a7f37 #cf222e #8250df #0a7c86 #953800 #bf3989"),
+          "dark": ("#e6edf3", "#6e7681 #58a6ff #e3b341 #3fb950 #ff7b72 #bc8cff #39c5cf #f0883e #f778ba")}
 
 
 @dataclass
@@ -168,10 +178,30 @@ def picture_name(name: str, filters: dict[str, str]) -> str:
     return re.sub(r"[^A-Za-z0-9-]+", "-", "-".join([name, *filters.values()])).strip("-")
 
 
+def heading(op: str, shape: dict[str, object]) -> str:
+    return ", ".join([op, *(f"{name} = {value_text(value)}" for name, value in shape.items())])
+
+
+def compared(run: Run, filters: dict[str, str]) -> list[tuple[str, Row]]:
+    """What a picture shows: (op, row) of every shape with a time of ours."""
+    return [(op, row) for op, rows in run.rows(filters).items() for row in rows if row.ours]
+
+
+def alt_text(run: Run, filters: dict[str, str]) -> str:
+    """The picture in words: what each system took, from its best shape to its worst."""
+    shown = compared(run, filters)
+    spans = []
+    for name in [*systems([row for _, row in shown])[1:], FLOOR]:
+        ratios = sorted(row.seconds[name] / row.seconds[row.ours] for _, row in shown if name in row.seconds)
+        low, high = (significant(ratio) for ratio in (ratios[0], ratios[-1]))
+        spans.append(f"{name} {low}" + (f" to {high}" if high != low else ""))
+    by_op = {op: split_shape([row for of, row in shown if of == op])[0] for op, _ in shown}
+    return f"Bar chart of time ÷ ours. {'; '.join(heading(*item) for item in by_op.items())}: {'; '.join(spans)}."
+
+
 def pictures(page: Path, run: Run, filters: dict[str, str]) -> str:
     """Where the bars lie, for a page that shows them: on the site by its own switch, else by the reader's system."""
-    stem = picture_name(run.name, filters)
-    alt = f"Time of each system relative to ours: {' '.join([run.name, *filters.values()])}"
+    stem, alt = picture_name(run.name, filters), alt_text(run, filters)
     if page.name == "README.md":
         return (f'<picture>\n  <source media="(prefers-color-scheme: dark)" srcset="docs/assets/{stem}-dark.svg">\n'
                 f'  <img alt="{alt}" src="docs/assets/{stem}-light.svg">\n</picture>')
@@ -179,51 +209,63 @@ def pictures(page: Path, run: Run, filters: dict[str, str]) -> str:
     return "\n".join(f"![{alt}]({up}assets/{stem}-{mode}.svg#only-{mode})" for mode in ("light", "dark"))
 
 
-def draw(run: Run, filters: dict[str, str]) -> Iterator[tuple[Path, str]]:
-    """Bars of time relative to ours, one group for each shape: (file, SVG) for light and dark."""
-    import io
+def bars(run: Run, filters: dict[str, str], ink: str, palette: Sequence[str]) -> Figure:
+    """A group of bars for each shape below a line that names it, each bar with its system and ratio at its end."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+    shown = compared(run, filters)
+    by_op = {op: [row for of, row in shown if of == op] for op, _ in shown}
+    split = {op: split_shape(rows) for op, rows in by_op.items()}
+    names = [FLOOR, *systems([row for _, row in shown])]
+    colours = {name: palette[i % len(palette)] for i, name in enumerate(names)}
+    ratios = [[(name, row.seconds[name] / row.seconds[row.ours]) for name in names if name in row.seconds]
+              for _, row in shown]
+    longest = max(ratio for of_row in ratios for _, ratio in of_row)
+    logarithmic = longest > 20
+    title = "\n".join(textwrap.fill(heading(op, constants).replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}"), 66)
+                      for op, (constants, _) in split.items())
+    lines = sum(map(len, ratios)) + 1.6 * len(ratios)  # a bar takes 1; the name of its group and a gap 1.6
+    figure = Figure(figsize=(WIDTH, 0.19 * lines + 0.16 * title.count("\n") + 0.85), layout="constrained")
+    axes = figure.subplots()
+    figure.suptitle(title, x=0.01, ha="left", fontsize=9, fontweight="bold")
+    place, least, reach = 0.0, min(0.5, *(0.7 * ratio for of_row in ratios for _, ratio in of_row)), 0.0
+    for (op, row), of_row in zip(shown, ratios, strict=True):
+        label = ", ".join(f"{name} = {value_text(row.shape.get(name, ''))}" for name in split[op][1])
+        axes.annotate(label if len(by_op) == 1 else f"{op}, {label}" if label else op, (0, place),
+                      xycoords=("axes fraction", "data"), va="center")
+        place += 1
+        for name, ratio in of_row:
+            axes.barh(place, ratio, height=0.86, color=colours[name], gid=f"bar-{place:.1f}")
+            text = f"{name}  {significant(ratio)}"
+            axes.annotate(text, (ratio, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8.5)
+            # How far the axis must go for the text to end within it: a letter is about 0.075 inches wide.
+            share = 1 - (0.12 + 0.075 * len(text)) / (WIDTH - 0.3)
+            reach = max(reach, least * (ratio / least) ** (1 / share) if logarithmic else ratio / share)
+            place += 1
+        place += 0.6
+    axes.set(ylim=(place - 0.8, -0.6), xlabel="time ÷ ours, shorter is faster" + ", logarithmic" * logarithmic)
+    if logarithmic:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xlim(least if logarithmic else 0, reach)
+    axes.set_yticks([])
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    return figure
+
+
+def draw(run: Run, filters: dict[str, str]) -> Iterator[tuple[Path, str]]:
+    """:func:`bars` as (file, SVG), light and dark."""
     import matplotlib
 
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    by_op = run.rows(filters)
-    rows = [(op, row) for op, op_rows in by_op.items() for row in op_rows if row.ours]
-    names = [FLOOR, *systems([row for _, row in rows])]
-    varying = {op: split_shape(op_rows)[1] for op, op_rows in by_op.items()}
-    for mode, ink, palette in (("light", "#24292f", "#8c959f #1f6feb #bf8700 #1a7f37 #cf222e #8250df #0a7c86"),
-                               ("dark", "#e6edf3", "#6e7681 #58a6ff #e3b341 #3fb950 #ff7b72 #bc8cff #39c5cf")):
-        colours = dict(zip(names, palette.split(), strict=False))
+    for mode, (ink, palette) in THEMES.items():
         with matplotlib.rc_context({"svg.hashsalt": run.name, "font.size": 9, "text.color": ink, "axes.edgecolor": ink,
                                     "axes.labelcolor": ink, "xtick.color": ink, "ytick.color": ink}):
-            bars = sum(len(row.seconds) for _, row in rows)
-            figure, axes = pyplot.subplots(figsize=(7.2, 0.9 + 0.19 * bars + 0.16 * len(rows)), layout="constrained")
-            longest = max((max(row.seconds.values()) / row.seconds[row.ours] for _, row in rows), default=1)
-            place, ticks = 0.0, []
-            for op, row in rows:
-                start = place
-                for name in (name for name in names if name in row.seconds):
-                    ratio = row.seconds[name] / row.seconds[row.ours]
-                    axes.barh(place, ratio, height=0.86, color=colours.get(name, ink), gid=f"bar-{place}")
-                    axes.annotate(f"{name}  {significant(ratio)}", (ratio, place), xytext=(4, 0),
-                                  textcoords="offset points", va="center", fontsize=7.5)
-                    place += 1
-                label = "\n".join(f"{key} {value_text(row.shape.get(key, ''))}" for key in varying[op])
-                ticks.append(((start + place - 1) / 2, label if len(by_op) == 1 else f"{op}\n{label}"))
-                place += 0.8
-            axes.set_yticks([at for at, _ in ticks], [label for _, label in ticks])
-            axes.invert_yaxis()
-            if longest > 20:
-                axes.set_xscale("log")
-            axes.set_xlim(right=longest * (3 if longest > 20 else 1.35))
-            axes.axvline(1, color=ink, linewidth=0.6, linestyle=":", zorder=0)
-            axes.set_xlabel("time ÷ ours" + (" (logarithmic)" if longest > 20 else ""))
-            axes.spines[["top", "right", "left"]].set_visible(False)
-            axes.tick_params(axis="y", length=0)
             buffer = io.StringIO()
-            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-            pyplot.close(figure)
+            bars(run, filters, ink, palette.split()).savefig(buffer, format="svg", transparent=True,
+                                                             metadata={"Date": None, "Creator": None})
         text = "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
         yield ASSETS / f"{picture_name(run.name, filters)}-{mode}.svg", text
 

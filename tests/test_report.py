@@ -102,8 +102,35 @@ SHOWN = {report.picture_name(run.name, filters): (run, filters)
 def test_a_committed_picture_has_a_bar_and_a_label_for_every_system(name: str, mode: str) -> None:
     svg = (report.ASSETS / f"{name}-{mode}.svg").read_text()
     expected = labels(*SHOWN[name])
-    assert len(expected) > 2
     check_bars(svg, expected)
+    fills = set(re.findall(r'<g id="bar-.*?style="fill: (#\w+)', svg, re.DOTALL))
+    assert len(fills) == len({label.split("  ")[0] for label in expected}) > 2  # every system has its own colour
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
+@pytest.mark.parametrize("name", SHOWN)
+def test_no_text_of_a_picture_is_cut_or_lies_on_another(name: str) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    ink, palette = report.THEMES["light"]
+    figure = report.bars(*SHOWN[name], ink, palette.split())
+    FigureCanvasAgg(figure).draw()
+    axes, = figure.axes
+    (low, high), ticks = axes.get_xlim(), zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
+    texts = [*axes.texts, axes.xaxis.label, *(text for at, text in ticks if low <= at <= high),
+             *figure.texts]
+    places = [text.get_window_extent() for text in texts if text.get_text()]
+    assert len(places) > labels(*SHOWN[name]).total() + 5  # groups, ticks, the axis and a title
+    assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and figure.bbox.y0 <= box.y0
+               and box.y1 <= figure.bbox.y1 for box in places)
+    assert not [(a, b) for i, a in enumerate(places) for b in places[:i] if a.overlaps(b)]
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_an_alternative_text_says_what_the_picture_shows(name: str) -> None:
+    text = report.alt_text(*SHOWN[name])
+    assert {label.split("  ")[0] for label in labels(*SHOWN[name])} - set(report.OURS) <= set(
+        re.split(r" [\d.,]+(?: to [\d.,]+)?[;.] ?", text.partition(": ")[2]))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
