@@ -92,14 +92,11 @@ class Results:
             memory: int | None = None, **extra: object) -> None:
         """Add one system's times in seconds, e.g. ``add("cosine_cross_entropy", {"N": 4096, …}, "eager", times)``."""
         case = " ".join(f"{name}={value}" for name, value in shape.items())
-        quartiles = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
         self._benchmarks.append({
             "group": f"{op} {case}", "name": f"{op}[{case} {system}]", "fullname": f"{op}[{case} {system}]",
             "params": {**shape, "system": system},
             "extra_info": {"op": op, "shape": dict(shape), "system": system, "peak_bytes": memory, **extra},
-            "stats": {"median": statistics.median(times), "mean": statistics.mean(times), "min": min(times),
-                      "max": max(times), "q1": quartiles[0], "q3": quartiles[2], "rounds": len(times),
-                      "iterations": 1, "data": times}})
+            "stats": quantiles(times)})
 
     def write(self, path: str | os.PathLike) -> None:
         """Write all that was added to ``path``, whole or not at all."""
@@ -109,8 +106,29 @@ class Results:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(path.suffix + ".part")
-        temporary.write_text(json.dumps(document, indent=1) + "\n")
+        temporary.write_text(json_text(document))
         temporary.replace(path)
+
+
+def quantiles(times: list[float]) -> dict[str, float | int | str]:
+    """What is kept of the seconds of one system: all that ``pytest-benchmark compare`` shows, without the samples."""
+    q1, _, q3 = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
+    mean, deviation = statistics.mean(times), statistics.stdev(times) if len(times) > 1 else 0.0
+    outside = [sum(not low <= time <= high for time in times)
+               for low, high in ((mean - deviation, mean + deviation), (2.5 * q1 - 1.5 * q3, 2.5 * q3 - 1.5 * q1))]
+    return {"median": statistics.median(times), "mean": mean, "min": min(times), "max": max(times), "q1": q1, "q3": q3,
+            "iqr": q3 - q1, "stddev": deviation, "ops": 1 / mean, "total": sum(times), "rounds": len(times),
+            "iterations": 1, "outliers": "{};{}".format(*outside)}
+
+
+def json_text(document: Mapping[str, object]) -> str:
+    """``document`` as JSON with one benchmark on each line, so that a change of one figure is a change of one line."""
+    parts = []
+    for key, value in document.items():
+        text = ("[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]" if isinstance(value, list)
+                else json.dumps(value, indent=1).replace("\n", "\n "))
+        parts.append(f" {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def machine() -> dict[str, object]:

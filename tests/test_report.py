@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
+import statistics
 import subprocess
 import sys
 from collections import Counter
@@ -32,6 +34,26 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> report.Run:
 def test_pages_show_the_committed_results() -> None:
     check = subprocess.run([sys.executable, "bench/report.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert check.returncode == 0, f"{check.stdout}{check.stderr}\nrun `make report`"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "bench" / "results").glob("*.json")), ids=lambda path: path.stem)
+def test_results_are_quantiles_that_pytest_benchmark_compares(path: Path) -> None:
+    document = json.loads(path.read_text())
+    assert all("data" not in benchmark["stats"] for benchmark in document["benchmarks"])
+    assert path.read_text() == measure.json_text(document)
+    table = subprocess.run([sys.executable, "-m", "pytest_benchmark", "compare", path], cwd=ROOT, capture_output=True,
+                           text=True, encoding="utf-8")
+    assert table.returncode == 0, table.stderr
+    assert all(benchmark["name"] in table.stdout for benchmark in document["benchmarks"])
+
+
+def test_quantiles_of_a_run() -> None:
+    stats = measure.quantiles([5.0, 1.0, 2.0, 4.0, 3.0, 60.0, 2.5])
+    assert {name: stats[name] for name in ("min", "q1", "median", "q3", "max", "rounds", "total", "outliers")} == {
+        "min": 1.0, "q1": 2.0, "median": 3.0, "q3": 5.0, "max": 60.0, "rounds": 7, "total": 77.5, "outliers": "1;1"}
+    assert (stats["mean"], stats["stddev"]) == pytest.approx((77.5 / 7, statistics.stdev([5, 1, 2, 4, 3, 60, 2.5])))
+    one = measure.quantiles([2.0])
+    assert {one[name] for name in ("min", "q1", "median", "q3", "max", "mean")} == {2.0} and one["stddev"] == 0
 
 
 def test_a_table_has_ratios_of_medians(run: report.Run) -> None:
