@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test bench bench-catalog report gpu-code cuda-build docs lint clean
+.PHONY: help demo test bench bench-catalog report gpu-code cuda-build docs lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -43,9 +43,17 @@ cuda-build:  ## build the CUDA wheel and check it in clean environments (16 GB; 
 docs: $(INSTALLED)  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-lint: $(INSTALLED)  ## check style and types
+CPP_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu')
+
+lint: $(INSTALLED)  ## check formatting, style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+format: $(INSTALLED)  ## format the Python, C++ and CUDA code
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
 
 clean:  ## remove the virtual environment and all that was built
 	rm -rf $(VENV) build dist site *.egg-info dgi_kernels/_C*.so demo-output .pytest_cache .mypy_cache .ruff_cache .benchmarks
