@@ -5,7 +5,7 @@ search, after *Differentiable Geometric Indexing for End-to-End Generative Retri
 takes ``backend="auto" | "reference" | "triton" | "native"``; :func:`backends` says what is available here.
 """
 
-from dgi_kernels.backend import BackendStatus, BackendUnavailable, backends, debug
+from dgi_kernels.backend import BackendStatus, BackendUnavailable, backends, debug, why_not
 from dgi_kernels.beam import BeamResult, Beams, HiddenStates, beam_search, beam_step, cosine_beam_step
 from dgi_kernels.cosine import cosine_cross_entropy, cosine_logits
 from dgi_kernels.cosine.modules import CosineCrossEntropyLoss, CosineLinear
@@ -44,4 +44,5 @@ __all__ = [
     "rank_candidates",
     "residual_quantize",
     "vocabulary_parallel_cosine_cross_entropy",
+    "why_not",
 ]

@@ -54,6 +54,9 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     "rank_candidates": {"native": _CPP_AND_CUDA},
 }
 
+# Ops whose reference forms a tensor of rows x codes that is neither an input nor an output.
+FORMS_LOGITS = frozenset({"cosine_cross_entropy", "residual_quantize", "cosine_beam_step"})
+
 # Which of an op's kernels ``auto`` tries first.  On GPUs Triton's noise takes fewer instructions per element: hardware
 # logarithms, and a row that fits into registers is made once, where CUDA C++ makes it again in every pass.
 PREFERENCE = {"cpu": ("native", "triton"), "cuda": ("triton", "native")}
@@ -97,8 +100,33 @@ def backends() -> dict[str, BackendStatus]:
     return status
 
 
-def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
-    """Why ``backend`` cannot run ``op`` on ``device`` with ``dtype``; None where it can."""
+def why_not(op: str, backend: str, device: torch.device | str, dtype: torch.dtype | None = None) -> str | None:
+    """Return why ``backend`` cannot run ``op`` on ``device`` with ``dtype``, or None where it can.
+
+    Args:
+        op: name of a public op, such as ``"cosine_cross_entropy"``; ``python -m dgi_kernels.info`` lists them.
+        backend: ``"reference"``, ``"triton"`` or ``"native"``.
+        device: device of the op's inputs, such as ``"cpu"`` or ``"cuda:0"``.
+        dtype: dtype of the op's main floating-point input; not looked at for ops that have none.
+
+    Raises:
+        ValueError: ``op`` or ``backend`` has no such name.
+
+    Example:
+        >>> import torch
+        >>> dgi_kernels.why_not("cosine_cross_entropy", "reference", "cpu", torch.float32)  # None: it runs
+        >>> dgi_kernels.why_not("beam_step", "triton", "cuda")
+        'beam_step has no triton kernel in this version'
+    """
+    if op not in KERNELS:
+        raise ValueError(f"op must be one of {', '.join(map(repr, KERNELS))}; got {op!r}")
+    if backend not in BACKENDS[1:]:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS[1:]))}; got {backend!r}")
+    return _problem(op, backend, torch.device(device), dtype)
+
+
+def _problem(op: str, backend: str, device: torch.device, dtype: torch.dtype | None) -> str | None:
+    """:func:`why_not` for names that are known to be right."""
     if backend == "reference":
         return None
     kernel = KERNELS[op].get(backend)
@@ -134,7 +162,7 @@ def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype | Non
     if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
     if backend != "auto":
-        problem = why_not(op, backend, device, dtype)
+        problem = _problem(op, backend, device, dtype)
         if problem is not None:
             raise BackendUnavailable(f'backend="{backend}" cannot run {op} here: {problem}')
         return backend
@@ -142,12 +170,12 @@ def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype | Non
     for candidate in PREFERENCE.get(device.type, PREFERENCE["cpu"]):
         if candidate not in KERNELS[op]:
             continue
-        problem = why_not(op, candidate, device, dtype)
+        problem = _problem(op, candidate, device, dtype)
         if problem is None:
             return candidate
         problems.append(problem)
     if problems:
-        _log_fallback(op, "; ".join(problems))
+        _log_fallback(op, device, "; ".join(problems))
     return "reference"
 
 
@@ -160,19 +188,27 @@ def choose_without_gradient(op: str, backend: str, main: torch.Tensor, *others: 
     if backend != "auto":
         raise BackendUnavailable(f'backend="{backend}" cannot run {op} here: it gives no gradients, and an input '
                                  "requires one (call it under torch.no_grad(), or take the reference)")
-    _log_fallback(op, "an input requires a gradient, and only the reference gives one")
+    _log_fallback(op, main.device, "an input requires a gradient, and only the reference gives one")
     return "reference"
 
 
-_logged: set[tuple[str, str]] = set()
+_logged: set[tuple[str, str, str]] = set()
 
 
-def _log_fallback(op: str, reason: str) -> None:
-    """Say once per op and reason that the reference runs in place of a kernel."""
-    if torch.compiler.is_compiling() or (op, reason) in _logged:
+def _log_fallback(op: str, device: torch.device, reason: str) -> None:
+    """Say once per op, device type and reason that the reference runs in place of a kernel.
+
+    At level WARNING, which Python shows by default, where that costs the memory that an accelerator is short of.
+    """
+    key = (op, device.type, reason)
+    if torch.compiler.is_compiling() or key in _logged:
         return
-    _logged.add((op, reason))
-    logger.info("%s: falling back to the PyTorch reference (%s)", op, reason)
+    _logged.add(key)
+    if device.type != "cpu" and op in FORMS_LOGITS:
+        logger.warning("%s: falling back to the PyTorch reference, which forms all rows x codes logits on %s (%s)", op,
+                       device, reason)
+    else:
+        logger.info("%s: falling back to the PyTorch reference (%s)", op, reason)
 
 
 def _names(values: Iterable[object]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import torch
 
 import dgi_kernels
 from dgi_kernels import BackendUnavailable, backend, info
-from dgi_kernels.backend import choose, why_not
+from dgi_kernels.backend import KERNELS, choose, why_not
 
 CPU = torch.device("cpu")
 
@@ -110,16 +111,64 @@ def test_debug_checks_values_off_the_cpu_and_ends_with_its_block() -> None:
     assert backend._debug == before == backend.checks_values(cuda)
 
 
-def test_report_names_versions_backends_and_ops(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(backend._BACKEND_PROBLEM, "triton", "no CUDA device is available")
-    facts, status, ops = (section.splitlines() for section in info.report().split("\n\n"))
-    assert facts[0].split() == ["dgi-kernels", dgi_kernels.__version__]
-    assert facts[2].split() == ["torch", torch.__version__]
-    assert [line.split(maxsplit=2) for line in status] == [
-        ["backend", "available", "why not"], ["reference", "yes"], ["triton", "no", "no CUDA device is available"],
-        ["native", "yes"]]
-    assert [line.split() for line in ops] == [
-        ["op", "reference", "triton", "native"], ["op", "yes", "no", "yes"], ["plain", "yes", "no", "no"]]
+def test_a_fallback_that_forms_logits_warns_on_an_accelerator(kernels: None, monkeypatch: pytest.MonkeyPatch,
+                                                              caplog: pytest.LogCaptureFixture) -> None:
+    """Guards against a slow path that nobody sees: Python hides messages of level INFO."""
+    monkeypatch.setattr(backend, "FORMS_LOGITS", {"op"})
+    monkeypatch.setitem(backend.KERNELS, "other", {"native": {"cpu": None}})
+    cuda = torch.device("cuda")
+    monkeypatch.setitem(backend.KERNELS, "op", {"native": {"cpu": frozenset({torch.float32})}})
+    with caplog.at_level(logging.INFO, logger="dgi_kernels"):
+        for _ in range(2):
+            choose("op", "auto", CPU, torch.float64)
+            choose("op", "auto", cuda, torch.float32)
+            choose("other", "auto", cuda, torch.float32)
+    assert [record.levelname for record in caplog.records] == ["INFO", "WARNING", "INFO"]
+    assert caplog.messages[1] == ("op: falling back to the PyTorch reference, which forms all rows x codes logits on cuda "
+                                  "(op has no native kernel for cuda tensors (it runs on cpu))")
+
+
+def test_ops_that_form_logits_are_ops() -> None:
+    assert set(KERNELS) > backend.FORMS_LOGITS
+
+
+def test_the_public_why_not_takes_names(kernels: None) -> None:
+    assert dgi_kernels.why_not("op", "native", "cpu", torch.float32) is None
+    assert dgi_kernels.why_not("op", "triton", "cpu") == "op has no triton kernel for cpu tensors (it runs on cuda)"
+    with pytest.raises(ValueError, match="op must be one of 'op', 'plain'; got 'cosine'"):
+        dgi_kernels.why_not("cosine", "native", "cpu")
+    with pytest.raises(ValueError, match="backend must be one of 'reference', 'triton', 'native'; got 'auto'"):
+        dgi_kernels.why_not("op", "auto", "cpu")
+
+
+def test_report_names_versions_backends_and_what_runs(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a report that lists kernels without asking for which device they are."""
+    monkeypatch.setattr(backend._extension, "has_cuda", True)
+    monkeypatch.setattr(info, "KERNELS", backend.KERNELS)
+    monkeypatch.setitem(backend._BACKEND_PROBLEM, "triton", "the disk was full")
+    monkeypatch.setattr(info, "_devices", lambda: ["cpu", "cuda"])
+    facts, status, cpu, cpu_reasons, cuda, cuda_reasons = (
+        [re.split(r"\s{2,}", line) for line in section.splitlines()] for section in info.report().split("\n\n"))
+    assert facts[0] == ["dgi-kernels", dgi_kernels.__version__] and facts[2] == ["torch", torch.__version__]
+    assert status == [["backend", "available", "why not"], ["reference", "yes"], ["triton", "no", "the disk was full"],
+                      ["native", "yes"]]
+    assert cpu == [["op on cpu", "float32", "bfloat16", "float16", "float64"],
+                   ["op", "native", "reference", "reference", "reference"], ["plain", *["reference"] * 4]]
+    assert cuda[1] == ["op", "reference", "reference", "native", "reference"]
+    takes, full = "it has no native kernel for this dtype on", "the triton backend is not available: the disk was full"
+    assert cpu_reasons == [["reference on cpu", "dtypes", "why no kernel"],
+                           ["op", "bfloat16, float16, float64", f"{takes} cpu (it takes torch.float32); {full}"],
+                           ["plain", "all", "it has no kernel"]]
+    assert cuda_reasons[1:] == [
+        ["op", "float32, bfloat16, float64", f"{full}; {takes} cuda (it takes torch.float16)"],
+        ["plain", "all", "it has no kernel"]]
+
+
+def test_report_tells_what_auto_takes() -> None:
+    """Also for CUDA, whose kernels need no GPU to be listed."""
+    for device in ("cpu", "cuda"):
+        for op, *chosen in info._ops(device)[1:]:
+            assert chosen == [choose(op, "auto", torch.device(device), dtype) for dtype in info.DTYPES]
 
 
 def test_module_prints_the_report() -> None:
