@@ -15,12 +15,11 @@ from dgi_kernels import checks
 from dgi_kernels.backend import choose, choose_without_gradient
 from dgi_kernels.beam import native, reference
 from dgi_kernels.cosine import cosine_logits
+from dgi_kernels.enums import NORMALIZERS
 from dgi_kernels.trie import MAX_COUNT, Beams, Trie
 from dgi_kernels.trie.filters import Filters, TrieFilter, check_filters
 
 __all__ = ["BeamResult", "Beams", "HiddenStates", "beam_search", "beam_step", "cosine_beam_step"]
-
-NORMALIZERS = ("full", "children", "none")
 
 
 class HiddenStates(NamedTuple):

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dgi_kernels.enums import NORMALIZERS
 from dgi_kernels.trie import Beams, Trie
 from dgi_kernels.trie.filters import TrieFilter, filter_arguments
-
-NORMALIZE = {"full": 0, "children": 1, "none": 2}
 
 
 def beam_step(trie: Trie, logits: Tensor, beams: Beams, num_beams: int, normalize: str, log_normalizer: Tensor | None,
@@ -68,7 +67,7 @@ def _step(op: Callable[..., tuple[Tensor, ...]], trie: Trie, beams: Beams,
         nodes, scores = nodes.long(), scores.to(compute)
     nodes, tokens, parents, scores = op(
         base.tokens[depth], base.child_start[depth], of_delta, anchors, sets, set_of, *source,
-        nodes, scores, log_normalizer, num_beams, NORMALIZE[normalize], *more)
+        nodes, scores, log_normalizer, num_beams, NORMALIZERS.index(normalize), *more)
     return Beams(nodes, tokens, parents, scores, depth + 1)
 
 

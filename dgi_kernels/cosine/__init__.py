@@ -14,13 +14,12 @@ from torch import Tensor
 from dgi_kernels import checks
 from dgi_kernels.backend import backends, choose
 from dgi_kernels.cosine import native, reference
+from dgi_kernels.enums import REDUCTIONS
 
 if backends()["triton"].available:
     from dgi_kernels.cosine import triton
 
 __all__ = ["cosine_cross_entropy", "cosine_logits"]
-
-REDUCTIONS = ("none", "mean", "sum")
 
 
 def cosine_logits(h: Tensor, weight: Tensor, scale: float | Tensor, *, eps: float = 1e-12,

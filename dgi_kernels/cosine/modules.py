@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dgi_kernels import checks
-from dgi_kernels.cosine import REDUCTIONS, cosine_cross_entropy, cosine_logits
+from dgi_kernels.cosine import cosine_cross_entropy, cosine_logits
+from dgi_kernels.enums import REDUCTIONS
 
 
 class CosineLinear(nn.Module):

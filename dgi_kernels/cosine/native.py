@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+from dgi_kernels.enums import REDUCTIONS
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -62,7 +62,7 @@ def _loss(h: Tensor, weight: Tensor, target: Tensor, scale: Tensor, upstream: Te
     ignore_index, reduction, label_smoothing, eps = options
     loss, *gradients = torch.ops.dgi_kernels.cosine_cross_entropy(
         _rows(h), weight.contiguous(), target.reshape(-1).contiguous(), scale, upstream, ignore_index,
-        REDUCTIONS[reduction], label_smoothing, eps, *wanted)
+        REDUCTIONS.index(reduction), label_smoothing, eps, *wanted)
     if reduction == "none" and target.ndim != 1:
         loss = loss.view(target.shape)
     return loss, _present(h, gradients, wanted)

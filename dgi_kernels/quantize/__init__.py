@@ -16,6 +16,7 @@ from torch import Tensor
 from dgi_kernels import checks
 from dgi_kernels import noise as reference_noise
 from dgi_kernels.backend import backends, choose
+from dgi_kernels.enums import MODES
 from dgi_kernels.gumbel import draw_noise, inner_backend
 from dgi_kernels.quantize import native, reference
 from dgi_kernels.quantize.result import ResidualQuantization
@@ -24,8 +25,6 @@ if backends()["triton"].available:
     from dgi_kernels.quantize import triton
 
 __all__ = ["ResidualQuantization", "assign_codes", "residual_quantize"]
-
-MODES = ("soft", "straight_through", "hard")
 
 
 def residual_quantize(z: Tensor, codebooks: Iterable[Tensor], scale: float | Tensor, tau: float | Tensor = 1.0, *,

@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dgi_kernels.enums import MODES
 from dgi_kernels.native_common import create_graph, gradients_of, scalar, wants_gradients
 from dgi_kernels.quantize.result import ResidualQuantization
-
-MODES = {"soft": 0, "straight_through": 1, "hard": 2}
 
 # Entries per row and level that backward may be left as lists, 8 bytes each; what is not used is never touched.
 LIST_ROOM = 64
@@ -32,7 +31,7 @@ def residual_quantize(z: Tensor, codebooks: Sequence[Tensor], scale: float | Ten
     scale, tau = scalar(scale, z.dtype, z.device), scalar(tau, z.dtype, z.device)
     sizes = [codebook.shape[0] for codebook in codebooks]
     joined = codebooks[0] if len(codebooks) == 1 else torch.cat(list(codebooks))
-    options = _Options(sizes, seed, row_offset, MODES[mode], eps)
+    options = _Options(sizes, seed, row_offset, MODES.index(mode), eps)
     if mode != "hard" and wants_gradients(z, joined, scale, tau):
         options = options._replace(list_room=LIST_ROOM if z.dtype == torch.float32 else 0)
         result = _ResidualQuantize.apply(z, joined, scale, tau, options, reference)

@@ -17,13 +17,13 @@ import triton
 from torch import Tensor, library
 
 from dgi_kernels import triton_common as common
+from dgi_kernels.enums import MODES
 from dgi_kernels.quantize import triton_chunks as chunks
 from dgi_kernels.quantize import triton_kernels as kernels
 from dgi_kernels.quantize.result import ResidualQuantization
 from dgi_kernels.triton_common import HALF, Tiles, add_product, finish_block, multiprocessors, norms, product
 
-MODES = ("soft", "straight_through", "hard")  # the numbers of the kernels
-SOFT, STRAIGHT_THROUGH, HARD = range(3)
+SOFT, STRAIGHT_THROUGH, HARD = map(MODES.index, ("soft", "straight_through", "hard"))
 
 # Tiles of codes whose p are all below this part of their row are left out: what is lost of a row's mass, at most K
 # times as much, stays below the rounding of 16-bit weights.
