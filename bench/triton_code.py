@@ -22,6 +22,7 @@ from machine_code import READERS, Kept, Usage, functions_of, repeated_instructio
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from dgi_kernels import tiles
 from dgi_kernels import triton_common as common
 from dgi_kernels.cosine import triton as cosine
 from dgi_kernels.gumbel import triton_softmax as softmax
@@ -152,10 +153,21 @@ def gumbel_launches() -> Iterator[Launch]:
                                         for codes in (b_k for _, b_k in softmax.NOISE_TILES)])
 
 
+def all_launches() -> Iterator[Launch]:
+    yield from quantize_launches()
+    yield from gumbel_launches()
+    yield from cosine_launches()
+
+
 def launches(arch: int) -> list[Launch]:
-    """All of them for one architecture, each code once."""
+    """All of them for one architecture, each code once; for Hopper's also with the tiles of every file of the package,
+    all of which are of GPUs like it."""
     common.architecture = lambda device: arch // 10  # type: ignore[assignment]
-    return list(dict.fromkeys([*quantize_launches(), *gumbel_launches(), *cosine_launches()]))
+    found = list(all_launches())
+    for path in sorted(tiles.FOLDER.glob("*.json")) if arch == 90 else []:
+        with tiles.override(str(path)):
+            found += [replace(launch, label=f"{launch.label} {path.stem}") for launch in all_launches()]
+    return list(dict.fromkeys(found))
 
 
 def machine_code(launch: Launch, arch: int) -> tuple[Usage, str]:

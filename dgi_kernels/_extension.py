@@ -144,14 +144,14 @@ def _fake_beam_codes(tokens: list[Tensor], parents: list[Tensor]) -> Tensor:
 def _fake_beam_step(tokens: Tensor, child_start: Tensor, delta: list[Tensor], anchors: list[Tensor],
                     sets: list[Tensor], set_of: list[int], logits: Tensor, nodes: Tensor, scores: Tensor,
                     log_normalizer: Tensor | None, num_beams: int, normalize: int,
-                    child_masks: Tensor | None = None) -> tuple[Tensor, ...]:
+                    child_masks: Tensor | None = None, max_degree: int = -1) -> tuple[Tensor, ...]:
     return _fake_beams(logits, num_beams)
 
 
 def _fake_cosine_beam_step(tokens: Tensor, child_start: Tensor, delta: list[Tensor], anchors: list[Tensor],
                            sets: list[Tensor], set_of: list[int], h: Tensor, codebook: Tensor, scale: Tensor,
                            eps: float, nodes: Tensor, scores: Tensor, log_normalizer: Tensor | None, num_beams: int,
-                           normalize: int) -> tuple[Tensor, ...]:
+                           normalize: int, max_degree: int = -1) -> tuple[Tensor, ...]:
     return _fake_beams(h, num_beams)
 
 

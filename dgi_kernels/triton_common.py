@@ -6,24 +6,16 @@ Nothing here knows an op; each op's own ``triton.py`` has its tables of tiles an
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from dgi_kernels.tiles import Tiles as Tiles
+
 HALF = (torch.float16, torch.bfloat16)
 NORM_BLOCK = (16, 128)  # rows, dimensions
-
-
-class Tiles(NamedTuple):
-    """A program of a flash form owns some rows of one operand and passes over those of the other in steps."""
-
-    owned: int
-    step: int
-    warps: int
-    stages: int
 
 
 @functools.cache
@@ -86,3 +78,10 @@ def norm_kernel(p_x, p_rnorm, N, D, stride, eps, b_n: tl.constexpr, b_d: tl.cons
 def reciprocal_norm(squares, eps):
     norm = tl.sqrt_rn(squares)
     return tl.where(norm == 0.0, 0.0, tl.div_rn(1.0, tl.maximum(norm, eps)))
+
+
+@triton.jit
+def is_constant(rnorm, eps):
+    """Whether :func:`reciprocal_norm` is of a norm below eps, which is then a constant: of the same rounded quotient,
+    since a GPU's plain division may err by two units and would take a short vector for a long one."""
+    return rnorm >= tl.div_rn(1.0, eps)

@@ -17,6 +17,7 @@ struct BeamStep {
   const AllowedItems* const* allowed;  // (B): null for a request that may find all; null where all may
 
   int64_t requests, width, num_beams;
+  int64_t max_degree;  // at least as many as any node of the depth has children; < 0: not known
   View<int64_t> nodes;  // any number that is no node: dead
   View<float> scores;
   View<float> log_normalizer;  // data null where not given

@@ -368,7 +368,9 @@ template <class Token>
 const char* why_not(const BeamStep<Token>& step, int64_t codes) {
   constexpr int64_t kMost = int64_t{1} << 31;
   // At most one child a code in each part of the trie, and the end of a sequence.
-  if (step.width > 0 && 2 * (codes + 1) >= kMost / step.width) return "more than 2**31 candidates of one request";
+  int64_t most = 2 * (codes + 1);
+  if (step.max_degree >= 0) most = std::min(most, step.max_degree);
+  if (step.width > 0 && most >= kMost / step.width) return "more than 2**31 candidates of one request";
   if (step.requests * step.width >= kMost || step.num_beams >= kMost / 4) return "more than 2**31 beams";
   return nullptr;
 }

@@ -39,7 +39,8 @@ __device__ __forceinline__ float fast_exp(float x) {
   return power;
 }
 
-// Why the launches since the last call failed; null where none did.
+// Why the launches since the last call failed; null where none did. CUDA tells of an earlier kernel's failure here too, if
+// nobody has asked since.
 inline const char* launch_error() {
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

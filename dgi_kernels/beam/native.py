@@ -25,7 +25,7 @@ def beam_step(trie: Trie, logits: Tensor, beams: Beams, num_beams: int, normaliz
     if logits.device.type == "cpu" and not torch.compiler.is_compiling():
         masks = trie.parts.base.child_masks(beams.depth, trie.codebook_sizes[beams.depth])
     return _step(torch.ops.dgi_kernels.beam_step.default, trie, beams, filters, (logits,), num_beams, normalize,
-                 log_normalizer, masks)
+                 log_normalizer, masks, trie.parts.max_degree[beams.depth])
 
 
 def cosine_beam_step(trie: Trie, h: Tensor, codebook: Tensor, scale: float | Tensor, eps: float, beams: Beams,
@@ -38,7 +38,8 @@ def cosine_beam_step(trie: Trie, h: Tensor, codebook: Tensor, scale: float | Ten
     else:  # written on the device: a copy to it would wait for the host, and no CUDA graph takes it
         scale = torch.full((), scale, dtype=compute, device=h.device)
     return _step(torch.ops.dgi_kernels.cosine_beam_step.default, trie, beams, filters,
-                 (h.contiguous(), codebook.contiguous(), scale, eps), num_beams, normalize, log_normalizer)
+                 (h.contiguous(), codebook.contiguous(), scale, eps), num_beams, normalize, log_normalizer,
+                 trie.parts.max_degree[beams.depth])
 
 
 def beam_codes(history: list[Beams]) -> Tensor:
@@ -54,7 +55,7 @@ def all_ended(tokens: Tensor) -> bool:
 
 def _step(op: Callable[..., tuple[Tensor, ...]], trie: Trie, beams: Beams,
           filters: TrieFilter | list[TrieFilter | None] | None, source: tuple[Any, ...], num_beams: int,
-          normalize: str, log_normalizer: Tensor | None, *more: Tensor | None) -> Beams:
+          normalize: str, log_normalizer: Tensor | None, *more: Tensor | int | None) -> Beams:
     depth, base, delta, added = beams.depth, trie.parts.base, trie.parts.delta, trie.parts.added
     sets, set_of = filter_arguments(filters, beams.nodes.shape[0], depth + 1)
     of_delta: list[Tensor] = []

@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor, library
 
+from dgi_kernels import tiles as measured
 from dgi_kernels import triton_common as common
 from dgi_kernels.cosine import triton_kernels as kernels
 from dgi_kernels.triton_common import (
@@ -39,8 +40,8 @@ class FlashConfig(NamedTuple):
 
 
 # Architecture -> dimensions up to -> tiles: all that the launchers can choose, each compiled by bench/gpu_code.py. They
-# are the largest tried that spill no registers; which are the fastest is to be measured. Others than 9 and 10 take
-# those of 8, which need at most 99 KB of shared memory.
+# are the largest tried that spill no registers; which are the fastest is to be measured, and is then kept by GPU model
+# in dgi_kernels/tiles. Others than 9 and 10 take those of 8, which need at most 99 KB of shared memory.
 FLASH = {
     8: {64: FlashConfig(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3)),
         128: FlashConfig(Tiles(128, 32, 8, 3), Tiles(128, 64, 8, 2)),
@@ -73,7 +74,8 @@ def flash_config(dim: int, device: torch.device) -> tuple[int, FlashConfig]:
     """Dimensions of a tile, and the tiles, for vectors of ``dim`` dimensions."""
     table = FLASH.get(common.architecture(device), FLASH[8])
     b_d = min(largest for largest in table if dim <= largest)
-    return b_d, table[b_d]
+    return b_d, FlashConfig(*(measured.pick(f"cosine.{name}", b_d, tiles, device)
+                              for name, tiles in table[b_d]._asdict().items()))
 
 
 def cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: float | Tensor, ignore_index: int,
@@ -293,7 +295,8 @@ def _chunked_gradients(upstream: Tensor, h: Tensor, weight: Tensor, scale: Tenso
 def _chunks(h: Tensor, weight: Tensor):
     """Slices of rows, each with a float32 buffer for its products (one memory for all); none without codes."""
     rows, codes = h.shape[0], weight.shape[0]
-    size = max(1, CHUNK_BYTES // (max(codes, 1) * (4 if h.dtype == torch.float32 else 6)))
+    budget = measured.number("cosine.chunk_bytes", CHUNK_BYTES, h.device)
+    size = max(1, budget // (max(codes, 1) * (4 if h.dtype == torch.float32 else 6)))
     size = min(rows, size if size < 128 else size // 128 * 128)
     buffer = h.new_empty(size, codes, dtype=torch.float32)
     for start in range(0, rows, size):

@@ -39,7 +39,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dgi_kernels.triton_common import reciprocal_norm
+from dgi_kernels.triton_common import is_constant, reciprocal_norm
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -210,7 +210,7 @@ def flash_hidden_kernel(p_mean, p_h, p_w, p_rnorm_h, p_rnorm_w, p_residue, p_ups
     centre = tl.load(p_centre + o_d, mask=m_d, other=0.0)
     o = o * (smoothing - residue)[:, None] + w.to(tl.float32) * of_target[:, None] - centre[None, :]
     radial = tl.sum(o * h, axis=1) * rnorm
-    o -= tl.where(rnorm >= 1.0 / eps, 0.0, radial * rnorm)[:, None] * h  # a norm below eps is a constant
+    o -= tl.where(is_constant(rnorm, eps), 0.0, radial * rnorm)[:, None] * h  # a norm below eps is a constant
     factor = tl.load(p_scale) * upstream * tl.where(rnorm == 0.0, 1.0 / eps, rnorm)
     out = tl.where(known[:, None], o * factor[:, None], 0.0)
     tl.store(p_out + o_n[:, None] * width + o_d[None, :], out, mask=m_n[:, None] & (o_d < width)[None, :])
@@ -286,7 +286,7 @@ def finish_kernel(p_partial, p_largest, p_x, p_rnorm, p_scale, p_gain, p_centre,
     rnorm = tl.load(p_rnorm + o_n, mask=m_n, other=0.0)
     x = tl.load(p_x + o_n[:, None] * stride + o_d[None, :], mask=m_nd, other=0.0).to(tl.float32)
     product = tl.sum(total * x, axis=1)
-    total -= tl.where(rnorm >= 1.0 / eps, 0.0, product * rnorm * rnorm)[:, None] * x
+    total -= tl.where(is_constant(rnorm, eps), 0.0, product * rnorm * rnorm)[:, None] * x
     factor = tl.where(rnorm == 0.0, 1.0 / eps, 1.0 if scaled else rnorm) * tl.load(p_scale)
     m_out = m_n[:, None] & (o_d < width)[None, :]
     tl.store(p_out + o_n[:, None] * width + o_d[None, :], total * factor[:, None], mask=m_out)

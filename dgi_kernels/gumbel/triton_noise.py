@@ -99,9 +99,13 @@ def noise_tile_by_code(seed, first_code, o_row, level, stream, b_k: tl.constexpr
 
 @triton.jit(do_not_specialize=["N", "K", "level", "stream", "row_offset"])
 def noise_kernel(p_seed, p_out, N, K, level, stream, row_offset, b_n: tl.constexpr, b_k: tl.constexpr):
-    """-> out (N, K) = g. Nothing is read but the seed; 4 bytes an element are written."""
-    o_n = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
-    first = tl.program_id(1).to(tl.int64) * b_k
+    """-> out (N, K) = g. Nothing is read but the seed; 4 bytes an element are written.
+
+    Tiles are numbered in one dimension, row by row: there may be more than 65,535 in either, which only x takes.
+    """
+    code_tiles = tl.cdiv(K, b_k)
+    o_n = (tl.program_id(0) // code_tiles).to(tl.int64) * b_n + tl.arange(0, b_n)
+    first = (tl.program_id(0) % code_tiles).to(tl.int64) * b_k
     noise = noise_tile(tl.load(p_seed), first, (o_n + row_offset).to(tl.uint32), level, stream, b_k) * LN2
     o_k = first + tl.arange(0, b_k)
     tl.store(p_out + o_n[:, None] * K + o_k[None, :], noise, mask=(o_n < N)[:, None] & (o_k < K)[None, :])

@@ -6,28 +6,33 @@ import torch
 import triton
 from torch import Tensor, library
 
+from dgi_kernels import tiles as measured
 from dgi_kernels.gumbel import triton_noise as kernels
 from dgi_kernels.noise import STREAM_GUMBEL_SOFTMAX
 
 # (rows, codes) of a tile, for at most so many codes; beyond, a row is several tiles. bench/gpu_code.py compiles them
-# all.
+# all. Measured ones, by these numbers of codes, are kept by GPU model in dgi_kernels/tiles.
 NOISE_TILES = ((64, 32), (4, 512))
 SOFTMAX_TILES = ((64, 32), (8, 256), (1, 2048))
+WARPS = 4
 
 
-def tile(codes: int, tiles: tuple[tuple[int, int], ...]) -> tuple[int, int]:
-    return next((tile for tile in tiles if codes <= tile[1]), tiles[-1])
+def tile(codes: int, tiles: tuple[tuple[int, int], ...], name: str, device: torch.device) -> tuple[int, int, int]:
+    """Rows, codes and warps of a tile of the kernels ``name``."""
+    b_n, b_k = next((tile for tile in tiles if codes <= tile[1]), tiles[-1])
+    chosen = measured.pick(name, b_k, measured.Tiles(b_n, b_k, WARPS, 1), device)
+    return chosen.owned, b_k, chosen.warps
 
 
 @library.custom_op("dgi_kernels::gumbel_noise_triton", mutates_args=())
 def gumbel_noise(seed: Tensor, level: int, stream: int, row_offset: int, rows: int, codes: int) -> Tensor:
     """``seed`` int64 of one element -> (rows, codes) float32 on its device."""
     out = seed.new_empty(rows, codes, dtype=torch.float32)
-    b_n, b_k = tile(codes, NOISE_TILES)
+    b_n, b_k, warps = tile(codes, NOISE_TILES, "noise", seed.device)
     if out.numel():
         with torch.cuda.device_of(seed):
-            kernels.noise_kernel[(triton.cdiv(rows, b_n), triton.cdiv(codes, b_k))](
-                seed, out, rows, codes, level, stream, row_offset, b_n=b_n, b_k=b_k, num_warps=4)
+            kernels.noise_kernel[(triton.cdiv(rows, b_n) * triton.cdiv(codes, b_k),)](
+                seed, out, rows, codes, level, stream, row_offset, b_n=b_n, b_k=b_k, num_warps=warps)
     return out
 
 
@@ -50,12 +55,12 @@ def _softmax(logits: Tensor, tau: Tensor, hard: bool, seed: Tensor) -> tuple[Ten
     logits = logits.contiguous()
     rows, codes = logits.shape
     out, lse = torch.empty_like(logits), logits.new_empty(rows, dtype=torch.float32)
-    b_n, b_k = tile(codes, SOFTMAX_TILES)
+    b_n, b_k, warps = tile(codes, SOFTMAX_TILES, "softmax", logits.device)
     if rows:
         with torch.cuda.device_of(logits):
             kernels.softmax_kernel[(triton.cdiv(rows, b_n),)](
                 logits, seed, tau, out, lse, rows, codes, stream=STREAM_GUMBEL_SOFTMAX, hard=hard,
-                one_tile=codes <= b_k, b_n=b_n, b_k=b_k, num_warps=4)
+                one_tile=codes <= b_k, b_n=b_n, b_k=b_k, num_warps=warps)
     return out, lse
 
 
@@ -71,12 +76,12 @@ def _softmax_backward(upstream: Tensor, logits: Tensor, tau: Tensor, seed: Tenso
     logits, upstream = logits.contiguous(), upstream.contiguous()
     rows, codes = logits.shape
     dlogits, dtau = torch.empty_like(logits), torch.empty_like(lse)
-    b_n, b_k = tile(codes, SOFTMAX_TILES)
+    b_n, b_k, warps = tile(codes, SOFTMAX_TILES, "softmax", logits.device)
     if rows:
         with torch.cuda.device_of(logits):
             kernels.softmax_backward_kernel[(triton.cdiv(rows, b_n),)](
                 logits, seed, tau, lse, upstream, dlogits, dtau, rows, codes, stream=STREAM_GUMBEL_SOFTMAX,
-                one_tile=codes <= b_k, b_n=b_n, b_k=b_k, num_warps=4)
+                one_tile=codes <= b_k, b_n=b_n, b_k=b_k, num_warps=warps)
     return dlogits, dtau.sum()
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor, library
 
+from dgi_kernels import tiles as measured
 from dgi_kernels import triton_common as common
 from dgi_kernels.enums import MODES
 from dgi_kernels.quantize import triton_chunks as chunks
@@ -47,8 +48,8 @@ _NARROW = FlashConfig(Tiles(128, 32, 8, 2), Tiles(64, 32, 4, 2), Tiles(128, 16, 
 _SMALL = FlashConfig(Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 1))
 
 # Architecture -> dimensions up to -> tiles: all that the launchers can choose, each compiled by bench/gpu_code.py. They
-# are the largest that spill at most two words; which of these is fastest is to be measured. Others than 9 and 10 take
-# those of 8.
+# are the largest that spill at most two words; which of these is fastest is to be measured, and is then kept by GPU
+# model in dgi_kernels/tiles. Others than 9 and 10 take those of 8.
 FLASH = {8: {64: _WIDE, 128: _NARROW}, 9: {64: _WIDE, 128: _WIDE._replace(codes=_NARROW.codes)},
          10: {64: _WIDE, 128: _SMALL}}
 FLASH_LARGEST = 128
@@ -72,7 +73,12 @@ def flash_config(dim: int, device: torch.device) -> tuple[int, FlashConfig]:
     """Dimensions of a tile, and the tiles, for vectors of ``dim`` dimensions."""
     table = FLASH.get(common.architecture(device), FLASH[8])
     b_d = min(largest for largest in table if dim <= largest)
-    return b_d, table[b_d]
+    config = FlashConfig(*(measured.pick(f"quantize.{name}", b_d, tiles, device)
+                           for name, tiles in table[b_d]._asdict().items()))
+    if config.gradient.owned % config.codes.step or config.codes.owned % config.gradient.step:
+        raise ValueError(f"tiles of the quantizer for D <= {b_d} do not fit: gradient must own a multiple of the rows "
+                         f"that codes steps by, and step by a divisor of the codes that it owns; got {config}")
+    return b_d, config
 
 
 def residual_quantize(z: Tensor, codebooks: Sequence[Tensor], scale: float | Tensor, tau: float | Tensor, mode: str,
@@ -269,7 +275,8 @@ def _chunked_level(level: Level, sampling: Sampling, usage: Tensor, with_grad: b
 def _chunks(level: Level, buffers: int) -> Iterator[tuple]:
     """Slices of rows, each with float32 buffers (rows, K) for products: the same memory for all."""
     rows, codes = len(level.residual), len(level.e)
-    size = max(1, CHUNK_BYTES // (codes * buffers * (4 if level.e.dtype == torch.float32 else 6)))
+    budget = measured.number("quantize.chunk_bytes", CHUNK_BYTES, level.e.device)
+    size = max(1, budget // (codes * buffers * (4 if level.e.dtype == torch.float32 else 6)))
     size = min(rows, size if size < 128 else size // 128 * 128)
     memory = level.rnorm_e.new_empty(buffers, size, codes)
     for start in range(0, rows, size):

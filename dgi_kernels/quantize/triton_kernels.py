@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 
 from dgi_kernels.gumbel.triton_noise import LN2, LOG2E, noise_tile, noise_tile_by_code
-from dgi_kernels.triton_common import reciprocal_norm
+from dgi_kernels.triton_common import is_constant, reciprocal_norm
 
 SLACK = tl.constexpr(8.0)  # the running maximum may lag by this much: weights stay below 2^8
 STREAM = tl.constexpr(0)  # of the noise of residual_quantize
@@ -352,7 +352,7 @@ def finish_codes_kernel(p_partial, p_radial, p_e, p_rnorm_e, p_gain, p_out, spli
         p_partial += K * D
     e = tl.load(p_e + o_kd, mask=m_kd, other=0.0).to(tl.float32)
     rnorm_e = tl.load(p_rnorm_e + o_k, mask=m_k, other=0.0)
-    total -= tl.where(rnorm_e >= 1.0 / eps, 0.0, radial * rnorm_e * rnorm_e)[:, None] * e
+    total -= tl.where(is_constant(rnorm_e, eps), 0.0, radial * rnorm_e * rnorm_e)[:, None] * e
     if p_gain is not None:
         total /= tl.load(p_gain)
     tl.store(p_out + o_kd, total.to(p_out.dtype.element_ty), mask=m_kd)
@@ -380,7 +380,7 @@ def finish_kernel(p_sum, p_x, p_rnorm, p_order, p_factor, p_gain, p_add, p_add_g
     x = tl.load(p_x + o_n[:, None] * stride_d + o_d[None, :], mask=m_nd, other=0.0).to(tl.float32)
     rnorm = tl.load(p_rnorm + o_n * stride_m, mask=m_n, other=0.0)
     radial = tl.sum(total * x, axis=1)
-    free = tl.where(rnorm >= 1.0 / eps, 0.0,
+    free = tl.where(is_constant(rnorm, eps), 0.0,
                     radial * rnorm * rnorm)  # a norm below eps is a constant: nothing to project out
     total -= free[:, None] * x
     factor = tl.where(rnorm == 0.0, 1.0 / eps, 1.0) * tl.load(p_factor)

@@ -57,6 +57,21 @@ def test_more_candidates_than_a_block_holds(cuda_ops: on_cpu.Ops, num_beams: int
         assert_same(*both(cuda_ops, trie, logits, beams, num_beams=num_beams, normalize="none"), exact=True)
 
 
+def test_many_beams_of_few_children_each(cuda_ops: on_cpu.Ops) -> None:
+    """A child of each code would be 2^31 candidates from 7,068 beams on; what counts are those that there are."""
+    codes, width = 151_936, 7100
+    trie = Trie.from_codes([[0, 5], [1, 7], [1, 9]], codebook_sizes=[codes, codes])
+    nodes = torch.full((1, width), -1)
+    nodes[0, [3, 7000]] = torch.tensor([1, 0])
+    beams = Beams(nodes, nodes, nodes, torch.zeros(1, width), 1)
+    logits = torch.randn(1, 1, codes).expand(1, width, codes)
+    assert_same(*both(cuda_ops, trie, logits, beams, num_beams=4, normalize="none"), exact=True)
+    base = trie.parts.base
+    with cuda_ops.instead(*OPS), pytest.raises(RuntimeError, match="more than 2..31 candidates"):
+        torch.ops.dgi_kernels.beam_step(base.tokens[1], base.child_start[1], [], [], [], [], logits, nodes,
+                                        beams.scores, None, 4, 2)
+
+
 def test_wide_tokens(cuda_ops: on_cpu.Ops) -> None:
     codes = 40000
     trie = Trie.from_codes(torch.randint(0, codes, (300, 1)), codebook_sizes=[codes])

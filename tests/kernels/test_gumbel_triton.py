@@ -102,3 +102,14 @@ def test_softmax_edge_values() -> None:
         assert p[0, 1] == 0 and p[0].sum().item() == pytest.approx(1)
         assert p[3].tolist() == [1, 0, 0]
         assert p[1].isnan().all() and p[2].isnan().all()
+
+
+@runs
+def test_more_tiles_than_a_grid_has_in_y(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of codes were once in the grid's second dimension, which CUDA ends at 65,535."""
+    if not GPU:
+        monkeypatch.setattr(triton_softmax, "NOISE_TILES", ((2, 8),))
+    seed, (rows, codes) = seed_tensor(), (1, 40_000_000) if GPU else (5, 70)
+    actual = triton_softmax.gumbel_noise(seed, 1, 0, 5, rows, codes)
+    expected = gumbel_noise(seed, 1, rows, codes, row_offset=5, backend="reference")
+    assert (actual - expected).abs().max() < 2e-5

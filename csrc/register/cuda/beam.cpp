@@ -58,13 +58,14 @@ dgi::cuda::View<Element> view_of(const char* op, const char* name, const Tensor&
   return {data_of<Element>(x), x.stride(0), x.stride(1)};
 }
 
-// What both steps have in common. normalize: 0 full, 1 children, 2 none.
+// What both steps have in common. normalize: 0 full, 1 children, 2 none. max_degree: at least as many as any node of the
+// depth has children; less than 0 where nobody knows.
 struct StepArguments {
   const DepthArguments& trie;
   const Allowed& allowed;
   const Tensor &nodes, &scores;
   const std::optional<Tensor>& log_normalizer;
-  int64_t num_beams, normalize;
+  int64_t num_beams, normalize, max_degree;
 
   template <class Token>
   dgi::cuda::BeamStep<Token> step(int64_t requests, int64_t width) const {
@@ -73,7 +74,7 @@ struct StepArguments {
     dgi::cuda::BeamStep<Token> step{};
     step.trie = trie.depth<Token>();
     step.allowed = allowed.of_requests();
-    step.requests = requests, step.width = width, step.num_beams = num_beams;
+    step.requests = requests, step.width = width, step.num_beams = num_beams, step.max_degree = max_degree;
     step.nodes = view_of<int64_t>(kBeam, "nodes", nodes, requests, width);
     step.scores = view_of<float>(kBeam, "scores", scores, requests, width);
     if (log_normalizer) {
@@ -93,13 +94,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> beam_step_cuda(
     const Tensor& tokens, const Tensor& child_start, const std::vector<Tensor>& delta, const std::vector<Tensor>& anchors,
     const std::vector<Tensor>& sets, const std::vector<int64_t>& set_of,
     const Tensor& logits, const Tensor& nodes, const Tensor& scores, const std::optional<Tensor>& log_normalizer,
-    int64_t num_beams, int64_t normalize, const std::optional<Tensor>& /*child_masks*/) {  // no gain: real children only
+    int64_t num_beams, int64_t normalize, const std::optional<Tensor>& /*child_masks*/,  // no gain: real children only
+    int64_t max_degree) {
   STD_TORCH_CHECK(logits.dim() == 3, kBeam, "logits must be (B, M, K)");
   check_devices(kStep, logits, tokens, child_start, delta, anchors, sets, nodes, scores, log_normalizer);
   const int64_t requests = logits.size(0), width = logits.size(1);
   const DepthArguments depth(tokens, child_start, delta, anchors);
   const Allowed allowed = depth.allowed(sets, set_of, requests);
-  const StepArguments arguments{depth, allowed, nodes, scores, log_normalizer, num_beams, normalize};
+  const StepArguments arguments{depth, allowed, nodes, scores, log_normalizer, num_beams, normalize, max_degree};
   const dgi::cuda::Logits view{logits.const_data_ptr(), float_of(logits), logits.size(2), logits.stride(0),
                                logits.stride(1), logits.stride(2)};
   const DeviceGuard guard(logits.get_device_index());
@@ -138,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cosine_beam_step_cuda(
     const Tensor& tokens, const Tensor& child_start, const std::vector<Tensor>& delta, const std::vector<Tensor>& anchors,
     const std::vector<Tensor>& sets, const std::vector<int64_t>& set_of,
     const Tensor& h, const Tensor& codebook, const Tensor& scale, double eps, const Tensor& nodes, const Tensor& scores,
-    const std::optional<Tensor>& log_normalizer, int64_t num_beams, int64_t normalize) {
+    const std::optional<Tensor>& log_normalizer, int64_t num_beams, int64_t normalize, int64_t max_degree) {
   check_head(h, codebook);
   STD_TORCH_CHECK(scale.numel() == 1 && scale.scalar_type() == ScalarType::Float, kBeam, "scale must hold one float32");
   check_devices(kStep, h, tokens, child_start, delta, anchors, sets, codebook, scale, nodes, scores,
@@ -146,7 +148,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cosine_beam_step_cuda(
   const int64_t requests = h.size(0), width = h.size(1), codes = codebook.size(0), dim = h.size(2);
   const DepthArguments depth(tokens, child_start, delta, anchors);
   const Allowed allowed = depth.allowed(sets, set_of, requests);
-  const StepArguments arguments{depth, allowed, nodes, scores, log_normalizer, num_beams, normalize};
+  const StepArguments arguments{depth, allowed, nodes, scores, log_normalizer, num_beams, normalize, max_degree};
   const DeviceGuard guard(h.get_device_index());
   return depth.for_token([&](auto token) {
     const auto step = arguments.step<decltype(token)>(requests, width);

@@ -19,7 +19,8 @@ inline void* current_stream(const Tensor& like) {
 
 // A kernel's launch returns why it failed, or null.
 inline void check_launch(const char* op, const char* error) {
-  STD_TORCH_CHECK(error == nullptr, "dgi_kernels, ", op, ": the CUDA kernel could not be launched: ", error);
+  STD_TORCH_CHECK(error == nullptr, "dgi_kernels, ", op, ": the CUDA kernel, or an earlier one whose error nobody read, could not be launched: ",
+                  error);
 }
 
 }  // namespace dgi::registration
