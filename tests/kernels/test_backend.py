@@ -124,8 +124,9 @@ def test_a_fallback_that_forms_logits_warns_on_an_accelerator(kernels: None, mon
             choose("op", "auto", cuda, torch.float32)
             choose("other", "auto", cuda, torch.float32)
     assert [record.levelname for record in caplog.records] == ["INFO", "WARNING", "INFO"]
-    assert caplog.messages[1] == ("op: falling back to the PyTorch reference, which forms all rows x codes logits on cuda "
-                                  "(op has no native kernel for cuda tensors (it runs on cpu))")
+    assert caplog.messages[1] == (
+        "op: falling back to the PyTorch reference, which forms all rows x codes logits on cuda "
+        "(op has no native kernel for cuda tensors (it runs on cpu))")
 
 
 def test_ops_that_form_logits_are_ops() -> None:
