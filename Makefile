@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test bench bench-catalog report gpu-code cuda-build docs lint format clean
+.PHONY: help demo test bench bench-catalog compare report gpu-code cuda-build docs lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -30,6 +30,9 @@ bench-%: $(INSTALLED)  ## run one of them: bench-cosine, bench-gumbel, bench-tri
 
 bench-catalog: $(INSTALLED)  ## assign codes to 10 million items, which takes minutes
 	$(BIN)/python bench/bench_quantize.py --catalog 10000000 --json bench/results/cpu-catalog.json
+
+compare: $(INSTALLED)  ## compare a benchmark with main, in turns: make compare OP=cosine [BASE=main] [OPTIONS='-- --quick']
+	$(BIN)/python bench/compare.py $(OP) --base $(or $(BASE),main) $(OPTIONS)
 
 report: $(INSTALLED)  ## put the figures of bench/results/ into README.md and docs/
 	$(BIN)/python bench/report.py

@@ -11,6 +11,10 @@ A page says what it shows between markers, and everything between them is replac
     <!-- /picture -->
     <!-- kernels -->                                               a table that begins with ops: its columns of kernels
     <!-- /kernels -->                                              say what dgi_kernels.backend knows
+    <!-- ops -->                                                  where the code of each op is
+    <!-- /ops -->
+    <!-- summary -->                                               one table over all ops: the rows of SUMMARY
+    <!-- /summary -->
 
 Figures of a CPU are ratios within one run, since its clock and its neighbours are no one else's; a GPU's have
 milliseconds too.  Where there are no results the page says so.
@@ -33,12 +37,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+from op_table import op_table
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 RESULTS, ASSETS = ROOT / "bench" / "results", ROOT / "docs" / "assets"
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
 MARKER = re.compile(r"(<!-- (report|picture):(\S+)((?: [^=\s]+=\S+)*) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 KERNELS = re.compile(r"(?<=<!-- kernels -->\n).*?(?=<!-- /kernels -->)", re.DOTALL)
+SUMMARY_PLACE = re.compile(r"(?<=<!-- summary -->\n).*?(?=<!-- /summary -->)", re.DOTALL)
+OPS = re.compile(r"(?<=<!-- ops -->\n).*?(?=<!-- /ops -->)", re.DOTALL)
 COLUMNS = {"C++": ("native", "cpu"), "Triton": ("triton", "cuda"), "CUDA C++": ("native", "cuda")}
 OURS = ("ours", "native", "fused", "constrained_generate", "auto")  # what benchmarks call it; the first there is
 FLOOR = "floor"
@@ -46,6 +54,21 @@ WIDTH = 5.0  # inches of a picture, so that its letters can still be read where 
 # Ink, then the floor's colour, ours, and the others'.
 THEMES = {"light": ("#24292f", "#8c959f #1f6feb #bf8700 #1a7f37 #cf222e #8250df #0a7c86 #953800 #bf3989"),
           "dark": ("#e6edf3", "#6e7681 #58a6ff #e3b341 #3fb950 #ff7b72 #bc8cff #39c5cf #f0883e #f778ba")}
+PLAIN = ("eager", "reference", "exponential_")  # the same op in plain PyTorch
+NO_PEERS = ("filtered", "updated", "generate, TrieLogitsProcessor", "generate, unconstrained")  # ours, or less work
+# The rows of the summary, chosen to show the weakest cases too: results, what is kept of them, what is said of a case.
+SUMMARY = (
+    ("cpu-cosine", "op=cosine_cross_entropy N=4096 K=4096 D=64,768", "N K D logits"),
+    ("cpu-quantize", "op=residual_quantize tau=0.5 D=64,768", "N D assignments"),
+    ("cpu-gumbel", "op=gumbel_noise K=4096", "N K"),
+    ("cpu-trie", "op=trie_build N=1000000", "N"),
+    ("cpu-beam", "op=beam_search items=1000000 codes=2048 levels=3 batch=1,64 beams=10,50 spread=clustered",
+     "items batch beams"),
+    ("cpu-beam", "op=rank_candidates items=1000000 codes=2048 levels=3 batch=8 beams=50 spread=clustered",
+     "items batch beams"),
+    ("cpu-integrations", "op=constrained_generate model=t5 beams=20", "model batch beams"),
+    ("cpu-train", "op=training step", "D batch"),
+)
 
 
 @dataclass
@@ -98,6 +121,12 @@ class Run:
             if info.get("peak_bytes") is not None and info["system"] != FLOOR:
                 row.memory[info["system"]] = info["peak_bytes"]
         return {op: list(rows.values()) for op, rows in groups.items()}
+
+    def place(self) -> str:
+        """The machine, the date and the commit in short."""
+        machine = self.document["machine_info"]
+        return (f"{self.gpu or machine['cpu']}, {self.document['datetime'][:10]}, "
+                f"commit `{str(self.document['commit_info']['id'])[:10]}`")
 
     def source(self, constants: dict[str, object]) -> str:
         """Where and when these figures were taken, and how to take them again."""
@@ -276,7 +305,7 @@ def rendered(page: Path, text: str) -> tuple[str, list[tuple[Run, dict[str, str]
 
     def replace(match: re.Match[str]) -> str:
         start, kind, name, options, end = match.groups()
-        filters = dict(option.split("=", 1) for option in options.split())
+        filters = parsed(options)
         run = Run.load(name)
         by_op = run.rows(filters) if run else {}
         if run is None or not by_op:
@@ -286,7 +315,42 @@ def rendered(page: Path, text: str) -> tuple[str, list[tuple[Run, dict[str, str]
             return start + pictures(page, run, filters) + "\n" + end
         return start + "\n" + "\n\n".join(table(run, op, rows) for op, rows in by_op.items()) + "\n\n" + end
 
-    return KERNELS.sub(lambda match: kernels(match[0]), MARKER.sub(replace, text)), shown
+    text = SUMMARY_PLACE.sub(lambda match: summary(), MARKER.sub(replace, text))
+    text = OPS.sub(lambda match: op_table(available()), text)
+    return KERNELS.sub(lambda match: kernels(match[0]), text), shown
+
+
+def summary() -> str:
+    """All ops in one table: ours against the floor, plain PyTorch and the fastest peer, and where it was measured."""
+    lines = ["| op | case | **ours ÷ floor** | PyTorch ÷ ours | fastest peer ÷ ours | peak MB: ours / PyTorch |",
+             "|---|---|--:|--:|--:|--:|"]
+    places: dict[str, list[str]] = {}
+    for name, filters, said in SUMMARY:
+        run = Run.load(name)
+        if run is None:
+            continue
+        for op, rows in run.rows(parsed(filters)).items():
+            lines += [summary_row(op, row, said.split()) for row in rows]
+            places.setdefault(run.place(), []).append(f"`{op}`")
+    where = "; ".join(f"{', '.join(dict.fromkeys(ops))}: {place}" for place, ops in places.items())
+    return "\n".join(["", *lines, "", f"<sub>{where}</sub>", "", ""])
+
+
+def summary_row(op: str, row: Row, said: list[str]) -> str:
+    plain = next((name for name in PLAIN if name in row.seconds), "")
+    peers = [name for name in row.seconds if name not in (row.ours, plain, FLOOR, *NO_PEERS)]
+    fastest = min(peers, key=row.seconds.__getitem__, default="")
+    shape = ", ".join(f"{name} {value_text(row.shape[name])}" for name in said)
+    memory = " / ".join(cell(row.memory.get(name), megabytes) for name in (row.ours, plain)) if row.memory else "–"
+    peer = "torch.compile" if fastest == "compile" else fastest
+    cells = [f"`{op}`", shape, cell(row.ratio(row.ours), significant), cell(row.ratio(plain), significant),
+             f"{significant(row.seconds[fastest] / row.seconds[row.ours])} ({peer})" if peer else "–", memory]
+    return "| " + " | ".join(cells) + " |"
+
+
+def parsed(options: str) -> dict[str, str]:
+    """``name=value`` pairs; a word without ``=`` belongs to the value before it."""
+    return dict(re.findall(r"(\S+?)=(.*?)(?= \S+=|$)", options.strip()))
 
 
 def missing(name: str) -> str:
@@ -295,17 +359,21 @@ def missing(name: str) -> str:
     return f"*Not measured yet, so nothing is claimed: `{command}` makes `bench/results/{name}.json`.*"
 
 
-def kernels(table: str) -> str:
-    """The table with the columns of :data:`COLUMNS` filled in."""
+def available() -> dict:
     from dgi_kernels.backend import KERNELS as AVAILABLE
 
+    return AVAILABLE
+
+
+def kernels(table: str) -> str:
+    """The table with the columns of :data:`COLUMNS` filled in."""
     header, *lines = table.splitlines()
     titles = [cell.strip() for cell in header.split("|")]
     for i, line in enumerate(lines):
         cells = line.split("|")
         op = cells[1].strip().strip("`")
-        for title, (backend, device) in COLUMNS.items() if op in AVAILABLE else ():
-            cells[titles.index(title)] = " ✓ " if device in AVAILABLE[op].get(backend, {}) else "   "
+        for title, (backend, device) in COLUMNS.items() if op in available() else ():
+            cells[titles.index(title)] = " ✓ " if device in available()[op].get(backend, {}) else "   "
         lines[i] = "|".join(cells)
     return "\n".join([header, *lines, ""])
 

@@ -100,7 +100,8 @@ def _caption(results: dict[str, Any]) -> str:
     queries, total = results["queries"], results["test_interactions"]
     which = f"all {total:,}" if queries == total else f"a fixed random sample of {queries:,} of the {total:,}"
     return (f"Which item comes next? On {which} test interactions; items of the history are left out.\n"
-            f"Rows: by popularity of the item looked for, buckets of equally many training interactions.")
+            f"Rows: by popularity of the item looked for, buckets of equally many training interactions.\n"
+            f"dense: in-batch negatives without correction for their popularity, a weak baseline.")
 
 
 def _show_searches(data: Dataset, searcher: Searcher) -> None:

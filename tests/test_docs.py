@@ -47,6 +47,15 @@ def test_the_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     exec(compile(script(page), str(page), "exec"), {"__name__": "__main__"})
 
 
+def test_the_readme_begins_with_what_a_reader_needs() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert any("docs/integration.md" in line for line in lines[:10])
+    assert lines.index("```python") < 30
+    code = lines[lines.index("```python"):lines.index("```", lines.index("```python") + 1)]
+    assert len(code) < 12 and all(op in "\n".join(code) for op in
+                                  ("cosine_cross_entropy", "residual_quantize", "beam_search"))
+
+
 def test_links_between_files_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", FENCED.sub("", page.read_text())):

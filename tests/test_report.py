@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
-measure, report = (importlib.import_module(name) for name in ("measure", "report"))
+compare, measure, report = (importlib.import_module(name) for name in ("compare", "measure", "report"))
 
 
 @pytest.fixture
@@ -86,6 +86,33 @@ def test_our_system_may_have_a_name_of_its_own(tmp_path: Path, monkeypatch: pyte
     run = report.Run.load("cpu-beam")
     header, _, cells = report.table(run, "beam_search", run.rows({})["beam_search"]).splitlines()[2:5]
     assert (header, cells) == ("|  | **ours ÷ floor** | STATIC ÷ ours |", "|  | 2.00 | 4.00 |")
+
+
+def test_the_summary_names_the_fastest_peer_also_where_it_wins(tmp_path: Path,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    results = measure.Results()
+    for system, seconds in (("floor", 1.0), ("ours", 2.0), ("eager", 5.0), ("compile", 3.0), ("other", 1.9),
+                            ("filtered", 0.1)):
+        results.add("op", {"N": 4096, "D": 64}, system, [seconds], memory=int(seconds * 1e6))
+    results.write(tmp_path / "cpu-sample.json")
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "SUMMARY", (("cpu-sample", "op=op", "N"), ("cpu-missing", "op=op", "N")))
+    page, _ = report.rendered(ROOT / "README.md", "<!-- summary -->\nold\n<!-- /summary -->\n")
+    row, where = page.splitlines()[4], page.splitlines()[6]
+    assert row == "| `op` | N 4,096 | 2.00 | 2.50 | 0.95 (other) | 2.0 / 5.0 |" and "old" not in page
+    assert where.startswith("<sub>`op`: ") and f"commit `{measure.get_commit_info()['id'][:10]}`" in where
+
+
+def test_every_row_of_the_summary_is_measured() -> None:
+    for name, filters, said in report.SUMMARY:
+        (rows,) = report.Run.load(name).rows(report.parsed(filters)).values()
+        assert rows and all(set(said.split()) <= set(row.shape) for row in rows)
+
+
+def test_two_versions_are_compared_by_the_medians_of_their_runs() -> None:
+    base, head = [{"a": 1.0, "b": 2.0}, {"a": 3.0, "b": 2.0}, {"a": 2.0, "b": 2.0}], [{"a": 1.0, "c": 1.0}] * 3
+    lines = [line.split() for line in compare.table(base, head).splitlines()]
+    assert lines[1:] == [["a", "2000", "1000", "0.500"]]
 
 
 def test_the_table_of_kernels_is_what_the_ops_choose_from() -> None:
