@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import has_torch_function
 
 from dgi.model.quantizer import ResidualQuantizer
 from dgi_kernels import checks, gumbel_softmax
+from dgi_kernels.backend import checks_values
+
+_FLOAT32 = torch.finfo(torch.float32)
+UNIT_TOLERANCE = 1e-3  # of the norms of a codebook that is compared with by cosine
 
 
 @contextlib.contextmanager
 def gumbel_softmax_patch(*, backend: str = "auto") -> Iterator[None]:
     """Let ``torch.nn.functional.gumbel_softmax`` be :func:`dgi_kernels.gumbel_softmax` inside the ``with`` block.
 
-    Calls over another dimension than the last, of other dtypes or of empty logits stay torch's. So do calls through a
+    What our op does not take stays torch's: another dimension than the last; logits of other dtypes, empty, on the meta
+    device, sparse, or of a class with its own ``__torch_function__`` (such as ``DTensor``); a temperature of several
+    elements, 0, negative, not finite, of another device or of a dtype that changes the result's. So do calls through a
     name imported before (``from torch.nn.functional import gumbel_softmax``). ``torch.manual_seed`` governs ours too,
     but draws other samples. The patch is of the whole process, all threads included, until the block ends.
 
@@ -28,16 +36,36 @@ def gumbel_softmax_patch(*, backend: str = "auto") -> Iterator[None]:
 
     def patched(logits: Tensor, tau: float | Tensor = 1, hard: bool = False, eps: float = 1e-10,
                 dim: int = -1) -> Tensor:
-        last = logits.ndim > 0 and dim in (-1, logits.ndim - 1)
-        if not last or logits.dtype not in checks.FLOAT_DTYPES or logits.numel() == 0:
+        if not (_takes_logits(logits, dim) and _takes_tau(tau, logits)):
             return original(logits, tau, hard, eps, dim)  # type: ignore[arg-type]
-        return gumbel_softmax(logits, tau, bool(hard), backend=backend)
+        if eps != 1e-10:
+            warnings.warn("`eps` parameter is deprecated and has no effect.", stacklevel=2)  # as torch does
+        return gumbel_softmax(logits, tau.reshape(()) if isinstance(tau, Tensor) else tau, bool(hard), backend=backend)
 
     F.gumbel_softmax = patched
     try:
         yield
     finally:
         F.gumbel_softmax = original
+
+
+def _takes_logits(logits: Tensor, dim: int) -> bool:
+    return (isinstance(logits, Tensor) and not has_torch_function((logits,)) and not logits.is_meta
+            and logits.layout == torch.strided and not logits.is_nested and logits.dtype in checks.FLOAT_DTYPES
+            and logits.ndim > 0 and dim in (-1, logits.ndim - 1) and logits.numel() > 0)
+
+
+def _takes_tau(tau: object, logits: Tensor) -> bool:
+    """Whether our op takes a temperature that torch divides by, with the shape and the dtype that torch gives."""
+    if not isinstance(tau, Tensor):
+        return isinstance(tau, (int, float)) and not isinstance(tau, bool) and _FLOAT32.tiny <= tau <= _FLOAT32.max
+    if has_torch_function((tau,)) or tau.numel() != 1 or tau.ndim > logits.ndim or tau.device != logits.device:
+        return False
+    if tau.dtype not in checks.FLOAT_DTYPES or torch.result_type(logits, tau) != logits.dtype:
+        return False
+    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tau):
+        return True  # no value to read; our op checks it
+    return not checks_values(tau.device) or _FLOAT32.tiny <= tau.item() <= _FLOAT32.max
 
 
 @torch.no_grad()
@@ -54,7 +82,8 @@ def residual_quantizer_from(source: nn.Module | Sequence[Tensor], *, initial_sca
         backend: of the quantizer.
 
     Raises:
-        ValueError, TypeError: a quantizer that goes by another measure, so that ours would give other codes; or tensors
+        ValueError, TypeError: a quantizer that goes by another measure or searches its codes by beam, so that ours
+            would give other codes, or that has no codebooks yet (``kmeans_init`` before its first batch); or tensors
             that are no codebooks of one width.
     """
     codebooks = _codebooks_of(source) if isinstance(source, nn.Module) else source
@@ -83,4 +112,17 @@ def _codebooks_of(module: nn.Module) -> list[Tensor]:
                          "its codebooks")
     if getattr(module, "implicit_neural_codebook", False):
         raise ValueError("source must not make its codebooks by a network (implicit_neural_codebook)")
+    beams = getattr(module, "eval_beam_size", None) or getattr(module, "beam_size", None) or 1
+    if beams > 1:
+        raise ValueError(f"source must choose its codes level by level; in evaluation mode it searches them with "
+                         f"{beams} beams (eval_beam_size), and so gives other codes")
+    for level, layer in enumerate(layers):
+        if not bool(getattr(getattr(layer, "_codebook", None), "initted", True)):
+            raise ValueError(f"source has no codebook at level {level} yet (kmeans_init): give it a batch first")
+    for level, codebook in enumerate(codebooks):
+        norms = torch.linalg.vector_norm(codebook.float(), dim=-1)
+        if not bool((((norms - 1).abs() < UNIT_TOLERANCE) | (norms == 0)).all()):
+            raise ValueError(f"source must have vectors of norm 1, since it takes their dot products for cosines; "
+                             f"those of level {level} have norms from {norms.min():.4g} to {norms.max():.4g} (was it "
+                             f"trained with orthogonal_reg_weight?)")
     return [codebook.float() for codebook in codebooks]

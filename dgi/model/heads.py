@@ -50,4 +50,5 @@ class InnerProductHead(CosineHead):
         return self(h)
 
     def loss(self, h: Tensor, target: Tensor, **options: Any) -> Tensor:
-        return F.cross_entropy(self(h).flatten(0, -2).float(), target.flatten(), **options)
+        loss = F.cross_entropy(self(h).flatten(0, -2).float(), target.flatten().long(), **options)
+        return loss.view(target.shape) if options.get("reduction") == "none" else loss

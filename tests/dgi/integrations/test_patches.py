@@ -47,6 +47,47 @@ def test_other_gumbel_softmax_calls_stay_torchs(shape: tuple[int, ...], options:
         assert torch.equal(F.gumbel_softmax(logits, **options), expected)
 
 
+@pytest.mark.parametrize("tau", [
+    torch.rand(4, 1) + 0.5, torch.tensor(1), torch.tensor([[0.5]]).expand(1, 1), 0.0, -1.0, float("inf"), True,
+    torch.tensor(0.0), torch.tensor([0.5], dtype=torch.float64), torch.rand(6) + 0.5,
+], ids=str)
+def test_temperatures_that_are_not_ours_stay_torchs(tau: Any) -> None:
+    """Guards against calls that torch takes and that raise inside the block."""
+    logits = torch.randn(4, 6) if not isinstance(tau, torch.Tensor) or tau.shape != (1, 1) else torch.randn(6)
+    torch.manual_seed(3)
+    expected = F.gumbel_softmax(logits, tau)
+    with gumbel_softmax_patch():
+        torch.manual_seed(3)
+        actual = F.gumbel_softmax(logits, tau)
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype
+    assert torch.equal(actual.nan_to_num(-1), expected.nan_to_num(-1))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_a_temperature_of_one_element_is_ours(shape: tuple[int, ...]) -> None:
+    tau, logits = torch.nn.Parameter(torch.full(shape, 0.7)), torch.randn(4, 6)
+    weight = torch.randn(4, 6)
+    torch.manual_seed(3)
+    expected = gumbel_softmax(logits, 0.7)
+    with gumbel_softmax_patch():
+        torch.manual_seed(3)
+        actual = F.gumbel_softmax(logits, tau)
+    assert torch.equal(actual, expected)
+    (actual * weight).sum().backward()
+    assert tau.grad is not None and tau.grad.shape == shape and tau.grad.item() != 0
+
+
+def test_logits_that_are_not_ours_stay_torchs() -> None:
+    class Own(torch.Tensor):
+        pass
+
+    with gumbel_softmax_patch():
+        assert F.gumbel_softmax(torch.randn(4, 6, device="meta")).is_meta
+        assert isinstance(F.gumbel_softmax(torch.randn(4, 6).as_subclass(Own)), Own)
+        with pytest.warns(UserWarning, match="eps"):
+            F.gumbel_softmax(torch.randn(4, 6), eps=1e-6)
+
+
 def test_codes_of_given_codebooks() -> None:
     codebooks = [torch.randn(7, 12), torch.randn(9, 12)]
     z = torch.randn(200, 12)
@@ -77,6 +118,41 @@ def test_codes_of_a_residual_vq() -> None:
     with pytest.raises(ValueError, match="no projections"):
         residual_quantizer_from(library.ResidualVQ(dim=16, num_quantizers=2, codebook_size=20, use_cosine_sim=True,
                                                    codebook_dim=8))
+
+
+class Layer(torch.nn.Module):
+    """As much of a VectorQuantize of vector-quantize-pytorch as is looked at."""
+
+    use_cosine_sim, has_projections = True, False
+
+    def __init__(self, initted: bool) -> None:
+        super().__init__()
+        self._codebook = torch.nn.Module()
+        self._codebook.register_buffer("initted", torch.tensor(initted))
+
+
+class Quantizer(torch.nn.Module):
+    """As much of a ResidualVQ."""
+
+    def __init__(self, *, norm: float = 1.0, initted: bool = True, **options: int | None) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList([Layer(True), Layer(initted)])
+        self.codebooks = norm * F.normalize(torch.randn(2, 5, 8), dim=-1)
+        for name, value in options.items():
+            setattr(self, name, value)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"beam_size": 4, "eval_beam_size": 4}, "with 4 beams"),
+    ({"beam_size": 1, "eval_beam_size": 3}, "with 3 beams"),
+    ({"initted": False}, "no codebook at level 1 yet"),
+    ({"norm": 1.5}, "vectors of norm 1"),
+])
+def test_a_residual_vq_with_other_codes_is_refused(options: dict[str, Any], message: str) -> None:
+    """Guards against codes that differ from the source's without a word."""
+    assert len(residual_quantizer_from(Quantizer(beam_size=4, eval_beam_size=1)).codebooks) == 2
+    with pytest.raises(ValueError, match=message):
+        residual_quantizer_from(Quantizer(**options))
 
 
 @pytest.mark.parametrize(("source", "error", "message"), [
