@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -10,6 +12,13 @@ EncoderKind = Literal["text", "vectors", "t5"]
 GradientKind = Literal["soft", "straight_through", "detached"]
 HeadKind = Literal["shared", "separate"]
 SimilarityKind = Literal["cosine", "inner_product"]
+
+WORDS_1, WORDS_2 = "words-1", "words-2"  # tokenizers of the package itself
+
+# What fields that were added since version 0.1.0 stood for in the models and runs before them.
+BEFORE: dict[str, Any] = {"tokenizer": WORDS_1}
+
+MAX_INT, MAX_SEED = 2**31 - 1, 2**63 - 1
 
 LOSS_TERMS = ("ntp", "global", "local", "infonce", "diversity")
 
@@ -29,7 +38,12 @@ class ModelConfig:
         dim: width d of items, queries, codebooks and hidden states.
         codebook_sizes: K_j of every level.
         attention_heads, history_layers, text_layers, decoder_layers, dropout: the built-in transformers.
-        vocabulary_size: hash buckets of the ``text`` encoder.
+        tokenizer: how the ``text`` encoder cuts texts: ``words-2``, words of all scripts, symbols and emoji (see
+            :mod:`dgi.model.words`); ``words-1``, as models of version 0.1.0 do, which takes accents and vowel signs
+            for gaps; or a tokenizer of the package tokenizers: a file ``tokenizer.json``, a folder that holds one, or
+            a name on the Hugging Face hub. It is saved with the model.
+        vocabulary_size: hash buckets of the ``text`` encoder's words; with a tokenizer of your own its tokens are
+            taken as they are.
         max_tokens: words (``text``) or word pieces (``t5``) kept of one text.
         max_history: items of the history that are read, the latest ones.
         vector_dim: width of precomputed vectors (``vectors``).
@@ -45,6 +59,7 @@ class ModelConfig:
     text_layers: int = 1
     decoder_layers: int = 2
     dropout: float = 0.1
+    tokenizer: str = WORDS_2
     vocabulary_size: int = 16384
     max_tokens: int = 32
     max_history: int = 10
@@ -56,20 +71,23 @@ class ModelConfig:
     similarity: SimilarityKind = "cosine"
 
     def __post_init__(self) -> None:
-        for name in ("dim", "attention_heads", "history_layers", "decoder_layers", "vocabulary_size", "max_tokens"):
-            _at_least(self, name, 1)
+        for name in ("dim", "attention_heads", "history_layers", "decoder_layers", "max_tokens"):
+            _within(self, name, 1)
         for name in ("text_layers", "max_history", "vector_dim"):
-            _at_least(self, name, 0)
-        if not self.codebook_sizes or any(size < 1 for size in self.codebook_sizes):
-            raise ValueError(f"codebook_sizes must hold one positive size per level; got {self.codebook_sizes}")
+            _within(self, name, 0)
+        _within(self, "vocabulary_size", 2)  # one for padding, and one for words
+        if not self.codebook_sizes or any(not 1 <= size <= MAX_INT for size in self.codebook_sizes):
+            raise ValueError(f"codebook_sizes must hold one positive size per level, at most {MAX_INT}; "
+                             f"got {self.codebook_sizes}")
         if self.dim % self.attention_heads:
             raise ValueError(f"dim must be a multiple of attention_heads; got {self.dim} and {self.attention_heads}")
         if self.encoder == "vectors" and not self.vector_dim:
             raise ValueError('vector_dim must be the width of the vectors where encoder is "vectors"; got 0')
         if self.encoder == "t5" and not self.pretrained:
             raise ValueError('pretrained must name a T5-family model or folder where encoder is "t5"; got ""')
-        if not self.initial_scale > 0:
-            raise ValueError(f"initial_scale must be positive; got {self.initial_scale}")
+        if self.encoder == "text" and not self.tokenizer:
+            raise ValueError(f'tokenizer must be "{WORDS_2}", "{WORDS_1}", or the path or name of a tokenizer; got ""')
+        _positive(self, "initial_scale")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1); got {self.dropout}")
 
@@ -112,15 +130,22 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "log_every", "checkpoint_every"):
-            _at_least(self, name, 1)
-        for name in ("warmup_steps", "revive_every", "seed"):
-            _at_least(self, name, 0)
+            _within(self, name, 1)
+        for name in ("warmup_steps", "revive_every"):
+            _within(self, name, 0)
+        _within(self, "seed", 0, MAX_SEED)
         for name in ("backbone_lr", "quantizer_lr", "clip_norm", "tau_start", "tau_end", "contrastive_temperature"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
+            _positive(self, name)
+        _within(self, "weight_decay", 0, math.inf)
+        _finite("weight_decay", self.weight_decay)
+        _finite("beta", self.beta)
         unknown = sorted(set(self.loss_weights) - set(LOSS_TERMS))
         if unknown:
             raise ValueError(f"loss_weights must name terms among {', '.join(LOSS_TERMS)}; got {', '.join(unknown)}")
+        for name, weight in self.loss_weights.items():
+            _finite(f"loss_weights[{name!r}]", weight)
+        if not any(self.loss_weights.get(name, 1.0) for name in LOSS_TERMS):
+            raise ValueError("loss_weights must not all be 0: there would be nothing to train for")
 
 
 Config = TypeVar("Config", ModelConfig, TrainConfig)
@@ -140,6 +165,12 @@ def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
     return cls(**{name: _typed(f"{cls.__name__}.{name}", types[name], value) for name, value in values.items()})
 
 
+def from_file(cls: type[Config], values: Mapping[str, Any]) -> Config:
+    """As :func:`from_dict`, of values that any version has stored: what it did not know yet is as it was then."""
+    known = {field.name for field in dataclasses.fields(cls)}
+    return from_dict(cls, {name: value for name, value in BEFORE.items() if name in known} | dict(values))
+
+
 def _typed(name: str, kind: Any, value: Any) -> Any:
     origin = get_origin(kind)
     if origin is Literal:
@@ -148,19 +179,41 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
         return value
     if origin is tuple:
         if not isinstance(value, (list, tuple)) or any(type(item) is not int for item in value):
-            raise ValueError(f"{name} must be a list of integers; got {value!r}")
+            hint = f", such as [{value}]" if type(value) is int else ""
+            raise ValueError(f"{name} must be a list of integers{hint}; got {value!r}")
         return tuple(value)
     if origin is dict:
-        if not isinstance(value, dict):
+        if not isinstance(value, dict) or any(type(item) not in (int, float) for item in value.values()):
             raise ValueError(f"{name} must map names to numbers; got {value!r}")
-        return {str(key): float(item) for key, item in value.items()}
+        return {str(key): _float(name, item) for key, item in value.items()}
     if kind is float and type(value) is int:
-        return float(value)
+        return _float(name, value)
     if type(value) is not kind:
         raise ValueError(f"{name} must be {kind.__name__}; got {value!r}")
     return value
 
 
-def _at_least(config: Any, name: str, low: int) -> None:
-    if getattr(config, name) < low:
-        raise ValueError(f"{name} must be at least {low}; got {getattr(config, name)}")
+def _float(name: str, value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be finite; got an integer of {len(str(abs(value)))} digits") from None
+
+
+def _within(config: Any, name: str, low: int, high: float = MAX_INT) -> None:
+    value = getattr(config, name)
+    if value < low:
+        raise ValueError(f"{name} must be at least {low}; got {value}")
+    if value > high:
+        raise ValueError(f"{name} must be at most {high}; got {value}")
+
+
+def _positive(config: Any, name: str) -> None:
+    value = getattr(config, name)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite; got {value}")
+
+
+def _finite(name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite; got {value}")

@@ -12,6 +12,7 @@ import torch
 
 from dgi.config import ModelConfig, TrainConfig, to_dict
 from dgi.data import Catalog, Dataset, Interactions
+from dgi.data.catalog import one_line
 from dgi.evaluation import evaluate
 from dgi.model.dgi_model import DGIModel, DualEncoder
 from dgi.model.encoding import Requests, encode_items, encode_requests
@@ -61,11 +62,12 @@ def run_demo(data: Dataset, output: Path, *, device: torch.device | str = "cpu",
     index.save(output / "index.safetensors")
     searcher = Searcher(model, index, data.catalog)
     results = _evaluate(data, dense, searcher, full, progress)
-    evaluate.write_results(output, results)
+    drawn = evaluate.write_results(output, results)
     say(f"\n{_caption(results)}\n{evaluate.results_table(results['systems'])}\n")
     _show_searches(data, searcher)
-    say(f"{output} holds metrics.json, buckets.png, training_curve.png, index.safetensors and model.safetensors "
-        f"(the dense model: {output / 'dense'})\nfinished in {(time.perf_counter() - started) / 60:.1f} minutes")
+    pictures = "buckets.png, training_curve.png, " if drawn else ""
+    say(f"{output} holds metrics.json, {pictures}index.safetensors and model.safetensors (the dense model: "
+        f"{output / 'dense'})\nfinished in {(time.perf_counter() - started) / 60:.1f} minutes")
     return results
 
 
@@ -127,5 +129,5 @@ def _request(test: Interactions, row: int, catalog: Catalog) -> str:
 
 
 def _title(catalog: Catalog, item: int) -> str:
-    text = catalog.texts[item]
+    text = one_line(catalog.texts[item])
     return text if len(text) <= TITLE_WIDTH else text[: TITLE_WIDTH - 1] + "…"

@@ -7,6 +7,7 @@ imported in ``run`` only, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -20,10 +21,14 @@ COMMANDS: dict[str, ModuleType] = {
 }
 USER_ERROR = 2
 INTERRUPTED = 130
+CLOSED_PIPE = 141  # as the shell reports a program that a closed pipe ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit status: 0, or 2 after an error of the user's, told in one message."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a character that the terminal lacks ends no command
     parser = build_parser()
     args, unknown = parser.parse_known_args(argv)
     if args.command == "bench":
@@ -37,16 +42,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("dgi").setLevel(logging.INFO)
     try:
         args.run(args)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    # A wrong file, value or environment, or training that diverged; anything else is a fault of ours and shows itself.
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        if args.debug:
+    except BrokenPipeError:  # who reads our output has seen enough, as "| head" has
+        # Python flushes at exit what is left, to nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE
+    # A wrong file, value or environment, too little memory, or training that diverged; anything else is a fault of ours
+    # and shows itself.
+    except (ValueError, OSError, ImportError, FloatingPointError, MemoryError, RuntimeError) as error:
+        message = _message(error)
+        if args.debug or message is None:
             raise
-        print(f"dgi {args.command}: error: {error}", file=sys.stderr)
+        print(f"dgi {args.command}: error: {message}", file=sys.stderr)
         return USER_ERROR
     return 0
+
+
+def _message(error: Exception) -> str | None:
+    """What to tell the user of an error; None where it is no error of the user's."""
+    if isinstance(error, (MemoryError, RuntimeError)):
+        text = str(error)
+        # torch has a class for GPUs only; of the CPU's allocator the words are all there is.
+        if not isinstance(error, MemoryError) and "out of memory" not in text and "can't allocate memory" not in text:
+            return None
+        return (f"not enough memory ({(text or 'MemoryError').splitlines()[0]}); take fewer at once (batch size, "
+                f"beams, results), or a smaller model")
+    return str(error)
 
 
 def build_parser() -> argparse.ArgumentParser:

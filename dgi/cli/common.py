@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,10 +27,18 @@ data: a folder with items.* (columns id, text) and interactions.* (item_id, time
 
 def positive(text: str) -> int:
     """An argument that is a whole number from 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1; got {value}")
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number; got {text!r}") from None
+    if not 1 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"must be from 1 to {2**31 - 1}; got {value}")
     return value
+
+
+def next_command(*words: object) -> str:
+    """A command to copy into a shell, whatever stands in its arguments."""
+    return "next: " + shlex.join(map(str, words))
 
 
 def add_data(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -63,9 +72,12 @@ def device(name: str | None) -> torch.device:
     if name is None:
         return local_device()
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # what torch raises depends on how it was built
+        found = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # which, depends on how torch was built
         raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+    if found.type == "meta":
+        raise ValueError("--device meta cannot be used: it holds no numbers")
+    return found
 
 
 def load_data(name: str) -> Dataset:
@@ -88,7 +100,8 @@ def load_trained(folder: Path, on: torch.device) -> DGIModel:
 
     path = folder / MODEL_FILE
     if not path.is_file():
-        raise FileNotFoundError(f'{path}: there is no such file; "dgi train --output {folder}" makes it')
+        raise FileNotFoundError(f'{path}: there is no such file; "dgi train --output {shlex.quote(str(folder))}" '
+                                f"makes it")
     return load_model(path).to(on)
 
 
@@ -98,5 +111,6 @@ def load_searcher(args: argparse.Namespace, catalog: Catalog) -> Searcher:
     from dgi.retrieval.search import Searcher
 
     if not args.index.is_file():
-        raise FileNotFoundError(f'{args.index}: there is no such file; "dgi index --output {args.index}" makes it')
+        raise FileNotFoundError(f'{args.index}: there is no such file; "dgi index --output '
+                                f'{shlex.quote(str(args.index))}" makes it')
     return Searcher(load_trained(args.model, device(args.device)), DGIIndex.load(args.index), catalog)

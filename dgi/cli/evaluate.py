@@ -57,7 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from dgi.data import load_judgments
     from dgi.evaluation.evaluate import evaluate_judgments, write_results
+    from dgi_kernels.files import check_output
 
+    check_output(args.output, [args.output / "metrics.json", args.output / "buckets.png"])
     data = load_data(args.data)
     judgments = None if args.judgments is None else load_judgments(args.judgments, data.catalog,
                                                                    query_vectors=args.judgment_vectors)
@@ -65,9 +67,9 @@ def run(args: argparse.Namespace) -> None:
     results = _evaluate_test_set(args, data, searcher)
     if judgments is not None:
         results["judgments"] = evaluate_judgments(searcher, judgments, num_beams=args.num_beams, progress=args.progress)
-    write_results(args.output, results)
+    drawn = write_results(args.output, results)
     _show(results)
-    print(f"\n{args.output} holds metrics.json and buckets.png")
+    print(f"\n{args.output} holds metrics.json{' and buckets.png' if drawn else ''}")
 
 
 def _evaluate_test_set(args: argparse.Namespace, data: Dataset, searcher: Searcher) -> dict[str, Any]:

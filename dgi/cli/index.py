@@ -13,6 +13,7 @@ from dgi.cli.common import (
     device,
     load_catalog,
     load_trained,
+    next_command,
     positive,
 )
 
@@ -38,13 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from dgi.evaluation.metrics import collisions
     from dgi.retrieval.index import DGIIndex
+    from dgi_kernels.files import check_output
 
+    check_output(args.output.parent, [args.output])
     model = load_trained(args.model, device(args.device))
     index = DGIIndex.build(model, load_catalog(args.data), batch_size=args.batch_size, progress=args.progress)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     index.save(args.output)
     shared = collisions(index.codes.cpu().numpy())
     print(f"indexed {len(index):,} items under {shared['unique_sids']:,} semantic IDs; "
           f"{shared['colliding_items']:.1%} of the items share theirs")
     print(f"{args.output} is the index")
-    print(f"next: dgi search --index {args.output} --model {args.model} --data {args.data} --query TEXT")
+    print(next_command("dgi", "search", "--index", args.output, "--model", args.model, "--data", args.data, "--query",
+                       "TEXT"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,23 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _show(args: argparse.Namespace, results: list[dict[str, Any]]) -> None:
+    from dgi.data.catalog import one_line
+
     if args.json:
-        print(json.dumps({"query": args.query, "history": args.history, "results": results}, ensure_ascii=False))
+        answer = {"query": args.query, "history": args.history, "results": results}
+        text = json.dumps(answer, ensure_ascii=False)
+        print(text if _can_print(text) else json.dumps(answer))
         return
     if not results:
         print("no results")
     for result in results:
-        print("{rank:>3}  {score:>8.3f}  {cosine:>6.3f}  {id}  {text}".format(**result))
+        print("{rank:>3}  {score:>8.3f}  {cosine:>6.3f}  {id}  {text}".format(
+            **{**result, "id": one_line(result["id"]), "text": one_line(result["text"])}))
+
+
+def _can_print(text: str) -> bool:
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dgi.cli.common import DATA_FORMAT, MODEL_FILE, add_data, add_run_options, device, load_data
-from dgi.config import ModelConfig, TrainConfig, from_dict, to_dict
+from dgi.cli.common import DATA_FORMAT, MODEL_FILE, add_data, add_run_options, device, load_data, next_command
+from dgi.config import BEFORE, ModelConfig, TrainConfig, from_dict, to_dict
 
 HELP = "train a model on the interactions of a data set"
 CONFIG_FILE = "config.json"
@@ -75,8 +75,11 @@ def run(args: argparse.Namespace) -> None:
         if rank() == 0:
             print(f"trained {int(trainer.steps_done):,} steps on {len(data.train):,} interactions with "
                   f"{len(data.catalog):,} items; loss {last['loss']:.4g}")
-            print(f"{args.output} holds {MODEL_FILE}, {CONFIG_FILE}, metrics.jsonl and training_curve.png")
-            print(f"next: dgi index --model {args.output} --data {args.data} --output {args.output}/index.safetensors")
+            made = [name for name in (MODEL_FILE, CONFIG_FILE, "metrics.jsonl", "training_curve.png")
+                    if (args.output / name).is_file()]
+            print(f"{args.output} holds {', '.join(made[:-1])} and {made[-1]}")
+            print(next_command("dgi", "index", "--model", args.output, "--data", args.data, "--output",
+                               args.output / "index.safetensors"))
 
 
 def configs(settings: dict[str, Any], vector_dim: int) -> tuple[ModelConfig, TrainConfig]:
@@ -98,7 +101,7 @@ def configs(settings: dict[str, Any], vector_dim: int) -> tuple[ModelConfig, Tra
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     stored = args.output / CONFIG_FILE
-    settings = _read_config(stored) if args.resume and stored.is_file() else {}
+    settings = BEFORE | _read_config(stored) if args.resume and stored.is_file() else {}
     if args.config is not None:
         settings |= _read_config(args.config)
     for text in args.settings:
@@ -114,15 +117,17 @@ def _parse(text: str) -> Any:
     for candidate in (text, f"[{text}]"):
         try:
             return json.loads(candidate)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
     return text
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        settings = json.loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8") from None
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold one JSON object of settings; it holds a {type(settings).__name__}")

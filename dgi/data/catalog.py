@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dgi.data.readers import DataError, Problems, as_id, read_rows, read_vectors
+from dgi.data.readers import DataError, Problems, as_id, is_text, read_rows, read_vectors
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +31,11 @@ class Catalog:
             raise ValueError(f"texts must have one text per id ({len(self.ids)}); got {len(self.texts)}")
         if self.vectors is not None and (self.vectors.ndim != 2 or len(self.vectors) != len(self.ids)):
             raise ValueError(f"vectors must have shape (num_items, d) = ({len(self.ids)}, *); got {self.vectors.shape}")
+        for name in ("ids", "texts"):
+            if not is_text(getattr(self, name)):
+                row = next(row for row, value in enumerate(getattr(self, name)) if not is_text(value))
+                raise ValueError(f"{name}[{row}] holds half of a character (a lone surrogate), which no file can "
+                                 f"store: {getattr(self, name)[row]!r}")
         rows = {item_id: row for row, item_id in enumerate(self.ids)}
         if len(rows) != len(self.ids):
             repeated = len(self.ids) - len(rows)
@@ -79,3 +84,9 @@ def load_catalog(path: str | os.PathLike[str], *, vectors: str | os.PathLike[str
         raise DataError(f"{path}: holds no items; a catalog needs at least one")
     item_vectors = None if vectors is None else read_vectors(vectors, len(lines), f"items of {path.name}")
     return Catalog(tuple(lines), tuple(texts), item_vectors)
+
+
+def one_line(text: str) -> str:
+    """A text of the data as a terminal can show it: on one line, and without characters that steer the terminal."""
+    return "".join(character if character.isprintable() else " " if character.isspace() else "\N{REPLACEMENT CHARACTER}"
+                   for character in text)

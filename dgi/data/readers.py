@@ -10,7 +10,7 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +76,27 @@ def read_rows(path: Path, problems: Problems, required: Sequence[str], optional:
     for number, row in rows:
         kept = {column: row[column] for column in (*required, *optional) if row.get(column) is not None}
         missing = [column for column in required if column not in kept]
+        broken = [column for column, value in kept.items() if not is_text(value)]
         if missing:
             problems.add(number, f"no value for {' and '.join(missing)}; every row needs one")
+        elif broken:
+            problems.add(number, f"{broken[0]} holds half of a character (a lone surrogate such as \\ud800), which no "
+                                 f"file can store; write the whole character, or remove it")
         else:
             yield number, kept
+
+
+def is_text(value: object) -> bool:
+    """Whether a string can be encoded; of a list all its strings, of anything else always."""
+    if isinstance(value, (list, tuple)):
+        return all(map(is_text, value))
+    if not isinstance(value, str) or value.isascii():
+        return True
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_vectors(path: str | os.PathLike[str], rows: int, aligned_with: str) -> np.ndarray:
@@ -126,9 +143,7 @@ def _tsv_rows(path: Path, problems: Problems, required: Sequence[str]) -> Iterat
     if first is None:
         raise DataError(f"{path}: the file is empty; its first line must name the columns")
     header = [name.strip() for name in first[1].split("\t")]
-    if len(set(header)) != len(header):
-        raise DataError(f"{path}: the header names a column twice: {header}")
-    _check_columns(path, header, required)
+    _check_columns(path, header, required, header)
     for number, line in lines:
         fields = line.split("\t")
         if len(fields) == len(header):
@@ -160,7 +175,7 @@ def _parquet_rows(path: Path, required: Sequence[str], optional: Sequence[str]) 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
-            _check_columns(path, schema.names, required)
+            _check_columns(path, schema.names, required, optional)
             names = [column for column in (*required, *optional) if column in schema.names]
             number = 0
             for batch in file.iter_batches(columns=names):
@@ -168,6 +183,8 @@ def _parquet_rows(path: Path, required: Sequence[str], optional: Sequence[str]) 
                 for values in zip(*columns, strict=True):
                     number += 1
                     yield number, dict(zip(names, values, strict=True))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: a text in it is not UTF-8 ({error}); write it again") from None
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable Parquet file ({error}); write it again") from None
 
@@ -183,8 +200,10 @@ def _python_values(column: Any) -> list[Any]:
     return column.to_pylist()
 
 
-def _check_columns(path: Path, present: Iterable[str], required: Sequence[str]) -> None:
-    present = list(present)
+def _check_columns(path: Path, present: Sequence[str], required: Sequence[str], optional: Sequence[str]) -> None:
+    twice = [column for column in (*required, *optional) if list(present).count(column) > 1]
+    if twice:
+        raise DataError(f"{path}: the header names a column twice: {twice[0]!r}; remove or rename one of the two")
     missing = [column for column in required if column not in present]
     if missing:
         raise DataError(f"{path}: no column {' and '.join(missing)}; the columns are {', '.join(present)}; rename or "

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dgi import pictures
 from dgi.data import Interactions, Judgments
 from dgi.evaluation import metrics
 from dgi.model.encoding import Requests, encode_requests
@@ -172,13 +173,22 @@ def judgments_table(systems: Mapping[str, Json]) -> str:
 def write_json(path: str | os.PathLike[str], value: Json) -> None:
     """Write JSON, whole or not at all."""
     with atomic_write(path) as file:
-        file.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+        file.write(text.encode(errors="backslashreplace") + b"\n")  # lone surrogates, as JSON spells them
 
 
-def write_results(output: Path, results: Json) -> None:
-    """Write ``metrics.json`` and ``buckets.png`` of ``results``, with its ``systems`` and ``index``, into a folder."""
-    from dgi.evaluation.plots import bucket_picture  # matplotlib, which only this needs
+def write_results(output: Path, results: Json) -> bool:
+    """Write ``metrics.json`` and ``buckets.png`` of ``results``, with its ``systems`` and ``index``, into a folder.
+
+    Returns:
+        Whether there is a picture: what keeps it from being drawn is a warning, the figures being safe already.
+    """
+    def draw() -> None:
+        from dgi.evaluation.plots import bucket_picture
+
+        bucket_picture(results["systems"], picture, codes=results["index"]["codes"])
 
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "metrics.json", results)
-    bucket_picture(results["systems"], output / "buckets.png", codes=results["index"]["codes"])
+    picture = output / "buckets.png"
+    return pictures.attempt(draw, picture)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from dgi.pictures import COLOURS, dress, save
+from dgi.pictures import COLOURS, dress, figure, save
 from dgi.training.curve import training_curve as training_curve
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def bucket_picture(results: Mapping[str, Mapping[str, Any]], png_path: str | os.PathLike[str], *, k: int = 10,
@@ -30,8 +31,8 @@ def bucket_picture(results: Mapping[str, Mapping[str, Any]], png_path: str | os.
     names = [[group["name"] for group in of_system] for of_system in groups.values()]
     if any(other != names[0] for other in names):
         raise ValueError(f"results must have the same buckets for every system; got {names}")
-    figure = Figure(figsize=(9, 7.5 if codes is None else 10.5), layout="constrained")
-    panels = figure.subplots(2 if codes is None else 3, 1)
+    picture = figure(figsize=(9, 7.5 if codes is None else 10.5))
+    panels = picture.subplots(2 if codes is None else 3, 1)
     measures = ((f"hit_rate@{k}", f"HitRate@{k}"), (f"ndcg@{k}", f"NDCG@{k}"))
     for panel, (key, title) in zip(panels[:2], measures, strict=True):
         _grouped_bars(panel, {system: [group[key] for group in of_system] for system, of_system in groups.items()})
@@ -44,7 +45,7 @@ def bucket_picture(results: Mapping[str, Mapping[str, Any]], png_path: str | os.
         panels[0].legend(frameon=False, fontsize=9)
     if codes is not None:
         _code_panel(panels[2], codes)
-    save(figure, png_path)
+    save(picture, png_path)
 
 
 def _grouped_bars(panel: Axes, heights: Mapping[str, Sequence[float | None]]) -> None:

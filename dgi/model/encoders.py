@@ -6,20 +6,28 @@ vectors, and :class:`dgi.model.t5.T5Encoder`.
 
 from __future__ import annotations
 
+import logging
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dgi.config import ModelConfig
+from dgi.config import WORDS_1, WORDS_2, ModelConfig
 from dgi.data import Catalog
 from dgi.data.batches import Batch
+from dgi.model.tokenizer import Tokenizer
+from dgi.model.words import split_words
 
 _WORD = re.compile(r"\w+")
+# The package's own tokenizers: what models of any version were trained with must never change.
+SPLITTERS: dict[str, Callable[[str], list[str]]] = {WORDS_1: lambda text: _WORD.findall(text.lower()),
+                                                    WORDS_2: split_words}
+
+logger = logging.getLogger("dgi")
 
 
 class QueryEncoding(NamedTuple):
@@ -54,13 +62,19 @@ class Encoder(Protocol):
         """Encode a batch's queries; ``item_vectors`` (U, dim) of its items, None unless ``reads_item_vectors``."""
 
 
-def hash_words(texts: Sequence[str], vocabulary_size: int, max_tokens: int) -> Tensor:
+def hash_words(texts: Sequence[str], vocabulary_size: int, max_tokens: int, tokenizer: str = WORDS_2) -> Tensor:
     """Words of each text as hash buckets: (len(texts), T) int64, 0 for padding, T the longest text's length.
 
-    CRC-32 of the lower-cased word picks one of ``vocabulary_size - 1`` buckets: no vocabulary to store, any language.
+    CRC-32 of the word in UTF-8 picks one of ``vocabulary_size - 1`` buckets, so there is no vocabulary to store. What a
+    word is, ``tokenizer`` says: ``words-2``, of any script (:mod:`dgi.model.words`), or ``words-1``.
     """
-    rows = [[1 + zlib.crc32(word.encode()) % (vocabulary_size - 1) for word in _WORD.findall(text.lower())[:max_tokens]]
-            for text in texts]
+    split = SPLITTERS[tokenizer]
+    return _padded([[1 + zlib.crc32(word.encode(errors="surrogatepass")) % (vocabulary_size - 1)
+                     for word in split(text)[:max_tokens]] for text in texts])
+
+
+def _padded(rows: list[list[int]]) -> Tensor:
+    """(len(rows), T) int64, filled up with 0."""
     width = max(1, max(map(len, rows), default=1))
     return torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int64).reshape(-1, width)
 
@@ -75,9 +89,10 @@ def transformer_encoder(config: ModelConfig, layers: int) -> nn.TransformerEncod
 class TextTower(nn.Module):
     """(N, T) hashed words to (N, dim): word embeddings, transformer layers, mean over the words."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, vocabulary_size: int | None = None) -> None:
         super().__init__()
-        self.words = nn.Embedding(config.vocabulary_size, config.dim, padding_idx=0)
+        size = config.vocabulary_size if vocabulary_size is None else vocabulary_size
+        self.words = nn.Embedding(size, config.dim, padding_idx=0)
         self.layers = transformer_encoder(config, config.text_layers) if config.text_layers else None
         self.output = nn.Linear(config.dim, config.dim)
 
@@ -108,14 +123,22 @@ class SequenceEncoder(nn.Module):
     """Items through a tower; queries through a transformer over [summary, query, history oldest to newest].
 
     The tower is :class:`TextTower` or :class:`VectorTower` by ``config.encoder``; it reads the query texts too.
+
+    Args:
+        config: the model's configuration.
+        tokenizer: the tokenizer that ``config.tokenizer`` names, where it is open already.
     """
 
     reads_item_vectors = True
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, tokenizer: Tokenizer | None = None) -> None:
         super().__init__()
         self.config = config
-        self.tower: nn.Module = TextTower(config) if config.encoder == "text" else VectorTower(config)
+        if tokenizer is None and config.encoder == "text" and config.tokenizer not in SPLITTERS:
+            tokenizer = Tokenizer.open(config.tokenizer)
+        self.tokenizer = tokenizer
+        self.tower: nn.Module = (TextTower(config, None if tokenizer is None else tokenizer.size + 1)
+                                 if config.encoder == "text" else VectorTower(config))
         self.width = config.dim
         self.summary = nn.Parameter(torch.randn(config.dim) / config.dim**0.5)
         self.positions = nn.Parameter(0.02 * torch.randn(config.max_history + 2, config.dim))
@@ -124,15 +147,28 @@ class SequenceEncoder(nn.Module):
 
     def prepare_items(self, catalog: Catalog) -> Tensor:
         if self.config.encoder == "text":
-            return hash_words(catalog.texts, self.config.vocabulary_size, self.config.max_tokens)
+            tokens = self._tokens(catalog.texts)
+            empty = (tokens == 0).all(1).nonzero().flatten().tolist()
+            if empty:
+                logger.warning("%d of %d items have a text without a word that the model reads, and so the same "
+                               "vector; the first is item %r with %r", len(empty), len(catalog), catalog.ids[empty[0]],
+                               catalog.texts[empty[0]])
+            return tokens
         if catalog.vectors is None:
             raise ValueError('the catalog has no vectors, which encoder "vectors" reads; give them beside the items')
         return _checked_vectors("item vectors", catalog.vectors, self.config.vector_dim)
 
     def prepare_queries(self, texts: Sequence[str], vectors: np.ndarray | None = None) -> Tensor | None:
         if self.config.encoder == "text":
-            return hash_words(texts, self.config.vocabulary_size, self.config.max_tokens) if any(texts) else None
+            return self._tokens(texts) if any(texts) else None
         return None if vectors is None else _checked_vectors("query vectors", vectors, self.config.vector_dim)
+
+    def _tokens(self, texts: Sequence[str]) -> Tensor:
+        """(len(texts), T) int64 rows of the tower's embedding, 0 for padding."""
+        config = self.config
+        if self.tokenizer is None:
+            return hash_words(texts, config.vocabulary_size, config.max_tokens, config.tokenizer)
+        return _padded([[token + 1 for token in row] for row in self.tokenizer.rows(texts, config.max_tokens)])
 
     def encode_items(self, features: Tensor) -> Tensor:
         return self.tower(features)

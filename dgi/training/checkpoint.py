@@ -20,12 +20,15 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from dgi.config import ModelConfig, from_dict, to_dict
+from dgi.config import ModelConfig, from_file, to_dict
 from dgi.model.dgi_model import DGIModel, DualEncoder
-from dgi_kernels.files import atomic_write
+from dgi.model.encoders import SequenceEncoder
+from dgi.model.tokenizer import Tokenizer
+from dgi_kernels.files import atomic_write, check_output
 
 FORMAT_VERSION = 1
 METADATA_KEY = "dgi"
+TOKENIZER = "tokenizer"  # name of the bytes of a tokenizer.json among a model's tensors
 KEPT_CHECKPOINTS = 2  # the newest, and the one before in case the newest cannot be read
 
 Model = TypeVar("Model", bound=DualEncoder)
@@ -115,14 +118,18 @@ def copy_tensors(source: Mapping[str, Tensor], target: Mapping[str, Tensor], ori
 def save_model(model: DualEncoder, path: str | os.PathLike[str]) -> None:
     """Write a model's weights, buffers and configuration to one safetensors file.
 
-    Beside that of a Hugging Face encoder, ``NAME.backbone/`` receives its configuration and tokenizer.
+    A tokenizer of the user's own is written with them. Beside the file of a Hugging Face encoder, ``NAME.backbone/``
+    receives its configuration and tokenizer.
     """
+    tensors = unique_tensors(model)
+    if isinstance(model.encoder, SequenceEncoder) and model.encoder.tokenizer is not None:
+        tensors[TOKENIZER] = torch.frombuffer(bytearray(model.encoder.tokenizer.to_bytes()), dtype=torch.uint8)
     if model.config.encoder == "t5":
         from dgi.model.t5 import T5Encoder  # transformers is an optional dependency
 
         if isinstance(model.encoder, T5Encoder):
             model.encoder.save_backbone(_backbone(path))
-    write_tensors(path, unique_tensors(model), {"kind": type(model).__name__, "model_config": to_dict(model.config)})
+    write_tensors(path, tensors, {"kind": type(model).__name__, "model_config": to_dict(model.config)})
 
 
 def load_model(path: str | os.PathLike[str], kind: type[Model] = DGIModel) -> Model:  # type: ignore[assignment]
@@ -136,12 +143,16 @@ def load_model(path: str | os.PathLike[str], kind: type[Model] = DGIModel) -> Mo
         CheckpointError: the file is damaged, of another kind, or does not fit its own configuration.
     """
     tensors, description = read_tensors(path, kind.__name__)
-    config = from_dict(ModelConfig, description["model_config"])
+    config = from_file(ModelConfig, description["model_config"])
+    encoder = None
+    if TOKENIZER in tensors:
+        content = tensors.pop(TOKENIZER).numpy().tobytes()
+        encoder = SequenceEncoder(config, Tokenizer.from_bytes(content, path))
     if config.encoder == "t5":
         if not _backbone(path).is_dir():
             raise CheckpointError(f"{path} needs the folder {_backbone(path)}, which was written with it, beside it")
         config = dataclasses.replace(config, pretrained=str(_backbone(path)))
-    model = kind(config)
+    model = kind(config, encoder)
     copy_tensors(tensors, unique_tensors(model), path)
     return model.eval()
 
@@ -230,8 +241,17 @@ class MetricsLog:
     def _rows(self) -> Iterable[dict[str, Any]]:
         if self.path.exists():
             for line in self.path.read_bytes().splitlines(keepends=True):
-                if line.endswith(b"\n"):
-                    yield json.loads(line)
+                if not line.endswith(b"\n"):
+                    continue
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise CheckpointError(f"{self.path} is damaged: it holds a line that is not JSON ({error}); remove "
+                                          f"the line, or start over in another folder") from None
+                if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                    raise CheckpointError(f"{self.path} is damaged: it holds a line without a step; remove the line, "
+                                          f"or start over in another folder")
+                yield row
 
 
 def _line(row: Mapping[str, Any]) -> bytes:
@@ -239,14 +259,27 @@ def _line(row: Mapping[str, Any]) -> bytes:
 
 
 class RunFolder:
-    """The output folder of one run, created here, and the files in it."""
+    """The output folder of one run, created here, and the files in it.
+
+    Raises:
+        OSError: there can be no such folder, or no file can be written into it.
+    """
 
     def __init__(self, path: Path) -> None:
         self.checkpoints = Checkpoints(path / "checkpoints")
         self.metrics = MetricsLog(path / "metrics.jsonl")
         self.model_path = path / "model.safetensors"
         self.curve_path = path / "training_curve.png"
-        path.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        check_output(path, [self.metrics.path, self.model_path, self.curve_path])
+
+    def check(self, nbytes: int) -> None:
+        """Raise OSError where the disk has no room for what training will write, a checkpoint being so many bytes.
+
+        There are ``KEPT_CHECKPOINTS`` and the one being written, and the model, which is smaller.
+        """
+        still_to_come = max(1, KEPT_CHECKPOINTS + 1 - len(self.checkpoints.paths()))
+        check_output(self.path, nbytes=(still_to_come + 1) * nbytes)
 
     def remove_leftovers(self) -> None:
         """Remove the temporary files of a run that was killed while it wrote."""

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from dgi.pictures import COLOURS, dress, save
+from dgi.pictures import COLOURS, dress, figure, save
 
 # Panel title -> (y label, {key of the metrics: label}).
 PANELS = {
@@ -38,8 +37,8 @@ def training_curve(metrics_path: str | os.PathLike[str], png_path: str | os.Path
         ValueError: the file holds no such object, or a line before the last is not JSON.
     """
     rows = _read_metrics(Path(metrics_path))
-    figure = Figure(figsize=(13, 7), layout="constrained")
-    axes = figure.subplots(2, 3, sharex=True)
+    picture = figure(figsize=(13, 7))
+    axes = picture.subplots(2, 3, sharex=True)
     for panel, (title, (y_label, labels)) in zip(axes.flat, PANELS.items(), strict=True):
         lines = 0
         for key, label in labels.items():
@@ -62,7 +61,7 @@ def training_curve(metrics_path: str | os.PathLike[str], png_path: str | os.Path
         panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     for panel in axes[1, 1:]:
         panel.set_ylim(bottom=0)
-    save(figure, png_path)
+    save(picture, png_path)
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:

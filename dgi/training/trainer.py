@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from dgi.config import LOSS_TERMS, TrainConfig, to_dict
+from dgi import pictures
+from dgi.config import LOSS_TERMS, TrainConfig, from_file, to_dict
 from dgi.data import Catalog, Interactions
 from dgi.data.batches import Batch, make_batch
 from dgi.model.dgi_model import DGIModel, DualEncoder
@@ -240,6 +241,7 @@ class Trainer:
             ValueError: ``resume`` without ``output``, or with a configuration or data that are not the checkpoint's.
             CheckpointError: no checkpoint can be read.
             FileExistsError: without ``resume``, ``output`` holds checkpoints already.
+            OSError: ``output`` cannot be written to, or its disk has no room for the checkpoints; told before training.
             FloatingPointError: a loss or the gradient is no longer finite; nothing was updated with it.
         """
         if resume and self.folder is None and rank() == 0:
@@ -271,6 +273,8 @@ class Trainer:
 
     def _start(self, resume: bool) -> dict[str, Any]:
         """Bring all processes to the same state, a checkpoint's or the first; return the last row of metrics so far."""
+        if self.folder is not None:
+            self.folder.check(sum(tensor.nbytes for tensor in self._state().values()))
         if self.folder is not None and resume:
             self.folder.remove_leftovers()
             self._load_checkpoint(self.folder.checkpoints)
@@ -290,8 +294,11 @@ class Trainer:
             logger.warning("no checkpoint in %s to resume from: training starts from the beginning", checkpoints.folder)
             return
         path, tensors, description = checkpoint
+        description["model_config"] = to_dict(from_file(type(self.model.config), description["model_config"]))
+        description["train_config"] = to_dict(from_file(TrainConfig, description["train_config"]))
+        stored = _as_json(description)
         for name, value in self._description.items():
-            _check_same(path, name, description[name], value)
+            _check_same(path, name, stored[name], value)
         copy_tensors(tensors, self._state(), path)
         checkpoints.prune(path)
         logger.info("resuming from %s", path)
@@ -373,13 +380,16 @@ class Trainer:
         """What a checkpoint must agree in with the run that resumes it."""
         description = {"model": type(self.model).__name__, "model_config": to_dict(self.model.config),
                        "train_config": to_dict(self.config), "data": self.data.sha256()}
-        return json.loads(json.dumps(description))  # as it will be read back, tuples being lists
+        return _as_json(description)
 
     def _write_results(self, folder: RunFolder) -> None:
-        from dgi.training.curve import training_curve  # matplotlib, which only this needs
+        def draw() -> None:
+            from dgi.training.curve import training_curve
+
+            training_curve(folder.metrics.path, folder.curve_path)
 
         save_model(self.model, folder.model_path)
-        training_curve(folder.metrics.path, folder.curve_path)
+        pictures.attempt(draw, folder.curve_path)
 
 
 def _distributed(loss_step: LossStep) -> nn.Module:
@@ -389,6 +399,11 @@ def _distributed(loss_step: LossStep) -> nn.Module:
     ``static_graph`` finds them once, where ``find_unused_parameters`` would walk the graph in every step.
     """
     return DistributedDataParallel(loss_step, static_graph=True) if world_size() > 1 else loss_step
+
+
+def _as_json(value: dict[str, Any]) -> dict[str, Any]:
+    """A description as it will be read back, tuples being lists."""
+    return json.loads(json.dumps(value))
 
 
 def _check_same(path: Path, name: str, stored: Any, current: Any) -> None:

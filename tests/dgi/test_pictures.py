@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from dgi import pictures
-from dgi.evaluation import plots
+from dgi.evaluation import evaluate, plots
 from dgi.evaluation.metrics import code_usage, evaluate_rankings
 from dgi.training import curve
 
@@ -139,3 +143,24 @@ def test_a_failed_picture_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest
         plots.bucket_picture(results(1), tmp_path / "b.png")
     assert (tmp_path / "b.png").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["b.png"]
+
+
+def test_a_backend_that_is_not_here_keeps_no_picture_from_being_drawn(tmp_path: Path) -> None:
+    """Guards against MPLBACKEND of a notebook, which ended a training after its last step."""
+    code = ("import os, sys; from dgi import pictures; picture = pictures.figure(); "
+            "pictures.save(picture, sys.argv[1]); print(os.environ['MPLBACKEND'])")
+    environment = {**os.environ, "MPLBACKEND": "module://not_here.backend_inline"}
+    shown = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.png")], env=environment, capture_output=True,
+                           text=True, check=True)
+    assert shown.stdout.strip() == environment["MPLBACKEND"]
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_results_are_kept_where_no_picture_can_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                        caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    results = {"systems": {"DGI": {"overall": {}, "buckets": []}}, "index": {"codes": []}}
+    with caplog.at_level(logging.WARNING, "dgi"):
+        assert not evaluate.write_results(tmp_path, results)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == results
+    assert "buckets.png was not drawn: matplotlib cannot be imported" in caplog.text

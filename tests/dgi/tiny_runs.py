@@ -14,8 +14,8 @@ import torch
 
 from dgi.config import ModelConfig, TrainConfig, from_dict
 from dgi.data import Catalog, Interactions
-from dgi.evaluation import plots
 from dgi.model.dgi_model import DGIModel, DualEncoder
+from dgi.training import curve
 from dgi.training.checkpoint import save_model
 from dgi.training.distributed import process_group, rank
 from dgi.training.trainer import Trainer
@@ -56,7 +56,7 @@ def tiny_trainer(output: Path | None, seed: int, model: dict[str, Any] | None = 
 def train_until_killed(output: Path, seed: int, train: dict[str, Any], function: str | None, calls: int) -> None:
     """Resume a run, or start it; die by SIGKILL on entering ``os.<function>`` for the ``calls``-th time."""
     torch.set_num_threads(1)
-    plots.training_curve = lambda *_: None  # what takes longest in a run so small, and is none of these tests' business
+    curve.training_curve = lambda *_: None  # what takes longest in a run so small, and is none of these tests' business
     if function is not None:
         genuine, left = getattr(os, function), calls
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +15,8 @@ import numpy as np
 import pytest
 
 import dgi
-from dgi.cli import COMMANDS, main
-from dgi.cli.train import configs
+from dgi.cli import COMMANDS, build_parser, main
+from dgi.cli.train import _settings, configs
 from dgi.data import load_dataset
 from dgi.evaluation.evaluate import sample
 from dgi.retrieval.index import DGIIndex
@@ -32,6 +35,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
                  str(folder / "settings.json"), "--set", "epochs=2", "--set", "codebook_sizes=8,3", QUIET]) == 0
     assert main(["index", "--model", str(folder / "model"), "--data", str(folder / "data"), "--output",
                  str(folder / "new" / "index.safetensors"), QUIET]) == 0
+    (folder / "utf16.json").write_bytes("{}".encode("utf-16"))
+    (folder / "deep.json").write_text("[" * 100_000)
     return folder
 
 
@@ -159,6 +164,28 @@ MISTAKES = {
     "train --data {run}/data --output {run}/x --set epochs=many": "epochs must be int; got 'many'",
     "train --data {run}/data --output {run}/x --set encoder=vectors": "vector_dim must be the width",
     "train --data {run}/data --output {run}/x --config {run}/data/items.tsv": "items.tsv is not JSON",
+    "train --data {run}/data --output {run}/x --config {run}/utf16.json": "utf16.json: not UTF-8",
+    "train --data {run}/data --output {run}/x --config {run}/deep.json": "deep.json is not JSON",
+    "train --data {run}/data --output {run}/x --set vocabulary_size=1": "vocabulary_size must be at least 2; got 1",
+    "train --data {run}/data --output {run}/x --set seed=99999999999999999999":
+        "seed must be at most 9223372036854775807",
+    "train --data {run}/data --output {run}/x --set dim=99999999999": "dim must be at most 2147483647",
+    "train --data {run}/data --output {run}/x --set codebook_sizes=16":
+        "must be a list of integers, such as [16]; got 16",
+    "train --data {run}/data --output {run}/x --set backbone_lr=NaN":
+        "backbone_lr must be positive and finite; got nan",
+    "train --data {run}/data --output {run}/x --set tau_end=Infinity": "tau_end must be positive and finite; got inf",
+    'train --data {run}/data --output {run}/x --set loss_weights={{"ntp":null}}': "must map names to numbers",
+    "train --data {run}/data --output {run}/x --set "
+    'loss_weights={{"ntp":0,"global":0,"local":0,"infonce":0,"diversity":0}}':
+        "loss_weights must not all be 0",
+    "train --data {run}/data --output {run}/settings.json": "settings.json is a file; a folder is needed",
+    "train --data {run}/data --output {run}/settings.json/x": "settings.json/x cannot be written to",
+    "train --data {run}/data --output {run}/x --set tokenizer={run}/none.json": "none.json: there is no such file",
+    "train --data {run}/data --output {run}/x --device meta": "--device meta cannot be used: it holds no numbers",
+    "index --model {run}/model --data {run}/data --output {run}/model": "model is a folder; a file of that name",
+    "eval --model {run}/none --index {run}/none --data {run}/none --output {run}/settings.json":
+        "settings.json is a file; a folder is needed",
     "train --data {run}/data --output {run}/x --device warp": "--device warp cannot be used",
     "index --model {run}/data --data {run}/data --output {run}/x": "data/model.safetensors: there is no such file",
     "search --index {run}/new/index.safetensors --model {run}/model --data {run}/data":
@@ -183,6 +210,59 @@ def test_a_mistake_is_told_in_one_message(run: Path, capsys: pytest.CaptureFixtu
     assert MISTAKES[typed] in captured.err
     with pytest.raises((ValueError, OSError)):
         main([*words, "--debug"])
+
+
+def test_a_configuration_with_a_byte_order_mark_is_read(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "bom.json").write_bytes(b"\xef\xbb\xbf" + json.dumps({"epochs": 7}).encode())
+    arguments = build_parser().parse_args(["train", "--data", "d", "--output", str(tmp_path), "--config",
+                                           str(tmp_path / "bom.json")])
+    assert _settings(arguments) == {"epochs": 7}
+
+
+def test_a_run_of_version_0_1_0_goes_on_with_its_words(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"epochs": 7}))
+    arguments = build_parser().parse_args(["train", "--data", "d", "--output", str(tmp_path), "--resume"])
+    assert _settings(arguments) == {"epochs": 7, "tokenizer": "words-1"}
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 9 GiB."),
+                                   RuntimeError("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't "
+                                                "allocate memory: you tried to allocate 9 bytes.")], ids=str)
+def test_too_little_memory_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+                                   error: Exception) -> None:
+    def too_large(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(COMMANDS["index"], "run", too_large)
+    assert main(["index", "--model", "m", "--data", "d", "--output", "o"]) == 2
+    assert "dgi index: error: not enough memory (" in capsys.readouterr().err
+
+
+def test_what_the_terminal_cannot_show_ends_no_search(run: Path, tmp_path: Path) -> None:
+    """Guards against a search that fails on an ASCII terminal, and against a closed pipe that ends in an error."""
+    code = "import sys, dgi.cli; sys.exit(dgi.cli.main(sys.argv[1:]))"
+    arguments = ["search", "--index", str(run / "new/index.safetensors"), "--model", str(run / "model"), "--data",
+                 str(run / "data"), "--query", "genre0 é日"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-c", code, *arguments, "--json", "--k", "3"]
+    found = subprocess.run(command, env=environment, capture_output=True, check=True)
+    assert json.loads(found.stdout)["query"] == "genre0 é日"
+    reader, writer = os.pipe()
+    os.close(reader)
+    closed = subprocess.run([sys.executable, "-c", code, *arguments, "--k", "3"], stdout=writer, stderr=subprocess.PIPE,
+                            check=False)
+    os.close(writer)
+    assert (closed.returncode, closed.stderr) == (141, b"")
+
+
+def test_commands_to_copy_are_quoted(capsys: pytest.CaptureFixture[str], run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "my $data"
+    shutil.copytree(run / "data", folder)
+    assert main(["index", "--model", str(run / "model"), "--data", str(folder), "--output", str(tmp_path / "i"),
+                 QUIET]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert shlex.split(line)[1:] == ["dgi", "search", "--index", str(tmp_path / "i"), "--model", str(run / "model"),
+                                     "--data", str(folder), "--query", "TEXT"]
 
 
 def test_a_fault_that_is_no_mistake_of_the_user_is_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:

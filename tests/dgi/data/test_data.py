@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from dgi.data import Catalog, DataError, Interactions, load_catalog, load_dataset, load_interactions, load_judgments
+from dgi.data.catalog import one_line
 
 ITEMS = [{"id": "a", "text": "red shoe"}, {"id": "b", "text": "blue shoe"}, {"id": "c", "text": "green hat"}]
 # In the order of the file; the loader sorts by time.
@@ -211,6 +212,37 @@ def test_unusable_files(tmp_path: Path, name: str, content: bytes | None, expect
         path.write_bytes(content)
     message = problems_of(load_catalog, path)
     assert message.startswith(str(path)) and expected in message
+
+
+def test_a_parquet_column_twice(tmp_path: Path) -> None:
+    """Guards against pyarrow's KeyError, without file and cure."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    columns = [pyarrow.array([value]) for value in ("a", "b", "text")]
+    parquet.write_table(pyarrow.Table.from_arrays(columns, names=["id", "id", "text"]), tmp_path / "i.parquet")
+    assert "i.parquet: the header names a column twice: 'id'" in problems_of(load_catalog, tmp_path / "i.parquet")
+
+
+def test_half_a_character_is_told_where_it_stands(tmp_path: Path, catalog: Catalog) -> None:
+    """Guards against ids and texts that are found after training to be such as no file can store."""
+    items = tmp_path / "items.jsonl"
+    items.write_text('{"id": "x\\ud800", "text": "t"}\n{"id": "y", "text": "\\udc00"}\n'
+                     '{"id": "z", "text": "\\ud83c\\udfac"}\n')
+    message = problems_of(load_catalog, items)
+    assert "2 problems" in message and "line 1: id holds half of a character" in message and "line 2: text" in message
+    clicks = tmp_path / "clicks.jsonl"
+    clicks.write_text('{"query": "\\ud800", "item_id": "a"}\n{"history": ["a", "\\ud800"], "item_id": "a"}\n')
+    message = problems_of(load_interactions, clicks, catalog)
+    assert "line 1: query holds half" in message and "line 2: history holds half" in message
+    with pytest.raises(ValueError, match=r"ids\[1\] holds half of a character"):
+        Catalog(("a", "\udfff"), ("x", "y"))
+    with pytest.raises(ValueError, match=r"texts\[0\] holds half of a character"):
+        Catalog(("a",), ("x\ud800",))
+
+
+def test_a_text_on_a_terminal() -> None:
+    """Guards against titles that break lines, or steer the terminal that shows them."""
+    assert one_line("a\nb\x1b[31m\u202e日本é") == "a b\ufffd[31m\ufffd日本é"
 
 
 def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dgi.model.dgi_model import DGIOutput
-from dgi.model.heads import CosineHead
+from dgi.model.heads import CosineHead, InnerProductHead
 from dgi.model.losses import DGILoss
 from dgi.model.quantizer import ResidualQuantizer
 
@@ -71,3 +71,14 @@ def test_dual_encoder_output_gives_infonce_alone() -> None:
 def test_unknown_terms_are_named() -> None:
     with pytest.raises(ValueError, match="weights.*entropy"):
         DGILoss({"entropy": 1.0})
+
+
+def test_the_inner_product_head_keeps_the_shape_of_its_targets() -> None:
+    """Guards against rows that come back in one dimension with reduction="none"."""
+    head = InnerProductHead(torch.nn.Parameter(torch.randn(7, 5)), torch.nn.Parameter(torch.zeros(())))
+    h, target = torch.randn(2, 3, 5), torch.randint(7, (2, 3))
+    loss = head.loss(h, target, reduction="none")
+    assert loss.shape == target.shape
+    expected = F.cross_entropy(h.double().flatten(0, 1) @ head.weight.double().T, target.flatten(), reduction="none")
+    torch.testing.assert_close(loss.double().flatten(), expected)
+    torch.testing.assert_close(head.loss(h, target).double(), expected.mean())

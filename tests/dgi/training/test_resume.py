@@ -6,6 +6,7 @@ import json
 import logging
 import multiprocessing
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from dgi.training.checkpoint import CheckpointError
+from dgi.config import WORDS_1
+from dgi.training.checkpoint import CheckpointError, MetricsLog, load_model, read_tensors, write_tensors
 from tests.dgi.tiny_runs import tiny_trainer, train_until_killed
 
 # Processes start from one that has imported everything (an optimizer imports torch._dynamo), in milliseconds.
@@ -165,3 +167,50 @@ def test_a_run_is_not_overwritten_by_accident(tmp_path: Path, seed: int) -> None
 def test_resume_needs_an_output_folder(seed: int) -> None:
     with pytest.raises(ValueError, match="resume needs the output folder"):
         tiny_trainer(None, seed).fit(resume=True)
+
+
+def test_a_run_of_a_version_without_tokenizers_goes_on(tmp_path: Path, seed: int) -> None:
+    """Guards against a field of the configuration, added later, that keeps an older run from being resumed."""
+    old = {"tokenizer": WORDS_1}
+    tiny_trainer(tmp_path, seed, old).fit()
+    for path in (tmp_path / "checkpoints").iterdir():
+        tensors, description = read_tensors(path, "checkpoint")
+        del description["model_config"]["tokenizer"], description["version"]
+        write_tensors(path, tensors, description)
+    model = (tmp_path / "model.safetensors").read_bytes()
+    tiny_trainer(tmp_path, seed, old).fit(resume=True)
+    assert (tmp_path / "model.safetensors").read_bytes() == model
+    with pytest.raises(ValueError, match="model_config.tokenizer is 'words-2' now and was 'words-1'"):
+        tiny_trainer(tmp_path, seed).fit(resume=True)
+
+
+def test_the_model_is_there_whatever_happens_to_the_picture(tmp_path: Path, seed: int, caplog: pytest.LogCaptureFixture,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against training that is lost to the picture drawn at its end."""
+    def fails(*_: object) -> None:
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr("dgi.training.curve.training_curve", fails)
+    assert tiny_trainer(tmp_path, seed).fit()["step"] == 6
+    assert load_model(tmp_path / "model.safetensors").depth == 2
+    assert "training_curve.png was not drawn: no fonts" in caplog.text
+
+
+def test_a_disk_without_room_is_told_before_training(tmp_path: Path, seed: int,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = tiny_trainer(tmp_path, seed)
+    state = sum(tensor.nbytes for tensor in trainer._state().values())
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4 * state - 1))
+    with pytest.raises(OSError, match="MiB left, and .* MiB will be written"):
+        trainer.fit()
+    assert not (tmp_path / "metrics.jsonl").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4 * state))
+    trainer.fit()
+
+
+@pytest.mark.parametrize(("line", "message"), [("{nonsense}", "not JSON"), ('{"loss": 1}', "without a step")])
+def test_damaged_metrics_are_told_by_file(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(line + '\n{"step": 1}\n')
+    with pytest.raises(CheckpointError, match=f"metrics.jsonl is damaged: it holds a line .*{message[:7]}"):
+        MetricsLog(tmp_path / "metrics.jsonl").cut(1)
