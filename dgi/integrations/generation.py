@@ -1,33 +1,34 @@
-"""Generating semantic IDs with a Hugging Face model without ``generate``: its steps, driven by our beam search.
+"""Generating semantic IDs with a Hugging Face model: the preparation of ``generate``, and a beam search of our own.
 
+``generate`` itself prepares the inputs, as for greedy search with one row per request, and hands over to our search by
+its ``custom_generate``: wrapped models, keywords, generation settings, encoders and positions are its business.
 What is saved against ``generate`` with a constraint:
     - the prompt (or the encoder's input and cross-attention) is read once per request, not once per beam;
-    - after a step only what beams do not share is reordered in the cache: never the prompt, never cross-attention;
-    - no mask and no top-k over beams x vocabulary: of the logits one log-sum-exp is taken, and the trie's children.
+    - after a step only what beams do not share is reordered in the cache;
+    - no mask and no top-k over beams x vocabulary, unless a setting asks for logits processors.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+import copy
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import BaseModelOutput
 
-from dgi.integrations.tokens import CodeTokens
-from dgi_kernels import Beams, Trie, beam_search, beam_step, checks
+from dgi.integrations.hypotheses import Found, Hypotheses, StepScores, log_normalizer
+from dgi.integrations.model_steps import ModelSteps
+from dgi.integrations.settings import REFUSED_ARGUMENTS, Processing, check_settings
+from dgi.integrations.tokens import CodeTokens, EndTokens
+from dgi_kernels import Trie, beam_search, checks
 from dgi_kernels.backend import checks_values
-from dgi_kernels.trie.arrays import END
 from dgi_kernels.trie.filters import Filters, check_filters
 
 NORMALIZERS = ("vocabulary", "full", "children")
-_CHUNK = 2**21  # logits whose exponentials are held at once; larger temporaries cost page faults
-
-# (depth, tokens, parents) -> logits (B, W, V) over the vocabulary; tokens and parents as for beam_search
-VocabularyStep = Callable[[int, Tensor | None, Tensor | None], Tensor]
+_NEEDED = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_expand_inputs_for_generation")
 
 
 class ConstrainedGeneration(NamedTuple):
@@ -35,7 +36,8 @@ class ConstrainedGeneration(NamedTuple):
 
     Attributes:
         sequences: (B * R, T) int64 token ids as ``generate`` returns them: the prompt (of an encoder-decoder the start
-            token), the codes, the end token if there is one; then padding. A dead row is all padding behind the prompt.
+            tokens), the codes, the end token if there is one; then padding. A dead row is all padding behind the
+            prompt.
         sequences_scores: (B * R,) float32 log-probability / (number of new tokens) ** length_penalty; -inf if dead.
         codes: (B, R, L) int64, -1 behind the end of a shorter semantic ID and in dead rows.
         nodes: (B, R) int64 leaves of the trie, -1 if dead; ``trie.items(nodes, trie.depth)`` lists their items.
@@ -48,313 +50,208 @@ class ConstrainedGeneration(NamedTuple):
 
 
 @torch.no_grad()
-def constrained_generate(model: transformers.PreTrainedModel, trie: Trie, input_ids: Tensor, *,
-                         token_offsets: Sequence[int], num_beams: int, num_return_sequences: int | None = None,
-                         eos_token_id: int | None = None, attention_mask: Tensor | None = None,
-                         normalize: str = "vocabulary", length_penalty: float = 1.0,
-                         early_stopping: bool | str = False, filters: Filters = None, backend: str = "auto",
-                         **model_inputs: Any) -> ConstrainedGeneration:
-    """Generate semantic IDs by beam search with an encoder-decoder or decoder-only model that has a key-value cache.
+def constrained_generate(model: torch.nn.Module, trie: Trie, input_ids: Tensor, *,
+                         token_offsets: Sequence[int] | None = None, token_ids: Sequence[Tensor] | None = None,
+                         num_beams: int, num_return_sequences: int | None = None, eos_token_id: EndTokens = None,
+                         attention_mask: Tensor | None = None, normalize: str = "vocabulary",
+                         length_penalty: float | None = None, early_stopping: bool | str | None = None,
+                         filters: Filters = None, backend: str = "auto", **generate_arguments: Any,
+                         ) -> ConstrainedGeneration:
+    """Generate semantic IDs by beam search with an encoder-decoder or decoder-only model of transformers.
 
-    With ``normalize="vocabulary"`` the results are those of ``model.generate(..., num_beams=num_beams,
-    max_new_tokens=L (+ 1 with an end token), logits_processor=[TrieLogitsProcessor(...)])``, to rounding, but for dead
-    rows, which ``generate`` fills with repetitions and tokens of no semantic ID.
+    With ``normalize="vocabulary"`` and an ``eos_token_id``, or semantic IDs that are all L codes long, sequences and
+    scores are those of ``model.generate(input_ids, num_beams=num_beams, num_return_sequences=R,
+    eos_token_id=eos_token_id, max_new_tokens=L (+ 1 with an end token),
+    logits_processor=[TrieLogitsProcessor(...)], ...)`` with the same further arguments, to rounding, but for dead rows,
+    which ``generate`` fills with repetitions and tokens of no semantic ID. A model whose outputs for a row depend on
+    the other rows of the batch gives other scores, since it reads each prompt once here.
 
     Args:
-        model: the model, in evaluation mode.
-        trie: the semantic IDs, on the model's device.
+        model: the model, in evaluation mode; also one wrapped by peft, ``torch.compile`` or DistributedDataParallel.
+        trie: the semantic IDs, on the device of ``input_ids``.
         input_ids: (B, T) the encoder's input, or the prompts, padded on the left.
         token_offsets: L integers; code c of level j is token ``token_offsets[j] + c``.
-        num_beams: beams per request M.
+        token_ids: in place of offsets, L integer tensors (K_j,); code c of level j is token ``token_ids[j][c]``.
+        num_beams: beams per request M; the model's own setting is not read.
         num_return_sequences: R, how many to return per request; default all M.
-        eos_token_id: the token that follows a complete semantic ID. Its log-probability counts as ``generate`` counts
-            it (with ``normalize="vocabulary"``): a semantic ID that ends early leaves the beam and competes with others
-            by its penalised score. With None nothing follows, and a shorter semantic ID ends for free.
-        attention_mask: (B, T), 0 at padding; default: where ``input_ids`` is not the model's padding token.
+        eos_token_id: the token that follows a complete semantic ID; the model's own setting is not read. Its
+            log-probability counts as ``generate`` counts it (with ``normalize="vocabulary"``): a semantic ID that ends
+            early leaves the beam and competes with others by its penalised score. With several tokens, each may
+            follow, and a semantic ID may be found once per end token. With None nothing follows, and a shorter
+            semantic ID ends for free.
+        attention_mask: (B, T), 0 at padding; default: as ``generate`` makes it, which tells the padding of
+            decoder-only models by their padding token, and none of an encoder's input since transformers 5.
         normalize: ``"vocabulary"``: log-softmax over the whole vocabulary, as ``generate``; ``"full"``: over the codes
             of the level; ``"children"``: over the codes that the trie allows. With the latter two the end is free.
         length_penalty: the score is divided by (number of new tokens, the end token included) ** length_penalty. It
-            changes the order only where semantic IDs differ in length.
+            changes the order only where semantic IDs differ in length. Default: the model's setting, else 1.
         early_stopping: False, True or ``"never"``: when ``generate`` stops looking for better ones among the longer
-            semantic IDs; with ``eos_token_id`` and ``normalize="vocabulary"`` only.
+            semantic IDs; with ``eos_token_id`` and ``normalize="vocabulary"`` only. Default: the model's setting, else
+            False.
         filters: one TrieFilter for all requests, or one (or None) per request.
         backend: of the beam steps.
-        **model_inputs: passed on to the encoder, or to the model when it reads the prompts.
+        **generate_arguments: what ``generate`` takes too: inputs of the model (``token_type_ids``,
+            ``decoder_input_ids``, ``encoder_outputs``, images and so on), ``generation_config``, ``logits_processor``,
+            and settings, which like those of the model's ``generation_config`` are followed (penalties, suppressed,
+            forced and bad tokens, ``use_cache`` and so on) or refused by name (sampling, guidance and so on). Logits
+            processors cost a pass over beams x vocabulary per step.
 
     Returns:
         ConstrainedGeneration.
 
     Raises:
-        ValueError, TypeError: an argument that does not fit, or a model without a cache that can be reordered.
+        ValueError, TypeError: an argument that does not fit, a keyword that neither ``generate`` nor the model knows,
+            a setting that cannot be followed, or a model whose cache cannot be reordered.
         BackendUnavailable: ``backend``, asked for by name, cannot run here.
     """
-    tokens = CodeTokens(trie, token_offsets, eos_token_id)
+    tokens = CodeTokens(trie, token_offsets, token_ids, eos_token_id)
     checks.tensor("input_ids", input_ids, dtypes=checks.INDEX_DTYPES, ndim=2)
     if trie.device != input_ids.device:
         raise ValueError(f"trie must be on {input_ids.device}, as input_ids; it is on {trie.device}")
+    batch = len(input_ids)
+    if batch == 0:
+        raise ValueError(f"input_ids must hold at least one request; got shape {tuple(input_ids.shape)}")
     checks.integer("num_beams", num_beams, low=1)
     returned = num_beams if num_return_sequences is None else checks.integer(
         "num_return_sequences", num_return_sequences, low=1, high=num_beams)
     checks.choice("normalize", normalize, NORMALIZERS)
-    checks.number("length_penalty", length_penalty)
-    if early_stopping not in (False, True, "never"):
+    if length_penalty is not None:
+        checks.number("length_penalty", length_penalty)
+    if early_stopping not in (None, False, True, "never"):
         raise ValueError(f"early_stopping must be False, True or 'never'; got {early_stopping!r}")
-    batch = len(input_ids)
-    if batch == 0:
-        raise ValueError(f"input_ids must hold at least one request; got shape {tuple(input_ids.shape)}")
     filters = check_filters(filters, trie, batch)
-    if attention_mask is None:
-        attention_mask = _mask_of(model, input_ids)
-    checks.tensor("attention_mask", attention_mask, like=input_ids)
-    checks.shape("attention_mask", attention_mask, tuple(input_ids.shape), "that of input_ids")
+    if attention_mask is not None:
+        checks.tensor("attention_mask", attention_mask, like=input_ids)
+        checks.shape("attention_mask", attention_mask, tuple(input_ids.shape), "that of input_ids")
+        generate_arguments["attention_mask"] = attention_mask
+    results: list[ConstrainedGeneration] = []
 
-    drive = _EncoderDecoder if model.config.is_encoder_decoder else _DecoderOnly
-    driver = drive(model, input_ids, attention_mask, model_inputs)
+    def search(model: Any, prompt: Tensor, logits_processor: Sequence[Any], stopping_criteria: object,
+               generation_config: transformers.GenerationConfig, **model_kwargs: Any) -> Tensor:
+        """What ``generate`` calls when all is prepared, with one row per request."""
+        _check_model(model)
+        _check_prompts(model, prompt, model_kwargs.get("attention_mask"))
+        check_settings(generation_config, tokens, prompt.shape[1], trie.depth)
+        processing = Processing(logits_processor, num_beams, prompt.shape[1], trie.depth)
+        if normalize != "vocabulary" and processing.processors:
+            names = ", ".join(sorted({type(processor).__name__ for processor in processing.processors}))
+            raise ValueError(f'normalize must be "vocabulary" where settings ask for {names}; got {normalize!r}')
+        steps = ModelSteps(model, prompt, model_kwargs)
 
-    def step(depth: int, codes: Tensor | None, parents: Tensor | None) -> Tensor:
-        if codes is None or parents is None:
-            logits = driver.first()
-            tokens.check_vocabulary(logits.shape[-1])
-            return logits
-        return driver.next(codes.clamp(min=0) + tokens.offsets[depth - 1], parents.clamp(min=0))
+        def step(depth: int, codes: Tensor | None, parents: Tensor | None) -> StepScores:
+            if codes is None or parents is None:
+                logits = steps.first()
+                tokens.check_vocabulary(logits.shape[-1])
+            else:
+                logits = steps.next(tokens.spell(codes.clamp(min=0), depth - 1), parents.clamp(min=0))
+            if processing.at(depth):
+                return StepScores(processing(depth, steps.sequences, logits), True)
+            return StepScores(logits, False)
 
-    if normalize == "vocabulary" and tokens.end is not None:
-        search = _Hypotheses(trie, tokens, batch, num_beams, length_penalty, early_stopping)
-        codes, scores = search.run(step, filters, backend)
-    else:
-        codes, scores = _search(trie, tokens, step, batch, num_beams, normalize, length_penalty, filters, backend)
-    codes, scores = codes[:, :returned], scores[:, :returned]
-    nodes = trie.find(codes).masked_fill(scores == -torch.inf, -1)
-    sequences = torch.cat([driver.prompt.repeat_interleave(returned, dim=0),
-                           _spell(codes, nodes, tokens, _padding(model, tokens.end)).flatten(0, 1)], dim=1)
-    return ConstrainedGeneration(sequences, scores.flatten(), codes, nodes)
+        penalty = generation_config.length_penalty if length_penalty is None else length_penalty
+        penalty = 1.0 if penalty is None else penalty
+        if normalize == "vocabulary" and tokens.ends:
+            early = generation_config.early_stopping if early_stopping is None else early_stopping
+            found = Hypotheses(trie, tokens, batch, num_beams, penalty, early or False, filters, backend).run(step)
+        else:
+            found = _search(trie, tokens, step, batch, num_beams, normalize, penalty, filters, backend)
+        found = Found(*(value[:, :returned] for value in found))
+        pad = generation_config.pad_token_id
+        results.append(_result(trie, tokens, prompt, found, pad if isinstance(pad, int) else None))
+        return results[0].sequences
+
+    arguments = _arguments(generate_arguments, num_beams, returned, eos_token_id, trie.depth + bool(tokens.ends))
+    _innermost(model).generate(input_ids=input_ids.long(), custom_generate=search, **arguments)
+    if not results:
+        raise TypeError(f"model must be one whose generate runs what custom_generate gives; that of "
+                        f"{type(model).__name__} does not")
+    return results[0]
 
 
-def _search(trie: Trie, tokens: CodeTokens, step: VocabularyStep, batch: int, num_beams: int, normalize: str,
-            length_penalty: float, filters: Filters, backend: str) -> tuple[Tensor, Tensor]:
-    """Codes (B, M, L) and scores (B, M) where ending costs nothing: :func:`dgi_kernels.beam_search`."""
+def _arguments(given: dict[str, Any], num_beams: int, returned: int, eos_token_id: EndTokens,
+               length: int) -> dict[str, Any]:
+    """The keywords for ``generate``: those given, and those of a search with one row per request."""
+    for name, reason in REFUSED_ARGUMENTS.items():
+        if given.get(name) is not None:
+            raise ValueError(f"{name} must not be given to constrained_generate: {reason}")
+    arguments = {name: value for name, value in given.items() if name not in REFUSED_ARGUMENTS}
+    ends = eos_token_id if eos_token_id is None or isinstance(eos_token_id, int) else list(eos_token_id)
+    own = {"num_beams": 1, "num_return_sequences": 1, "eos_token_id": ends, "max_new_tokens": length}
+    encoded = arguments.get("encoder_outputs")
+    if isinstance(encoded, transformers.utils.ModelOutput):
+        arguments["encoder_outputs"] = copy.copy(encoded)  # generate would repeat the caller's own for every beam
+    elif isinstance(encoded, tuple):
+        arguments["encoder_outputs"] = BaseModelOutput(*encoded)
+    config = arguments.get("generation_config")
+    if config is None:
+        return {**arguments, **own}
+    if not isinstance(config, transformers.GenerationConfig):
+        raise TypeError(f"generation_config must be a GenerationConfig; got {type(config).__name__}")
+    for name, value in (("num_beams", num_beams), ("num_return_sequences", returned)):
+        if getattr(config, name, None) not in (None, 1, value):
+            raise ValueError(f"generation_config must not ask for {name}={getattr(config, name)} where {name} is "
+                             f"{value}")
+    arguments["generation_config"] = copy.deepcopy(config)
+    return {**arguments, **arguments["generation_config"].update(**own)}
+
+
+def _innermost(model: Any) -> Any:
+    """The model that has ``generate``: DistributedDataParallel hides it."""
+    while isinstance(model, torch.nn.Module) and not hasattr(model, "generate") \
+            and isinstance(getattr(model, "module", None), torch.nn.Module):
+        model = model.module
+    if not callable(getattr(model, "generate", None)):
+        raise TypeError(f"model must be a transformers model with a generate method; got {type(model).__name__}")
+    return model
+
+
+def _check_model(model: Any) -> None:
+    for name in _NEEDED:
+        if not hasattr(model, name):
+            raise TypeError(f"model must have {name}, as those of transformers 5 have; {type(model).__name__} of "
+                            f"transformers {transformers.__version__} has none")
+    modes = getattr(model, "_supported_generation_modes", None)
+    if modes is not None and "beam_search" not in [str(getattr(mode, "value", mode)) for mode in modes]:
+        raise ValueError(f"model must support beam search; {type(model).__name__} supports "
+                         f"{', '.join(str(getattr(mode, 'value', mode)) for mode in modes)} only")
+
+
+def _check_prompts(model: Any, prompt: Tensor, mask: Tensor | None) -> None:
+    if prompt.shape[1] == 0:
+        raise ValueError(f"input_ids must hold prompts of at least one token; got shape {tuple(prompt.shape)}")
+    if not model.config.is_encoder_decoder and mask is not None and mask.ndim == 2 and checks_values(mask.device) \
+            and not mask[:, -1].all():
+        raise ValueError("input_ids must be padded on the left (tokenizer.padding_side = 'left'); attention_mask ends "
+                         "with 0 in a row")
+
+
+def _search(trie: Trie, tokens: CodeTokens, step: Any, batch: int, num_beams: int, normalize: str,
+            length_penalty: float, filters: Filters, backend: str) -> Found:
+    """The best semantic IDs where ending costs nothing: :func:`dgi_kernels.beam_search`."""
     def level(depth: int, codes: Tensor | None, parents: Tensor | None) -> Tensor:
-        logits = step(depth, codes, parents)
-        scores = tokens.level(logits, depth)
-        return scores - log_normalizer(logits).unsqueeze(-1) if normalize == "vocabulary" else scores
+        scores = step(depth, codes, parents)
+        logits = tokens.level(scores.vocabulary, depth)
+        if normalize != "vocabulary" or scores.processed:
+            return logits
+        return logits - log_normalizer(scores.vocabulary).unsqueeze(-1)
 
     found = beam_search(trie, level, batch_size=batch, num_beams=num_beams, filters=filters, backend=backend,
                         normalize="none" if normalize == "vocabulary" else normalize)
-    lengths = (found.codes >= 0).sum(dim=2) + (tokens.end is not None)
+    lengths = (found.codes >= 0).sum(dim=2) + bool(tokens.ends)
     scores = found.scores / lengths.clamp(min=1) ** length_penalty
     scores, order = scores.sort(dim=1, descending=True, stable=True)
-    return _rows(found.codes, order), scores
+    codes = found.codes.gather(1, order.unsqueeze(2).expand_as(found.codes))
+    return Found(codes, scores, torch.zeros_like(order))
 
 
-class _Hypotheses:
-    """The beam search of ``generate``: beams that run, and the best M hypotheses that have ended.
-
-    Each step ranks the continuations of the running beams, ends among them. An end among the first M becomes a
-    hypothesis, with its score penalised for length; the first M that are no ends run on. A request whose running beams
-    cannot, by the estimate of ``early_stopping``, beat its worst hypothesis takes no more.
-    """
-
-    def __init__(self, trie: Trie, tokens: CodeTokens, batch: int, num_beams: int, length_penalty: float,
-                 early_stopping: bool | str) -> None:
-        self.trie, self.tokens, self.num_beams = trie, tokens, num_beams
-        self.length_penalty, self.early_stopping = length_penalty, early_stopping
-        self.running = trie.root(batch)
-        self.running_codes = torch.empty(batch, 1, 0, dtype=torch.int64, device=trie.device)
-        self.scores = torch.full((batch, num_beams), -torch.inf, device=trie.device)
-        self.codes = torch.full((batch, num_beams, trie.depth), END, device=trie.device)
-        self.improving = torch.ones(batch, 1, dtype=torch.bool, device=trie.device)
-
-    def run(self, step: VocabularyStep, filters: Filters, backend: str) -> tuple[Tensor, Tensor]:
-        """Search the whole depth and once more for the ends; return codes (B, M, L) and scores (B, M)."""
-        for depth in range(self.trie.depth + 1):
-            start = depth == 0
-            logits = step(depth, None if start else self.running.tokens, None if start else self.running.parents)
-            self._extend(logits, filters, backend)
-        return self.codes, self.scores
-
-    def _extend(self, logits: Tensor, filters: Filters, backend: str) -> None:
-        depth, width, end = self.running.depth, self.num_beams, self.tokens.end
-        normalizer = log_normalizer(logits)
-        end_logp = (logits[..., end] - normalizer).nan_to_num(nan=-torch.inf).float()
-        if depth < self.trie.depth:
-            # With an end as good as its parent, so no less than it will be, twice the beams hold all that can count:
-            # there is at most one end per parent, and behind M better ones it is none of the first M.
-            found = beam_step(self.trie, self.tokens.level(logits, depth), self.running, num_beams=2 * width,
-                              log_normalizer=normalizer, filters=filters, backend=backend)
-        else:
-            parents = torch.arange(self.running.nodes.shape[1], device=logits.device).expand_as(self.running.nodes)
-            found = self.running._replace(tokens=torch.full_like(parents, END), parents=parents)
-        parents = found.parents.long().clamp(min=0)
-        ends = (found.nodes >= 0) & (found.tokens < 0)
-        scores = found.scores + end_logp.gather(1, parents).masked_fill(~ends, 0)
-        scores, order = scores.sort(dim=1, descending=True, stable=True)
-        ends, parents = ends.gather(1, order), parents.gather(1, order)
-        codes = torch.cat([_rows(self.running_codes, parents), found.tokens.gather(1, order).long().unsqueeze(2)], 2)
-        self._finish(codes, scores, ends, depth)
-
-        runs = ends.to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
-        place = order.gather(1, runs)
-        self.running = Beams(found.nodes.gather(1, place), found.tokens.gather(1, place),
-                             found.parents.gather(1, place), scores.gather(1, runs), depth + 1)
-        self.running_codes = _rows(codes, runs)
-        self._look_ahead(depth + 1)
-
-    def _finish(self, codes: Tensor, scores: Tensor, ends: Tensor, depth: int) -> None:
-        """Take the ends among the first M (of those sorted by score) into the hypotheses."""
-        first = torch.arange(ends.shape[1], device=ends.device) < self.num_beams
-        taken = ends & first & self.improving
-        if self.early_stopping is True:
-            taken &= self.scores[:, -1:] == -torch.inf
-        codes = torch.nn.functional.pad(codes, (0, self.trie.depth - codes.shape[2]), value=END)[..., : self.trie.depth]
-        penalised = (scores / (depth + 1) ** self.length_penalty).masked_fill(~taken, -torch.inf)
-        scores, order = torch.cat([self.scores, penalised], 1).sort(dim=1, descending=True, stable=True)
-        self.scores = scores[:, : self.num_beams]
-        self.codes = _rows(torch.cat([self.codes, codes], 1), order[:, : self.num_beams])
-        self.codes = self.codes.masked_fill((self.scores == -torch.inf).unsqueeze(2), END)
-
-    def _look_ahead(self, depth: int) -> None:
-        """Close the requests whose best running beam, by the estimate, is no better than their worst hypothesis."""
-        longest = self.early_stopping == "never" and self.length_penalty > 0
-        length = self.trie.depth + 1 if longest else depth
-        best = self.running.scores[:, :1] / length ** self.length_penalty
-        self.improving = self.improving & (best > self.scores[:, -1:])
-
-
-class _EncoderDecoder:
-    """The steps of an encoder-decoder; ``prompt`` (B, 1) is the start token."""
-
-    def __init__(self, model: Any, input_ids: Tensor, attention_mask: Tensor, model_inputs: dict[str, Any]) -> None:
-        self.model, self.mask = model, attention_mask
-        self.states = model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask, **model_inputs)[0]
-        start = model.generation_config.decoder_start_token_id
-        if start is None:
-            raise ValueError("model must have a decoder_start_token_id in its generation_config; it has none")
-        self.prompt = input_ids.new_full((len(input_ids), 1), start, dtype=torch.int64)
-        self.cache: Any = None
-
-    def first(self) -> Tensor:
-        return self._forward(self.prompt).unflatten(0, (-1, 1))
-
-    def next(self, tokens: Tensor, parents: Tensor) -> Tensor:
-        width, before = tokens.shape[1], len(self.mask) // len(tokens)
-        rows = _flat_rows(parents, before)
-        if before != width:  # from one row per request to one per beam
-            self.states, self.mask = self.states.index_select(0, rows), self.mask.index_select(0, rows)
-            self.cache.reorder_cache(rows)
-        else:
-            _reorder(self.cache.self_attention_cache, rows, shared=1)  # the beams of a request share cross-attention
-        return self._forward(tokens.reshape(-1, 1)).unflatten(0, (-1, width))
-
-    def _forward(self, tokens: Tensor) -> Tensor:
-        output = self.model(encoder_outputs=(self.states,), attention_mask=self.mask, decoder_input_ids=tokens,
-                            past_key_values=self.cache, use_cache=True, return_dict=True)
-        self.cache = _checked_cache(output, transformers.EncoderDecoderCache)
-        return output.logits[:, -1]
-
-
-class _DecoderOnly:
-    """The steps of a decoder-only model; ``prompt`` (B, T) is its input."""
-
-    def __init__(self, model: Any, input_ids: Tensor, attention_mask: Tensor, model_inputs: dict[str, Any]) -> None:
-        self.model, self.prompt, self.mask, self.inputs = model, input_ids.long(), attention_mask, model_inputs
-        if input_ids.shape[1] == 0:
-            raise ValueError(f"input_ids must hold prompts of at least one token; got shape {tuple(input_ids.shape)}")
-        if checks_values(input_ids.device) and not attention_mask[:, -1].all():
-            raise ValueError("input_ids must be padded on the left (tokenizer.padding_side = 'left'); attention_mask "
-                             "ends with 0 in a row")
-        self.cache: Any = None
-        parameters = inspect.signature(model.forward).parameters
-        self.takes_positions = "position_ids" in parameters
-        self.last_only: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
-        self.positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
-
-    def first(self) -> Tensor:
-        return self._forward(self.prompt, self.inputs).unflatten(0, (-1, 1))
-
-    def next(self, tokens: Tensor, parents: Tensor) -> Tensor:
-        width, before = tokens.shape[1], len(self.mask) // len(tokens)
-        rows = _flat_rows(parents, before)
-        if before != width:  # from one row per request to one per beam
-            self.mask, self.positions = self.mask.index_select(0, rows), self.positions.index_select(0, rows)
-            self.cache.reorder_cache(rows)
-        else:
-            _reorder(self.cache, rows, shared=self.prompt.shape[1])
-        self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=1)
-        self.positions = self.positions[:, -1:] + 1
-        return self._forward(tokens.reshape(-1, 1), {}).unflatten(0, (-1, width))
-
-    def _forward(self, tokens: Tensor, inputs: dict[str, Any]) -> Tensor:
-        positions = {"position_ids": self.positions} if self.takes_positions else {}
-        output = self.model(input_ids=tokens, attention_mask=self.mask, past_key_values=self.cache, use_cache=True,
-                            return_dict=True, **positions, **self.last_only, **inputs)
-        self.cache = _checked_cache(output, transformers.Cache)
-        return output.logits[:, -1]
-
-
-def _checked_cache(output: Any, kind: type) -> Any:
-    cache = getattr(output, "past_key_values", None)
-    if not isinstance(cache, kind):
-        raise TypeError(f"model must return its key-value cache as a {kind.__name__} of transformers; "
-                        f"got {type(cache).__name__}")
-    return cache
-
-
-def _flat_rows(parents: Tensor, before: int) -> Tensor:
-    """(B * M,) for each beam the row, of ``before`` per request, of its parent (B, M)."""
-    first = before * torch.arange(len(parents), device=parents.device).unsqueeze(1)
-    return (first + parents.long()).flatten()
-
-
-def _reorder(cache: Any, rows: Tensor, shared: int) -> None:
-    """Let the cache follow the beams; in its first ``shared`` positions those of a request are all the same."""
-    for layer in cache.layers:
-        if type(layer) is DynamicLayer and layer.get_seq_length() > shared:  # others keep more than keys and values
-            for states in cast(tuple[Tensor, Tensor], (layer.keys, layer.values)):
-                states[:, :, shared:] = states[:, :, shared:].index_select(0, rows)
-        else:
-            layer.reorder_cache(rows)
-
-
-def log_normalizer(logits: Tensor) -> Tensor:
-    """Log-sum-exp (B, W) of ``logits`` (B, W, V) over the vocabulary, in float32 or better."""
-    rows = logits.flatten(0, 1).split(max(1, _CHUNK // max(1, logits.shape[2])))
-    return torch.cat([_log_sum_exp(part) for part in rows]).view(logits.shape[:2])
-
-
-def _log_sum_exp(logits: Tensor) -> Tensor:
-    """Log-sum-exp (n,) of ``logits`` (n, V).
-
-    exp is taken of nothing below -80: what it would add is lost in rounding anyway, and its denormal results made
-    torch.logsumexp 15 times slower on peaked logits.
-    """
-    best = logits.amax(dim=1, keepdim=True).to(checks.compute_dtype(logits.dtype))
-    return (logits - best).clamp_(min=-80).exp_().sum(dim=1).log_() + best.squeeze(1)
-
-
-def _rows(values: Tensor, place: Tensor) -> Tensor:
-    """``values`` (B, W, n) at ``place`` (B, M) along the second dimension."""
-    return values.gather(1, place.unsqueeze(2).expand(-1, -1, values.shape[2]))
-
-
-def _mask_of(model: Any, input_ids: Tensor) -> Tensor:
-    """1 where there is no padding, as ``generate`` tells it: a padding token that also ends sequences tells nothing."""
-    config = model.generation_config
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    if config.pad_token_id is None or config.pad_token_id in ends:
-        return torch.ones_like(input_ids)
-    return (input_ids != config.pad_token_id).long()
-
-
-def _padding(model: Any, end: int | None) -> int:
-    """The token that fills up sequences: the model's padding, else the end token, else 0."""
-    return next(token for token in (model.generation_config.pad_token_id, end, 0) if token is not None)
-
-
-def _spell(codes: Tensor, nodes: Tensor, tokens: CodeTokens, pad: int) -> Tensor:
-    """The tokens (B, R, L or L + 1) of ``codes`` (B, R, L), the end token behind those of live rows."""
-    spelt = tokens.encode(codes, pad)
-    if tokens.end is None:
-        return spelt
-    lengths = (codes >= 0).sum(dim=2, keepdim=True)
-    behind = torch.arange(codes.shape[2] + 1, device=codes.device) == lengths
-    return torch.nn.functional.pad(spelt, (0, 1), value=pad).masked_fill(behind & (nodes >= 0).unsqueeze(2), tokens.end)
+def _result(trie: Trie, tokens: CodeTokens, prompt: Tensor, found: Found, pad: int | None) -> ConstrainedGeneration:
+    nodes = trie.find(found.codes).masked_fill(found.scores == -torch.inf, -1)
+    padding = next(token for token in (pad, *tokens.ends, 0) if token is not None)
+    spelt = tokens.encode(found.codes, padding)
+    if tokens.ends:  # the end token behind the codes of live rows
+        lengths = (found.codes >= 0).sum(dim=2, keepdim=True)
+        behind = torch.arange(spelt.shape[2] + 1, device=spelt.device) == lengths
+        spelt = torch.nn.functional.pad(spelt, (0, 1), value=padding)
+        spelt = torch.where(behind & (nodes >= 0).unsqueeze(2), tokens.end_of(found.ends).unsqueeze(2), spelt)
+    sequences = torch.cat([prompt.repeat_interleave(spelt.shape[1], dim=0), spelt.flatten(0, 1)], dim=1)
+    return ConstrainedGeneration(sequences, found.scores.flatten(), found.codes, nodes)

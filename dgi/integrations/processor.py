@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from dgi.integrations.tokens import CodeTokens
+from dgi.integrations.tokens import CodeTokens, EndTokens
 from dgi_kernels import Trie, beam_step, checks
 from dgi_kernels.trie import Beams
 from dgi_kernels.trie.filters import Filters, check_filters
@@ -23,7 +23,7 @@ OFF_TRIE = ("eos", "keep")
 class TrieLogitsProcessor(transformers.LogitsProcessor):
     """For ``generate(logits_processor=[...])`` with any strategy: beams, sampling or greedy.
 
-    A token that continues no semantic ID gets score -inf; the others keep theirs. After a complete one only the end
+    A token that continues no semantic ID gets score -inf; the others keep theirs. After a complete one only an end
     token is allowed. A row whose prefix leads nowhere (not in the trie, or to no allowed item) is treated as
     ``off_trie`` says; Hugging Face's own PrefixConstrainedLogitsProcessor raises there. Beam search makes such rows
     itself where it has more beams than there are prefixes; they end with scores of -1e9 or less.
@@ -32,23 +32,28 @@ class TrieLogitsProcessor(transformers.LogitsProcessor):
         trie: the semantic IDs, on the device of the model's scores.
         token_offsets: L integers; code c of level j is token ``token_offsets[j] + c``. With codes that are token ids
             themselves the offsets are 0.
+        token_ids: in place of offsets, L integer tensors (K_j,); code c of level j is token ``token_ids[j][c]``. For
+            tokenizers whose tokens of one level are not consecutive or not in order: some sort added tokens as
+            strings, ``<a_10>`` before ``<a_2>``.
         start: where the semantic ID begins: the number of tokens before it, the same in all rows. For an
             encoder-decoder 1, the start token; for a decoder-only model the length of the (left-padded) prompts.
         start_token_id: instead of ``start``, a token behind whose last occurrence the semantic ID begins, in each row
             where it stands. Rows without it are left as they are.
-        eos_token_id: the token that follows a complete semantic ID. With None nothing follows: generate L new tokens.
+        eos_token_id: the token that follows a complete semantic ID, or several, each of which may. With None nothing
+            follows: generate L new tokens.
         filters: one TrieFilter for all requests, or one (or None) per request; rows are requests by beams.
-        off_trie: ``"eos"`` allows the end token only; ``"keep"`` leaves the row's scores as they are. Default:
+        off_trie: ``"eos"`` allows the end tokens only; ``"keep"`` leaves the row's scores as they are. Default:
             ``"eos"`` with an ``eos_token_id``, else ``"keep"``, which then holds behind a complete semantic ID too.
 
     Raises:
         ValueError, TypeError: an argument that does not fit; when called also for ``input_ids`` and ``scores``.
     """
 
-    def __init__(self, trie: Trie, token_offsets: Sequence[int], *, start: int | None = None,
-                 start_token_id: int | None = None, eos_token_id: int | None = None, filters: Filters = None,
+    def __init__(self, trie: Trie, token_offsets: Sequence[int] | None = None, *,
+                 token_ids: Sequence[Tensor] | None = None, start: int | None = None,
+                 start_token_id: int | None = None, eos_token_id: EndTokens = None, filters: Filters = None,
                  off_trie: str | None = None) -> None:
-        self.tokens = CodeTokens(trie, token_offsets, eos_token_id)
+        self.tokens = CodeTokens(trie, token_offsets, token_ids, eos_token_id)
         self.trie = trie
         if (start is None) == (start_token_id is None):
             raise ValueError("TrieLogitsProcessor needs exactly one of start and start_token_id")
@@ -98,7 +103,7 @@ class TrieLogitsProcessor(transformers.LogitsProcessor):
 
     def _constrain(self, generated: Tensor, scores: Tensor, owners: list[int] | None) -> Tensor:
         """The scores (r, V) of rows with ``generated`` (r, t) since the start, ``owners`` their requests."""
-        depth, end = generated.shape[1], self.tokens.end
+        depth = generated.shape[1]
         nodes = self.trie.find(self.tokens.decode(generated[:, : self.trie.depth]))
         constrained = torch.full_like(scores, -torch.inf)
         if depth < self.trie.depth:
@@ -106,16 +111,16 @@ class TrieLogitsProcessor(transformers.LogitsProcessor):
             last = children.amax(dim=1, keepdim=True)
             leads_on = last >= 0
             # A place to spare repeats the last child, which writes the same value again.
-            place = torch.where(children >= 0, children, last.clamp(min=0)) + self.tokens.offsets[depth]
+            place = self.tokens.spell(torch.where(children >= 0, children, last.clamp(min=0)), depth)
             constrained.scatter_(1, place, scores.gather(1, place).masked_fill(~leads_on, -torch.inf))
         else:
             may_end = (nodes >= 0).unsqueeze(1)
             leads_on = torch.zeros_like(may_end)
-        if end is not None:
-            ends = may_end | ~leads_on if self.off_trie == "eos" else may_end
+        ends = may_end | ~leads_on if self.off_trie == "eos" else may_end
+        for end in self.tokens.ends:
             constrained[:, end:end + 1] = scores[:, end:end + 1].masked_fill(~ends, -torch.inf)
         if self.off_trie == "keep":
-            stuck = ~leads_on if end is None else ~(leads_on | may_end)
+            stuck = ~(leads_on | may_end) if self.tokens.ends else ~leads_on
             constrained = torch.where(stuck, scores, constrained)
         return constrained
 
