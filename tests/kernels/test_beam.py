@@ -26,6 +26,7 @@ from dgi_kernels import (
 
 from . import oracles
 from .oracles import Catalog, random_catalog
+from .shapes import name_of
 from .tries import make, names
 
 CASES = 300
@@ -116,7 +117,7 @@ def walk(catalog: Catalog, *, dtype: torch.dtype, normalize: str, exact: bool) -
 
 
 @pytest.mark.parametrize("normalize", ["full", "children", "none"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=name_of)
 def test_steps_are_the_top_of_all_allowed_children(dtype: torch.dtype, normalize: str) -> None:
     for _ in range(CASES // 8):
         walk(random_catalog(), dtype=dtype, normalize=normalize, exact=False)
@@ -291,7 +292,7 @@ def test_int32_nodes_and_no_beams(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=name_of)
 def test_cosine_steps_are_steps_on_cosine_logits(dtype: torch.dtype, backend: str) -> None:
     for _ in range(CASES // 10):
         catalog = random_catalog()

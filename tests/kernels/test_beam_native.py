@@ -26,6 +26,7 @@ from dgi_kernels.trie.arrays import TrieArrays
 from dgi_kernels.trie.filters import check_filters, filter_arguments
 
 from .oracles import Catalog, random_catalog
+from .shapes import name_of
 from .test_beam import check_step, hurt, random_filters, strided
 from .tries import make
 
@@ -73,13 +74,13 @@ def shuffled(beams: Beams) -> Beams:
 
 
 @pytest.mark.parametrize("normalize", ["full", "children", "none"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_steps_are_the_top_of_all_allowed_children(dtype: torch.dtype, normalize: str) -> None:
     for _ in range(50):
         walk(random_catalog(), dtype=dtype, normalize=normalize, exact=False)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_ties_go_to_the_lower_parent_then_the_lower_token(dtype: torch.dtype) -> None:
     for _ in range(80):
         walk(random_catalog(max_items=40), dtype=dtype, normalize="none", exact=True)
@@ -127,7 +128,7 @@ def test_nodes_of_many_children_with_filters(share: float, updates: bool, masks:
             assert_same(got, expected, exact=normalize == "none")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_peaked_rows_and_hopeless_beams(dtype: torch.dtype) -> None:
     """Beams below the threshold are skipped, their logits unread; the result must not show it."""
     trie = Trie.from_codes(torch.randint(0, 300, (5000, 3)), codebook_sizes=[300] * 3)
@@ -142,7 +143,7 @@ def test_peaked_rows_and_hopeless_beams(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("spread", [0.1, 1.0, 30.0], ids=["alike", "flat", "peaked"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_fused_steps_skip_no_beam_that_counts(dtype: torch.dtype, spread: float) -> None:
     """With many beams of few children most are never multiplied; against float64 on the same numbers."""
     codes, items, dim = random.choice([97, 300, 1000]), 4000, random.choice([3, 33])
@@ -192,7 +193,7 @@ def test_zeros_of_either_sign_tie() -> None:
 
 
 @pytest.mark.parametrize("normalize", ["full", "children", "none"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
 def test_numbers_at_the_end_of_the_range(dtype: torch.dtype, normalize: str) -> None:
     trie = Trie.from_codes(torch.arange(9).unsqueeze(1), codebook_sizes=[9])
     huge = torch.finfo(dtype).max
@@ -237,7 +238,7 @@ def test_a_search_is_the_same_on_any_number_of_threads() -> None:
 
 
 @pytest.mark.parametrize("normalize", ["full", "children", "none"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_cosine_steps_match_the_reference(dtype: torch.dtype, normalize: str) -> None:
     """Wide and narrow requests, few and many children: tiles of all products, and products of children alone."""
     for _ in range(12):

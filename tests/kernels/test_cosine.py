@@ -13,7 +13,7 @@ from torch import Tensor
 from dgi_kernels import BackendUnavailable, cosine_cross_entropy, cosine_logits
 from dgi_kernels.cosine import reference
 
-from .shapes import COSINE, Cosine
+from .shapes import COSINE, Cosine, name_of
 
 EPS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}  # relative to the scale
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -51,8 +51,8 @@ def assert_gradients_close(actual: list[Tensor], expected: list[Tensor], toleran
         torch.testing.assert_close(a, e, rtol=0, atol=tolerance * max(1, e.abs().max().item()))
 
 
-@pytest.mark.parametrize("dtype", EPS, ids=str)
-@pytest.mark.parametrize("shape", COSINE, ids=str)
+@pytest.mark.parametrize("dtype", EPS, ids=name_of)
+@pytest.mark.parametrize("shape", COSINE, ids=name_of)
 def test_logits_and_gradients(shape: Cosine, dtype: torch.dtype) -> None:
     h, weight, _, scale = inputs(shape, dtype)
     logits = cosine_logits(h, weight, scale)
@@ -68,7 +68,7 @@ def test_logits_and_gradients(shape: Cosine, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize("shape", COSINE, ids=str)
+@pytest.mark.parametrize("shape", COSINE, ids=name_of)
 def test_loss_and_gradients(shape: Cosine, smoothing: float, reduction: str) -> None:
     h, weight, target, scale = inputs(shape)
     target[torch.rand(shape.n) < 0.3] = ignore_index = random.choice([-100, -1, 10**12])
@@ -85,7 +85,7 @@ def test_loss_and_gradients(shape: Cosine, smoothing: float, reduction: str) -> 
                            gradients((expected * upstream.double()).sum(), leaves), 1e-4)
 
 
-@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=name_of)
 def test_low_precision_loss_is_computed_in_float32(dtype: torch.dtype) -> None:
     h, weight, target, scale = inputs(Cosine(n=33, d=17, k=65), dtype)
     loss = cosine_cross_entropy(h, weight, target, scale)
@@ -118,7 +118,7 @@ def test_gradients_have_no_radial_part_and_scale_gets_its_own() -> None:
     torch.testing.assert_close(dscale, (unit * dunit).sum() / scale)
 
 
-@pytest.mark.parametrize("leading", [(), (1,), (0,), (4,), (2, 3), (2, 0, 3)], ids=str)
+@pytest.mark.parametrize("leading", [(), (1,), (0,), (4,), (2, 3), (2, 0, 3)], ids=name_of)
 def test_any_number_of_leading_dimensions(leading: tuple[int, ...]) -> None:
     h, weight = torch.randn(*leading, 5), torch.randn(7, 5)
     target = torch.randint(7, leading)
@@ -154,7 +154,7 @@ def test_expanded_inputs() -> None:
     torch.testing.assert_close(loss, torch.tensor(3.0).log())
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64], ids=name_of)
 def test_target_takes_any_integer_dtype(dtype: torch.dtype) -> None:
     """Guards against comparing in the narrow dtype: 300 rows do not fit int8, nor does -100 fit uint8 (it is 156)."""
     h, weight, _, scale = inputs(Cosine(n=4, d=3, k=300))

@@ -26,6 +26,7 @@ from .cosine_cases import (
     random_size,
     trained_head,
 )
+from .shapes import name_of
 
 
 def random_case(dtype: torch.dtype, work: float) -> tuple[tuple[Tensor, ...], dict[str, object]]:
@@ -59,7 +60,7 @@ def test_accuracy_over_random_shapes_and_options(round_: int) -> None:
 
 
 @native
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
 @pytest.mark.parametrize("round_", range(5))
 def test_low_precision_is_no_worse_than_eager(round_: int, dtype: torch.dtype) -> None:
     """At most 1.5 times the error of the same formula in the same dtype."""
@@ -161,7 +162,7 @@ def test_trained_rows_are_as_accurate_as_eager(smoothing: float) -> None:
 
 
 @native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=name_of)
 @pytest.mark.parametrize("inputs", [random_inputs, peaked_inputs])
 def test_gradients_have_no_radial_part(inputs: Callable[..., tuple[Tensor, ...]], dtype: torch.dtype) -> None:
     h, weight, target = inputs(300, 128, 500)
@@ -176,7 +177,7 @@ def test_gradients_have_no_radial_part(inputs: Callable[..., tuple[Tensor, ...]]
 
 
 @native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=name_of)
 def test_logits_over_several_blocks(dtype: torch.dtype) -> None:
     h, weight, _ = random_inputs(530, 20, 70, dtype)
     leaves = [x.requires_grad_() for x in (h, weight, torch.tensor(25.0, dtype=dtype))]

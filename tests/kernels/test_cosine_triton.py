@@ -24,6 +24,7 @@ from .interpreter import (
     run_in_the_interpreter,
     runs,
 )
+from .shapes import name_of
 
 if TRITON and (GPU or INTERPRETED):
     from dgi_kernels import cosine_cross_entropy
@@ -102,8 +103,8 @@ def magnitudes(h: Tensor, weight: Tensor, target: Tensor, scale: float, ignore_i
 
 @runs
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 3, 2), (33, 17, 65), (40, 40, 50)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 3, 2), (33, 17, 65), (40, 40, 50)], ids=name_of)
 def test_every_option(form: str, shape: tuple[int, int, int], dtype: torch.dtype, reduction: str) -> None:
     h, weight, target = inputs(*shape, dtype)
     ignore_index = random.choice([-100, 1, 10**12])
@@ -121,7 +122,7 @@ def test_any_scale(form: str, scale: float) -> None:
 
 
 @runs
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("cosine", [0.3, 0.25, 0.22])
 def test_others_that_all_but_underflow(form: str, dtype: torch.dtype, cosine: float) -> None:
     """The sum of the others, 2^-121, 2^-130 or 2^-135 of the target's: its reciprocal once made NaN of dh."""
@@ -216,7 +217,7 @@ def peaked(n: int, d: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, 
 
 
 @runs
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_what_is_skipped_is_below_rounding(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products of negligible tiles are left out (the bits show it), and the error stays what the dense kernel's is."""
     n, d, k, scale = (4096, 256, 1024, 30.0) if GPU else (128, 64, 96, 60.0)
@@ -256,7 +257,7 @@ def test_the_order_of_rows_changes_nothing_but_rounding(monkeypatch: pytest.Monk
 
 
 @runs
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_bits_repeat_and_gradients_have_no_radial_part(form: str, dtype: torch.dtype) -> None:
     h, weight, target = inputs(40, 24, 50, dtype)
     runs = [loss_and_gradients(ours, h, weight, target, 30.0) for _ in range(2)]
@@ -363,7 +364,7 @@ def large(dtype: torch.dtype, d: int) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")
 @pytest.mark.parametrize("d", [17, 64, 100, 128, 256, 300, 768])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_large_on_a_gpu(dtype: torch.dtype, d: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "ORDER_FROM", random.choice([(1, 1), (10**9, 1)]))
     h, weight, target = large(dtype, d)

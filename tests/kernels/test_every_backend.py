@@ -28,6 +28,8 @@ from dgi_kernels import (
     residual_quantize,
 )
 
+from .shapes import name_of
+
 BACKENDS = ("reference", "triton", "native")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
@@ -99,7 +101,7 @@ def results(call: Call, inputs: tuple[Tensor, ...], upstream: list[Tensor] | Non
     return [value.detach().double().cpu() for value in found]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
@@ -147,7 +149,7 @@ def catalog() -> tuple[Trie, int]:
     return Trie.from_codes(torch.randint(size, (random.randint(1, 3000), depth)), codebook_sizes=[size] * depth), size
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("normalize", ["full", "children"])
@@ -183,7 +185,7 @@ def test_search(op: str, normalize: str, name: str, device: str, dtype: torch.dt
     assert torch.equal(got.nodes.cpu() < 0, want.nodes < 0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("name", BACKENDS)
 def test_ranking(name: str, device: str, dtype: torch.dtype) -> None:

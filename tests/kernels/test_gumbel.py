@@ -13,7 +13,7 @@ from torch import Tensor
 from dgi_kernels import BackendUnavailable, gumbel_noise, gumbel_softmax
 
 from .gumbel_cases import TOLERANCE, assert_gradients_close, gradients
-from .shapes import GUMBEL
+from .shapes import GUMBEL, name_of
 
 
 def softmax_noise(logits: Tensor, seed: int) -> Tensor:
@@ -22,8 +22,8 @@ def softmax_noise(logits: Tensor, seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize("hard", [False, True])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("shape", GUMBEL, ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=name_of)
+@pytest.mark.parametrize("shape", GUMBEL, ids=name_of)
 def test_softmax_of_noisy_logits(shape: tuple[int, ...], dtype: torch.dtype, hard: bool) -> None:
     seed, logits = random.randrange(2**63), (torch.randn(shape) * 3).to(dtype).requires_grad_()
     tau = torch.tensor(random.uniform(0.3, 2)).to(dtype).requires_grad_()

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from dgi_kernels import gumbel_softmax
 
+from .shapes import name_of
+
 INCLUDE = Path(__file__).resolve().parents[2] / "csrc" / "include"
 COMPILER = shlex.split(os.environ.get("CXX", "c++"))
 SOURCE = r"""
@@ -63,7 +65,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Tensor,
 
 @pytest.mark.parametrize("hard", [False, True])
 @pytest.mark.parametrize("lanes", [1, 3, 256])
-@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (5, 1030)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (5, 1030)], ids=name_of)
 def test_lanes(run: Callable[..., tuple[Tensor, Tensor, Tensor]], shape: tuple[int, int], lanes: int,
                hard: bool) -> None:
     seed, tau = random.randrange(-(2**63), 2**63), random.uniform(0.3, 2)

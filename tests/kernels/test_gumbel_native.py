@@ -10,15 +10,15 @@ from torch import Tensor, library
 
 from dgi_kernels import _extension, gumbel_softmax
 
-from .shapes import GUMBEL
+from .shapes import GUMBEL, name_of
 
 pytestmark = pytest.mark.skipif(_extension.load_error is not None, reason=str(_extension.load_error))
 
 
 @pytest.mark.parametrize("hard", [False, True])
 @pytest.mark.parametrize("tau", [1.0, 0.5, 0.4])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [*GUMBEL, (3, 700), (2, 0, 4)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=name_of)
+@pytest.mark.parametrize("shape", [*GUMBEL, (3, 700), (2, 0, 4)], ids=name_of)
 def test_softmax_is_the_references(shape: tuple[int, ...], dtype: torch.dtype, tau: float, hard: bool) -> None:
     seed, logits = random.randrange(2**63), (torch.randn(shape) * 3).to(dtype).requires_grad_()
     upstream = torch.randn_like(logits)

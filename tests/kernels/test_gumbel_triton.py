@@ -22,6 +22,7 @@ from .interpreter import (
     runs,
     seed_tensor,
 )
+from .shapes import name_of
 
 if TRITON and (GPU or INTERPRETED):
     from dgi_kernels import gumbel_noise, gumbel_softmax
@@ -34,7 +35,7 @@ def test_all_of_this_file_in_the_interpreter() -> None:
 
 
 @runs
-@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (70, 33), (3, 600)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (70, 33), (3, 600)], ids=name_of)
 def test_noise_is_the_contracts(shape: tuple[int, int]) -> None:
     seed, level, stream = seed_tensor(), random.randrange(2**32), random.randrange(2**32)
     row_offset = random.choice([0, random.randrange(2**31), 2**32 - shape[0]])
@@ -73,8 +74,8 @@ def test_noise_formula_holds_with_the_worst_logarithms() -> None:
 
 @runs
 @pytest.mark.parametrize("hard", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(5,), (1, 1), (7, 3), (2, 3, 9), (33, 65), (0, 4)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("shape", [(5,), (1, 1), (7, 3), (2, 3, 9), (33, 65), (0, 4)], ids=name_of)
 def test_softmax(shape: tuple[int, ...], dtype: torch.dtype, hard: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
         monkeypatch.setattr(triton_softmax, "SOFTMAX_TILES", ((4, 4), (2, 32)))

@@ -15,7 +15,7 @@ from dgi_kernels import BackendUnavailable, gumbel_noise, gumbel_softmax, residu
 
 from .gumbel_cases import TOLERANCE, assert_gradients_close, gradients
 from .quantize_cases import GRADIENT_MODES, Inputs, differentiable, make, oracle, weighted_sum
-from .shapes import QUANTIZE, Quantize
+from .shapes import QUANTIZE, Quantize, name_of
 
 
 @pytest.mark.parametrize("op", ["gumbel_softmax", "residual_quantize"])
@@ -34,8 +34,8 @@ def test_manual_seed_governs_what_has_no_seed(op: str) -> None:
 
 @pytest.mark.parametrize("noise", [True, False], ids=["noise", "no noise"])
 @pytest.mark.parametrize("mode", ["soft", "straight_through", "hard"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("shape", QUANTIZE, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=name_of)
+@pytest.mark.parametrize("shape", QUANTIZE, ids=name_of)
 def test_quantization_and_gradients(shape: Quantize, dtype: torch.dtype, mode: str, noise: bool) -> None:
     inputs, seed, row_offset = make(shape, dtype), random.randrange(2**63), random.randrange(2**31)
     result = residual_quantize(inputs.z, inputs.codebooks, inputs.scale, inputs.tau, mode=mode, noise=noise, seed=seed,
@@ -52,7 +52,7 @@ def test_quantization_and_gradients(shape: Quantize, dtype: torch.dtype, mode: s
                                10 * TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
 @pytest.mark.parametrize("mode", ["soft", "straight_through", "hard"])
 def test_low_precision_is_the_float32_result_rounded(mode: str, dtype: torch.dtype) -> None:
     inputs = make(Quantize(n=33, d=7, sizes=(9, 33, 5)), dtype)
@@ -115,7 +115,7 @@ def test_straight_through_equals_hard_gumbel_softmax_times_codebook() -> None:
 
 
 @pytest.mark.parametrize("mode", ["straight_through", "hard"])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=name_of)
 def test_discrete_modes_emit_rows_of_the_codebook_bit_for_bit(mode: str, dtype: torch.dtype) -> None:
     """Guards against y - p + p in place of y: it left rows that were off by an ulp of p."""
     inputs = make(Quantize(n=33, d=7, sizes=(9, 33, 5)), dtype)

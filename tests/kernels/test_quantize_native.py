@@ -16,7 +16,7 @@ from dgi_kernels import _extension, assign_codes, residual_quantize
 
 from .gumbel_cases import gradients
 from .quantize_cases import GRADIENT_MODES, Inputs, differentiable, make, oracle, weighted_sum
-from .shapes import QUANTIZE, Quantize
+from .shapes import QUANTIZE, Quantize, name_of
 
 pytestmark = pytest.mark.skipif(_extension.load_error is not None, reason=str(_extension.load_error))
 
@@ -75,8 +75,8 @@ def assert_matches_oracle(inputs: Inputs, mode: str, seed: int | None, forward: 
 
 @pytest.mark.parametrize("seeded", [True, False], ids=["noise", "no noise"])
 @pytest.mark.parametrize("mode", ["soft", "straight_through", "hard"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=name_of)
+@pytest.mark.parametrize("shape", SHAPES, ids=name_of)
 def test_quantization_and_gradients(shape: Quantize, dtype: torch.dtype, mode: str, seeded: bool) -> None:
     tolerances = (1e-9, 1e-8) if dtype == torch.float64 else (FORWARD, BACKWARD if shape.d > 3 else 1e-1)
     assert_matches_oracle(make(shape, dtype), mode, random.randrange(2**63) if seeded else None, *tolerances)
@@ -245,8 +245,8 @@ def test_direct_callers_are_stopped_too() -> None:
         backward(fine, *lists([0, 2, 2, 4], [1, 8, 0, 3])[:2], torch.full((3,), 0.5))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [*SHAPES, Quantize(n=1100, d=12, sizes=(2500, 1024, 7))], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("shape", [*SHAPES, Quantize(n=1100, d=12, sizes=(2500, 1024, 7))], ids=name_of)
 def test_assigned_codes_are_those_of_hard_mode(shape: Quantize, dtype: torch.dtype) -> None:
     """Compared by their cosines in float64: of codes within rounding of each other either will do."""
     inputs = make(shape, dtype)

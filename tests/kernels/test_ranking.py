@@ -23,6 +23,7 @@ from dgi_kernels import (
 
 from . import oracles
 from .oracles import Catalog, random_catalog
+from .shapes import name_of
 from .tries import make, names
 
 CASES = 100
@@ -60,7 +61,7 @@ def assert_ranked(ranking: Ranking, b: int, expected: list[tuple[int, float, flo
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=name_of)
 def test_items_come_by_beam_score_then_cosine_then_id(dtype: torch.dtype, backend: str) -> None:
     for _ in range(CASES):
         catalog = random_catalog(max_items=20, max_size=3)

@@ -17,6 +17,8 @@ from dgi_kernels.trie import native, reference, starts
 from dgi_kernels.trie.item_set import BLOCK_WORDS, ItemSet, num_words
 from dgi_kernels.trie.rows import packed_rows
 
+from .shapes import name_of
+
 pytestmark = pytest.mark.skipif(_extension.load_error is not None, reason=str(_extension.load_error))
 
 CSRC = Path(__file__).parents[2] / "csrc"
@@ -47,7 +49,7 @@ def test_few_rows_and_several_shares(rows: int) -> None:
     check(np.random.randint(0, 1000, (rows, 3)))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_codes_of_any_dtype_and_strides(dtype: torch.dtype) -> None:
     codes = torch.randint(0, 120, (900, 6)).to(dtype)
     check(codes)
@@ -60,8 +62,8 @@ def test_codes_of_any_dtype_and_strides(dtype: torch.dtype) -> None:
         check(torch.tensor([[largest, 0], [0, largest], [largest - 1, 1]]).to(dtype))
 
 
-@pytest.mark.parametrize("tokens", [torch.int16, torch.int32], ids=str)
-@pytest.mark.parametrize("counts", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("tokens", [torch.int16, torch.int32], ids=name_of)
+@pytest.mark.parametrize("counts", [torch.int32, torch.int64], ids=name_of)
 def test_arrays_of_every_width(tokens: torch.dtype, counts: torch.dtype) -> None:
     codes = np.random.randint(-1, 32768, (3000, 3))
     codes[:, 0] = np.abs(codes[:, 0])
@@ -103,7 +105,7 @@ def test_columns_of_unequal_width() -> None:
     check(np.stack([np.random.randint(0, high, 4000) for high in (4096, 1, 2, 2**30, 256)], axis=1))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_ranges_of_codes(dtype: torch.dtype) -> None:
     info = torch.iinfo(dtype)
     codes = torch.randint(max(info.min, -2**62), min(info.max, 2**62), (50000, 3)).to(dtype)
@@ -114,7 +116,7 @@ def test_ranges_of_codes(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 511, 512, 513, 5000, 200000])
-@pytest.mark.parametrize("counts", [None, torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("counts", [None, torch.int32, torch.int64], ids=name_of)
 def test_sets_of_items(size: int, counts: torch.dtype | None) -> None:
     order = None if counts is None else torch.randperm(size).to(counts)
     for share in (0.0, 0.01, 0.5, 1.0):
@@ -128,7 +130,7 @@ def test_sets_of_items(size: int, counts: torch.dtype | None) -> None:
 
 
 @pytest.mark.parametrize("leaves", [0, 1, 255, 256, 257, 512, 5000])
-@pytest.mark.parametrize("counts", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("counts", [torch.int32, torch.int64], ids=name_of)
 def test_starts_as_marks(leaves: int, counts: torch.dtype) -> None:
     for most in (2, 4, 3000):  # one item each, few, and runs over several blocks of bits
         sizes = torch.where(torch.rand(leaves) < 0.02, torch.randint(1, most, (leaves,)), 1)
@@ -145,8 +147,8 @@ def test_starts_as_marks(leaves: int, counts: torch.dtype) -> None:
         assert smaller.nbytes == min(plain.nbytes, marks.nbytes)
 
 
-@pytest.mark.parametrize("tokens", [torch.int16, torch.int32], ids=str)
-@pytest.mark.parametrize("counts", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("tokens", [torch.int16, torch.int32], ids=name_of)
+@pytest.mark.parametrize("counts", [torch.int32, torch.int64], ids=name_of)
 def test_children_are_found(tokens: torch.dtype, counts: torch.dtype) -> None:
     for rows in (0, 1, 300, 5000):
         (_, level), (_, child_start), _, _ = native.trie_arrays(torch.randint(0, 90, (rows, 2)), tokens, counts)
@@ -157,7 +159,7 @@ def test_children_are_found(tokens: torch.dtype, counts: torch.dtype) -> None:
             assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("tokens", [torch.int16, torch.int32], ids=str)
+@pytest.mark.parametrize("tokens", [torch.int16, torch.int32], ids=name_of)
 @pytest.mark.parametrize("codes", [1, 31, 32, 33, 90])
 def test_masks_of_children(tokens: torch.dtype, codes: int) -> None:
     table = torch.randint(-1, codes, (400, 2))
