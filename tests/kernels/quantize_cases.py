@@ -38,6 +38,18 @@ def make(shape: Quantize, dtype: torch.dtype = torch.float64) -> Inputs:
     return Inputs(vectors(shape.n), [vectors(k) for k in shape.sizes], scale, tau)
 
 
+def peaked(n: int, d: int, sizes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Inputs:
+    """Like a trained quantizer: codes in families of neighbours at cosine 0.8, rows near a path of codes."""
+    codebooks, z = [], torch.zeros(n, d)
+    for level, size in enumerate(sizes):
+        centre = F.normalize(torch.randn(-(-size // 8), d), dim=-1).repeat_interleave(8, 0)[:size]
+        codebook = 0.5**level * F.normalize(0.8 * centre + 0.6 * F.normalize(torch.randn(size, d), dim=-1), dim=-1)
+        codebooks.append(codebook.to(dtype).requires_grad_())
+        z += codebook[torch.randint(size, (n,))]
+    z = z + 0.02 * torch.randn(n, d)
+    return Inputs(z.detach().to(dtype).requires_grad_(), codebooks, torch.tensor(30.0), torch.tensor(1.0))
+
+
 def oracle(inputs: Inputs, mode: str, seed: int | Tensor | None, result: ResidualQuantization, row_offset: int = 0,
            eps: float = 1e-12) -> ResidualQuantization:
     """method.md in float64, one level after the other, with an explicit one-hot where the mode has one.
@@ -72,6 +84,23 @@ def oracle(inputs: Inputs, mode: str, seed: int | Tensor | None, result: Residua
 
 def differentiable(result: ResidualQuantization) -> list[Tensor]:
     return [result.quantized, *result.usage, result.residuals, result.log_normalizer]
+
+
+def result_names(inputs: Inputs) -> list[str]:
+    """Of :func:`differentiable`."""
+    usage = [f"usage[{level}]" for level in range(len(inputs.codebooks))]
+    return ["quantized", *usage, "residuals", "log_normalizer"]
+
+
+def gradient_names(inputs: Inputs) -> list[str]:
+    """Of the gradients of ``inputs.leaves``."""
+    return [f"gradient of {name}"
+            for name in ("z", *(f"codebooks[{level}]" for level in range(len(inputs.codebooks))), "scale", "tau")]
+
+
+def largest_norm(tensors: list[Tensor]) -> float:
+    """What gradients that cancel to nothing are judged by: they are rounded as what they are summed from."""
+    return max(x.norm().item() for x in tensors)
 
 
 def weighted_sum(tensors: list[Tensor], weights: list[Tensor]) -> Tensor:

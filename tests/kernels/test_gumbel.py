@@ -2,42 +2,38 @@
 
 from __future__ import annotations
 
-import math
 import random
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from dgi_kernels import BackendUnavailable, gumbel_noise, gumbel_softmax
+from dgi_kernels import BackendUnavailable, gumbel_softmax
 
-from .gumbel_cases import TOLERANCE, assert_gradients_close, gradients
+from .gumbel_cases import noisy_logits, one_hot_argmax
+from .near import ROUNDING, assert_all_near, assert_near, gradients
 from .shapes import GUMBEL, name_of
 
 
-def softmax_noise(logits: Tensor, seed: int) -> Tensor:
-    rows = math.prod(logits.shape[:-1])
-    return gumbel_noise(seed, 0, rows, logits.shape[-1], stream=1, backend="reference").reshape(logits.shape).double()
-
-
 @pytest.mark.parametrize("hard", [False, True])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=name_of)
+@pytest.mark.parametrize("dtype", ROUNDING, ids=name_of)
 @pytest.mark.parametrize("shape", GUMBEL, ids=name_of)
 def test_softmax_of_noisy_logits(shape: tuple[int, ...], dtype: torch.dtype, hard: bool) -> None:
     seed, logits = random.randrange(2**63), (torch.randn(shape) * 3).to(dtype).requires_grad_()
     tau = torch.tensor(random.uniform(0.3, 2)).to(dtype).requires_grad_()
     actual = gumbel_softmax(logits, tau, hard, seed=seed, backend="reference")
-    noisy = logits.double() + softmax_noise(logits, seed)
+    noisy = noisy_logits(logits, seed)
     soft = (noisy / tau.double()).softmax(-1)
-    expected = F.one_hot(noisy.argmax(-1), shape[-1]).double() if hard else soft
     assert actual.dtype == dtype
-    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=0 if hard else TOLERANCE[dtype])
+    if hard:
+        assert torch.equal(actual.double(), one_hot_argmax(noisy))
+    else:
+        assert_near("softmax", actual, soft)
 
     upstream = torch.randn_like(actual)
     leaves = (logits, tau)
-    assert_gradients_close(gradients((actual * upstream).sum(), leaves),
-                           gradients((soft * upstream.double()).sum(), leaves), 4 * TOLERANCE[dtype])
+    assert_all_near(("gradient of logits", "gradient of tau"), gradients((actual * upstream).sum(), leaves),
+                    gradients((soft * upstream.double()).sum(), leaves), dtype=dtype,
+                    sizes=[upstream.double().norm().item()] * 2)
 
 
 def test_softmax_gradcheck() -> None:

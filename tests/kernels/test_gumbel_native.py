@@ -10,6 +10,7 @@ from torch import Tensor, library
 
 from dgi_kernels import _extension, gumbel_softmax
 
+from .near import assert_all_near, assert_near
 from .shapes import GUMBEL, name_of
 
 pytestmark = pytest.mark.skipif(_extension.load_error is not None, reason=str(_extension.load_error))
@@ -26,16 +27,16 @@ def test_softmax_is_the_references(shape: tuple[int, ...], dtype: torch.dtype, t
     for temperature in (tau, torch.tensor(tau).to(dtype).requires_grad_()):
         wide = [x.detach().double().requires_grad_() for x in (logits, torch.as_tensor(temperature, dtype=compute))]
         truth = gumbel_softmax(*wide, hard, seed=seed, backend="reference")
-        actual = gumbel_softmax(logits, temperature, hard, seed=seed, backend="native")
+        actual, usual = (gumbel_softmax(logits, temperature, hard, seed=seed, backend=name)
+                         for name in ("native", "reference"))
         assert actual.dtype == dtype and actual.shape == shape
-        resolution = {torch.float64: 1e-9, torch.float32: 1e-5}.get(dtype, torch.finfo(dtype).eps)
-        torch.testing.assert_close(actual.double(), truth, rtol=0, atol=resolution)
+        assert_near("softmax", actual, truth, usual)
         leaves = [logits, temperature] if isinstance(temperature, Tensor) else [logits]
-        ours = torch.autograd.grad(actual, leaves, upstream)
-        theirs = torch.autograd.grad(truth, wide, upstream.double())
-        for a, e in zip(ours, theirs, strict=False):
-            atol = 8 * resolution * max(1, logits.numel() / 99)
-            torch.testing.assert_close(a.double(), e, rtol=4 * resolution, atol=atol)
+        theirs = torch.autograd.grad(truth, wide, upstream.double())[:len(leaves)]
+        assert_all_near(("gradient of logits", "gradient of tau")[:len(leaves)],
+                        torch.autograd.grad(actual, leaves, upstream), theirs,
+                        torch.autograd.grad(usual, leaves, upstream), dtype=dtype,
+                        sizes=[upstream.double().norm().item()] * len(leaves))
 
 
 def test_infinite_logits_have_no_gradient_to_tau() -> None:

@@ -13,8 +13,18 @@ from torch import Tensor
 
 from dgi_kernels import BackendUnavailable, gumbel_noise, gumbel_softmax, residual_quantize
 
-from .gumbel_cases import TOLERANCE, assert_gradients_close, gradients
-from .quantize_cases import GRADIENT_MODES, Inputs, differentiable, make, oracle, weighted_sum
+from .near import ROUNDING, assert_all_near, gradients
+from .quantize_cases import (
+    GRADIENT_MODES,
+    Inputs,
+    differentiable,
+    gradient_names,
+    largest_norm,
+    make,
+    oracle,
+    result_names,
+    weighted_sum,
+)
 from .shapes import QUANTIZE, Quantize, name_of
 
 
@@ -42,14 +52,13 @@ def test_quantization_and_gradients(shape: Quantize, dtype: torch.dtype, mode: s
                                row_offset=row_offset, backend="reference")
     expected = oracle(inputs, mode, seed if noise else None, result, row_offset)
     compared = differentiable(result), differentiable(expected)
-    for actual, truth in zip(*compared, strict=True):
-        assert actual.dtype == dtype
-        tolerance = TOLERANCE[dtype] * max(1, truth.abs().max().item())
-        torch.testing.assert_close(actual.double(), truth, rtol=0, atol=tolerance)
+    names = result_names(inputs)
+    assert all(actual.dtype == dtype for actual in compared[0])
+    assert_all_near(names, *compared, sizes=[1.0] * len(names))
     if mode != "hard" and (dtype == torch.float64 or shape.d > 3):  # in few dimensions residuals may come near to 0
         weights = [torch.randn_like(truth) for truth in compared[1]]
-        assert_gradients_close(*(gradients(weighted_sum(c, weights), inputs.leaves) for c in compared),
-                               10 * TOLERANCE[dtype])
+        ours, theirs = (gradients(weighted_sum(c, weights), inputs.leaves) for c in compared)
+        assert_all_near(gradient_names(inputs), ours, theirs, dtype=dtype, sizes=[largest_norm(theirs)] * len(theirs))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
@@ -98,7 +107,7 @@ def test_straight_through_backward_is_the_soft_jacobian_by_hand() -> None:
     dkey = scale * (ds.T @ unit_z - (ds * cosine).sum(0).unsqueeze(1) * unit_e) / codebook.norm(dim=-1, keepdim=True)
     dvalue = F.one_hot(result.sampled[:, 0], 6).double().T @ upstream
     dtau = -(ds * (s + gumbel_noise(8, 0, 5, 6, backend="reference").double())).sum() / tau
-    assert_gradients_close(actual, [dz, dkey + dvalue, (ds * cosine).sum(), dtau], 1e-10)
+    assert_all_near(gradient_names(inputs), actual, [dz, dkey + dvalue, (ds * cosine).sum(), dtau])
 
 
 def test_straight_through_equals_hard_gumbel_softmax_times_codebook() -> None:
@@ -111,11 +120,12 @@ def test_straight_through_equals_hard_gumbel_softmax_times_codebook() -> None:
     hard = torch.zeros_like(soft).scatter(-1, soft.argmax(-1, keepdim=True), 1.0) - soft.detach() + soft
     upstream = torch.randn(5, 4, dtype=torch.float64)
     ours = residual_quantize(*inputs, mode="straight_through", seed=8, backend="reference").quantized[:, 0]
-    assert_gradients_close(*(gradients((x * upstream).sum(), inputs.leaves) for x in (ours, hard @ codebook)), 1e-10)
+    assert_all_near(gradient_names(inputs),
+                    *(gradients((x * upstream).sum(), inputs.leaves) for x in (ours, hard @ codebook)))
 
 
 @pytest.mark.parametrize("mode", ["straight_through", "hard"])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=name_of)
+@pytest.mark.parametrize("dtype", ROUNDING, ids=name_of)
 def test_discrete_modes_emit_rows_of_the_codebook_bit_for_bit(mode: str, dtype: torch.dtype) -> None:
     """Guards against y - p + p in place of y: it left rows that were off by an ulp of p."""
     inputs = make(Quantize(n=33, d=7, sizes=(9, 33, 5)), dtype)
@@ -208,8 +218,9 @@ def test_strides_and_shared_inputs() -> None:
     truth = oracle(tied, "soft", 1, ours)
     weights = [torch.randn_like(t) for t in differentiable(truth)]
     leaves = [codebook, tied.scale]
-    assert_gradients_close(gradients(weighted_sum(differentiable(ours), weights), leaves),
-                           gradients(weighted_sum(differentiable(truth), weights), leaves), 1e-9)
+    assert_all_near(("gradient of the codebook", "gradient of scale"),
+                    gradients(weighted_sum(differentiable(ours), weights), leaves),
+                    gradients(weighted_sum(differentiable(truth), weights), leaves))
 
 
 def test_zero_vectors_are_quantized_by_the_uniform_distribution() -> None:
