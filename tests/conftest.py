@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import zlib
+from collections.abc import Generator
 
 # Threads that spin while they wait stall when another process has one of the cores.  OpenMP reads this as it loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -12,6 +13,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from pytest import TestReport  # noqa: E402
+
+from tests.skips import is_expected  # noqa: E402
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -30,3 +34,15 @@ def seed(request: pytest.FixtureRequest) -> int:
     torch.manual_seed(value)
     request.node.add_report_section("call", "seed", f"repeat with DGI_TEST_SEED={value}")
     return value
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Generator[None, TestReport, TestReport]:
+    """A skip that is not on the list fails: a test that says nothing reads as one that passed."""
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail") and isinstance(report.longrepr, tuple):
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        if not is_expected(reason):
+            report.outcome = "failed"
+            report.longrepr = f"{item.nodeid} was skipped, which tests/skips.py does not expect here: {reason}"
+    return report

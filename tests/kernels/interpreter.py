@@ -10,9 +10,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -37,11 +39,15 @@ def runs(test: Callable[..., None]) -> Callable[..., None]:
 
 
 def run_in_the_interpreter(file: str) -> None:
-    """Run a file's tests in a process that interprets."""
+    """Run a file's tests in a process that interprets; what is skipped there must be on the list of tests/skips.py."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
+    passed, skipped = (int(found[1]) if (found := re.search(rf"(\d+) {what}", run.stdout)) else 0
+                       for what in ("passed", "skipped"))
+    print(f"{Path(file).name} in the interpreter: {passed} passed, {skipped} skipped")
+    assert passed > skipped, run.stdout
 
 
 def choose_form(monkeypatch: pytest.MonkeyPatch, triton: ModuleType, form: str, step: int) -> None:
@@ -54,11 +60,6 @@ def choose_form(monkeypatch: pytest.MonkeyPatch, triton: ModuleType, form: str, 
         tiles = triton.Tiles(owned=32, step=step, warps=4, stages=2)
         config = triton.FlashConfig(*[tiles] * len(triton.FlashConfig._fields))
         monkeypatch.setattr(triton, "flash_config", lambda dim, device: (max(16, 1 << (dim - 1).bit_length()), config))
-
-
-def error(actual: Tensor, expected: Tensor, floor: float = 1e-30) -> float:
-    """Relative to the norm of what is expected."""
-    return ((actual.double() - expected.double()).norm() / expected.double().norm().clamp(min=floor)).item()
 
 
 def seed_tensor() -> Tensor:

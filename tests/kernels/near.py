@@ -17,7 +17,7 @@ ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 5e-3, torch
 
 
 def assert_near(name: str, got: Tensor, want: Tensor, usual: Tensor | None = None, *, dtype: torch.dtype | None = None,
-                size: float = 0.0) -> None:
+                size: float = 0.0, factor: float = FACTOR) -> None:
     """Fail where ``got`` is too far from ``want``; the message names the tensor, the error and the worst entry.
 
     Args:
@@ -27,6 +27,7 @@ def assert_near(name: str, got: Tensor, want: Tensor, usual: Tensor | None = Non
         usual: what the reference makes of the same inputs in the same dtype; None: rounding alone is allowed.
         dtype: that inputs and products have; by default that of ``got``.
         size: norm of what is summed, where the sum may cancel: it is still rounded as what it was summed from.
+        factor: how many times the reference's error is allowed.
     """
     assert got.shape == want.shape, f"{name} has shape {tuple(got.shape)}, not {tuple(want.shape)}"
     if not want.numel():
@@ -35,7 +36,7 @@ def assert_near(name: str, got: Tensor, want: Tensor, usual: Tensor | None = Non
     own = (usual.detach().double().cpu() - truth).norm().item() if usual is not None else 0.0
     off = (actual - truth).abs()
     relative = ROUNDING[dtype or got.dtype]
-    allowed = FACTOR * own + relative * max(truth.norm().item(), size, 1e-30)
+    allowed = factor * own + relative * max(truth.norm().item(), size, 1e-30)
     if off.norm().item() <= allowed:  # False for NaN
         return
     worst = int(off.nan_to_num(nan=torch.inf).argmax())
@@ -48,11 +49,16 @@ def assert_near(name: str, got: Tensor, want: Tensor, usual: Tensor | None = Non
 
 def assert_all_near(names: Sequence[str], got: Sequence[Tensor], want: Sequence[Tensor],
                     usual: Sequence[Tensor] | None = None, *, dtype: torch.dtype | None = None,
-                    sizes: Sequence[float] | None = None) -> None:
+                    sizes: Sequence[float] | None = None, factor: float = FACTOR) -> None:
     """:func:`assert_near` for results that come together, such as the gradients of a call."""
     for i, (name, actual, truth) in enumerate(zip(names, got, want, strict=True)):
         assert_near(name, actual, truth, None if usual is None else usual[i], dtype=dtype,
-                    size=0.0 if sizes is None else sizes[i])
+                    size=0.0 if sizes is None else sizes[i], factor=factor)
+
+
+def error(actual: Tensor, expected: Tensor, floor: float = 1e-30) -> float:
+    """The norm of the difference, relative to the norm of what is expected."""
+    return ((actual.double() - expected.double()).norm() / expected.double().norm().clamp(min=floor)).item()
 
 
 def gradients(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:

@@ -13,9 +13,10 @@ from torch import Tensor
 from dgi_kernels import BackendUnavailable, cosine_cross_entropy, cosine_logits
 from dgi_kernels.cosine import reference
 
+from .cosine_cases import GRADIENTS, true_loss
+from .near import ROUNDING, assert_all_near, assert_near, gradients
 from .shapes import COSINE, Cosine, name_of
 
-EPS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}  # relative to the scale
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -27,12 +28,6 @@ def true_logits(h: Tensor, weight: Tensor, scale: float | Tensor, eps: float = 1
     return scale * (h.unsqueeze(-2) * weight).sum(-1)
 
 
-def true_loss(h: Tensor, weight: Tensor, target: Tensor, scale: float | Tensor, **options: object) -> Tensor:
-    logits = scale * F.normalize(h.double(), dim=-1) @ F.normalize(weight.double(), dim=-1).T
-    loss = F.cross_entropy(logits.reshape(-1, len(weight)), target.reshape(-1).long(), **options)
-    return loss.reshape(target.shape) if options.get("reduction") == "none" else loss
-
-
 def inputs(shape: Cosine, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     h, weight = (F.normalize(torch.randn(rows, shape.d), dim=-1) * torch.empty(rows, 1).uniform_(0.5, 4)
                  for rows in (shape.n, shape.k))
@@ -41,29 +36,20 @@ def inputs(shape: Cosine, dtype: torch.dtype = torch.float32) -> tuple[Tensor, T
     return h, weight, torch.randint(shape.k, (shape.n,)), scale
 
 
-def gradients(loss: Tensor, leaves: tuple[Tensor, ...]) -> list[Tensor]:
-    return [gradient.double() for gradient in torch.autograd.grad(loss, leaves)]
-
-
-def assert_gradients_close(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
-    """Relative to each gradient's largest entry, or to 1: what is summed from large terms may be small or cancel."""
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=0, atol=tolerance * max(1, e.abs().max().item()))
-
-
-@pytest.mark.parametrize("dtype", EPS, ids=name_of)
+@pytest.mark.parametrize("dtype", ROUNDING, ids=name_of)
 @pytest.mark.parametrize("shape", COSINE, ids=name_of)
 def test_logits_and_gradients(shape: Cosine, dtype: torch.dtype) -> None:
     h, weight, _, scale = inputs(shape, dtype)
     logits = cosine_logits(h, weight, scale)
     expected = true_logits(h, weight, scale.double())
     assert logits.dtype == dtype
-    torch.testing.assert_close(logits.double(), expected, rtol=0, atol=EPS[dtype] * scale.item())
+    assert_near("logits", logits, expected)
 
     upstream = torch.randn_like(logits)
     leaves = (h, weight, scale)
-    assert_gradients_close(gradients((logits * upstream).sum(), leaves),
-                           gradients((expected * upstream.double()).sum(), leaves), 10 * EPS[dtype])
+    assert_all_near(GRADIENTS, gradients((logits * upstream).sum(), leaves),
+                    gradients((expected * upstream.double()).sum(), leaves), dtype=dtype,
+                    sizes=[upstream.double().norm().item()] * 3)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -77,12 +63,13 @@ def test_loss_and_gradients(shape: Cosine, smoothing: float, reduction: str) -> 
     loss = cosine_cross_entropy(h, weight, target, scale, **options)
     expected = true_loss(h, weight, target, scale.double(), **options)
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=2e-5)
+    assert_near("loss", loss, expected, size=1.0)
 
     upstream = torch.randn_like(loss)
     leaves = (h, weight, scale)
-    assert_gradients_close(gradients((loss * upstream).sum(), leaves),
-                           gradients((expected * upstream.double()).sum(), leaves), 1e-4)
+    assert_all_near(GRADIENTS, gradients((loss * upstream).sum(), leaves),
+                    gradients((expected * upstream.double()).sum(), leaves), dtype=h.dtype,
+                    sizes=[upstream.double().norm().item()] * 3)
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=name_of)
@@ -91,8 +78,9 @@ def test_low_precision_loss_is_computed_in_float32(dtype: torch.dtype) -> None:
     loss = cosine_cross_entropy(h, weight, target, scale)
     expected = true_loss(h, weight, target, scale.double())
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
-    assert_gradients_close(gradients(loss, (h, weight, scale)), gradients(expected, (h, weight, scale)), EPS[dtype])
+    assert_near("loss", loss, expected)
+    assert_all_near(GRADIENTS, gradients(loss, (h, weight, scale)), gradients(expected, (h, weight, scale)),
+                    dtype=dtype)
 
 
 def test_gradcheck() -> None:
@@ -143,7 +131,8 @@ def test_strides_do_not_matter(view: Callable[[Tensor], Tensor]) -> None:
     strided = cosine_cross_entropy(view(h), view(weight), target, scale)
     plain = cosine_cross_entropy(h, weight, target, scale)
     torch.testing.assert_close(strided, plain)
-    assert_gradients_close(gradients(strided, (h, weight, scale)), gradients(plain, (h, weight, scale)), 1e-5)
+    assert_all_near(GRADIENTS, gradients(strided, (h, weight, scale)), gradients(plain, (h, weight, scale)),
+                    dtype=h.dtype)
     torch.testing.assert_close(cosine_logits(view(h), view(weight), scale), cosine_logits(h, weight, scale))
 
 
@@ -217,7 +206,7 @@ def test_one_tensor_as_both_inputs_and_a_weight_in_two_ops() -> None:
         + cosine_logits(h, x, scale).square().mean()
     truth = true_loss(x, x, target, scale) + true_loss(h, x, target[:3], scale) \
         + true_logits(h, x, scale).square().mean()
-    assert_gradients_close(gradients(ours, (x, scale)), gradients(truth, (x, scale)), 1e-10)
+    assert_all_near(("gradient of x", "gradient of scale"), gradients(ours, (x, scale)), gradients(truth, (x, scale)))
 
 
 def test_nan_and_inf_stay_in_their_row() -> None:

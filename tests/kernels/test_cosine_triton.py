@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library
 
+from .cosine_cases import GRADIENTS, eager
 from .interpreter import (
     DEVICE,
     DTYPES,
@@ -24,14 +25,12 @@ from .interpreter import (
     run_in_the_interpreter,
     runs,
 )
+from .near import ROUNDING, assert_all_near, assert_near, error
 from .shapes import name_of
 
 if TRITON and (GPU or INTERPRETED):
     from dgi_kernels import cosine_cross_entropy
     from dgi_kernels.cosine import triton
-
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}  # of gradients, relative to their norm
-
 
 @launcher
 def test_all_of_this_file_in_the_interpreter() -> None:
@@ -47,11 +46,6 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 def inputs(n: int, d: int, k: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     h, weight = (torch.randn(rows, d) * torch.empty(rows, 1).uniform_(0.1, 5) for rows in (n, k))
     return h.to(DEVICE, dtype), weight.to(DEVICE, dtype), torch.randint(k, (n,), device=DEVICE)
-
-
-def exact(h: Tensor, weight: Tensor, target: Tensor, scale: Tensor, eps: float = 1e-12, **options: object) -> Tensor:
-    logits = scale * F.normalize(h, dim=-1, eps=eps) @ F.normalize(weight, dim=-1, eps=eps).T
-    return F.cross_entropy(logits, target, **options)
 
 
 def ours(h: Tensor, weight: Tensor, target: Tensor, scale: Tensor, ignore_index: int = -100, reduction: str = "mean",
@@ -70,18 +64,12 @@ def loss_and_gradients(function, h: Tensor, weight: Tensor, target: Tensor, scal
     return [loss.detach(), *torch.autograd.grad((loss * upstream).sum(), (h, weight, gamma))]
 
 
-def error(actual: Tensor, expected: Tensor, floor: float = 1e-30) -> float:
-    """Relative to the norm of what is expected."""
-    return ((actual.double() - expected).norm() / expected.norm().clamp(min=floor)).item()
-
-
 def assert_exact(h: Tensor, weight: Tensor, target: Tensor, scale: float, **options: object) -> None:
     actual = loss_and_gradients(ours, h, weight, target, scale, **options)
-    expected = loss_and_gradients(exact, h, weight, target, scale, torch.float64, **options)
-    assert error(actual[0], expected[0], floor=0.01 + abs(scale) / 20) < 2e-5  # a loss near 0 is a difference of logits
+    expected = loss_and_gradients(eager, h, weight, target, scale, torch.float64, **options)
+    assert_near("loss", actual[0], expected[0], size=0.01 + abs(scale) / 20)  # near 0 it is a difference of logits
     sums = magnitudes(h, weight, target, scale, **options)
-    for gradient, truth, size, name in zip(actual[1:], expected[1:], sums, ("dh", "dweight", "dscale"), strict=True):
-        assert error(gradient, truth, floor=max(0.2 * size, 1e-30)) < TOLERANCE[h.dtype], name
+    assert_all_near(GRADIENTS, actual[1:], expected[1:], dtype=h.dtype, sizes=[0.2 * size for size in sums])
 
 
 def magnitudes(h: Tensor, weight: Tensor, target: Tensor, scale: float, ignore_index: int = -100,
@@ -187,7 +175,7 @@ def test_zero_vectors_and_norms_below_eps(form: str, eps: float) -> None:
     assert_exact(h, weight, target, 20.0, eps=eps)
     h[4], weight[7] = 0, 0
     actual = loss_and_gradients(ours, h, weight, target, 20.0, eps=eps)
-    expected = loss_and_gradients(exact, h, weight, target, 20.0, torch.float64, eps=eps)
+    expected = loss_and_gradients(eager, h, weight, target, 20.0, torch.float64, eps=eps)
     for gradient, truth in zip(actual, expected, strict=True):
         assert error(gradient, truth) < 1e-5
     for row in range(9):
@@ -202,7 +190,7 @@ def test_strides_and_one_tensor_as_both_inputs(form: str) -> None:
     gamma = torch.tensor(20.0, device=DEVICE)
     gradient, = torch.autograd.grad(ours(leaf, leaf, target, gamma), leaf)
     double = x.detach().double().requires_grad_()
-    truth, = torch.autograd.grad(exact(double, double, target, gamma.double()), double)
+    truth, = torch.autograd.grad(eager(double, double, target, gamma.double()), double)
     assert error(gradient, truth) < 2e-5
 
 
@@ -229,8 +217,8 @@ def test_what_is_skipped_is_below_rounding(dtype: torch.dtype, monkeypatch: pyte
     if GPU and dtype == torch.float32:
         pytest.skip("float32 is chunked on a GPU")
     h, weight, target = peaked(n, d, k, dtype)
-    truth = loss_and_gradients(exact, h, weight, target, scale, torch.float64)
-    eager = loss_and_gradients(exact, h, weight, target, scale, torch.float32)
+    truth = loss_and_gradients(eager, h, weight, target, scale, torch.float64)
+    usual = loss_and_gradients(eager, h, weight, target, scale, torch.float32)
     sparse = loss_and_gradients(ours, h, weight, target, scale)
     monkeypatch.setattr(triton, "LOG2_SKIP", dict.fromkeys(triton.LOG2_SKIP, -1e30))
     dense = loss_and_gradients(ours, h, weight, target, scale)
@@ -238,7 +226,7 @@ def test_what_is_skipped_is_below_rounding(dtype: torch.dtype, monkeypatch: pyte
     # In float16 dh may round to the same bits.
     assert not torch.equal(sparse[2], dense[2]) and (dtype != torch.float32 or not torch.equal(sparse[1], dense[1]))
     rounding = scale * 2.0**-24  # of a logit, and so of its weight: how much of it eager suffers depends on the machine
-    for gradients in zip(sparse[1:], dense[1:], eager[1:], truth[1:], strict=True):
+    for gradients in zip(sparse[1:], dense[1:], usual[1:], truth[1:], strict=True):
         sparse_error, dense_error, eager_error = (error(x, gradients[3]) for x in gradients[:3])
         if dtype == torch.float32:
             assert sparse_error <= max(2 * eager_error, rounding)
@@ -320,7 +308,7 @@ def test_gradients_only_where_asked(form: str) -> None:
         leaves = [x.detach().requires_grad_(i == wanted) for i, x in enumerate((h, weight, gamma))]
         gradient, = torch.autograd.grad(ours(leaves[0], leaves[1], target, leaves[2], reduction="sum"), leaves[wanted])
         double = [x.detach().double().requires_grad_(i == wanted) for i, x in enumerate((h, weight, gamma))]
-        loss = exact(double[0], double[1], target, double[2], reduction="sum")
+        loss = eager(double[0], double[1], target, double[2], reduction="sum")
         assert error(gradient, torch.autograd.grad(loss, double[wanted])[0]) < 2e-5
     with torch.no_grad():
         assert not ours(h, weight, target, gamma).requires_grad
@@ -331,7 +319,7 @@ def test_public_op_autocast_and_leading_dimensions(form: str) -> None:
     h, weight, target = inputs(24, 8, 12)
     loss = cosine_cross_entropy(h.view(2, 3, 4, 8), weight, target.view(2, 3, 4), 20.0, reduction="none",
                                 backend="triton")
-    truth = exact(h.double(), weight.double(), target, 20.0, reduction="none")
+    truth = eager(h.double(), weight.double(), target, 20.0, reduction="none")
     assert loss.shape == (2, 3, 4) and error(loss.flatten(), truth) < 2e-5
     with torch.autocast(DEVICE, torch.float16):
         cast = cosine_cross_entropy(h.requires_grad_(), weight, target, 20.0, backend="triton")
@@ -371,12 +359,12 @@ def test_large_on_a_gpu(dtype: torch.dtype, d: int, monkeypatch: pytest.MonkeyPa
     scale, smoothing = random.uniform(1, 120), random.choice([0.0, 0.1])
     options = {"reduction": random.choice(["mean", "sum"]), "label_smoothing": smoothing}
     assert_exact(h, weight, target, scale, **options)
-    truth = loss_and_gradients(exact, h, weight, target, scale, torch.float64, **options)
-    eager = loss_and_gradients(exact, h, weight, target, scale, dtype, **options)
-    for actual, plain, expected in zip(loss_and_gradients(ours, h, weight, target, scale, **options), eager, truth,
+    truth = loss_and_gradients(eager, h, weight, target, scale, torch.float64, **options)
+    usual = loss_and_gradients(eager, h, weight, target, scale, dtype, **options)
+    for actual, plain, expected in zip(loss_and_gradients(ours, h, weight, target, scale, **options), usual, truth,
                                        strict=True):
         # A scalar's error may be small by luck, eager's too: it is allowed that of its terms.
-        luck = TOLERANCE[dtype] if expected.dim() == 0 else 2e-5
+        luck = ROUNDING[dtype] if expected.dim() == 0 else 2e-5
         assert error(actual, expected) <= 1.5 * error(plain, expected) + luck
 
 
