@@ -27,7 +27,7 @@ pytest.importorskip("transformers")
 from transformers import Qwen2Config, Qwen2ForCausalLM, T5Config, T5ForConditionalGeneration  # noqa: E402
 
 from dgi.integrations import TrieLogitsProcessor, constrained_generate  # noqa: E402
-from dgi.integrations.generation import _DecoderOnly, _EncoderDecoder  # noqa: E402
+from dgi.integrations.model_steps import ModelSteps  # noqa: E402
 from dgi_kernels import Trie  # noqa: E402
 
 PAD, END = 0, 1
@@ -107,16 +107,19 @@ def systems(case: Case) -> dict[str, Step]:
         return list(node) or [END]
 
     processor = TrieLogitsProcessor(trie, offsets, start=start, eos_token_id=END)
-    driver_of = _EncoderDecoder if encodes else _DecoderOnly
 
-    @torch.no_grad()
-    def model_alone() -> None:
-        driver = driver_of(model, prompts["input_ids"], mask, {})
-        driver.first()
+    def steps_alone(model: Any, prompt: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any,
+                    **inputs: Any) -> Tensor:
+        steps = ModelSteps(model, prompt, inputs)
+        steps.first()
         tokens, parents = torch.randint(case.words, (2, case.batch, case.beams))
-        driver.next(tokens, torch.zeros_like(parents))
+        steps.next(tokens, torch.zeros_like(parents))
         for _ in range(case.levels - 1):
-            driver.next(tokens, parents % case.beams)
+            steps.next(tokens, parents % case.beams)
+        return prompt
+
+    def model_alone() -> None:
+        model.generate(**prompts, custom_generate=steps_alone, max_new_tokens=case.levels + 1)
 
     found: dict[str, Step] = {
         "floor": model_alone,

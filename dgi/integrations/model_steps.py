@@ -7,7 +7,7 @@ never the prompt, never cross-attention.
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -79,10 +79,9 @@ class ModelSteps:
             self._reorder_all(rows)
             return
         shared = self.shared or [0] * len(cache.layers)
-        layers: list[Any] = cache.layers
-        for layer, length in zip(layers, shared, strict=True):
+        for layer, length in zip(cache.layers, shared, strict=True):
             if type(layer) is DynamicLayer and layer.get_seq_length() > length:  # others keep more than keys and values
-                for states in (layer.keys, layer.values):
+                for states in cast(tuple[Tensor, Tensor], (layer.keys, layer.values)):
                     states[..., length:, :] = states[..., length:, :].index_select(0, rows)
             else:
                 layer.reorder_cache(rows)

@@ -73,7 +73,7 @@ def check_settings(config: transformers.GenerationConfig, tokens: CodeTokens, pr
         first = tokens.decode(torch.tensor([[forced_start]], device=tokens.device))
         if not 0 <= int(first) < tokens.sizes[0]:
             raise ValueError(f"forced_bos_token_id={forced_start} cannot be followed: it would stand where the "
-                             "semantic ID begins; give forced_bos_token_id=None, and decoder_input_ids that end with it")
+                             "semantic ID begins; give forced_bos_token_id=None and decoder_input_ids that end with it")
     least = max(config.min_length or 0, prompt_length + (config.min_new_tokens or 0))
     if ends and least > prompt_length + depth:
         name = "min_new_tokens" if config.min_new_tokens else "min_length"
