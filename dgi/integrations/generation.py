@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from dgi.integrations.hypotheses import Found, Hypotheses, StepScores, log_normalizer
 from dgi.integrations.model_steps import ModelSteps
-from dgi.integrations.settings import REFUSED_ARGUMENTS, Processing, check_settings
+from dgi.integrations.settings import REFUSED_ARGUMENTS, Processing, check_given, check_settings
 from dgi.integrations.tokens import CodeTokens, EndTokens
 from dgi_kernels import Trie, beam_search, checks
 from dgi_kernels.backend import checks_values
@@ -171,9 +171,7 @@ def constrained_generate(model: torch.nn.Module, trie: Trie, input_ids: Tensor, 
 def _arguments(given: dict[str, Any], num_beams: int, returned: int, eos_token_id: EndTokens,
                length: int) -> dict[str, Any]:
     """The keywords for ``generate``: those given, and those of a search with one row per request."""
-    for name, reason in REFUSED_ARGUMENTS.items():
-        if given.get(name) is not None:
-            raise ValueError(f"{name} must not be given to constrained_generate: {reason}")
+    check_given(given)
     arguments = {name: value for name, value in given.items() if name not in REFUSED_ARGUMENTS}
     ends = eos_token_id if eos_token_id is None or isinstance(eos_token_id, int) else list(eos_token_id)
     own = {"num_beams": 1, "num_return_sequences": 1, "eos_token_id": ends, "max_new_tokens": length}

@@ -79,7 +79,7 @@ class ModelSteps:
             self._reorder_all(rows)
             return
         shared = self.shared or [0] * len(cache.layers)
-        for layer, length in zip(cache.layers, shared, strict=True):
+        for layer, length in zip(cast(list[Any], cache.layers), shared, strict=True):
             if type(layer) is DynamicLayer and layer.get_seq_length() > length:  # others keep more than keys and values
                 for states in cast(tuple[Tensor, Tensor], (layer.keys, layer.values)):
                     states[..., length:, :] = states[..., length:, :].index_select(0, rows)

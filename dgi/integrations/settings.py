@@ -7,7 +7,7 @@ Not read: what sampling alone reads (temperature, top_k and so on), as ``generat
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,38 +32,44 @@ REFUSED_ARGUMENTS = {
 
 # Settings that would change the results, or ask for what is not returned: the values that do not, and what to do.
 _REFUSED_SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "do_sample": ((None, False), "beams are searched, not sampled: give do_sample=False"),
-    "renormalize_logits": ((None, False), 'give renormalize_logits=False; normalize="children" does this'),
-    "guidance_scale": ((None, 1), "guidance would read the prompts a second time"),
-    "watermarking_config": ((None,), "a semantic ID bears no watermark"),
-    "num_beam_groups": ((None, 1), "there is one group of beams"),
-    "diversity_penalty": ((None, 0), "there is one group of beams"),
-    "penalty_alpha": ((None, 0), "contrastive search is another search"),
-    "constraints": ((None,), "the trie is the constraint"),
-    "force_words_ids": ((None,), "the trie is the constraint"),
-    "dola_layers": ((None,), "logits are those of the last layer"),
-    "low_memory": ((None, False), "beams are searched together"),
-    "token_healing": ((None, False), "heal the prompts before"),
-    "stop_strings": ((None,), "the trie says where semantic IDs end"),
-    "max_time": ((None,), "half a semantic ID is none"),
-    "use_mtp": ((None, False), "the model is asked for one token at a time"),
-    "prompt_lookup_num_tokens": ((None,), "the model is asked for one token at a time"),
-    "assistant_early_exit": ((None,), "the model is asked for one token at a time"),
-    "prefill_chunk_size": ((None,), "prompts are read at once"),
-    "cache_implementation": ((None, "dynamic"), "the cache must grow from requests to beams"),
-    "output_attentions": ((None, False), "they are not returned"),
-    "output_hidden_states": ((None, False), "they are not returned"),
-    "output_logits": ((None, False), "they are not returned"),
+    "do_sample": ((False,), "beams are searched, not sampled: give do_sample=False"),
+    "renormalize_logits": ((False,), 'give renormalize_logits=False; normalize="children" does this'),
+    "guidance_scale": ((1,), "guidance would read the prompts a second time"),
+    "watermarking_config": ((), "a semantic ID bears no watermark"),
+    "num_beam_groups": ((1,), "there is one group of beams"),
+    "diversity_penalty": ((0,), "there is one group of beams"),
+    "penalty_alpha": ((0,), "contrastive search is another search"),
+    "constraints": ((), "the trie is the constraint"),
+    "force_words_ids": ((), "the trie is the constraint"),
+    "dola_layers": ((), "logits are those of the last layer"),
+    "low_memory": ((False,), "beams are searched together"),
+    "token_healing": ((False,), "heal the prompts before"),
+    "stop_strings": ((), "the trie says where semantic IDs end"),
+    "max_time": ((), "half a semantic ID is none"),
+    "use_mtp": ((False,), "the model is asked for one token at a time"),
+    "prompt_lookup_num_tokens": ((), "the model is asked for one token at a time"),
+    "assistant_early_exit": ((), "the model is asked for one token at a time"),
+    "prefill_chunk_size": ((), "prompts are read at once"),
+    "cache_implementation": (("dynamic",), "the cache must grow from requests to beams"),
+    "output_attentions": ((False,), "they are not returned"),
+    "output_hidden_states": ((False,), "they are not returned"),
+    "output_logits": ((False,), "they are not returned"),
 }
+
+
+def check_given(arguments: Mapping[str, Any]) -> None:
+    """Refuse keywords that cannot be followed before anything is done: of some ``generate`` would ask for more."""
+    for name, reason in REFUSED_ARGUMENTS.items():
+        if arguments.get(name) is not None:
+            raise ValueError(f"{name} must not be given to constrained_generate: {reason}")
+    for name in _REFUSED_SETTINGS:
+        _check_setting(name, arguments.get(name))
 
 
 def check_settings(config: transformers.GenerationConfig, tokens: CodeTokens, prompt_length: int, depth: int) -> None:
     """Refuse what cannot be followed, and what would leave no semantic ID at all; the message names the setting."""
-    for name, (harmless, reason) in _REFUSED_SETTINGS.items():
-        value = getattr(config, name, None)
-        if value not in harmless:
-            raise ValueError(f"{name}={value!r} (of generate, or of the model's generation_config) cannot be followed: "
-                             f"{reason}")
+    for name in _REFUSED_SETTINGS:
+        _check_setting(name, getattr(config, name, None))
     forced_end, ends = _listed(config.forced_eos_token_id), tokens.ends
     if forced_end and not set(forced_end) & set(ends):
         raise ValueError(f"forced_eos_token_id={config.forced_eos_token_id} cannot be followed: it must be one of "
@@ -79,6 +85,12 @@ def check_settings(config: transformers.GenerationConfig, tokens: CodeTokens, pr
         name = "min_new_tokens" if config.min_new_tokens else "min_length"
         raise ValueError(f"{name}={getattr(config, name)} cannot be followed: a semantic ID of {depth} codes ends "
                          f"before; give {name}=0")
+
+
+def _check_setting(name: str, value: Any) -> None:
+    harmless, reason = _REFUSED_SETTINGS[name]
+    if value is not None and value not in harmless:
+        raise ValueError(f"{name}={value!r} (a keyword, or of a generation_config) cannot be followed: {reason}")
 
 
 class Processing:

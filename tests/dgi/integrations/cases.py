@@ -143,7 +143,7 @@ def ragged_codes(items: int, sizes: Sequence[int]) -> list[list[int]]:
     return rows + rows[::5]
 
 
-def assert_same(generated: Any, ours: Any, batch: int) -> None:
+def assert_same(generated: Any, ours: Any, batch: int, ends: Sequence[int] = (END,)) -> None:
     """The live rows of ``generate`` are ours: the same scores, and the same sequences where no score is as good."""
     theirs, scores = generated.sequences.view(batch, -1, generated.sequences.shape[1]), generated.sequences_scores
     scores = scores.view(batch, -1)
@@ -154,11 +154,12 @@ def assert_same(generated: Any, ours: Any, batch: int) -> None:
         best = own_scores[request]
         for row in range(int((best > -torch.inf).sum())):
             if ((best - best[row]).abs() < 1e-3).sum() == 1:
-                assert _without_padding(own[request, row]) == _without_padding(theirs[request, row])
+                assert _without_padding(own[request, row], ends) == _without_padding(theirs[request, row], ends)
 
 
-def _without_padding(sequence: Tensor) -> list[int]:
-    tokens = sequence.tolist()
-    while tokens and tokens[-1] in (PAD, END):
-        tokens.pop()
-    return tokens
+def _without_padding(sequence: Tensor, ends: Sequence[int]) -> list[int]:
+    """The tokens up to the first end token behind the codes; generate pads with the first end token where PAD is 0."""
+    tokens, last = sequence.tolist(), PAD
+    while tokens and tokens[-1] in (PAD, *ends):
+        last = tokens.pop()
+    return tokens + [last] * (last in ends)

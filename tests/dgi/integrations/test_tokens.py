@@ -96,7 +96,7 @@ def test_codes_that_are_token_ids() -> None:
     (TABLES[:2], "token_ids must have one tensor per level of the trie, 3; got 2"),
     (5, "token_ids must be a sequence of 3 integer tensors"),
     ([*TABLES[:2], TABLES[2][:3]], r"token_ids\[2\] must have shape \(K_2,\)"),
-    ([*TABLES[:2], torch.tensor([23, 20, 23, 21])], r"token_ids\[2\] must not repeat a token; 23 is that of codes 0 an"),
+    ([*TABLES[:2], torch.tensor([23, 20, 23, 21])], r"token_ids\[2\] must not repeat a token; 23 is that of code"),
     ([*TABLES[:2], torch.tensor([23, 20, -1, 21])], r"token_ids\[2\] must hold tokens of at least 0; got -1"),
     ([*TABLES[:2], torch.tensor([23.0, 20, 22, 21])], r"token_ids\[2\] must have dtype"),
     ([*TABLES[:2], ["a", "b", "c", "d"]], r"token_ids\[2\] must be an integer tensor"),
@@ -112,7 +112,7 @@ def test_wrong_tokens() -> None:
         with pytest.raises(ValueError, match="exactly one of token_offsets and token_ids must be given"):
             TrieLogitsProcessor(TRIE, **given, start=1)
     process = TrieLogitsProcessor(TRIE, token_ids=TABLES, start=1)
-    with pytest.raises(ValueError, match=r"token_ids\[2\] must be below the size of the model's vocabulary, 23; got 23"):
+    with pytest.raises(ValueError, match=r"token_ids\[2\] must be below the size of .* vocabulary, 23; got 23"):
         process(torch.tensor([[0]]), torch.randn(1, 23))
     for ends, message in (([], "at least one"), ([1, 1], "must not repeat"), ([1, -2], r"eos_token_id\[1\] must be at"),
                           ("1", "must be an integer"), (1.5, "must be an integer")):
