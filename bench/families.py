@@ -62,8 +62,9 @@ def compare(model: Any, end: int | None) -> Outcome:
     try:
         ours = constrained_generate(model, trie, **prompts, token_offsets=OFFSETS, num_beams=BEAMS,
                                     num_return_sequences=RETURNED, eos_token_id=end)
-    except (ValueError, TypeError) as error:
-        return Outcome("refused", _in_words(error))
+    except Exception as error:  # what is no clear refusal is a fault of ours
+        clear = isinstance(error, (ValueError, TypeError))
+        return Outcome("refused" if clear else "differs", _in_words(error))
     return agreement(ours.sequences, ours.sequences_scores, theirs.sequences, theirs.sequences_scores)
 
 
