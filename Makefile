@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test bench bench-catalog compare report gpu-code cuda-build docs lint format clean
+.PHONY: help demo test bench bench-catalog compare report families gpu-code cuda-build docs lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -36,6 +36,9 @@ compare: $(INSTALLED)  ## compare a benchmark with main, in turns: make compare 
 
 report: $(INSTALLED)  ## put the figures of bench/results/ into README.md and docs/
 	$(BIN)/python bench/report.py
+
+families: $(INSTALLED)  ## compare constrained_generate with generate in every family of transformers; writes docs/families.md
+	$(BIN)/python bench/families.py --json bench/results/families.json --page docs/families.md
 
 gpu-code: $(INSTALLED)  ## compile all GPU kernels for GPUs that need not be here; show registers and spills
 	$(BIN)/python bench/gpu_code.py $(OPTIONS)

@@ -5,7 +5,7 @@ codes, and a decoder-only model with a vocabulary of words. Prompts are of diffe
 alone: it reads the prompts once and takes the same steps with cache and reordering, but nothing is searched. Sequences
 and scores of all systems are compared before any is timed.
 
-Run: python bench/bench_integrations.py [--cases t5 decoder] [--beams M] [--rounds N] [--threads N] [--json FILE]
+Run: python bench/bench_integrations.py [--cases t5 decoder] [--batch B] [--beams M] [--rounds N] [--threads N] [--json FILE]
      make bench, or pytest bench/bench_integrations.py, runs one small case.
 """
 
@@ -152,6 +152,7 @@ def test_generate(benchmark: BenchmarkFixture, system: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--batch", type=int, help="instead of the case's own")
     parser.add_argument("--beams", type=int, help="instead of the case's own")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
@@ -161,7 +162,8 @@ def main() -> None:
     results = Results()
     print(title())
     for name in options.cases:
-        case = replace(CASES[name], beams=options.beams or CASES[name].beams)
+        case = CASES[name]
+        case = replace(case, beams=options.beams or case.beams, batch=options.batch or case.batch)
         found = systems(case)
         times = interleaved(found, options.rounds)
         floor = statistics.median(times["floor"])

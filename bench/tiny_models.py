@@ -64,20 +64,50 @@ KINDS = {
     "LinearAttentionAndSlidingWindowAttentionLayer": "state space with sliding-window attention",
 }
 
-_MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "num_heads": 8, "head_dim": 8, "mamba_n_groups": 1, "n_groups": 1}
-_BERT = {"is_decoder": True}
+_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+_MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_ssm": 64, "num_heads": 8, "head_dim": 8,
+           "n_groups": 1}
+_PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY}
+_TINY_BERT = {"model_type": "bert"}
+
 OVERRIDES: dict[str, dict[str, Any]] = {
+    # Encoders with a causal head, which ask to be told that they decode.
+    **dict.fromkeys(("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie",
+                     "megatron-bert", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer",
+                     "xlm-roberta", "xlm-roberta-xl", "xmod"), {"is_decoder": True}),
     # Hybrids with attention in one layer of several.
     **dict.fromkeys(("bailing_hybrid", "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next",
                      "qwen4_exp_text"), {"num_hidden_layers": 4}),
-    **dict.fromkeys(("bamba", "granitemoehybrid", "mamba2", "falcon_h1"), _MAMBA2),
-    "cohere_compass_text": {}, "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 4},
-    **dict.fromkeys(("dots3_note", "dots3_note_text"), {"num_key_value_heads": _HEADS}),
-    "reformer": {"is_decoder": True}, "zamba": {"num_hidden_layers": 3}, "zamba2": {"num_hidden_layers": 12},
-    "zaya": {"num_experts_per_tok": 1}, "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    **dict.fromkeys(("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie",
-                     "megatron-bert", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer",
-                     "xlm-roberta", "xlm-roberta-xl", "xmod"), _BERT),
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
+    "kimi_linear": {"layer_types": ["linear_attention", "full_attention"], "mlp_layer_types": ["dense", "sparse"],
+                    "linear_head_dim": _HEAD, "linear_num_heads": _HEADS},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "zamba": {"num_hidden_layers": 6, "attn_layer_period": 3, "attn_layer_offset": 2, "attention_hidden_size": 64,
+              "attention_head_dim": 16, "mamba_dt_rank": 4},
+    "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2,
+               "hybrid_layer_ids": [1, 3], "attention_hidden_size": 64, "attention_head_dim": 16, "kv_channels": 8,
+               "mamba_headdim": 8, "n_mamba_heads": 8, "adapter_rank": 8},
+    **dict.fromkeys(("bamba", "falcon_h1", "granitemoehybrid", "mamba2"), _MAMBA2),
+    # Whose defaults do not fit small sizes.
+    "blt": {"encoder_hash_byte_group_vocab": 64},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
+    "dbrx": {"attn_config": {"rope_theta": 10_000.0, "kv_n_heads": 2},
+             "ffn_config": {"ffn_hidden_size": _INNER, "moe_num_experts": _EXPERTS, "moe_top_k": 2}},
+    **dict.fromkeys(("dots3_note", "dots3_note_text"), {"per_layer_config": {}, "num_key_value_heads": _HEADS}),
+    "encoder-decoder": {"encoder": _TINY_BERT, "decoder": {**_TINY_BERT, "is_decoder": True,
+                                                            "add_cross_attention": True}},
+    "gemma3n_text": {**_PER_LAYER, "num_hidden_layers": 4, "num_kv_shared_layers": 2, "intermediate_size": [_INNER] * 4,
+                     "layer_types": ["sliding_attention", "full_attention"] * 2, "laurel_rank": 8,
+                     "activation_sparsity_pattern": [0.0] * 4},
+    "gemma4_text": _PER_LAYER,
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 4},
+    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text"),
+                    {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}}),
+    "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "local"],
+                 "attention_head_size": _HEAD, "local_attn_chunk_length": 4, "num_buckets": 4},
+    "roc_bert": {"shape_vocab_size": VOCABULARY, "pronunciation_vocab_size": VOCABULARY, "is_decoder": True},
+    "zaya": {"num_experts_per_tok": 1},
 }
 
 
@@ -132,15 +162,17 @@ def _shrunk(config_class: Any, own: dict[str, Any]) -> PretrainedConfig:
         names |= set(vars(config_class()))
     values = {name: value for name, value in SIZES.items() if name in names}
     for name, part in getattr(config_class, "sub_configs", {}).items():
-        given = own.get(name)
-        if isinstance(given, PretrainedConfig):
-            values[name] = given
-            continue
-        if not getattr(part, "model_type", None):  # any configuration will do: the default's
+        given = own.get(name) or {}
+        if "model_type" in given:
+            part = CONFIG_MAPPING[given["model_type"]]
+        elif not getattr(part, "model_type", None):  # any configuration will do: the default's
             part = type(getattr(config_class(), name))
         if getattr(part, "model_type", None):
-            values[name] = _shrunk(part, {**OVERRIDES.get(part.model_type, {}), **(given or {})})
-    values |= {name: value for name, value in own.items() if name in names and not isinstance(value, dict)}
+            values[name] = _shrunk(part, {**OVERRIDES.get(part.model_type, {}), **given})
+    if "kv_lora_rank" in names:  # latent attention has keys and values of its own for every head
+        values["num_key_value_heads"] = _HEADS
+    values |= {name: value for name, value in own.items()
+               if name in names and not isinstance(values.get(name), PretrainedConfig)}
     return config_class(**values)
 
 

@@ -66,7 +66,7 @@ class ModelSteps:
     def _expand(self, rows: Tensor, width: int) -> None:
         """Repeat the inputs of each request ``width`` times, and what the model keeps of it."""
         _, self.kwargs = self.model._expand_inputs_for_generation(
-            expand_size=width, is_encoder_decoder=self.is_encoder_decoder, input_ids=None, **self.kwargs)
+            expand_size=width, is_encoder_decoder=self.is_encoder_decoder, input_ids=self.prompt, **self.kwargs)
         cache = self._own_cache()
         if cache is not None:
             self.shared = [layer.get_seq_length() if type(layer) is DynamicLayer else 0 for layer in cache.layers]

@@ -235,6 +235,19 @@ def test_wrapped_models(family: str, wrap: Any) -> None:
     assert torch.equal(ours.sequences_scores, expected.sequences_scores)
 
 
+def test_a_model_of_data_parallel_training() -> None:
+    case = make_case("gpt2")
+    expected = case.constrained(END, 5)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        case.model = nn.parallel.DistributedDataParallel(case.model)
+        ours = constrained_generate(case.model, case.trie, **case.prompts, token_offsets=case.offsets, num_beams=5,
+                                    eos_token_id=END)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch.equal(ours.sequences_scores, expected.sequences_scores)
+
+
 class PromptTuned(Adapter):
     """Puts learned embeddings before each prompt when it is first read, as peft's prompt tuning does."""
 
