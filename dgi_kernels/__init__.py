@@ -7,6 +7,7 @@ takes ``backend="auto" | "reference" | "triton" | "native"``; :func:`backends` s
 
 from dgi_kernels.backend import BackendStatus, BackendUnavailable, backends, debug, why_not
 from dgi_kernels.beam import BeamResult, Beams, HiddenStates, beam_search, beam_step, cosine_beam_step
+from dgi_kernels.beam.graph import CapturedSearch, capture_search
 from dgi_kernels.cosine import cosine_cross_entropy, cosine_logits
 from dgi_kernels.cosine.modules import CosineCrossEntropyLoss, CosineLinear
 from dgi_kernels.cosine.parallel import vocabulary_parallel_cosine_cross_entropy
@@ -22,6 +23,7 @@ __all__ = [
     "BackendUnavailable",
     "BeamResult",
     "Beams",
+    "CapturedSearch",
     "CosineCrossEntropyLoss",
     "CosineLinear",
     "HiddenStates",
@@ -35,6 +37,7 @@ __all__ = [
     "backends",
     "beam_search",
     "beam_step",
+    "capture_search",
     "cosine_beam_step",
     "cosine_cross_entropy",
     "cosine_logits",

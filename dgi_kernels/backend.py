@@ -13,12 +13,14 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 
 from dgi_kernels import _extension
+from dgi_kernels.types import Backend
 
-BACKENDS = ("auto", "reference", "triton", "native")
+BACKENDS: tuple[str, ...] = get_args(Backend)
 
 logger = logging.getLogger("dgi_kernels")
 
@@ -44,6 +46,7 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     "cosine_cross_entropy": {"native": _CPP, "triton": _TRITON},
     "gumbel_softmax": {"native": _CPP_AND_CUDA, "triton": _TRITON},
     "residual_quantize": {"native": _CPP, "triton": _TRITON},
+    "assign_codes": {"native": _CPP, "triton": _TRITON},
     "gumbel_noise": {"native": dict.fromkeys(_CPP_AND_CUDA), "triton": dict.fromkeys(_TRITON)},
     "trie_build": {"native": {"cpu": None}},
     "trie_find": {"native": {"cpu": None}},
@@ -55,7 +58,7 @@ KERNELS: dict[str, dict[str, Kernel]] = {
 }
 
 # Ops whose reference forms a tensor of rows x codes that is neither an input nor an output.
-FORMS_LOGITS = frozenset({"cosine_cross_entropy", "residual_quantize", "cosine_beam_step"})
+FORMS_LOGITS = frozenset({"cosine_cross_entropy", "residual_quantize", "assign_codes", "cosine_beam_step"})
 
 # Which of an op's kernels ``auto`` tries first.  On GPUs Triton's noise takes fewer instructions per element: hardware
 # logarithms, and a row that fits into registers is made once, where CUDA C++ makes it again in every pass.
@@ -91,6 +94,10 @@ def backends() -> dict[str, BackendStatus]:
 
     Returns:
         ``{"reference": BackendStatus, "triton": ..., "native": ...}``; ``reason`` is empty where available.
+
+    Examples:
+        >>> dgi_kernels.backends()["reference"].available
+        True
     """
     status = {"reference": BackendStatus(True, "", tuple(KERNELS))}
     for backend in ("triton", "native"):
@@ -112,8 +119,7 @@ def why_not(op: str, backend: str, device: torch.device | str, dtype: torch.dtyp
     Raises:
         ValueError: ``op`` or ``backend`` has no such name.
 
-    Example:
-        >>> import torch
+    Examples:
         >>> dgi_kernels.why_not("cosine_cross_entropy", "reference", "cpu", torch.float32)  # None: it runs
         >>> dgi_kernels.why_not("beam_step", "triton", "cuda")
         'beam_step has no triton kernel in this version'
@@ -223,6 +229,10 @@ def debug() -> Iterator[None]:
     """Check the *values* of CUDA inputs too (indices, scales), at the price of a host sync per op.
 
     On CPU tensors values are always checked.  ``DGI_DEBUG=1`` in the environment turns this on for a whole run.
+
+    Examples:
+        >>> with dgi_kernels.debug():
+        ...     loss = dgi_kernels.cosine_cross_entropy(torch.randn(2, 8), torch.randn(4, 8), torch.tensor([0, 3]), 30.0)
     """
     global _debug
     before, _debug = _debug, True

@@ -1,4 +1,4 @@
-"""Options that are one of a few names: the types, and the tables of their numbers.
+"""Options that are one of a few names: the tables of their numbers; :mod:`dgi_kernels.types` has their types.
 
 The place of a name in its table is its number in C++ and in Triton, ``MODES.index("hard")``; a test compares the tables
 with the enumerations in ``csrc``.
@@ -6,11 +6,9 @@ with the enumerations in ``csrc``.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
-Mode = Literal["soft", "straight_through", "hard"]
-Normalize = Literal["full", "children", "none"]
-Reduction = Literal["none", "mean", "sum"]
+from dgi_kernels.types import Mode, Normalize, Reduction
 
 MODES: tuple[str, ...] = get_args(Mode)
 NORMALIZERS: tuple[str, ...] = get_args(Normalize)

@@ -29,7 +29,7 @@ def report() -> str:
         "CPU": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
         "GPU": _gpus(),
     }
-    sections = [[*facts.items()], _backends()]
+    sections: list[list[tuple[str, ...]]] = [[*facts.items()], _backends()]
     for device in _devices():
         sections += [_ops(device), _reasons(device)]
     return "\n\n".join("\n".join(_aligned(rows)) for rows in sections if rows)

@@ -1,4 +1,4 @@
-"""What README.md and docs/ tell to run, runs, their links lead somewhere, and the site builds without a warning.
+"""What README.md, CONTRIBUTING.md and docs/ tell to run, runs, their links lead somewhere, and the site builds without a warning.
 
 The Python of a page runs in order, in one namespace and an empty folder, and so do the commands of the tutorial that
 begin with ``dgi``.  A comment ``<!-- setup`` … ``-->`` holds lines that are run and not shown; a block below
@@ -7,8 +7,12 @@ begin with ``dgi``.  A comment ``<!-- setup`` … ``-->`` holds lines that are r
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import importlib.util
+import inspect
 import os
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -16,9 +20,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import dgi_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```$|^<!-- (setup)\n(.*?)^-->$", re.MULTILINE | re.DOTALL)
 NOT_RUN = re.compile(r"<!-- not run: .+ -->\s*$")
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
@@ -47,6 +54,21 @@ def test_the_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     exec(compile(script(page), str(page), "exec"), {"__name__": "__main__"})
 
 
+@pytest.mark.parametrize("module", [
+    name for _, name, _ in pkgutil.walk_packages(dgi_kernels.__path__, "dgi_kernels.")
+    if "triton" not in name and not name.endswith("_C")])
+def test_the_examples_of_docstrings_run(module: str) -> None:
+    result = doctest.testmod(importlib.import_module(module), extraglobs={"dgi_kernels": dgi_kernels, "torch": torch},
+                             optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert result.failed == 0
+
+
+def test_every_public_op_has_an_example() -> None:
+    without = [name for name in dgi_kernels.__all__ if inspect.isfunction(getattr(dgi_kernels, name))
+               and ">>>" not in str(inspect.getdoc(getattr(dgi_kernels, name)))]
+    assert without == []
+
+
 def test_the_readme_begins_with_what_a_reader_needs() -> None:
     lines = (ROOT / "README.md").read_text().splitlines()
     assert any("docs/integration.md" in line for line in lines[:10])
@@ -54,6 +76,11 @@ def test_the_readme_begins_with_what_a_reader_needs() -> None:
     code = lines[lines.index("```python"):lines.index("```", lines.index("```python") + 1)]
     assert len(code) < 12 and all(op in "\n".join(code) for op in
                                   ("cosine_cross_entropy", "residual_quantize", "beam_search"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_holds_no_trace_of_a_merge(page: Path) -> None:
+    assert re.findall("^(?:<{7}|>{7}|={7}$).*", page.read_text(), re.MULTILINE) == []
 
 
 def test_links_between_files_lead_somewhere() -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import transformers
@@ -26,6 +26,7 @@ from dgi.integrations.tokens import CodeTokens, EndTokens
 from dgi_kernels import Trie, beam_search, checks
 from dgi_kernels.backend import checks_values
 from dgi_kernels.trie.filters import Filters, check_filters
+from dgi_kernels.types import Backend, Normalize
 
 NORMALIZERS = ("vocabulary", "full", "children")
 _NEEDED = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_expand_inputs_for_generation")
@@ -53,9 +54,10 @@ class ConstrainedGeneration(NamedTuple):
 def constrained_generate(model: torch.nn.Module, trie: Trie, input_ids: Tensor, *,
                          token_offsets: Sequence[int] | None = None, token_ids: Sequence[Tensor] | None = None,
                          num_beams: int, num_return_sequences: int | None = None, eos_token_id: EndTokens = None,
-                         attention_mask: Tensor | None = None, normalize: str = "vocabulary",
+                         attention_mask: Tensor | None = None,
+                         normalize: Normalize | Literal["vocabulary"] = "vocabulary",
                          length_penalty: float | None = None, early_stopping: bool | str | None = None,
-                         filters: Filters = None, backend: str = "auto", **generate_arguments: Any,
+                         filters: Filters = None, backend: Backend = "auto", **generate_arguments: Any,
                          ) -> ConstrainedGeneration:
     """Generate semantic IDs by beam search with an encoder-decoder or decoder-only model of transformers.
 
@@ -223,8 +225,9 @@ def _check_prompts(model: Any, prompt: Tensor, mask: Tensor | None) -> None:
                          "with 0 in a row")
 
 
-def _search(trie: Trie, tokens: CodeTokens, step: Any, batch: int, num_beams: int, normalize: str,
-            length_penalty: float, filters: Filters, backend: str) -> Found:
+def _search(trie: Trie, tokens: CodeTokens, step: Any, batch: int, num_beams: int,
+            normalize: Normalize | Literal["vocabulary"], length_penalty: float, filters: Filters,
+            backend: Backend) -> Found:
     """The best semantic IDs where ending costs nothing: :func:`dgi_kernels.beam_search`."""
     def level(depth: int, codes: Tensor | None, parents: Tensor | None) -> Tensor:
         scores = step(depth, codes, parents)

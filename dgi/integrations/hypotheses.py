@@ -15,6 +15,7 @@ from dgi.integrations.tokens import CodeTokens
 from dgi_kernels import Beams, Trie, beam_step, checks
 from dgi_kernels.trie.arrays import END
 from dgi_kernels.trie.filters import Filters
+from dgi_kernels.types import Backend
 
 _CHUNK = 2**21  # logits whose exponentials are held at once; larger temporaries cost page faults
 
@@ -66,7 +67,7 @@ class Hypotheses:
     """
 
     def __init__(self, trie: Trie, tokens: CodeTokens, batch: int, num_beams: int, length_penalty: float,
-                 early_stopping: bool | str, filters: Filters, backend: str) -> None:
+                 early_stopping: bool | str, filters: Filters, backend: Backend) -> None:
         self.trie, self.tokens, self.num_beams = trie, tokens, num_beams
         self.length_penalty, self.early_stopping = length_penalty, early_stopping
         self.filters, self.backend = filters, backend

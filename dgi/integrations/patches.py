@@ -14,13 +14,14 @@ from torch.overrides import has_torch_function
 from dgi.model.quantizer import ResidualQuantizer
 from dgi_kernels import checks, gumbel_softmax
 from dgi_kernels.backend import checks_values
+from dgi_kernels.types import Backend
 
 _FLOAT32 = torch.finfo(torch.float32)
 UNIT_TOLERANCE = 1e-3  # of the norms of a codebook that is compared with by cosine
 
 
 @contextlib.contextmanager
-def gumbel_softmax_patch(*, backend: str = "auto") -> Iterator[None]:
+def gumbel_softmax_patch(*, backend: Backend = "auto") -> Iterator[None]:
     """Let ``torch.nn.functional.gumbel_softmax`` be :func:`dgi_kernels.gumbel_softmax` inside the ``with`` block.
 
     What our op does not take stays torch's: another dimension than the last; logits of other dtypes, empty, on the meta
@@ -70,7 +71,7 @@ def _takes_tau(tau: object, logits: Tensor) -> bool:
 
 @torch.no_grad()
 def residual_quantizer_from(source: nn.Module | Sequence[Tensor], *, initial_scale: float = 30.0,
-                            backend: str = "auto") -> ResidualQuantizer:
+                            backend: Backend = "auto") -> ResidualQuantizer:
     """Make our residual quantizer of codebooks trained elsewhere; they are copied.
 
     Its :meth:`~dgi.ResidualQuantizer.assign` gives the codes that ``source`` gives in evaluation mode, but for ties.

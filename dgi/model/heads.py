@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dgi_kernels import CosineLinear, HiddenStates
+from dgi_kernels.types import Backend
 
 
 class CosineHead(CosineLinear):
@@ -25,7 +26,7 @@ class CosineHead(CosineLinear):
     """
 
     def __init__(self, weight: nn.Parameter, log_scale: nn.Parameter, *, detached: bool = False, eps: float = 1e-12,
-                 backend: str = "auto") -> None:
+                 backend: Backend = "auto") -> None:
         codes, dim = weight.shape
         super().__init__(dim, codes, weight=weight, log_scale=log_scale, eps=eps, backend=backend)
         self.detached = detached

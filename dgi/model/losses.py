@@ -13,6 +13,7 @@ from dgi.model.dgi_model import DGIOutput
 from dgi.model.heads import CosineHead
 from dgi_kernels import ResidualQuantization, cosine_cross_entropy
 from dgi_kernels.collectives import gather_rows, global_mean
+from dgi_kernels.types import Backend
 
 _LOG_EPSILON = 1e-9
 
@@ -38,7 +39,7 @@ class DGILoss(nn.Module):
 
     def __init__(self, weights: Mapping[str, float] | None = None, *, beta: float = 0.25,
                  contrastive_temperature: float = 0.05, similarity: SimilarityKind = "cosine",
-                 backend: str = "auto") -> None:
+                 backend: Backend = "auto") -> None:
         super().__init__()
         unknown = sorted(set(weights or {}) - set(LOSS_TERMS))
         if unknown:

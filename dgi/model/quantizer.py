@@ -12,6 +12,7 @@ from dgi.config import SimilarityKind
 from dgi.model.ablations import inner_product_residual_quantize
 from dgi.model.clustering import cosine_kmeans
 from dgi_kernels import ResidualQuantization, assign_codes, residual_quantize
+from dgi_kernels.types import Backend, Mode
 
 # A code is dead when its decayed count is below this; with the decay of ResidualQuantizer.count, one use fades to it in
 # 300 batches.
@@ -37,7 +38,7 @@ class ResidualQuantizer(nn.Module):
     """
 
     def __init__(self, dim: int, codebook_sizes: Sequence[int], *, initial_scale: float = 30.0,
-                 similarity: SimilarityKind = "cosine", eps: float = 0.1, backend: str = "auto") -> None:
+                 similarity: SimilarityKind = "cosine", eps: float = 0.1, backend: Backend = "auto") -> None:
         super().__init__()
         self.codebooks = nn.ParameterList(
             nn.Parameter(torch.randn(size, dim) / dim**0.5) for size in codebook_sizes)
@@ -57,7 +58,7 @@ class ResidualQuantizer(nn.Module):
         """0-d γ, with its gradient."""
         return self.log_scale.exp()
 
-    def forward(self, z: Tensor, tau: float | Tensor = 1.0, *, mode: str = "soft", noise: bool = True,
+    def forward(self, z: Tensor, tau: float | Tensor = 1.0, *, mode: Mode = "soft", noise: bool = True,
                 seed: int | Tensor | None = None, row_offset: int = 0) -> ResidualQuantization:
         """Quantize ``z`` (N, D); see :func:`dgi_kernels.residual_quantize`."""
         if self.similarity == "inner_product":

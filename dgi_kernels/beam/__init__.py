@@ -18,6 +18,7 @@ from dgi_kernels.cosine import cosine_logits
 from dgi_kernels.enums import NORMALIZERS
 from dgi_kernels.trie import MAX_COUNT, Beams, Trie
 from dgi_kernels.trie.filters import Filters, TrieFilter, check_filters
+from dgi_kernels.types import Backend, Normalize
 
 __all__ = ["BeamResult", "Beams", "HiddenStates", "beam_search", "beam_step", "cosine_beam_step"]
 
@@ -59,8 +60,8 @@ class BeamResult(NamedTuple):
     nodes: Tensor
 
 
-def beam_step(trie: Trie, logits: Tensor, beams: Beams, *, num_beams: int, normalize: str = "full",
-              log_normalizer: Tensor | None = None, filters: Filters = None, backend: str = "auto") -> Beams:
+def beam_step(trie: Trie, logits: Tensor, beams: Beams, *, num_beams: int, normalize: Normalize = "full",
+              log_normalizer: Tensor | None = None, filters: Filters = None, backend: Backend = "auto") -> Beams:
     """Extend every live beam by every code that the trie allows, and keep the ``num_beams`` best.
 
     The result is the exact top of ``scores[parent] + logp[token]`` over all allowed children of all live beams, sorted
@@ -92,6 +93,13 @@ def beam_step(trie: Trie, logits: Tensor, beams: Beams, *, num_beams: int, norma
             ``dgi_kernels.debug()`` only; it is dead otherwise), or the beams are at the trie's last depth already.
         TypeError: an argument has the wrong type or dtype.
         BackendUnavailable: ``backend``, asked for by name, cannot run here.
+
+    Examples:
+        >>> trie = dgi_kernels.Trie.from_codes([[0, 1], [0, 2], [3, 1]])
+        >>> logits = torch.tensor([[[1.0, 9.0, 9.0, 2.0]]])               # no semantic ID starts with code 1 or 2
+        >>> beams = dgi_kernels.beam_step(trie, logits, trie.root(1), num_beams=3, normalize="children")
+        >>> beams.tokens
+        tensor([[ 3,  0, -1]])
     """
     _check_beams(trie, beams)
     _check_logits("logits", logits, trie, beams)
@@ -117,8 +125,8 @@ def _beam_step(trie: Trie, logits: Tensor, beams: Beams, num_beams: int, normali
 
 
 def cosine_beam_step(trie: Trie, h: Tensor, codebook: Tensor, scale: float | Tensor, beams: Beams, *, num_beams: int,
-                     normalize: str = "full", log_normalizer: Tensor | None = None, filters: Filters = None,
-                     eps: float = 1e-12, backend: str = "auto") -> Beams:
+                     normalize: Normalize = "full", log_normalizer: Tensor | None = None, filters: Filters = None,
+                     eps: float = 1e-12, backend: Backend = "auto") -> Beams:
     """Do a :func:`beam_step` on the scaled cosine logits of a head, ``beam_step(cosine_logits(h, codebook, scale))``.
 
     The logits stay in float32 (float64 for float64 inputs) whatever the dtype of the inputs.
@@ -135,6 +143,12 @@ def cosine_beam_step(trie: Trie, h: Tensor, codebook: Tensor, scale: float | Ten
 
     Raises:
         ValueError, TypeError, BackendUnavailable: as :func:`beam_step`.
+
+    Examples:
+        >>> trie = dgi_kernels.Trie.from_codes([[0, 1], [0, 2], [3, 1]])
+        >>> h, codebook = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[3.0, 4.0], [1.0, 0.0], [1.0, 0.0], [4.0, 3.0]])
+        >>> dgi_kernels.cosine_beam_step(trie, h, codebook, 30.0, trie.root(1), num_beams=2).tokens
+        tensor([[3, 0]])
     """
     _check_beams(trie, beams)
     checks.float_tensor("h", h, ndim=3, like=trie.parts.base.tokens[0])
@@ -163,8 +177,8 @@ def cosine_beam_step(trie: Trie, h: Tensor, codebook: Tensor, scale: float | Ten
         return reference.beam_step(trie, logits, beams, num_beams, normalize, log_normalizer, filters)
 
 
-def beam_search(trie: Trie, step: Step, *, batch_size: int, num_beams: int, normalize: str = "full",
-                filters: Filters = None, backend: str = "auto") -> BeamResult:
+def beam_search(trie: Trie, step: Step, *, batch_size: int, num_beams: int, normalize: Normalize = "full",
+                filters: Filters = None, backend: Backend = "auto") -> BeamResult:
     """Search the whole depth of a trie for the best semantic IDs of each request.
 
     Args:
@@ -185,6 +199,16 @@ def beam_search(trie: Trie, step: Step, *, batch_size: int, num_beams: int, norm
 
     Raises:
         ValueError, TypeError, BackendUnavailable: as :func:`beam_step`, also for what ``step`` returns.
+
+    Examples:
+        >>> trie = dgi_kernels.Trie.from_codes([[0, 1], [0, 2], [3, 1]])
+        >>> def step(depth, tokens, parents):
+        ...     return torch.zeros(1, 1 if depth == 0 else 3, 4)
+        >>> result = dgi_kernels.beam_search(trie, step, batch_size=1, num_beams=3)
+        >>> result.codes
+        tensor([[[0, 1],
+                 [0, 2],
+                 [3, 1]]])
     """
     _check_trie(trie)
     if not callable(step):

@@ -14,6 +14,7 @@ from dgi_kernels import checks
 from dgi_kernels.beam import BeamResult, Step, beam_search
 from dgi_kernels.trie import Trie
 from dgi_kernels.trie.filters import Filters
+from dgi_kernels.types import Backend, Normalize
 
 __all__ = ["CapturedSearch", "capture_search"]
 
@@ -60,7 +61,7 @@ class CapturedSearch:
 
 
 def capture_search(trie: Trie, step: Step, inputs: Sequence[Tensor], *, batch_size: int, num_beams: int,
-                   normalize: str = "full", filters: Filters = None, backend: str = "auto") -> CapturedSearch:
+                   normalize: Normalize = "full", filters: Filters = None, backend: Backend = "auto") -> CapturedSearch:
     """Capture a :func:`beam_search`, the model's steps included, in one CUDA graph.
 
     Args:
@@ -78,6 +79,11 @@ def capture_search(trie: Trie, step: Step, inputs: Sequence[Tensor], *, batch_si
     Raises:
         ValueError: the trie is not on a CUDA device; and as :func:`beam_search`.
         TypeError, BackendUnavailable: as :func:`beam_search`.
+
+    Examples:
+        >>> states = torch.randn(8, 64, device="cuda")                       # doctest: +SKIP
+        >>> search = dgi_kernels.capture_search(trie, step, [states], batch_size=8, num_beams=20)  # doctest: +SKIP
+        >>> result = search(torch.randn(8, 64, device="cuda"))               # doctest: +SKIP
     """
     if not isinstance(trie, Trie):
         raise TypeError(f"trie must be a Trie; got {type(trie).__name__}")

@@ -15,6 +15,7 @@ from dgi_kernels import checks
 from dgi_kernels.backend import backends, choose
 from dgi_kernels.cosine import native, reference
 from dgi_kernels.enums import REDUCTIONS
+from dgi_kernels.types import Backend, Reduction
 
 if backends()["triton"].available:
     from dgi_kernels.cosine import triton
@@ -23,7 +24,7 @@ __all__ = ["cosine_cross_entropy", "cosine_logits"]
 
 
 def cosine_logits(h: Tensor, weight: Tensor, scale: float | Tensor, *, eps: float = 1e-12,
-                  backend: str = "auto") -> Tensor:
+                  backend: Backend = "auto") -> Tensor:
     """Scaled cosine similarity of every vector of ``h`` with every row of ``weight`` (paper eq. 10, 13).
 
     Equal to ``scale * F.normalize(h, dim=-1, eps=eps) @ F.normalize(weight, dim=-1, eps=eps).T``, computed in float32
@@ -44,6 +45,11 @@ def cosine_logits(h: Tensor, weight: Tensor, scale: float | Tensor, *, eps: floa
         ValueError: a shape or device does not fit, or ``scale`` or ``eps`` is out of range.
         TypeError: an argument has the wrong type or dtype.
         BackendUnavailable: ``backend``, asked for by name, cannot run here.
+
+    Examples:
+        >>> h, weight = torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 0.0], [0.0, 2.0], [-6.0, -8.0]])
+        >>> dgi_kernels.cosine_logits(h, weight, 10.0)
+        tensor([[  6.,   8., -10.]])
     """
     h, weight, scale, eps = check_operands(h, weight, scale, eps)
     chosen = choose("cosine_logits", backend, h.device, h.dtype)
@@ -57,8 +63,8 @@ def cosine_logits(h: Tensor, weight: Tensor, scale: float | Tensor, *, eps: floa
 
 
 def cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: float | Tensor, *, ignore_index: int = -100,
-                         reduction: str = "mean", label_smoothing: float = 0.0, eps: float = 1e-12,
-                         backend: str = "auto") -> Tensor:
+                         reduction: Reduction = "mean", label_smoothing: float = 0.0, eps: float = 1e-12,
+                         backend: Backend = "auto") -> Tensor:
     """Cross-entropy of scaled cosine logits (the ``ntp`` loss, paper eq. 13, 16; InfoNCE with a batch as ``weight``).
 
     Equal to ``F.cross_entropy(scale * F.normalize(h) @ F.normalize(weight).T, target, ...)``, argument for argument.
@@ -84,6 +90,11 @@ def cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: float
             elsewhere such a target gives NaN for its row.
         TypeError: an argument has the wrong type or dtype.
         BackendUnavailable: ``backend``, asked for by name, cannot run here.
+
+    Examples:
+        >>> h, weight = torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 0.0], [0.0, 2.0], [-6.0, -8.0]])
+        >>> dgi_kernels.cosine_cross_entropy(h, weight, torch.tensor([1]), 10.0)
+        tensor(0.1269)
     """
     h, weight, scale, eps = check_operands(h, weight, scale, eps)
     ignore_index, label_smoothing = check_loss(h, target, ignore_index, reduction, label_smoothing)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dgi_kernels import checks
 from dgi_kernels.cosine import cosine_cross_entropy, cosine_logits
 from dgi_kernels.enums import REDUCTIONS
+from dgi_kernels.types import Backend, Reduction
 
 
 class CosineLinear(nn.Module):
@@ -36,11 +37,17 @@ class CosineLinear(nn.Module):
     Raises:
         ValueError: a size, ``scale``, ``eps`` or the shape of a shared parameter is out of range.
         TypeError: an argument has the wrong type.
+
+    Examples:
+        >>> head = dgi_kernels.CosineLinear(64, 1000)
+        >>> head(torch.randn(2, 64)).shape
+        torch.Size([2, 1000])
+        >>> head.loss(torch.randn(2, 64), torch.tensor([3, 5])).backward()
     """
 
     def __init__(self, in_features: int, out_features: int, *, scale: float = 30.0, learnable_scale: bool = True,
                  weight: nn.Parameter | None = None, log_scale: nn.Parameter | None = None, eps: float = 1e-12,
-                 backend: str = "auto", device: torch.device | str | None = None,
+                 backend: Backend = "auto", device: torch.device | str | None = None,
                  dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.in_features = checks.integer("in_features", in_features, low=1)
@@ -73,7 +80,7 @@ class CosineLinear(nn.Module):
         """Logits (..., K) of ``h`` (..., D); see :func:`dgi_kernels.cosine_logits`."""
         return cosine_logits(h, self.vectors, self.scale, eps=self.eps, backend=self.backend)
 
-    def loss(self, h: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: str = "mean",
+    def loss(self, h: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: Reduction = "mean",
              label_smoothing: float = 0.0) -> Tensor:
         """``F.cross_entropy(self(h), target, ...)`` that never forms the logits; see
         :func:`dgi_kernels.cosine_cross_entropy`."""
@@ -103,15 +110,23 @@ class CosineCrossEntropyLoss(nn.Module):
     Raises:
         ValueError: an argument is out of range.
         TypeError: an argument has the wrong type.
+
+    Examples:
+        >>> infonce = dgi_kernels.CosineCrossEntropyLoss(scale=1 / 0.05)
+        >>> queries, items = torch.eye(3), torch.eye(3)
+        >>> infonce(queries, items, torch.arange(3)) < 1e-6
+        tensor(True)
     """
 
     def __init__(self, scale: float = 30.0, *, learnable_scale: bool = False, ignore_index: int = -100,
-                 reduction: str = "mean", label_smoothing: float = 0.0, eps: float = 1e-12, backend: str = "auto",
-                 device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+                 reduction: Reduction = "mean", label_smoothing: float = 0.0, eps: float = 1e-12,
+                 backend: Backend = "auto", device: torch.device | str | None = None,
+                 dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.log_scale = _log_scale(scale, learnable_scale, device, dtype)
         self.ignore_index = checks.integer("ignore_index", ignore_index)
-        self.reduction = checks.choice("reduction", reduction, REDUCTIONS)
+        checks.choice("reduction", reduction, REDUCTIONS)
+        self.reduction: Reduction = reduction
         self.label_smoothing = checks.number("label_smoothing", label_smoothing, low=0.0, high=1.0)
         self.eps = checks.number("eps", eps, positive=True)
         self.backend = backend

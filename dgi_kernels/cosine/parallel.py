@@ -10,7 +10,7 @@ Rows j other than t cancel out, to rounding, and are spread over the shard: no o
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -21,15 +21,16 @@ from dgi_kernels import checks
 from dgi_kernels.backend import checks_values
 from dgi_kernels.collectives import Group, all_gather, all_reduce, gather_rows, rank, sum_gradients, world_size
 from dgi_kernels.cosine import check_loss, check_operands, cosine_cross_entropy, cosine_logits
+from dgi_kernels.types import Backend, Reduction, Rows
 
-ROWS = ("replicated", "sharded")
+ROWS: tuple[str, ...] = get_args(Rows)
 
 
 @torch.compiler.disable
 def vocabulary_parallel_cosine_cross_entropy(
         h: Tensor, weight: Tensor, target: Tensor, scale: float | Tensor, *, group: Group = None,
-        rows: str = "replicated", ignore_index: int = -100, reduction: str = "mean", label_smoothing: float = 0.0,
-        eps: float = 1e-12, backend: str = "auto") -> Tensor:
+        rows: Rows = "replicated", ignore_index: int = -100, reduction: Reduction = "mean",
+        label_smoothing: float = 0.0, eps: float = 1e-12, backend: Backend = "auto") -> Tensor:
     """:func:`cosine_cross_entropy` over a weight whose rows are spread over the ranks of a process group.
 
     Equal, to rounding, to ``cosine_cross_entropy(h, torch.cat(all ranks' weights), target, ...)`` in one process, loss
@@ -77,6 +78,11 @@ def vocabulary_parallel_cosine_cross_entropy(
         ValueError, TypeError, BackendUnavailable: as :func:`cosine_cross_entropy`; also where shapes or ``rows`` do not
             agree between ranks and, then on every rank, where any rank's target is out of range.  On CUDA, these two
             are checked inside ``dgi_kernels.debug()`` only.
+
+    Examples:
+        >>> h, weight = torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 0.0], [0.0, 2.0]])   # one process: all rows are here
+        >>> dgi_kernels.vocabulary_parallel_cosine_cross_entropy(h, weight, torch.tensor([1]), 10.0)
+        tensor(0.1269)
     """
     checks.choice("rows", rows, ROWS)
     if world_size(group) == 1:
@@ -130,7 +136,7 @@ def _shard_sizes(h: Tensor, weight: Tensor, sharded: bool, group: Group) -> Tens
 
 
 def _partial_loss(h: Tensor, weight: Tensor, place: Tensor, owned: Tensor, ignored: Tensor, scale: float | Tensor,
-                  eps: float, backend: str) -> tuple[Tensor, Tensor]:
+                  eps: float, backend: Backend) -> tuple[Tensor, Tensor]:
     """nll and s_nj (N,) over this rank's rows of the weight, j the target where it is ``owned``, else any."""
     if weight.shape[0] == 0:  # log-sum-exp of nothing, through ops that keep every input in the graph
         logits = cosine_logits(h, weight, scale, eps=eps, backend=backend).to(checks.compute_dtype(h.dtype))

@@ -18,6 +18,7 @@ from dgi_kernels import checks
 from dgi_kernels import noise as reference_noise
 from dgi_kernels.backend import backends, choose
 from dgi_kernels.gumbel import native, reference
+from dgi_kernels.types import Backend
 
 if backends()["triton"].available:
     from dgi_kernels.gumbel import triton_softmax
@@ -35,7 +36,7 @@ def __getattr__(name: str) -> Any:
 
 
 def gumbel_noise(seed: int | Tensor | None, level: int, rows: int, codes: int, *, stream: int = 0,
-                 row_offset: int = 0, device: torch.device | str | None = None, backend: str = "auto") -> Tensor:
+                 row_offset: int = 0, device: torch.device | str | None = None, backend: Backend = "auto") -> Tensor:
     """Gumbel(0, 1) noise for rows ``row_offset ... row_offset + rows - 1`` and codes ``0 ... codes - 1`` of one level.
 
     The noise of (row, code) depends on ``seed``, ``level``, ``stream``, the row's number and the code only, not on how
@@ -57,6 +58,12 @@ def gumbel_noise(seed: int | Tensor | None, level: int, rows: int, codes: int, *
     Raises:
         ValueError, TypeError: an argument is out of range, of the wrong type or on the wrong device; it is named.
         BackendUnavailable: ``backend``, asked for by name, cannot run here.
+
+    Examples:
+        >>> whole = dgi_kernels.gumbel_noise(7, level=0, rows=100, codes=50)
+        >>> part = dgi_kernels.gumbel_noise(7, level=0, rows=40, codes=50, row_offset=60)
+        >>> torch.equal(whole[60:], part)
+        True
     """
     level = checks.integer("level", level, low=0, high=reference_noise.WORD)
     rows, codes = checks.integer("rows", rows, low=0), checks.integer("codes", codes, low=0, high=2**34)
@@ -72,7 +79,7 @@ def gumbel_noise(seed: int | Tensor | None, level: int, rows: int, codes: int, *
 
 
 def gumbel_softmax(logits: Tensor, tau: float | Tensor = 1.0, hard: bool = False, *, seed: int | Tensor | None = None,
-                   backend: str = "auto") -> Tensor:
+                   backend: Backend = "auto") -> Tensor:
     """Sample from the Gumbel-Softmax distribution over the last dimension (paper eq. 6).
 
     Drop-in for ``F.gumbel_softmax(logits, tau, hard, dim=-1)`` with the noise of :func:`gumbel_noise` at level 0 and
@@ -93,6 +100,10 @@ def gumbel_softmax(logits: Tensor, tau: float | Tensor = 1.0, hard: bool = False
     Raises:
         ValueError, TypeError: an argument has the wrong shape, type or device, or is out of range; it is named.
         BackendUnavailable: ``backend``, asked for by name, cannot run here.
+
+    Examples:
+        >>> dgi_kernels.gumbel_softmax(torch.tensor([[0.0, 9.0, 0.0]]), tau=0.5, hard=True, seed=1)
+        tensor([[0., 1., 0.]])
     """
     checks.float_tensor("logits", logits, min_ndim=1)
     if logits.shape[-1] == 0:

@@ -20,6 +20,7 @@ from dgi_kernels.enums import MODES
 from dgi_kernels.gumbel import draw_noise, inner_backend
 from dgi_kernels.quantize import native, reference
 from dgi_kernels.quantize.result import ResidualQuantization
+from dgi_kernels.types import Backend, Mode
 
 if backends()["triton"].available:
     from dgi_kernels.quantize import triton
@@ -28,8 +29,8 @@ __all__ = ["ResidualQuantization", "assign_codes", "residual_quantize"]
 
 
 def residual_quantize(z: Tensor, codebooks: Iterable[Tensor], scale: float | Tensor, tau: float | Tensor = 1.0, *,
-                      mode: str = "soft", noise: bool = True, seed: int | Tensor | None = None, row_offset: int = 0,
-                      eps: float = 1e-12, backend: str = "auto") -> ResidualQuantization:
+                      mode: Mode = "soft", noise: bool = True, seed: int | Tensor | None = None, row_offset: int = 0,
+                      eps: float = 1e-12, backend: Backend = "auto") -> ResidualQuantization:
     """Quantize vectors by a sequence of codebooks, each level the residual of the levels before (paper eq. 6, 7, 10).
 
     Level j has logits ``s_j = scale * r^_{j-1} . e^_j`` and probabilities ``p_j = softmax((s_j + g_j) / tau)``, emits
@@ -72,6 +73,12 @@ def residual_quantize(z: Tensor, codebooks: Iterable[Tensor], scale: float | Ten
     Raises:
         ValueError, TypeError: an argument has the wrong shape, type or device, or is out of range; it is named.
         BackendUnavailable: ``backend``, asked for by name, cannot run here.
+
+    Examples:
+        >>> codebooks = [torch.tensor([[4.0, 0.0], [0.0, 4.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])]
+        >>> result = dgi_kernels.residual_quantize(torch.tensor([[5.0, 0.1]]), codebooks, 30.0, mode="hard")
+        >>> result.codes, result.quantized.sum(1)
+        (tensor([[0, 0]]), tensor([[5., 0.]]))
     """
     checks.float_tensor("z", z, ndim=2)
     codebooks = _check_codebooks(codebooks, z)
@@ -110,7 +117,7 @@ def residual_quantize(z: Tensor, codebooks: Iterable[Tensor], scale: float | Ten
 
 
 @torch.no_grad()
-def assign_codes(z: Tensor, codebooks: Iterable[Tensor], *, eps: float = 1e-12, backend: str = "auto") -> Tensor:
+def assign_codes(z: Tensor, codebooks: Iterable[Tensor], *, eps: float = 1e-12, backend: Backend = "auto") -> Tensor:
     """The final codes of vectors: those of ``residual_quantize(z, codebooks, scale, mode="hard")`` for any scale > 0.
 
     An argmax of cosines and a gather per level and nothing else: what assigning the codes of a whole catalog needs.
@@ -125,6 +132,12 @@ def assign_codes(z: Tensor, codebooks: Iterable[Tensor], *, eps: float = 1e-12, 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, type or device, or is out of range; it is named.
         BackendUnavailable: ``backend``, asked for by name, cannot run here.
+
+    Examples:
+        >>> codebooks = [torch.tensor([[4.0, 0.0], [0.0, 4.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])]
+        >>> dgi_kernels.assign_codes(torch.tensor([[5.0, 0.1], [0.1, 3.0]]), codebooks)
+        tensor([[0, 0],
+                [1, 0]])
     """
     checks.float_tensor("z", z, ndim=2)
     codebooks = _check_codebooks(codebooks, z)
@@ -132,7 +145,7 @@ def assign_codes(z: Tensor, codebooks: Iterable[Tensor], *, eps: float = 1e-12, 
     dtype = z.dtype
     for codebook in codebooks:
         dtype = torch.promote_types(dtype, codebook.dtype)
-    if choose("residual_quantize", backend, z.device, dtype) != "native":
+    if choose("assign_codes", backend, z.device, dtype) != "native":
         return residual_quantize(z, codebooks, 1.0, mode="hard", noise=False, eps=eps, backend=backend).codes
     compute = checks.compute_dtype(dtype)
     return native.assign_codes(z.to(compute), [codebook.to(compute) for codebook in codebooks], eps)

@@ -8,11 +8,20 @@ from torch import Tensor
 
 
 class ResidualQuantization(NamedTuple):
-    """Result of :func:`dgi_kernels.residual_quantize` for N vectors and m levels; j counts levels."""
+    """Result of :func:`dgi_kernels.residual_quantize` for N vectors and m levels; j counts levels.
 
-    quantized: Tensor  # (N, m, D), the quantized vectors z~_j
-    codes: Tensor  # (N, m) int64, argmax_k s_j: the code without noise
-    sampled: Tensor  # (N, m) int64, argmax_k (s_j + g_j)
-    usage: list[Tensor]  # m of (K_j,), mean over N of p_j; hard: frequency of the codes
-    residuals: Tensor  # (N, m, D), the residual r_{j-1} that level j saw
-    log_normalizer: Tensor  # (N, m), logsumexp_k((s_j + g_j) / tau)
+    Attributes:
+        quantized: (N, m, D) the quantized vectors z~_j, in the dtype of ``z``.
+        codes: (N, m) int64 argmax of s_j, without noise, on the path that the mode takes.
+        sampled: (N, m) int64 argmax of s_j + g_j; equal to ``codes`` without noise.
+        usage: m tensors (K_j,), the batch mean of p_j; in hard mode the frequency of the codes.
+        residuals: (N, m, D) the residual r_{j-1} that level j saw, in the dtype of ``quantized``.
+        log_normalizer: (N, m) logsumexp over k of (s_j + g_j) / tau.
+    """
+
+    quantized: Tensor
+    codes: Tensor
+    sampled: Tensor
+    usage: list[Tensor]
+    residuals: Tensor
+    log_normalizer: Tensor

@@ -17,6 +17,7 @@ from dgi_kernels.beam import BeamResult
 from dgi_kernels.ranking import native, reference
 from dgi_kernels.trie import MAX_COUNT, Beams, Trie
 from dgi_kernels.trie.filters import Filters, check_filters
+from dgi_kernels.types import Backend
 
 __all__ = ["Ranking", "rank_candidates"]
 
@@ -36,7 +37,7 @@ class Ranking(NamedTuple):
 
 
 def rank_candidates(query: Tensor, item_vectors: Tensor, trie: Trie, beams: Beams | BeamResult, k: int, *,
-                    filters: Filters = None, backend: str = "auto") -> Ranking:
+                    filters: Filters = None, backend: Backend = "auto") -> Ranking:
     """Rank the items below beams lexicographically: beam score first, then cosine with the query, then lower item id.
 
     Args:
@@ -60,6 +61,13 @@ def rank_candidates(query: Tensor, item_vectors: Tensor, trie: Trie, beams: Beam
             ``item_vectors``.
         TypeError: an argument has the wrong type or dtype.
         BackendUnavailable: ``backend``, asked for by name, cannot run here.
+
+    Examples:
+        >>> trie = dgi_kernels.Trie.from_codes([[0], [0], [1]])            # items 0 and 1 share a semantic ID
+        >>> beams = dgi_kernels.beam_step(trie, torch.tensor([[[2.0, 1.0]]]), trie.root(1), num_beams=2)
+        >>> vectors = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
+        >>> dgi_kernels.rank_candidates(torch.tensor([[1.0, 0.0]]), vectors, trie, beams, k=3).items
+        tensor([[1, 0, 2]])
     """
     if not isinstance(trie, Trie):
         raise TypeError(f"trie must be a Trie; got {type(trie).__name__}")

@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from dgi_kernels.trie.filters import TrieFilter
 from dgi_kernels.trie.format import TrieFormatError
 from dgi_kernels.trie.item_set import ItemSet
 from dgi_kernels.trie.parts import TrieParts
+from dgi_kernels.types import Backend, IntegersLike
 
 __all__ = ["Beams", "ItemRanges", "Trie", "TrieFilter", "TrieFormatError"]
 
@@ -67,6 +69,14 @@ class Trie:
         parts: the arrays: those of one build, and of an updated trie what has changed since.
         codebook_sizes: per level, the number of codes K.
         sizes_inferred: True where the sizes were not given but are the largest code + 1, and so lower bounds.
+
+    Examples:
+        >>> trie = dgi_kernels.Trie.from_codes([[3, 1], [0, 4], [3, 1], [2, 2]])
+        >>> trie.children(0, 0)                                               # the first codes that occur
+        tensor([0, 2, 3])
+        >>> trie.items(trie.find([[3, 1]]), depth=2).item_ids
+        tensor([0, 2])
+        >>> allowed = trie.filter(items=[1, 2])
     """
 
     def __init__(self, parts: TrieParts, codebook_sizes: tuple[int, ...], sizes_inferred: bool) -> None:
@@ -75,8 +85,9 @@ class Trie:
         self.sizes_inferred = sizes_inferred
 
     @classmethod
-    def from_codes(cls, codes: object, item_ids: object = None, *, codebook_sizes: object = None,
-                   backend: str = "auto") -> Trie:
+    def from_codes(cls, codes: IntegersLike, item_ids: IntegersLike | None = None, *,
+                   codebook_sizes: Sequence[int] | None = None,
+                   backend: Backend = "auto") -> Trie:
         """Build a trie from the semantic IDs of N items, in any order, with repetitions.
 
         Args:
@@ -159,7 +170,7 @@ class Trie:
         return Beams(torch.full(shape, 0, dtype=torch.int64, device=device), none, none,
                      torch.full(shape, 0.0, dtype=torch.float32, device=device), 0)
 
-    def find(self, prefixes: object) -> Tensor:
+    def find(self, prefixes: IntegersLike) -> Tensor:
         """Find the nodes of prefixes.
 
         Args:
@@ -173,7 +184,7 @@ class Trie:
             raise ValueError(f"prefixes must have shape (..., t), t at most {self.depth}; got {tuple(prefixes.shape)}")
         return self.parts.find(prefixes)
 
-    def is_valid(self, prefixes: object) -> Tensor:
+    def is_valid(self, prefixes: IntegersLike) -> Tensor:
         """Whether each prefix (..., t) begins the codes of some item; (...) bool. See :meth:`find`."""
         return self.find(prefixes) >= 0
 
@@ -185,7 +196,7 @@ class Trie:
         children, tokens, exists = self.parts.children(torch.tensor(i, device=self.device), depth)
         return tokens[exists & self.parts.holds(children, depth + 1, self.parts.live, None)]
 
-    def items(self, nodes: object, depth: int) -> ItemRanges:
+    def items(self, nodes: IntegersLike | int, depth: int) -> ItemRanges:
         """List the items below nodes: the inverted index from prefixes to items.
 
         Args:
@@ -200,7 +211,8 @@ class Trie:
         nodes = checks.index("nodes", nodes, 0, self.num_nodes_at(depth), also=-1)
         return ItemRanges(*self.parts.items(nodes, depth))
 
-    def filter(self, *, items: object = None, mask: object = None) -> TrieFilter:
+    def filter(self, *, items: IntegersLike | None = None,
+               mask: Tensor | np.ndarray | Sequence[bool] | None = None) -> TrieFilter:
         """Make a filter that allows a subset of the items, for ``filters=`` of the searches.
 
         Args:
@@ -257,7 +269,8 @@ class Trie:
         """
         return self.parts.codes(), self.parts.ids()
 
-    def update(self, add: tuple[object, object] | None = None, remove: object = None, *, backend: str = "auto") -> Trie:
+    def update(self, add: tuple[IntegersLike, IntegersLike] | None = None,
+               remove: IntegersLike | None = None, *, backend: Backend = "auto") -> Trie:
         """Return a trie with items added and removed; this one stays as it is.
 
         The new trie shares this one's arrays: items that are gone are masked, the added ones stand in a small trie of
@@ -302,7 +315,7 @@ class Trie:
         added = build.build_arrays(codes, ids, sizes, backend)
         return Trie(TrieParts(base, Delta.make(base, added, removed, delta)), sizes, self.sizes_inferred)
 
-    def compact(self, *, backend: str = "auto") -> Trie:
+    def compact(self, *, backend: Backend = "auto") -> Trie:
         """Return a trie of the same items, with all updates folded in: this one where there are none.
 
         It has the arrays that :meth:`from_codes` makes of :meth:`codes`, and nodes are numbered anew.

@@ -1,0 +1,27 @@
+"""The types of arguments that several ops share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+import numpy as np
+from torch import Tensor
+
+Backend: TypeAlias = Literal["auto", "reference", "triton", "native"]
+"""Which implementation runs an op; ``"auto"`` takes the fastest that is available for device and dtype."""
+
+Mode: TypeAlias = Literal["soft", "straight_through", "hard"]
+"""What residual quantization emits at each level: a mixture, a sampled row with the soft gradient, or the best row."""
+
+Reduction: TypeAlias = Literal["none", "mean", "sum"]
+"""What a loss does with the losses of its rows, as in ``F.cross_entropy``."""
+
+Normalize: TypeAlias = Literal["full", "children", "none"]
+"""What a beam step subtracts from logits: log-sum-exp over the codebook, over the allowed children, or nothing."""
+
+Rows: TypeAlias = Literal["replicated", "sharded"]
+"""Whether the rows of a vocabulary-parallel loss are the same on all ranks, or each rank has different ones."""
+
+IntegersLike: TypeAlias = Tensor | np.ndarray | Sequence[int] | Sequence[Sequence[int]]
+"""Integers as a tensor, a NumPy array, or (nested) sequences."""
