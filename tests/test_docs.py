@@ -1,4 +1,4 @@
-"""What README.md, CONTRIBUTING.md and docs/ tell to run, runs, their links lead somewhere, and the site builds without a warning.
+"""The code of README.md, CONTRIBUTING.md and docs/ runs, their links work, and the site builds without a warning.
 
 The Python of a page runs in order, in one namespace and an empty folder, and so do the commands of the tutorial that
 begin with ``dgi``.  A comment ``<!-- setup`` … ``-->`` holds lines that are run and not shown; a block below

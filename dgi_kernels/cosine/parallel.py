@@ -80,7 +80,7 @@ def vocabulary_parallel_cosine_cross_entropy(
             are checked inside ``dgi_kernels.debug()`` only.
 
     Examples:
-        >>> h, weight = torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 0.0], [0.0, 2.0]])   # one process: all rows are here
+        >>> h, weight = torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 0.0], [0.0, 2.0]])   # one process has all rows
         >>> dgi_kernels.vocabulary_parallel_cosine_cross_entropy(h, weight, torch.tensor([1]), 10.0)
         tensor(0.1269)
     """
