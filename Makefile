@@ -1,6 +1,6 @@
-# Everything runs in a virtual environment of its own, made on first use; nothing needs installing by hand.
+# Everything runs in its own virtual environment, made on first use; nothing needs to be installed by hand.
 #   PYTHON  the interpreter to make it with (3.10 or later)
-#   VENV    where it lies
+#   VENV    its folder
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

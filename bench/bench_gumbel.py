@@ -1,6 +1,6 @@
 """Gumbel noise against PyTorch on the CPU.
 
-The noise stands against ``exponential_``, which is what ``F.gumbel_softmax`` takes its own from, both in memory that
+The noise is compared with ``exponential_``, which ``F.gumbel_softmax`` makes its noise from, both in memory that
 the process has already: to fetch new pages from the system may cost more than the noise, and is no part of it.
 
 Run: make bench, or pytest bench/bench_gumbel.py; python bench/bench_gumbel.py prints a table.

@@ -4,10 +4,10 @@
     python bench/compare.py cosine --base HEAD~3 -- --quick   against another version; after -- the benchmark's options
     python bench/compare.py beam --base v1 --head v2 --rounds 5 -- B8-M50 --only native
 
-Each version named by a git ref is checked out in a worktree of its own under build/compare/ and built there once; the
+Each version named by a git ref is checked out in a separate worktree under build/compare/ and built there once; the
 working tree is built in place.  Then ``bench/bench_NAME.py`` runs in one after the other, ``--rounds`` times, and every
-system's median over all rounds is shown: base, head, and their ratio.  What is not of ours (eager, peers, the floor)
-should not differ: how much it does is the noise of the machine.
+system's median over all rounds is shown: base, head, and their ratio.  Systems that are not
+ours (eager, peers, the floor) should not differ; by how much they do is the noise of the machine.
 """
 
 from __future__ import annotations

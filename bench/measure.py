@@ -82,7 +82,7 @@ class Results:
     """Figures of one run, to be written as pytest-benchmark writes them (``commit_info``, ``benchmarks[i].stats``, …).
 
     The systems that were measured in turns share a ``group``; what the figures depend on (shape, dtype, threads) and
-    what else was measured (peak memory) stands in ``extra_info``.
+    other measurements (peak memory) are in ``extra_info``.
     """
 
     def __init__(self) -> None:

@@ -300,7 +300,7 @@ def draw(run: Run, filters: dict[str, str]) -> Iterator[tuple[Path, str]]:
 
 
 def rendered(page: Path, text: str) -> tuple[str, list[tuple[Run, dict[str, str]]]]:
-    """The page with everything between its markers made anew, and the pictures that it shows."""
+    """The page with everything between its markers rendered again, and the pictures that it shows."""
     shown: list[tuple[Run, dict[str, str]]] = []
 
     def replace(match: re.Match[str]) -> str:

@@ -50,7 +50,7 @@ def float_tensor(name: str, value: object, *, ndim: int | None = None, min_ndim:
 
 
 def shape(name: str, value: Tensor, expected: tuple[int | None, ...], meaning: str) -> None:
-    """Check ``value.shape`` against ``expected``, where None stands for any size; ``meaning`` is e.g. "(N, D)"."""
+    """Check ``value.shape`` against ``expected``, where None means any size; ``meaning`` is e.g. "(N, D)"."""
     actual = value.shape
     if actual == expected:  # where there is no None; as fast as can be
         return
@@ -136,7 +136,7 @@ def to_dtype(value: float | Tensor, dtype: torch.dtype) -> float | Tensor:
 
 
 def index(name: str, value: Tensor, low: int, high: int, *, also: int | None = None) -> Tensor:
-    """Check that every element of an integer tensor lies in ``[low, high)`` or equals ``also``; return the tensor."""
+    """Check that every element of an integer tensor is in ``[low, high)`` or equals ``also``; return the tensor."""
     if checks_values(value.device):
         if torch.compiler.is_compiling():
             return torch.ops.dgi_kernels.checked_index(value, low, high, also, name)

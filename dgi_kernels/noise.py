@@ -1,4 +1,4 @@
-"""The noise of the contract: a pure function of seed, level, row and code, in plain PyTorch.
+"""The noise of ``docs/method.md``: a pure function of seed, level, row and code, in plain PyTorch.
 
 The uniform word for (row n, code k) of level j is word ``k % 4`` of Philox4x32-10 (Salmon et al., "Parallel random
 numbers: as easy as 1, 2, 3", SC 2011) with key ``(seed & 0xffffffff, seed >> 32)`` and counter

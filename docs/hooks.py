@@ -27,7 +27,7 @@ def on_page_markdown(markdown: str, **_: object) -> str:
     markdown = EXCERPT.sub(lambda match: _excerpt(*match.groups()), markdown)
     markdown = BLOCK_FORMULA.sub(lambda match: f'<div class="formula">{convert(match[1], display="block")}</div>',
                                  markdown)
-    # In a span, since Markdown takes a line that begins with <math> for a paragraph of its own.
+    # In a span, since Markdown takes a line that begins with <math> for a separate paragraph.
     return INLINE_FORMULA.sub(lambda match: f"<span>{convert(match[1])}</span>", markdown)
 
 

@@ -37,7 +37,7 @@ def positive(text: str) -> int:
 
 
 def next_command(*words: object) -> str:
-    """A command to copy into a shell, whatever stands in its arguments."""
+    """A command to copy into a shell, whatever its arguments contain."""
     return "next: " + shlex.join(map(str, words))
 
 

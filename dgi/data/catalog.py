@@ -61,7 +61,7 @@ def load_catalog(path: str | os.PathLike[str], *, vectors: str | os.PathLike[str
         vectors: an ``.npy`` file of (num_items, d) floats in the order of the file; kept as float32.
 
     Raises:
-        DataError: with file, line and cure of every malformed line, missing, empty or duplicate id, and empty text.
+        DataError: with file, line and fix of every malformed line, missing, empty or duplicate id, and empty text.
     """
     path = Path(path)
     problems = Problems(path)
@@ -75,7 +75,7 @@ def load_catalog(path: str | os.PathLike[str], *, vectors: str | os.PathLike[str
             problems.add(number, f"the text of item {item_id!r} is {text!r}; give it a text or remove the item")
         elif item_id in lines:
             first = problems.place(lines[item_id])
-            problems.add(number, f"id {item_id!r} stands on {first} already; keep one of the two")
+            problems.add(number, f"id {item_id!r} is on {first} already; keep one of the two")
         else:
             lines[item_id] = number
             texts.append(text.strip())

@@ -31,7 +31,7 @@ def load_dataset(folder: str | os.PathLike[str], *, test_fraction: float = 0.2) 
     ``queries.train.npy`` and ``queries.test.npy``.
 
     Raises:
-        DataError: a file is missing or given twice, or its content is wrong, with file, line and cure.
+        DataError: a file is missing or given twice, or its content is wrong, with file, line and how to fix it.
     """
     folder = Path(folder)
     catalog = load_items(folder)

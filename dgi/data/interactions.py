@@ -75,7 +75,7 @@ def load_interactions(path: str | os.PathLike[str], catalog: Catalog, *, max_his
         query_vectors: an ``.npy`` file of (n, d) floats in the order of the file; a row then needs no query text.
 
     Raises:
-        DataError: with file, line and cure of every malformed line, unknown id, bad timestamp, and row that has
+        DataError: with file, line and fix of every malformed line, unknown id, bad timestamp, and row that has
             neither query nor history.
     """
     if max_history < 1:

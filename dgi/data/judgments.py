@@ -44,7 +44,7 @@ def load_judgments(path: str | os.PathLike[str], catalog: Catalog, *,
         query_vectors: an ``.npy`` file of (n, d) floats, one per distinct query, in sorted order of the queries.
 
     Raises:
-        DataError: with file, line and cure of every malformed line, unknown id, bad rating, and pair rated twice.
+        DataError: with file, line and fix of every malformed line, unknown id, bad rating, and pair rated twice.
     """
     path = Path(path)
     problems = Problems(path)

@@ -1,6 +1,6 @@
-"""Rows of a TSV, JSONL or Parquet file, with every problem reported by file, line and cure.
+"""Rows of a TSV, JSONL or Parquet file, with every problem reported with file, line and how to fix it.
 
-TSV has a header row and no quoting: a field is what stands between two tabs.  TSV and JSONL are UTF-8 and may be
+TSV has a header row and no quoting: a field is the text between two tabs.  TSV and JSONL are UTF-8 and may be
 gzipped (``.gz``).  Parquet needs pyarrow (``pip install "dgi-kernels[parquet]"``).
 """
 

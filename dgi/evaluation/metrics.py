@@ -175,7 +175,7 @@ def isotropy(vectors: np.ndarray) -> Json:
 
     ``iso_score`` is the IsoScore of Rudman et al. (Findings of ACL 2022): with the eigenvalues λ of the covariance,
     ``((Σλ)² / Σλ² - 1) / (d - 1)``, which their steps reduce to: 1 where all directions vary alike, 0 where all
-    variance lies in one.  It does not see a common offset; ``mean_cosine`` over all pairs does:
+    variance is in one dimension.  It does not see a common offset; ``mean_cosine`` over all pairs does:
     ``(‖Σx̂‖² - Σ‖x̂‖²) / (n (n - 1))``, 0 where there is none.
     """
     vectors = np.asarray(vectors, dtype=np.float64)

@@ -5,7 +5,7 @@ direction, variation selectors).  Then its tokens are
 
 - words: letters, digits and ``_`` with their combining marks (vowel signs, tones, accents);
 - of scripts that put no spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese, Javanese, …) every two
-  neighbouring letters with their marks, or the one letter that stands alone;
+  neighbouring letters with their marks, or a single letter;
 - symbols and emoji, each by itself, and ``# % & * @``: "C++" is not "C#";
 - of a text that has none of these, every character that is no space.
 """

@@ -76,7 +76,7 @@ class Schedule:
     def revives(self, step: int) -> bool:
         """Whether dead codes are revived after ``step``: every ``revive_every`` steps, but not in the last fifth.
 
-        A revived code changes the semantic IDs of the items around it, which the decoder then has to learn anew; in
+        A revived code changes the semantic IDs of the items around it, which the decoder then has to learn again; in
         the last fifth, with the learning rate near zero, it no longer could.
         """
         every, done = self.config.revive_every, step + 1
@@ -154,7 +154,7 @@ class LossStep(nn.Module):
 
 
 def build_optimizer(model: DualEncoder, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with a learning rate of their own for codebooks, heads and γ, which do not decay.
+    """AdamW with a separate learning rate for codebooks, heads and γ, which do not decay.
 
     Neither do norms, biases and other vectors of the backbone.  The moments are made here, at zero, not in the first
     step: the state of training then has the same tensors from start to end, to be saved, loaded and broadcast alike.
@@ -304,7 +304,7 @@ class Trainer:
         logger.info("resuming from %s", path)
 
     def _batches(self, start: int) -> Iterator[tuple[int, Batch]]:
-        """Every step from ``start`` with this process's part of its batch; each epoch has an order of its own."""
+        """Every step from ``start`` with this process's part of its batch; each epoch has its own order."""
         order = torch.empty(0)
         for step in range(start, self.schedule.total_steps):
             epoch, place = divmod(step, self.epoch_steps)

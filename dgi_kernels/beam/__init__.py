@@ -1,6 +1,8 @@
-"""Beam search over the sequences of a trie: exact, in every case, with nothing but items of the catalog as result.
+"""Exact beam search over the sequences of a trie; every result is a semantic ID of the catalog.
 
-    score(c_1 … c_t | q) = Σ_j log P(c_j | q, c_{<j})          (paper eq. 13; method: inference, coarse to fine)
+    score(c_1 … c_t | q) = Σ_j log P(c_j | q, c_{<j})
+
+Paper eq. 13; ``docs/method.md``, "Search, coarse to fine".
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ __all__ = ["BeamResult", "Beams", "HiddenStates", "beam_search", "beam_step", "c
 
 
 class HiddenStates(NamedTuple):
-    """What a step of :func:`beam_search` may return in place of logits: the arguments of a :func:`cosine_beam_step`.
+    """What a step of :func:`beam_search` may return instead of logits: the arguments of :func:`cosine_beam_step`.
 
     Attributes:
         h: (B, M, D) hidden states.
@@ -39,7 +41,7 @@ class HiddenStates(NamedTuple):
     eps: float = 1e-12
 
     def logits(self) -> Tensor:
-        """(B, M, K) the logits that they stand for, see :func:`dgi_kernels.cosine_logits`."""
+        """The logits (B, M, K) of these hidden states, see :func:`dgi_kernels.cosine_logits`."""
         return cosine_logits(self.h, self.codebook, self.scale, eps=self.eps)
 
 
@@ -47,10 +49,10 @@ Step = Callable[[int, Tensor | None, Tensor | None], Tensor | HiddenStates]
 
 
 class BeamResult(NamedTuple):
-    """The result of a search: M beams for each of B requests, best first; dead ones hold -1 and score -inf.
+    """The result of a search: M beams for each of B requests, best first; dead beams have codes -1 and score -inf.
 
     Attributes:
-        codes: (B, M, L) int64 semantic IDs; -1 behind the end of one that is shorter than L.
+        codes: (B, M, L) int64 semantic IDs; -1 after the end of one that is shorter than L.
         scores: (B, M) float32 log-probabilities, descending.
         nodes: (B, M) int64 leaves of the trie; ``trie.items(nodes, trie.depth)`` lists their items.
     """

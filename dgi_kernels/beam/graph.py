@@ -1,4 +1,4 @@
-"""A whole beam search as one CUDA graph: what the host does between steps costs a small search more than the steps do.
+"""A whole beam search as one CUDA graph: for a small search, host work between steps costs more than the steps.
 
 Possible because no step waits for the host, and its launches have shapes that follow from those of the tensors alone.
 """
@@ -40,11 +40,11 @@ class CapturedSearch:
         """Search for new inputs.
 
         Args:
-            inputs: as many as were captured, of the same shapes; they are copied into :attr:`inputs`. Without any the
-                graph runs on what these hold.
+            inputs: as many as were captured, of the same shapes; they are copied into :attr:`inputs`. Without any, the
+                graph runs on their present values.
 
         Returns:
-            BeamResult, in memory that the next call writes to again: copy what is to be kept.
+            BeamResult, in memory that the next call overwrites: copy what you keep.
 
         Raises:
             ValueError: the number or the shapes differ from those captured.

@@ -1,4 +1,4 @@
-"""Module forms: scaled cosine logits in the place of ``nn.Linear``, their loss in that of ``nn.CrossEntropyLoss``.
+"""Modules: scaled cosine logits instead of ``nn.Linear``, and their loss instead of ``nn.CrossEntropyLoss``.
 
 The scale gamma is kept as its logarithm: it stays positive whatever the optimizer does.
 """
@@ -22,9 +22,9 @@ class CosineLinear(nn.Module):
     Args:
         in_features: width D of the vectors.
         out_features: number K of logits.
-        scale: gamma to start from, positive.
+        scale: initial gamma, positive.
         learnable_scale: whether gamma is trained.
-        weight: a (K, D) parameter to share, an embedding's or a codebook's; None for one of its own.
+        weight: a (K, D) parameter to share, an embedding's or a codebook's; None for a new one.
         log_scale: a 0-d parameter holding log gamma to share, instead of ``scale`` and ``learnable_scale``.
         eps: lower bound of the norms.
         backend: backend of the ops.
@@ -63,7 +63,7 @@ class CosineLinear(nn.Module):
                           else _shared("log_scale", log_scale, ()))
 
     def reset_parameters(self) -> None:
-        """Draw the weight anew."""
+        """Draw the weight again."""
         nn.init.normal_(self.weight, std=self.in_features**-0.5)
 
     @property
@@ -73,7 +73,7 @@ class CosineLinear(nn.Module):
 
     @property
     def vectors(self) -> Tensor:
-        """(K, D) what logits are taken with: the weight, unless a subclass makes it something else."""
+        """The (K, D) vectors that logits are computed with: the weight, unless a subclass overrides this."""
         return self.weight
 
     def forward(self, h: Tensor) -> Tensor:
@@ -94,12 +94,12 @@ class CosineLinear(nn.Module):
 class CosineCrossEntropyLoss(nn.Module):
     """Cross-entropy of scaled cosine logits against vectors given with every call, such as a batch's items (InfoNCE).
 
-    For a fixed set of vectors that are parameters, :meth:`CosineLinear.loss` is the shorter way.
+    For a fixed set of vectors that are parameters, use :meth:`CosineLinear.loss`.
 
     Args:
-        scale: gamma to start from, positive; of InfoNCE 1 / temperature.
+        scale: initial gamma, positive; for InfoNCE 1 / temperature.
         learnable_scale: whether gamma is trained.
-        ignore_index, reduction, label_smoothing: as of ``nn.CrossEntropyLoss``.
+        ignore_index, reduction, label_smoothing: as in ``nn.CrossEntropyLoss``.
         eps: lower bound of the norms.
         backend: backend of the op.
         device, dtype: of the scale.

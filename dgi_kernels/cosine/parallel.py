@@ -1,8 +1,8 @@
-"""Vocabulary-parallel cosine cross-entropy: every rank holds some rows of the weight, and none sees the others'.
+"""Vocabulary-parallel cosine cross-entropy: every rank holds some rows of the weight and never sees the others.
 
     loss_n = LSE_n - s_nt,    LSE_n = log sum_r exp LSE_nr,    LSE_nr = log sum_{k on rank r} exp s_nk
 
-A rank's part comes from one call of the fused loss with a row j of its own as target, the right one where it has it:
+A rank's part comes from one call of the fused loss with one of its rows, j, as target: the right row if it has it.
 nll = LSE_nr - s_nj, and s_nj is one dot product.  The gradient is w for nll and w - [j = t] for s_nj, where
 w = exp(LSE_nr - LSE_n): with w near 1, as trained models have it, nearly all of the gradient is the fused op's own.
 Rows j other than t cancel out, to rounding, and are spread over the shard: no one row gathers the rounding of all.
@@ -42,7 +42,7 @@ def vocabulary_parallel_cosine_cross_entropy(
     ``scale`` are the same on every rank, and so is the loss; every rank calls backward on it, and all get the same
     gradients of ``h`` and ``scale``.
 
-    ``rows="sharded"`` is InfoNCE over the items of all ranks. Every rank has queries of its own, equally many, and the
+    ``rows="sharded"`` is InfoNCE over the items of all ranks. Every rank has its own queries, equally many, and its
     loss is reduced over these alone. Gradients are those of the *sum* of all ranks' losses, as for any loss across
     ranks that DistributedDataParallel then averages; ``scale`` gets this rank's share, its weight's, of which they are
     the sum.  The mean of ranks' means is the mean over all queries where equally many count on every rank.

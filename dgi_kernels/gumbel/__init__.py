@@ -29,7 +29,7 @@ MOVED = ("ResidualQuantization", "assign_codes", "residual_quantize")  # now in 
 
 
 def __getattr__(name: str) -> Any:
-    """What was here before it had a folder of its own is still found here."""
+    """Names that have moved to :mod:`dgi_kernels.quantize` are still found here."""
     if name in MOVED:
         return getattr(importlib.import_module("dgi_kernels.quantize"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

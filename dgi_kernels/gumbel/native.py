@@ -1,6 +1,6 @@
 """Calls into the compiled extension: noise and Gumbel-Softmax in C++ (``csrc/cpu/gumbel``) and CUDA (``csrc/cuda``).
 
-Forward saves its inputs, nothing of its own; backward makes the noise and the probabilities again.  Gradients of
+Forward saves only its inputs; backward computes the noise and the probabilities again.  Gradients of
 gradients are those of the reference, which the function is given for that.
 """
 

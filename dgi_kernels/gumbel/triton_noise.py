@@ -1,4 +1,4 @@
-"""The noise of the contract in Triton, and the kernels that need no codebook: gumbel_noise and gumbel_softmax.
+"""The noise of ``docs/method.md`` in Triton, and the kernels that need no codebook: gumbel_noise and gumbel_softmax.
 
     u = (x + 1/2) 2^-32,    E = -log1p(-u),    g = -log E,    x = word k % 4 of Philox4x32-10 at (k // 4, n, level,
     stream)

@@ -1,7 +1,7 @@
 """The coarse-to-fine end of the search: the items of the surviving beams, by beam score, then by cosine.
 
 The beam score orders the semantic IDs; items that share one (or lie below one prefix) are told apart by
-``cos(z_q, z_item)`` (method: inference, step 3).
+``cos(z_q, z_item)`` (``docs/method.md``, "Search, coarse to fine").
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Ranking(NamedTuple):
     """The k best items of each of B requests, best first.
 
     Attributes:
-        items: (B, k) int64 item ids, -1 where there are fewer.
-        scores: (B, k) float32 score of the beam that the item lies below, -inf where there is none.
-        cosines: (B, k) cosine of query and item, -1 where there is none; float32 (float64 for float64 inputs).
+        items: (B, k) int64 item ids, -1 if there are fewer than k.
+        scores: (B, k) float32 score of the beam that the item is below, -inf where there is no item.
+        cosines: (B, k) cosine of query and item, -1 where there is no item; float32 (float64 for float64 inputs).
     """
 
     items: Tensor

@@ -66,9 +66,9 @@ class Trie:
     """A prefix tree of semantic IDs; immutable. Make one with :meth:`from_codes`, :meth:`load` or :meth:`update`.
 
     Attributes:
-        parts: the arrays: those of one build, and of an updated trie what has changed since.
+        parts: the arrays of one build, and for an updated trie the changes since.
         codebook_sizes: per level, the number of codes K.
-        sizes_inferred: True where the sizes were not given but are the largest code + 1, and so lower bounds.
+        sizes_inferred: True if the sizes were not given: they are the largest code + 1, a lower bound.
 
     Examples:
         >>> trie = dgi_kernels.Trie.from_codes([[3, 1], [0, 4], [3, 1], [2, 2]])
@@ -93,7 +93,7 @@ class Trie:
         Args:
             codes: an (N, L) integer tensor or array of any dtype, or a list of N sequences of integers, which may
                 differ in length (then L is the largest). An empty tensor of shape (0, L) gives an empty trie.
-            item_ids: (N,) distinct integers, any int64; default 0, 1, …, N - 1, which takes no memory.
+            item_ids: (N,) distinct integers, any int64; default 0, 1, …, N - 1, which needs no memory.
             codebook_sizes: (L,) integers, the number of codes of each level. Default: the largest code + 1, taken as a
                 lower bound: a search then accepts logits over more codes than that.
             backend: ``"auto"``, ``"reference"`` or ``"native"``; all give the same arrays.
@@ -104,7 +104,7 @@ class Trie:
         Raises:
             ValueError: a code is negative or not below its codebook's size, a sequence is empty, ids are repeated, or
                 a shape does not fit.
-            TypeError: codes, ids or sizes that are no integers.
+            TypeError: codes, ids or sizes are not integers.
             BackendUnavailable: ``backend``, asked for by name, cannot run here.
         """
         table = build.padded_codes("codes", codes)
@@ -134,14 +134,14 @@ class Trie:
 
     @property
     def max_degree(self) -> tuple[int, ...]:
-        """Per depth, at least as many as any node has children."""
+        """Per depth, an upper bound of the number of children of a node."""
         return self.parts.max_degree
 
     @property
     def nbytes(self) -> int:
         """The size of all arrays in bytes, those that are shared with other tries included.
 
-        About 3 bytes an item say which item is which (``item_start`` and ``item_order``); no search reads them. See
+        About 3 bytes per item map leaves to items (``item_start`` and ``item_order``); no search reads them. See
         "Memory" in ``README.md`` in this folder.
         """
         return sum(array.nbytes for array in self.arrays.values())
@@ -158,7 +158,7 @@ class Trie:
         return self.parts.base.named() | ({} if delta is None else delta.named())
 
     def num_nodes_at(self, depth: int) -> int:
-        """Nodes of ``depth``, 0 to L, are less than this; of a trie that was not updated, their number."""
+        """Exclusive upper bound of the node indices at ``depth`` (0 to L); equals their count if never updated."""
         checks.integer("depth", depth, low=0, high=self.depth)
         return self.parts.num_nodes_at(depth)
 
@@ -200,7 +200,7 @@ class Trie:
         """List the items below nodes: the inverted index from prefixes to items.
 
         Args:
-            nodes: integers of any shape (flattened), nodes of ``depth``; -1, a dead beam, has no items.
+            nodes: integers of any shape (flattened), nodes of ``depth``; -1 (a dead beam) has no items.
             depth: 0 (the root, node 0) to L (the leaves).
 
         Returns:
@@ -263,7 +263,7 @@ class Trie:
         return of_base, of_delta
 
     def codes(self) -> tuple[Tensor, Tensor]:
-        """Give back codes (N, L) int64, -1 where a sequence has ended, and item ids (N,), in the order given at build.
+        """Return codes (N, L) int64, -1 where a sequence has ended, and item ids (N,), in the order given at build.
 
         Items that :meth:`update` added come last.
         """
@@ -271,16 +271,15 @@ class Trie:
 
     def update(self, add: tuple[IntegersLike, IntegersLike] | None = None,
                remove: IntegersLike | None = None, *, backend: Backend = "auto") -> Trie:
-        """Return a trie with items added and removed; this one stays as it is.
+        """Return a trie with items added and removed; this one is unchanged.
 
-        The new trie shares this one's arrays: items that are gone are masked, the added ones stand in a small trie of
-        their own, and both are searched as one, exactly. It costs a pass over a bit per item, and a build of all items
-        added since the arrays were built: :meth:`compact` folds them in when they have become many. A node has another
-        number in the new trie.
+        The new trie shares this one's arrays: removed items are masked, added items are in a second, small trie, and
+        both are searched together, exactly. It costs a pass over one bit per item and a build of all items added since
+        the arrays were built; after many updates, :meth:`compact` merges them. Nodes are renumbered in the new trie.
 
         Args:
             add: ``(codes, ids)`` as for :meth:`from_codes`; sequences no longer than L. Given sizes still bind them.
-            remove: ids of items to take away, before the others are added: an id in both is replaced.
+            remove: ids of items to remove, before the others are added: an id in both is replaced.
             backend: as in :meth:`from_codes`.
 
         Raises:
@@ -316,9 +315,9 @@ class Trie:
         return Trie(TrieParts(base, Delta.make(base, added, removed, delta)), sizes, self.sizes_inferred)
 
     def compact(self, *, backend: Backend = "auto") -> Trie:
-        """Return a trie of the same items, with all updates folded in: this one where there are none.
+        """Return a trie of the same items with all updates merged, or this one if there are none.
 
-        It has the arrays that :meth:`from_codes` makes of :meth:`codes`, and nodes are numbered anew.
+        Its arrays are those that :meth:`from_codes` makes of :meth:`codes`; nodes are renumbered.
 
         Args:
             backend: as in :meth:`from_codes`.

@@ -52,7 +52,7 @@ def peaked(n: int, d: int, sizes: tuple[int, ...], dtype: torch.dtype = torch.fl
 
 def oracle(inputs: Inputs, mode: str, seed: int | Tensor | None, result: ResidualQuantization, row_offset: int = 0,
            eps: float = 1e-12) -> ResidualQuantization:
-    """method.md in float64, one level after the other, with an explicit one-hot where the mode has one.
+    """docs/method.md in float64, one level after the other, with an explicit one-hot where the mode has one.
 
     The one-hot follows the codes of ``result``, which must be as good as the best: at a near-tie rounding decides.
     """

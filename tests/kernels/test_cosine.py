@@ -94,7 +94,7 @@ def test_gradcheck() -> None:
 
 
 def test_gradients_have_no_radial_part_and_scale_gets_its_own() -> None:
-    """method.md, eq. 15 and 22: w . dL/dw = 0 row by row, the same for h, and dscale = sum_n h . dL/dh^ / scale."""
+    """docs/method.md, eq. 15, 22: w . dL/dw = 0 row by row, the same for h, and dscale = sum_n h . dL/dh^ / scale."""
     h, weight, target, scale = inputs(Cosine(n=9, d=6, k=11), torch.float64)
     dh, dweight, dscale = gradients(cosine_cross_entropy(h, weight, target, scale), (h, weight, scale))
     torch.testing.assert_close((h * dh).sum(-1), torch.zeros(9, dtype=torch.float64), rtol=0, atol=1e-12)

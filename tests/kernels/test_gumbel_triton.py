@@ -36,7 +36,7 @@ def test_all_of_this_file_in_the_interpreter() -> None:
 
 @runs
 @pytest.mark.parametrize("shape", [(1, 1), (5, 7), (70, 33), (3, 600)], ids=name_of)
-def test_noise_is_the_contracts(shape: tuple[int, int]) -> None:
+def test_noise_is_as_defined(shape: tuple[int, int]) -> None:
     seed, level, stream = seed_tensor(), random.randrange(2**32), random.randrange(2**32)
     row_offset = random.choice([0, random.randrange(2**31), 2**32 - shape[0]])
     actual = triton_softmax.gumbel_noise(seed, level, stream, row_offset, *shape)

@@ -1,4 +1,4 @@
-"""The noise of the contract against Random123's vectors, a Philox in Python integers, and the Gumbel distribution."""
+"""The noise of docs/method.md against Random123's vectors, a Philox in Python integers, and the Gumbel distribution."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_philox_gives_random123s_known_answers(counter: str, key: str, expected:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, -(2**63), 2**64 - 1, 0x123456789ABCDEF0])
-def test_noise_is_the_contracts_function(backend: str, seed: int) -> None:
+def test_noise_is_the_defined_function(backend: str, seed: int) -> None:
     level, stream = random.choice([0, 3, 2**32 - 1]), random.choice([0, 1, 2**32 - 1])
     row_offset, rows, codes = random.choice([0, 12345, 2**31 - 2, 2**32 - 5]), 5, 11
     expected = [[python_gumbel(seed, level, row_offset + row, code, stream) for code in range(codes)]

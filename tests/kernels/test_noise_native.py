@@ -34,7 +34,7 @@ def philox(counter: tuple[int, ...], key: tuple[int, int]) -> tuple[int, ...]:
 
 
 def gumbel(words: np.ndarray) -> np.ndarray:
-    """The definition of the contract in float64, in which ``x + 0.5`` and ``u`` are exact."""
+    """The definition of docs/method.md in float64, in which ``x + 0.5`` and ``u`` are exact."""
     uniform = (words.astype(np.float64) + 0.5) * 2.0**-32
     return -np.log(-np.log1p(-uniform))
 
@@ -134,7 +134,7 @@ def test_header_gives_the_same_bits_with_every_instruction_set(build_headers: Ca
 
 @native
 @pytest.mark.parametrize(("rows", "codes"), [(1, 1), (3, 4), (2, 7), (5, 64), (3, 257), (130, 3), (2, 1030)])
-def test_noise_is_the_contracts(rows: int, codes: int) -> None:
+def test_noise_is_as_defined(rows: int, codes: int) -> None:
     seed, level = int(np.random.randint(-(2**62), 2**62)), int(np.random.randint(0, 8))
     got = noise(seed, level, 0, 0, rows, codes)
     assert got.dtype == torch.float32

@@ -19,7 +19,7 @@ struct RowNoise {
   uint32_t level, stream, row;
 
   // The noise of codes first ... first + count - 1, count <= kNoiseChunk; `out` holds kNoiseChunk. In float64 it is the
-  // contract's to the bit: the formula in float64, rounded to float32.
+  // definition's (docs/method.md) to the bit: the formula in float64, rounded to float32.
   template <bool kFused, NoiseAs kAs, class Real>
   DGI_HOST_DEVICE void fill(int64_t first, int64_t count, Real* out) const {
     const int64_t blocks = (count + 4 * kPhiloxStep - 1) / (4 * kPhiloxStep) * kPhiloxStep;

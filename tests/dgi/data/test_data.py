@@ -126,7 +126,7 @@ def test_catalog_reports_every_problem_with_line_and_cure(tmp_path: Path) -> Non
     lines = message.splitlines()
     assert lines[0] == f"{path}: 5 problems"
     assert lines[1].startswith("  line 3: 1 columns where the header has 2; separate columns by one tab")
-    assert lines[2] == "  line 4: id 'a' stands on line 2 already; keep one of the two"
+    assert lines[2] == "  line 4: id 'a' is on line 2 already; keep one of the two"
     assert lines[3] == "  line 5: no value for text; every row needs one"
     assert lines[4].startswith("  line 6: 3 columns where the header has 2")
     assert lines[5] == "  line 7: not UTF-8 (byte 0xe9 at position 5); save the file as UTF-8"
