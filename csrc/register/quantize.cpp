@@ -109,7 +109,7 @@ Tensor assign_codes_cpu(const Tensor& z, const Tensor& codebooks, std::vector<in
 template <class Real>
 using SavedLists = dgi::cpu::ListedRows<const Real, const int32_t, const int64_t>;
 
-// The lists that forward left; whoever made them, their codes are of their codebooks.
+// The saved lists, validated: every code must be inside its codebook.
 template <class Real>
 SavedLists<Real> saved_lists(const Tensor& range, const Tensor& code, const Tensor& p, const Tensor& like, int64_t rows,
                              const std::vector<int64_t>& sizes) {

@@ -1,10 +1,9 @@
-// Beam steps on the CPU, given logits or the head that would make them: for each live beam, best first, the log-sum-exp
-// of its logits, then its real children and no others; beams that are hopeless by then are not looked at
-// (beam_request.h).
+// Beam steps on the CPU, from logits or from hidden states and a head. For each live beam, best first: the log-sum-exp of
+// its logits, then its existing children. Beams that can no longer be among the best are skipped (beam_request.h).
 //
-// Given logits are read once, chunk by chunk, and never copied but for a row that must be converted or gathered. Of a
-// head, a tile of raw products is made, of the best beams of several requests at a time, and used up while it is in the
-// cache; where only children count, and are few, only their products are made.
+// Given logits are read once, chunk by chunk; a row is copied only if it must be converted or gathered. For a head, a
+// tile of raw products is computed for the best beams of several requests at a time and used while it is in the cache.
+// If only the children count and they are few, only their products are computed.
 //
 // Bytes read: those of the logits, once, and 2 or 4 per child for its token; per logit 12 vector operations. One core of
 // an Intel Xeon with AVX-512, 1e6 clustered items, three levels of 2048 codes, 8 requests of 50 beams: a whole search takes

@@ -143,7 +143,7 @@ class Request {
   const std::vector<Parent<Real>>& parents() const { return parents_; }
 
   // Makes room for the logits of the children of those parents that have at most `most`, none of them the end of a
-  // sequence: to be filled by whoever makes them, and then used by extend_held.
+  // sequence: the caller fills it, and extend_held reads it.
   void hold_children(int64_t most) {
     int64_t held = 0;
     for (Parent<Real>& parent : parents_) {
@@ -180,7 +180,7 @@ class Request {
     sort_by_bound();
   }
 
-  // Whether this parent and all behind it are hopeless.
+  // Whether neither this parent nor any behind it can have a child among the best.
   bool is_done(const Parent<Real>& parent) {
     if (!step_.normalizes()) return false;
     best_.refresh();

@@ -1,7 +1,7 @@
-// Beam steps on the CPU from hidden states, without the logits of the whole batch: a tile of logits of the best beams of
-// several requests at a time, used up while it is in the cache (head_tile.h); beams that are hopeless by then are not
-// multiplied at all, and those that turn out to be not to the end. Where only children count, and are few, only their
-// products are made.
+// Beam steps on the CPU from hidden states, without the logits of the whole batch: a tile of logits for the best beams of
+// several requests at a time, used while it is in the cache (head_tile.h). Beams that can no longer be among the best are
+// not multiplied, or their products are abandoned half-way. If only the children count and they are few, only their
+// products are computed.
 #include <algorithm>
 #include <atomic>
 #include <cmath>

@@ -11,8 +11,8 @@
 // A row's bits do not depend on which rows share its panel, nor on the number of threads: the sums over blocks are put
 // together in order.
 //
-// The codes come in stages of about as many blocks each. Between two of them panels may be dropped: those whose rows turn
-// out to be hopeless by the sums that there are.
+// The codes come in stages of about as many blocks each. Between two of them panels may be dropped: those whose rows,
+// by the sums so far, cannot be among the best.
 #pragma once
 
 #include <algorithm>

@@ -2,9 +2,9 @@
 //
 //   s_nk = scale r^_n . e^_k,   p = softmax((s + g) / tau),   z~ = P E,   r' = r - z~
 //
-// Rows are taken in blocks through all levels, so that residuals stay in the cache; of a tile of kBlock x K nothing is
-// left but sums of its rows and columns. With X = scale r^ the tile is X E^T, scaled by the codes' reciprocal norms.
-// Backward makes tile and noise again and goes through the levels in reverse. Below X, the rows of dz~ share its products:
+// Rows are processed in blocks through all levels, so that residuals stay in the cache; of a tile (a block of rows x K)
+// only sums of its rows and columns are kept. With X = scale r^ the tile is X E^T, scaled by the codes' reciprocal norms.
+// Backward computes tile and noise again and goes through the levels in reverse. Below X, the rows of dz~ share its products:
 //
 //   [s / rnorm; dP] = [X; dZ~] E^T,   dS = P (dP - rowsum(P dP)) / tau,   T = dS rnorm,
 //   dr^ = scale T E,   dE = [T; P]^T [X; dZ~], key and value at once,
@@ -14,7 +14,7 @@
 // Rows of which few entries count (dgi/gumbel_row.h) leave the tile as lists, which are kept for backward: forward takes X E^T
 // whole and all other products at the listed codes alone, backward neither tile nor noise.
 //
-// 14 N K D operations (forward 4, backward 10), twice the noise. `python bench/bench_gumbel.py` measures them against the
+// 14 N K D operations (forward 4, backward 10), twice the noise. `python bench/bench_quantize.py` measures them against the
 // products alone.
 //
 // Blocks, groups of rows and rows are worked off or added up in fixed order: the same bits on any number of threads, as
