@@ -25,3 +25,7 @@ def test_every_path_of_the_contributing_guide_exists() -> None:
     assert re.findall(r"^\| `(\w+)` ", table, re.MULTILINE) == list(KERNELS)
     named = re.findall(r"`((?:dgi_kernels|csrc|bench|tests|docs)/[^` <*]+)`", text)
     assert len(named) > 10 and [path for path in named if not (ROOT / path).exists()] == []
+
+
+def test_the_bug_report_asks_what_runs_here() -> None:
+    assert "python -m dgi_kernels.info" in (ROOT / ".github/ISSUE_TEMPLATE/bug_report.yml").read_text()
