@@ -72,7 +72,7 @@ def cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: float
     Args:
         h: (..., D) float32, bfloat16, float16 or float64; any strides.
         weight: (K, D), the dtype of ``h``; mixed dtypes under ``torch.autocast`` as in :func:`cosine_logits`.
-        target: (...) integers, ``h.shape[:-1]``: the row of ``weight`` that is right, or ``ignore_index``.
+        target: (...) integers, ``h.shape[:-1]``: the correct row of ``weight``, or ``ignore_index``.
         scale: the logit scale (gamma), a finite float or a 0-d tensor, which receives its gradient.
         ignore_index: targets with this value have loss and gradient 0 and do not count in the mean.
         reduction: ``"mean"`` over the targets that are not ignored (NaN where there is none, as ``F.cross_entropy``),
