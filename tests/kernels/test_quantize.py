@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dgi_kernels import BackendUnavailable, gumbel_noise, gumbel_softmax, residual_quantize
+from dgi_kernels import BackendUnavailable, assign_codes, gumbel_noise, gumbel_softmax, residual_quantize
 
 from .near import ROUNDING, assert_all_near, gradients
 from .quantize_cases import (
@@ -314,5 +314,8 @@ def test_bad_quantize_arguments_are_named(name: str, value: object, error: type[
 
 
 def test_a_backend_asked_for_by_name_says_why_it_cannot_run() -> None:
+    z, codebooks = torch.randn(2, 3), [torch.randn(4, 3)]
     with pytest.raises(BackendUnavailable, match="cannot run residual_quantize here: "):
-        residual_quantize(torch.randn(2, 3), [torch.randn(4, 3)], 1.0, backend="triton")
+        residual_quantize(z, codebooks, 1.0, backend="triton")
+    with pytest.raises(BackendUnavailable, match="cannot run assign_codes here: "):  # the op that was called
+        assign_codes(z, codebooks, backend="triton")
