@@ -1,4 +1,4 @@
-"""What can run here, what is chosen, and why not: the one place that knows.
+"""Which backend runs an op here, and why others cannot: the only place that decides.
 
 Every public op asks :func:`choose` which implementation to call.  ``native`` is the compiled extension (C++ on
 CPU tensors, CUDA on CUDA tensors), ``triton`` the Triton kernels, ``reference`` plain PyTorch, which every kernel
@@ -90,7 +90,7 @@ class BackendStatus:
 
 
 def backends() -> dict[str, BackendStatus]:
-    """Return what is available here, and why not where it is not.
+    """Return which backends work on this machine, and why others do not.
 
     Returns:
         ``{"reference": BackendStatus, "triton": ..., "native": ...}``; ``reason`` is empty where available.

@@ -1,6 +1,6 @@
 """MovieLens-100K: from the last 10 films watched, find the next one.
 
-The data come out of the wheel ``recbole==1.2.1`` on PyPI, which ships them as an example.  pip fetches it once,
+The data are in the wheel ``recbole==1.2.1`` on PyPI, which ships them as an example.  pip fetches it once,
 without its dependencies; its SHA-256 is checked each time, and nothing of it is installed or unpacked.
 """
 

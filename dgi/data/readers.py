@@ -27,7 +27,7 @@ class DataError(ValueError):
 
 
 class Problems:
-    """Collects what is wrong with the lines of one file, so that all of it is told at once."""
+    """Collects the problems of one file's lines, so that all are reported at once."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -71,7 +71,7 @@ def read_rows(path: Path, problems: Problems, required: Sequence[str], optional:
     elif path.suffix == ".parquet":
         rows = _parquet_rows(path, required, optional)
     else:
-        raise DataError(f"{path}: the format is told by the file's name, which must end in one of "
+        raise DataError(f"{path}: the file's name tells the format and must end in one of "
                         f"{', '.join(SUFFIXES)}")
     for number, row in rows:
         kept = {column: row[column] for column in (*required, *optional) if row.get(column) is not None}
@@ -211,7 +211,7 @@ def _check_columns(path: Path, present: Sequence[str], required: Sequence[str], 
 
 
 def _lines(path: Path, problems: Problems) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, decoded one by one so that a wrong byte can be told by its line."""
+    """The lines that are not blank, decoded one by one so that a wrong byte is reported with its line."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             for number, line in enumerate(file, start=1):

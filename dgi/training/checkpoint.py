@@ -1,7 +1,7 @@
 """Files of a training run: tensors with their configuration, checkpoints, and the metrics beside them.
 
 A file is safetensors, with a JSON description and a SHA-256 in its metadata.  The sum covers the description and every
-tensor's name, dtype, shape and bytes, so that a truncated or altered file is told from a whole one.
+tensor's name, dtype, shape and bytes, so that a truncated or altered file is detected.
 """
 
 from __future__ import annotations

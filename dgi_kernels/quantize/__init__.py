@@ -121,7 +121,7 @@ def assign_codes(z: Tensor, codebooks: Iterable[Tensor], *, eps: float = 1e-12, 
     """The final codes of vectors: those of ``residual_quantize(z, codebooks, scale, mode="hard")`` for any scale > 0.
 
     An argmax of cosines and a gather per level and nothing else: what assigning the codes of a whole catalog needs.
-    Where two codes are within rounding of each other, either may come out.
+    If two codes are within rounding of each other, either may be returned.
 
     Args:
         z, codebooks, eps, backend: as in :func:`residual_quantize`.
