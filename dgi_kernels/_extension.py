@@ -23,7 +23,18 @@ def _load() -> str | None:
     try:
         torch.ops.load_library(str(LIBRARY))
     except (OSError, RuntimeError) as error:
-        return f"{LIBRARY} was found but could not be loaded by torch {torch.__version__}: {error}"
+        # torch says which library it was, and its cause why: a symbol that is missing, an old glibc.
+        reason = f": {error.__cause__}" if error.__cause__ is not None else ""
+        return f"{LIBRARY} was found but could not be loaded by torch {torch.__version__}: {error}{reason}"
+    try:
+        _register_fakes()
+    except RuntimeError as error:
+        return (f"{LIBRARY} is of another version of dgi-kernels than the Python files around it ({error}); install "
+                "dgi-kernels again: `pip install .`, or `pip install -e .` in a source tree")
+    return None
+
+
+def _register_fakes() -> None:
     library.register_fake("dgi_kernels::gumbel_noise", _fake_gumbel_noise)
     library.register_fake("dgi_kernels::code_ranges", _fake_code_ranges)
     library.register_fake("dgi_kernels::find_children", _fake_find_children)
@@ -43,7 +54,6 @@ def _load() -> str | None:
     library.register_fake("dgi_kernels::cosine_beam_step", _fake_cosine_beam_step)
     library.register_fake("dgi_kernels::beam_codes", _fake_beam_codes)
     library.register_fake("dgi_kernels::rank_candidates", _fake_rank_candidates)
-    return None
 
 
 def _fake_gumbel_noise(seed: Tensor, level: int, stream: int, row_offset: int, rows: int, codes: int) -> Tensor:

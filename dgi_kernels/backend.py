@@ -8,6 +8,7 @@ falls back to and is tested against.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import logging
 import os
@@ -36,7 +37,9 @@ Kernel = Mapping[str, frozenset[torch.dtype] | None]
 _FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 _GPU_FLOATS = _FLOATS - {torch.float64}
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter runs its kernels on CPU tensors
-_TRITON: Kernel = dict.fromkeys(("cuda", "cpu") if _INTERPRETED else ("cuda",), _GPU_FLOATS)
+_TRITON: Kernel = {"cuda": _GPU_FLOATS}
+if _INTERPRETED:  # whose products take the raw bits of bfloat16 for numbers
+    _TRITON = {"cuda": _GPU_FLOATS, "cpu": _GPU_FLOATS - {torch.bfloat16}}
 _CPP: Kernel = {"cpu": _FLOATS}
 _CPP_AND_CUDA: Kernel = {"cpu": _FLOATS, "cuda": _GPU_FLOATS}
 
@@ -66,18 +69,38 @@ PREFERENCE = {"cpu": ("native", "triton"), "cuda": ("triton", "native")}
 
 
 def _why_no_triton() -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    """What is known without importing Triton, which takes half a second."""
+    try:
+        spec = importlib.util.find_spec("triton")
+    except (ImportError, ValueError) as error:  # such as a placeholder in its place
+        return f"the package triton cannot be found ({error})"
+    if spec is None:
         return "the package triton is not installed"
     if not torch.cuda.is_available() and not _INTERPRETED:
         return "no CUDA device is available"
     return None
 
 
-def _why_no_native() -> str | None:
-    return _extension.load_error
+_BACKEND_PROBLEM: dict[str, str | None] = {"reference": None, "triton": _why_no_triton(),
+                                           "native": _extension.load_error}
+_to_import = set() if _BACKEND_PROBLEM["triton"] else {"triton"}
 
 
-_BACKEND_PROBLEM = {"reference": None, "triton": _why_no_triton(), "native": _why_no_native()}
+def _backend_problem(backend: str) -> str | None:
+    """Why a backend cannot run here; Triton, where it seems to be able to, is imported when first asked for."""
+    if backend in _to_import:
+        _to_import.discard(backend)
+        try:
+            for module in ("cosine.triton", "gumbel.triton_softmax", "quantize.triton"):
+                importlib.import_module(f"dgi_kernels.{module}")
+        except Exception as error:  # whatever a broken Triton raises: the other backends run without it
+            _BACKEND_PROBLEM[backend] = f"the package triton cannot be imported ({type(error).__name__}: {error})"
+    return _BACKEND_PROBLEM[backend]
+
+
+# torch.compile calls it and does not trace it. torch.compiler.assume_constant_result says so by this attribute too, but
+# imports all of the compiler.
+_backend_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -101,7 +124,7 @@ def backends() -> dict[str, BackendStatus]:
     """
     status = {"reference": BackendStatus(True, "", tuple(KERNELS))}
     for backend in ("triton", "native"):
-        problem = _BACKEND_PROBLEM[backend]
+        problem = _backend_problem(backend)
         ops = tuple(op for op, kernels in KERNELS.items() if backend in kernels)
         status[backend] = BackendStatus(problem is None, problem or "", ops)
     return status
@@ -138,7 +161,7 @@ def _problem(op: str, backend: str, device: torch.device, dtype: torch.dtype | N
     kernel = KERNELS[op].get(backend)
     if kernel is None:
         return f"{op} has no {backend} kernel in this version"
-    problem = _BACKEND_PROBLEM[backend]
+    problem = _backend_problem(backend) if device.type in kernel else _BACKEND_PROBLEM[backend]
     if problem is not None:
         return f"the {backend} backend is not available: {problem}"
     if device.type not in kernel:

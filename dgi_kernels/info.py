@@ -6,8 +6,7 @@ takes; below each table it says why an op's reference runs, where it does.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
+import importlib.metadata
 import platform
 
 import torch
@@ -36,9 +35,10 @@ def report() -> str:
 
 
 def _triton() -> str:
-    if importlib.util.find_spec("triton") is None:
+    try:
+        return importlib.metadata.version("triton")  # without importing it, which may fail: see the backends
+    except importlib.metadata.PackageNotFoundError:
         return "not installed"
-    return importlib.import_module("triton").__version__
 
 
 def _gpus() -> str:

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from dgi.data.judgments import Judgments
 
@@ -165,6 +164,8 @@ def hubness(ranked_items: np.ndarray, num_items: int, k: int = 10) -> Json:
     occurrences = np.bincount(top[top >= 0], minlength=num_items)
     if len(occurrences) != num_items:
         raise ValueError(f"ranked_items must be below num_items = {num_items}; got {len(occurrences) - 1}")
+    from scipy import stats  # takes a while to import, and nothing else needs it
+
     uneven = occurrences.min() != occurrences.max()
     return {"k": k, "skewness": float(stats.skew(occurrences)) if uneven else 0.0,
             "max_occurrence": int(occurrences.max()), "never_returned": float(np.mean(occurrences == 0))}
@@ -201,6 +202,8 @@ def code_usage(codes: np.ndarray, codebook_sizes: Sequence[int]) -> list[Json]:
     if codes.ndim != 2 or not len(codes) or codes.shape[1] != len(codebook_sizes):
         raise ValueError(f"codes must have shape (N, m) with N at least 1 and m = {len(codebook_sizes)}; got "
                          f"{codes.shape}")
+    from scipy import stats
+
     levels = []
     for level, size in enumerate(codebook_sizes):
         counts = np.bincount(codes[:, level], minlength=size)

@@ -12,13 +12,10 @@ import torch
 from torch import Tensor
 
 from dgi_kernels import checks
-from dgi_kernels.backend import backends, choose
+from dgi_kernels.backend import choose
 from dgi_kernels.cosine import native, reference
 from dgi_kernels.enums import REDUCTIONS
 from dgi_kernels.types import Backend, Reduction
-
-if backends()["triton"].available:
-    from dgi_kernels.cosine import triton
 
 __all__ = ["cosine_cross_entropy", "cosine_logits"]
 
@@ -109,6 +106,8 @@ def cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: float
     compute = checks.compute_dtype(dtype)
     with torch.autocast(h.device.type, enabled=False):
         if chosen == "triton":
+            from dgi_kernels.cosine import triton
+
             loss = triton.cosine_cross_entropy(h, weight, target.flatten(), scale, *options)
         else:
             loss = reference.cosine_cross_entropy(h.to(compute), weight.to(compute), target.flatten(),

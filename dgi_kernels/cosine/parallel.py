@@ -10,6 +10,9 @@ Rows j other than t cancel out, to rounding, and are spread over the shard: no o
 
 from __future__ import annotations
 
+import functools
+import sys
+from collections.abc import Callable
 from typing import Any, get_args
 
 import torch
@@ -26,7 +29,23 @@ from dgi_kernels.types import Backend, Reduction, Rows
 ROWS: tuple[str, ...] = get_args(Rows)
 
 
-@torch.compiler.disable
+def _outside_of_graphs(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``torch.compiler.disable``, which imports all of the compiler, from the first call on that could be compiled."""
+    disabled: Callable[..., Tensor] | None = None
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Tensor:
+        nonlocal disabled
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **options)
+        disabled = disabled or torch.compiler.disable(function)
+        return disabled(*args, **options)
+
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]  # not traced itself
+    return call
+
+
+@_outside_of_graphs
 def vocabulary_parallel_cosine_cross_entropy(
         h: Tensor, weight: Tensor, target: Tensor, scale: float | Tensor, *, group: Group = None,
         rows: Rows = "replicated", ignore_index: int = -100, reduction: Reduction = "mean",

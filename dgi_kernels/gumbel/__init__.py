@@ -16,12 +16,9 @@ from torch import Tensor
 
 from dgi_kernels import checks
 from dgi_kernels import noise as reference_noise
-from dgi_kernels.backend import backends, choose
+from dgi_kernels.backend import choose
 from dgi_kernels.gumbel import native, reference
 from dgi_kernels.types import Backend
-
-if backends()["triton"].available:
-    from dgi_kernels.gumbel import triton_softmax
 
 __all__ = ["gumbel_noise", "gumbel_softmax"]
 
@@ -127,6 +124,8 @@ def gumbel_softmax(logits: Tensor, tau: float | Tensor = 1.0, hard: bool = False
     if chosen == "native":
         return native.gumbel_softmax(logits, tau, hard, seed, in_pytorch)
     if chosen == "triton":
+        from dgi_kernels.gumbel import triton_softmax
+
         return triton_softmax.gumbel_softmax(logits, tau, hard, seed)
     return in_pytorch(logits, tau)
 
@@ -137,6 +136,8 @@ def draw_noise(seed: Tensor, level: int, rows: int, codes: int, stream: int, row
     if chosen == "native":
         return native.gumbel_noise(seed, level, stream, row_offset, rows, codes)
     if chosen == "triton":
+        from dgi_kernels.gumbel import triton_softmax
+
         return triton_softmax.gumbel_noise(seed, level, stream, row_offset, rows, codes)
     return reference_noise.gumbel_noise(seed, level, rows, codes, stream, row_offset)
 

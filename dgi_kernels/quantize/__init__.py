@@ -15,15 +15,12 @@ from torch import Tensor
 
 from dgi_kernels import checks
 from dgi_kernels import noise as reference_noise
-from dgi_kernels.backend import backends, choose
+from dgi_kernels.backend import choose
 from dgi_kernels.enums import MODES
 from dgi_kernels.gumbel import draw_noise, inner_backend
 from dgi_kernels.quantize import native, reference
 from dgi_kernels.quantize.result import ResidualQuantization
 from dgi_kernels.types import Backend, Mode
-
-if backends()["triton"].available:
-    from dgi_kernels.quantize import triton
 
 __all__ = ["ResidualQuantization", "assign_codes", "residual_quantize"]
 
@@ -105,6 +102,8 @@ def residual_quantize(z: Tensor, codebooks: Iterable[Tensor], scale: float | Ten
 
     with torch.autocast(z.device.type, enabled=False), torch.set_grad_enabled(gradients):
         if chosen == "triton":
+            from dgi_kernels.quantize import triton
+
             return triton.residual_quantize(z.to(dtype), [codebook.to(dtype) for codebook in codebooks], scale, tau,
                                             mode, seed, row_offset, eps)
         inputs = (z.to(compute), [codebook.to(compute) for codebook in codebooks], checks.to_dtype(scale, compute),
