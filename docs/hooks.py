@@ -1,4 +1,4 @@
-"""What the site needs beyond Markdown: formulas as MathML, excerpts of the source, and the trie's own page.
+"""What the site needs beyond Markdown: formulas as MathML, excerpts of the source, the trie's own page, wide tables.
 
 All of it is done when the site is built, so that a page needs no script and no request to show a formula.
 """
@@ -16,24 +16,41 @@ ROOT = Path(__file__).resolve().parent.parent
 LANGUAGES = {".cpp": "cpp", ".h": "cpp", ".cu": "cuda", ".py": "python", ".md": "text"}
 
 BLOCK_FORMULA = re.compile(r"^```math\n(.*?)\n```$", re.MULTILINE | re.DOTALL)  # as GitHub writes them
+EQUATION = re.compile(r"\s*\\qquad\s*")  # what stands between the equations of one formula
 INLINE_FORMULA = re.compile(r"\$`(.+?)`\$")
 EXCERPT = re.compile(r'^<!-- code: (\S+?)(?: from "(.*?)" to "(.*?)")? -->$', re.MULTILINE)
 ROLE = re.compile(r":(?:func|class|meth|mod|data|attr):(<code>)(?:~[\w.]*\.)?")  # Sphinx's, which Markdown lacks
 INCLUDE = re.compile(r"^<!-- include: (\S+) -->$", re.MULTILINE)
+TABLE = re.compile(r"<table>.*?</table>", re.DOTALL)  # those of code have a class
+COLUMN_TITLE = re.compile(r"(?<=<th>)[^<]+|(?<=\">)[^<]+(?=</th>)|(?<=<strong>)[^<]+(?=</strong></th>)")
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
     markdown = INCLUDE.sub(lambda match: _include(match[1]), markdown)
     markdown = EXCERPT.sub(lambda match: _excerpt(*match.groups()), markdown)
-    markdown = BLOCK_FORMULA.sub(lambda match: f'<div class="formula">{convert(match[1], display="block")}</div>',
-                                 markdown)
+    markdown = BLOCK_FORMULA.sub(lambda match: _formula(match[1]), markdown)
     # In a span, since Markdown takes a line that begins with <math> for a separate paragraph.
     return INLINE_FORMULA.sub(lambda match: f"<span>{convert(match[1])}</span>", markdown)
 
 
 def on_page_content(html: str, **_: object) -> str:
     html = html.replace('<details class="mkdocstrings-source">', '<details class="mkdocstrings-source" open>')
+    html = TABLE.sub(lambda match: _scrolling(match[0]), html)
     return ROLE.sub(r"\1", html)
+
+
+def _formula(tex: str) -> str:
+    """Each equation by itself, so that a narrow page sets them below each other."""
+    equations = [convert(equation, display="block") for equation in EQUATION.split(tex)]
+    return f'<div class="formula">{"".join(equations)}</div>'
+
+
+def _scrolling(table: str) -> str:
+    """A table in a box that scrolls, by keys too, and column titles that may break within a long name."""
+    def breakable(title: re.Match[str]) -> str:
+        return re.sub(r"_(?=\w)|(?<=[a-z])(?=[A-Z])", r"\g<0><wbr>", title[0]).replace("÷ ", "÷&nbsp;")
+
+    return f'<div class="wide" tabindex="0">{COLUMN_TITLE.sub(breakable, table)}</div>'
 
 
 def _include(path: str) -> str:
