@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from measure import Results, Step, interleaved, peak_bytes, seconds, title
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
-from tqdm import tqdm
 
+from dgi.progress import Progress
 from dgi_kernels import assign_codes, residual_quantize
 
 ROWS, SIZES, SCALE = 2048, (4096, 1024, 256), 30.0
@@ -159,13 +159,15 @@ def assign_catalog(items: int, results: Results, d: int = 64, batch: int = 65536
     random, spent, product = torch.Generator().manual_seed(0), 0.0, 0.0
     tile = torch.empty(batch, max(SIZES))
     counts = torch.zeros(SIZES[0], dtype=torch.int64)
-    for first in tqdm(range(0, items, batch), unit="batch"):
-        z = torch.randn(min(batch, items - first), d, generator=random)
-        codes: list[Tensor] = []
-        spent += seconds(lambda z=z, codes=codes: codes.append(assign_codes(z, books)))
-        product += seconds(lambda z=z: [torch.mm(z, e.T, out=tile[:len(z), :len(e)].flatten()[:len(z) * len(e)]
-                                                 .view(len(z), len(e))) for e in books])
-        counts += codes[0][:, 0].bincount(minlength=SIZES[0])
+    with Progress(items, "assigning codes") as bar:
+        for first in range(0, items, batch):
+            z = torch.randn(min(batch, items - first), d, generator=random)
+            codes: list[Tensor] = []
+            spent += seconds(lambda z=z, codes=codes: codes.append(assign_codes(z, books)))
+            product += seconds(lambda z=z: [torch.mm(z, e.T, out=tile[:len(z), :len(e)].flatten()[:len(z) * len(e)]
+                                                     .view(len(z), len(e))) for e in books])
+            counts += codes[0][:, 0].bincount(minlength=SIZES[0])
+            bar.update(len(z))
     print(f"{items:,} items, D={d}, K={SIZES}: {spent:.1f} s, {items / spent / 1e6:.2f} million a second; the matrix "
           f"products alone {product:.1f} s; {int((counts > 0).sum())} codes of the first level in use; {title()}")
     for name, total in (("floor", product), ("ours", spent)):

@@ -13,17 +13,18 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import statistics
 
 import numpy as np
 import torch
 from measure import Results, seconds, title
-from tqdm import tqdm
 
 from dgi import DGIModel, Trainer
 from dgi.config import ModelConfig, TrainConfig
 from dgi.data import Catalog, Interactions, load_movielens
 from dgi.demo import DEMO_MODEL, DEMO_TRAINING
+from dgi.progress import Progress
 from dgi.training.trainer import LossStep
 
 BACKENDS = ("auto", "reference")
@@ -78,11 +79,11 @@ def run(case: str, steps: int, results: Results) -> None:
         systems[name]._tend_codes(step, result)
         losses[name].append(values["loss"])
 
-    for step, batch in tqdm(systems["auto"]._batches(0), total=steps, desc=case):
-        if step == steps:
-            break
-        for name in BACKENDS if step % 2 else reversed(BACKENDS):
-            times[name].append(seconds(lambda name=name, batch=batch, step=step: update(name, batch, step)))
+    with Progress(steps, case, unit="steps") as bar:
+        for step, batch in itertools.islice(systems["auto"]._batches(0), steps):
+            for name in BACKENDS if step % 2 else reversed(BACKENDS):
+                times[name].append(seconds(lambda name=name, batch=batch, step=step: update(name, batch, step)))
+            bar.update()
     differences = [abs(a - b) / abs(b) for a, b in zip(losses["auto"], losses["reference"], strict=True)]
     median = {name: statistics.median(values[1:]) for name, values in times.items()}
     config = systems["auto"].model.config

@@ -25,7 +25,8 @@ import cuda_code
 import triton
 import triton_code
 from machine_code import Budgets, Kept, Usage
-from tqdm import tqdm
+
+from dgi.progress import Progress
 
 ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may use
@@ -48,7 +49,7 @@ def triton_rows(architectures: list[int], jobs: int, kept: Kept) -> Iterator[Row
     cases = triton_code.cases(architectures, kept)
     unknown = sum(case.usage is None for case in cases)
     print(f"Triton {triton.__version__}: {len(cases)} kernels, {unknown} of them to compile", flush=True)
-    with tqdm(total=unknown, unit="kernel", disable=None) as bar:
+    with Progress(unknown, "compiling", unit="kernels") as bar:
         for case, usage, seconds in triton_code.compiled(cases, jobs, kept):
             bar.update(case.usage is None)
             yield case.launch.name(), case.launch.case(), case.arch, usage, seconds

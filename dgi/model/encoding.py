@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dgi.data import Interactions
 from dgi.data.batches import Batch, make_batch
 from dgi.model.dgi_model import DualEncoder
+from dgi.progress import Progress
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +69,7 @@ def encode_items(model: DualEncoder, item_features: Tensor, *, batch_size: int =
     if len(item_features) == 0:
         raise ValueError("the catalog must hold at least one item; got none")
     device = device_of(model)
-    with evaluating(model), tqdm(total=len(item_features), desc="encoding items", disable=not progress) as bar:
+    with evaluating(model), Progress(len(item_features), "encoding items", shown=progress) as bar:
         parts = []
         for features in item_features.split(batch_size):
             parts.append(model.encoder.encode_items(features.to(device)))

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from dgi.data import Catalog, Interactions, pad_histories
 from dgi.model.dgi_model import DGIModel
 from dgi.model.encoding import Requests, device_of, encode_items
 from dgi.model.encoding import encode_requests as encode_requests
+from dgi.progress import Progress
 from dgi.retrieval.index import DGIIndex, SearchResult, item_ids
 from dgi_kernels import TrieFilter
 
@@ -96,7 +96,7 @@ class Searcher:
                 filters: Sequence[TrieFilter | None] | TrieFilter | None, progress: bool) -> SearchResult:
         device = device_of(self.model)
         parts = []
-        with tqdm(total=len(requests), desc="searching", disable=not progress) as bar:
+        with Progress(len(requests), "searching", unit="requests", shown=progress) as bar:
             for rows, batch in requests.batches(self.item_features, self.batch_size):
                 own = filters[rows] if isinstance(filters, Sequence) else filters
                 left_out = None if exclude is None else exclude[rows].to(device)

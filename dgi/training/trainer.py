@@ -14,7 +14,6 @@ import json
 import logging
 import math
 import os
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from dgi import pictures
 from dgi.config import LOSS_TERMS, TrainConfig, from_file, to_dict
@@ -34,6 +32,7 @@ from dgi.data.batches import Batch, make_batch
 from dgi.model.dgi_model import DGIModel, DualEncoder
 from dgi.model.encoding import Requests, encode_items
 from dgi.model.losses import DGILoss
+from dgi.progress import Progress
 from dgi.training.checkpoint import Checkpoints, RunFolder, copy_tensors, save_model, unique_tensors
 from dgi.training.distributed import broadcast, gather_rows, global_mean, local_device, rank, world_size
 
@@ -251,8 +250,7 @@ class Trainer:
         loss_step = _distributed(LossStep(self.model, self.config))
         started = time.perf_counter()
         done = int(self.steps_done)
-        with tqdm(total=self.schedule.total_steps, initial=done, disable=not self.progress, unit="step",
-                  mininterval=0.1 if sys.stderr.isatty() else 10.0) as bar:
+        with Progress(self.schedule.total_steps, "training", unit="steps", done=done, shown=self.progress) as bar:
             for step, batch in self._batches(done):
                 result, values = self._update(loss_step, batch, step)
                 self._tend_codes(step, result)
@@ -260,7 +258,7 @@ class Trainer:
                 bar.update()
                 if self._is_due(step, self.config.log_every):
                     row = {**self._metrics(step, result, values), "seconds": round(time.perf_counter() - started, 3)}
-                    bar.set_postfix_str(_summary(row))
+                    bar.note(_summary(row))
                     if self.folder is not None:
                         self.folder.metrics.append(row)
                 if self.folder is not None and self._is_due(step, self.config.checkpoint_every):
