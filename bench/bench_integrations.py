@@ -5,7 +5,8 @@ codes, and a decoder-only model with a vocabulary of words. Prompts are of diffe
 alone: it reads the prompts once and takes the same steps with cache and reordering, but nothing is searched. Sequences
 and scores of all systems are compared before any is timed.
 
-Run: python bench/bench_integrations.py [--cases t5 decoder] [--batch B] [--beams M] [--rounds N] [--threads N] [--json FILE]
+Run: python bench/bench_integrations.py [--cases t5 decoder] [--batch B] [--beams M] [--rounds N] [--threads N]
+                                        [--json FILE]
      make bench, or pytest bench/bench_integrations.py, runs one small case.
 """
 

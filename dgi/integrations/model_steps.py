@@ -105,8 +105,8 @@ class ModelSteps:
         if isinstance(cache, Cache) and not type(cache).__module__.startswith("transformers.cache_utils") \
                 and type(cache).reorder_cache is Cache.reorder_cache:
             raise TypeError(f"model must keep what it has read in a cache that can be reordered; "
-                            f"{type(self.model).__name__} has a {type(cache).__name__} of its own, which leaves out what "
-                            "it adds: give use_cache=False")
+                            f"{type(self.model).__name__} has a {type(cache).__name__}, which leaves out what it "
+                            "adds: give use_cache=False")
         if hasattr(self.model, "_reorder_cache"):
             self.kwargs[name] = self.model._reorder_cache(cache, rows)
         elif hasattr(cache, "reorder_cache"):

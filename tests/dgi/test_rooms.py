@@ -14,8 +14,8 @@ from dgi._moved import MOVED
 
 ROOT = Path(dgi.__file__).parent
 # From the ground up: a room imports from itself and from what stands before it.
-ROOMS = ("config", "pictures", "progress", "data", "model", "training", "retrieval", "evaluation", "integrations", "demo",
-         "cli")
+ROOMS = ("config", "pictures", "progress", "data", "model", "training", "retrieval", "evaluation", "integrations",
+         "demo", "cli")
 SOURCES = {"dgi." + ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
            for path in ROOT.rglob("*.py") if path.parent != ROOT or path.stem in ROOMS}
 

@@ -40,7 +40,8 @@ def test_the_import_takes_nothing_large_with_it() -> None:
 
 def test_eager_ops_take_nothing_large_with_them() -> None:
     code = ("import sys, torch, dgi_kernels as dk; h = torch.randn(3, 4, requires_grad=True); "
-            "dk.vocabulary_parallel_cosine_cross_entropy(h, torch.randn(5, 4), torch.tensor([0, 1, 2]), 3.0).backward(); "
+            "w, target = torch.randn(5, 4), torch.tensor([0, 1, 2]); "
+            "dk.vocabulary_parallel_cosine_cross_entropy(h, w, target, 3.0).backward(); "
             "dk.gumbel_softmax(h, 0.5).sum().backward(); dk.residual_quantize(h, [torch.randn(5, 4)], 3.0); "
             f"print([name for name in {LARGE} if name in sys.modules])")
     assert run(code, TRITON_INTERPRET="0") == "[]"

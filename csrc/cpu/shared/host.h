@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <type_traits>
@@ -63,10 +65,23 @@ struct AlignedDelete {
 };
 template <class Real>
 using Buffer = std::unique_ptr<Real[], AlignedDelete>;
+// Whether buffers begin as NaN (integers as -1), by DGI_POISON=1 in the environment: the tests find out what is read
+// before it is written.
+inline bool poisons_memory() {
+  static const bool poisons = [] {
+    const char* const value = std::getenv("DGI_POISON");
+    return value != nullptr && std::strcmp(value, "1") == 0;
+  }();
+  return poisons;
+}
+
+// Uninitialised memory for `count` numbers.
 template <class Real>
 Buffer<Real> make_buffer(int64_t count) {
-  return Buffer<Real>(static_cast<Real*>(::operator new[](sizeof(Real) * static_cast<size_t>(count),
-                                                          std::align_val_t{64})));
+  const size_t bytes = sizeof(Real) * static_cast<size_t>(count);
+  void* const data = ::operator new[](bytes, std::align_val_t{64});
+  if (poisons_memory()) std::memset(data, 0xff, bytes);
+  return Buffer<Real>(static_cast<Real*>(data));
 }
 
 }  // namespace dgi::cpu
