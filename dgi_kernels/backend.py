@@ -63,6 +63,13 @@ KERNELS: dict[str, dict[str, Kernel]] = {
 # Ops whose reference forms a tensor of rows x codes that is neither an input nor an output.
 FORMS_LOGITS = frozenset({"cosine_cross_entropy", "residual_quantize", "assign_codes", "cosine_beam_step"})
 
+# Options of an op that one of its kernels lacks, "name=value" -> why: what the other backends have, it may get later.
+_NO_TRITON_DOT = {"metric=dot": "its kernels divide every score by the lengths of both vectors"}
+LACKS: dict[tuple[str, str], dict[str, str]] = {
+    ("residual_quantize", "triton"): _NO_TRITON_DOT,
+    ("assign_codes", "triton"): _NO_TRITON_DOT,
+}
+
 # Which of an op's kernels ``auto`` tries first.  On GPUs Triton's noise takes fewer instructions per element: hardware
 # logarithms, and a row that fits into registers is made once, where CUDA C++ makes it again in every pass.
 PREFERENCE = {"cpu": ("native", "triton"), "cuda": ("triton", "native")}
@@ -130,14 +137,16 @@ def backends() -> dict[str, BackendStatus]:
     return status
 
 
-def why_not(op: str, backend: str, device: torch.device | str, dtype: torch.dtype | None = None) -> str | None:
-    """Return why ``backend`` cannot run ``op`` on ``device`` with ``dtype``, or None where it can.
+def why_not(op: str, backend: str, device: torch.device | str, dtype: torch.dtype | None = None,
+            options: Mapping[str, object] | None = None) -> str | None:
+    """Return why ``backend`` cannot run ``op`` on ``device`` with ``dtype`` and ``options``, or None where it can.
 
     Args:
         op: name of a public op, such as ``"cosine_cross_entropy"``; ``python -m dgi_kernels.info`` lists them.
         backend: ``"reference"``, ``"triton"`` or ``"native"``.
         device: device of the op's inputs, such as ``"cpu"`` or ``"cuda:0"``.
         dtype: dtype of the op's main floating-point input; not looked at for ops that have none.
+        options: values of the op's options that a kernel may lack, such as ``{"metric": "dot"}``.
 
     Raises:
         ValueError: ``op`` or ``backend`` has no such name.
@@ -151,10 +160,11 @@ def why_not(op: str, backend: str, device: torch.device | str, dtype: torch.dtyp
         raise ValueError(f"op must be one of {', '.join(map(repr, KERNELS))}; got {op!r}")
     if backend not in BACKENDS[1:]:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS[1:]))}; got {backend!r}")
-    return _problem(op, backend, torch.device(device), dtype)
+    return _problem(op, backend, torch.device(device), dtype, options)
 
 
-def _problem(op: str, backend: str, device: torch.device, dtype: torch.dtype | None) -> str | None:
+def _problem(op: str, backend: str, device: torch.device, dtype: torch.dtype | None,
+             options: Mapping[str, object] | None) -> str | None:
     """:func:`why_not` for names that are known to be right."""
     if backend == "reference":
         return None
@@ -172,6 +182,10 @@ def _problem(op: str, backend: str, device: torch.device, dtype: torch.dtype | N
     dtypes = kernel[device.type]
     if dtypes is not None and dtype not in dtypes:
         return f"{op} has no {backend} kernel for {dtype} on {device.type} (it takes {_names(dtypes)})"
+    lacks = LACKS.get((op, backend), {})
+    for option in (f"{name}={value}" for name, value in (options or {}).items()):
+        if option in lacks:
+            return f"{op} has no {backend} kernel for {option}: {lacks[option]}"
     if dtypes is not None and _is_transformed():
         return "inside torch.func's transforms (vmap, grad, jvp, ...) only the reference can run"
     return None
@@ -181,8 +195,11 @@ def _is_transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
+def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype | None = None,
+           options: Mapping[str, object] | None = None) -> str:
     """Resolve ``backend`` to ``"reference"``, ``"triton"`` or ``"native"`` for one call.
+
+    ``options`` are those of the op, by name, that a kernel may lack: see :data:`LACKS`.
 
     Raises:
         ValueError: ``backend`` is not one of :data:`BACKENDS`.
@@ -191,7 +208,7 @@ def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype | Non
     if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
     if backend != "auto":
-        problem = _problem(op, backend, device, dtype)
+        problem = _problem(op, backend, device, dtype, options)
         if problem is not None:
             raise BackendUnavailable(f'backend="{backend}" cannot run {op} here: {problem}')
         return backend
@@ -199,7 +216,7 @@ def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype | Non
     for candidate in PREFERENCE.get(device.type, PREFERENCE["cpu"]):
         if candidate not in KERNELS[op]:
             continue
-        problem = _problem(op, candidate, device, dtype)
+        problem = _problem(op, candidate, device, dtype, options)
         if problem is None:
             return candidate
         problems.append(problem)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import get_args
 
-from dgi_kernels.types import Mode, Normalize, Reduction
+from dgi_kernels.types import Metric, Mode, Normalize, Reduction
 
+METRICS: tuple[str, ...] = get_args(Metric)
 MODES: tuple[str, ...] = get_args(Mode)
 NORMALIZERS: tuple[str, ...] = get_args(Normalize)
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)

@@ -8,7 +8,7 @@
 namespace dgi::registration {
 namespace {
 
-constexpr const char* kGumbel = "dgi_kernels, gumbel: ";
+constexpr const char* kQuantize = "dgi_kernels, residual_quantize: ";
 
 // Calls f with the compute type of residual quantization.
 template <class F>
@@ -16,14 +16,14 @@ auto for_compute_dtype(const Tensor& x, const F& f) {
   switch (x.scalar_type()) {
     case ScalarType::Float: return f(float{});
     case ScalarType::Double: return f(double{});
-    default: STD_TORCH_CHECK(false, kGumbel, "z and codebooks must be float32 or float64");
+    default: STD_TORCH_CHECK(false, kQuantize, "z and codebooks must be float32 or float64");
   }
 }
 
 template <class Real>
 const Real* optional_data(const char* name, const std::optional<Tensor>& x, const Tensor& like, int64_t elements) {
   if (!x) return nullptr;
-  STD_TORCH_CHECK(x->is_contiguous() && x->scalar_type() == like.scalar_type() && x->numel() == elements, kGumbel, name,
+  STD_TORCH_CHECK(x->is_contiguous() && x->scalar_type() == like.scalar_type() && x->numel() == elements, kQuantize, name,
                   " must be contiguous, of the dtype of the codebooks and of the shape of its result");
   return data_of<Real>(*x);
 }
@@ -32,39 +32,41 @@ const Real* optional_data(const char* name, const std::optional<Tensor>& x, cons
 template <class Real>
 dgi::cpu::Quantize<Real> quantize_inputs(const Tensor& z, const Tensor& codebooks, const std::vector<int64_t>& sizes,
                                          const Tensor& scale, const Tensor& tau, const std::optional<Tensor>& seed,
-                                         int64_t row_offset, int64_t mode, double eps) {
+                                         int64_t row_offset, int64_t mode, int64_t metric, double eps) {
   STD_TORCH_CHECK(codebooks.dim() == 2 && z.is_contiguous() && codebooks.is_contiguous()
                       && z.size(-1) == codebooks.size(1) && z.scalar_type() == codebooks.scalar_type(),
-                  kGumbel, "z and codebooks must be contiguous, of one dtype and one length of vectors");
+                  kQuantize, "z and codebooks must be contiguous, of one dtype and one length of vectors");
   int64_t total = 0;
   for (int64_t size : sizes) {
-    STD_TORCH_CHECK(0 < size && size <= INT32_MAX, kGumbel, "sizes must be positive and below 2**31; got ", size);
+    STD_TORCH_CHECK(0 < size && size <= INT32_MAX, kQuantize, "sizes must be positive and below 2**31; got ", size);
     total += size;
   }
-  STD_TORCH_CHECK(!sizes.empty() && total == codebooks.size(0), kGumbel, "sizes must add up to the rows of codebooks");
+  STD_TORCH_CHECK(!sizes.empty() && total == codebooks.size(0), kQuantize, "sizes must add up to the rows of codebooks");
   for (const Tensor* scalar : {&scale, &tau}) {
-    STD_TORCH_CHECK(scalar->numel() == 1 && scalar->scalar_type() == z.scalar_type(), kGumbel,
+    STD_TORCH_CHECK(scalar->numel() == 1 && scalar->scalar_type() == z.scalar_type(), kQuantize,
                     "scale and tau must hold one element of the dtype of z");
   }
-  STD_TORCH_CHECK(0 <= mode && mode <= 2, kGumbel, "mode must be 0, 1 or 2; got ", mode);
+  STD_TORCH_CHECK(0 <= mode && mode <= 2, kQuantize, "mode must be 0, 1 or 2; got ", mode);
+  STD_TORCH_CHECK(0 <= metric && metric <= 1, kQuantize, "metric must be 0 or 1; got ", metric);
   const int64_t rows = z.size(0);
-  STD_TORCH_CHECK(0 <= row_offset && row_offset <= kWords - rows, kGumbel, "row_offset must be in [0, 2**32 - rows]");
+  STD_TORCH_CHECK(0 <= row_offset && row_offset <= kWords - rows, kQuantize, "row_offset must be in [0, 2**32 - rows]");
   dgi::cpu::NoiseSource noise;
-  if (seed) noise = {true, seed_value(kGumbel, *seed), row_offset};
+  if (seed) noise = {true, seed_value(kQuantize, *seed), row_offset};
   return {data_of<Real>(z), data_of<Real>(codebooks), sizes, rows, z.size(-1), *data_of<Real>(scale),
-          *data_of<Real>(tau), static_cast<Real>(eps), static_cast<dgi::cpu::QuantizeMode>(mode), noise};
+          *data_of<Real>(tau), static_cast<Real>(eps), static_cast<dgi::cpu::QuantizeMode>(mode),
+          static_cast<dgi::cpu::Metric>(metric), noise};
 }
 
 using QuantizeResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 QuantizeResults residual_quantize_cpu(const Tensor& z, const Tensor& codebooks, std::vector<int64_t> sizes,
                                       const Tensor& scale, const Tensor& tau, const std::optional<Tensor>& seed,
-                                      int64_t row_offset, int64_t mode, double eps, int64_t list_room) {
-  STD_TORCH_CHECK(z.dim() == 2, kGumbel, "z must be (N, D)");
-  STD_TORCH_CHECK(0 <= list_room && list_room <= 1024, kGumbel, "list_room must be in [0, 1024]; got ", list_room);
+                                      int64_t row_offset, int64_t mode, int64_t metric, double eps, int64_t list_room) {
+  STD_TORCH_CHECK(z.dim() == 2, kQuantize, "z must be (N, D)");
+  STD_TORCH_CHECK(0 <= list_room && list_room <= 1024, kQuantize, "list_room must be in [0, 1024]; got ", list_room);
   return for_compute_dtype(z, [&](auto real) -> QuantizeResults {
     using Real = decltype(real);
-    const auto inputs = quantize_inputs<Real>(z, codebooks, sizes, scale, tau, seed, row_offset, mode, eps);
+    const auto inputs = quantize_inputs<Real>(z, codebooks, sizes, scale, tau, seed, row_offset, mode, metric, eps);
     const int64_t rows = inputs.rows, levels = inputs.levels();
     const ScalarType dtype = z.scalar_type();
     Tensor quantized = torch::stable::empty({rows, levels, inputs.dim}, dtype);
@@ -91,14 +93,14 @@ QuantizeResults residual_quantize_cpu(const Tensor& z, const Tensor& codebooks, 
   });
 }
 
-Tensor assign_codes_cpu(const Tensor& z, const Tensor& codebooks, std::vector<int64_t> sizes, double eps) {
-  STD_TORCH_CHECK(z.dim() == 2, kGumbel, "z must be (N, D)");
+Tensor assign_codes_cpu(const Tensor& z, const Tensor& codebooks, std::vector<int64_t> sizes, int64_t metric, double eps) {
+  STD_TORCH_CHECK(z.dim() == 2, kQuantize, "z must be (N, D)");
   return for_compute_dtype(z, [&](auto real) {
     using Real = decltype(real);
     constexpr int64_t kHard = static_cast<int64_t>(dgi::cpu::QuantizeMode::kHard);
     Tensor one = torch::stable::empty({}, z.scalar_type());  // scale and temperature, of which no code depends
     *static_cast<Real*>(one.mutable_data_ptr()) = 1;
-    const auto inputs = quantize_inputs<Real>(z, codebooks, sizes, one, one, std::nullopt, 0, kHard, eps);
+    const auto inputs = quantize_inputs<Real>(z, codebooks, sizes, one, one, std::nullopt, 0, kHard, metric, eps);
     Tensor codes = torch::stable::empty({inputs.rows, inputs.levels()}, ScalarType::Long);
     dgi::cpu::residual_quantize_hard<Real>(
         inputs, {nullptr, nullptr, nullptr, nullptr, codes.mutable_data_ptr<int64_t>(), nullptr});
@@ -117,14 +119,14 @@ SavedLists<Real> saved_lists(const Tensor& range, const Tensor& code, const Tens
   STD_TORCH_CHECK(range.is_contiguous() && range.scalar_type() == ScalarType::Long && range.numel() == 2 * rows * levels
                       && code.is_contiguous() && code.scalar_type() == ScalarType::Int && p.is_contiguous()
                       && p.scalar_type() == like.scalar_type() && p.numel() == room,
-                  kGumbel, "list_range, list_code and list_p must be as forward returned them");
+                  kQuantize, "list_range, list_code and list_p must be as forward returned them");
   const SavedLists<Real> lists{room, data_of<int64_t>(range), data_of<int32_t>(code), data_of<Real>(p)};
   for (int64_t row = 0; room > 0 && row < rows * levels; ++row) {
     const int64_t first = lists.range[2 * row], last = lists.range[2 * row + 1];
     bool are_codes = 0 <= first && first <= last && last <= room;
     int64_t before = -1;
     for (int64_t j = first; are_codes && j < last; before = lists.code[j++]) are_codes = before < lists.code[j];
-    STD_TORCH_CHECK(are_codes && before < sizes[row % levels], kGumbel,
+    STD_TORCH_CHECK(are_codes && before < sizes[row % levels], kQuantize,
                     "list_range and list_code must hold ranges of ascending codes");
   }
   return lists;
@@ -135,19 +137,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_quantize_backward_cpu(
     const std::optional<Tensor>& dresiduals, const std::optional<Tensor>& dlog_normalizer, const Tensor& residuals,
     const Tensor& sampled, const Tensor& log_normalizer, const Tensor& list_range, const Tensor& list_code,
     const Tensor& list_p, const Tensor& codebooks, std::vector<int64_t> sizes, const Tensor& scale, const Tensor& tau,
-    const std::optional<Tensor>& seed, int64_t row_offset, int64_t mode, double eps, bool wants_z, bool wants_codebooks,
-    bool wants_scale, bool wants_tau) {
-  STD_TORCH_CHECK(residuals.dim() == 3 && residuals.size(1) == static_cast<int64_t>(sizes.size()), kGumbel,
+    const std::optional<Tensor>& seed, int64_t row_offset, int64_t mode, int64_t metric, double eps, bool wants_z,
+    bool wants_codebooks, bool wants_scale, bool wants_tau) {
+  STD_TORCH_CHECK(residuals.dim() == 3 && residuals.size(1) == static_cast<int64_t>(sizes.size()), kQuantize,
                   "residuals must be (N, m, D)");
   STD_TORCH_CHECK(sampled.is_contiguous() && sampled.scalar_type() == ScalarType::Long
                       && sampled.numel() == residuals.size(0) * residuals.size(1),
-                  kGumbel, "sampled must be contiguous int64 (N, m)");
+                  kQuantize, "sampled must be contiguous int64 (N, m)");
   STD_TORCH_CHECK(log_normalizer.is_contiguous() && log_normalizer.scalar_type() == residuals.scalar_type()
                       && log_normalizer.numel() == sampled.numel(),
-                  kGumbel, "log_normalizer must be contiguous (N, m), of the dtype of residuals");
+                  kQuantize, "log_normalizer must be contiguous (N, m), of the dtype of residuals");
   return for_compute_dtype(residuals, [&](auto real) -> std::tuple<Tensor, Tensor, Tensor, Tensor> {
     using Real = decltype(real);
-    const auto inputs = quantize_inputs<Real>(residuals, codebooks, sizes, scale, tau, seed, row_offset, mode, eps);
+    const auto inputs = quantize_inputs<Real>(residuals, codebooks, sizes, scale, tau, seed, row_offset, mode, metric, eps);
     const dgi::cpu::QuantizeUpstream<Real> upstream{
         optional_data<Real>("dquantized", dquantized, codebooks, residuals.numel()),
         optional_data<Real>("dresiduals", dresiduals, codebooks, residuals.numel()),
@@ -163,7 +165,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_quantize_backward_cpu(
     const int64_t* const chosen = data_of<int64_t>(sampled);
     for (int64_t i = 0; i < sampled.numel(); ++i) {
       const int64_t size = sizes[i % inputs.levels()];
-      STD_TORCH_CHECK(0 <= chosen[i] && chosen[i] < size, kGumbel, "sampled must hold codes; got ", chosen[i]);
+      STD_TORCH_CHECK(0 <= chosen[i] && chosen[i] < size, kQuantize, "sampled must hold codes; got ", chosen[i]);
     }
     const dgi::cpu::QuantizeSaved<Real> saved{data_of<Real>(residuals), data_of<Real>(log_normalizer), chosen,
                                               saved_lists<Real>(list_range, list_code, list_p, codebooks, inputs.rows, sizes)};
@@ -181,13 +183,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_quantize_backward_cpu(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dgi_kernels, m) {
   m.def("residual_quantize(Tensor z, Tensor codebooks, int[] sizes, Tensor scale, Tensor tau, Tensor? seed, "
-        "int row_offset, int mode, float eps, int list_room) -> (Tensor quantized, Tensor codes, Tensor sampled, "
+        "int row_offset, int mode, int metric, float eps, int list_room) -> (Tensor quantized, Tensor codes, Tensor sampled, "
         "Tensor usage, Tensor residuals, Tensor log_normalizer, Tensor list_range, Tensor list_code, Tensor list_p)");
-  m.def("assign_codes(Tensor z, Tensor codebooks, int[] sizes, float eps) -> Tensor");
+  m.def("assign_codes(Tensor z, Tensor codebooks, int[] sizes, int metric, float eps) -> Tensor");
   m.def("residual_quantize_backward(Tensor? dquantized, Tensor? dusage, Tensor? dresiduals, Tensor? dlog_normalizer, "
         "Tensor residuals, Tensor sampled, Tensor log_normalizer, Tensor list_range, Tensor list_code, Tensor list_p, "
-        "Tensor codebooks, int[] sizes, Tensor scale, Tensor tau, Tensor? seed, int row_offset, int mode, float eps, "
-        "bool wants_z, bool wants_codebooks, bool wants_scale, bool wants_tau) "
+        "Tensor codebooks, int[] sizes, Tensor scale, Tensor tau, Tensor? seed, int row_offset, int mode, int metric, "
+        "float eps, bool wants_z, bool wants_codebooks, bool wants_scale, bool wants_tau) "
         "-> (Tensor dz, Tensor dcodebooks, Tensor dscale, Tensor dtau)");
 }
 

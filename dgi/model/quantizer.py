@@ -12,7 +12,7 @@ from dgi.config import SimilarityKind
 from dgi.model.ablations import inner_product_residual_quantize
 from dgi.model.clustering import cosine_kmeans
 from dgi_kernels import ResidualQuantization, assign_codes, residual_quantize
-from dgi_kernels.types import Backend, Mode
+from dgi_kernels.types import Backend, Metric, Mode
 
 # A code is dead when its decayed count is below this; with the decay of ResidualQuantizer.count, one use fades to it in
 # 300 batches.
@@ -58,12 +58,17 @@ class ResidualQuantizer(nn.Module):
         """0-d γ, with its gradient."""
         return self.log_scale.exp()
 
+    @property
+    def metric(self) -> Metric:
+        """Of :func:`dgi_kernels.residual_quantize`."""
+        return "dot" if self.similarity == "inner_product" else "cosine"
+
     def forward(self, z: Tensor, tau: float | Tensor = 1.0, *, mode: Mode = "soft", noise: bool = True,
                 seed: int | Tensor | None = None, row_offset: int = 0) -> ResidualQuantization:
         """Quantize ``z`` (N, D); see :func:`dgi_kernels.residual_quantize`."""
         if self.similarity == "inner_product":
             return inner_product_residual_quantize(z, list(self.codebooks), tau, mode=mode, noise=noise, seed=seed,
-                                                   row_offset=row_offset)
+                                                   row_offset=row_offset, backend=self.backend)
         return residual_quantize(z, list(self.codebooks), self.scale, tau, mode=mode, noise=noise, seed=seed,
                                  row_offset=row_offset, eps=self.eps, backend=self.backend)
 
@@ -72,10 +77,8 @@ class ResidualQuantizer(nn.Module):
         """Final semantic IDs: noise-free hard codes (N, m) int64 of ``z`` (N, D), in batches."""
         if len(z) == 0:
             return torch.empty(0, len(self.codebooks), dtype=torch.int64, device=z.device)
-        if self.similarity == "inner_product":
-            return torch.cat([self(batch, mode="hard", noise=False).codes for batch in z.split(batch_size)])
         codebooks = list(self.codebooks)
-        return torch.cat([assign_codes(batch, codebooks, eps=self.eps, backend=self.backend)
+        return torch.cat([assign_codes(batch, codebooks, metric=self.metric, eps=self.eps, backend=self.backend)
                           for batch in z.split(batch_size)])
 
     def embed(self, codes: Tensor, level: int) -> Tensor:
@@ -84,13 +87,17 @@ class ResidualQuantizer(nn.Module):
 
     @torch.no_grad()
     def initialize(self, z: Tensor, *, generator: torch.Generator | None = None, iterations: int = 20) -> None:
-        """Set every codebook to the K-means centres of what the levels before it leave of ``z`` (N, D)."""
+        """Set every codebook to the K-means centres of what the levels before it leave of ``z`` (N, D).
+
+        What a level leaves goes by the quantizer's own similarity. The centres are those of the cosine for both: by
+        inner products the longest centre would take most points.
+        """
         residual = z.detach().to(self.codebooks[0].dtype)
         for codebook in self.codebooks:
             codebook.copy_(cosine_kmeans(residual, len(codebook), iterations=iterations, generator=generator))
-            nearest = residual_quantize(residual, [codebook.detach()], 1.0, mode="hard", eps=self.eps,
-                                        backend=self.backend)
-            residual = residual - nearest.quantized[:, 0]
+            chosen = residual_quantize(residual, [codebook.detach()], 1.0, mode="hard", metric=self.metric,
+                                       eps=self.eps, backend=self.backend)
+            residual = residual - chosen.quantized[:, 0]
 
     @torch.no_grad()
     def count(self, codes: Tensor, *, decay: float = 0.99) -> None:

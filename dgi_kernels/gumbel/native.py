@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dgi_kernels._extension import fake_kernel
 from dgi_kernels.native_common import create_graph, gradients_of, scalar, wants_gradients
 
 
@@ -57,3 +58,18 @@ class _GumbelSoftmax(torch.autograd.Function):
         dlogits, dtau = torch.ops.dgi_kernels.gumbel_softmax_backward(_rows(upstream), _rows(logits), tau, seed,
                                                                         wanted[1])
         return dlogits.view(logits.shape), dtau if wanted[1] else None, None, None, None
+
+
+@fake_kernel("gumbel_noise")
+def _(seed: Tensor, level: int, stream: int, row_offset: int, rows: int, codes: int) -> Tensor:
+    return seed.new_empty((rows, codes), dtype=torch.float32)
+
+
+@fake_kernel("gumbel_softmax")
+def _(logits: Tensor, tau: Tensor, seed: Tensor, hard: bool) -> Tensor:
+    return torch.empty_like(logits)
+
+
+@fake_kernel("gumbel_softmax_backward")
+def _(dout: Tensor, logits: Tensor, tau: Tensor, seed: Tensor, wants_tau: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(logits), tau.new_empty(()) if wants_tau else tau.new_empty(0)

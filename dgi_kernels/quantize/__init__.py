@@ -8,6 +8,7 @@ One seed gives one sample on every backend and any tiling, see :mod:`dgi_kernels
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -16,27 +17,34 @@ from torch import Tensor
 from dgi_kernels import checks
 from dgi_kernels import noise as reference_noise
 from dgi_kernels.backend import choose
-from dgi_kernels.enums import MODES
+from dgi_kernels.enums import METRICS, MODES
 from dgi_kernels.gumbel import draw_noise, inner_backend
 from dgi_kernels.quantize import native, reference
+from dgi_kernels.quantize.options import QuantizeOptions
 from dgi_kernels.quantize.result import ResidualQuantization
-from dgi_kernels.types import Backend, Mode
+from dgi_kernels.types import Backend, Metric, Mode
 
 __all__ = ["ResidualQuantization", "assign_codes", "residual_quantize"]
 
 
 def residual_quantize(z: Tensor, codebooks: Iterable[Tensor], scale: float | Tensor, tau: float | Tensor = 1.0, *,
-                      mode: Mode = "soft", noise: bool = True, seed: int | Tensor | None = None, row_offset: int = 0,
-                      eps: float = 1e-12, backend: Backend = "auto") -> ResidualQuantization:
+                      mode: Mode = "soft", metric: Metric = "cosine", noise: bool = True,
+                      seed: int | Tensor | None = None, row_offset: int = 0, eps: float = 1e-12,
+                      backend: Backend = "auto") -> ResidualQuantization:
     """Quantize vectors by a sequence of codebooks, each level the residual of the levels before (paper eq. 6, 7, 10).
 
-    Level j has logits ``s_j = scale * r^_{j-1} . e^_j`` and probabilities ``p_j = softmax((s_j + g_j) / tau)``, emits
+    Level j has logits s_j, by the metric, and probabilities ``p_j = softmax((s_j + g_j) / tau)``, emits
     z~_j and leaves ``r_j = r_{j-1} - z~_j``, with ``r_0 = z``. What it emits is the mode's:
 
     - ``"soft"``: ``z~_j = p_j E_j``.
     - ``"straight_through"``: the row of E_j with the largest ``s_j + g_j``, exactly; backward takes the softmax's
       Jacobian for the one-hot's, as ``F.gumbel_softmax(hard=True) @ E_j`` does.
     - ``"hard"``: the row of E_j with the largest ``s_j``, exactly, without noise and gradients: the final codes.
+
+    The logits of a metric are:
+
+    - ``"cosine"``: ``s_j = scale * r^_{j-1} . e^_j``, where x^ = x / ||x||.
+    - ``"dot"``: ``s_j = scale * r_{j-1} . e_j``, in which long codes win.
 
     Everything is computed in float32 (float64 for float64 inputs). A row of ``z`` with a NaN has ``log_normalizer``
     NaN in every mode and emits NaN, in hard mode code 0.
@@ -47,11 +55,12 @@ def residual_quantize(z: Tensor, codebooks: Iterable[Tensor], scale: float | Ten
         scale: the logit scale (gamma), a finite float or a 0-d tensor, which receives its gradient.
         tau: temperature, positive and finite; a float or a 0-d tensor, which receives its gradient.
         mode: ``"soft"``, ``"straight_through"`` or ``"hard"``.
+        metric: ``"cosine"`` or ``"dot"``.
         noise: add Gumbel noise g to the logits; False: g = 0. In hard mode noise is drawn only where a ``seed`` is
             given as well, and shows in ``sampled`` and ``log_normalizer`` alone.
         seed: as in :func:`dgi_kernels.gumbel_noise`, whose stream 0 this is.
         row_offset: number of the first row, for the noise: data-parallel ranks draw what one process would.
-        eps: lower bound of the norms; a zero vector has cosine 0 with everything.
+        eps: lower bound of the norms; a zero vector has cosine 0 with everything. Of no effect on dot products.
         backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"``.
 
     Returns:
@@ -81,49 +90,49 @@ def residual_quantize(z: Tensor, codebooks: Iterable[Tensor], scale: float | Ten
     codebooks = _check_codebooks(codebooks, z)
     scale, tau = checks.scalar("scale", scale, z), checks.scalar("tau", tau, z, positive=True)
     checks.choice("mode", mode, MODES)
+    checks.choice("metric", metric, METRICS)
     if not isinstance(noise, bool):
         raise TypeError(f"noise must be a bool; got {type(noise).__name__}")
     eps = checks.number("eps", eps, positive=True)
-    row_offset = reference_noise.check_row_offset(row_offset, z.shape[0])
+    options = QuantizeOptions(mode, metric, reference_noise.check_row_offset(row_offset, z.shape[0]), eps)
     if seed is not None or (noise and mode != "hard"):
         seed = reference_noise.resolve_seed(seed, z.device)
     seed = seed if noise else None
-    dtype = z.dtype
-    for codebook in codebooks:
-        dtype = torch.promote_types(dtype, codebook.dtype)
-    chosen = choose("residual_quantize", backend, z.device, dtype)
+    dtype = _common_dtype(z, codebooks)
+    chosen = choose("residual_quantize", backend, z.device, dtype, {"metric": metric})
     compute = checks.compute_dtype(dtype)
     gradients = torch.is_grad_enabled() and mode != "hard"
 
     def in_pytorch(z: Tensor, codebooks: Sequence[Tensor], scale: float | Tensor,
                    tau: float | Tensor) -> ResidualQuantization:
-        level_noise = None if seed is None else _level_noise(seed, z.shape[0], row_offset, backend)
-        return reference.residual_quantize(z, codebooks, scale, tau, mode, level_noise, eps)
+        level_noise = None if seed is None else _level_noise(seed, z.shape[0], options.row_offset, backend)
+        return reference.residual_quantize(z, codebooks, scale, tau, level_noise, options)
 
     with torch.autocast(z.device.type, enabled=False), torch.set_grad_enabled(gradients):
         if chosen == "triton":
             from dgi_kernels.quantize import triton
 
             return triton.residual_quantize(z.to(dtype), [codebook.to(dtype) for codebook in codebooks], scale, tau,
-                                            mode, seed, row_offset, eps)
+                                            seed, options)
         inputs = (z.to(compute), [codebook.to(compute) for codebook in codebooks], checks.to_dtype(scale, compute),
                   checks.to_dtype(tau, compute))
         if chosen == "native":
-            result = native.residual_quantize(*inputs, mode, seed, row_offset, eps, in_pytorch)
+            result = native.residual_quantize(*inputs, seed, options, in_pytorch)
         else:
             result = in_pytorch(*inputs)
         return result._replace(quantized=result.quantized.to(dtype), residuals=result.residuals.to(dtype))
 
 
 @torch.no_grad()
-def assign_codes(z: Tensor, codebooks: Iterable[Tensor], *, eps: float = 1e-12, backend: Backend = "auto") -> Tensor:
+def assign_codes(z: Tensor, codebooks: Iterable[Tensor], *, metric: Metric = "cosine", eps: float = 1e-12,
+                 backend: Backend = "auto") -> Tensor:
     """The final codes of vectors: those of ``residual_quantize(z, codebooks, scale, mode="hard")`` for any scale > 0.
 
-    An argmax of cosines and a gather per level and nothing else: what assigning the codes of a whole catalog needs.
+    An argmax and a gather per level and nothing else: what assigning the codes of a whole catalog needs.
     If two codes are within rounding of each other, either may be returned.
 
     Args:
-        z, codebooks, eps, backend: as in :func:`residual_quantize`.
+        z, codebooks, metric, eps, backend: as in :func:`residual_quantize`.
 
     Returns:
         (N, m) int64.
@@ -140,14 +149,18 @@ def assign_codes(z: Tensor, codebooks: Iterable[Tensor], *, eps: float = 1e-12, 
     """
     checks.float_tensor("z", z, ndim=2)
     codebooks = _check_codebooks(codebooks, z)
-    eps = checks.number("eps", eps, positive=True)
-    dtype = z.dtype
-    for codebook in codebooks:
-        dtype = torch.promote_types(dtype, codebook.dtype)
-    if choose("assign_codes", backend, z.device, dtype) != "native":
-        return residual_quantize(z, codebooks, 1.0, mode="hard", noise=False, eps=eps, backend=backend).codes
-    compute = checks.compute_dtype(dtype)
-    return native.assign_codes(z.to(compute), [codebook.to(compute) for codebook in codebooks], eps)
+    checks.choice("metric", metric, METRICS)
+    options = QuantizeOptions("hard", metric, 0, checks.number("eps", eps, positive=True))
+    dtype = _common_dtype(z, codebooks)
+    if choose("assign_codes", backend, z.device, dtype, {"metric": metric}) == "native":
+        compute = checks.compute_dtype(dtype)
+        return native.assign_codes(z.to(compute), [codebook.to(compute) for codebook in codebooks], options)
+    return residual_quantize(z, codebooks, 1.0, mode="hard", metric=metric, noise=False, eps=options.eps,
+                             backend=backend).codes
+
+
+def _common_dtype(z: Tensor, codebooks: Sequence[Tensor]) -> torch.dtype:
+    return functools.reduce(torch.promote_types, (codebook.dtype for codebook in codebooks), z.dtype)
 
 
 def _check_codebooks(codebooks: Iterable[Tensor], z: Tensor) -> list[Tensor]:

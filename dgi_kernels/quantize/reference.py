@@ -1,6 +1,7 @@
 """Residual quantization in plain PyTorch (paper eq. 6, 7).
 
-    s_j = scale * r^_{j-1} . e^_j        p_j = softmax((s_j + g_j) / tau)
+    s_j = scale * r^_{j-1} . e^_j        p_j = softmax((s_j + g_j) / tau)        (metric "cosine"; x^ = x / ||x||)
+    s_j = scale * r_{j-1} . e_j                                                  (metric "dot")
     z~_j = p_j E_j                       r_j = r_{j-1} - z~_j
 
 Inputs arrive checked and in the compute dtype (float32, or float64 for float64 inputs); the noise ``g`` is an input.
@@ -14,19 +15,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dgi_kernels.quantize.options import QuantizeOptions
 from dgi_kernels.quantize.result import ResidualQuantization
 
 
-def residual_quantize(z: Tensor, codebooks: Sequence[Tensor], scale: float | Tensor, tau: float | Tensor, mode: str,
-                      noise: Callable[[int, int], Tensor] | None, eps: float) -> ResidualQuantization:
+def residual_quantize(z: Tensor, codebooks: Sequence[Tensor], scale: float | Tensor, tau: float | Tensor,
+                      noise: Callable[[int, int], Tensor] | None, options: QuantizeOptions) -> ResidualQuantization:
     """(N, D), m of (K_j, D) -> ResidualQuantization; ``noise(level, K_j)`` is g_j (N, K_j), None for no noise."""
     residual = z
     levels = []
     for level, codebook in enumerate(codebooks):
-        s = scale * (F.normalize(residual, dim=-1, eps=eps) @ F.normalize(codebook, dim=-1, eps=eps).T)
+        s = scale * _similarity(residual, codebook, options)
         noisy = s if noise is None else s + noise(level, codebook.shape[0]).to(s.dtype)
         codes, sampled = s.argmax(dim=-1), noisy.argmax(dim=-1)
-        quantized, usage = _emit(noisy / tau, codebook, mode, codes, sampled)
+        quantized, usage = _emit(noisy / tau, codebook, options.mode, codes, sampled)
         levels.append((quantized, codes, sampled, usage, residual, (noisy / tau).logsumexp(dim=-1)))
         residual = residual - quantized
     all_quantized, all_codes, all_sampled, usages, residuals, log_normalizers = zip(*levels, strict=True)
@@ -34,6 +36,13 @@ def residual_quantize(z: Tensor, codebooks: Sequence[Tensor], scale: float | Ten
         quantized=torch.stack(all_quantized, dim=1), codes=torch.stack(all_codes, dim=1),
         sampled=torch.stack(all_sampled, dim=1), usage=list(usages), residuals=torch.stack(residuals, dim=1),
         log_normalizer=torch.stack(log_normalizers, dim=1))
+
+
+def _similarity(residual: Tensor, codebook: Tensor, options: QuantizeOptions) -> Tensor:
+    """What the scale multiplies, (N, K)."""
+    if options.metric == "dot":
+        return residual @ codebook.T
+    return F.normalize(residual, dim=-1, eps=options.eps) @ F.normalize(codebook, dim=-1, eps=options.eps).T
 
 
 def _emit(logits: Tensor, codebook: Tensor, mode: str, codes: Tensor, sampled: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from dgi_kernels import triton_common as common
 from dgi_kernels.enums import MODES
 from dgi_kernels.quantize import triton_chunks as chunks
 from dgi_kernels.quantize import triton_kernels as kernels
+from dgi_kernels.quantize.options import QuantizeOptions
 from dgi_kernels.quantize.result import ResidualQuantization
 from dgi_kernels.triton_common import HALF, Tiles, add_product, finish_block, multiprocessors, norms, product
 
@@ -81,8 +82,8 @@ def flash_config(dim: int, device: torch.device) -> tuple[int, FlashConfig]:
     return b_d, config
 
 
-def residual_quantize(z: Tensor, codebooks: Sequence[Tensor], scale: float | Tensor, tau: float | Tensor, mode: str,
-                      seed: Tensor | None, row_offset: int, eps: float) -> ResidualQuantization:
+def residual_quantize(z: Tensor, codebooks: Sequence[Tensor], scale: float | Tensor, tau: float | Tensor,
+                      seed: Tensor | None, options: QuantizeOptions) -> ResidualQuantization:
     """(N, D), m of (K_j, D), all of one dtype -> ResidualQuantization. ``seed`` None: no noise."""
     sizes = [len(codebook) for codebook in codebooks]
     dim = z.shape[1]
@@ -93,7 +94,7 @@ def residual_quantize(z: Tensor, codebooks: Sequence[Tensor], scale: float | Ten
     noisy = seed is not None
     seed = torch.zeros(1, dtype=torch.int64, device=z.device) if seed is None else seed
     quantized, codes, sampled, usage, residuals, log_normalizer, *_ = _forward(
-        z, weight, sizes, scale, tau, seed, row_offset, eps, MODES.index(mode), noisy, with_grad)
+        z, weight, sizes, scale, tau, seed, options.row_offset, options.eps, options.mode_number, noisy, with_grad)
     return ResidualQuantization(quantized[..., :dim], codes, sampled, list(usage.split(sizes)), residuals[..., :dim],
                                 log_normalizer)
 

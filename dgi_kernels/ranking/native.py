@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dgi_kernels._extension import fake_kernel
 from dgi_kernels.trie import Trie
 from dgi_kernels.trie.filters import TrieFilter, filter_arguments
 
@@ -31,3 +32,14 @@ def rank_candidates(query: Tensor, item_vectors: Tensor, trie: Trie, nodes: Tens
 def _rows(vectors: Tensor) -> Tensor:
     """With contiguous rows, at any distance from each other."""
     return vectors if vectors.stride(1) == 1 else vectors.contiguous()
+
+
+@fake_kernel("rank_candidates")
+def _(query: Tensor, item_vectors: Tensor, num_nodes: int, below: list[Tensor],
+      item_order: Tensor | None, item_ids: Tensor | None, delta_below: list[Tensor],
+      delta_order: Tensor | None, delta_ids: Tensor | None, delta_anchors: Tensor | None,
+      sets: list[Tensor], set_of: list[int], nodes: Tensor, scores: Tensor, k: int,
+      eps: float) -> tuple[Tensor, ...]:
+    shape, compute = (query.shape[0], k), torch.float64 if query.dtype == torch.float64 else torch.float32
+    return (query.new_empty(shape, dtype=torch.int64), query.new_empty(shape, dtype=torch.float32),
+            query.new_empty(shape, dtype=compute))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dgi_kernels._extension import fake_kernel
+
 
 def code_ranges(codes: Tensor) -> Tensor:
     """As :func:`reference.code_ranges`, for any strides."""
@@ -52,3 +54,38 @@ def run_starts(starts: Tensor, runs: Tensor) -> Tensor:
 def item_set(members: Tensor, item_order: Tensor | None) -> tuple[Tensor, Tensor]:
     """As :func:`reference.item_set`, of as many words as there must be."""
     return torch.ops.dgi_kernels.item_set(members.contiguous(), item_order)
+
+
+@fake_kernel("code_ranges")
+def _(codes: Tensor) -> Tensor:
+    return codes.new_empty((2, codes.shape[1]), dtype=torch.int64)
+
+
+@fake_kernel("find_children")
+def _(tokens: Tensor, child_start: Tensor, nodes: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(nodes), torch.empty_like(nodes, dtype=torch.bool)
+
+
+@fake_kernel("child_masks")
+def _(tokens: Tensor, child_start: Tensor, codes: int) -> Tensor:
+    return tokens.new_empty((child_start.shape[0] - 1, (codes + 31) // 32), dtype=torch.int32)
+
+
+@fake_kernel("item_set")
+def _(members: Tensor, item_order: Tensor | None) -> tuple[Tensor, Tensor]:
+    return _fake_set(members, members.shape[0])
+
+
+@fake_kernel("parent_set")
+def _(words: Tensor, ranks: Tensor, starts: Tensor, parents: int) -> tuple[Tensor, Tensor]:
+    return _fake_set(words, parents)
+
+
+@fake_kernel("run_starts")
+def _(starts: Tensor, runs: Tensor) -> Tensor:
+    return torch.empty_like(runs)
+
+
+def _fake_set(like: Tensor, places: int) -> tuple[Tensor, Tensor]:
+    blocks = places // 512 + 1
+    return like.new_empty(8 * blocks, dtype=torch.int64), like.new_empty(blocks, dtype=torch.int64)

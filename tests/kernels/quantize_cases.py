@@ -50,8 +50,14 @@ def peaked(n: int, d: int, sizes: tuple[int, ...], dtype: torch.dtype = torch.fl
     return Inputs(z.detach().to(dtype).requires_grad_(), codebooks, torch.tensor(30.0), torch.tensor(1.0))
 
 
+def scores(metric: str, r: Tensor, codebook: Tensor, scale: Tensor, eps: float = 1e-12) -> Tensor:
+    if metric == "cosine":
+        r, codebook = F.normalize(r, dim=-1, eps=eps), F.normalize(codebook, dim=-1, eps=eps)
+    return scale * (r @ codebook.T)
+
+
 def oracle(inputs: Inputs, mode: str, seed: int | Tensor | None, result: ResidualQuantization, row_offset: int = 0,
-           eps: float = 1e-12) -> ResidualQuantization:
+           eps: float = 1e-12, metric: str = "cosine") -> ResidualQuantization:
     """docs/method.md in float64, one level after the other, with an explicit one-hot where the mode has one.
 
     The one-hot follows the codes of ``result``, which must be as good as the best: at a near-tie rounding decides.
@@ -61,15 +67,15 @@ def oracle(inputs: Inputs, mode: str, seed: int | Tensor | None, result: Residua
     residual, scale, tau = inputs.z.double(), inputs.scale.double(), inputs.tau.double()
     columns: list[list[Tensor]] = [[] for _ in range(6)]
     for level, codebook in enumerate(codebook.double() for codebook in inputs.codebooks):
-        s = scale * F.normalize(residual, dim=-1, eps=eps) @ F.normalize(codebook, dim=-1, eps=eps).T
+        s = scores(metric, residual, codebook, scale, eps)
         g = torch.zeros_like(s)
         if seed is not None:
             g = gumbel_noise(seed, level, *s.shape, row_offset=row_offset, device=s.device,
                              backend="reference").double()
         p = ((s + g) / tau).softmax(-1)
         codes, sampled = result.codes[:, level], result.sampled[:, level]
-        for name, scores, chosen in (("codes", s, codes), ("sampled", s + g, sampled)):
-            lost = scores.amax(1) - scores.gather(1, chosen.unsqueeze(1)).squeeze(1)
+        for name, values, chosen in (("codes", s, codes), ("sampled", s + g, sampled)):
+            lost = values.amax(1) - values.gather(1, chosen.unsqueeze(1)).squeeze(1)
             assert (lost <= near_tie).all(), f"{name} of level {level} are worse than the best by {lost.max():.3g}"
         one_hot = F.one_hot(codes if mode == "hard" else sampled, len(codebook)).double()
         assignment = {"soft": p, "straight_through": one_hot + p - p.detach(), "hard": one_hot}[mode]

@@ -81,6 +81,26 @@ def test_a_fallback_is_logged_once_with_its_reason(kernels: None, caplog: pytest
     assert "no native kernel for torch.float16" in caplog.messages[1]
 
 
+def test_an_option_that_a_kernel_lacks(kernels: None, monkeypatch: pytest.MonkeyPatch,
+                                       caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(backend, "LACKS", {("op", "native"): {"metric=dot": "nobody wrote it"}})
+    reason = "op has no native kernel for metric=dot: nobody wrote it"
+    assert choose("op", "auto", CPU, torch.float32, {"metric": "cosine", "mode": "dot"}) == "native"
+    with caplog.at_level(logging.INFO, logger="dgi_kernels"):
+        for _ in range(2):
+            assert choose("op", "auto", CPU, torch.float32, {"metric": "dot"}) == "reference"
+    assert len(caplog.messages) == 1 and reason in caplog.messages[0]
+    assert why_not("op", "native", CPU, torch.float32, {"metric": "dot"}) == reason
+    with pytest.raises(BackendUnavailable, match=f'backend="native" cannot run op here: {reason}'):
+        choose("op", "native", CPU, torch.float32, {"metric": "dot"})
+    assert choose("op", "auto", torch.device("cuda"), torch.float16, {"metric": "dot"}) == "triton"
+
+
+def test_what_is_lacking_belongs_to_a_kernel_that_exists() -> None:
+    for op, name in backend.LACKS:
+        assert name in backend.KERNELS[op]
+
+
 def test_backends_lists_what_is_here_and_why_not_where_it_is_not(kernels: None,
                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(backend._BACKEND_PROBLEM, "triton", "no CUDA device is available")

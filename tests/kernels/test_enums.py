@@ -12,6 +12,7 @@ from dgi_kernels import enums
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 # C++ enumeration -> the table that numbers it
 TABLES = {
+    "Metric": enums.METRICS,
     "QuantizeMode": enums.MODES,
     "Normalize": enums.NORMALIZERS,
     "Reduction": enums.REDUCTIONS,

@@ -204,7 +204,7 @@ def test_ops_are_well_registered(seeded: bool) -> None:
     ops = torch.ops.dgi_kernels
     z, books, scale, tau = torch.randn(5, 3), torch.randn(9, 3), torch.tensor(9.0), torch.tensor(0.8)
     seed = torch.tensor([3]) if seeded else None
-    options = ([4, 5], scale, tau, seed, 7, 0, 1e-12, 2)
+    options = ([4, 5], scale, tau, seed, 7, 0, 0, 1e-12, 2)
     library.opcheck(ops.residual_quantize.default, (z, books, *options[:-1], 0))  # room is left as it was
     result = ops.residual_quantize(z, books, *options)
     upstream = (torch.randn(5, 2, 3), None, None, torch.randn(5, 2))
@@ -217,13 +217,17 @@ def test_direct_callers_are_stopped_too() -> None:
     ops = torch.ops.dgi_kernels
     z, books, one = torch.randn(5, 3), torch.randn(9, 3), torch.tensor(1.0)
     with pytest.raises(RuntimeError, match="sizes must add up"):
-        ops.residual_quantize(z, books, [4, 4], one, one, None, 0, 0, 1e-12, 0)
+        ops.residual_quantize(z, books, [4, 4], one, one, None, 0, 0, 0, 1e-12, 0)
     with pytest.raises(RuntimeError, match="mode must be"):
-        ops.residual_quantize(z, books, [9], one, one, None, 0, 3, 1e-12, 0)
+        ops.residual_quantize(z, books, [9], one, one, None, 0, 3, 0, 1e-12, 0)
+    with pytest.raises(RuntimeError, match="metric must be"):
+        ops.residual_quantize(z, books, [9], one, one, None, 0, 0, 9, 1e-12, 0)
+    with pytest.raises(RuntimeError, match="metric must be"):
+        ops.assign_codes(z, books, [9], -1, 1e-12)
 
     def backward(sampled: Tensor, *lists: Tensor) -> None:
         ops.residual_quantize_backward(None, None, None, None, torch.randn(2, 1, 3), sampled, torch.randn(2, 1), *lists,
-                                       books, [9], one, one, None, 0, 1, 1e-12, True, True, True, True)
+                                       books, [9], one, one, None, 0, 1, 0, 1e-12, True, True, True, True)
 
     def lists(ranges: list[int], codes: list[int]) -> tuple[Tensor, ...]:
         p = torch.full((len(codes),), 0.5)

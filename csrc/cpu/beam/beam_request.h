@@ -408,9 +408,9 @@ class Request {
         }
       }
       for (int64_t i = through ? children.end : children.first + done; i < children.end; ++i) {
-        for (; i + kGroup <= children.end; i += kGroup) {
+        for (; i + kCompared <= children.end; i += kCompared) {
           bool passes = false;
-          for (int64_t j = 0; j < kGroup; ++j) passes |= logit(i + j) >= cut;
+          for (int64_t j = 0; j < kCompared; ++j) passes |= logit(i + j) >= cut;
           if (passes) break;
         }
         if (i < children.end) consider(i, logit(i));
@@ -468,7 +468,7 @@ class Request {
     return true;
   }
 
-  static constexpr int64_t kGroup = 8;    // children that are compared at once: hardly any passes
+  static constexpr int64_t kCompared = 8;    // children that are compared at once: hardly any passes
   static constexpr int64_t kCodes = ChildMasks::kWordBits;  // codes, likewise
   static constexpr int64_t kSparse = 4;   // a comparison of all codes costs less than one of a child in so many,
   static constexpr int64_t kSparseMasked = 16;  // or in so many, where a mask says which child passes

@@ -12,11 +12,10 @@
 #include "cpu/shared/isa.h"
 #include "cpu/shared/row_noise.h"
 #include "dgi/gumbel_row.h"
+#include "dgi/noise.h"
 
 namespace dgi::cpu {
 namespace {
-
-constexpr uint32_t kStream = 1;
 
 // exp((logits + g) / tau - offset) of one row, in `e`
 template <bool kFused, class Stored>
@@ -26,7 +25,7 @@ DGI_HOST_DEVICE GumbelSums soften_row(const GumbelSoftmax<Stored>& in, int64_t r
   const Stored* const logits = in.logits + row * in.codes;
 #pragma omp simd
   for (int64_t k = 0; k < in.codes; ++k) e[k] = load(logits[k]);
-  const RowNoise noise{philox_key(in.seed), 0, kStream, static_cast<uint32_t>(row)};
+  const RowNoise noise{philox_key(in.seed), 0, kStreamGumbelSoftmax, static_cast<uint32_t>(row)};
   const Real maximum = maximum_of(e, in.codes);
   if constexpr (std::is_same_v<Real, float>) {
     if (takes_exponential(in.tau) && noisy == nullptr) {

@@ -1,15 +1,17 @@
 // Residual quantization on the CPU: soft and straight-through, with all gradients. quantize_hard.cpp has the hard one.
 //
-//   s_nk = scale r^_n . e^_k,   p = softmax((s + g) / tau),   z~ = P E,   r' = r - z~
+//   s_nk = a_n S_nk f_k,   S = r . e,   p = softmax((s + g) / tau),   z~ = P E,   r' = r - z~
+//   cosine: a = scale / ||r||, f = 1 / ||e||,   dot product: a = scale, f = 1
 //
 // Rows are processed in blocks through all levels, so that residuals stay in the cache; of a tile (a block of rows x K)
-// only sums of its rows and columns are kept. With X = scale r^ the tile is X E^T, scaled by the codes' reciprocal norms.
+// only sums of its rows and columns are kept. With X = a r the tile is X E^T, times the codes' f (dgi/terms.h).
 // Backward computes tile and noise again and goes through the levels in reverse. Below X, the rows of dz~ share its products:
 //
-//   [s / rnorm; dP] = [X; dZ~] E^T,   dS = P (dP - rowsum(P dP)) / tau,   T = dS rnorm,
-//   dr^ = scale T E,   dE = [T; P]^T [X; dZ~], key and value at once,
+//   [s / f; dP] = [X; dZ~] E^T,   ds = P (dP - rowsum(P dP)) / tau,   T = ds f,
+//   d(a r) = T E,   dE = [T; P]^T [X; dZ~], key and value at once,
 //
-// and then dr and dE lose their radial parts: those of dE are the sums of columns of dS s, and dscale = sum r^ . (T E).
+// and dscale = sum (a / scale) r . (T E). Where lengths are divided by, dr and dE then lose their radial parts: those of dE
+// are the sums of columns of ds s.
 //
 // Rows of which few entries count (dgi/gumbel_row.h) leave the tile as lists, which are kept for backward: forward takes X E^T
 // whole and all other products at the listed codes alone, backward neither tile nor noise.
@@ -29,7 +31,7 @@ template <class Real>
 class Lists {
  public:
   Lists(int64_t rows, int64_t limit)
-      : stride_(limit + detail::kGroup), count_(rows), code_(make_buffer<int32_t>(rows * stride_)),
+      : stride_(list_capacity(limit)), count_(rows), code_(make_buffer<int32_t>(rows * stride_)),
         p_(make_buffer<Real>(rows * stride_)) {}
 
   // Lists row `row`, whose exponentials are `e`, where at most `limit` of them count.
@@ -63,14 +65,15 @@ class Forward {
       : in_(in), out_(out), codebooks_(codebooks), usage_(codebooks_.codes(), 0.0),
         residual_(make_buffer<Real>(block * in.dim)), x_(make_buffer<Real>(block * in.dim)),
         emitted_(make_buffer<Real>(block * in.dim)), weight_(block), slot_(block), order_(block),
-        tile_(make_buffer<Real>(block * widest())), columns_(block, widest()), lists_(block, list_limit<Real>(widest())),
+        tile_(make_buffer<Real>(block * in.widest())), columns_(block, in.widest()),
+        lists_(block, list_limit<Real>(in.widest())),
         remembered_(first_entry), last_entry_(last_entry) {}
 
   void run_block(int64_t begin, int64_t count) {
     std::copy_n(in_.z + begin * in_.dim, count * in_.dim, residual_.get());
     for (int64_t number = 0; number < in_.levels(); ++number) {
       const Level<Real>& level = codebooks_[number];
-      start_level(level, begin, count);
+      start_rows(in_, level, begin, count, residual_.get(), out_.residuals, x_.get());
       matrix_product({x_.get(), count, in_.dim}, level.vectors.transposed(), {tile_.get(), count, level.codes},
                      Into::kOverwrite);
       with_noise(in_, false, [&](auto as) { assign<as.value>(level, begin, count); });
@@ -84,21 +87,6 @@ class Forward {
   double usage(int64_t code) const { return usage_[code]; }
 
  private:
-  int64_t widest() const { return *std::max_element(in_.sizes.begin(), in_.sizes.end()); }
-  int64_t at(const Level<Real>& level, int64_t row) const { return row * in_.levels() + level.number; }
-
-  void start_level(const Level<Real>& level, int64_t begin, int64_t count) {
-    parallel_for(count, grain(in_.dim), [&](int64_t first, int64_t last) {
-      with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
-        for (int64_t i = first; i < last; ++i) {
-          const Real* const r = residual_.get() + i * in_.dim;
-          std::copy_n(r, in_.dim, out_.residuals + at(level, begin + i) * in_.dim);
-          scaled_unit<fused.value>(r, in_, x_.get() + i * in_.dim);
-        }
-      });
-    });
-  }
-
   // Turns the tile into exp((s + g) / tau), not yet normalised; codes, usage and the rows' sums.
   template <NoiseAs kAs>
   void assign(const Level<Real>& level, int64_t begin, int64_t count) {
@@ -107,8 +95,8 @@ class Forward {
         Real* const sums = columns_.start(group, level.codes);
         for (int64_t i = first; i < last; ++i) {
           Real* const s = tile_.get() + i * level.codes;
-          const int64_t to = at(level, begin + i);
-          const Real maximum = scale_row(s, level.rnorm, level.codes);
+          const int64_t to = in_.at(begin + i, level.number);
+          const Real maximum = score_row<fused.value>(s, level.terms, level.codes, s);
           int64_t code = first_equal(s, level.codes, maximum);
           const GumbelSums row = soften<fused.value, kAs>(s, level.codes, maximum, in_.tau,
                                                           noise_of(in_, level.number, begin + i), s);
@@ -124,7 +112,7 @@ class Forward {
         }
       });
     });
-    columns_.add_to(usage_.data() + level.first, (count + kGroup - 1) / kGroup, level.codes);
+    columns_.add_to(usage_.data() + level.first, groups_of(count), level.codes);
   }
 
   void remember_lists(const Level<Real>& level, int64_t begin, int64_t count) {
@@ -133,7 +121,7 @@ class Forward {
       const int64_t listed = remembered_ + lists_.count(i) <= last_entry_ ? lists_.count(i) : 0;
       std::copy_n(lists_.code(i), listed, lists.code + remembered_);
       std::copy_n(lists_.p(i), listed, lists.p + remembered_);
-      int64_t* const range = lists.range + 2 * at(level, begin + i);
+      int64_t* const range = lists.range + 2 * in_.at(begin + i, level.number);
       range[0] = remembered_;
       range[1] = remembered_ += listed;
     }
@@ -155,13 +143,13 @@ class Forward {
     // By code: neighbours take the same rows of E, which are in the cache then.
     std::iota(order_.begin(), order_.begin() + count, int64_t{0});
     std::stable_sort(order_.begin(), order_.begin() + count, [&](int64_t a, int64_t b) {
-      return sampled[at(level, begin + a)] < sampled[at(level, begin + b)];
+      return sampled[in_.at(begin + a, level.number)] < sampled[in_.at(begin + b, level.number)];
     });
     parallel_for(count, grain(4 * in_.dim), [&](int64_t first, int64_t last) {
       const Buffer<Real> sum = make_buffer<Real>(in_.dim);
       with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
         for (int64_t place = first; place < last; ++place) {
-          const int64_t i = order_[place], to = at(level, begin + i);
+          const int64_t i = order_[place], to = in_.at(begin + i, level.number);
           Real *const r = residual_.get() + i * in_.dim, *const quantized = out_.quantized + to * in_.dim;
           const Real* emitted = sum.get();
           Real factor = weight_[i];

@@ -14,8 +14,8 @@ class Backward {
         own_de_(make_buffer<Real>(is_first_share || out.codebooks == nullptr ? 0 : codebooks_.codes() * in.dim)),
         de_(is_first_share ? out.codebooks : own_de_.get()),
         dr_(make_buffer<Real>(block * in.dim)), x_(make_buffer<Real>(2 * block * in.dim)),
-        u_(make_buffer<Real>(block * in.dim)), row_(block), entry_(block), rnorm_(block), along_(block), dtau_(block),
-        tile_(make_buffer<Real>(2 * block * widest())), columns_(block, widest()) {}
+        u_(make_buffer<Real>(block * in.dim)), row_(block), entry_(block), factor_(block), along_(block), dtau_(block),
+        tile_(make_buffer<Real>(2 * block * in.widest())), columns_(block, in.widest()) {}
 
   void run_block(int64_t begin, int64_t count) {
     std::fill_n(dr_.get(), count * in_.dim, Real{0});
@@ -42,8 +42,7 @@ class Backward {
   const Real* de(int64_t code) const { return de_ + code * in_.dim; }
 
  private:
-  int64_t widest() const { return *std::max_element(in_.sizes.begin(), in_.sizes.end()); }
-  int64_t at(const Level<Real>& level, int64_t row) const { return row * in_.levels() + level.number; }
+  int64_t at(const Level<Real>& level, int64_t row) const { return in_.at(row, level.number); }
 
   // Rows by place: X of the dense rows, as in the tile, their dz~, X of the listed rows, their dz~.
   Real* x(int64_t place) { return x_.get() + (place < dense_ ? place : dense_ + place) * in_.dim; }
@@ -88,7 +87,7 @@ class Backward {
       with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
         for (int64_t place = first; place < last; ++place) {
           const int64_t from = at(level, begin + row_[place]) * in_.dim;
-          rnorm_[place] = scaled_unit<fused.value>(saved_.residuals + from, in_, x(place));
+          factor_[place] = scaled_row<fused.value>(in_, saved_.residuals + from, x(place));
           const Real* const dr = dr_.get() + row_[place] * in_.dim;
           Real* const to = dz(place, count);
           for (int64_t d = 0; d < in_.dim; ++d) {
@@ -99,7 +98,7 @@ class Backward {
     });
   }
 
-  // [s / rnorm; dP] becomes [T; P].
+  // [S; dP] becomes [T; P].
   template <NoiseAs kAs>
   void differentiate_dense(const Level<Real>& level, int64_t begin) {
     if (dense_ == 0) return;
@@ -112,7 +111,7 @@ class Backward {
       with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
         for (int64_t place = first; place < last; ++place) {
           Real *const s = tile_.get() + place * codes, *const dp = tile_.get() + (dense_ + place) * codes;
-          const Real maximum = scale_row(s, level.rnorm, codes);
+          const Real maximum = score_row<fused.value>(s, level.terms, codes, s);
           const int64_t row = begin + row_[place];
           const GumbelSums sum = soften<fused.value, kAs>(s, codes, maximum, in_.tau, noise_of(in_, level.number, row),
                                                           e.get(), wants_tau ? noisy.get() : nullptr);
@@ -130,18 +129,18 @@ class Backward {
             for (int64_t k = 0; k < codes; ++k) along += weight * e[k] * (dp[k] - shift) * noisy[k];
             dtau_[place] = -static_cast<double>(along) * inverse * inverse;
           }
-          const Real* const rnorm = level.rnorm;
+          const Real* const factor = level.terms.factor;
 #pragma omp simd
           for (int64_t k = 0; k < codes; ++k) {
             const Real p = weight * e[k], ds = p * (dp[k] - shift) * inverse;
             sums[k] = multiply_add<fused.value>(ds, s[k], sums[k]);
-            s[k] = ds * rnorm[k];
+            s[k] = ds * factor[k];
             dp[k] = p;
           }
         }
       });
     });
-    columns_.add_to(radial_.data() + level.first, (dense_ + kGroup - 1) / kGroup, codes);
+    columns_.add_to(radial_.data() + level.first, groups_of(dense_), codes);
   }
 
   // The same for the rows that forward listed: s and dP at their codes alone, T as a list, and T E.
@@ -159,7 +158,7 @@ class Backward {
           for (int64_t j = 0; j < row.count; ++j) {
             const int64_t k = row.code[j];
             const Real* const e = level.vectors.data + k * dim;
-            row.tilt[j] = level.rnorm[k] * dot<fused.value>(e, key, dim);
+            row.tilt[j] = level.terms.factor[k] * dot<fused.value>(e, key, dim);
             row.t[j] = dot<fused.value>(e, value, dim);
             if (dusage != nullptr) row.t[j] += dusage[k] / static_cast<Real>(in_.rows);
             mean += static_cast<double>(row.p[j]) * row.t[j];
@@ -171,7 +170,7 @@ class Backward {
             // (s + g) / tau = log p + log Z
             if (out_.tau != nullptr) tau_sum += static_cast<double>(ds) * (std::log(row.p[j]) + saved_.log_normalizer[to]);
             row.tilt[j] *= ds;
-            row.t[j] = ds * level.rnorm[row.code[j]];
+            row.t[j] = ds * level.terms.factor[row.code[j]];
           }
           dtau_[place] = -tau_sum;
           Real* const u = u_.get() + place * dim;  // now, while these rows of E are in the cache
@@ -194,8 +193,8 @@ class Backward {
           Real *const u = u_.get() + place * in_.dim, *const dr = dr_.get() + row_[place] * in_.dim;
           const int64_t from = at(level, begin + row_[place]) * in_.dim;
           const Real* const r = saved_.residuals + from;
-          along_[place] = static_cast<double>(rnorm_[place]) * dot<fused.value>(r, u, in_.dim);
-          through_normalization<fused.value>(r, u, in_.dim, rnorm_[place], in_.eps, in_.scale * rnorm_[place], u);
+          along_[place] = static_cast<double>(factor_[place]) * dot<fused.value>(r, u, in_.dim);
+          finish_row<fused.value>(r, factor_[place], u);
           for (int64_t d = 0; d < in_.dim; ++d) {
             dr[d] += u[d] + (upstream_.residuals != nullptr ? upstream_.residuals[from + d] : Real{0});
           }
@@ -203,6 +202,17 @@ class Backward {
       });
     });
     for (int64_t i = 0; i < count; ++i) dscale_sum_ += along_[i];
+  }
+
+  // From u = (T E)_n to dr.
+  template <bool kFused>
+  DGI_HOST_DEVICE void finish_row(const Real* r, Real factor, Real* u) const {
+    switch (in_.metric) {
+      case Metric::kCosine: return through_normalization<kFused>(r, u, in_.dim, factor, in_.eps, in_.scale * factor, u);
+      case Metric::kDot:
+#pragma omp simd
+        for (int64_t d = 0; d < in_.dim; ++d) u[d] *= in_.scale;
+    }
   }
 
   void add_to_codes(const Level<Real>& level, int64_t begin, int64_t count) {
@@ -262,13 +272,22 @@ class Backward {
   std::vector<int64_t> entry_;  // the first of a listed row, by place
   int64_t dense_ = 0;           // rows that are not listed
   std::vector<Real> t_, tilt_;  // of all listed entries: T, and dS s
-  std::vector<Real> rnorm_;
+  std::vector<Real> factor_;    // a / scale, by place
   std::vector<double> along_, dtau_;
   Buffer<Real> tile_;
   ColumnSums<Real> columns_;
   double dscale_sum_ = 0, dtau_sum_ = 0;
   bool is_first_ = true;
 };
+
+// What a code's gradient lacks yet, as a factor of the code: minus the radial part of a cosine's.
+template <class Real>
+Real finish_code(const Quantize<Real>& in, Real factor, double radial) {
+  if (in.metric != Metric::kCosine) return 0;
+  const bool is_short = factor == 1 / in.eps;  // eps took the place of the norm: nothing is radial
+  const double rnorm = factor;
+  return static_cast<Real>(-rnorm * rnorm * (is_short ? 0.0 : radial));
+}
 
 // What the shares make together; the first one's dE lies in the place of the result.
 template <class Real>
@@ -282,11 +301,9 @@ void finish(const Quantize<Real>& in, const QuantizeGradients<Real>& out, const 
   if (in.rows == 0) std::fill_n(out.codebooks, codebooks.codes() * in.dim, Real{0});
   parallel_for(codebooks.codes(), grain(in.dim), [&](int64_t first, int64_t last) {
     for (int64_t k = first; k < last; ++k) {
-      const double rnorm = codebooks[0].rnorm[k];
-      const bool is_short = codebooks[0].rnorm[k] == 1 / in.eps;  // eps took the place of the norm: nothing is radial
       double radial = 0;
-      for (const auto& share : shares) radial += is_short ? 0.0 : share->radial(k);
-      const Real factor = static_cast<Real>(-rnorm * rnorm * radial);
+      for (const auto& share : shares) radial += share->radial(k);
+      const Real factor = finish_code(in, codebooks.factor(k), radial);
       const Real* const e = in.codebooks + k * in.dim;
       Real* const de = out.codebooks + k * in.dim;
       for (size_t i = 1; i < shares.size(); ++i) {

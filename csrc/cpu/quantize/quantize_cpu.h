@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -13,6 +14,9 @@ struct NoiseSource {
 
 enum class QuantizeMode { kSoft, kStraightThrough, kHard };
 
+// s_k = scale r^ . e^_k, or scale r . e_k
+enum class Metric { kCosine, kDot };
+
 // z (rows, dim); codebooks (sum of sizes, dim), level after level
 template <class Real>
 struct Quantize {
@@ -21,9 +25,12 @@ struct Quantize {
   int64_t rows, dim;
   Real scale, tau, eps;
   QuantizeMode mode;
+  Metric metric;
   NoiseSource noise;
 
   int64_t levels() const { return static_cast<int64_t>(sizes.size()); }
+  int64_t widest() const { return *std::max_element(sizes.begin(), sizes.end()); }
+  int64_t at(int64_t row, int64_t level) const { return row * levels() + level; }  // in results of shape (rows, levels)
 };
 
 // What forward remembers for backward of rows of which few entries count: codes, ascending, and p there. A row without an

@@ -1,6 +1,6 @@
 // Hard residual quantization on the CPU: an argmax and a gather per level, for the final codes of a catalog.
 //
-//   c = argmax_k s_k,   r' = r - e_c,   s_k = scale r^ . e^_k
+//   c = argmax_k s_k,   r' = r - e_c,   s_k = a S_k f_k (quantize.cpp)
 //
 // No softmax and no P E. Codes are taken in tiles that stay in the second-level cache between the product that makes them
 // and the pass that reduces them to a running maximum per row; who wants log sum_k exp(s_k / tau), too, pays for the
@@ -77,7 +77,8 @@ class Hard {
     std::copy_n(in_.z + begin * in_.dim, count * in_.dim, residual_.get());
     for (int64_t number = 0; number < in_.levels(); ++number) {
       const Level<Real>& level = codebooks_[number];
-      start_level(level, begin, count);
+      std::fill_n(row_.begin(), count, Row{});
+      start_rows(in_, level, begin, count, residual_.get(), out_.residuals, x_.get());
       for (int64_t first = 0; first < level.codes; first += kTileCodes) {
         const int64_t codes = std::min(kTileCodes, level.codes - first);
         const Matrix<Real> vectors{level.vectors.data + first * in_.dim, codes, in_.dim};
@@ -100,21 +101,6 @@ class Hard {
     LogSum<Real> log_sum;
   };
 
-  int64_t at(const Level<Real>& level, int64_t row) const { return row * in_.levels() + level.number; }
-
-  void start_level(const Level<Real>& level, int64_t begin, int64_t count) {
-    std::fill_n(row_.begin(), count, Row{});
-    parallel_for(count, grain(in_.dim), [&](int64_t first, int64_t last) {
-      with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
-        for (int64_t i = first; i < last; ++i) {
-          const Real* const r = residual_.get() + i * in_.dim;
-          if (out_.residuals != nullptr) std::copy_n(r, in_.dim, out_.residuals + at(level, begin + i) * in_.dim);
-          scaled_unit<fused.value>(r, in_, x_.get() + i * in_.dim);
-        }
-      });
-    });
-  }
-
   template <NoiseAs kAs>
   void reduce(const Level<Real>& level, int64_t begin, int64_t count, int64_t first_code, int64_t codes) {
     const bool wants_sum = out_.log_normalizer != nullptr;
@@ -125,9 +111,7 @@ class Hard {
         for (int64_t i = first; i < last; ++i) {
           for (int64_t chunk = 0; chunk < codes; chunk += kNoiseChunk) {
             const int64_t here = first_code + chunk, width = std::min(kNoiseChunk, codes - chunk);
-            const Real *const s = tile_.get() + i * codes + chunk, *const rnorm = level.rnorm + here;
-#pragma omp simd
-            for (int64_t k = 0; k < width; ++k) x[k] = s[k] * rnorm[k];
+            score_row<fused.value>(tile_.get() + i * codes + chunk, level.terms.from(here), width, x);
             Real maximum = row_[i].chosen.take(x, here, width);
             if constexpr (kAs == NoiseAs::kGumbel) {
               noise_of(in_, level.number, begin + i).template fill<fused.value, kAs>(here, width, noise);
@@ -145,7 +129,7 @@ class Hard {
   void gather(const Level<Real>& level, int64_t begin, int64_t count) {
     parallel_for(count, grain(4 * in_.dim), [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
-        const int64_t to = at(level, begin + i), code = row_[i].chosen.code;
+        const int64_t to = in_.at(begin + i, level.number), code = row_[i].chosen.code;
         const Real* const e = level.vectors.data + code * in_.dim;
         Real* const r = residual_.get() + i * in_.dim;
         out_.codes[to] = code;

@@ -13,12 +13,17 @@
 #include "cpu/shared/host.h"
 #include "cpu/shared/isa.h"
 #include "cpu/shared/row_noise.h"
+#include "cpu/shared/shares.h"
 #include "dgi/gumbel_row.h"
+#include "dgi/noise.h"
+#include "dgi/terms.h"
 #include "dgi/vector.h"
 
 namespace dgi::cpu {
 
-constexpr int64_t kGroup = 16;  // rows whose sums over columns are added up by one thread
+constexpr int64_t kSummedRows = 16;  // rows whose sums over columns are added up by one thread
+
+inline int64_t groups_of(int64_t rows) { return (rows + kSummedRows - 1) / kSummedRows; }
 
 template <NoiseAs kAs>
 using As = std::integral_constant<NoiseAs, kAs>;
@@ -35,8 +40,14 @@ void with_noise(const Quantize<Real>& in, bool needs_sum, const F& f) {
 
 template <class Real>
 RowNoise noise_of(const Quantize<Real>& in, int64_t level, int64_t row) {
-  return {philox_key(in.noise.seed), static_cast<uint32_t>(level), 0,
+  return {philox_key(in.noise.seed), static_cast<uint32_t>(level), kStreamResidualQuantize,
           static_cast<uint32_t>(in.noise.row_offset + row)};
+}
+
+// What a metric makes of the length of a row or a code: 1 / ||x||, or 1.
+template <bool kFused, class Real>
+DGI_HOST_DEVICE Real length_factor(const Quantize<Real>& in, const Real* x) {
+  return in.metric == Metric::kCosine ? reciprocal_norm<kFused>(x, in.dim, in.eps) : Real{1};
 }
 
 // One level's codebook.
@@ -44,7 +55,7 @@ template <class Real>
 struct Level {
   int64_t number, first, codes;  // first: of all codes
   Matrix<Real> vectors;
-  const Real* rnorm;
+  CodeTerms<Real> terms;
 };
 
 template <class Real>
@@ -52,11 +63,11 @@ class Codebooks {
  public:
   explicit Codebooks(const Quantize<Real>& in) {
     const int64_t total = std::accumulate(in.sizes.begin(), in.sizes.end(), int64_t{0});
-    rnorm_ = make_buffer<Real>(total);
+    factor_ = make_buffer<Real>(total);
     parallel_for(total, grain(in.dim), [&](int64_t first, int64_t last) {
       with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
         for (int64_t k = first; k < last; ++k) {
-          rnorm_[k] = reciprocal_norm<fused.value>(in.codebooks + k * in.dim, in.dim, in.eps);
+          factor_[k] = length_factor<fused.value>(in, in.codebooks + k * in.dim);
         }
       });
     });
@@ -64,16 +75,17 @@ class Codebooks {
     for (int64_t number = 0; number < in.levels(); ++number) {
       const int64_t codes = in.sizes[number];
       levels_.push_back({number, first, codes, {const_cast<Real*>(in.codebooks) + first * in.dim, codes, in.dim},
-                         rnorm_.get() + first});
+                         {factor_.get() + first}});
       first += codes;
     }
   }
 
   const Level<Real>& operator[](int64_t level) const { return levels_[level]; }
   int64_t codes() const { return levels_.back().first + levels_.back().codes; }
+  Real factor(int64_t code) const { return factor_[code]; }
 
  private:
-  Buffer<Real> rnorm_;
+  Buffer<Real> factor_;
   std::vector<Level<Real>> levels_;
 };
 
@@ -81,7 +93,7 @@ class Codebooks {
 template <class Real>
 class ColumnSums {
  public:
-  ColumnSums(int64_t rows, int64_t codes) : partial_(make_buffer<Real>((rows + kGroup - 1) / kGroup * codes)) {}
+  ColumnSums(int64_t rows, int64_t codes) : partial_(make_buffer<Real>(groups_of(rows) * codes)) {}
 
   Real* start(int64_t group, int64_t codes) {
     Real* const sums = partial_.get() + group * codes;
@@ -103,46 +115,55 @@ class ColumnSums {
   Buffer<Real> partial_;
 };
 
-// With more entries than this a list saves nothing over its row of a matrix product.
-template <class Real>
-int64_t list_limit(int64_t codes) {
-  return std::is_same_v<Real, float> ? std::min<int64_t>(codes / 8, 1024) : 0;
-}
-
 // Calls body(group, first row, last row) for the groups of a block, in parallel.
 template <class Body>
 void for_each_group(int64_t rows, int64_t elements_per_row, const Body& body) {
-  const int64_t groups = (rows + kGroup - 1) / kGroup;
-  parallel_for(groups, grain(kGroup * elements_per_row), [&](int64_t first, int64_t last) {
-    for (int64_t group = first; group < last; ++group) body(group, group * kGroup, std::min(rows, (group + 1) * kGroup));
+  const int64_t groups = groups_of(rows);
+  parallel_for(groups, grain(kSummedRows * elements_per_row), [&](int64_t first, int64_t last) {
+    for (int64_t group = first; group < last; ++group) {
+      body(group, group * kSummedRows, std::min(rows, (group + 1) * kSummedRows));
+    }
   });
 }
 
-// out = scale r^; returns the reciprocal norm of r.
+// out = a r, of one row; returns a / scale.
 template <bool kFused, class Real>
-DGI_HOST_DEVICE Real scaled_unit(const Real* r, const Quantize<Real>& in, Real* out) {
-  const Real rnorm = reciprocal_norm<kFused>(r, in.dim, in.eps), scale = in.scale;
+DGI_HOST_DEVICE Real scaled_row(const Quantize<Real>& in, const Real* r, Real* out) {
+  const Real factor = length_factor<kFused>(in, r), scale = in.scale;
 #pragma omp simd
-  for (int64_t d = 0; d < in.dim; ++d) out[d] = scale * (rnorm * r[d]);
-  return rnorm;
+  for (int64_t d = 0; d < in.dim; ++d) out[d] = scale * (factor * r[d]);
+  return factor;
 }
 
-// Two threads wait for each other less if each takes half of the rows from end to end, with sums of its own, than if they
-// share every product. With more threads there would be too many sums as large as the codebooks.
-inline int64_t shares_of(int64_t rows) { return thread_count() <= 2 && rows >= 512 ? 2 : 1; }
+// Keeps the residuals of a block's rows as `level` sees them, in `residuals` if it is not null, and makes x = a r.
+template <class Real>
+void start_rows(const Quantize<Real>& in, const Level<Real>& level, int64_t begin, int64_t count, const Real* residual,
+                Real* residuals, Real* x) {
+  parallel_for(count, grain(in.dim), [&](int64_t first, int64_t last) {
+    with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
+      for (int64_t i = first; i < last; ++i) {
+        const Real* const r = residual + i * in.dim;
+        if (residuals != nullptr) std::copy_n(r, in.dim, residuals + in.at(begin + i, level.number) * in.dim);
+        scaled_row<fused.value>(in, r, x + i * in.dim);
+      }
+    });
+  });
+}
+
+constexpr int64_t kRowsWorthAShare = 512;
 
 // Rows that a share takes through the levels at once: enough for efficient products.
 template <class Real>
 int64_t block_rows(const Quantize<Real>& in, int64_t shares) {
-  const int64_t elements = (int64_t{1} << 21) / shares, widest = *std::max_element(in.sizes.begin(), in.sizes.end());
-  const int64_t block = std::clamp<int64_t>(elements / widest / kGroup * kGroup, 128, 512);
+  const int64_t elements = (int64_t{1} << 21) / shares;
+  const int64_t block = std::clamp<int64_t>(elements / in.widest() / kSummedRows * kSummedRows, 128, 512);
   return std::max<int64_t>(1, std::min((in.rows + shares - 1) / shares, block));
 }
 
 // Makes a pass for every share of the rows by make(share, shares, rows of a block), and runs them side by side.
 template <class Pass, class Real, class Make>
 std::vector<std::unique_ptr<Pass>> run(const Quantize<Real>& in, const Make& make) {
-  const int64_t shares = shares_of(in.rows), block = block_rows(in, shares);
+  const int64_t shares = shares_of(in.rows, kRowsWorthAShare), block = block_rows(in, shares);
   std::vector<std::unique_ptr<Pass>> passes;
   for (int64_t share = 0; share < shares; ++share) passes.push_back(make(share, shares, block));
   const auto run_share = [&](int64_t share) {

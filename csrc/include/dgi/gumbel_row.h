@@ -14,6 +14,7 @@
 #include "dgi/exp.h"
 #include "dgi/macros.h"
 #include "dgi/softmax_row.h"
+#include "dgi/terms.h"
 
 namespace dgi {
 
@@ -38,12 +39,12 @@ DGI_HOST_DEVICE Real exponential_or_zero(Real x) {
 // The first k with x_k = value; -1 where there is none.
 template <class Real>
 DGI_HOST_DEVICE int64_t first_equal(const Real* x, int64_t count, Real value) {
-  constexpr int64_t kGroup = 64;
+  constexpr int64_t kCompared = 64;  // at once
   int64_t k = 0;
-  for (; k + kGroup <= count; k += kGroup) {
+  for (; k + kCompared <= count; k += kCompared) {
     int any = 0;
 #pragma omp simd reduction(| : any)
-    for (int64_t i = 0; i < kGroup; ++i) any |= x[k + i] == value;
+    for (int64_t i = 0; i < kCompared; ++i) any |= x[k + i] == value;
     if (any) break;
   }
   for (; k < count; ++k) {
@@ -69,17 +70,27 @@ DGI_HOST_DEVICE Real maximum_of(const Real* x, int64_t count) {
   return maximum;
 }
 
-// x *= factor; returns the maximum.
-template <class Real>
-DGI_HOST_DEVICE Real scale_row(Real* x, const Real* factor, int64_t count) {
+namespace detail {
+
+template <bool kFused, bool kHasBias, class Real>
+DGI_HOST_DEVICE Real score_row(const Real* products, const CodeTerms<Real>& terms, int64_t count, Real* s) {
   Real maximum = -std::numeric_limits<Real>::infinity();
 #pragma omp simd reduction(max : maximum)
   for (int64_t k = 0; k < count; ++k) {
-    const Real value = x[k] * factor[k];
-    x[k] = value;
+    const Real value = terms.template score<kFused, kHasBias>(products[k], k);
+    s[k] = value;
     maximum = maximum < value ? value : maximum;
   }
   return maximum;
+}
+
+}  // namespace detail
+
+// Scores of products that have their row's a_n; returns their maximum. `s` may be `products`.
+template <bool kFused, class Real>
+DGI_HOST_DEVICE Real score_row(const Real* products, const CodeTerms<Real>& terms, int64_t count, Real* s) {
+  return terms.bias == nullptr ? detail::score_row<kFused, false>(products, terms, count, s)
+                               : detail::score_row<kFused, true>(products, terms, count, s);
 }
 
 struct GumbelSums {

@@ -9,6 +9,8 @@
 
 namespace dgi {
 
+constexpr uint32_t kStreamResidualQuantize = 0, kStreamGumbelSoftmax = 1;  // as dgi_kernels/noise.py has them
+
 struct NoiseShape {
   uint32_t level, stream;
   int64_t row_offset, rows, codes;

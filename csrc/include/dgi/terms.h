@@ -22,11 +22,11 @@ struct CodeTerms {
   // Those of the codes from `code` on.
   DGI_HOST_DEVICE CodeTerms from(int64_t code) const { return {factor + code, bias == nullptr ? nullptr : bias + code}; }
 
-  // s_k + shift, of a product that has its row's a_n.
+  // s_k, of a product that has its row's a_n already.
   template <bool kFused, bool kHasBias>
-  DGI_HOST_DEVICE Real score(Real product, int64_t k, Real shift) const {
-    if constexpr (kHasBias) return multiply_add<kFused>(product, factor[k], bias[k] + shift);
-    return multiply_add<kFused>(product, factor[k], shift);
+  DGI_HOST_DEVICE Real score(Real product, int64_t k) const {
+    if constexpr (kHasBias) return multiply_add<kFused>(product, factor[k], bias[k]);
+    return product * factor[k];
   }
 };
 

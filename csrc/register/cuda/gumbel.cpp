@@ -24,8 +24,7 @@ dgi::cuda::GumbelSoftmax softmax_inputs_cuda(const Tensor& logits, const Tensor&
       default: STD_TORCH_CHECK(false, kGumbel, "logits must be float32, bfloat16 or float16");
     }
   }();
-  constexpr uint32_t kStream = 1;  // of gumbel_softmax's noise
-  return {logits.const_data_ptr(), dtype, {0, kStream, 0, logits.size(0), logits.size(1)},
+  return {logits.const_data_ptr(), dtype, {0, kStreamGumbelSoftmax, 0, logits.size(0), logits.size(1)},
           seed.const_data_ptr<int64_t>(), tau.const_data_ptr<float>()};
 }
 

@@ -88,6 +88,32 @@ def test_revival_with_fewer_rows_than_dead_codes() -> None:
     assert quantizer.revive(torch.randn(3, 1, 4)) == 3
 
 
+def test_inner_product_ablation_keeps_what_the_op_promises() -> None:
+    """Guards against the copy of the op that it was: float32 alone, NaN for no rows, codes off by an ulp, no seed."""
+    z, codebook = torch.randn(9, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    soft = inner_product_residual_quantize(z, [codebook], 0.6, noise=False)
+    assert soft.log_normalizer.dtype == soft.usage[0].dtype == torch.float64
+    torch.testing.assert_close(soft.log_normalizer[:, 0], (z @ codebook.T / 0.6).logsumexp(1), rtol=1e-12, atol=1e-12)
+    assert inner_product_residual_quantize(z[:0], [codebook]).usage[0].tolist() == [0.0] * 5
+    through = inner_product_residual_quantize(z.float(), [codebook.float()], mode="straight_through", seed=3)
+    assert torch.equal(through.quantized[:, 0], codebook.float()[through.sampled[:, 0]])
+    hard = inner_product_residual_quantize(z, [codebook], mode="hard", seed=3)
+    noise = gumbel_noise(3, 0, 9, 5).double()
+    assert torch.equal(hard.codes[:, 0], (z @ codebook.T).argmax(1))
+    assert torch.equal(hard.sampled[:, 0], (z @ codebook.T + noise).argmax(1))
+
+
+def test_initial_residuals_of_the_ablation_are_those_of_its_own_codes() -> None:
+    """Guards against cosine residuals: the second codebook must start where the quantizer's own first level leads."""
+    torch.manual_seed(0)
+    z = torch.randn(300, 4) * torch.rand(300, 1) * 3
+    quantizer = ResidualQuantizer(4, (6, 300), similarity="inner_product")
+    quantizer.initialize(z, generator=torch.Generator().manual_seed(1), iterations=0)
+    left = z - quantizer.codebooks[0][quantizer.assign(z)[:, 0]]
+    apart = torch.cdist(quantizer.codebooks[1], left, compute_mode="donot_use_mm_for_euclid_dist").amin(1)
+    assert (apart < 1e-5).all()  # without an iteration the centres are residuals
+
+
 @pytest.mark.parametrize("mode", ["soft", "straight_through", "hard"])
 def test_inner_product_ablation_follows_its_formula(mode: str) -> None:
     z, codebooks = torch.randn(7, 4), [torch.randn(5, 4), torch.randn(3, 4)]

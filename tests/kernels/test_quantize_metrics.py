@@ -1,0 +1,166 @@
+"""Residual quantization by metrics other than the cosine, against the float64 oracle: reference and C++."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from dgi_kernels import BackendUnavailable, _extension, assign_codes, backend, gumbel_noise, residual_quantize
+from dgi_kernels.enums import METRICS, MODES
+
+from .gumbel_cases import assert_gradients_close, gradients
+from .quantize_cases import GRADIENT_MODES, Inputs, differentiable, make, oracle, scores, weighted_sum
+from .shapes import QUANTIZE, Quantize
+
+BACKENDS = ["reference", pytest.param("native", marks=pytest.mark.skipif(_extension.load_error is not None,
+                                                                         reason=str(_extension.load_error)))]
+LENGTHS = [metric for metric in METRICS if metric != "cosine"]  # in which the lengths of the vectors count
+SHAPES = (*QUANTIZE, Quantize(n=37, d=24, sizes=(300, 1, 257)), Quantize(n=301, d=16, sizes=(512, 70)))
+TOLERANCE = {torch.float64: (1e-9, 1e-8), torch.float32: (1e-4, 1e-3)}  # of values and gradients, relative to the norm
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    return (actual.double() - expected).norm().item() / max(expected.norm().item(), 1e-2)
+
+
+def near_a_code(n: int, d: int, sizes: tuple[int, ...]) -> Inputs:
+    """Rows near a path of codes, so that few codes count: they leave the tile as lists."""
+    codebooks = [(0.5**j * torch.randn(size, d)).requires_grad_() for j, size in enumerate(sizes)]
+    z = sum((codebook.detach()[torch.randint(len(codebook), (n,))] for codebook in codebooks), 0.02 * torch.randn(n, d))
+    return Inputs(z.requires_grad_(), codebooks, torch.tensor(2.0).requires_grad_(), torch.tensor(0.5).requires_grad_())
+
+
+def assert_matches_oracle(inputs: Inputs, metric: str, mode: str, seed: int | None, name: str,
+                          with_tau: bool = True) -> None:
+    row_offset, (forward, backward) = random.randrange(2**31), TOLERANCE[inputs.z.dtype]
+    tau = inputs.tau if with_tau else float(inputs.tau.detach())
+    result = residual_quantize(inputs.z, inputs.codebooks, inputs.scale, tau, mode=mode, metric=metric,
+                               noise=seed is not None, seed=seed, row_offset=row_offset, backend=name)
+    # one scale and temperature per row: the errors of their gradients are relative to what the rows add in magnitude
+    expanded = Inputs(inputs.z, inputs.codebooks, *(scalar.detach().expand(len(inputs.z), 1).clone().requires_grad_()
+                                                    for scalar in (inputs.scale, inputs.tau)))
+    truth = oracle(expanded, mode, seed, result, row_offset, metric)
+    compared = differentiable(result), differentiable(truth)
+    for i, (actual, expected) in enumerate(zip(*compared, strict=True)):
+        assert actual.dtype == inputs.z.dtype and actual.shape == expected.shape
+        assert error(actual, expected) <= forward, f"result {i}"
+    if mode == "hard":
+        return
+    weights = [torch.randn_like(expected) for expected in compared[1]]
+    ours, theirs = (gradients(weighted_sum(c, weights), i.leaves if with_tau else i.leaves[:-1])
+                    for c, i in zip(compared, (inputs, expanded), strict=True))
+    for i, (actual, expected) in enumerate(zip(ours, theirs, strict=True)):
+        if actual.ndim == 0:
+            assert (actual - expected.sum()).abs() <= backward * expected.abs().sum().clamp_min(1e-2), f"gradient {i}"
+        else:
+            assert error(actual, expected) <= backward, f"gradient {i}"
+
+
+@pytest.mark.parametrize("seeded", [True, False], ids=["noise", "plain"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["float64", "float32"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"n{s.n}-d{s.d}-k{'.'.join(map(str, s.sizes))}")
+@pytest.mark.parametrize("metric", LENGTHS)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_quantization_and_gradients(name: str, metric: str, shape: Quantize, dtype: torch.dtype, mode: str,
+                                    seeded: bool) -> None:
+    assert_matches_oracle(make(shape, dtype), metric, mode, random.randrange(2**63) if seeded else None, name)
+
+
+@pytest.mark.parametrize("with_tau", [True, False], ids=["tau", "constant"])  # without, noise takes one logarithm
+@pytest.mark.parametrize("mode", GRADIENT_MODES)
+@pytest.mark.parametrize("metric", LENGTHS)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_rows_of_few_codes(name: str, metric: str, mode: str, with_tau: bool) -> None:
+    assert_matches_oracle(near_a_code(600, 32, (520, 96)), metric, mode, random.randrange(2**63), name, with_tau)
+
+
+def test_gradients_of_dot_products_by_hand() -> None:
+    """One level, straight through: nothing is projected out, and the lengths of codes have a gradient."""
+    z, (codebook,), scale, tau = inputs = make(Quantize(n=5, d=4, sizes=(6,)))
+    upstream = torch.randn(5, 4, dtype=torch.float64)
+    noise = gumbel_noise(8, 0, 5, 6, backend="reference").double()
+    p = ((scale * z @ codebook.T + noise) / tau).softmax(-1)
+    dp = upstream @ codebook.T
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) / tau
+    for name in ("reference", "native") if _extension.load_error is None else ("reference",):
+        result = residual_quantize(*inputs, mode="straight_through", metric="dot", seed=8, backend=name)
+        one_hot = torch.nn.functional.one_hot(result.sampled[:, 0], 6).double()
+        expected = [scale * ds @ codebook, scale * ds.T @ z + one_hot.T @ upstream, (ds * (z @ codebook.T)).sum(),
+                    -(ds * (scale * z @ codebook.T + noise)).sum() / tau]
+        assert_gradients_close(gradients((result.quantized[:, 0] * upstream).sum(), inputs.leaves), expected, 1e-10)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("metric", LENGTHS)
+def test_gradcheck_and_gradients_of_gradients(metric: str, name: str) -> None:
+    z, codebooks, scale, tau = make(Quantize(n=3, d=2, sizes=(3, 2)))
+
+    def run(z: Tensor, e0: Tensor, e1: Tensor, scale: Tensor, tau: Tensor) -> tuple[Tensor, ...]:
+        return tuple(differentiable(residual_quantize(z, [e0, e1], 0.3 * scale, tau, metric=metric, seed=2,
+                                                      backend=name)))
+
+    assert torch.autograd.gradcheck(run, (z, *codebooks, scale, tau))
+    assert torch.autograd.gradgradcheck(run, (z, *codebooks, scale, tau))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("metric", LENGTHS)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_assigned_codes_are_the_best(name: str, metric: str, dtype: torch.dtype) -> None:
+    """Over several tiles of codes: each is within rounding of the best of float64, and they are those of hard mode."""
+    inputs = make(Quantize(n=700, d=12, sizes=(2500, 1024, 7)), dtype)
+    codes = assign_codes(inputs.z, inputs.codebooks, metric=metric, backend=name)
+    residual, resolution = inputs.z.detach().double(), 1e-12 if dtype == torch.float64 else 1e-5
+    for level, codebook in enumerate(c.detach().double() for c in inputs.codebooks):
+        s = scores(metric, residual, codebook, torch.tensor(1.0))
+        assert (s.gather(1, codes[:, level : level + 1])[:, 0] >= s.amax(1) - resolution).all()
+        residual = residual - codebook[codes[:, level]]
+    hard = residual_quantize(inputs.z, inputs.codebooks, 3.0, mode="hard", metric=metric, noise=False, backend=name)
+    if dtype == torch.float64:
+        assert torch.equal(codes, hard.codes)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_long_codes_win_by_dot_products_alone(name: str) -> None:
+    z = torch.randn(50, 8).abs()
+    codebook = torch.rand(9, 8)
+    codebook[4] *= 100
+    assert (assign_codes(z, [codebook], metric="dot", backend=name) == 4).all()
+    assert not (assign_codes(z, [codebook], backend=name) == 4).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("metric", LENGTHS)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_awkward_rows(name: str, metric: str, mode: str) -> None:
+    z, codebook = torch.randn(6, 5), torch.randn(70, 5)
+    z[1], z[3, 2], codebook[7] = 0, torch.nan, 0
+    run = residual_quantize(z, [codebook], 3.0, mode=mode, metric=metric, seed=0, backend=name)
+    assert run.log_normalizer[:, 0].isnan().tolist() == [False, False, False, True, False, False]
+    assert run.quantized[[0, 1, 2, 4, 5]].isfinite().all()
+    empty = residual_quantize(z[:0], [codebook], 3.0, mode=mode, metric=metric, seed=0, backend=name)
+    assert empty.quantized.shape == (0, 1, 5) and empty.usage[0].tolist() == [0.0] * 70
+    with pytest.raises(ValueError, match="^metric must be one of 'cosine', 'dot'"):
+        residual_quantize(z, [codebook], metric="hamming", scale=1.0)
+    with pytest.raises(ValueError, match="^metric must be one of 'cosine', 'dot'"):
+        assign_codes(z, [codebook], metric=None)
+
+
+def test_what_triton_lacks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backend._BACKEND_PROBLEM, "triton", None)
+    monkeypatch.setattr(backend, "_is_transformed", lambda: False)
+    monkeypatch.setitem(backend.KERNELS["residual_quantize"], "triton", {"cpu": frozenset({torch.float32})})
+    monkeypatch.setitem(backend.KERNELS["assign_codes"], "triton", {"cpu": frozenset({torch.float32})})
+    z, codebook = torch.randn(2, 3), torch.randn(4, 3)
+    by_dot = {"metric": "dot", "backend": "triton"}
+    for op, call in (("residual_quantize", lambda: residual_quantize(z, [codebook], 1.0, **by_dot)),
+                     ("assign_codes", lambda: assign_codes(z, [codebook], **by_dot))):
+        with pytest.raises(BackendUnavailable) as caught:
+            call()
+        assert f"cannot run {op} here: {op} has no triton kernel for metric=dot: " in str(caught.value)
+        assert backend.why_not(op, "triton", z.device, z.dtype, {"metric": "dot"}) in str(caught.value)
+        assert backend.why_not(op, "triton", z.device, z.dtype, {"metric": "cosine"}) is None
