@@ -9,6 +9,8 @@ from dgi_kernels.backend import BackendStatus, BackendUnavailable, backends, deb
 from dgi_kernels.beam import BeamResult, Beams, HiddenStates, beam_search, beam_step, cosine_beam_step
 from dgi_kernels.beam.graph import CapturedSearch, capture_search
 from dgi_kernels.cosine import cosine_cross_entropy, cosine_logits
+from dgi_kernels.cosine.contrastive import InfoNCELoss, SampledSoftmaxLoss
+from dgi_kernels.cosine.frequency import FrequencyEstimator
 from dgi_kernels.cosine.modules import CosineCrossEntropyLoss, CosineLinear
 from dgi_kernels.cosine.parallel import vocabulary_parallel_cosine_cross_entropy
 from dgi_kernels.gumbel import gumbel_noise, gumbel_softmax
@@ -26,10 +28,13 @@ __all__ = [
     "CapturedSearch",
     "CosineCrossEntropyLoss",
     "CosineLinear",
+    "FrequencyEstimator",
     "HiddenStates",
+    "InfoNCELoss",
     "ItemRanges",
     "Ranking",
     "ResidualQuantization",
+    "SampledSoftmaxLoss",
     "Trie",
     "TrieFilter",
     "TrieFormatError",

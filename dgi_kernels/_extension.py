@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import Tensor, library
+from torch import library
 
 Function = TypeVar("Function", bound=Callable)
 
@@ -43,57 +43,7 @@ def _load() -> str | None:
         return (f"{LIBRARY} is of another version of dgi-kernels than the Python files around it (it has no "
                 f"{', '.join(missing)}); install dgi-kernels again: `pip install .`, or `pip install -e .` in a source "
                 "tree")
-    library.register_fake("dgi_kernels::cosine_logits", _fake_cosine_logits)
-    library.register_fake("dgi_kernels::cosine_logits_backward", _fake_cosine_logits_backward)
-    library.register_fake("dgi_kernels::cosine_cross_entropy", _fake_cosine_cross_entropy)
-    library.register_fake("dgi_kernels::beam_step", _fake_beam_step)
-    library.register_fake("dgi_kernels::cosine_beam_step", _fake_cosine_beam_step)
-    library.register_fake("dgi_kernels::beam_codes", _fake_beam_codes)
     return None
-
-
-def _fake_cosine_logits(h: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tensor:
-    return h.new_empty((h.shape[0], weight.shape[0]))
-
-
-def _fake_cosine_gradients(h: Tensor, weight: Tensor, scale: Tensor, *wanted: bool) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(x) if want else x.new_empty(0, dtype=torch.float32)
-                 for x, want in zip((h, weight, scale), wanted, strict=True))
-
-
-def _fake_cosine_logits_backward(dlogits: Tensor, h: Tensor, weight: Tensor, scale: Tensor, eps: float, wants_h: bool,
-                                 wants_weight: bool, wants_scale: bool) -> tuple[Tensor, ...]:
-    return _fake_cosine_gradients(h, weight, scale, wants_h, wants_weight, wants_scale)
-
-
-def _fake_cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: Tensor, upstream: Tensor | None,
-                               ignore_index: int, reduction: int, label_smoothing: float, eps: float, wants_h: bool,
-                               wants_weight: bool, wants_scale: bool) -> tuple[Tensor, ...]:
-    loss = scale.new_empty((h.shape[0],) if reduction == 0 else ())
-    return loss, *_fake_cosine_gradients(h, weight, scale, wants_h, wants_weight, wants_scale)
-
-
-def _fake_beams(like: Tensor, num_beams: int) -> tuple[Tensor, ...]:
-    integers = [like.new_empty((like.shape[0], num_beams), dtype=torch.int64) for _ in range(3)]
-    return *integers, like.new_empty((like.shape[0], num_beams), dtype=torch.float32)
-
-
-def _fake_beam_codes(tokens: list[Tensor], parents: list[Tensor]) -> Tensor:
-    return tokens[-1].new_empty((*tokens[-1].shape, len(tokens)))
-
-
-def _fake_beam_step(tokens: Tensor, child_start: Tensor, delta: list[Tensor], anchors: list[Tensor],
-                    sets: list[Tensor], set_of: list[int], logits: Tensor, nodes: Tensor, scores: Tensor,
-                    log_normalizer: Tensor | None, num_beams: int, normalize: int,
-                    child_masks: Tensor | None = None, max_degree: int = -1) -> tuple[Tensor, ...]:
-    return _fake_beams(logits, num_beams)
-
-
-def _fake_cosine_beam_step(tokens: Tensor, child_start: Tensor, delta: list[Tensor], anchors: list[Tensor],
-                           sets: list[Tensor], set_of: list[int], h: Tensor, codebook: Tensor, scale: Tensor,
-                           eps: float, nodes: Tensor, scores: Tensor, log_normalizer: Tensor | None, num_beams: int,
-                           normalize: int, max_degree: int = -1) -> tuple[Tensor, ...]:
-    return _fake_beams(h, num_beams)
 
 
 load_error: str | None = _load()

@@ -19,7 +19,7 @@ class CosineHead(CosineLinear):
 
     Args:
         weight: (K, D) the codebook parameter itself; passing the quantizer's shares it.
-        log_scale: 0-d parameter holding log γ, shared likewise.
+        log_scale: parameter of shape (1,) holding log γ, shared likewise.
         detached: stop the gradient at the codebook (the two-stage ablation).
         eps: lower bound of the norms; with a shared codebook the quantizer's, so that both see the same cosines.
         backend: backend of the ops.

@@ -12,6 +12,7 @@ from dgi.config import SimilarityKind
 from dgi.model.ablations import inner_product_residual_quantize
 from dgi.model.clustering import cosine_kmeans
 from dgi_kernels import ResidualQuantization, assign_codes, residual_quantize
+from dgi_kernels.cosine.modules import read_0d_log_scale
 from dgi_kernels.types import Backend, Metric, Mode
 
 # A code is dead when its decayed count is below this; with the decay of ResidualQuantizer.count, one use fades to it in
@@ -33,7 +34,7 @@ class ResidualQuantizer(nn.Module):
 
     Attributes:
         codebooks: m parameters (K_j, D).
-        log_scale: 0-d parameter, log γ.
+        log_scale: parameter of shape (1,), log γ. Files in which it is 0-d can be loaded.
         code_counts: m float buffers (K_j,): decayed counts of hard codes seen in training, for :meth:`revive`.
     """
 
@@ -42,7 +43,8 @@ class ResidualQuantizer(nn.Module):
         super().__init__()
         self.codebooks = nn.ParameterList(
             nn.Parameter(torch.randn(size, dim) / dim**0.5) for size in codebook_sizes)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(initial_scale)))
+        self.log_scale = nn.Parameter(torch.tensor([math.log(initial_scale)]))
+        self.register_load_state_dict_pre_hook(read_0d_log_scale)
         self.similarity = similarity
         self.eps = eps
         self.backend = backend
@@ -56,7 +58,7 @@ class ResidualQuantizer(nn.Module):
     @property
     def scale(self) -> Tensor:
         """0-d γ, with its gradient."""
-        return self.log_scale.exp()
+        return self.log_scale.exp().squeeze(0)
 
     @property
     def metric(self) -> Metric:

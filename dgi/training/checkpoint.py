@@ -106,6 +106,8 @@ def copy_tensors(source: Mapping[str, Tensor], target: Mapping[str, Tensor], ori
         if names:
             shown = ", ".join(sorted(names)[:5]) + (", …" if len(names) > 5 else "")
             raise CheckpointError(f"{origin} {problem} {len(names)} of the tensors: {shown}")
+    # Scales were 0-d once.
+    source = {name: x.reshape(1) if x.ndim == 0 and target[name].shape == (1,) else x for name, x in source.items()}
     for name, tensor in target.items():
         stored = source[name]
         if stored.shape != tensor.shape or stored.dtype != tensor.dtype:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dgi_kernels._extension import fake_kernel
 from dgi_kernels.enums import NORMALIZERS
 from dgi_kernels.trie import Beams, Trie
 from dgi_kernels.trie.filters import TrieFilter, filter_arguments
@@ -74,3 +75,27 @@ def _step(op: Callable[..., tuple[Tensor, ...]], trie: Trie, beams: Beams,
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _fake_beams(like: Tensor, num_beams: int) -> tuple[Tensor, ...]:
+    integers = [like.new_empty((like.shape[0], num_beams), dtype=torch.int64) for _ in range(3)]
+    return *integers, like.new_empty((like.shape[0], num_beams), dtype=torch.float32)
+
+
+@fake_kernel("beam_codes")
+def _(tokens: list[Tensor], parents: list[Tensor]) -> Tensor:
+    return tokens[-1].new_empty((*tokens[-1].shape, len(tokens)))
+
+
+@fake_kernel("beam_step")
+def _(tokens: Tensor, child_start: Tensor, delta: list[Tensor], anchors: list[Tensor], sets: list[Tensor],
+      set_of: list[int], logits: Tensor, nodes: Tensor, scores: Tensor, log_normalizer: Tensor | None, num_beams: int,
+      normalize: int, child_masks: Tensor | None = None, max_degree: int = -1) -> tuple[Tensor, ...]:
+    return _fake_beams(logits, num_beams)
+
+
+@fake_kernel("cosine_beam_step")
+def _(tokens: Tensor, child_start: Tensor, delta: list[Tensor], anchors: list[Tensor], sets: list[Tensor],
+      set_of: list[int], h: Tensor, codebook: Tensor, scale: Tensor, eps: float, nodes: Tensor, scores: Tensor,
+      log_normalizer: Tensor | None, num_beams: int, normalize: int, max_degree: int = -1) -> tuple[Tensor, ...]:
+    return _fake_beams(h, num_beams)

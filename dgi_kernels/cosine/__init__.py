@@ -8,12 +8,15 @@ radial part (eq. 15, 22): ``w . dL/dw = 0``.
 
 from __future__ import annotations
 
+from typing import Any, Literal, overload
+
 import torch
 from torch import Tensor
 
 from dgi_kernels import checks
-from dgi_kernels.backend import choose
+from dgi_kernels.backend import BackendUnavailable, choose
 from dgi_kernels.cosine import native, reference
+from dgi_kernels.cosine.options import LossOptions
 from dgi_kernels.enums import REDUCTIONS
 from dgi_kernels.types import Backend, Reduction
 
@@ -59,18 +62,44 @@ def cosine_logits(h: Tensor, weight: Tensor, scale: float | Tensor, *, eps: floa
     return logits.to(dtype)
 
 
-def cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: float | Tensor, *, ignore_index: int = -100,
+@overload
+def cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: float | Tensor, *,
+                         bias: Tensor | None = None, same_as: Tensor | None = None,
+                         return_log_normalizer: Literal[False] = False, ignore_index: int = -100,
                          reduction: Reduction = "mean", label_smoothing: float = 0.0, eps: float = 1e-12,
-                         backend: Backend = "auto") -> Tensor:
+                         backend: Backend = "auto") -> Tensor: ...
+
+
+@overload
+def cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: float | Tensor, *,
+                         bias: Tensor | None = None, same_as: Tensor | None = None, return_log_normalizer: bool,
+                         ignore_index: int = -100, reduction: Reduction = "mean", label_smoothing: float = 0.0,
+                         eps: float = 1e-12, backend: Backend = "auto") -> Any: ...
+
+
+def cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: float | Tensor, *,
+                         bias: Tensor | None = None, same_as: Tensor | None = None,
+                         return_log_normalizer: bool = False, ignore_index: int = -100, reduction: Reduction = "mean",
+                         label_smoothing: float = 0.0, eps: float = 1e-12,
+                         backend: Backend = "auto") -> Any:
     """Cross-entropy of scaled cosine logits (the ``ntp`` loss, paper eq. 13, 16; InfoNCE with a batch as ``weight``).
 
-    Equal to ``F.cross_entropy(scale * F.normalize(h) @ F.normalize(weight).T, target, ...)``, argument for argument.
+    Equal to ``F.cross_entropy(scale * F.normalize(h) @ F.normalize(weight).T + bias, target, ...)``, argument for
+    argument.
 
     Args:
         h: (..., D) float32, bfloat16, float16 or float64; any strides.
         weight: (K, D), the dtype of ``h``; mixed dtypes under ``torch.autocast`` as in :func:`cosine_logits`.
         target: (...) integers, ``h.shape[:-1]``: the correct row of ``weight``, or ``ignore_index``.
         scale: the logit scale (gamma), a finite float or a 0-d tensor, which receives its gradient.
+        bias: (K,) of any float dtype, added to the logits: minus the log probability that a candidate was sampled
+            (logQ correction), the log of a class prior, or a parameter, which receives its gradient. It is converted
+            to float32 (float64 for float64 inputs). -inf takes a class out of the softmax; NaN gives NaN.
+        same_as: (K,) integers, what item each row of ``weight`` stands for. Rows with the item of the target, but not
+            the target itself, leave that row's softmax, and label smoothing spreads over the others: an item twice in
+            a batch is no negative of itself.
+        return_log_normalizer: return the log-sum-exp of every row's logits too, with its gradient (z-loss, entropy,
+            calibration).
         ignore_index: targets with this value have loss and gradient 0 and do not count in the mean.
         reduction: ``"mean"`` over the targets that are not ignored (NaN where there is none, as ``F.cross_entropy``),
             ``"sum"`` or ``"none"``.
@@ -79,7 +108,9 @@ def cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: float
         backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"``.
 
     Returns:
-        () for ``"mean"`` and ``"sum"``, (...) for ``"none"``; float32 (float64 for float64 inputs).
+        The loss: () for ``"mean"`` and ``"sum"``, (...) for ``"none"``; float32 (float64 for float64 inputs). With
+        ``return_log_normalizer`` a pair of the loss and the log normalizers (...), which are 0 where the target is
+        ignored and have no part in ``reduction``.
 
     Raises:
         ValueError: a shape or device does not fit, a value is out of range, ``reduction`` is unknown, or a target is
@@ -94,25 +125,32 @@ def cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: float
         tensor(0.1269)
     """
     h, weight, scale, eps = check_operands(h, weight, scale, eps)
-    ignore_index, label_smoothing = check_loss(h, target, ignore_index, reduction, label_smoothing)
-    target = checks.index("target", target.long(), 0, weight.shape[0], also=ignore_index)
+    options = check_loss(h, target, ignore_index, reduction, label_smoothing, eps, return_log_normalizer)
+    bias, same_as = check_columns(weight, bias, same_as)
+    target = checks.index("target", target.long(), 0, weight.shape[0], also=options.ignore_index)
     dtype = torch.promote_types(h.dtype, weight.dtype)
     chosen = choose("cosine_cross_entropy", backend, h.device, dtype)
+    lacking = _used(bias, same_as, options) if chosen == "triton" else ()
+    if lacking and backend == "triton":
+        raise BackendUnavailable(f"the Triton kernel of cosine_cross_entropy has no {', '.join(lacking)} yet")
+    chosen = "reference" if lacking else chosen
     if chosen == "native":
-        return native.cosine_cross_entropy(h, weight, target, scale, ignore_index, reduction, label_smoothing, eps,
-                                           reference.cosine_cross_entropy)
-    h = h.reshape(target.numel(), h.shape[-1])
-    options = (ignore_index, reduction, label_smoothing, eps)
-    compute = checks.compute_dtype(dtype)
+        loss, log_normalizer = native.cosine_cross_entropy(h, weight, target, scale, bias, same_as, options,
+                                                           reference.cosine_cross_entropy)
+        return loss if log_normalizer is None else (loss, log_normalizer)
+    shape, compute = target.shape, checks.compute_dtype(dtype)
+    h, target = h.reshape(target.numel(), h.shape[-1]), target.flatten()
     with torch.autocast(h.device.type, enabled=False):
         if chosen == "triton":
             from dgi_kernels.cosine import triton
 
-            loss = triton.cosine_cross_entropy(h, weight, target.flatten(), scale, *options)
+            loss, log_normalizer = triton.cosine_cross_entropy(h, weight, target, scale, options), None
         else:
-            loss = reference.cosine_cross_entropy(h.to(compute), weight.to(compute), target.flatten(),
-                                                  checks.to_dtype(scale, compute), *options)
-    return loss.reshape(target.shape) if reduction == "none" else loss
+            loss, log_normalizer = reference.cosine_cross_entropy(
+                h.to(compute), weight.to(compute), target, checks.to_dtype(scale, compute),
+                None if bias is None else bias.to(compute), same_as, options)
+    loss = loss.reshape(shape) if options.reduction == "none" else loss
+    return loss if log_normalizer is None else (loss, log_normalizer.reshape(shape))
 
 
 def check_operands(h: Tensor, weight: Tensor, scale: float | Tensor,
@@ -127,11 +165,33 @@ def check_operands(h: Tensor, weight: Tensor, scale: float | Tensor,
     return checks.autocast_operand(h), checks.autocast_operand(weight), scale, eps
 
 
-def check_loss(h: Tensor, target: Tensor, ignore_index: int, reduction: str,
-               label_smoothing: float) -> tuple[int, float]:
-    """The arguments of losses alone, but for the values of ``target``: checked."""
+def check_loss(h: Tensor, target: Tensor, ignore_index: int, reduction: Reduction, label_smoothing: float, eps: float,
+               return_log_normalizer: bool) -> LossOptions:
+    """The options of losses, and ``target`` but for its values: checked."""
     checks.tensor("target", target, dtypes=checks.INDEX_DTYPES, like=h)
     checks.shape("target", target, tuple(h.shape[:-1]), "h.shape[:-1]")
     checks.choice("reduction", reduction, REDUCTIONS)
-    return (checks.integer("ignore_index", ignore_index, low=-(2**63), high=2**63 - 1),
-            checks.number("label_smoothing", label_smoothing, low=0.0, high=1.0))
+    if not isinstance(return_log_normalizer, bool):
+        raise TypeError(f"return_log_normalizer must be a bool; got {type(return_log_normalizer).__name__}")
+    return LossOptions(checks.integer("ignore_index", ignore_index, low=-(2**63), high=2**63 - 1), reduction,
+                       checks.number("label_smoothing", label_smoothing, low=0.0, high=1.0), eps,
+                       return_log_normalizer)
+
+
+def check_columns(weight: Tensor, bias: Tensor | None, same_as: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """What there may be for every row of ``weight``: checked."""
+    if bias is not None:
+        checks.float_tensor("bias", bias, like=weight)
+        checks.shape("bias", bias, (weight.shape[0],), "(K,)")
+    if same_as is not None:
+        checks.tensor("same_as", same_as, dtypes=checks.INDEX_DTYPES, like=weight)
+        checks.shape("same_as", same_as, (weight.shape[0],), "(K,)")
+        same_as = same_as.long()
+    return bias, same_as
+
+
+def _used(bias: Tensor | None, same_as: Tensor | None, options: LossOptions) -> tuple[str, ...]:
+    """The names of what a kernel may lack, where it is asked for."""
+    asked = {"bias": bias is not None, "same_as": same_as is not None,
+             "return_log_normalizer": options.return_log_normalizer}
+    return tuple(name for name, is_asked in asked.items() if is_asked)

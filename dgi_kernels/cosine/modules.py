@@ -1,11 +1,13 @@
 """Modules: scaled cosine logits instead of ``nn.Linear``, and their loss instead of ``nn.CrossEntropyLoss``.
 
-The scale gamma is kept as its logarithm: it stays positive whatever the optimizer does.
+The scale gamma is kept as its logarithm: it stays positive whatever the optimizer does.  The logarithm is a tensor of
+one element and not a 0-d one, which FSDP cannot shard.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +27,15 @@ class CosineLinear(nn.Module):
         scale: initial gamma, positive.
         learnable_scale: whether gamma is trained.
         weight: a (K, D) parameter to share, an embedding's or a codebook's; None for a new one.
-        log_scale: a 0-d parameter holding log gamma to share, instead of ``scale`` and ``learnable_scale``.
+        log_scale: a parameter of shape (1,) holding log gamma to share, instead of ``scale`` and ``learnable_scale``.
+        max_scale: upper bound of gamma, positive; None for none. At the bound only gradients that lower gamma pass.
         eps: lower bound of the norms.
         backend: backend of the ops.
         device, dtype: of the parameters made here.
 
     Attributes:
         weight: (K, D) parameter, drawn from a normal distribution such that norms are about 1.
-        log_scale: 0-d parameter, log gamma.
+        log_scale: parameter of shape (1,), log gamma. Files in which it is 0-d can be loaded.
 
     Raises:
         ValueError: a size, ``scale``, ``eps`` or the shape of a shared parameter is out of range.
@@ -46,9 +49,9 @@ class CosineLinear(nn.Module):
     """
 
     def __init__(self, in_features: int, out_features: int, *, scale: float = 30.0, learnable_scale: bool = True,
-                 weight: nn.Parameter | None = None, log_scale: nn.Parameter | None = None, eps: float = 1e-12,
-                 backend: Backend = "auto", device: torch.device | str | None = None,
-                 dtype: torch.dtype | None = None) -> None:
+                 weight: nn.Parameter | None = None, log_scale: nn.Parameter | None = None,
+                 max_scale: float | None = None, eps: float = 1e-12, backend: Backend = "auto",
+                 device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.in_features = checks.integer("in_features", in_features, low=1)
         self.out_features = checks.integer("out_features", out_features, low=1)
@@ -59,8 +62,10 @@ class CosineLinear(nn.Module):
             self.reset_parameters()
         else:
             self.weight = _shared("weight", weight, (out_features, in_features))
-        self.log_scale = (_log_scale(scale, learnable_scale, device, dtype) if log_scale is None
-                          else _shared("log_scale", log_scale, ()))
+        self.max_scale = check_max_scale(max_scale)
+        self.log_scale = (log_scale_parameter(scale, learnable_scale, device, dtype) if log_scale is None
+                          else _shared("log_scale", log_scale, (1,)))
+        self.register_load_state_dict_pre_hook(read_0d_log_scale)
 
     def reset_parameters(self) -> None:
         """Draw the weight again."""
@@ -69,7 +74,7 @@ class CosineLinear(nn.Module):
     @property
     def scale(self) -> Tensor:
         """0-d gamma, with its gradient."""
-        return self.log_scale.exp()
+        return scale_of(self.log_scale, self.max_scale)
 
     @property
     def vectors(self) -> Tensor:
@@ -80,15 +85,18 @@ class CosineLinear(nn.Module):
         """Logits (..., K) of ``h`` (..., D); see :func:`dgi_kernels.cosine_logits`."""
         return cosine_logits(h, self.vectors, self.scale, eps=self.eps, backend=self.backend)
 
-    def loss(self, h: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: Reduction = "mean",
-             label_smoothing: float = 0.0) -> Tensor:
-        """``F.cross_entropy(self(h), target, ...)`` that never forms the logits; see
+    def loss(self, h: Tensor, target: Tensor, *, bias: Tensor | None = None, same_as: Tensor | None = None,
+             return_log_normalizer: bool = False, ignore_index: int = -100, reduction: Reduction = "mean",
+             label_smoothing: float = 0.0) -> Any:
+        """``F.cross_entropy(self(h) + bias, target, ...)`` that never forms the logits; see
         :func:`dgi_kernels.cosine_cross_entropy`."""
-        return cosine_cross_entropy(h, self.vectors, target, self.scale, ignore_index=ignore_index, reduction=reduction,
-                                    label_smoothing=label_smoothing, eps=self.eps, backend=self.backend)
+        return cosine_cross_entropy(h, self.vectors, target, self.scale, bias=bias, same_as=same_as,
+                                    return_log_normalizer=return_log_normalizer, ignore_index=ignore_index,
+                                    reduction=reduction, label_smoothing=label_smoothing, eps=self.eps,
+                                    backend=self.backend)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, {_scale_repr(self.log_scale)}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {scale_repr(self.log_scale)}"
 
 
 class CosineCrossEntropyLoss(nn.Module):
@@ -99,13 +107,14 @@ class CosineCrossEntropyLoss(nn.Module):
     Args:
         scale: initial gamma, positive; for InfoNCE 1 / temperature.
         learnable_scale: whether gamma is trained.
+        max_scale: upper bound of gamma, as in :class:`CosineLinear`.
         ignore_index, reduction, label_smoothing: as in ``nn.CrossEntropyLoss``.
         eps: lower bound of the norms.
         backend: backend of the op.
         device, dtype: of the scale.
 
     Attributes:
-        log_scale: 0-d parameter, log gamma.
+        log_scale: parameter of shape (1,), log gamma. Files in which it is 0-d can be loaded.
 
     Raises:
         ValueError: an argument is out of range.
@@ -118,12 +127,14 @@ class CosineCrossEntropyLoss(nn.Module):
         tensor(True)
     """
 
-    def __init__(self, scale: float = 30.0, *, learnable_scale: bool = False, ignore_index: int = -100,
-                 reduction: Reduction = "mean", label_smoothing: float = 0.0, eps: float = 1e-12,
-                 backend: Backend = "auto", device: torch.device | str | None = None,
+    def __init__(self, scale: float = 30.0, *, learnable_scale: bool = False, max_scale: float | None = None,
+                 ignore_index: int = -100, reduction: Reduction = "mean", label_smoothing: float = 0.0,
+                 eps: float = 1e-12, backend: Backend = "auto", device: torch.device | str | None = None,
                  dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.log_scale = _log_scale(scale, learnable_scale, device, dtype)
+        self.max_scale = check_max_scale(max_scale)
+        self.log_scale = log_scale_parameter(scale, learnable_scale, device, dtype)
+        self.register_load_state_dict_pre_hook(read_0d_log_scale)
         self.ignore_index = checks.integer("ignore_index", ignore_index)
         checks.choice("reduction", reduction, REDUCTIONS)
         self.reduction: Reduction = reduction
@@ -134,23 +145,67 @@ class CosineCrossEntropyLoss(nn.Module):
     @property
     def scale(self) -> Tensor:
         """0-d gamma, with its gradient."""
-        return self.log_scale.exp()
+        return scale_of(self.log_scale, self.max_scale)
 
-    def forward(self, h: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        """The loss of ``h`` (..., D) against ``weight`` (K, D) with ``target`` (...)."""
-        return cosine_cross_entropy(h, weight, target, self.scale, ignore_index=self.ignore_index,
+    def forward(self, h: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = None,
+                same_as: Tensor | None = None, return_log_normalizer: bool = False) -> Any:
+        """The loss of ``h`` (..., D) against ``weight`` (K, D) with ``target`` (...).
+
+        The options are those of :func:`dgi_kernels.cosine_cross_entropy`.
+        """
+        return cosine_cross_entropy(h, weight, target, self.scale, bias=bias, same_as=same_as,
+                                    return_log_normalizer=return_log_normalizer, ignore_index=self.ignore_index,
                                     reduction=self.reduction, label_smoothing=self.label_smoothing, eps=self.eps,
                                     backend=self.backend)
 
     def extra_repr(self) -> str:
-        return (f"{_scale_repr(self.log_scale)}, ignore_index={self.ignore_index}, reduction={self.reduction!r}, "
+        return (f"{scale_repr(self.log_scale)}, ignore_index={self.ignore_index}, reduction={self.reduction!r}, "
                 f"label_smoothing={self.label_smoothing}")
 
 
-def _log_scale(scale: float, learnable: bool, device: torch.device | str | None,
-               dtype: torch.dtype | None) -> nn.Parameter:
+def log_scale_parameter(scale: float, learnable: bool, device: torch.device | str | None,
+                        dtype: torch.dtype | None) -> nn.Parameter:
+    """Log gamma as a parameter of shape (1,)."""
     value = math.log(checks.number("scale", scale, positive=True))
-    return nn.Parameter(torch.full((), value, device=device, dtype=dtype), requires_grad=learnable)
+    return nn.Parameter(torch.full((1,), value, device=device, dtype=dtype), requires_grad=learnable)
+
+
+def check_max_scale(max_scale: float | None) -> float | None:
+    return None if max_scale is None else checks.number("max_scale", max_scale, positive=True)
+
+
+def scale_of(log_scale: Tensor, max_scale: float | None) -> Tensor:
+    """0-d gamma of the parameter of shape (1,), at most ``max_scale``, with its gradient."""
+    if max_scale is not None:
+        log_scale = _AtMost.apply(log_scale, math.log(max_scale))
+    return log_scale.exp().squeeze(0)
+
+
+def read_0d_log_scale(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Load what was saved while ``log_scale`` was 0-d; a hook for ``register_load_state_dict_pre_hook``."""
+    saved = state.get(f"{prefix}log_scale")
+    if isinstance(saved, Tensor) and saved.ndim == 0:
+        state[f"{prefix}log_scale"] = saved.reshape(1)
+
+
+class _AtMost(torch.autograd.Function):
+    """min(x, bound), whose gradient passes at the bound where a step along it makes x less: no x is stuck there."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, bound: float) -> Tensor:
+        return x.clamp(max=bound)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.bound = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        x, = ctx.saved_tensors
+        return torch.where((x < ctx.bound) | (upstream > 0), upstream, 0.0), None
 
 
 def _shared(name: str, value: object, shape: tuple[int, ...]) -> nn.Parameter:
@@ -161,6 +216,6 @@ def _shared(name: str, value: object, shape: tuple[int, ...]) -> nn.Parameter:
     return value
 
 
-def _scale_repr(log_scale: Tensor) -> str:
+def scale_repr(log_scale: Tensor) -> str:
     scale = "?" if log_scale.is_meta else f"{log_scale.detach().exp().item():.4g}"
     return f"scale={scale}" + ("" if log_scale.requires_grad else " (fixed)")

@@ -1,8 +1,9 @@
 """Calls into the compiled extension: scaled cosine logits and their cross-entropy in C++ (``csrc/cpu/cosine``).
 
 The loss' gradients are made together with it, so that backward only scales them by one number; with
-``reduction="none"`` the rows' weights are not known before backward, which then works the tiles again.  Gradients of
-gradients are those of the reference, which every function here is given for that.
+``reduction="none"``, or where the log normalizers are returned too, the rows' weights are not known before backward,
+which then works the tiles again.  Gradients of gradients are those of the reference, which every function here is given
+for that.
 """
 
 from __future__ import annotations
@@ -13,29 +14,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dgi_kernels._extension import fake_kernel
+from dgi_kernels.cosine.options import LossOptions
 from dgi_kernels.enums import REDUCTIONS
+from dgi_kernels.native_common import create_graph, gradients_of, wants_gradients
 
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+Gradients = tuple[Tensor | None, ...]
+Reference = Callable[..., Any]
 
 
-def cosine_logits(h: Tensor, weight: Tensor, scale: float | Tensor, eps: float,
-                  reference: Callable[..., Tensor]) -> Tensor:
+def cosine_logits(h: Tensor, weight: Tensor, scale: float | Tensor, eps: float, reference: Reference) -> Tensor:
     """(..., D), (K, D) of one dtype -> (..., K) of that dtype."""
     scale = _scale_tensor(scale, h)
-    if not _wants_gradients(h, weight, scale):
+    if not wants_gradients(h, weight, scale):
         return _logits(h, weight, scale, eps)
     return _CosineLogits.apply(h, weight, scale, eps, reference)
 
 
-def cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: float | Tensor, ignore_index: int,
-                         reduction: str, label_smoothing: float, eps: float,
-                         reference: Callable[..., Tensor]) -> Tensor:
-    """(..., D), (K, D) of one dtype, (...) int64 -> () or (...); a target out of range gives NaN for its row."""
+def cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: float | Tensor, bias: Tensor | None,
+                         same_as: Tensor | None, options: LossOptions,
+                         reference: Reference) -> tuple[Tensor, Tensor | None]:
+    """(..., D), (K, D) of one dtype, (...) int64 -> loss () or (...), log normalizer (...) if wanted.
+
+    A target out of range gives NaN for its row.
+    """
     scale = _scale_tensor(scale, h)
-    options = (ignore_index, reduction, label_smoothing, eps)
-    if not _wants_gradients(h, weight, scale):
-        return _loss(h, weight, target, scale, None, options, (False, False, False))[0]
-    return _CosineCrossEntropy.apply(h, weight, scale, target, options, reference)
+    if bias is not None:
+        bias = bias.to(scale.dtype)
+    by_row = options.per_row() if options.return_log_normalizer else options
+    if wants_gradients(h, weight, scale, *(() if bias is None else (bias,))):
+        loss, log_normalizer = _CosineCrossEntropy.apply(h, weight, scale, bias, target, same_as, by_row, reference)
+    else:
+        loss, log_normalizer = _loss((h, weight, scale, bias), target, same_as, None, None, by_row, _NONE)[0]
+    if not options.return_log_normalizer:
+        return loss, None
+    return options.reduce(loss, target), log_normalizer
+
+
+_NONE = (False, False, False, False)  # no gradient is wanted
 
 
 def _scale_tensor(scale: float | Tensor, h: Tensor) -> Tensor:
@@ -43,13 +59,13 @@ def _scale_tensor(scale: float | Tensor, h: Tensor) -> Tensor:
     return scale.to(dtype) if isinstance(scale, Tensor) else torch.tensor(scale, dtype=dtype)
 
 
-def _wants_gradients(h: Tensor, weight: Tensor, scale: Tensor) -> bool:
-    return torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad or scale.requires_grad)
-
-
 def _rows(x: Tensor) -> Tensor:
     """(..., D) -> (N, D) without gaps."""
     return (x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])).contiguous()
+
+
+def _flat(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.reshape(-1).contiguous()
 
 
 def _logits(h: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -57,43 +73,39 @@ def _logits(h: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tensor:
     return logits if h.ndim == 2 else logits.view(*h.shape[:-1], weight.shape[0])
 
 
-def _loss(h: Tensor, weight: Tensor, target: Tensor, scale: Tensor, upstream: Tensor | None,
-          options: tuple[int, str, float, float], wanted: Sequence[bool]) -> tuple[Tensor, Gradients]:
-    ignore_index, reduction, label_smoothing, eps = options
-    loss, *gradients = torch.ops.dgi_kernels.cosine_cross_entropy(
-        _rows(h), weight.contiguous(), target.reshape(-1).contiguous(), scale, upstream, ignore_index,
-        REDUCTIONS.index(reduction), label_smoothing, eps, *wanted)
-    if reduction == "none" and target.ndim != 1:
+def _loss(operands: Sequence[Any], target: Tensor, same_as: Tensor | None, upstream: Tensor | None,
+          upstream_log_normalizer: Tensor | None, options: LossOptions,
+          wanted: Sequence[bool]) -> tuple[tuple[Tensor, Tensor | None], Gradients]:
+    """``operands`` are h, weight, scale and bias -> loss and log normalizer, and the gradients that are ``wanted``."""
+    h, weight, scale, bias = operands
+    loss, log_normalizer, *gradients = torch.ops.dgi_kernels.cosine_cross_entropy(
+        _rows(h), weight.contiguous(), _flat(target), scale, _flat(bias), _flat(same_as), _flat(upstream),
+        _flat(upstream_log_normalizer), options.ignore_index, REDUCTIONS.index(options.reduction),
+        options.label_smoothing, options.eps, options.return_log_normalizer, *wanted)
+    if options.reduction == "none" and target.ndim != 1:
         loss = loss.view(target.shape)
-    return loss, _present(h, gradients, wanted)
+    if options.return_log_normalizer:
+        return (loss, log_normalizer.view(target.shape)), _present(h, gradients, wanted)
+    return (loss, None), _present(h, gradients, wanted)
 
 
 def _present(h: Tensor, gradients: Sequence[Tensor], wanted: Sequence[bool]) -> Gradients:
-    dh, dweight, dscale = (g if want else None for g, want in zip(gradients, wanted, strict=True))
-    return dh if dh is None else dh.view(h.shape), dweight, dscale
+    dh, *others = (g if want else None for g, want in zip(gradients, wanted, strict=True))
+    return dh if dh is None else dh.view(h.shape), *others
 
 
-def _of_reference(loss: Callable[..., Tensor], inputs: Sequence[Tensor], upstream: Tensor,
-                  wanted: Sequence[bool]) -> Gradients:
+def _of_reference(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor],
+                  upstream: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
     """Gradients that can be differentiated themselves."""
     with torch.enable_grad():
-        compute = inputs[2].dtype  # of the scale
-        output = loss(*(x.to(compute) for x in inputs))
-        leaves = [x for x, want in zip(inputs, wanted, strict=True) if want]
-        gradients = iter(torch.autograd.grad(output, leaves, upstream.to(output.dtype), create_graph=True))
-    dh, dweight, dscale = (next(gradients) if want else None for want in wanted)
-    return dh, dweight, dscale
-
-
-def _create_graph() -> bool:
-    """Whether backward runs with ``create_graph=True``; what is compiled cannot."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        compute = torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
+        outputs = function(*(x.to(compute) for x in inputs))
+        return gradients_of(outputs, [None if g is None else g.to(compute) for g in upstream], inputs, wanted)
 
 
 class _CosineLogits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h: Tensor, weight: Tensor, scale: Tensor, eps: float,
-                reference: Callable[..., Tensor]) -> Tensor:
+    def forward(ctx: Any, h: Tensor, weight: Tensor, scale: Tensor, eps: float, reference: Reference) -> Tensor:
         ctx.save_for_backward(h, weight, scale)
         ctx.eps, ctx.reference = eps, reference
         return _logits(h, weight, scale, eps)
@@ -102,60 +114,91 @@ class _CosineLogits(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         h, weight, scale = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
-        if _create_graph():
-            gradients = _of_reference(lambda *inputs: ctx.reference(*inputs, ctx.eps), (h, weight, scale), upstream,
-                                      wanted)
-        else:
-            gradients = _present(h, torch.ops.dgi_kernels.cosine_logits_backward(
-                _rows(upstream), _rows(h), weight.contiguous(), scale, ctx.eps, *wanted), wanted)
-        return *gradients, None, None
+        if create_graph():
+            return *_of_reference(lambda *inputs: (ctx.reference(*inputs, ctx.eps),), (h, weight, scale), (upstream,),
+                                  wanted), None, None
+        return *_present(h, torch.ops.dgi_kernels.cosine_logits_backward(
+            _rows(upstream), _rows(h), weight.contiguous(), scale, ctx.eps, *wanted), wanted), None, None
 
 
 class _CosineCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h: Tensor, weight: Tensor, scale: Tensor, target: Tensor,
-                options: tuple[int, str, float, float], reference: Callable[..., Tensor]) -> Tensor:
+    def forward(ctx: Any, h: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, target: Tensor,
+                same_as: Tensor | None, options: LossOptions,
+                reference: Reference) -> tuple[Tensor, Tensor | None]:
         ctx.options, ctx.reference = options, reference
-        wanted = ctx.needs_input_grad[:3] if options[1] != "none" else (False, False, False)
-        loss, gradients = _loss(h, weight, target, scale, None, options, wanted)
+        ctx.set_materialize_grads(False)
+        wanted = ctx.needs_input_grad[:4] if options.reduction != "none" else _NONE
+        outputs, gradients = _loss((h, weight, scale, bias), target, same_as, None, None, options, wanted)
         if torch.compiler.is_compiling():
-            ctx.save_for_backward(h, weight, scale, target, *gradients)
+            ctx.save_for_backward(h, weight, scale, bias, target, same_as, *gradients)
         else:
-            ctx.save_for_backward(h, weight, scale, target)
+            ctx.save_for_backward(h, weight, scale, bias, target, same_as)
             ctx.gradients = gradients
-        return loss
+        return outputs
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        h, weight, scale, target, *gradients = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:3]
-        if _create_graph():
-            ignore_index, reduction, label_smoothing, eps = ctx.options
+    def backward(ctx: Any, upstream: Tensor | None,
+                 upstream_log_normalizer: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        h, weight, scale, bias, target, same_as, *gradients = ctx.saved_tensors
+        operands, wanted = (h, weight, scale, bias), ctx.needs_input_grad[:4]
+        if create_graph():
+            def outputs(h: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> list[Tensor]:
+                both = ctx.reference(_rows(h), weight, target.reshape(-1), scale, bias, same_as, ctx.options)
+                by_row = ctx.options.reduction == "none"
+                return [x.view(target.shape) if by_row else x for x in both if x is not None]
 
-            def loss(h: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-                return ctx.reference(_rows(h), weight, target.reshape(-1), scale, ignore_index, reduction,
-                                     label_smoothing, eps).view(upstream.shape)
-
-            return *_of_reference(loss, (h, weight, scale), upstream, wanted), None, None, None
-        if ctx.options[1] == "none":
-            gradients = _loss(h, weight, target, scale, upstream.reshape(-1).contiguous(), ctx.options, wanted)[1]
+            given = [x for x in operands if x is not None]
+            upstreams = (upstream, upstream_log_normalizer) if ctx.options.return_log_normalizer else (upstream,)
+            found = _of_reference(outputs, given, upstreams, wanted[:len(given)])
+            return *found, *(None for _ in range(8 - len(found)))
+        if ctx.options.reduction == "none":
+            if upstream is None:
+                upstream = torch.zeros(target.shape, dtype=scale.dtype)
+            gradients = _loss(operands, target, same_as, upstream, upstream_log_normalizer, ctx.options, wanted)[1]
         elif gradients:
             gradients = [g if g is None else g * upstream for g in gradients]
         else:
-            gradients = _take_gradients(ctx, h, weight, scale, target, upstream)
-        return *gradients, None, None, None
+            gradients = _take_gradients(ctx, operands, target, same_as, upstream)
+        return *gradients, None, None, None, None
 
 
-def _take_gradients(ctx: Any, h: Tensor, weight: Tensor, scale: Tensor, target: Tensor, upstream: Tensor) -> Gradients:
+def _take_gradients(ctx: Any, operands: Sequence[Any], target: Tensor, same_as: Tensor | None,
+                    upstream: Any) -> Gradients:
     """The gradients made in forward, times ``upstream``, in place: a second copy could be larger than all else.
 
     They are gone then, and a second backward through the same graph makes them again.
     """
     gradients, ctx.gradients = ctx.gradients, None
     if gradients is None:
-        gradients = _loss(h, weight, target, scale, None, ctx.options, ctx.needs_input_grad[:3])[1]
+        gradients = _loss(operands, target, same_as, None, None, ctx.options, ctx.needs_input_grad[:4])[1]
     if upstream.item() != 1:
         for gradient in gradients:
             if gradient is not None:
                 gradient.mul_(upstream)
     return gradients
+
+
+@fake_kernel("cosine_logits")
+def _(h: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tensor:
+    return h.new_empty((h.shape[0], weight.shape[0]))
+
+
+def _fake_gradients(inputs: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(x) if want else x.new_empty(0, dtype=torch.float32)
+                 for x, want in zip(inputs, wanted, strict=True))
+
+
+@fake_kernel("cosine_logits_backward")
+def _(dlogits: Tensor, h: Tensor, weight: Tensor, scale: Tensor, eps: float, *wanted: bool) -> tuple[Tensor, ...]:
+    return _fake_gradients((h, weight, scale), wanted)
+
+
+@fake_kernel("cosine_cross_entropy")
+def _(h: Tensor, weight: Tensor, target: Tensor, scale: Tensor, bias: Tensor | None, same_as: Tensor | None,
+      upstream: Tensor | None, upstream_log_normalizer: Tensor | None, ignore_index: int, reduction: int,
+      label_smoothing: float, eps: float, wants_log_normalizer: bool, *wanted: bool) -> tuple[Tensor, ...]:
+    rows = h.shape[0]
+    return (scale.new_empty((rows,) if REDUCTIONS[reduction] == "none" else ()),
+            scale.new_empty(rows if wants_log_normalizer else 0),
+            *_fake_gradients((h, weight, scale, scale.new_empty(weight.shape[0])), wanted))

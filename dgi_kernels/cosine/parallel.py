@@ -6,14 +6,17 @@ A rank's part comes from one call of the fused loss with one of its rows, j, as 
 nll = LSE_nr - s_nj, and s_nj is one dot product.  The gradient is w for nll and w - [j = t] for s_nj, where
 w = exp(LSE_nr - LSE_n): with w near 1, as trained models have it, nearly all of the gradient is the fused op's own.
 Rows j other than t cancel out, to rounding, and are spread over the shard: no one row gathers the rounding of all.
+
+With a bias the fused loss returns LSE_nr itself, since s_nj may be -inf.  With ``same_as`` the rows of t's item leave
+LSE_nr on every rank (:mod:`dgi_kernels.cosine.left_out`).
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
-from typing import Any, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -23,18 +26,25 @@ from torch import Tensor
 from dgi_kernels import checks
 from dgi_kernels.backend import checks_values
 from dgi_kernels.collectives import Group, all_gather, all_reduce, gather_rows, rank, sum_gradients, world_size
-from dgi_kernels.cosine import check_loss, check_operands, cosine_cross_entropy, cosine_logits
+from dgi_kernels.cosine import (
+    check_columns,
+    check_loss,
+    check_operands,
+    cosine_cross_entropy,
+    cosine_logits,
+    left_out,
+)
 from dgi_kernels.types import Backend, Reduction, Rows
 
 ROWS: tuple[str, ...] = get_args(Rows)
 
 
-def _outside_of_graphs(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _outside_of_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
     """``torch.compiler.disable``, which imports all of the compiler, from the first call on that could be compiled."""
-    disabled: Callable[..., Tensor] | None = None
+    disabled: Callable[..., Any] | None = None
 
     @functools.wraps(function)
-    def call(*args: Any, **options: Any) -> Tensor:
+    def call(*args: Any, **options: Any) -> Any:
         nonlocal disabled
         if "torch._dynamo" not in sys.modules:
             return function(*args, **options)
@@ -48,8 +58,9 @@ def _outside_of_graphs(function: Callable[..., Tensor]) -> Callable[..., Tensor]
 @_outside_of_graphs
 def vocabulary_parallel_cosine_cross_entropy(
         h: Tensor, weight: Tensor, target: Tensor, scale: float | Tensor, *, group: Group = None,
-        rows: Rows = "replicated", ignore_index: int = -100, reduction: Reduction = "mean",
-        label_smoothing: float = 0.0, eps: float = 1e-12, backend: Backend = "auto") -> Tensor:
+        rows: Rows = "replicated", bias: Tensor | None = None, same_as: Tensor | None = None,
+        return_log_normalizer: bool = False, ignore_index: int = -100, reduction: Reduction = "mean",
+        label_smoothing: float = 0.0, eps: float = 1e-12, backend: Backend = "auto") -> Any:
     """:func:`cosine_cross_entropy` over a weight whose rows are spread over the ranks of a process group.
 
     Equal, to rounding, to ``cosine_cross_entropy(h, torch.cat(all ranks' weights), target, ...)`` in one process, loss
@@ -87,16 +98,20 @@ def vocabulary_parallel_cosine_cross_entropy(
         scale: the logit scale (gamma), as for :func:`cosine_cross_entropy`; the same on every rank.
         group: a ``torch.distributed.ProcessGroup``; None for all processes.
         rows: ``"replicated"`` or ``"sharded"``.
+        bias, same_as: (K_r,) of this rank's rows of the weight, as for :func:`cosine_cross_entropy`; given on all ranks
+            or on none. Ids mean the same item on every rank.
+        return_log_normalizer: return the log normalizers over all ranks' rows too, with their gradient.
         ignore_index, reduction, label_smoothing, eps, backend: as for :func:`cosine_cross_entropy`; smoothing spreads
             over all K rows of all ranks.
 
     Returns:
-        () for ``"mean"`` and ``"sum"``, (...) for ``"none"``; float32 (float64 for float64 inputs).
+        The loss: () for ``"mean"`` and ``"sum"``, (...) for ``"none"``; float32 (float64 for float64 inputs). With
+        ``return_log_normalizer`` a pair of the loss and the log normalizers (...).
 
     Raises:
-        ValueError, TypeError, BackendUnavailable: as :func:`cosine_cross_entropy`; also where shapes or ``rows`` do not
-            agree between ranks and, then on every rank, where any rank's target is out of range.  On CUDA, these two
-            are checked inside ``dgi_kernels.debug()`` only.
+        ValueError, TypeError, BackendUnavailable: as :func:`cosine_cross_entropy`; also where shapes, ``rows`` or which
+            options are given do not agree between ranks and, then on every rank, where any rank's target is out of
+            range.  On CUDA, these two are checked inside ``dgi_kernels.debug()`` only.
 
     Examples:
         >>> h, weight = torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 0.0], [0.0, 2.0]])   # one process has all rows
@@ -105,14 +120,17 @@ def vocabulary_parallel_cosine_cross_entropy(
     """
     checks.choice("rows", rows, ROWS)
     if world_size(group) == 1:
-        return cosine_cross_entropy(h, weight, target, scale, ignore_index=ignore_index, reduction=reduction,
-                                    label_smoothing=label_smoothing, eps=eps, backend=backend)
+        return cosine_cross_entropy(h, weight, target, scale, bias=bias, same_as=same_as,
+                                    return_log_normalizer=return_log_normalizer, ignore_index=ignore_index,
+                                    reduction=reduction, label_smoothing=label_smoothing, eps=eps, backend=backend)
     h, weight, scale, eps = check_operands(h, weight, scale, eps)
-    ignore_index, label_smoothing = check_loss(h, target, ignore_index, reduction, label_smoothing)
-    sharded, shape = rows == "sharded", target.shape
+    options = check_loss(h, target, ignore_index, reduction, label_smoothing, eps, return_log_normalizer)
+    bias, same_as = check_columns(weight, bias, same_as)
+    sharded, shape, ignore_index = rows == "sharded", target.shape, options.ignore_index
     h, target = h.reshape(target.numel(), h.shape[-1]), target.flatten().long()
 
-    sizes = _shard_sizes(h, weight, sharded, group)
+    given = 2 * (bias is not None) + (same_as is not None)
+    sizes = _shard_sizes(h, weight, (("rows", sharded), ("which of bias and same_as are given", given)), group)
     if sharded:
         h, target = gather_rows(h, group), all_gather(target, group)
     else:
@@ -126,65 +144,143 @@ def vocabulary_parallel_cosine_cross_entropy(
     h = h.masked_fill(ignored.unsqueeze(-1), 0)  # padding may be anything, NaN too
     place = target - sizes[:rank(group)].sum()
     owned = ~ignored & (place >= 0) & (place < weight.shape[0])
-    nll, logit = _partial_loss(h, weight, place, owned, ignored, scale, eps, backend)
+    shard = _Shard(weight, bias, scale, eps, backend)
+    columns = None
+    if same_as is None:
+        nll, logit, lse = shard.part(h, place, owned, ignored)
+    else:
+        columns = left_out.find(_items(same_as, place, owned, group), same_as)
+        nll, logit, lse = _repeated_part(shard, columns, h, place, owned, ignored)
     smoothing = torch.zeros_like(nll)
-    if label_smoothing:
-        even = _sum_of_logits(h, weight, scale, eps) / codes
-        smoothing = label_smoothing * (logit.masked_fill(~owned, 0) - even)
-    loss = _AcrossRanks.apply(nll, logit, smoothing, owned, sharded, group)
+    if options.label_smoothing:
+        total, left = shard.sum_of_logits(h), codes
+        if columns is not None:
+            other, count = _sum_of_repeated(shard, columns, h)
+            total = total - (other - logit.masked_fill(~owned, 0))
+            left = codes - all_reduce(count - owned, group)
+        smoothing = options.label_smoothing * (logit.masked_fill(~owned, 0) - total / left)
+    loss, log_normalizer = _AcrossRanks.apply(nll, lse, smoothing, owned, sharded, group)
 
-    counted, wild = ~ignored, ~ignored & ((target < 0) | (target >= codes))
+    wild = ~ignored & ((target < 0) | (target >= codes))
     if sharded:
-        counted, wild = (mask.chunk(world_size(group))[rank(group)] if len(mask) else mask for mask in (counted, wild))
-    loss = loss.masked_fill(~counted, 0).masked_fill(wild, torch.nan)
-    if reduction == "mean":
-        return loss.sum() / counted.sum()
-    return loss.sum() if reduction == "sum" else loss.reshape(shape)
+        target, ignored, wild = (x.chunk(world_size(group))[rank(group)] if len(x) else x
+                                 for x in (target, ignored, wild))
+    loss = options.reduce(loss.masked_fill(ignored, 0).masked_fill(wild, torch.nan), target)
+    loss = loss.reshape(shape) if options.reduction == "none" else loss
+    if not return_log_normalizer:
+        return loss
+    return loss, log_normalizer.masked_fill(ignored, 0).masked_fill(wild, torch.nan).reshape(shape)
 
 
-def _shard_sizes(h: Tensor, weight: Tensor, sharded: bool, group: Group) -> Tensor:
+def _shard_sizes(h: Tensor, weight: Tensor, alike: Sequence[tuple[str, int]], group: Group) -> Tensor:
     """(R,) int64: every rank's number of rows of the weight.  What must be the same on all ranks is, or all raise."""
-    own = torch.stack([torch.full((), value, device=h.device) for value in (*weight.shape, h.shape[0], sharded)])
+    values = (*weight.shape, h.shape[0], *(value for _, value in alike))
+    own = torch.stack([torch.full((), value, device=h.device) for value in values])
     everyone = all_gather(own[None], group)
     if checks_values(h.device):
-        for index, what in ((1, "D of weight"), (2, "number of rows of h"), (3, "rows")):
-            values = everyone[:, index].tolist()
-            if len(set(values)) > 1:
-                raise ValueError(f"{what} must be the same on every rank; got {values}")
+        names = ("D of weight", "number of rows of h", *(name for name, _ in alike))
+        for index, what in enumerate(names, 1):
+            seen = everyone[:, index].tolist()
+            if len(set(seen)) > 1:
+                raise ValueError(f"{what} must be the same on every rank; got {seen}")
     return everyone[:, 0]
 
 
-def _partial_loss(h: Tensor, weight: Tensor, place: Tensor, owned: Tensor, ignored: Tensor, scale: float | Tensor,
-                  eps: float, backend: Backend) -> tuple[Tensor, Tensor]:
-    """nll and s_nj (N,) over this rank's rows of the weight, j the target where it is ``owned``, else any."""
-    if weight.shape[0] == 0:  # log-sum-exp of nothing, through ops that keep every input in the graph
-        logits = cosine_logits(h, weight, scale, eps=eps, backend=backend).to(checks.compute_dtype(h.dtype))
-        return logits.logsumexp(-1), logits.sum(-1)
-    row = torch.where(owned, place, torch.arange(len(place), device=place.device) % weight.shape[0])
-    nll = cosine_cross_entropy(h, weight, row.masked_fill(ignored, -100), scale, reduction="none", eps=eps,
-                               backend=backend)
-    with torch.autocast(h.device.type, enabled=False):
-        h, weight = h.to(nll.dtype), weight.to(nll.dtype)
-        chosen = F.normalize(F.embedding(row, weight), dim=-1, eps=eps)
-        logit = scale * (F.normalize(h, dim=-1, eps=eps) * chosen).sum(-1)
-    return nll, logit
+def _items(same_as: Tensor, place: Tensor, owned: Tensor, group: Group) -> Tensor:
+    """(N,) the id of every row's target, whichever rank has it; of rows without one any."""
+    own = F.pad(same_as, (0, 1))[place.clamp(0, same_as.shape[0])] * owned
+    return all_reduce(own, group)
 
 
-def _sum_of_logits(h: Tensor, weight: Tensor, scale: float | Tensor, eps: float) -> Tensor:
-    """(N,) the sum of each row's logits over this rank's rows of the weight: scale h^ . sum_k w^_k."""
+class _Shard(NamedTuple):
+    """This rank's rows of the weight, and how logits are made of them."""
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: float | Tensor
+    eps: float
+    backend: Backend
+
+    def part(self, h: Tensor, place: Tensor, owned: Tensor, ignored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """nll, s_nj and LSE_nr (N,), j the target where it is ``owned``, else any."""
+        codes = self.weight.shape[0]
+        if codes == 0:
+            return self._nothing(h)
+        row = torch.where(owned, place, torch.arange(len(place), device=place.device) % codes)
+        if self.bias is not None:
+            return self.losses(h, row, ignored, self.logit(h, row))
+        nll = cosine_cross_entropy(h, self.weight, row.masked_fill(ignored, -100), self.scale, reduction="none",
+                                   eps=self.eps, backend=self.backend)
+        logit = self.logit(h, row)
+        return nll, logit, nll + logit
+
+    def losses(self, h: Tensor, row: Tensor, ignored: Tensor, logit: Tensor,
+               same_as: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        nll, lse = cosine_cross_entropy(h, self.weight, row.masked_fill(ignored, -100), self.scale, bias=self.bias,
+                                        same_as=same_as, return_log_normalizer=True, reduction="none", eps=self.eps,
+                                        backend=self.backend)
+        return nll, logit, lse
+
+    def _nothing(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-sum-exps of nothing, through ops that keep every input in the graph."""
+        logits = cosine_logits(h, self.weight, self.scale, eps=self.eps, backend=self.backend)
+        logits = logits.to(checks.compute_dtype(h.dtype))
+        if self.bias is not None:
+            logits = logits + self.bias
+        lse, none = logits.logsumexp(-1), logits.sum(-1)
+        return lse, none, lse
+
+    def logit(self, h: Tensor, row: Tensor) -> Tensor:
+        """s_nj of row j of the weight for every row of h."""
+        with torch.autocast(h.device.type, enabled=False):
+            h, weight = (x.to(checks.compute_dtype(x.dtype)) for x in (h, self.weight))
+            chosen = F.normalize(F.embedding(row, weight), dim=-1, eps=self.eps)
+            logit = self.scale * (F.normalize(h, dim=-1, eps=self.eps) * chosen).sum(-1)
+            return logit if self.bias is None else logit + self.bias[row]
+
+    def sum_of_logits(self, h: Tensor) -> Tensor:
+        """(N,) the sum of each row's logits over this rank's rows of the weight: scale h^ . sum_k w^_k + sum_k b_k."""
+        with torch.autocast(h.device.type, enabled=False):
+            h, weight = (x.to(checks.compute_dtype(x.dtype)) for x in (h, self.weight))
+            total = weight.norm(dim=-1).clamp(min=self.eps).reciprocal() @ weight
+            logits = self.scale * (F.normalize(h, dim=-1, eps=self.eps) @ total)
+            return logits if self.bias is None else logits + self.bias.sum()
+
+
+def _repeated_part(shard: _Shard, columns: left_out.Columns, h: Tensor, place: Tensor, owned: Tensor,
+                   ignored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As :meth:`_Shard.part`, without the rows of the target's item but for the target itself."""
+    codes, dtype = shard.weight.shape[0], checks.compute_dtype(h.dtype)
+    bias = shard.weight.new_zeros(codes, dtype=dtype) if shard.bias is None else shard.bias.to(dtype)
+    more = shard._replace(weight=F.pad(shard.weight, (0, 0, 0, 1)), bias=F.pad(bias, (0, 1), value=-torch.inf))
+    row = torch.where(owned, place, columns.first)
+    logit = more.logit(h, row.masked_fill(~owned, codes)).masked_fill(~owned, 0)
+    nll, _, lse = more.losses(h, row, ignored, logit, columns.ids)
+    lse = left_out.without_target(nll, lse, columns.found & ~owned & ~ignored)
+    return nll.masked_fill(~owned, 0), logit, lse
+
+
+def _sum_of_repeated(shard: _Shard, columns: left_out.Columns, h: Tensor) -> tuple[Tensor, Tensor]:
+    """(N,) the sum of the logits of the rows with the item of each row's target, and how many there are."""
+    codes = shard.weight.shape[0]
+    ids = columns.ids[:codes]
     with torch.autocast(h.device.type, enabled=False):
-        h, weight = (x.to(checks.compute_dtype(x.dtype)) for x in (h, weight))
-        total = weight.norm(dim=-1).clamp(min=eps).reciprocal() @ weight
-        return scale * (F.normalize(h, dim=-1, eps=eps) @ total)
+        h, weight = (x.to(checks.compute_dtype(x.dtype)) for x in (h, shard.weight))
+        unit = F.normalize(weight, dim=-1, eps=shard.eps)
+        sums = unit.new_zeros(codes + 1, unit.shape[1]).index_add(0, ids, unit)
+        logits = shard.scale * (F.normalize(h, dim=-1, eps=shard.eps) * sums[columns.row_ids]).sum(-1)
+        if shard.bias is not None:
+            bias = shard.bias.to(logits.dtype)
+            logits = logits + bias.new_zeros(codes + 1).index_add(0, ids, bias)[columns.row_ids]
+    return logits, torch.bincount(ids, minlength=codes + 1)[columns.row_ids]
 
 
 class _AcrossRanks(torch.autograd.Function):
-    """nll, s_nj and the smoothing's part (N,) of this rank -> the loss (N,), or of this rank's own rows (N / R,)."""
+    """nll, LSE_nr, the smoothing's part (N,) of this rank -> loss and LSE_n (N,), or of this rank's rows (N / R,)."""
 
     @staticmethod
-    def forward(ctx: Any, nll: Tensor, logit: Tensor, smoothing: Tensor, owned: Tensor, sharded: bool,
-                group: Group) -> Tensor:
-        lse = nll + logit
+    def forward(ctx: Any, nll: Tensor, lse: Tensor, smoothing: Tensor, owned: Tensor, sharded: bool,
+                group: Group) -> tuple[Tensor, Tensor]:
         top = all_reduce(lse, group, dist.ReduceOp.MAX)
         mass = (lse - top).exp()
         # LSE - s_t = log sum_r mass_r + (top - LSE_r + nll of the rank r that has t): without cancellation where that
@@ -193,12 +289,21 @@ class _AcrossRanks(torch.autograd.Function):
         total, rest = all_reduce(torch.stack([mass, target_part]), group)
         ctx.save_for_backward(mass / total, owned)
         ctx.sharded, ctx.group = sharded, group
-        loss = total.log() + rest
-        return loss.chunk(world_size(group))[rank(group)].clone() if sharded and len(loss) else loss
+        ctx.set_materialize_grads(False)
+        loss, log_normalizer = total.log() + rest, top + total.log()
+        if sharded and len(loss):
+            loss, log_normalizer = (x.chunk(world_size(group))[rank(group)].clone() for x in (loss, log_normalizer))
+        return loss, log_normalizer
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None,
+                 upstream_log_normalizer: Tensor | None) -> tuple[Tensor | None, ...]:
         share, owned = ctx.saved_tensors
-        upstream = all_gather(upstream, ctx.group) if ctx.sharded else upstream
-        return upstream * share, upstream * (share - owned.to(share.dtype)), upstream, None, None, None
+        upstreams = [torch.zeros_like(share[:len(share) // world_size(ctx.group)] if ctx.sharded else share)
+                     if x is None else x for x in (upstream, upstream_log_normalizer)]
+        if ctx.sharded:
+            upstreams = list(all_gather(torch.stack(upstreams, -1), ctx.group).unbind(-1))
+        upstream, of_log_normalizer = upstreams
+        mine = upstream * owned
+        return mine, (upstream + of_log_normalizer) * share - mine, upstream, None, None, None

@@ -16,6 +16,7 @@ from torch import Tensor, library
 from dgi_kernels import tiles as measured
 from dgi_kernels import triton_common as common
 from dgi_kernels.cosine import triton_kernels as kernels
+from dgi_kernels.cosine.options import LossOptions
 from dgi_kernels.triton_common import (
     HALF,
     NORM_BLOCK,
@@ -78,16 +79,15 @@ def flash_config(dim: int, device: torch.device) -> tuple[int, FlashConfig]:
                               for name, tiles in table[b_d]._asdict().items()))
 
 
-def cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: float | Tensor, ignore_index: int,
-                         reduction: str, label_smoothing: float, eps: float) -> Tensor:
+def cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: float | Tensor,
+                         options: LossOptions) -> Tensor:
     """(N, D), (K, D), (N,) int64 -> () or (N,) float32; a target out of range gives NaN for its row."""
     if not isinstance(scale, Tensor):
         scale = torch.full((), scale, dtype=torch.float32, device=h.device)
     keep_mean = torch.is_grad_enabled() and h.requires_grad
-    loss = _forward(h, weight, target, scale.float(), ignore_index, label_smoothing, eps, keep_mean)[0]
-    if reduction == "mean":
-        return loss.sum() / (target != ignore_index).sum()
-    return loss.sum() if reduction == "sum" else loss
+    loss = _forward(h, weight, target, scale.float(), options.ignore_index, options.label_smoothing, options.eps,
+                    keep_mean)[0]
+    return options.reduce(loss, target)
 
 
 @library.custom_op("dgi_kernels::cosine_loss_triton", mutates_args=())

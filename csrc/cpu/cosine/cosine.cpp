@@ -1,10 +1,10 @@
 // Scaled cosine logits and their cross-entropy on the CPU, with all gradients from one pass.
 //
-//   s_nk = scale h^_n . e^_k,   x^ = x / max(||x||, eps)
+//   s_nk = scale h^_n . e^_k + b_k = X_n . e_k f_k + b_k,   x^ = x / max(||x||, eps)
 //
-// Rows are taken in blocks: X = scale h^ of the block is the only copy that is normalised. With T_nk = g_nk rnorm_k, where
+// Rows are taken in blocks: X = scale h^ of the block is the only copy that is normalised. With T_nk = g_nk f_k, where
 // g = dL/ds, one tile serves both products:
-//   S = X E^T (then T in its place),   dL/dh^ = scale T E,   V += T^T X = dL/de^ / rnorm,
+//   S = X E^T (then T in its place),   dL/dh^ = scale T E,   V += T^T X = dL/de^ / f,   db = sum_n g_n,
 // and at the end dh and dE lose their radial part, and dscale = sum_n h^_n . (T E)_n comes free. Nothing is recomputed.
 // Rows whose softmax is peaked leave short lists in their own place in the tile (dgi/softmax_row.h), if vectors are not
 // short; the entries wait, linked by code, for a pass over V. The other rows stay, move up, and are multiplied once enough
@@ -28,6 +28,7 @@
 #include <vector>
 
 #include "cpu/cosine/cosine_backward.h"
+#include "cpu/cosine/cosine_columns.h"
 #include "cpu/cosine/cosine_tile.h"
 #include "cpu/shared/host.h"
 #include "cpu/shared/isa.h"
@@ -72,9 +73,14 @@ bool is_active(const CrossEntropy<Real>& options, int64_t row, int64_t codes) {
 }
 
 template <class Real>
-double weight_of(const CrossEntropy<Real>& options, int64_t row, double uniform) {
-  return options.reduction == Reduction::kNone && options.upstream ? static_cast<double>(options.upstream[row]) : uniform;
+RowWeights weights_of(const CrossEntropy<Real>& options, int64_t row, double uniform) {
+  const bool is_given = options.reduction == Reduction::kNone && options.upstream != nullptr;
+  return {is_given ? static_cast<double>(options.upstream[row]) : uniform,
+          options.upstream_log_normalizer != nullptr ? static_cast<double>(options.upstream_log_normalizer[row]) : 0.0};
 }
+
+// A listed row's part of dscale is divided by the scale.
+constexpr double kLeastScaleOfLists = 0x1p-40;
 
 // Two threads wait for each other less if each takes half of the rows from end to end, with a V of its own, than if they
 // share every product. With more threads V would be there too many times, and so it would beside a V in another dtype.
@@ -91,16 +97,18 @@ class Share {
   using Real = Compute<Stored>;
 
   Share(const Cosine<Stored>& in, const CrossEntropy<Real>& options, double uniform, const Codebook<Stored>& codebook,
-        const CosineGradients<Stored>& out, const Sizes& sizes, bool in_place)
-      : in_(in), options_(options), uniform_(uniform),
-        softmax_{options.smoothing, std::abs(static_cast<double>(in.scale)) > kMaxScaleWithoutMaximum},
-        codebook_(codebook), wants_gradients_(out.any()), sizes_(sizes),
-        limit_(out.any() ? list_limit<Real>(in.rows, in.codes, in.dim) : 0), tile_(in, sizes.rows),
-        backward_(in, codebook, out, sizes, in_place), rows_(sizes.rows), numbers_(sizes.rows) {}
+        const ItemColumns& items, const CosineGradients<Stored>& out, const Sizes& sizes, bool in_place)
+      : in_(in), options_(options), uniform_(uniform), scale_(in.scale),
+        softmax_{options.smoothing, codebook.largest_score() > kMaxScoreWithoutMaximum, scale_.gain},
+        codebook_(codebook), items_(items), wants_gradients_(out.any()), sizes_(sizes),
+        limit_(out.any() && std::abs(static_cast<double>(in.scale)) > kLeastScaleOfLists
+                   ? list_limit<Real>(in.rows, in.codes, in.dim) : 0),
+        tile_(in, sizes.rows), backward_(in, codebook, out, sizes, in_place),
+        columns_(in.codes, out.dbias != nullptr ? sizes.rows : 0), rows_(sizes.rows), numbers_(sizes.rows) {}
 
-  // Takes `count` rows that are active, from row `n` on. Their losses are added up, and go to `loss` by row where it is not
-  // null.
-  void run(int64_t n, int64_t count, Real* loss) {
+  // Takes `count` rows that are active, from row `n` on. Their losses are added up, and go to `out` by row where there is
+  // room for them.
+  void run(int64_t n, int64_t count, const CosineLosses<Real>& out) {
     while (count > 0) {
       const int64_t block = std::min(sizes_.rows - filled_, count);
       for (int64_t i = 0; i < block; ++n) {
@@ -110,7 +118,8 @@ class Share {
       tile_.multiply(filled_, block, codebook_, sizes_.codes);
       differentiate(block);
       for (int64_t i = 0; i < block; ++i) {
-        if (loss != nullptr) loss[numbers_[i]] = static_cast<Real>(rows_[i].loss);
+        if (out.loss != nullptr) out.loss[numbers_[i]] = static_cast<Real>(rows_[i].loss);
+        if (out.log_normalizer != nullptr) out.log_normalizer[numbers_[i]] = static_cast<Real>(rows_[i].log_normalizer);
         total_ += rows_[i].loss;
       }
       count -= block;
@@ -121,37 +130,57 @@ class Share {
 
   double total() const { return total_; }
   Backward<Stored>* backward() { return &backward_; }
+  const ColumnSums<Real>& columns() const { return columns_; }
 
  private:
   struct Row {
-    double loss, along;  // along: h^ . dL/dh^ / scale, of a listed row
+    double loss, log_normalizer, along;  // along: h^ . dL/dh^ / scale, of a listed row
     bool is_listed;
     SparseRow<Real> list;  // in the row's own place in the tile
   };
 
   // The rows from slot `filled_` on become T, or leave lists.
   void differentiate(int64_t count) {
-    parallel_for(count, grain(4 * in_.codes), [&](int64_t first, int64_t last) {
+    const int64_t together = columns_.is_wanted() ? ColumnSums<Real>::kRows : 1, groups = (count + together - 1) / together;
+    parallel_for(groups, grain(4 * in_.codes * together), [&](int64_t first, int64_t last) {
       std::vector<int32_t> index(limit_ > 0 ? list_capacity(limit_) : 0);
       std::vector<Real> value(index.size());
       with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
-        for (int64_t i = first; i < last; ++i) {
-          const int64_t n = tile_.row_of(filled_ + i);
-          const SoftmaxRow<Real> row{tile_.values(filled_ + i), codebook_.rnorm(), in_.codes, options_.target[n]};
-          const SoftmaxSums sums = softmax_row<fused.value>(row, softmax_, &rows_[i].loss);
-          if (!wants_gradients_) continue;
-          const double weight = weight_of(options_, n, uniform_);
-          SparseRow<Real> list{index.data(), value.data(), 0, 0.0};
-          rows_[i].is_listed = limit_ > 0 && sparse_gradient_row<fused.value>(row, softmax_, sums, weight, limit_, list);
-          if (rows_[i].is_listed) {
-            rows_[i].along = weight * sums.tilt / static_cast<double>(in_.scale);  // peaked: scale is not 0
-            rows_[i].list = moved_to(row.products, list);
-          } else {
-            dense_gradient_row<fused.value>(row, softmax_, sums, weight);
+        for (int64_t group = first; group < last; ++group) {
+          Real* const sums = columns_.start(group);
+          for (int64_t i = group * together; i < std::min(count, (group + 1) * together); ++i) {
+            differentiate_row<fused.value>(i, index.data(), value.data(), sums);
           }
         }
       });
     });
+    if (!columns_.is_wanted()) return;
+    for (int64_t i = 0; i < count; ++i) columns_.add_to_all(rows_[i].is_listed ? rows_[i].list.even : 0.0);
+    columns_.add_groups(groups);
+  }
+
+  template <bool kFused>
+  DGI_ALWAYS_INLINE void differentiate_row(int64_t i, int32_t* index, Real* value, Real* column_sums) {
+    const int64_t n = tile_.row_of(filled_ + i), target = options_.target[n];
+    const SoftmaxRow<Real> row{tile_.values(filled_ + i), codebook_.terms(), in_.codes,
+                               target,                    items_.same_as(target), items_.count(target)};
+    const SoftmaxSums sums = with_bias(row.terms, [&](auto has_bias) DGI_ALWAYS_INLINE {
+      return softmax_row<kFused, has_bias.value>(row, softmax_, &rows_[i].loss);
+    });
+    rows_[i].log_normalizer = sums.log_normalizer;
+    if (!wants_gradients_) return;
+    const RowWeights weights = weights_of(options_, n, uniform_);
+    SparseRow<Real> list{index, value, 0, 0.0};
+    rows_[i].is_listed =
+        limit_ > 0 && sparse_gradient_row<kFused>(row, softmax_, sums, weights, limit_, list, column_sums);
+    if (rows_[i].is_listed) {
+      double along = weights.loss * sums.tilt;
+      if (weights.log_normalizer != 0) along += weights.log_normalizer * sums.mean;
+      rows_[i].along = along / static_cast<double>(scale_.scale);
+      rows_[i].list = moved_to(row.products, list);
+    } else {
+      dense_gradient_row<kFused>(row, softmax_, sums, weights, column_sums);
+    }
   }
 
   // A list is at most a quarter as long as the row that it takes the place of.
@@ -182,13 +211,16 @@ class Share {
   const Cosine<Stored>& in_;
   const CrossEntropy<Real>& options_;
   const double uniform_;
+  const SplitScale<Real> scale_;
   const SoftmaxOptions softmax_;
   const Codebook<Stored>& codebook_;
+  const ItemColumns& items_;
   const bool wants_gradients_;
   const Sizes sizes_;
   const int64_t limit_;
   Tile<Stored> tile_;
   Backward<Stored> backward_;
+  ColumnSums<Real> columns_;
   std::vector<Row> rows_;
   std::vector<int64_t> numbers_;  // of the rows of this block
   std::vector<int64_t> listed_;
@@ -204,6 +236,7 @@ void cosine_logits(const Cosine<Stored>& in, Stored* out) {
   const Codebook<Stored> codebook(in);
   const Sizes sizes = sizes_of_share(in, in.rows, 1);
   const int64_t block = sizes.rows;
+  const Real gain = static_cast<Real>(SplitScale<Real>(in.scale).gain);
   Tile<Stored> tile(in, block);
   std::vector<int64_t> rows(block);
   for (int64_t begin = 0; begin < in.rows; begin += block) {
@@ -214,10 +247,10 @@ void cosine_logits(const Cosine<Stored>& in, Stored* out) {
     parallel_for(count, grain(in.codes), [&](int64_t first, int64_t last) {
       with_best_instructions([&](auto) DGI_ALWAYS_INLINE {
         for (int64_t i = first; i < last; ++i) {
-          const Real *const s = tile.values(i), *const rnorm = codebook.rnorm();
+          const Real *const s = tile.values(i), *const factor = codebook.factor();
           Stored* const logits = out + (begin + i) * in.codes;
 #pragma omp simd
-          for (int64_t k = 0; k < in.codes; ++k) store(s[k] * rnorm[k], logits[k]);
+          for (int64_t k = 0; k < in.codes; ++k) store(s[k] * factor[k] * gain, logits[k]);
         }
       });
     });
@@ -241,10 +274,10 @@ void cosine_logits_backward(const Cosine<Stored>& in, const Stored* dlogits, con
       with_best_instructions([&](auto) DGI_ALWAYS_INLINE {
         for (int64_t i = first; i < last; ++i) {
           const Stored* const g = dlogits + (begin + i) * in.codes;
-          const Real* const rnorm = codebook.rnorm();
+          const Real* const factor = codebook.factor();
           Real* const t = tile.values(i);
 #pragma omp simd
-          for (int64_t k = 0; k < in.codes; ++k) t[k] = load(g[k]) * rnorm[k];
+          for (int64_t k = 0; k < in.codes; ++k) t[k] = load(g[k]) * factor[k];
         }
       });
     });
@@ -254,11 +287,13 @@ void cosine_logits_backward(const Cosine<Stored>& in, const Stored* dlogits, con
 }
 
 template <class Stored>
-void cosine_cross_entropy(const Cosine<Stored>& in, const CrossEntropy<Compute<Stored>>& options, Compute<Stored>* loss,
-                          const CosineGradients<Stored>& gradients) {
+void cosine_cross_entropy(const Cosine<Stored>& in, const CrossEntropy<Compute<Stored>>& options,
+                          const CosineLosses<Compute<Stored>>& out, const CosineGradients<Stored>& gradients) {
   using Real = Compute<Stored>;
-  const bool per_row = options.reduction == Reduction::kNone;
-  if (per_row) std::fill_n(loss, in.rows, Real{0});
+  const CosineLosses<Real> by_row{options.reduction == Reduction::kNone ? out.loss : nullptr, out.log_normalizer};
+  for (Real* const numbers : {by_row.loss, by_row.log_normalizer}) {
+    if (numbers != nullptr) std::fill_n(numbers, in.rows, Real{0});
+  }
   if (gradients.dh != nullptr) std::fill_n(gradients.dh, in.rows * in.dim, Stored{});
 
   double total = 0;
@@ -270,24 +305,27 @@ void cosine_cross_entropy(const Cosine<Stored>& in, const CrossEntropy<Compute<S
       ++rows;
     } else {
       total = std::numeric_limits<double>::quiet_NaN();
-      if (per_row) loss[n] = std::numeric_limits<Real>::quiet_NaN();
+      for (Real* const numbers : {by_row.loss, by_row.log_normalizer}) {
+        if (numbers != nullptr) numbers[n] = std::numeric_limits<Real>::quiet_NaN();
+      }
     }
   }
   const double uniform = options.reduction == Reduction::kMean ? 1.0 / static_cast<double>(counted) : 1.0;
   const int64_t count = shares_of<Stored>(rows);
   const Sizes sizes = sizes_of_share(in, rows, count);
   const Codebook<Stored> codebook(in);
+  const ItemColumns items(options.same_as, in.codes);
   std::vector<std::unique_ptr<Share<Stored>>> shares;
   std::vector<Backward<Stored>*> backwards;
   for (int64_t i = 0; i < count; ++i) {
-    shares.push_back(std::make_unique<Share<Stored>>(in, options, uniform, codebook, gradients, sizes, i == 0));
+    shares.push_back(std::make_unique<Share<Stored>>(in, options, uniform, codebook, items, gradients, sizes, i == 0));
     backwards.push_back(shares[i]->backward());
   }
   const auto run = [&](int64_t i) {
     const int64_t before = i * rows / count;
     int64_t first = 0;
     for (int64_t passed = 0; passed < before; ++first) passed += is_active(options, first, in.codes);
-    shares[i]->run(first, (i + 1) * rows / count - before, per_row ? loss : nullptr);
+    shares[i]->run(first, (i + 1) * rows / count - before, by_row);
   };
   if (count == 1) {
     run(0);  // not within parallel_for, where products and loops have one thread
@@ -297,15 +335,22 @@ void cosine_cross_entropy(const Cosine<Stored>& in, const CrossEntropy<Compute<S
     });
   }
   for (const auto& share : shares) total += share->total();
-  if (!per_row) *loss = static_cast<Real>(options.reduction == Reduction::kMean ? total / static_cast<double>(counted) : total);
+  if (by_row.loss == nullptr) {
+    *out.loss = static_cast<Real>(options.reduction == Reduction::kMean ? total / static_cast<double>(counted) : total);
+  }
   if (gradients.any()) finish<Stored>(in, codebook, gradients, backwards);
+  for (int64_t k = 0; gradients.dbias != nullptr && k < in.codes; ++k) {
+    double sum = 0;
+    for (const auto& share : shares) sum += share->columns().of(k);
+    gradients.dbias[k] = static_cast<Real>(sum);
+  }
 }
 
 #define DGI_INSTANTIATE(Stored)                                                                                      \
   template void cosine_logits(const Cosine<Stored>&, Stored*);                                                       \
   template void cosine_logits_backward(const Cosine<Stored>&, const Stored*, const CosineGradients<Stored>&);        \
-  template void cosine_cross_entropy(const Cosine<Stored>&, const CrossEntropy<Compute<Stored>>&, Compute<Stored>*,  \
-                                     const CosineGradients<Stored>&);
+  template void cosine_cross_entropy(const Cosine<Stored>&, const CrossEntropy<Compute<Stored>>&,                    \
+                                     const CosineLosses<Compute<Stored>>&, const CosineGradients<Stored>&);
 DGI_INSTANTIATE(float)
 DGI_INSTANTIATE(double)
 DGI_INSTANTIATE(BFloat16)

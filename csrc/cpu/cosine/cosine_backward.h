@@ -81,7 +81,7 @@ class Backward {
   // `in_place`: V lies in place of dweight, where the dtypes agree.
   Backward(const Cosine<Stored>& in, const Codebook<Stored>& codebook, const CosineGradients<Stored>& out,
            const Sizes& sizes, bool in_place)
-      : in_(in), codebook_(codebook), out_(out), codes_at_once_(sizes.codes), along_(sizes.rows),
+      : in_(in), scale_(in.scale), codebook_(codebook), out_(out), codes_at_once_(sizes.codes), along_(sizes.rows),
         by_code_(in.codes, out.dweight == nullptr ? 0 : sizes.entries) {
     if (out.dweight == nullptr) return;
     if constexpr (std::is_same_v<Stored, Real>) {
@@ -131,7 +131,7 @@ class Backward {
       const Real* const x = tile.x(slot);
       for (int64_t d = 0; d < in_.dim; ++d) even_[d] += even * x[d];
       if (!by_code_.has_room(list.count)) add_entries_to_codes();
-      by_code_.add(list, tile.row_of(slot), in_.scale * tile.rnorm(slot));
+      by_code_.add(list, tile.row_of(slot), scale_.scale * tile.rnorm(slot));
     }
   }
 
@@ -151,7 +151,7 @@ class Backward {
     Real* const v = v_ + k * in_.dim;
     if (!v_is_set_) std::fill_n(v, in_.dim, Real{0});
     if (even_.empty()) return v;
-    const Real rnorm = codebook_.rnorm()[k];
+    const Real rnorm = codebook_.factor()[k];
 #pragma omp simd
     for (int64_t d = 0; d < in_.dim; ++d) v[d] = multiply_add<kFused>(rnorm, even_[d], v[d]);
     return v;
@@ -196,11 +196,13 @@ class Backward {
   template <bool kFused>
   DGI_ALWAYS_INLINE void finish_dh(const Tile<Stored>& tile, int64_t slot, const Real* u) {
     const int64_t row = tile.row_of(slot);
-    through_normalization<kFused>(in_.h + row * in_.dim, u, in_.dim, tile.rnorm(slot), in_.eps,
-                                  in_.scale * tile.rnorm(slot), out_.dh + row * in_.dim);
+    const double factor = scale_.gain * static_cast<double>(scale_.scale * tile.rnorm(slot));
+    through_normalization<kFused>(in_.h + row * in_.dim, u, in_.dim, tile.rnorm(slot), in_.eps, factor,
+                                  out_.dh + row * in_.dim);
   }
 
   const Cosine<Stored>& in_;
+  const SplitScale<Real> scale_;
   const Codebook<Stored>& codebook_;
   const CosineGradients<Stored>& out_;
   const int64_t codes_at_once_;
@@ -225,6 +227,7 @@ void finish(const Cosine<Stored>& in, const Codebook<Stored>& codebook, const Co
     *out.dscale = static_cast<Real>(sum);
   }
   if (out.dweight == nullptr) return;
+  const double gain = SplitScale<Real>(in.scale).gain;
   parallel_for(in.codes, grain(in.dim), [&](int64_t first, int64_t last) {
     with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
       for (int64_t k = first; k < last; ++k) {
@@ -234,7 +237,7 @@ void finish(const Cosine<Stored>& in, const Codebook<Stored>& codebook, const Co
 #pragma omp simd
           for (int64_t d = 0; d < in.dim; ++d) v[d] += share[d];
         }
-        through_normalization<fused.value>(in.weight + k * in.dim, v, in.dim, codebook.rnorm()[k], in.eps, Real{1},
+        through_normalization<fused.value>(in.weight + k * in.dim, v, in.dim, codebook.factor()[k], in.eps, gain,
                                            out.dweight + k * in.dim);
       }
     });

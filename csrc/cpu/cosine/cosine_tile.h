@@ -2,7 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <limits>
 #include <mutex>
 #include <type_traits>
 #include <vector>
@@ -10,6 +12,8 @@
 #include "cpu/cosine/cosine_cpu.h"
 #include "cpu/shared/host.h"
 #include "cpu/shared/isa.h"
+#include "dgi/softmax_row.h"
+#include "dgi/terms.h"
 #include "dgi/vector.h"
 
 namespace dgi::cpu::cosine {
@@ -28,28 +32,52 @@ void for_each_run_of_codes(int64_t codes, int64_t at_once, const Body& body) {
   for (int64_t first = 0; first < codes; first += at_once) body(first, std::min(at_once, codes - first));
 }
 
-// E in the compute dtype, and the reciprocal norms of its rows.
+// Of a scale beyond 2^64 the tile takes part, `scale`, and the rest is a power of two: products of float32 stay finite.
+template <class Real>
+struct SplitScale {
+  Real scale;
+  double gain = 1;
+
+  explicit SplitScale(Real whole) : scale(whole) {
+    constexpr int kMost = 64;
+    if (!(std::abs(static_cast<double>(whole)) > 0x1p64)) return;
+    gain = std::ldexp(1.0, std::ilogb(whole) - kMost);
+    scale = static_cast<Real>(whole / gain);
+  }
+};
+
+// E in the compute dtype, and the terms of its rows: reciprocal norms and biases. A bias of zeros is made for scales that
+// need the scores of one (dgi/softmax_row.h).
 template <class Stored>
 class Codebook {
  public:
   using Real = Compute<Stored>;
 
   explicit Codebook(const Cosine<Stored>& in)
-      : codes(in.codes), dim(in.dim), stored_(in.weight), rnorm_(make_buffer<Real>(codes)) {
+      : codes(in.codes), dim(in.dim), stored_(in.weight), bias_(in.bias), factor_(make_buffer<Real>(codes)) {
     if constexpr (!std::is_same_v<Stored, Real>) converted_ = make_buffer<Real>(codes * dim);
     parallel_for(codes, grain(dim), [&](int64_t first, int64_t last) {
       with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
         for (int64_t k = first; k < last; ++k) {
-          rnorm_[k] = reciprocal_norm<fused.value>(stored_ + k * dim, dim, in.eps);
+          factor_[k] = reciprocal_norm<fused.value>(stored_ + k * dim, dim, in.eps);
           if constexpr (!std::is_same_v<Stored, Real>) {
             for (int64_t d = 0; d < dim; ++d) converted_[k * dim + d] = load(stored_[k * dim + d]);
           }
         }
       });
     });
+    largest_score_ = std::abs(static_cast<double>(in.scale));
+    if (bias_ == nullptr && largest_score_ > kMaxScoreWithoutBias) own_bias_.assign(codes, Real{0});
+    if (bias_ != nullptr) take_bias(SplitScale<Real>(in.scale).gain);
   }
 
-  const Real* rnorm() const { return rnorm_.get(); }
+  const Real* factor() const { return factor_.get(); }
+
+  // Of scores that `gain` is still to be multiplied with.
+  CodeTerms<Real> terms() const { return {factor(), own_bias_.empty() ? bias_ : own_bias_.data()}; }
+
+  // A bound of all |s|, but for biases that are infinite.
+  double largest_score() const { return largest_score_; }
 
   const Real* vectors() const {
     if constexpr (std::is_same_v<Stored, Real>) {
@@ -70,6 +98,19 @@ class Codebook {
   const int64_t codes, dim;
 
  private:
+  void take_bias(double gain) {
+    Real largest = 0;
+    for (int64_t k = 0; k < codes; ++k) {
+      const Real size = std::abs(bias_[k]);
+      if (std::isfinite(size)) largest = std::max(largest, size);
+      else if (bias_[k] > 0) largest = std::numeric_limits<Real>::infinity();
+    }
+    largest_score_ += static_cast<double>(largest);
+    if (gain == 1) return;
+    own_bias_.resize(codes);
+    for (int64_t k = 0; k < codes; ++k) own_bias_[k] = static_cast<Real>(bias_[k] / gain);
+  }
+
   // Whatever the number of threads in the same order.
   std::vector<Real> make_sum_of_unit_vectors() const {
     constexpr int64_t kRun = 64;
@@ -79,7 +120,7 @@ class Codebook {
       with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
         for (int64_t k = first * kRun; k < std::min(last * kRun, codes); ++k) {
           Real* const out = partial.data() + k / kRun * dim;
-          const Real *row = vectors() + k * dim, factor = rnorm_[k];
+          const Real *row = vectors() + k * dim, factor = factor_[k];
 #pragma omp simd
           for (int64_t d = 0; d < dim; ++d) out[d] = multiply_add<fused.value>(factor, row[d], out[d]);
         }
@@ -92,7 +133,10 @@ class Codebook {
   }
 
   const Stored* stored_;
-  Buffer<Real> rnorm_, converted_;
+  const Real* bias_;
+  Buffer<Real> factor_, converted_;
+  std::vector<Real> own_bias_;
+  double largest_score_;
   mutable std::once_flag unit_sum_is_made_;
   mutable std::vector<Real> unit_sum_;
 };
@@ -104,7 +148,7 @@ class Tile {
   using Real = Compute<Stored>;
 
   Tile(const Cosine<Stored>& in, int64_t capacity)
-      : capacity(capacity), in_(in), row_(capacity), rnorm_(make_buffer<Real>(capacity)),
+      : capacity(capacity), in_(in), scale_(SplitScale<Real>(in.scale).scale), row_(capacity), rnorm_(make_buffer<Real>(capacity)),
         x_(make_buffer<Real>(capacity * in.dim)), values_(make_buffer<Real>(capacity * in.codes)) {}
 
   int64_t row_of(int64_t slot) const { return row_[slot]; }
@@ -123,7 +167,7 @@ class Tile {
           const Stored* const h = in_.h + rows[i] * in_.dim;
           row_[slot] = rows[i];
           rnorm_[slot] = reciprocal_norm<fused.value>(h, in_.dim, in_.eps);
-          const Real factor = in_.scale, rnorm = rnorm_[slot];
+          const Real factor = scale_, rnorm = rnorm_[slot];
           Real* const out = x_.get() + slot * in_.dim;
 #pragma omp simd
           for (int64_t d = 0; d < in_.dim; ++d) out[d] = factor * (rnorm * load(h[d]));
@@ -153,6 +197,7 @@ class Tile {
 
  private:
   const Cosine<Stored>& in_;
+  const Real scale_;
   std::vector<int64_t> row_;
   Buffer<Real> rnorm_, x_, values_;
 };

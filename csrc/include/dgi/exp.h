@@ -5,6 +5,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "dgi/macros.h"
 
@@ -48,6 +49,14 @@ DGI_HOST_DEVICE float exponential(float x) {
 template <bool kFused>
 DGI_HOST_DEVICE double exponential(double x) {
   return std::exp(x);
+}
+
+// exp that is 0 where it would be subnormal: a logit of -inf has probability 0.
+template <bool kFused, class Real>
+DGI_HOST_DEVICE Real exponential_or_zero(Real x) {
+  constexpr Real kLeast = std::is_same_v<Real, float> ? Real(-87.3) : Real(-708);
+  const Real e = exponential<kFused>(x);
+  return x < kLeast ? Real{0} : e;
 }
 
 }  // namespace dgi

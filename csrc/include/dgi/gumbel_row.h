@@ -28,14 +28,6 @@ constexpr bool takes_exponential(Real tau) {
   return std::is_same_v<Real, float> && (tau == 1 || tau == Real(0.5));
 }
 
-// exp that is 0 where it would be subnormal: a logit of -inf has probability 0.
-template <bool kFused, class Real>
-DGI_HOST_DEVICE Real exponential_or_zero(Real x) {
-  constexpr Real kLeast = std::is_same_v<Real, float> ? Real(-87.3) : Real(-708);
-  const Real e = exponential<kFused>(x);
-  return x < kLeast ? Real{0} : e;
-}
-
 // The first k with x_k = value; -1 where there is none.
 template <class Real>
 DGI_HOST_DEVICE int64_t first_equal(const Real* x, int64_t count, Real value) {

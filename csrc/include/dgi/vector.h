@@ -63,7 +63,7 @@ DGI_HOST_DEVICE void add_rows(const int32_t* index, const Compute<Stored>* facto
 // In float64, so that x . out = 0 to the rounding of `out`, however much of g is radial. `out` may be `g`.
 template <bool kFused, class Stored>
 DGI_HOST_DEVICE void through_normalization(const Stored* x, const Compute<Stored>* g, int64_t dim, Compute<Stored> rnorm,
-                                           Compute<Stored> eps, Compute<Stored> factor, Stored* out) {
+                                           Compute<Stored> eps, double factor, Stored* out) {
   using Real = Compute<Stored>;
   double along = 0, square = 0;
 #pragma omp simd reduction(+ : along, square)
