@@ -12,11 +12,12 @@ EncoderKind = Literal["text", "vectors", "t5"]
 GradientKind = Literal["soft", "straight_through", "detached"]
 HeadKind = Literal["shared", "separate"]
 SimilarityKind = Literal["cosine", "inner_product"]
+ContrastiveKind = Literal["in_batch", "sampled", "all_items"]
 
 WORDS_1, WORDS_2 = "words-1", "words-2"  # tokenizers of the package itself
 
 # What fields that were added since version 0.1.0 stood for in the models and runs before them.
-BEFORE: dict[str, Any] = {"tokenizer": WORDS_1}
+BEFORE: dict[str, Any] = {"tokenizer": WORDS_1, "contrastive": "in_batch", "contrastive_samples": 1024, "log_q": False}
 
 MAX_INT, MAX_SEED = 2**31 - 1, 2**63 - 1
 
@@ -106,6 +107,11 @@ class TrainConfig:
         loss_weights: weight of every term of the objective; a term left out has weight 1.
         beta: weight of the commitment half of the local loss.
         contrastive_temperature: τ_CL of InfoNCE.
+        contrastive: candidates of InfoNCE beside a query's own item. ``in_batch``: the items that others of the batch
+            clicked; ``sampled``: ``contrastive_samples`` items drawn in every step, as often as they were clicked in
+            training; ``all_items``: the whole catalog, encoded in every step, for catalogs of some thousand items.
+        contrastive_samples: items drawn for ``sampled``, over all processes.
+        log_q: correct InfoNCE for how often each item is a candidate; without it popular items are pushed away.
         revive_every: steps between revivals of dead codes; 0 turns them off.
         log_every, checkpoint_every: steps between rows of metrics, and between checkpoints.
         seed: of weights, data order and noise.
@@ -123,13 +129,16 @@ class TrainConfig:
     loss_weights: dict[str, float] = field(default_factory=dict)
     beta: float = 0.25
     contrastive_temperature: float = 0.05
+    contrastive: ContrastiveKind = "in_batch"
+    contrastive_samples: int = 1024
+    log_q: bool = True
     revive_every: int = 200
     log_every: int = 10
     checkpoint_every: int = 500
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "log_every", "checkpoint_every"):
+        for name in ("epochs", "batch_size", "contrastive_samples", "log_every", "checkpoint_every"):
             _within(self, name, 1)
         for name in ("warmup_steps", "revive_every"):
             _within(self, name, 0)

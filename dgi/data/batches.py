@@ -18,6 +18,7 @@ class Batch:
         targets: (B,) int64 index into ``item_rows`` of each row's clicked item, or None in search.
         histories: (B, H) int64 index into ``item_rows``, oldest first, -1 where there is none.
         query_features: (B, ...) features of the query texts, or None where no row has a query.
+        candidates: (C,) int64 index into ``item_rows`` of items to rank beside the clicked ones in training, or None.
     """
 
     item_rows: Tensor
@@ -25,6 +26,7 @@ class Batch:
     targets: Tensor | None
     histories: Tensor
     query_features: Tensor | None
+    candidates: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         def move(value: Tensor) -> Tensor:
@@ -32,14 +34,15 @@ class Batch:
 
         return Batch(move(self.item_rows), move(self.item_features),
                      None if self.targets is None else move(self.targets), move(self.histories),
-                     None if self.query_features is None else move(self.query_features))
+                     None if self.query_features is None else move(self.query_features),
+                     None if self.candidates is None else move(self.candidates))
 
     def __len__(self) -> int:
         return len(self.histories)
 
 
 def make_batch(item_features: Tensor, histories: Tensor, targets: Tensor | None,
-               query_features: Tensor | None) -> Batch:
+               query_features: Tensor | None, candidates: Tensor | None = None) -> Batch:
     """Collect the distinct items of ``histories`` (B, H) and ``targets`` (B,), catalog rows with -1 for none.
 
     Args:
@@ -47,9 +50,11 @@ def make_batch(item_features: Tensor, histories: Tensor, targets: Tensor | None,
         histories: (B, H) int64.
         targets: (B,) int64, or None in search.
         query_features: (B, ...) or None.
+        candidates: (C,) int64 catalog rows, or None.
     """
-    read = histories.flatten() if targets is None else torch.cat([targets, histories.flatten()])
-    rows = torch.unique(read)
+    read = [rows.flatten() for rows in (targets, histories, candidates) if rows is not None]
+    rows = torch.unique(torch.cat(read))
     rows = rows[rows >= 0]
     return Batch(rows, item_features[rows], None if targets is None else torch.searchsorted(rows, targets),
-                 torch.where(histories < 0, -1, torch.searchsorted(rows, histories.contiguous())), query_features)
+                 torch.where(histories < 0, -1, torch.searchsorted(rows, histories.contiguous())), query_features,
+                 None if candidates is None else torch.searchsorted(rows, candidates))

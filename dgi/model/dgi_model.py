@@ -27,6 +27,8 @@ class DGIOutput(NamedTuple):
         quantization: of z, or None for a :class:`DualEncoder`.
         codes: (B, m) hard codes of z, the decoder's targets, or None.
         hidden: (B, m, d) decoder states h_j, or None.
+        candidates: (C, d) vectors of the batch's candidates, or None.
+        candidate_rows: (C,) their catalog rows, or None.
     """
 
     z: Tensor
@@ -35,6 +37,8 @@ class DGIOutput(NamedTuple):
     quantization: ResidualQuantization | None = None
     codes: Tensor | None = None
     hidden: Tensor | None = None
+    candidates: Tensor | None = None
+    candidate_rows: Tensor | None = None
 
 
 class DualEncoder(nn.Module):
@@ -54,32 +58,36 @@ class DualEncoder(nn.Module):
 
     def encode_queries(self, batch: Batch) -> QueryEncoding:
         """The batch's encoded queries."""
-        return self._encode(batch)[1]
+        return self._encode(batch)[2]
 
-    def _encode(self, batch: Batch) -> tuple[Tensor | None, QueryEncoding]:
-        """Vectors z (B, d) of the clicked items where they are known, and the encoded queries."""
+    def _encode(self, batch: Batch) -> tuple[Tensor | None, Tensor | None, QueryEncoding]:
+        """Vectors of the clicked items (B, d) and of the candidates (C, d), if there are any, and encoded queries."""
+        wanted = [x for x in (batch.targets, batch.candidates) if x is not None]
         if self.encoder.reads_item_vectors:
             items = self.encoder.encode_items(batch.item_features)
             query = self.encoder.encode_queries(batch, items)
-            return (None if batch.targets is None else items[batch.targets]), query
+            z, candidates = (None if x is None else items[x] for x in (batch.targets, batch.candidates))
+            return z, candidates, query
         query = self.encoder.encode_queries(batch, None)
-        if batch.targets is None:
-            return None, query
-        clicked, place = torch.unique(batch.targets, return_inverse=True)
-        return self.encoder.encode_items(batch.item_features[clicked])[place], query
+        if not wanted:
+            return None, None, query
+        needed, place = torch.unique(torch.cat(wanted), return_inverse=True)
+        vectors = iter(self.encoder.encode_items(batch.item_features[needed])[place].split([len(x) for x in wanted]))
+        z, candidates = (None if x is None else next(vectors) for x in (batch.targets, batch.candidates))
+        return z, candidates, query
 
-    def encode_clicks(self, batch: Batch) -> tuple[Tensor, Tensor, QueryEncoding]:
-        """Vectors z (B, d) and catalog rows (B,) of the clicked items, and the encoded queries."""
-        z, query = self._encode(batch)
+    def encode_clicks(self, batch: Batch) -> tuple[DGIOutput, QueryEncoding]:
+        """What the loss reads of queries, clicked items and candidates, and the encoded queries."""
+        z, candidates, query = self._encode(batch)
         if z is None or batch.targets is None:
             raise ValueError("batch must have targets in training; it has none")
-        return z, batch.item_rows[batch.targets], query
+        return DGIOutput(z, query.vector, batch.item_rows[batch.targets], candidates=candidates,
+                         candidate_rows=None if batch.candidates is None else batch.item_rows[batch.candidates]), query
 
     def forward(self, batch: Batch, *, tau: float = 1.0, seed: int | Tensor | None = None,
                 row_offset: int = 0) -> DGIOutput:
         """Encode the batch.  The arguments of the quantizer's noise are accepted, so that one trainer serves both."""
-        z, rows, query = self.encode_clicks(batch)
-        return DGIOutput(z, query.vector, rows)
+        return self.encode_clicks(batch)[0]
 
 
 class DGIModel(DualEncoder):
@@ -125,7 +133,8 @@ class DGIModel(DualEncoder):
             tau: Gumbel-Softmax temperature.
             seed, row_offset: of the quantizer's noise; ``row_offset`` is the first row's place in the global batch.
         """
-        z, rows, query = self.encode_clicks(batch)
+        output, query = self.encode_clicks(batch)
+        z = output.z
         mode = "straight_through" if self.config.gradient == "straight_through" else "soft"
         quantization = self.quantizer(z, tau, mode=mode, seed=seed, row_offset=row_offset)
         codes = self.quantizer.assign(z)
@@ -134,7 +143,7 @@ class DGIModel(DualEncoder):
         else:
             inputs = quantization.quantized
         hidden = self.decoder(inputs[:, :-1], query.memory, query.mask)
-        return DGIOutput(z, query.vector, rows, quantization, codes, hidden)
+        return output._replace(quantization=quantization, codes=codes, hidden=hidden)
 
     def beam_step_function(
             self, query: QueryEncoding) -> Callable[[int, Tensor | None, Tensor | None], Tensor | HiddenStates]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dgi.config import LOSS_TERMS, SimilarityKind
+from dgi.config import LOSS_TERMS, ContrastiveKind, SimilarityKind
 from dgi.model.dgi_model import DGIOutput
 from dgi.model.heads import CosineHead
-from dgi_kernels import ResidualQuantization, cosine_cross_entropy
+from dgi_kernels import ResidualQuantization, SampledSoftmaxLoss, cosine_cross_entropy
 from dgi_kernels.collectives import gather_rows, global_mean
 from dgi_kernels.types import Backend
 
@@ -26,7 +27,7 @@ class DGILoss(nn.Module):
     | ``ntp``       | ``−Σ_j log P(c_j | q, c_{<j})``: cosine cross-entropy per level, mean over rows |
     | ``global``    | ``1 − cos(z, Σ_j z̃_j)``                                                         |
     | ``local``     | ``Σ_j ‖sg[r_{j-1}] − e_{j,c_j}‖² + β‖r_{j-1} − sg[e_{j,c_j}]‖²``                |
-    | ``infonce``   | cross-entropy of ``ẑ_q · ẑ_n / τ_CL`` over the distinct items of the global batch |
+    | ``infonce``   | cross-entropy of ``ẑ_q · ẑ_n / τ_CL − log q_n`` over candidate items n              |
     | ``diversity`` | ``Σ_j Σ_k p̄ log(p̄ + ε)``, p̄ the mean over the global batch                      |
 
     Args:
@@ -34,11 +35,16 @@ class DGILoss(nn.Module):
         beta: commitment weight β.
         contrastive_temperature: τ_CL.
         similarity: ``inner_product`` for the ablation without cosine in InfoNCE.
+        contrastive: candidates of InfoNCE: ``in_batch`` the distinct items of the global batch, ``sampled`` the batch's
+            candidates and a query's own item, ``all_items`` the batch's candidates, which are the whole catalog.
+        item_log_q: (num_items,) log of the probability that each item is a candidate of a batch, or of one draw; None
+            for no correction. ``all_items`` needs none.
         backend: backend of the ops.
     """
 
     def __init__(self, weights: Mapping[str, float] | None = None, *, beta: float = 0.25,
                  contrastive_temperature: float = 0.05, similarity: SimilarityKind = "cosine",
+                 contrastive: ContrastiveKind = "in_batch", item_log_q: Tensor | None = None,
                  backend: Backend = "auto") -> None:
         super().__init__()
         unknown = sorted(set(weights or {}) - set(LOSS_TERMS))
@@ -48,7 +54,10 @@ class DGILoss(nn.Module):
         self.beta = beta
         self.contrastive_temperature = contrastive_temperature
         self.similarity = similarity
+        self.contrastive = contrastive
+        self.item_log_q = None if contrastive == "all_items" else item_log_q
         self.backend = backend
+        self.sampled_softmax = SampledSoftmaxLoss(1.0 / contrastive_temperature, backend=backend)
 
     def forward(self, output: DGIOutput, heads: Sequence[CosineHead] = (),
                 codebooks: Sequence[Tensor] = ()) -> dict[str, Tensor]:
@@ -76,20 +85,55 @@ class DGILoss(nn.Module):
         return terms
 
     def _infonce(self, output: DGIOutput) -> Tensor:
-        """InfoNCE over the distinct items of the global batch: an item clicked twice is no negative of itself.
-
-        Items are gathered: with as many items as queries on every rank, to gather the queries instead
-        (:func:`dgi_kernels.vocabulary_parallel_cosine_cross_entropy`) sends as many bytes, in more exchanges.
-        """
-        rows, items = gather_rows(output.item_rows), gather_rows(output.z)
-        distinct, group = torch.unique(rows, return_inverse=True)
-        first = torch.full_like(distinct, len(rows)).scatter_reduce_(
-            0, group, torch.arange(len(rows), device=rows.device), "amin")
-        targets = torch.searchsorted(distinct, output.item_rows)
-        scale = 1.0 / self.contrastive_temperature
+        """InfoNCE over the candidates, each with its bias −log q."""
+        if self.contrastive == "in_batch":
+            items, rows, targets = _distinct_items(output)
+            return self._softmax(output.query, items, targets, self._bias(rows))
+        if output.candidates is None or output.candidate_rows is None:
+            raise ValueError(f"output must have candidates where contrastive is {self.contrastive!r}; it has none")
+        if self.contrastive == "all_items":
+            return self._softmax(output.query, output.candidates, output.item_rows, None)
         if self.similarity == "inner_product":
-            return F.cross_entropy((output.query @ items[first].T).float(), targets)
-        return cosine_cross_entropy(output.query, items[first], targets, scale, backend=self.backend)
+            return self._sampled_inner_products(output)
+        return self.sampled_softmax(
+            output.query, output.z, output.candidates, item_ids=output.item_rows, sampled_ids=output.candidate_rows,
+            log_q=None if self.item_log_q is None else self.item_log_q[output.candidate_rows])
+
+    def _bias(self, rows: Tensor) -> Tensor | None:
+        return None if self.item_log_q is None else -self.item_log_q[rows]
+
+    def _softmax(self, query: Tensor, items: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
+        if self.similarity == "inner_product":
+            logits = (query @ items.T).float()
+            return F.cross_entropy(logits if bias is None else logits + bias, targets)
+        return cosine_cross_entropy(query, items, targets, 1.0 / self.contrastive_temperature, bias=bias,
+                                    backend=self.backend)
+
+    def _sampled_inner_products(self, output: DGIOutput) -> Tensor:
+        """As :class:`dgi_kernels.SampledSoftmaxLoss`, for the ablation."""
+        assert output.candidates is not None and output.candidate_rows is not None  # checked by the caller
+        logits = (output.query @ output.candidates.T).float()
+        bias = self._bias(output.candidate_rows)
+        if bias is not None:
+            logits = logits + bias - math.log(len(bias))
+        own = output.item_rows.unsqueeze(1) == output.candidate_rows
+        chosen = (output.query * output.z).sum(-1, keepdim=True).float()
+        logits = torch.cat([chosen, logits.masked_fill(own, -torch.inf)], 1)
+        return F.cross_entropy(logits, torch.zeros_like(output.item_rows))
+
+
+def _distinct_items(output: DGIOutput) -> tuple[Tensor, Tensor, Tensor]:
+    """Vectors and rows (U, d), (U,) of the distinct items of the global batch, and the place of every query's own.
+
+    An item clicked twice is no negative of itself.  Items are gathered: with as many items as queries on every rank, to
+    gather the queries instead (:func:`dgi_kernels.vocabulary_parallel_cosine_cross_entropy`) sends as many bytes, in
+    more exchanges.
+    """
+    rows, items = gather_rows(output.item_rows), gather_rows(output.z)
+    distinct, group = torch.unique(rows, return_inverse=True)
+    first = torch.full_like(distinct, len(rows)).scatter_reduce_(
+        0, group, torch.arange(len(rows), device=rows.device), "amin")
+    return items[first], distinct, torch.searchsorted(distinct, output.item_rows)
 
 
 def reconstruction_loss(z: Tensor, quantization: ResidualQuantization) -> Tensor:

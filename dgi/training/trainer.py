@@ -33,13 +33,14 @@ from dgi.model.dgi_model import DGIModel, DualEncoder
 from dgi.model.encoding import Requests, encode_items
 from dgi.model.losses import DGILoss
 from dgi.progress import Progress
+from dgi.training.candidates import Candidates
 from dgi.training.checkpoint import Checkpoints, RunFolder, copy_tensors, save_model, unique_tensors
 from dgi.training.distributed import broadcast, gather_rows, global_mean, local_device, rank, world_size
 
 REVIVED_SHARE = 0.8  # of training; see Schedule.revives
 
 # What a derived seed is for: two purposes never share a stream of random numbers.
-ORDER, DROPOUT, NOISE, CLUSTERING, REVIVAL = range(5)
+ORDER, DROPOUT, NOISE, CLUSTERING, REVIVAL, CANDIDATES = range(6)
 
 logger = logging.getLogger("dgi")
 
@@ -104,10 +105,10 @@ class TrainingData:
     def __len__(self) -> int:
         return len(self.targets)
 
-    def batch(self, rows: Tensor) -> Batch:
-        """The interactions ``rows`` (B,)."""
+    def batch(self, rows: Tensor, candidates: Tensor | None = None) -> Batch:
+        """The interactions ``rows`` (B,), and the items ``candidates`` (C,) to rank with theirs."""
         queries = None if self.requests.query_features is None else self.requests.query_features[rows]
-        return make_batch(self.item_features, self.requests.histories[rows], self.targets[rows], queries)
+        return make_batch(self.item_features, self.requests.histories[rows], self.targets[rows], queries, candidates)
 
     def sha256(self) -> str:
         """Tells one data set from another, so that no run is resumed on other data."""
@@ -138,11 +139,12 @@ class StepResult(NamedTuple):
 class LossStep(nn.Module):
     """Model and objective in one forward pass, which is what DistributedDataParallel wraps."""
 
-    def __init__(self, model: DualEncoder, config: TrainConfig) -> None:
+    def __init__(self, model: DualEncoder, config: TrainConfig, item_log_q: Tensor | None = None) -> None:
         super().__init__()
         self.model = model
         self.loss = DGILoss(config.loss_weights, beta=config.beta, similarity=model.config.similarity,
-                            contrastive_temperature=config.contrastive_temperature)
+                            contrastive_temperature=config.contrastive_temperature, contrastive=config.contrastive,
+                            item_log_q=item_log_q)
 
     def forward(self, batch: Batch, tau: float, seed: int, row_offset: int) -> StepResult:
         output = self.model(batch, tau=tau, seed=seed, row_offset=row_offset)
@@ -224,6 +226,8 @@ class Trainer:
         self.rank_batch = min(config.batch_size, len(self.data)) // world_size()
         self.epoch_steps = len(self.data) // (self.rank_batch * world_size())
         self.schedule = Schedule(config, config.epochs * self.epoch_steps)
+        self.candidates = Candidates(config.contrastive, self.data.targets, len(self.data.item_features),
+                                     batch_size=self.rank_batch * world_size(), samples=config.contrastive_samples)
         self.optimizer = build_optimizer(model, config)
         self.steps_done = torch.zeros((), dtype=torch.int64)
         self.progress = progress and rank() == 0
@@ -247,7 +251,8 @@ class Trainer:
             raise ValueError("resume needs the output folder of the run to continue; output is None")
         row = self._start(resume)
         self.model.train()
-        loss_step = _distributed(LossStep(self.model, self.config))
+        log_q = self.candidates.log_q if self.config.log_q else None
+        loss_step = _distributed(LossStep(self.model, self.config, None if log_q is None else log_q.to(self.device)))
         started = time.perf_counter()
         done = int(self.steps_done)
         with Progress(self.schedule.total_steps, "training", unit="steps", done=done, shown=self.progress) as bar:
@@ -309,7 +314,8 @@ class Trainer:
             if step == start or place == 0:
                 order = torch.randperm(len(self.data), generator=generator(self.config.seed, ORDER, epoch))
             first = (place * world_size() + rank()) * self.rank_batch
-            yield step, self.data.batch(order[first : first + self.rank_batch]).to(self.device)
+            candidates = self.candidates.draw(generator(self.config.seed, CANDIDATES, step))
+            yield step, self.data.batch(order[first : first + self.rank_batch], candidates).to(self.device)
 
     def _update(self, loss_step: nn.Module, batch: Batch, step: int) -> tuple[StepResult, dict[str, float]]:
         """One step of the optimizer; the terms, as means over all processes, and the gradient's norm."""

@@ -58,7 +58,7 @@ def results(function: object, inputs: tuple[Tensor | None, ...], target: Tensor,
     loss, log_normalizer = function(h, weight, target, scale, bias=bias, same_as=same_as, **options)
     total = (loss * upstream[0].to(loss.dtype)).sum() + (log_normalizer * upstream[1].to(loss.dtype)).sum()
     given = [x for x in leaves if x is not None]
-    gradients = torch.autograd.grad(total, given)
+    gradients = torch.autograd.grad(total, given, allow_unused=True, materialize_grads=True)
     names = ("dh", "dweight", "dscale", "dbias")[:len(given)]
     return {"loss": loss.detach(), "log_normalizer": log_normalizer.detach(),
             **dict(zip(names, gradients, strict=True))}

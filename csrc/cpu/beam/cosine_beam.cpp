@@ -83,7 +83,8 @@ class ChildBounds {
         scaled_row<fused.value>(in_, h + parent.beam * in_.dim, x);
         Real best = -std::numeric_limits<Real>::infinity();
         worker.visit_held(parent, [&](int64_t token, Real*) DGI_ALWAYS_INLINE {
-          const Real logit = tile_.rnorm()[token] * dot<fused.value>(tile_.codebook() + token * in_.dim, x, in_.dim);
+          const Real product = dot<fused.value>(tile_.codebook() + token * in_.dim, x, in_.dim);
+          const Real logit = tile_.terms().template score<fused.value, false>(product, token);
           best = logit > best ? logit : best;
         });
         const Real peak = parent.score + best + margin_ + 16 * kEpsilon * std::abs(parent.score);

@@ -27,6 +27,7 @@
 #include "cpu/shared/host.h"
 #include "cpu/shared/isa.h"
 #include "dgi/log_sum_exp.h"
+#include "dgi/terms.h"
 #include "dgi/vector.h"
 
 namespace dgi::cpu {
@@ -122,7 +123,7 @@ class HeadTile {
   using Real = Compute<Stored>;
 
   HeadTile(const CosineLogits<Stored>& head, int64_t max_rows, bool wants_means)
-      : head_(head), blocks_((head.codes + kBlock - 1) / kBlock), rnorm_(make_buffer<Real>(head.codes)) {
+      : head_(head), blocks_((head.codes + kBlock - 1) / kBlock), factor_(make_buffer<Real>(head.codes)) {
     with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE { lanes_ = 2 * fused.kVectorBytes / static_cast<int>(sizeof(Real)); });
     const int64_t panels = (max_rows + lanes_ - 1) / lanes_;
     rows_ = make_buffer<Real>(panels * lanes_ * head.dim);
@@ -252,9 +253,9 @@ class HeadTile {
   static constexpr int64_t kRowsAtOnce = 4;
   static constexpr int64_t kBlock = 96;  // codes; a multiple of what is multiplied at once
 
-  // (codes, dim) and the reciprocal norms of its rows
+  // (codes, dim), and what its rows' products are multiplied with: reciprocal norms
   const Real* codebook() const { return kInPlace ? reinterpret_cast<const Real*>(head_.codebook) : converted_.get(); }
-  const Real* rnorm() const { return rnorm_.get(); }
+  CodeTerms<Real> terms() const { return {factor_.get()}; }
 
  private:
   static constexpr bool kInPlace = std::is_same_v<Stored, Real>;  // the codebook needs no conversion
@@ -269,12 +270,12 @@ class HeadTile {
     for (int64_t from = block * kBlock; from < last; from += kAtOnce) {
       const int64_t count = std::min(kAtOnce, last - from);
       for (int64_t k = from; k < from + count; ++k) {
-        rnorm_[k] = reciprocal_norm<kFused>(head_.codebook + k * dim, dim, head_.eps);
+        factor_[k] = reciprocal_norm<kFused>(head_.codebook + k * dim, dim, head_.eps);
         if constexpr (!kInPlace) {
           for (int64_t d = 0; d < dim; ++d) converted_[k * dim + d] = load(head_.codebook[k * dim + d]);
         }
       }
-      if (sum != nullptr) add_rows<kFused>(kAll, rnorm_.get() + from, count, codebook() + from * dim, dim, sum);
+      if (sum != nullptr) add_rows<kFused>(kAll, factor_.get() + from, count, codebook() + from * dim, dim, sum);
     }
   }
 
@@ -294,7 +295,7 @@ class HeadTile {
       for (int64_t c = 0; c < kCodes; ++c) {  // behind the last code it is repeated, which nobody reads
         const int64_t code = std::min(k + c, last - 1);
         codes[c] = codebook() + code * head_.dim;
-        factors[c] = rnorm_[code];
+        factors[c] = factor_[code];
       }
       panel_logits<kFused, kCodes, kLanes>(codes, factors, x, head_.dim, logits + (k - first) * kLanes);
     }
@@ -316,7 +317,7 @@ class HeadTile {
   std::vector<int64_t> first_wanted_;  // (panels, blocks)
   std::vector<char> keeps_;            // (panels)
   int64_t blocks_, lanes_ = 0, last_lanes_ = 0, panels_ = 0, panels_left_ = 0;
-  Buffer<Real> rnorm_, converted_, rows_, logits_, maxima_, sums_;
+  Buffer<Real> factor_, converted_, rows_, logits_, maxima_, sums_;
   std::vector<Real> means_;  // (kStages, dim)
 };
 
