@@ -290,7 +290,8 @@ template <class Stored>
 void cosine_cross_entropy(const Cosine<Stored>& in, const CrossEntropy<Compute<Stored>>& options,
                           const CosineLosses<Compute<Stored>>& out, const CosineGradients<Stored>& gradients) {
   using Real = Compute<Stored>;
-  const CosineLosses<Real> by_row{options.reduction == Reduction::kNone ? out.loss : nullptr, out.log_normalizer};
+  const bool reduces = options.reduction != Reduction::kNone;
+  const CosineLosses<Real> by_row{reduces ? nullptr : out.loss, out.log_normalizer};
   for (Real* const numbers : {by_row.loss, by_row.log_normalizer}) {
     if (numbers != nullptr) std::fill_n(numbers, in.rows, Real{0});
   }
@@ -335,7 +336,7 @@ void cosine_cross_entropy(const Cosine<Stored>& in, const CrossEntropy<Compute<S
     });
   }
   for (const auto& share : shares) total += share->total();
-  if (by_row.loss == nullptr) {
+  if (reduces) {
     *out.loss = static_cast<Real>(options.reduction == Reduction::kMean ? total / static_cast<double>(counted) : total);
   }
   if (gradients.any()) finish<Stored>(in, codebook, gradients, backwards);
