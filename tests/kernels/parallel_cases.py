@@ -115,6 +115,90 @@ def test_loss_and_gradients_are_those_of_one_process() -> None:
                                    msg=lambda text, c=(sizes, rows, reduction, smoothing, backend): f"{c}: {text}")
 
 
+def column_loss(function: Callable[..., Any], inputs: list[Tensor], case: Case, part: slice, of_lse: Tensor,
+                reduction: str, **options: Any) -> tuple[Tensor, Tensor]:
+    """Log normalizers, and loss and log normalizers as one number; ``inputs`` h of ``part``, weight, scale, bias."""
+    h, weight, scale, bias = inputs
+    loss, lse = function(h, weight, case.target[part], scale, bias=bias, reduction=reduction,
+                         return_log_normalizer=True, **options)
+    value = (loss * case.upstream[part]).sum() if reduction == "none" else loss
+    return lse.detach(), value + (lse * of_lse[part]).sum()
+
+
+def test_options_of_columns_are_those_of_one_process() -> None:
+    """A bias, items that have columns on several ranks, and the log normalizers, with all gradients."""
+    for sizes, rows, reduction, smoothing, ids in itertools.product(
+            SHARDS, ("replicated", "sharded"), ("mean", "none"), (0.0, 0.2), ("none", "few", "distinct")):
+        case = make_case(sizes)
+        codes = len(case.weight)
+        bias, of_lse = torch.randn(codes, dtype=torch.float64), torch.randn(len(case.h), dtype=torch.float64)
+        same_as = {"none": None, "few": torch.randint(3, (codes,)), "distinct": torch.arange(codes)}[ids]
+        case.h[2] = case.weight[case.target[2]]  # a row that its target has nearly all of
+        part = slice(None) if rows == "replicated" else case.own_rows
+        parts = [part] if rows == "replicated" else [slice(r * ROWS, (r + 1) * ROWS) for r in range(world_size())]
+
+        h, *others = leaves(case.h, case.weight, case.scale, bias)
+        whole = [column_loss(dgi_kernels.cosine_cross_entropy, [h[p], *others], case, p, of_lse, reduction,
+                             same_as=same_as, label_smoothing=smoothing) for p in parts]
+        expected = torch.autograd.grad(torch.stack([value for _, value in whole]).sum(), (h, *others))
+        own = leaves(case.h[part], case.weight[case.own_codes], case.scale, bias[case.own_codes])
+        lse, value = column_loss(parallel_loss, own, case, part, of_lse, reduction, rows=rows,
+                                 same_as=None if same_as is None else same_as[case.own_codes],
+                                 label_smoothing=smoothing)
+        actual = list(torch.autograd.grad(value, own))
+        if rows == "sharded":
+            dist.all_reduce(actual[2], group=group)
+
+        about = (sizes, rows, reduction, smoothing, ids)
+        right = (torch.cat([x for x, _ in whole])[part if rows == "sharded" else slice(None)], expected[0][part],
+                 expected[1][case.own_codes], expected[2], expected[3][case.own_codes])
+        for name, a, e in zip(("log normalizer", "dh", "dweight", "dscale", "dbias"), (lse, *actual), right,
+                              strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-8, atol=1e-8, msg=lambda text, c=(name, *about): f"{c}: {text}")
+
+
+def test_a_bias_of_minus_infinity_takes_a_class_out_on_its_rank() -> None:
+    case = make_case([4, 4, 4])
+    case = case._replace(target=torch.where(case.target < 0, case.target, case.target % 2))
+    bias = torch.zeros(len(case.weight), dtype=torch.float64)
+    bias[3:] = -torch.inf
+    loss, lse = parallel_loss(case.h, case.weight[case.own_codes], case.target, case.scale, bias=bias[case.own_codes],
+                              return_log_normalizer=True)
+    expected = dgi_kernels.cosine_cross_entropy(case.h, case.weight[:3], case.target, case.scale,
+                                                return_log_normalizer=True)
+    torch.testing.assert_close((loss, lse), expected)
+
+
+def test_contrastive_modules_put_the_candidates_of_all_ranks_together() -> None:
+    case = make_case([4, 4, 4])
+    queries, items = case.h, torch.randn_like(case.h)
+    ids, log_q = torch.randint(5, (len(items),)), torch.randn(len(items), dtype=torch.float64)
+    own = case.own_rows
+    options = {"across_ranks": True, "group": group, "reduction": "none"}
+    parts = leaves(queries[own], items[own])
+    loss = dgi_kernels.InfoNCELoss(9.0, **options)(*parts, log_q=log_q[own], same_as=ids[own])
+    inputs = leaves(queries, items)
+    expected = dgi_kernels.InfoNCELoss(9.0, reduction="none")(*inputs, log_q=log_q, same_as=ids)
+    torch.testing.assert_close(loss, expected[own])
+    for a, e in zip(torch.autograd.grad(loss.sum(), parts), torch.autograd.grad(expected.sum(), inputs), strict=True):
+        torch.testing.assert_close(a, e[own])
+
+    drawn, drawn_ids = torch.randn(5 * world_size(), DIM, dtype=torch.float64), torch.arange(5 * world_size())
+    mine = slice(5 * rank(), 5 * rank() + 5)
+    own_items = items[own]
+    loss = dgi_kernels.SampledSoftmaxLoss(9.0, **options)(
+        queries[own], own_items, drawn[mine], log_q=drawn_ids[mine].double(), item_ids=ids[own],
+        sampled_ids=drawn_ids[mine])
+    expected = dgi_kernels.SampledSoftmaxLoss(9.0, reduction="none")(
+        queries, items, drawn, log_q=drawn_ids.double(), item_ids=ids, sampled_ids=drawn_ids)
+    torch.testing.assert_close(loss, expected[own])
+
+    shared, alike = (dgi_kernels.FrequencyEstimator(64, group=group) for _ in range(2))
+    shared.update(ids[own])
+    alike.update(ids)  # all ranks have the same items, and each counts once
+    assert torch.equal(shared.interval, alike.interval)
+
+
 def test_peaked_rows_lose_nothing_in_float32() -> None:
     """Guards against log-sum-exp minus target logit, which rounds a loss of 1e-5 to multiples of 1e-5 at scale 120."""
     case = make_case(SHARDS[0])

@@ -19,7 +19,7 @@ def true_logits(h: Tensor, weight: Tensor, scale: float | Tensor) -> Tensor:
 def test_linear_gives_cosine_logits_and_trains_weight_and_scale() -> None:
     head = CosineLinear(6, 9, scale=12.0)
     h = torch.randn(2, 5, 6)
-    expected = true_logits(h, head.weight, head.log_scale.double().exp())
+    expected = true_logits(h, head.weight, head.log_scale.double().exp().squeeze())
     torch.testing.assert_close(head(h).double(), expected, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(head.scale.item(), 12.0, rtol=1e-6, atol=0)
 
@@ -53,6 +53,37 @@ def test_state_goes_from_one_module_to_another() -> None:
     assert torch.equal(one(h), other(h)) and torch.equal(copy.deepcopy(one)(h), one(h))
 
 
+def test_a_scale_of_an_older_file_is_read() -> None:
+    """Guards against files written while log_scale was 0-d; also where the head is part of something larger."""
+    model = nn.Sequential(nn.Linear(4, 4), CosineLinear(4, 3))
+    old = model.state_dict() | {"1.log_scale": torch.tensor(2.5)}
+    model.load_state_dict(old)
+    assert model[1].log_scale.shape == (1,) and model[1].log_scale.item() == 2.5 and old["1.log_scale"].ndim == 0
+
+
+def test_the_scale_is_bounded_and_not_stuck_there() -> None:
+    head = CosineLinear(4, 3, scale=90.0, max_scale=60.0)
+    assert head.scale.item() == pytest.approx(60.0)
+    for sign, passes in ((1.0, True), (-1.0, False)):
+        gradient, = torch.autograd.grad(sign * head.scale, head.log_scale)
+        assert bool(gradient != 0) == passes
+    below = CosineLinear(4, 3, scale=30.0, max_scale=60.0)
+    assert torch.equal(below.scale, CosineLinear(4, 3, scale=30.0).scale)
+
+
+def test_columns_options_reach_the_op() -> None:
+    head, criterion = CosineLinear(6, 9), CosineCrossEntropyLoss(30.0)
+    h, target, bias, ids = torch.randn(5, 6), torch.randint(9, (5,)), torch.randn(9), torch.arange(9) % 4
+    pair = head.loss(h, target, bias=bias, same_as=ids, return_log_normalizer=True)
+    other = criterion(h, head.weight, target, bias=bias, same_as=ids, return_log_normalizer=True)
+    torch.testing.assert_close(pair, other)
+    logits = true_logits(h, head.weight, 30.0) + bias
+    left_out = (ids[target][:, None] == ids) & (target[:, None] != torch.arange(9))
+    logits = logits.masked_fill(left_out, -torch.inf)
+    torch.testing.assert_close(pair[0].double(), F.cross_entropy(logits, target), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(pair[1].double(), logits.logsumexp(1), rtol=1e-5, atol=1e-5)
+
+
 def test_a_fixed_scale_is_not_trained() -> None:
     fixed = CosineLinear(4, 3, learnable_scale=False)
     assert [name for name, parameter in fixed.named_parameters() if parameter.requires_grad] == ["weight"]
@@ -68,8 +99,8 @@ def test_loss_is_infonce_of_vectors_given_with_the_call() -> None:
     target = torch.tensor([0, 3, 5, 3, -1])
     criterion = CosineCrossEntropyLoss(20.0, learnable_scale=True, ignore_index=-1, label_smoothing=0.1)
     loss = criterion(queries, items, target)
-    truth = F.cross_entropy(true_logits(queries, items, criterion.log_scale.double().exp()), target, ignore_index=-1,
-                            label_smoothing=0.1)
+    scale = criterion.log_scale.double().exp().squeeze()
+    truth = F.cross_entropy(true_logits(queries, items, scale), target, ignore_index=-1, label_smoothing=0.1)
     leaves = (queries, items, criterion.log_scale)
     torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=1e-5)
     for actual, true in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(truth, leaves), strict=True):
@@ -112,7 +143,8 @@ def test_compile_keeps_both_whole() -> None:
     ("eps", 0.0, ValueError),
     ("weight", torch.randn(3, 4), TypeError),
     ("weight", nn.Parameter(torch.randn(4, 3)), ValueError),
-    ("log_scale", nn.Parameter(torch.zeros(1)), ValueError),
+    ("log_scale", nn.Parameter(torch.zeros(())), ValueError),
+    ("max_scale", -1.0, ValueError),
 ])
 def test_bad_arguments_of_linear_are_named(name: str, value: object, error: type[Exception]) -> None:
     with pytest.raises(error, match=rf"^{name} must"):

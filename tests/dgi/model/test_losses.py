@@ -46,6 +46,44 @@ def test_every_term_follows_its_formula() -> None:
                                rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("similarity", ["cosine", "inner_product"])
+@pytest.mark.parametrize("corrected", [True, False])
+@pytest.mark.parametrize("contrastive", ["in_batch", "sampled", "all_items"])
+def test_infonce_over_its_candidates(contrastive: str, corrected: bool, similarity: str) -> None:
+    """Against a sum over the columns, written out: the batch's distinct items, draws, or the whole catalog."""
+    output, _, _ = make_output()
+    table, log_q = torch.randn(7, 5), torch.randn(7).log_softmax(0)
+    rows = {"in_batch": None, "sampled": torch.tensor([5, 3, 3, 6, 0]), "all_items": torch.arange(7)}[contrastive]
+    output = DGIOutput(output.z, output.query, output.item_rows, candidates=None if rows is None else table[rows],
+                       candidate_rows=rows)
+    loss = DGILoss({"infonce": 1.0}, contrastive_temperature=0.2, similarity=similarity, contrastive=contrastive,
+                   item_log_q=log_q if corrected else None)(output)["infonce"]
+
+    def scores(items: torch.Tensor) -> torch.Tensor:
+        if similarity == "inner_product":
+            return output.query.double() @ items.double().T
+        return 5.0 * F.normalize(output.query.double(), dim=-1) @ F.normalize(items.double(), dim=-1).T
+
+    targets = output.item_rows
+    if contrastive == "in_batch":
+        logits = scores(torch.stack([output.z[int((output.item_rows == row).nonzero()[0])] for row in range(4)]))
+        logits = logits - log_q[:4] if corrected else logits
+    elif contrastive == "sampled":
+        drawn = scores(output.candidates)
+        drawn = drawn - log_q[rows] - torch.tensor(5.0).log() if corrected else drawn
+        drawn = drawn.masked_fill(targets[:, None] == rows, -torch.inf)
+        logits, targets = torch.cat([scores(output.z).diagonal()[:, None], drawn], 1), torch.zeros_like(targets)
+    else:
+        logits = scores(output.candidates)
+    torch.testing.assert_close(loss.double(), F.cross_entropy(logits, targets), rtol=1e-5, atol=1e-5)
+
+
+def test_missing_candidates_are_named() -> None:
+    output, _, _ = make_output()
+    with pytest.raises(ValueError, match="^output must have candidates"):
+        DGILoss(contrastive="sampled")(DGIOutput(output.z, output.query, output.item_rows))
+
+
 def test_local_loss_splits_its_gradient_by_beta() -> None:
     output, heads, codebooks = make_output()
     only_local = dict.fromkeys(("ntp", "global", "infonce", "diversity"), 0.0)
