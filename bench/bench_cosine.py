@@ -3,7 +3,8 @@
 Every system gets the same inputs that need normalising.  The floor is the three matrix products that no dense method
 can do without (``torch.mm``, 6 N K D operations), measured in the same interleaved run; MB are the peak of one call
 beyond its inputs, gradients included.  Peaked logits are those of a trained model: nine rows in ten at cosine 0.7 to
-their target, the tenth flat, all with scale 30.
+their target, the tenth flat, all with scale 30.  "with bias" is ours with a learned bias for each column, a popularity,
+and its gradient.
 
 Run: make bench, or pytest bench/bench_cosine.py; python bench/bench_cosine.py prints a table of every shape.
 """
@@ -11,6 +12,7 @@ Run: make bench, or pytest bench/bench_cosine.py; python bench/bench_cosine.py p
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 from collections.abc import Callable
 
@@ -52,16 +54,26 @@ def chunked_loss(h: Tensor, weight: Tensor, target: Tensor, scale: Tensor) -> Te
                                   options=torch.nn.LinearCrossEntropyOptions())
 
 
+@functools.cache
+def popularity(k: int) -> Tensor:
+    return torch.randn(k, generator=torch.Generator().manual_seed(k)).requires_grad_()
+
+
+def biased_loss(h: Tensor, weight: Tensor, target: Tensor, scale: Tensor) -> Tensor:
+    return cosine_cross_entropy(h, weight, target, scale, bias=popularity(len(weight)))
+
+
 compiled_loss = torch.compile(eager_loss, dynamic=False)
 LOSSES = {"eager": eager_loss, "compile": compiled_loss, "linear_cross_entropy": chunked_loss,
-          "ours": cosine_cross_entropy}
+          "ours": cosine_cross_entropy, "with bias": biased_loss}
 
 
 def step(loss: Callable[..., Tensor], arguments: Inputs) -> Step:
     h, weight, target, scale = arguments
+    leaves = (h, weight, scale, *([popularity(len(weight))] if loss is biased_loss else []))
 
     def run() -> object:
-        return torch.autograd.grad(loss(h, weight, target, scale), (h, weight, scale))
+        return torch.autograd.grad(loss(h, weight, target, scale), leaves)
 
     return run
 
