@@ -55,7 +55,8 @@ WIDTH = 5.0  # inches of a picture, so that its letters can still be read where 
 THEMES = {"light": ("#24292f", "#8c959f #1f6feb #bf8700 #1a7f37 #cf222e #8250df #0a7c86 #953800 #bf3989"),
           "dark": ("#e6edf3", "#6e7681 #58a6ff #e3b341 #3fb950 #ff7b72 #bc8cff #39c5cf #f0883e #f778ba")}
 PLAIN = ("eager", "reference", "exponential_")  # the same op in plain PyTorch
-NO_PEERS = ("filtered", "updated", "with bias", "generate, TrieLogitsProcessor", "generate, unconstrained")  # ours, or less work
+# Ours, or less work.
+NO_PEERS = ("filtered", "updated", "with bias", "generate, TrieLogitsProcessor", "generate, unconstrained")
 # The rows of the summary, chosen to show the weakest cases too: results, what is kept of them, what is said of a case.
 SUMMARY = (
     ("cpu-cosine", "op=cosine_cross_entropy N=4096 K=4096 D=64,768", "N K D logits"),
