@@ -113,7 +113,7 @@ def test_unknown_terms_are_named() -> None:
 
 def test_the_inner_product_head_keeps_the_shape_of_its_targets() -> None:
     """Guards against rows that come back in one dimension with reduction="none"."""
-    head = InnerProductHead(torch.nn.Parameter(torch.randn(7, 5)), torch.nn.Parameter(torch.zeros(())))
+    head = InnerProductHead(torch.nn.Parameter(torch.randn(7, 5)), torch.nn.Parameter(torch.zeros(1)))
     h, target = torch.randn(2, 3, 5), torch.randint(7, (2, 3))
     loss = head.loss(h, target, reduction="none")
     assert loss.shape == target.shape
