@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from dgi.config import LOSS_TERMS, ContrastiveKind, SimilarityKind
 from dgi.model.dgi_model import DGIOutput
 from dgi.model.heads import CosineHead
-from dgi_kernels import ResidualQuantization, SampledSoftmaxLoss, cosine_cross_entropy
+from dgi_kernels import ResidualQuantization, cosine_cross_entropy
 from dgi_kernels.collectives import gather_rows, global_mean
+from dgi_kernels.cosine.contrastive import sampled_softmax
 from dgi_kernels.types import Backend
 
 _LOG_EPSILON = 1e-9
@@ -57,7 +58,6 @@ class DGILoss(nn.Module):
         self.contrastive = contrastive
         self.item_log_q = None if contrastive == "all_items" else item_log_q
         self.backend = backend
-        self.sampled_softmax = SampledSoftmaxLoss(1.0 / contrastive_temperature, backend=backend)
 
     def forward(self, output: DGIOutput, heads: Sequence[CosineHead] = (),
                 codebooks: Sequence[Tensor] = ()) -> dict[str, Tensor]:
@@ -95,9 +95,9 @@ class DGILoss(nn.Module):
             return self._softmax(output.query, output.candidates, output.item_rows, None)
         if self.similarity == "inner_product":
             return self._sampled_inner_products(output)
-        return self.sampled_softmax(
-            output.query, output.z, output.candidates, item_ids=output.item_rows, sampled_ids=output.candidate_rows,
-            log_q=None if self.item_log_q is None else self.item_log_q[output.candidate_rows])
+        rows = output.candidate_rows
+        return sampled_softmax(output.query, output.z, output.candidates, 1.0 / self.contrastive_temperature,
+                               self._bias(rows), output.item_rows, rows, 1e-12, self.backend).mean()
 
     def _bias(self, rows: Tensor) -> Tensor | None:
         return None if self.item_log_q is None else -self.item_log_q[rows]

@@ -152,31 +152,37 @@ class SampledSoftmaxLoss(_ContrastiveLoss):
         if self.ranks > 1:
             sampled = gather_rows(sampled, self.group)
             bias, sampled_ids = (None if x is None else all_gather(x, self.group) for x in (bias, sampled_ids))
-        if bias is not None:
-            bias = bias - math.log(max(1, sampled.shape[0]))
-        lse = self._log_sum(queries, sampled, bias, item_ids, sampled_ids)
-        with torch.autocast(queries.device.type, enabled=False):
-            query, item = (F.normalize(x.to(lse.dtype), dim=-1, eps=self.eps) for x in (queries, items))
-            loss = F.softplus(lse - self.scale.to(lse.dtype) * (query * item).sum(-1), threshold=math.inf)
+        loss = sampled_softmax(queries, items, sampled, self.scale, bias, item_ids, sampled_ids, self.eps, self.backend)
         if self.reduction == "mean":
             return loss.mean()
         return loss.sum() if self.reduction == "sum" else loss
 
-    def _log_sum(self, queries: Tensor, sampled: Tensor, bias: Tensor | None, item_ids: Tensor | None,
-                 sampled_ids: Tensor | None) -> Tensor:
-        """(N,) log-sum-exp over what was drawn and is not the query's own item."""
-        dtype = checks.compute_dtype(torch.promote_types(queries.dtype, sampled.dtype))
-        count = sampled.shape[0]
-        bias = queries.new_zeros(count, dtype=dtype) if bias is None else bias.to(dtype)
-        if sampled_ids is None or item_ids is None:
-            ids, target = None, torch.full((queries.shape[0],), count, device=queries.device)
-        else:
-            ids, target, _ = left_out.find(item_ids.long(), sampled_ids.long())
-        nll, lse = cosine_cross_entropy(queries, F.pad(sampled, (0, 0, 0, 1)), target, self.scale,
-                                        bias=F.pad(bias, (0, 1), value=-torch.inf), same_as=ids,
-                                        return_log_normalizer=True, reduction="none", eps=self.eps,
-                                        backend=self.backend)
-        return left_out.without_target(nll, lse, target < count)
+
+def sampled_softmax(queries: Tensor, items: Tensor, sampled: Tensor, scale: float | Tensor, bias: Tensor | None,
+                    item_ids: Tensor | None, sampled_ids: Tensor | None, eps: float, backend: str) -> Tensor:
+    """(N,) losses of :class:`SampledSoftmaxLoss`; ``bias`` (M,) is -log q, and arguments are checked."""
+    if bias is not None:
+        bias = bias - math.log(max(1, sampled.shape[0]))
+    lse = _log_sum(queries, sampled, scale, bias, item_ids, sampled_ids, eps, backend)
+    with torch.autocast(queries.device.type, enabled=False):
+        query, item = (F.normalize(x.to(lse.dtype), dim=-1, eps=eps) for x in (queries, items))
+        return F.softplus(lse - checks.to_dtype(scale, lse.dtype) * (query * item).sum(-1), threshold=math.inf)
+
+
+def _log_sum(queries: Tensor, sampled: Tensor, scale: float | Tensor, bias: Tensor | None, item_ids: Tensor | None,
+             sampled_ids: Tensor | None, eps: float, backend: str) -> Tensor:
+    """(N,) log-sum-exp over what was drawn and is not the query's own item."""
+    dtype = checks.compute_dtype(torch.promote_types(queries.dtype, sampled.dtype))
+    count = sampled.shape[0]
+    bias = queries.new_zeros(count, dtype=dtype) if bias is None else bias.to(dtype)
+    if sampled_ids is None or item_ids is None:
+        ids, target = None, torch.full((queries.shape[0],), count, device=queries.device)
+    else:
+        ids, target, _ = left_out.find(item_ids.long(), sampled_ids.long())
+    nll, lse = cosine_cross_entropy(queries, F.pad(sampled, (0, 0, 0, 1)), target, scale,
+                                    bias=F.pad(bias, (0, 1), value=-torch.inf), same_as=ids,
+                                    return_log_normalizer=True, reduction="none", eps=eps, backend=backend)
+    return left_out.without_target(nll, lse, target < count)
 
 
 def _minus(log_q: Tensor | None, name: str, items: Tensor) -> Tensor | None:

@@ -43,13 +43,13 @@ extern "C" void from_float16(const uint16_t* x, float* out, int64_t count) {
 // How many entries the row's list has, -1 where it gets none; then the row's T in full, from the list or dense.
 extern "C" int64_t gradient_row(float* products, const float* rnorm, int64_t codes, int64_t target, int64_t limit,
                                 int32_t* index, float* value, float* t) {
-  const dgi::SoftmaxRow<float> row{products, rnorm, codes, target};
+  const dgi::SoftmaxRow<float> row{products, {rnorm}, codes, target};
   const dgi::SoftmaxOptions options{0.0, false};
   double loss;
   const dgi::SoftmaxSums sums = dgi::softmax_row<kFused>(row, options, &loss);
   dgi::SparseRow<float> list{index, value, -1, 0.0};
-  if (!dgi::sparse_gradient_row<kFused>(row, options, sums, 1.0, limit, list)) {
-    dgi::dense_gradient_row<kFused>(row, options, sums, 1.0);
+  if (!dgi::sparse_gradient_row<kFused>(row, options, sums, {1.0}, limit, list)) {
+    dgi::dense_gradient_row<kFused>(row, options, sums, {1.0});
     for (int64_t k = 0; k < codes; ++k) t[k] = products[k];
     return -1;
   }
