@@ -32,6 +32,7 @@
 #include "cpu/cosine/cosine_tile.h"
 #include "cpu/shared/host.h"
 #include "cpu/shared/isa.h"
+#include "cpu/shared/shares.h"
 #include "dgi/softmax_row.h"
 
 namespace dgi::cpu {
@@ -39,13 +40,11 @@ namespace {
 
 using namespace cosine;
 
-// With more entries than this a list saves nothing over its row of a matrix product; nor does any list of few dimensions,
-// where two products cost less than to look for it. Entries hold rows as 32-bit numbers.
+// Of few dimensions no list saves anything: two products cost less than to look for it. Entries hold rows as 32-bit numbers.
 template <class Real>
-int64_t list_limit(int64_t rows, int64_t codes, int64_t dim) {
+int64_t list_limit_of(int64_t rows, int64_t codes, int64_t dim) {
   constexpr int64_t kLeastDim = 112;
-  const bool pays = std::is_same_v<Real, float> && dim >= kLeastDim && rows <= INT32_MAX;
-  return pays ? std::min<int64_t>(codes / 8, 1024) : 0;
+  return dim >= kLeastDim && rows <= INT32_MAX ? list_limit<Real>(codes) : 0;
 }
 
 // Enough rows for an efficient product, few enough that all of them and what else the shares need, a V more, a codebook in
@@ -56,7 +55,7 @@ Sizes sizes_of_share(const Cosine<Stored>& in, int64_t rows, int64_t shares) {
   constexpr int64_t kBytes = int64_t{38} << 18, kEntries = int64_t{20} << 10, kCodes = 1024;
   constexpr bool kConverts = !std::is_same_v<Stored, Real>;
   rows = (rows + shares - 1) / shares;
-  const int64_t entries = std::min(rows * list_limit<Real>(in.rows, in.codes, in.dim), kEntries);
+  const int64_t entries = std::min(rows * list_limit_of<Real>(in.rows, in.codes, in.dim), kEntries);
   const int64_t copies = kConverts ? shares + 1 : shares - 1, element = sizeof(Real);
   const int64_t free = (kBytes - copies * in.codes * in.dim * element) / shares - EntriesByCode<Real>::bytes(entries);
   const int64_t fit = free / std::max<int64_t>(1, (in.codes + in.dim) * element);
@@ -82,14 +81,6 @@ RowWeights weights_of(const CrossEntropy<Real>& options, int64_t row, double uni
 // A listed row's part of dscale is divided by the scale.
 constexpr double kLeastScaleOfLists = 0x1p-40;
 
-// Two threads wait for each other less if each takes half of the rows from end to end, with a V of its own, than if they
-// share every product. With more threads V would be there too many times, and so it would beside a V in another dtype.
-template <class Stored>
-int64_t shares_of(int64_t rows) {
-  constexpr int64_t kRowsWorthAShare = 1024;
-  return std::is_same_v<Stored, Compute<Stored>> && thread_count() <= 2 && rows >= kRowsWorthAShare ? 2 : 1;
-}
-
 // The loss and the gradients of a share of the rows, block by block.
 template <class Stored>
 class Share {
@@ -102,7 +93,7 @@ class Share {
         softmax_{options.smoothing, codebook.largest_score() > kMaxScoreWithoutMaximum, scale_.gain},
         codebook_(codebook), items_(items), wants_gradients_(out.any()), sizes_(sizes),
         limit_(out.any() && std::abs(static_cast<double>(in.scale)) > kLeastScaleOfLists
-                   ? list_limit<Real>(in.rows, in.codes, in.dim) : 0),
+                   ? list_limit_of<Real>(in.rows, in.codes, in.dim) : 0),
         tile_(in, sizes.rows), backward_(in, codebook, out, sizes, in_place),
         columns_(in.codes, out.dbias != nullptr ? sizes.rows : 0), rows_(sizes.rows), numbers_(sizes.rows) {}
 
@@ -312,7 +303,8 @@ void cosine_cross_entropy(const Cosine<Stored>& in, const CrossEntropy<Compute<S
     }
   }
   const double uniform = options.reduction == Reduction::kMean ? 1.0 / static_cast<double>(counted) : 1.0;
-  const int64_t count = shares_of<Stored>(rows);
+  // Beside dweight in another dtype one V is enough.
+  const int64_t count = std::is_same_v<Stored, Real> ? shares_of(rows, 1024) : 1;
   const Sizes sizes = sizes_of_share(in, rows, count);
   const Codebook<Stored> codebook(in);
   const ItemColumns items(options.same_as, in.codes);
