@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dgi.config import ModelConfig, from_dict
+from dgi.config import ModelConfig, from_dict, to_dict
 from dgi.model.dgi_model import DGIModel, DualEncoder
 from dgi.training.checkpoint import (
     CheckpointError,
@@ -97,6 +97,19 @@ def test_a_model_comes_back_with_its_shared_parameters(heads: str, tmp_path: Pat
     for j, head in enumerate(loaded.heads):
         assert (head.weight is loaded.quantizer.codebooks[j]) == (heads == "shared")
         assert head.log_scale is loaded.quantizer.log_scale
+
+
+def test_a_model_whose_scale_was_0d_is_read(tmp_path: Path) -> None:
+    """Files from before log_scale had a dimension for FSDP; moments of an optimizer go the same way."""
+    model = tiny_model()
+    tensors = unique_tensors(model)
+    older = tensors | {"quantizer.log_scale": tensors["quantizer.log_scale"].reshape(())}
+    write_tensors(tmp_path / "old.safetensors", older, {"kind": "DGIModel", "model_config": to_dict(model.config)})
+    assert bits(unique_tensors(load_model(tmp_path / "old.safetensors"))) == bits(tensors)
+    state = model.state_dict() | {"quantizer.log_scale": torch.tensor(3.0)}
+    model.quantizer.load_state_dict({name.removeprefix("quantizer."): x for name, x in state.items()
+                                     if name.startswith("quantizer.")})
+    assert model.quantizer.log_scale.tolist() == [3.0] and model.heads[0].scale.ndim == 0
 
 
 def test_a_dual_encoder_is_not_taken_for_a_dgi_model(tmp_path: Path) -> None:
