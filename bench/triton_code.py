@@ -59,6 +59,8 @@ class Launch:
 
 def describe(label: str, kernel: triton.JITFunction, args: tuple, kwargs: dict[str, Any]) -> Launch:
     """What Triton specialises on: dtypes, None, constants, integers equal to 1, and multiples of 16."""
+    if reserved := {"stream", "device", "device_type"} & set(kwargs):
+        raise TypeError(f"{kernel.__name__} is launched with {', '.join(reserved)}, a name which Triton keeps")
     values = dict(zip(kernel.arg_names, args, strict=False))
     options = tuple((name, kwargs.pop(name)) for name in ("num_warps", "num_stages") if name in kwargs)
     values |= kwargs

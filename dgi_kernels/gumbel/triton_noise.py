@@ -13,6 +13,8 @@ for the rest.
 A tile computes one Philox block for four neighbouring codes and uses all four words. A row's and a code's parts of the
 first two rounds stay vectors of b_n and b_k / 4 elements by broadcasting, so that eight rounds are paid for.
 
+A kernel's parameter is not called ``stream``: Triton refuses a launch that names one so, where a GPU is.
+
 Instructions an element in the machine code for sm_90 (Triton 3.7, bench/gpu_code.py), where 35 were aimed at: 22 for
 the noise in the loop of triton_kernels.usage_kernel (noisy less noiseless), 26 in level_kernel's, with a second argmax,
 and 35 to 40 for all of noise_kernel, addresses and stores included. Not yet run on a GPU.
@@ -97,8 +99,8 @@ def noise_tile_by_code(seed, first_code, o_row, level, stream, b_k: tl.constexpr
     return tl.reshape(tl.permute(tl.join(even, odd), (0, 2, 3, 1)), (b_k, o_row.shape[0]))
 
 
-@triton.jit(do_not_specialize=["N", "K", "level", "stream", "row_offset"])
-def noise_kernel(p_seed, p_out, N, K, level, stream, row_offset, b_n: tl.constexpr, b_k: tl.constexpr):
+@triton.jit(do_not_specialize=["N", "K", "level", "noise_stream", "row_offset"])
+def noise_kernel(p_seed, p_out, N, K, level, noise_stream, row_offset, b_n: tl.constexpr, b_k: tl.constexpr):
     """-> out (N, K) = g. Nothing is read but the seed; 4 bytes an element are written.
 
     Tiles are numbered in one dimension, row by row: there may be more than 65,535 in either, which only x takes.
@@ -106,7 +108,7 @@ def noise_kernel(p_seed, p_out, N, K, level, stream, row_offset, b_n: tl.constex
     code_tiles = tl.cdiv(K, b_k)
     o_n = (tl.program_id(0) // code_tiles).to(tl.int64) * b_n + tl.arange(0, b_n)
     first = (tl.program_id(0) % code_tiles).to(tl.int64) * b_k
-    noise = noise_tile(tl.load(p_seed), first, (o_n + row_offset).to(tl.uint32), level, stream, b_k) * LN2
+    noise = noise_tile(tl.load(p_seed), first, (o_n + row_offset).to(tl.uint32), level, noise_stream, b_k) * LN2
     o_k = first + tl.arange(0, b_k)
     tl.store(p_out + o_n[:, None] * K + o_k[None, :], noise, mask=(o_n < N)[:, None] & (o_k < K)[None, :])
 
@@ -120,7 +122,7 @@ def noisy_tile(p_x, seed, inv_tau, o_n, m_n, first, K, stream: tl.constexpr, b_k
 
 
 @triton.jit
-def softmax_kernel(p_x, p_seed, p_tau, p_out, p_lse, N, K, stream: tl.constexpr, hard: tl.constexpr,
+def softmax_kernel(p_x, p_seed, p_tau, p_out, p_lse, N, K, noise_stream: tl.constexpr, hard: tl.constexpr,
                    one_tile: tl.constexpr, b_n: tl.constexpr, b_k: tl.constexpr):
     """x (N, K) -> out (N, K) = softmax((x + g) / tau) or its one-hot, lse (N,) in base 2.
 
@@ -135,11 +137,11 @@ def softmax_kernel(p_x, p_seed, p_tau, p_out, p_lse, N, K, stream: tl.constexpr,
     total = tl.zeros((b_n,), tl.float32)
     index = tl.zeros((b_n,), tl.int64)
     if one_tile:
-        y = noisy_tile(p_x, seed, inv_tau, o_n, m_n, 0, K, stream, b_k)
+        y = noisy_tile(p_x, seed, inv_tau, o_n, m_n, 0, K, noise_stream, b_k)
         top, total, index = extend(y, 0, top, total, index)
     else:
         for first in range(0, K, b_k):
-            y = noisy_tile(p_x, seed, inv_tau, o_n, m_n, first, K, stream, b_k)
+            y = noisy_tile(p_x, seed, inv_tau, o_n, m_n, first, K, noise_stream, b_k)
             top, total, index = extend(y, first, top, total, index)
     lse = tl.where(top == float("-inf"), 0.0, top) + tl.log2(total)  # log2(0): -inf for a row of -inf alone
     tl.store(p_lse + o_n, lse, mask=m_n)
@@ -149,7 +151,7 @@ def softmax_kernel(p_x, p_seed, p_tau, p_out, p_lse, N, K, stream: tl.constexpr,
             p = tl.where(o_k[None, :] == index[:, None], 1.0, 0.0) + (lse - lse)[:, None]  # NaN without a softmax
         else:
             if not one_tile:
-                y = noisy_tile(p_x, seed, inv_tau, o_n, m_n, first, K, stream, b_k)
+                y = noisy_tile(p_x, seed, inv_tau, o_n, m_n, first, K, noise_stream, b_k)
             p = tl.exp2(y - lse[:, None])
         tl.store(p_out + o_n[:, None] * K + o_k[None, :], p, mask=m_n[:, None] & (o_k < K)[None, :])
 
@@ -166,7 +168,7 @@ def extend(y, first, top, total, index):
 
 
 @triton.jit
-def softmax_backward_kernel(p_x, p_seed, p_tau, p_lse, p_upstream, p_out, p_dtau, N, K, stream: tl.constexpr,
+def softmax_backward_kernel(p_x, p_seed, p_tau, p_lse, p_upstream, p_out, p_dtau, N, K, noise_stream: tl.constexpr,
                             one_tile: tl.constexpr, b_n: tl.constexpr, b_k: tl.constexpr):
     """-> out (N, K) = p (u - p . u) / tau, dtau (N,) = -sum_k out_k log p_k: each row's part. p is made again."""
     o_n = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
@@ -180,7 +182,7 @@ def softmax_backward_kernel(p_x, p_seed, p_tau, p_lse, p_upstream, p_out, p_dtau
     for first in range(0, K, b_k):
         o_k = first + tl.arange(0, b_k)
         m_nk = m_n[:, None] & (o_k < K)[None, :]
-        y = noisy_tile(p_x, seed, inv_tau, o_n, m_n, first, K, stream, b_k) - lse[:, None]
+        y = noisy_tile(p_x, seed, inv_tau, o_n, m_n, first, K, noise_stream, b_k) - lse[:, None]
         u = tl.load(p_upstream + o_n[:, None] * K + o_k[None, :], mask=m_nk, other=0.0).to(tl.float32)
         mean += tl.sum(tl.exp2(y) * u, axis=1)
         mass += tl.sum(tl.exp2(y), axis=1)
@@ -190,7 +192,7 @@ def softmax_backward_kernel(p_x, p_seed, p_tau, p_lse, p_upstream, p_out, p_dtau
         for first in range(0, K, b_k):
             o_k = first + tl.arange(0, b_k)
             m_nk = m_n[:, None] & (o_k < K)[None, :]
-            y = noisy_tile(p_x, seed, inv_tau, o_n, m_n, first, K, stream, b_k) - lse[:, None]
+            y = noisy_tile(p_x, seed, inv_tau, o_n, m_n, first, K, noise_stream, b_k) - lse[:, None]
             u = tl.load(p_upstream + o_n[:, None] * K + o_k[None, :], mask=m_nk, other=0.0).to(tl.float32)
             dtau += gradient_tile(y, u, mean / mass, inv_tau, p_out + o_n[:, None] * K + o_k[None, :], m_nk)
     tl.store(p_dtau + o_n, dtau, mask=m_n)

@@ -59,7 +59,7 @@ def _softmax(logits: Tensor, tau: Tensor, hard: bool, seed: Tensor) -> tuple[Ten
     if rows:
         with torch.cuda.device_of(logits):
             kernels.softmax_kernel[(triton.cdiv(rows, b_n),)](
-                logits, seed, tau, out, lse, rows, codes, stream=STREAM_GUMBEL_SOFTMAX, hard=hard,
+                logits, seed, tau, out, lse, rows, codes, noise_stream=STREAM_GUMBEL_SOFTMAX, hard=hard,
                 one_tile=codes <= b_k, b_n=b_n, b_k=b_k, num_warps=warps)
     return out, lse
 
@@ -80,7 +80,7 @@ def _softmax_backward(upstream: Tensor, logits: Tensor, tau: Tensor, seed: Tenso
     if rows:
         with torch.cuda.device_of(logits):
             kernels.softmax_backward_kernel[(triton.cdiv(rows, b_n),)](
-                logits, seed, tau, lse, upstream, dlogits, dtau, rows, codes, stream=STREAM_GUMBEL_SOFTMAX,
+                logits, seed, tau, lse, upstream, dlogits, dtau, rows, codes, noise_stream=STREAM_GUMBEL_SOFTMAX,
                 one_tile=codes <= b_k, b_n=b_n, b_k=b_k, num_warps=warps)
     return dlogits, dtau.sum()
 
