@@ -11,7 +11,6 @@ Run: python bench/bench_beam.py [CASE ...] [--only SYSTEM ...] [--json FILE]
      CASE is one of CASES below (default: those of DEFAULT), or --items, --codes, --levels, --batch, --beams, --dim,
      --spread make one. STATIC_SRC=<checkout of github.com/youtube/static-constraint-decoding> adds that system, and on
      a GPU `pip install flashrec` adds FlashRec's kernel. SIDs are kept in the directory for temporary files.
-     make bench, or pytest bench/bench_beam.py, runs the target case.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measure import Results, interleaved, seconds, title
+from measure import Results, Step, interleaved, seconds, title
 from torch import Tensor
 
 from dgi_kernels import (
@@ -361,39 +360,47 @@ def head_then_step(trie: Trie, h: Tensor, codebook: Tensor, beams: Beams, **opti
     return beam_step(trie, cosine_logits(h, codebook, 30.0), beams, **options)
 
 
-def bench_heads(case: Case, results: Results) -> None:
-    """Print and add the last step of a search, from hidden states."""
+def head_steps(case: Case, normalize: str) -> dict[str, Step]:
+    """The last step of a search, from hidden states."""
     trie = trie_of(case.sids(), case)
     codebook = torch.randn(case.codes, case.dim, device=DEVICE)
     beams = trie.root(case.batch)
     for _ in range(case.levels):
         h = torch.randn(case.batch, beams.nodes.shape[1], case.dim, device=DEVICE)
         last, beams = beams, cosine_beam_step(trie, h, codebook, 30.0, beams, num_beams=case.beams)
+    options = {"num_beams": case.beams, "normalize": normalize}
+    return {"head, then step": functools.partial(head_then_step, trie, h, codebook, last, **options),
+            "fused": functools.partial(cosine_beam_step, trie, h, codebook, 30.0, last, **options),
+            "floor": lambda: h.flatten(0, 1) @ codebook.T}
+
+
+def bench_heads(case: Case, results: Results) -> None:
+    """Print and add the last step of a search, from hidden states."""
     for normalize in ("full", "children"):
-        options = {"num_beams": case.beams, "normalize": normalize}
-        two_ops = functools.partial(head_then_step, trie, h, codebook, last, **options)
-        fused = functools.partial(cosine_beam_step, trie, h, codebook, 30.0, last, **options)
-        functions = {"head, then step": two_ops, "fused": fused, "floor": lambda: h.flatten(0, 1) @ codebook.T}
-        times = measured(functions)
+        times = measured(head_steps(case, normalize))
         median = {name: statistics.median(values) for name, values in times.items()}
         print(f"last step, D={case.dim}, normalize={normalize}: "
               + ", ".join(f"{name} {1e3 * value:.3f} ms" for name, value in median.items())
               + f"; fused is {median['head, then step'] / median['fused']:.2f} times as fast")
-        for name in functions:
+        for name in times:
             results.add("cosine_beam_step", asdict(case) | {"normalize": normalize}, name, times[name])
+
+
+def ranking_steps(case: Case, k: int, dim: int) -> dict[str, Step]:
+    """The ranking of what a search found."""
+    trie, model = trie_of(case.sids(), case), Model(case)
+    found = beam_search(trie, lambda depth, tokens, parents: model(depth), batch_size=case.batch, num_beams=case.beams)
+    query, vectors = torch.randn(case.batch, dim, device=DEVICE), torch.randn(case.items, dim, device=DEVICE)
+    return {backend: lambda backend=backend: rank_candidates(query, vectors, trie, found, k, backend=backend)
+            for backend in ("native", "reference") if backends()[backend].available}
 
 
 def bench_ranking(case: Case, results: Results, k: int = 100, dim: int = 64) -> None:
     """Print and add the ranking of what a search found."""
-    trie, model = trie_of(case.sids(), case), Model(case)
-    found = beam_search(trie, lambda depth, tokens, parents: model(depth), batch_size=case.batch, num_beams=case.beams)
-    query, vectors = torch.randn(case.batch, dim, device=DEVICE), torch.randn(case.items, dim, device=DEVICE)
-    functions = {backend: lambda backend=backend: rank_candidates(query, vectors, trie, found, k, backend=backend)
-                 for backend in ("native", "reference") if backends()[backend].available}
-    times = measured(functions)
+    times = measured(ranking_steps(case, k, dim))
     median = {name: statistics.median(values) for name, values in times.items()}
     print(f"ranking, k={k}, D={dim}: " + ", ".join(f"{name} {1e3 * value:.3f} ms" for name, value in median.items()))
-    for name in functions:
+    for name in times:
         results.add("rank_candidates", asdict(case) | {"k": k, "dim": dim}, name, times[name])
 
 
@@ -405,10 +412,6 @@ def run(case: Case, results: Results, only: list[str] | None = None) -> None:
         bench_heads(case, results)
     if case.items <= 10**6 and (only is None or "ranking" in only):
         bench_ranking(case, results)
-
-
-def test_beam_search() -> None:
-    run(Case(), Results())
 
 
 def main() -> None:

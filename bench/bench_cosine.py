@@ -6,7 +6,8 @@ beyond its inputs, gradients included.  Peaked logits are those of a trained mod
 their target, the tenth flat, all with scale 30.  "with bias" is ours with a learned bias for each column, a popularity,
 and its gradient.
 
-Run: make bench, or pytest bench/bench_cosine.py; python bench/bench_cosine.py prints a table of every shape.
+Run: make bench; python bench/bench_cosine.py prints a table of every shape, pytest bench -k cosine times the target
+     case.
 """
 
 from __future__ import annotations
@@ -16,11 +17,9 @@ import functools
 import statistics
 from collections.abc import Callable
 
-import pytest
 import torch
 import torch.nn.functional as F
 from measure import Results, Step, interleaved, peak_bytes, title
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from dgi_kernels import cosine_cross_entropy
@@ -93,16 +92,6 @@ def floor(arguments: Inputs) -> Step:
 def steps(n: int, d: int, k: int, peaked: bool) -> dict[str, Step]:
     arguments = inputs(n, d, k, peaked)
     return {"floor": floor(arguments), **{name: step(loss, arguments) for name, loss in LOSSES.items()}}
-
-
-@pytest.mark.parametrize("system", ["floor", *LOSSES])
-@pytest.mark.parametrize("logits", ["flat", "peaked"])
-@pytest.mark.parametrize(("n", "d", "k"), QUICK)
-def test_cosine_cross_entropy(benchmark: BenchmarkFixture, n: int, d: int, k: int, logits: str, system: str) -> None:
-    benchmark.group = f"cosine cross-entropy, N={n} D={d} K={k}, {logits}, {torch.get_num_threads()} threads"
-    run = steps(n, d, k, logits == "peaked")[system]
-    run()  # compiles, and warms up
-    benchmark.pedantic(run, rounds=7, iterations=1 if n * k > 1 << 20 else 100)
 
 
 def table(shapes: list[tuple[int, int, int]], rounds: int) -> Results:

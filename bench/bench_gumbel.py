@@ -3,7 +3,7 @@
 The noise is compared with ``exponential_``, which ``F.gumbel_softmax`` makes its noise from, both in memory that
 the process has already: to fetch new pages from the system may cost more than the noise, and is no part of it.
 
-Run: make bench, or pytest bench/bench_gumbel.py; python bench/bench_gumbel.py prints a table.
+Run: make bench; python bench/bench_gumbel.py prints a table, pytest bench -k gumbel times the target case.
 """
 
 from __future__ import annotations
@@ -11,15 +11,11 @@ from __future__ import annotations
 import argparse
 import ctypes
 import statistics
-from collections.abc import Callable
 
-import pytest
 import torch
 from measure import Results, interleaved, title
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from dgi_kernels import noise
 from dgi_kernels.gumbel import native
 
 NOISE_SHAPES = [(2048, codes) for codes in (4096, 1024, 256)]
@@ -30,19 +26,8 @@ def exponential(rows: int, codes: int) -> Tensor:
     return torch.empty(rows, codes).exponential_()
 
 
-def reference(rows: int, codes: int) -> Tensor:
-    return noise.gumbel_noise(SEED, 0, rows, codes, 0, 0)
-
-
 def in_cpp(rows: int, codes: int) -> Tensor:
     return native.gumbel_noise(SEED, 0, 0, 0, rows, codes)
-
-
-@pytest.mark.parametrize("make", [exponential, reference, in_cpp])
-@pytest.mark.parametrize(("rows", "codes"), NOISE_SHAPES)
-def test_gumbel_noise(benchmark: BenchmarkFixture, make: Callable[[int, int], Tensor], rows: int, codes: int) -> None:
-    benchmark.group = f"gumbel noise ({rows}, {codes}), {torch.get_num_threads()} threads"
-    benchmark(make, rows, codes)
 
 
 def keep_freed_memory() -> None:

@@ -7,7 +7,6 @@ and scores of all systems are compared before any is timed.
 
 Run: python bench/bench_integrations.py [--cases t5 decoder] [--batch B] [--beams M] [--rounds N] [--threads N]
                                         [--json FILE]
-     make bench, or pytest bench/bench_integrations.py, runs one small case.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ import numpy as np
 import pytest
 import torch
 from measure import Results, Step, interleaved, peak_bytes, title
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 pytest.importorskip("transformers")
@@ -140,14 +138,6 @@ def _compare(ours: Any, processed: Any, by_dict: Any) -> None:
     torch.testing.assert_close(ours.sequences_scores, by_dict.sequences_scores, rtol=1e-4, atol=1e-4)
     same = (ours.sequences == by_dict.sequences).all(dim=1).float().mean()
     assert same > 0.98, f"only {same:.1%} of the sequences are those of generate"
-
-
-@pytest.mark.parametrize("system", ["floor", "constrained_generate", "generate, TrieLogitsProcessor",
-                                    "generate, dict trie"])
-def test_generate(benchmark: BenchmarkFixture, system: str) -> None:
-    case = replace(CASES["t5"], items=2000, batch=2)
-    benchmark.group = f"constrained generation, {case}, {torch.get_num_threads()} threads"
-    benchmark.pedantic(systems(case)[system], rounds=3, warmup_rounds=1)
 
 
 def main() -> None:

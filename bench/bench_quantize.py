@@ -10,7 +10,8 @@ count at tau = 0.5 and 3 at tau = 0.1.
 
 Assignment gives items their codes, without gradient, noise or softmax; its floor is one product per level.
 
-Run: make bench, or pytest bench/bench_quantize.py; python bench/bench_quantize.py prints tables of every shape.
+Run: make bench; python bench/bench_quantize.py prints tables of every shape, pytest bench -k quantize times the target
+     case;
      python bench/bench_quantize.py --catalog 10000000 assigns codes to so many items instead, once.
 """
 
@@ -21,11 +22,9 @@ import importlib.util
 import statistics
 from collections.abc import Callable
 
-import pytest
 import torch
 import torch.nn.functional as F
 from measure import Results, Step, interleaved, peak_bytes, seconds, title
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from dgi.progress import Progress
@@ -37,21 +36,22 @@ QUICK = [(64, 1.0), (256, 1.0), (256, 0.5)]  # what `make bench` runs
 SEED = torch.tensor([42])
 
 
-def inputs(d: int, peaked: bool) -> tuple[Tensor, list[Tensor], Tensor]:
-    generator = torch.Generator().manual_seed(d)
+def inputs(d: int, peaked: bool, rows: int = 0, sizes: tuple[int, ...] = SIZES) -> tuple[Tensor, list[Tensor], Tensor]:
+    """z (N, d), the codebooks and the scale; ``rows``: N, or 0 for ROWS."""
+    generator, n = torch.Generator().manual_seed(d), rows or ROWS
 
     def unit(rows: int) -> Tensor:
         return F.normalize(torch.randn(rows, d, generator=generator), dim=-1)
 
-    z, codebooks = unit(ROWS), []
+    z, codebooks = unit(n), []
     if peaked:
         z *= 0.02
-    for level, size in enumerate(SIZES):
+    for level, size in enumerate(sizes):
         codebook = unit(size)
         if peaked:
-            families = unit(size // 64).repeat_interleave(64, 0)
+            families = unit(-(-size // 64)).repeat_interleave(64, 0)[:size]
             codebook = 0.5**level * F.normalize(0.8**0.5 * families + 0.2**0.5 * codebook, dim=-1)
-            z = z + codebook[torch.randint(size, (ROWS,), generator=generator)]
+            z = z + codebook[torch.randint(size, (n,), generator=generator)]
         codebooks.append(codebook.requires_grad_())
     return z.requires_grad_(), codebooks, torch.tensor(SCALE, requires_grad=True)
 
@@ -77,7 +77,7 @@ SYSTEMS = {"eager": eager, "compile": compiled, "ours": ours}
 
 def step(quantize: Callable[..., tuple[Tensor, list[Tensor]]], z: Tensor, codebooks: list[Tensor], scale: Tensor,
          tau: float) -> Step:
-    weight = torch.randn(ROWS, len(SIZES), z.shape[1])
+    weight = torch.randn(len(z), len(codebooks), z.shape[1])
 
     def run() -> object:
         quantized, usage = quantize(z, codebooks, scale, tau)
@@ -89,7 +89,7 @@ def step(quantize: Callable[..., tuple[Tensor, list[Tensor]]], z: Tensor, codebo
 
 def floor(z: Tensor, codebooks: list[Tensor]) -> Step:
     z, books = z.detach(), [codebook.detach() for codebook in codebooks]
-    out = [(torch.empty(ROWS, len(e)), torch.empty_like(z), torch.empty_like(e)) for e in books]
+    out = [(torch.empty(len(z), len(e)), torch.empty_like(z), torch.empty_like(e)) for e in books]
 
     def run() -> object:
         for e, (tile, rows, codes) in zip(books, out, strict=True):
@@ -104,10 +104,10 @@ def floor(z: Tensor, codebooks: list[Tensor]) -> Step:
     return run
 
 
-def vector_quantize_pytorch(z: Tensor, tau: float) -> Step:
+def vector_quantize_pytorch(z: Tensor, sizes: tuple[int, ...], tau: float) -> Step:
     from vector_quantize_pytorch import ResidualVQ
 
-    model = ResidualVQ(dim=z.shape[1], num_quantizers=len(SIZES), codebook_size=SIZES, learnable_codebook=True,
+    model = ResidualVQ(dim=z.shape[1], num_quantizers=len(sizes), codebook_size=sizes, learnable_codebook=True,
                        ema_update=False, stochastic_sample_codes=True, sample_codebook_temp=tau)
     weights = [p for p in model.parameters() if p.requires_grad]
 
@@ -118,23 +118,13 @@ def vector_quantize_pytorch(z: Tensor, tau: float) -> Step:
     return run
 
 
-def steps(d: int, tau: float, peaked: bool) -> dict[str, Step]:
-    arguments = inputs(d, peaked)
+def steps(d: int, tau: float, peaked: bool, rows: int = 0, sizes: tuple[int, ...] = SIZES) -> dict[str, Step]:
+    arguments = inputs(d, peaked, rows, sizes)
     systems = {"floor": floor(*arguments[:2])}
     systems |= {name: step(quantize, *arguments, tau) for name, quantize in SYSTEMS.items()}
     if importlib.util.find_spec("vector_quantize_pytorch") is not None:
-        systems["vector-quantize-pytorch"] = vector_quantize_pytorch(arguments[0], tau)
+        systems["vector-quantize-pytorch"] = vector_quantize_pytorch(arguments[0], sizes, tau)
     return systems
-
-
-@pytest.mark.parametrize("system", ["floor", *SYSTEMS])
-@pytest.mark.parametrize("assignments", ["flat", "peaked"])
-@pytest.mark.parametrize(("d", "tau"), QUICK)
-def test_residual_quantization(benchmark: BenchmarkFixture, d: int, tau: float, assignments: str, system: str) -> None:
-    benchmark.group = f"residual quantization, D={d} tau={tau}, {assignments}, {torch.get_num_threads()} threads"
-    run = steps(d, tau, assignments == "peaked")[system]
-    run()  # compiles, and warms up
-    benchmark.pedantic(run, rounds=5, iterations=1)
 
 
 def assign_in_pytorch(z: Tensor, codebooks: list[Tensor]) -> Tensor:
@@ -145,8 +135,8 @@ def assign_in_pytorch(z: Tensor, codebooks: list[Tensor]) -> Tensor:
     return torch.stack(codes, 1)
 
 
-def assignments(d: int) -> dict[str, Step]:
-    z, codebooks, _ = inputs(d, peaked=True)
+def assignments(d: int, rows: int = 0, sizes: tuple[int, ...] = SIZES) -> dict[str, Step]:
+    z, codebooks, _ = inputs(d, True, rows, sizes)
     z, books = z.detach().repeat(4, 1), [codebook.detach() for codebook in codebooks]
     out = [torch.empty(len(z), len(e)) for e in books]
     return {"floor": lambda: [torch.mm(z, e.T, out=tile) for e, tile in zip(books, out, strict=True)],

@@ -15,10 +15,11 @@ import argparse
 import copy
 import itertools
 import statistics
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from measure import Results, seconds, title
+from measure import Results, Step, seconds, title
 
 from dgi import DGIModel, Trainer
 from dgi.config import ModelConfig, TrainConfig
@@ -31,27 +32,32 @@ BACKENDS = ("auto", "reference")
 FIRST = 10  # steps within which rounding has not grown yet
 
 
-def demo() -> tuple[ModelConfig, TrainConfig, Catalog, Interactions]:
+Case = tuple[ModelConfig, TrainConfig, Catalog, Interactions]
+
+
+def demo() -> Case:
     data = load_movielens()
     return DEMO_MODEL, DEMO_TRAINING, data.catalog, data.train
 
 
-def large() -> tuple[ModelConfig, TrainConfig, Catalog, Interactions]:
-    items, rows, random = 20_000, 50_000, np.random.default_rng(0)
-    vectors = random.standard_normal((items, 256), dtype=np.float32)
+def large(items: int = 20_000, rows: int = 50_000, dim: int = 256, batch: int = 1024,
+          sizes: tuple[int, ...] = (4096, 1024, 256)) -> Case:
+    random = np.random.default_rng(0)
+    vectors = random.standard_normal((items, dim), dtype=np.float32)
     catalog = Catalog(tuple(map(str, range(items))), ("",) * items, vectors)
     interactions = Interactions(("",) * rows, random.integers(items, size=(rows, 4)), random.integers(items, size=rows),
                                 np.arange(rows, dtype=np.float64))
-    model = ModelConfig(encoder="vectors", vector_dim=256, dim=256, history_layers=1, decoder_layers=1, dropout=0.0)
-    return model, TrainConfig(batch_size=1024, epochs=1), catalog, interactions
+    model = ModelConfig(encoder="vectors", vector_dim=dim, dim=dim, codebook_sizes=sizes, history_layers=1,
+                        decoder_layers=1, dropout=0.0)
+    return model, TrainConfig(batch_size=batch, epochs=1), catalog, interactions
 
 
 CASES = {"demo": demo, "large": large}
 
 
-def trainers(case: str) -> dict[str, Trainer]:
+def trainers(make: Callable[[], Case]) -> dict[str, Trainer]:
     """One per backend, ready for its first step with the same weights."""
-    config, training, catalog, interactions = CASES[case]()
+    config, training, catalog, interactions = make()
     torch.manual_seed(training.seed)
     model = DGIModel(config)
     first = Trainer(model, training, catalog, interactions, None, progress=False)
@@ -67,8 +73,19 @@ def with_backend(module: torch.nn.Module, backend: str) -> torch.nn.Module:
     return module.train()
 
 
+def update_steps(make: Callable[[], Case]) -> dict[str, Step]:
+    """One training step of each backend, every call with the next batch."""
+    return {backend: update_step(trainer, backend) for backend, trainer in trainers(make).items()}
+
+
+def update_step(trainer: Trainer, backend: str) -> Step:
+    loss_step = with_backend(LossStep(trainer.model, trainer.config), backend)
+    batches = itertools.cycle(trainer._batches(0))
+    return lambda: trainer._update(loss_step, *reversed(next(batches)))
+
+
 def run(case: str, steps: int, results: Results) -> None:
-    systems = trainers(case)
+    systems = trainers(CASES[case])
     losses: dict[str, list[float]] = {backend: [] for backend in BACKENDS}
     times: dict[str, list[float]] = {backend: [] for backend in BACKENDS}
     loss_steps = {name: with_backend(LossStep(trainer.model, trainer.config), name)

@@ -17,10 +17,8 @@ from pathlib import Path
 
 import measure
 import numpy as np
-import pytest
 import torch
 from bench_beam import Case
-from pytest_benchmark.fixture import BenchmarkFixture
 
 from dgi_kernels import Trie, beam_search
 
@@ -42,17 +40,17 @@ def search(trie: Trie) -> Callable[[], object]:
                                batch_size=8, num_beams=50)
 
 
-def figures(case: Case, folder: Path) -> Iterator[Figure]:
-    """What is measured, each with what it needs made before."""
+def figures(case: Case, folder: Path, references: bool = True) -> Iterator[Figure]:
+    """What is measured, each with what it needs made before; ``references``: builds that are not ours too."""
     sids = case.sids()
     sizes, items = [case.codes] * case.levels, case.items
     trie = Trie.from_codes(sids, codebook_sizes=sizes)
     levels = sum(array.nbytes for name, array in trie.arrays.items() if not name.startswith("item"))
     kept = f"kept {levels / 1e6:.1f} MB and {(trie.nbytes - levels) / 1e6:.1f} of items' places, {trie.num_nodes} nodes"
     yield "build", "native", lambda: Trie.from_codes(sids, codebook_sizes=sizes), kept
-    if items <= 10**7:
+    if references and items <= 10**7:
         yield "build", "numpy's sort of packed keys alone", lambda: packed_sort(sids), ""
-    if items <= 10**6:
+    if references and items <= 10**6:
         yield "build", "reference", lambda: Trie.from_codes(sids, codebook_sizes=sizes, backend="reference"), kept
 
     mask = torch.rand(items) < 0.1
@@ -109,13 +107,6 @@ def run(case: Case, wanted: str, rounds: int, results: measure.Results) -> None:
                 median = sorted(times[system])[rounds // 2]
                 peak = "" if memory is None else f"peak {memory / 1e6:.0f} MB  "
                 print(f"{case.items:>10} {what:<17} {system:<34} {1e3 * median:>10.3f} ms  {peak}{note}", flush=True)
-
-
-@pytest.mark.parametrize("figure", ["build", "filter", "update", "file", "search"])
-def test_trie(benchmark: BenchmarkFixture, tmp_path: Path, figure: str) -> None:
-    chosen = next(entry for entry in figures(Case(items=10**5), tmp_path) if entry[0].startswith(figure))
-    benchmark.group = f"trie {figure} of 1e5 items"
-    benchmark.pedantic(chosen[2], rounds=5, warmup_rounds=1)
 
 
 if __name__ == "__main__":
