@@ -11,15 +11,19 @@ Unlike in the scripts the systems do not take turns: where the floor has changed
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-import torch
-import torch.nn.functional as F
-from pytest_benchmark.fixture import BenchmarkFixture
+# Threads that spin while they wait stall when another process has one of the cores.  OpenMP reads this as it loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from pytest_benchmark.fixture import BenchmarkFixture  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tests" / "kernels")]
