@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import dgi_kernels
+from dgi_kernels.backend import KERNELS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -78,6 +79,12 @@ def test_the_readme_begins_with_what_a_reader_needs() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_page_holds_no_trace_of_a_merge(page: Path) -> None:
     assert re.findall("^(?:<{7}|>{7}|={7}$).*", page.read_text(), re.MULTILINE) == []
+
+
+def test_the_limits_name_every_op_without_a_kernel_for_cuda() -> None:
+    text = " ".join((ROOT / "docs/limits.md").read_text().split())
+    named = re.findall(r"`(\w+)`", text.partition("No kernel for CUDA yet: ")[2].partition(".")[0])
+    assert named == [op for op, kernels in KERNELS.items() if not any("cuda" in where for where in kernels.values())]
 
 
 def test_links_between_files_lead_somewhere() -> None:
