@@ -27,6 +27,7 @@ from dgi_kernels import triton_common as common
 from dgi_kernels.cosine import triton as cosine
 from dgi_kernels.gumbel import triton_softmax as softmax
 from dgi_kernels.quantize import triton as quantize
+from dgi_kernels.quantize.options import QuantizeOptions
 
 MODULES = (common, cosine.kernels, softmax.kernels, quantize.kernels, quantize.chunks)
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32",
@@ -89,10 +90,10 @@ def launches_of(label: str, call: Callable[[], object]) -> list[Launch]:
     noted: list[Launch] = []
 
     def note(kernel: triton.JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        noted.append(describe(label, kernel, args, kwargs))
-        for value in args:
-            if isinstance(value, torch.Tensor) and value.dtype == torch.int64:
-                value.zero_()  # codes and orders that the kernel would have written are indices
+        noted.append(describe(label, kernel, args, dict(kwargs)))
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, torch.Tensor) and value.dtype in (torch.int64, torch.int32):
+                value.zero_()  # codes, labels and orders that the kernel would have written are indices
 
     run, triton.JITFunction.run = triton.JITFunction.run, note
     try:
@@ -121,18 +122,22 @@ def cosine_launches() -> Iterator[Launch]:
 
 
 def quantize_launches() -> Iterator[Launch]:
-    """Residual quantization: each dtype, form and mode, with and without noise, with all optional gradients and with
-    none (less than all is less code), and once each form with codebooks of no multiple of 16."""
+    """Residual quantization: each dtype, form, mode and metric, with and without noise, with all optional gradients
+    and with none (less than all is less code), and once each form with codebooks of no multiple of 16."""
     seed, tau = torch.zeros(1, dtype=torch.int64), torch.tensor(0.5, requires_grad=True)
     cases = [(dtype, dim, 48) for dtype in quantize.HALF for dim in (*quantize.FLASH[9], 768)]
     cases += [(torch.float32, 64, 48), (torch.bfloat16, 128, 47), (torch.bfloat16, 768, 47)]
     for dtype, dim, codes in cases:
         def step(dtype: torch.dtype = dtype, dim: int = dim, codes: int = codes) -> None:
-            for mode, noise in (("soft", seed), ("soft", None), ("straight_through", seed), ("straight_through", None),
-                                ("hard", None)):
+            modes = [("soft", seed, "cosine"), ("soft", None, "cosine"), ("straight_through", seed, "cosine"),
+                     ("straight_through", None, "cosine"), ("hard", None, "cosine")]
+            # By the metric "dot" only the kernels without products differ, which are short: one dtype stands for all.
+            modes += [("soft", None, "dot")] * (dtype == torch.bfloat16 and dim != 128)
+            for mode, noise, metric in modes:
                 z, *codebooks = (torch.randn(rows, dim).to(dtype).requires_grad_() for rows in (32, codes, codes))
                 with torch.set_grad_enabled(mode != "hard"):
-                    result = quantize.residual_quantize(z, codebooks, torch.tensor(30.0), tau, mode, noise, 0, 1e-12)
+                    options = QuantizeOptions(mode, metric, 0, 1e-12)
+                    result = quantize.residual_quantize(z, codebooks, torch.tensor(30.0), tau, noise, options)
                 if mode != "hard":
                     loss = result.quantized.sum()
                     if noise is not None:

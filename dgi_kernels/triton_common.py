@@ -1,4 +1,9 @@
-"""What the Triton launchers of every op share: tiles, norms, and float32 products of any operands.
+"""What the Triton kernels and launchers of every op share: scores, norms, tiles, chunks, and float32 products.
+
+    s_nk = a_n S_nk f_k + b_k,    S_nk = r_n . e_k
+
+is every score: a cosine has a_n = scale / ||r_n||, f_k = 1 / ||e_k||, a dot product a_n = scale, f_k = 1; b is the bias
+of the codes, if they have one. Inside the kernels scores are in base 2, since exp2 is one instruction.
 
 Nothing here knows an op; each op's own ``triton.py`` has its tables of tiles and its choice of a form.
 """
@@ -6,6 +11,7 @@ Nothing here knows an op; each op's own ``triton.py`` has its tables of tiles an
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -16,6 +22,14 @@ from dgi_kernels.tiles import Tiles as Tiles
 
 HALF = (torch.float16, torch.bfloat16)
 NORM_BLOCK = (16, 128)  # rows, dimensions
+CHUNK_BYTES = 32 << 20  # products and weights of one chunk: they stay in the L2 of an H100 or H200 (50 MB)
+ORDER_FROM = (4096, 512)  # rows and codes from which sorting rows costs less than the tiles it can save
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# A running maximum may lag by this much: weights stay below 2^8 (and float16 ones, times a gain of 2^6, below its
+# largest).
+SLACK = tl.constexpr(8.0)
 
 
 @functools.cache
@@ -28,7 +42,8 @@ def norms(x: Tensor, eps: float, rnorm: Tensor) -> None:
     """rnorm (N,) = 1 / max(||x_n||, eps)"""
     b_n, b_d = NORM_BLOCK
     if len(x):
-        norm_kernel[(triton.cdiv(len(x), b_n),)](x, rnorm, *x.shape, x.stride(0), eps, b_n=b_n, b_d=b_d, num_warps=4)
+        norm_kernel[(triton.cdiv(len(x), b_n),)](x, p_rnorm=rnorm, N=x.shape[0], D=x.shape[1], stride=x.stride(0),
+                                                 eps=eps, b_n=b_n, b_d=b_d, num_warps=4)
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -51,6 +66,25 @@ def add_product(a: Tensor, b: Tensor, total: Tensor) -> None:
         total.add_(part)
 
 
+def chunks(rows: int, codes: int, buffers: int, dtype: torch.dtype, budget: int) -> Iterator[slice]:
+    """Slices of rows whose products with all codes fit ``budget`` bytes: ``buffers`` times (rows, codes) in float32,
+    and their weights in ``dtype`` where it is smaller. The first is the largest."""
+    size = max(1, budget // (max(codes, 1) * buffers * (4 if dtype == torch.float32 else 6)))
+    size = min(rows, size if size < 128 else size // 128 * 128)
+    for start in range(0, rows, max(size, 1)):
+        yield slice(start, min(start + size, rows))
+
+
+def gain_of(largest: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """What brings weights of up to ``largest`` near the top of float16's range; other dtypes need nothing."""
+    return 2.0**14 / largest.amax().clamp(min=1e-30) if dtype == torch.float16 and largest.numel() else None
+
+
+def or_one(rnorm: Tensor) -> Tensor:
+    """A vector of norm 0 has a gradient too, of 1 / eps: its products are not to be multiplied by 0."""
+    return torch.where(rnorm == 0, 1.0, rnorm)
+
+
 def finish_block(dim: int) -> tuple[int, int]:
     """Rows and dimensions of a tile of whole rows with about 2048 elements."""
     b_d = max(16, triton.next_power_of_2(dim))
@@ -63,8 +97,11 @@ def multiprocessors(x: Tensor) -> int:
 
 
 @triton.jit(do_not_specialize=["N"])
-def norm_kernel(p_x, p_rnorm, N, D, stride, eps, b_n: tl.constexpr, b_d: tl.constexpr):
-    """x (N, D) -> 1 / max(||x||, eps) (N,), and 0 for a vector of norm 0, whose products are 0 whatever their scale."""
+def norm_kernel(
+        p_x,  # (N, D), rows stride apart
+        p_rnorm,  # (N,) out, float32
+        N, D, stride, eps, b_n: tl.constexpr, b_d: tl.constexpr):
+    """1 / max(||x||, eps) of every row, and 0 for a vector of norm 0, whose products are 0 whatever their scale."""
     o_n = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
     total = tl.zeros((b_n,), tl.float32)
     for start in range(0, D, b_d):
@@ -85,3 +122,28 @@ def is_constant(rnorm, eps):
     """Whether :func:`reciprocal_norm` is of a norm below eps, which is then a constant: of the same rounded quotient,
     since a GPU's plain division may err by two units and would take a short vector for a long one."""
     return rnorm >= tl.div_rn(1.0, eps)
+
+
+@triton.jit
+def radial_part(product, rnorm, eps):
+    """How much of x the projection (I - x^ x^T) takes off a vector whose product with x is ``product``."""
+    return tl.where(is_constant(rnorm, eps), 0.0, product * rnorm * rnorm)
+
+
+@triton.jit
+def code_bias(p_bias, o_k, m_k):
+    """b of the codes ``o_k`` in base 2, -inf beyond the last; None where there is no bias."""
+    return None if p_bias is None else tl.load(p_bias + o_k, mask=m_k, other=float("-inf")) * LOG2E
+
+
+@triton.jit
+def scores(products, one, other, bias):
+    """s = a S f + b of a tile of products S (..., in base 2 where a and b are), whichever way the tile lies.
+
+    ``one`` and ``other`` are a and f, in the order in which they are to multiply (it decides how s is rounded), each
+    with a dimension of 1 where the tile has the other's. ``bias`` is b likewise, or None: then it costs nothing.
+    """
+    s = products * one * other
+    if bias is not None:
+        s += bias
+    return s

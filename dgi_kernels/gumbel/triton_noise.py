@@ -27,8 +27,7 @@ import os
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+from dgi_kernels.triton_common import LN2, LOG2E
 
 if os.environ.get("TRITON_INTERPRET") == "1":  # the interpreter has no inline assembly
     @triton.jit
@@ -100,8 +99,11 @@ def noise_tile_by_code(seed, first_code, o_row, level, stream, b_k: tl.constexpr
 
 
 @triton.jit(do_not_specialize=["N", "K", "level", "noise_stream", "row_offset"])
-def noise_kernel(p_seed, p_out, N, K, level, noise_stream, row_offset, b_n: tl.constexpr, b_k: tl.constexpr):
-    """-> out (N, K) = g. Nothing is read but the seed; 4 bytes an element are written.
+def noise_kernel(
+        p_seed,  # (1,) int64
+        p_out,  # (N, K) float32 out: g
+        N, K, level, noise_stream, row_offset, b_n: tl.constexpr, b_k: tl.constexpr):
+    """Nothing is read but the seed; 4 bytes an element are written.
 
     Tiles are numbered in one dimension, row by row: there may be more than 65,535 in either, which only x takes.
     """
@@ -122,13 +124,16 @@ def noisy_tile(p_x, seed, inv_tau, o_n, m_n, first, K, stream: tl.constexpr, b_k
 
 
 @triton.jit
-def softmax_kernel(p_x, p_seed, p_tau, p_out, p_lse, N, K, noise_stream: tl.constexpr, hard: tl.constexpr,
-                   one_tile: tl.constexpr, b_n: tl.constexpr, b_k: tl.constexpr):
-    """x (N, K) -> out (N, K) = softmax((x + g) / tau) or its one-hot, lse (N,) in base 2.
-
-    A program owns b_n rows. Where a row does not fit one tile, its noise is made twice rather than its softmax stored
-    once.
-    """
+def softmax_kernel(
+        p_x,  # (N, K) logits
+        p_seed,  # (1,) int64
+        p_tau,  # ()
+        p_out,  # (N, K) out: softmax((x + g) / tau), or its one-hot (hard)
+        p_lse,  # (N,) out, in base 2
+        N, K, noise_stream: tl.constexpr, hard: tl.constexpr, one_tile: tl.constexpr, b_n: tl.constexpr,
+        b_k: tl.constexpr):
+    """A program owns b_n rows. Where a row does not fit one tile, its noise is made twice rather than its softmax
+    stored once."""
     o_n = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
     m_n = o_n < N
     seed = tl.load(p_seed)
@@ -168,9 +173,16 @@ def extend(y, first, top, total, index):
 
 
 @triton.jit
-def softmax_backward_kernel(p_x, p_seed, p_tau, p_lse, p_upstream, p_out, p_dtau, N, K, noise_stream: tl.constexpr,
-                            one_tile: tl.constexpr, b_n: tl.constexpr, b_k: tl.constexpr):
-    """-> out (N, K) = p (u - p . u) / tau, dtau (N,) = -sum_k out_k log p_k: each row's part. p is made again."""
+def softmax_backward_kernel(
+        p_x,  # (N, K) logits
+        p_seed,  # (1,) int64
+        p_tau,  # ()
+        p_lse,  # (N,) in base 2
+        p_upstream,  # (N, K) u
+        p_out,  # (N, K) out: p (u - p . u) / tau
+        p_dtau,  # (N,) out: each row's part of the gradient of tau, -sum_k out_k log p_k
+        N, K, noise_stream: tl.constexpr, one_tile: tl.constexpr, b_n: tl.constexpr, b_k: tl.constexpr):
+    """The gradient of the logits; p is made again."""
     o_n = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
     m_n = o_n < N
     seed = tl.load(p_seed)

@@ -18,14 +18,28 @@ from torch import Tensor, library
 
 from dgi_kernels import tiles as measured
 from dgi_kernels import triton_common as common
-from dgi_kernels.enums import MODES
+from dgi_kernels.enums import METRICS, MODES
 from dgi_kernels.quantize import triton_chunks as chunks
 from dgi_kernels.quantize import triton_kernels as kernels
 from dgi_kernels.quantize.options import QuantizeOptions
 from dgi_kernels.quantize.result import ResidualQuantization
-from dgi_kernels.triton_common import HALF, Tiles, add_product, finish_block, multiprocessors, norms, product
+from dgi_kernels.triton_common import (
+    CHUNK_BYTES,
+    HALF,
+    LN2,
+    ORDER_FROM,
+    Tiles,
+    add_product,
+    finish_block,
+    gain_of,
+    multiprocessors,
+    norms,
+    or_one,
+    product,
+)
 
 SOFT, STRAIGHT_THROUGH, HARD = map(MODES.index, ("soft", "straight_through", "hard"))
+DOT = METRICS.index("dot")
 
 # Tiles of codes whose p are all below this part of their row are left out: what is lost of a row's mass, at most K
 # times as much, stays below the rounding of 16-bit weights.
@@ -54,9 +68,7 @@ _SMALL = FlashConfig(Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 
 FLASH = {8: {64: _WIDE, 128: _NARROW}, 9: {64: _WIDE, 128: _WIDE._replace(codes=_NARROW.codes)},
          10: {64: _WIDE, 128: _SMALL}}
 FLASH_LARGEST = 128
-CHUNK_BYTES = 32 << 20  # products and weights of one chunk: they stay in the L2 of an H100 or H200 (50 MB)
 CHUNK_STEP = 1024  # codes of one pass of the chunked epilogues
-ORDER_FROM = (4096, 512)  # rows and codes from which sorting rows costs less than the tiles it can save
 
 
 def uses_flash(dim: int, dtype: torch.dtype) -> bool:
@@ -84,7 +96,10 @@ def flash_config(dim: int, device: torch.device) -> tuple[int, FlashConfig]:
 
 def residual_quantize(z: Tensor, codebooks: Sequence[Tensor], scale: float | Tensor, tau: float | Tensor,
                       seed: Tensor | None, options: QuantizeOptions) -> ResidualQuantization:
-    """(N, D), m of (K_j, D), all of one dtype -> ResidualQuantization. ``seed`` None: no noise."""
+    """(N, D), m of (K_j, D), all of one dtype -> ResidualQuantization, by the metric "cosine" or "dot".
+
+    ``seed`` None: no noise.
+    """
     sizes = [len(codebook) for codebook in codebooks]
     dim = z.shape[1]
     padding = max(16, (dim + 15) // 16 * 16) - dim  # rows are read 16 bytes at a time
@@ -94,7 +109,8 @@ def residual_quantize(z: Tensor, codebooks: Sequence[Tensor], scale: float | Ten
     noisy = seed is not None
     seed = torch.zeros(1, dtype=torch.int64, device=z.device) if seed is None else seed
     quantized, codes, sampled, usage, residuals, log_normalizer, *_ = _forward(
-        z, weight, sizes, scale, tau, seed, options.row_offset, options.eps, options.mode_number, noisy, with_grad)
+        z, weight, sizes, scale, tau, seed, options.row_offset, options.eps, options.mode_number, options.metric_number,
+        noisy, with_grad)
     return ResidualQuantization(quantized[..., :dim], codes, sampled, list(usage.split(sizes)), residuals[..., :dim],
                                 log_normalizer)
 
@@ -130,7 +146,23 @@ class Sampling:
     row_offset: int
     eps: float
     mode: int
+    metric: int
     noisy: bool
+
+    @property
+    def dot(self) -> bool:
+        """Whether scores are dot products: a row's and a code's factors are 1, and have no gradients."""
+        return self.metric == DOT
+
+    def arguments(self, level: Level) -> dict[str, Tensor | int | bool]:
+        """Those that all kernels have, flash or chunked, but for the residual's and the rows' numbers."""
+        return {"p_rnorm_e": level.rnorm_e, "p_seed": self.seed, "p_scale": self.scale, "p_tau": self.tau,
+                "K": len(level.e), "stride_m": level.lse.stride(0), "level": level.index, "noisy": self.noisy}
+
+    def flash_arguments(self, level: Level) -> dict[str, Tensor | int | bool]:
+        rows, dim = level.residual.shape
+        return {**self.arguments(level), "p_rnorm": level.rnorm, "N": rows, "D": dim,
+                "stride_d": level.residual.stride(0), "row_offset": self.row_offset}
 
 
 def _levels(sizes: Sequence[int], weight: Tensor, rnorm_e: Tensor, residuals: Tensor, codes: Tensor, sampled: Tensor,
@@ -153,7 +185,7 @@ def _tile_counts(x: Tensor, sizes: Sequence[int]) -> list[int]:
 
 @library.custom_op("dgi_kernels::residual_quantize_triton", mutates_args=())
 def _forward(z: Tensor, weight: Tensor, sizes: list[int], scale: Tensor, tau: Tensor, seed: Tensor, row_offset: int,
-             eps: float, mode: int, noisy: bool, with_grad: bool) -> tuple[
+             eps: float, mode: int, metric: int, noisy: bool, with_grad: bool) -> tuple[
                  Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> quantized, codes, sampled, usage, residuals, log_normalizer; for backward rnorm, rnorm_e, order, largest."""
     outputs = _empty_outputs(z, weight, sizes)
@@ -163,11 +195,14 @@ def _forward(z: Tensor, weight: Tensor, sizes: list[int], scale: Tensor, tau: Te
         usage.zero_()
         return outputs
     weight = weight.contiguous()
-    sampling = Sampling(scale, tau, seed, row_offset, eps, mode, noisy)
+    sampling = Sampling(scale, tau, seed, row_offset, eps, mode, metric, noisy)
     rest = torch.empty_like(z, dtype=torch.float32, memory_format=torch.contiguous_format).copy_(z)
     usages = usage.split(sizes)
     with torch.cuda.device_of(z):
-        norms(weight, eps, rnorm_e)
+        if sampling.dot:
+            rnorm_e.fill_(1.0)
+        else:
+            norms(weight, eps, rnorm_e)
         levels = list(_levels(sizes, weight, rnorm_e, residuals, codes, sampled, lse, rnorm, order, largest))
         _emit(rest, None, None, None, levels[0], sampling)
         for level, after in zip(levels, [*levels[1:], None], strict=True):
@@ -196,7 +231,7 @@ def _empty_outputs(z: Tensor, weight: Tensor, sizes: Sequence[int]) -> tuple[
 
 
 @_forward.register_fake
-def _(z, weight, sizes, scale, tau, seed, row_offset, eps, mode, noisy, with_grad):
+def _(z, weight, sizes, scale, tau, seed, row_offset, eps, mode, metric, noisy, with_grad):
     return _empty_outputs(z, weight, sizes)
 
 
@@ -214,8 +249,9 @@ def _emit(rest: Tensor, mean: Tensor | None, level: Level | None, quantized: Ten
     assert near is not None
     b_n, b_d = finish_block(dim)
     kernels.emit_kernel[(triton.cdiv(rows, b_n),)](
-        rest, mean, e, index, lse, quantized, residual, rnorm, rows, dim, near.residual.stride(0), near.lse.stride(0),
-        sampling.eps, b_n=b_n, b_d=b_d, num_warps=4)
+        rest, p_mean=mean, p_e=e, p_index=index, p_lse=lse, p_quantized=quantized, p_residual=residual, p_rnorm=rnorm,
+        N=rows, D=dim, stride_d=near.residual.stride(0), stride_m=near.lse.stride(0), eps=sampling.eps,
+        dot=sampling.dot, b_n=b_n, b_d=b_d, num_warps=4)
 
 
 def _blocks(b_d: int, tiles: Tiles, *, own: str, step: str) -> dict[str, int]:
@@ -226,12 +262,11 @@ def _flash_level(level: Level, sampling: Sampling, usage: Tensor, with_grad: boo
     """Fill codes, sampled, lse and ``usage``, a sum still; return p E in soft mode."""
     (rows, dim), codes, soft = level.residual.shape, len(level.e), sampling.mode == SOFT
     b_d, config = flash_config(dim, level.e.device)
-    common = (level.residual, level.e, level.rnorm, level.rnorm_e, sampling.seed, sampling.scale, sampling.tau)
-    where = (rows, codes, dim, level.residual.stride(0), level.lse.stride(0), level.index, sampling.row_offset)
+    shared = sampling.flash_arguments(level)
     mean = level.lse.new_empty(rows, dim) if soft else None
     kernels.level_kernel[(triton.cdiv(rows, config.forward.owned),)](
-        *common, mean, level.codes, level.sampled, level.lse, *where, LOG2_SKIP[level.e.dtype], soft=soft,
-        noisy=sampling.noisy, **_blocks(b_d, config.forward, own="b_n", step="b_k"))
+        level.residual, level.e, **shared, p_mean=mean, p_codes=level.codes, p_sampled=level.sampled, p_lse=level.lse,
+        log2_skip=LOG2_SKIP[level.e.dtype], soft=soft, **_blocks(b_d, config.forward, own="b_n", step="b_k"))
     if sampling.mode == HARD:
         return None
     if with_grad and rows >= ORDER_FROM[0] and codes >= ORDER_FROM[1]:
@@ -241,8 +276,8 @@ def _flash_level(level: Level, sampling: Sampling, usage: Tensor, with_grad: boo
     tiles, splits = _splits(config.codes, level)
     partial = level.lse.new_empty(splits, codes)
     kernels.usage_kernel[(tiles, splits)](
-        *common, level.lse, level.sampled, level.order, partial, level.largest, *where, noisy=sampling.noisy,
-        **_blocks(b_d, config.codes, own="b_k", step="b_n"))
+        level.residual, level.e, **shared, p_lse=level.lse, p_sampled=level.sampled, p_order=level.order,
+        p_partial=partial, p_largest=level.largest, **_blocks(b_d, config.codes, own="b_k", step="b_n"))
     torch.sum(partial, 0, out=usage)
     return mean
 
@@ -255,7 +290,7 @@ def _splits(tiles: Tiles, level: Level) -> tuple[int, int]:
 
 def _chunked_level(level: Level, sampling: Sampling, usage: Tensor, with_grad: bool) -> Tensor | None:
     """What :func:`_flash_level` does."""
-    e, codes, weights = level.e, len(level.e), sampling.mode != HARD
+    e, weights = level.e, sampling.mode != HARD
     log2_gain = 10.0 if e.dtype == torch.float16 else 0.0  # small p stay normal numbers
     mean = level.lse.new_empty(level.residual.shape) if sampling.mode == SOFT else None
     usage.zero_()
@@ -263,9 +298,9 @@ def _chunked_level(level: Level, sampling: Sampling, usage: Tensor, with_grad: b
         p = _weights(s, e) if weights else None
         product(level.residual[own], e.T, s)
         chunks.chunk_level_kernel[(len(s),)](
-            s, p, level.rnorm[own], level.rnorm_e, sampling.seed, sampling.scale, sampling.tau, level.codes[own],
-            level.sampled[own], level.lse[own], codes, level.lse.stride(0), level.index,
-            sampling.row_offset + own.start, log2_gain, noisy=sampling.noisy, b_k=CHUNK_STEP, num_warps=4)
+            s, p, **sampling.arguments(level), p_rnorm=level.rnorm[own], p_codes=level.codes[own],
+            p_sampled=level.sampled[own], p_lse=level.lse[own], row_offset=sampling.row_offset + own.start,
+            log2_gain=log2_gain, b_k=CHUNK_STEP, num_warps=4)
         if p is not None:
             usage.add_(p.sum(0, dtype=torch.float32), alpha=2.0**-log2_gain)
         if mean is not None and p is not None:
@@ -275,14 +310,12 @@ def _chunked_level(level: Level, sampling: Sampling, usage: Tensor, with_grad: b
 
 def _chunks(level: Level, buffers: int) -> Iterator[tuple]:
     """Slices of rows, each with float32 buffers (rows, K) for products: the same memory for all."""
-    rows, codes = len(level.residual), len(level.e)
     budget = measured.number("quantize.chunk_bytes", CHUNK_BYTES, level.e.device)
-    size = max(1, budget // (codes * buffers * (4 if level.e.dtype == torch.float32 else 6)))
-    size = min(rows, size if size < 128 else size // 128 * 128)
-    memory = level.rnorm_e.new_empty(buffers, size, codes)
-    for start in range(0, rows, size):
-        end = min(start + size, rows)
-        yield slice(start, end), *memory[:, :end - start]
+    memory = None
+    for own in common.chunks(len(level.residual), len(level.e), buffers, level.e.dtype, budget):
+        if memory is None:
+            memory = level.rnorm_e.new_empty(buffers, own.stop, len(level.e))
+        yield own, *memory[:, :own.stop - own.start]
 
 
 def _weights(products: Tensor, e: Tensor) -> Tensor:
@@ -294,8 +327,8 @@ def _weights(products: Tensor, e: Tensor) -> Tensor:
 def _backward(dquantized: Tensor | None, dusage: Tensor | None, dresiduals: Tensor | None, dlse: Tensor | None,
               weight: Tensor, scale: Tensor, tau: Tensor, seed: Tensor, codes: Tensor, sampled: Tensor,
               residuals: Tensor, lse: Tensor, rnorm: Tensor, rnorm_e: Tensor, order: Tensor, largest: Tensor,
-              sizes: list[int], row_offset: int, eps: float, mode: int, noisy: bool) -> tuple[Tensor, Tensor, Tensor,
-                                                                                              Tensor]:
+              sizes: list[int], row_offset: int, eps: float, mode: int, metric: int,
+              noisy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> dz, dweight, dscale, dtau."""
     rows, _, dim = residuals.shape
     flow = residuals.new_zeros(rows, dim, dtype=torch.float32)  # the gradient of r_j, then of r_{j-1}
@@ -304,20 +337,20 @@ def _backward(dquantized: Tensor | None, dusage: Tensor | None, dresiduals: Tens
     if rows == 0:
         return flow.to(residuals.dtype), dweight, dscale, dtau
     weight = weight.contiguous()
-    sampling = Sampling(scale, tau, seed, row_offset, eps, mode, noisy)
+    sampling = Sampling(scale, tau, seed, row_offset, eps, mode, metric, noisy)
     parts = dweight.split(sizes)
     dusages = (dusage.float() / rows).split(sizes) if dusage is not None else [None] * len(sizes)
     run = _flash_gradients if uses_flash(dim, weight.dtype) else _chunked_gradients
     with torch.cuda.device_of(residuals):
         levels = list(_levels(sizes, weight, rnorm_e, residuals, codes, sampled, lse, rnorm, order, largest))
         for j, level in reversed(list(enumerate(levels))):
-            upstream = _upstream(level, None if dquantized is None else dquantized[:, j], flow, dusages[j],
+            upstream = _upstream(level, sampling, None if dquantized is None else dquantized[:, j], flow, dusages[j],
                                  None if dlse is None else dlse.contiguous()[:, j])
             if dresiduals is not None:
                 flow.add_(dresiduals[:, j])
             radial, of_tau = run(level, sampling, upstream, flow, parts[j])
             dscale += radial.sum()
-            dtau -= of_tau.sum() * kernels.LN2.value
+            dtau -= of_tau.sum() * LN2.value
             if upstream.dlse is not None:
                 dtau -= torch.where(upstream.dlse == 0, 0.0, level.lse * upstream.dlse).sum()
     return flow.to(residuals.dtype), dweight, dscale / tau, dtau / tau
@@ -325,14 +358,14 @@ def _backward(dquantized: Tensor | None, dusage: Tensor | None, dresiduals: Tens
 
 @_backward.register_fake
 def _(dquantized, dusage, dresiduals, dlse, weight, scale, tau, seed, codes, sampled, residuals, lse,
-      rnorm, rnorm_e, order, largest, sizes, row_offset, eps, mode, noisy):
+      rnorm, rnorm_e, order, largest, sizes, row_offset, eps, mode, metric, noisy):
     rows, _, dim = residuals.shape
     return (residuals.new_empty(rows, dim), weight.new_empty(weight.shape), torch.empty_like(scale),
             torch.empty_like(tau))
 
 
 def _save(ctx, inputs, output) -> None:
-    _, weight, ctx.sizes, scale, tau, seed, ctx.row_offset, ctx.eps, ctx.mode, ctx.noisy, _ = inputs
+    _, weight, ctx.sizes, scale, tau, seed, *ctx.options, _ = inputs
     _, codes, sampled, _, residuals, lse, rnorm, rnorm_e, order, largest = output
     ctx.save_for_backward(weight, scale, tau, seed, codes, sampled, residuals, lse, rnorm, rnorm_e, order, largest)
     ctx.mark_non_differentiable(codes, sampled, rnorm, rnorm_e, order, largest)
@@ -341,8 +374,8 @@ def _save(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, dquantized, _codes, _sampled, dusage, dresiduals, dlse, *_):
     dz, dweight, dscale, dtau = _backward(dquantized, dusage, dresiduals, dlse, *ctx.saved_tensors, ctx.sizes,
-                                          ctx.row_offset, ctx.eps, ctx.mode, ctx.noisy)
-    return dz, dweight, None, dscale, dtau, None, None, None, None, None, None
+                                          *ctx.options)
+    return dz, dweight, None, dscale, dtau, None, None, None, None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -358,12 +391,16 @@ class Upstream(NamedTuple):
     dlse: Tensor | None  # (N,), elements m apart
 
 
-def _upstream(level: Level, dquantized: Tensor | None, flow: Tensor, dusage: Tensor | None,
+def _upstream(level: Level, sampling: Sampling, dquantized: Tensor | None, flow: Tensor, dusage: Tensor | None,
               dlse: Tensor | None) -> Upstream:
     gradient = -flow if dquantized is None else dquantized.float() - flow  # r_j = r_{j-1} - z~_j
     norm = torch.linalg.vector_norm(gradient, dim=1)
     unit = (gradient / norm.clamp(min=1e-30)[:, None]).to(level.e.dtype)
-    bound = 2 * norm * torch.where(level.rnorm_e > 0, 1 / level.rnorm_e, 0.0).amax()
+    if sampling.dot:
+        largest = torch.linalg.vector_norm(level.e, dim=1, dtype=torch.float32).amax()
+    else:
+        largest = torch.where(level.rnorm_e > 0, 1 / level.rnorm_e, 0.0).amax()
+    bound = 2 * norm * largest
     if dusage is not None:
         bound = bound + 2 * dusage.abs().amax()
     if dlse is not None:
@@ -371,44 +408,34 @@ def _upstream(level: Level, dquantized: Tensor | None, flow: Tensor, dusage: Ten
     return Upstream(unit, norm, bound.clamp(min=1e-30), dusage, dlse)
 
 
-def _gain(largest: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """What brings weights of up to ``largest`` near the top of float16's range; other dtypes need nothing."""
-    return 2.0**14 / largest.amax().clamp(min=1e-30) if dtype == torch.float16 else None
-
-
-def _or_one(rnorm: Tensor) -> Tensor:
-    return torch.where(rnorm == 0, 1.0, rnorm)
-
-
 def _flash_gradients(level: Level, sampling: Sampling, upstream: Upstream, flow: Tensor,
                      de: Tensor) -> tuple[Tensor, Tensor]:
     """Add a level's gradient of r to ``flow``, fill ``de``; return each row's parts of those of the scale and tau."""
     (rows, dim), codes, dtype = flow.shape, len(level.e), level.e.dtype
     b_d, config = flash_config(dim, flow.device)
-    common = (level.residual, level.e, level.rnorm, level.rnorm_e, sampling.seed, sampling.scale, sampling.tau,
-              level.lse)
-    where = (rows, codes, dim, level.residual.stride(0), level.lse.stride(0), level.index, sampling.row_offset,
-             2.0 ** LOG2_SKIP[dtype])
+    shared = {**sampling.flash_arguments(level), "p_lse": level.lse, "p_order": level.order, "p_largest": level.largest,
+              "p_unit": upstream.unit, "p_norm": upstream.norm, "p_dusage": upstream.dusage,
+              "skip": 2.0 ** LOG2_SKIP[dtype]}
     mean, of_tau, total = torch.empty_like(upstream.norm), torch.empty_like(upstream.norm), torch.empty_like(flow)
     kernels.row_gradient_kernel[(triton.cdiv(rows, config.gradient.owned),)](
-        *common, level.order, level.largest, upstream.unit, upstream.norm, upstream.bound, upstream.dusage,
-        upstream.dlse, _gain(level.rnorm_e, dtype), mean, total, of_tau, *where, noisy=sampling.noisy,
+        level.residual, level.e, **shared, p_bound=upstream.bound, p_dlse=upstream.dlse,
+        p_gain=gain_of(level.rnorm_e, dtype), p_mean=mean, p_out=total, p_dtau=of_tau,
         g_n=config.codes.step, g_k=config.codes.owned, **_blocks(b_d, config.gradient, own="b_n", step="b_k"))
 
     factor = torch.where(level.rnorm_e == 0, 1 / sampling.eps,
                          level.rnorm_e).amax() * (sampling.scale / sampling.tau).abs()
-    gain = _gain(torch.maximum(upstream.bound * level.rnorm * factor, upstream.norm), dtype)
+    gain = gain_of(torch.maximum(upstream.bound * level.rnorm * factor, upstream.norm), dtype)
     tiles, splits = _splits(config.codes, level)
     partial, radial_e = flow.new_empty(splits, codes, dim), flow.new_empty(splits, codes)
     kernels.code_gradient_kernel[(tiles, splits)](
-        *common, level.sampled, level.order, level.largest, upstream.unit, upstream.norm, upstream.dusage,
-        mean if upstream.dlse is None else mean - upstream.dlse, gain, partial, radial_e, *where, sampling.eps,
-        straight_through=sampling.mode == STRAIGHT_THROUGH, noisy=sampling.noisy,
+        level.residual, level.e, **shared, p_sampled=level.sampled,
+        p_shift=mean if upstream.dlse is None else mean - upstream.dlse, p_gain=gain, p_partial=partial,
+        p_radial=radial_e, eps=sampling.eps, straight_through=sampling.mode == STRAIGHT_THROUGH,
         **_blocks(b_d, config.codes, own="b_k", step="b_n"))
     b_k, b_d = finish_block(dim)
     kernels.finish_codes_kernel[(triton.cdiv(codes, b_k),)](
-        partial, radial_e, level.e, level.rnorm_e, gain, de, splits, codes, dim, sampling.eps, b_k=b_k, b_d=b_d,
-        num_warps=4)
+        partial, p_radial=radial_e, p_e=level.e, p_rnorm_e=level.rnorm_e, p_gain=gain, p_out=de, splits=splits, K=codes,
+        D=dim, eps=sampling.eps, dot=sampling.dot, b_k=b_k, b_d=b_d, num_warps=4)
 
     radial = torch.empty_like(upstream.norm)
     _finish(total, level.residual, level.rnorm, level.order, sampling, None, flow, None, flow, radial)
@@ -418,9 +445,9 @@ def _flash_gradients(level: Level, sampling: Sampling, upstream: Upstream, flow:
 def _chunked_gradients(level: Level, sampling: Sampling, upstream: Upstream, flow: Tensor,
                        de: Tensor) -> tuple[Tensor, Tensor]:
     """What :func:`_flash_gradients` does. Products of a chunk are made again, not kept."""
-    e, codes, dtype = level.e, len(level.e), level.e.dtype
-    key_gain = _gain(upstream.bound * _or_one(level.rnorm) * _or_one(level.rnorm_e).amax(), dtype)
-    value_gain = _gain(upstream.norm, dtype)
+    e, dtype = level.e, level.e.dtype
+    key_gain = gain_of(upstream.bound * or_one(level.rnorm) * or_one(level.rnorm_e).amax(), dtype)
+    value_gain = gain_of(upstream.norm, dtype)
     key = torch.zeros_like(e, dtype=torch.float32)
     value = torch.zeros_like(key)
     radial, of_tau = torch.empty_like(upstream.norm), torch.empty_like(upstream.norm)
@@ -429,11 +456,11 @@ def _chunked_gradients(level: Level, sampling: Sampling, upstream: Upstream, flo
         product(level.residual[own], e.T, s)
         product(upstream.unit[own], e.T, c)
         chunks.chunk_gradient_kernel[(len(s),)](
-            s, c, w, y, level.rnorm[own], level.rnorm_e, sampling.seed, sampling.scale, sampling.tau, level.lse[own],
-            level.sampled[own], upstream.norm[own], upstream.dusage,
-            None if upstream.dlse is None else upstream.dlse[own], key_gain, value_gain, of_tau[own], codes,
-            level.lse.stride(0), level.index, sampling.row_offset + own.start,
-            straight_through=sampling.mode == STRAIGHT_THROUGH, noisy=sampling.noisy, b_k=CHUNK_STEP, num_warps=4)
+            s, c, w, y, **sampling.arguments(level), p_rnorm=level.rnorm[own], p_lse=level.lse[own],
+            p_sampled=level.sampled[own], p_norm=upstream.norm[own], p_dusage=upstream.dusage,
+            p_dlse=None if upstream.dlse is None else upstream.dlse[own], p_gain=key_gain, p_value_gain=value_gain,
+            p_dtau=of_tau[own], row_offset=sampling.row_offset + own.start,
+            straight_through=sampling.mode == STRAIGHT_THROUGH, b_k=CHUNK_STEP, num_warps=4)
         add_product(w.T, level.residual[own], key)
         add_product(y.T, upstream.unit[own], value)
         total = torch.empty_like(flow[own])
@@ -449,5 +476,6 @@ def _finish(total: Tensor, x: Tensor, rnorm: Tensor, order: Tensor | None, sampl
     rows, dim = total.shape
     b_n, b_d = finish_block(dim)
     kernels.finish_kernel[(triton.cdiv(rows, b_n),)](
-        total, x, rnorm, order, sampling.scale / sampling.tau, gain, add, add_gain, out, radial, rows, dim, x.stride(0),
-        rnorm.stride(0), sampling.eps, b_n=b_n, b_d=b_d, num_warps=4)
+        total, p_x=x, p_rnorm=rnorm, p_order=order, p_factor=sampling.scale / sampling.tau, p_gain=gain, p_add=add,
+        p_add_gain=add_gain, p_out=out, p_radial=radial, N=rows, D=dim, stride_d=x.stride(0), stride_m=rnorm.stride(0),
+        eps=sampling.eps, dot=sampling.dot, b_n=b_n, b_d=b_d, num_warps=4)

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from dgi_kernels.gumbel.triton_noise import noise_tile
-from dgi_kernels.quantize.triton_kernels import LN2, LOG2E, PER_ROW, STREAM, VARYING
+from dgi_kernels.quantize.triton_kernels import PER_ROW, STREAM, VARYING
+from dgi_kernels.triton_common import LN2, LOG2E, scores
 
 
 @triton.jit
@@ -22,9 +23,19 @@ def row_noise(p_seed, i_n, row_offset, level, first, b_k: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=PER_ROW)
-def chunk_level_kernel(p_s, p_p, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p_codes, p_sampled, p_lse, K, stride_m,
-                       level, row_offset, log2_gain, noisy: tl.constexpr, b_k: tl.constexpr):
-    """Products s (rows, K) -> codes, sampled, lse (rows,); p 2^log2_gain (rows, K), maybe in place of s, or None."""
+def chunk_level_kernel(
+        p_s,  # (rows, K) float32: products
+        p_p,  # (rows, K) out: p 2^log2_gain, maybe in place of s, or None
+        p_rnorm,  # (rows,) rr, elements stride_m apart
+        p_rnorm_e,  # (K,) re
+        p_seed,  # (1,) int64
+        p_scale,  # ()
+        p_tau,  # ()
+        p_codes,  # (rows,) int64 out, elements stride_m apart: argmax s
+        p_sampled,  # (rows,) int64 out, elements stride_m apart: argmax s + g
+        p_lse,  # (rows,) out, elements stride_m apart, natural
+        K, stride_m, level, row_offset, log2_gain, noisy: tl.constexpr, b_k: tl.constexpr):
+    """What a level needs of a chunk's products."""
     i_n = tl.program_id(0).to(tl.int64)
     scale_r = tl.load(p_rnorm + i_n * stride_m) * (tl.load(p_scale) * LOG2E)
     inv_tau = 1.0 / tl.load(p_tau)
@@ -37,7 +48,8 @@ def chunk_level_kernel(p_s, p_p, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p_c
     for first in range(0, K, b_k):
         o_k = first + tl.arange(0, b_k)
         m_k = o_k < K
-        y = tl.load(p_s + o_k, mask=m_k, other=0.0) * scale_r * tl.load(p_rnorm_e + o_k, mask=m_k, other=0.0)
+        rnorm_e = tl.load(p_rnorm_e + o_k, mask=m_k, other=0.0)
+        y = scores(tl.load(p_s + o_k, mask=m_k, other=0.0), scale_r, rnorm_e, None)
         y = tl.where(m_k, y, float("-inf"))
         highest, where = tl.max(y, axis=0, return_indices=True)
         code = tl.where(highest > best, first + where, code)
@@ -64,13 +76,26 @@ def chunk_level_kernel(p_s, p_p, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p_c
 
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=PER_ROW)
-def chunk_gradient_kernel(p_s, p_c, p_w, p_y, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p_lse, p_sampled, p_norm,
-                          p_dusage, p_dlse, p_gain, p_value_gain, p_dtau, K, stride_m, level, row_offset,
-                          straight_through: tl.constexpr, noisy: tl.constexpr, b_k: tl.constexpr):
-    """Products s = r . e and c = unit . e (rows, K) -> w rr_n re_k and y |z_n|, ready for products.
-
-    They may be s and c themselves. y is p, or the one-hot of ``sampled``. dtau (rows,) = sum_k w log2 p.
-    """
+def chunk_gradient_kernel(
+        p_s,  # (rows, K) float32: products r . e
+        p_c,  # (rows, K) float32: products z / |z| . e
+        p_w,  # (rows, K) out: w rr_n re_k gain, ready for products; maybe s itself
+        p_y,  # (rows, K) out: y |z_n| value_gain, maybe c itself; y is p, or the one-hot of ``sampled``
+        p_rnorm,  # (rows,) rr, elements stride_m apart
+        p_rnorm_e,  # (K,) re
+        p_seed,  # (1,) int64
+        p_scale,  # ()
+        p_tau,  # ()
+        p_lse,  # (rows,), elements stride_m apart, natural
+        p_sampled,  # (rows,) int64, elements stride_m apart
+        p_norm,  # (rows,) |z|
+        p_dusage,  # (K,) v, or None where it is 0
+        p_dlse,  # (rows,) L, elements stride_m apart, or None
+        p_gain,  # () or None
+        p_value_gain,  # () or None
+        p_dtau,  # (rows,) out: sum_k w log2 p
+        K, stride_m, level, row_offset, straight_through: tl.constexpr, noisy: tl.constexpr, b_k: tl.constexpr):
+    """The weights of a chunk's gradients, of the rows and of the codes."""
     i_n = tl.program_id(0).to(tl.int64)
     rnorm = tl.load(p_rnorm + i_n * stride_m)
     scale_r = rnorm * (tl.load(p_scale) * LOG2E)
@@ -84,7 +109,8 @@ def chunk_gradient_kernel(p_s, p_c, p_w, p_y, p_rnorm, p_rnorm_e, p_seed, p_scal
     for first in range(0, K, b_k):
         o_k = first + tl.arange(0, b_k)
         m_k = o_k < K
-        y = tl.load(p_s + o_k, mask=m_k, other=0.0) * scale_r * tl.load(p_rnorm_e + o_k, mask=m_k, other=0.0)
+        rnorm_e = tl.load(p_rnorm_e + o_k, mask=m_k, other=0.0)
+        y = scores(tl.load(p_s + o_k, mask=m_k, other=0.0), scale_r, rnorm_e, None)
         if noisy:
             y += row_noise(p_seed, i_n, row_offset, level, first, b_k)
         log_p = y * inv_tau - lse

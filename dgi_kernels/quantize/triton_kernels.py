@@ -1,6 +1,7 @@
 """Triton kernels of soft residual quantization: flash form for D <= 128, epilogues of the chunked form beyond.
 
-    l_nk = (scale r^_n . e^_k + g_nk) / tau,    p = softmax(l),    z~_n = sum_k p_nk e_k,    r'_n = r_n - z~_n
+    l_nk = (s_nk + g_nk) / tau,    p = softmax(l),    z~_n = sum_k p_nk e_k,    r'_n = r_n - z~_n
+    s_nk = scale r^_n . e^_k,  x^ = rx x   (rx = 1 / ||x||; a dot product's rx is 1, and it has no projections below)
     c_nk = z_n . e_k + v_k   (z: gradient of z~ at the row, v: gradient of usage / N)
     w_nk = p_nk (c_nk - sum_k p_nk c_nk + L_n) = dl_nk   (L: gradient of the log-normalizer)
     dr_n = scale / tau rr_n (I - r^ r^T) sum_k w_nk e^_k
@@ -33,24 +34,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dgi_kernels.gumbel.triton_noise import LN2, LOG2E, noise_tile, noise_tile_by_code
-from dgi_kernels.triton_common import is_constant, reciprocal_norm
+from dgi_kernels.gumbel.triton_noise import noise_tile, noise_tile_by_code
+from dgi_kernels.noise import STREAM_RESIDUAL_QUANTIZE
+from dgi_kernels.triton_common import LN2, LOG2E, SLACK, radial_part, reciprocal_norm, scores
 
-SLACK = tl.constexpr(8.0)  # the running maximum may lag by this much: weights stay below 2^8
-STREAM = tl.constexpr(0)  # of the noise of residual_quantize
+STREAM = tl.constexpr(STREAM_RESIDUAL_QUANTIZE)
 # No code of their own for the value 1 or a multiple of 16: it would be no faster, and each level would wait for one.
 VARYING = ["N", "level", "row_offset"]
 PER_ROW = ["p_rnorm", "p_codes", "p_sampled", "p_index", "p_lse", "p_dlse", "p_norm", "p_dtau", "p_order", "p_largest"]
 
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=PER_ROW)
-def emit_kernel(p_rest, p_mean, p_e, p_index, p_lse, p_quantized, p_residual, p_rnorm, N, D, stride_d, stride_m, eps,
-                b_n: tl.constexpr, b_d: tl.constexpr):
-    """The seam of two levels: rest (N, D) float32 -= z~, and its rounding and norm for the next level. b_d >= D.
-
-    z~ is ``mean`` (N, D), or the codebook's rows at ``index`` (N,), NaN where ``lse``, if given, is. Before the first
-    level ``quantized`` is None and rest is z; after the last ``residual`` is None.
-    """
+def emit_kernel(
+        p_rest,  # (N, D) float32, changed: what is left of z
+        p_mean,  # (N, D) z~, or None: it is the codebook's rows
+        p_e,  # (K, D) of the level that ends, or None before the first
+        p_index,  # (N,) int64, elements stride_m apart: the row's code, or None
+        p_lse,  # (N,), elements stride_m apart, or None; where it is NaN, z~ is
+        p_quantized,  # (N, D) out, rows stride_d apart: z~, or None before the first level
+        p_residual,  # (N, D) out, rows stride_d apart: rest, rounded for the next level, or None after the last
+        p_rnorm,  # (N,) out, elements stride_m apart: 1 / ||rest||, or 1 (dot)
+        N, D, stride_d, stride_m, eps, dot: tl.constexpr, b_n: tl.constexpr, b_d: tl.constexpr):
+    """The seam of two levels: rest -= z~, and its rounding and norm for the next level. b_d >= D."""
     o_n = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
     o_d = tl.arange(0, b_d)
     m_n = o_n < N
@@ -71,7 +76,8 @@ def emit_kernel(p_rest, p_mean, p_e, p_index, p_lse, p_quantized, p_residual, p_
         tl.store(p_rest + o_n[:, None] * D + o_d[None, :], rest, mask=m_nd)
     if p_residual is not None:
         tl.store(p_residual + o_n[:, None] * stride_d + o_d[None, :], rest.to(p_residual.dtype.element_ty), mask=m_nd)
-        tl.store(p_rnorm + o_n * stride_m, reciprocal_norm(tl.sum(rest * rest, axis=1), eps), mask=m_n)
+        rnorm = tl.full((b_n,), 1.0, tl.float32) if dot else reciprocal_norm(tl.sum(rest * rest, axis=1), eps)
+        tl.store(p_rnorm + o_n * stride_m, rnorm, mask=m_n)
 
 
 @triton.jit
@@ -82,10 +88,21 @@ def best_of(y, o_k):
 
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=PER_ROW)
-def level_kernel(p_r, p_e, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p_mean, p_codes, p_sampled, p_lse, N, K, D,
-                 stride_d, stride_m, level, row_offset, log2_skip, soft: tl.constexpr, noisy: tl.constexpr,
-                 b_n: tl.constexpr, b_k: tl.constexpr, b_d: tl.constexpr):
-    """r (N, D), e (K, D) -> codes, sampled, lse (N,); soft: mean (N, D) = p E. A program owns b_n rows.
+def level_kernel(
+        p_r,  # (N, D), rows stride_d apart: the residual
+        p_e,  # (K, D): the codebook
+        p_rnorm,  # (N,) rr, elements stride_m apart
+        p_rnorm_e,  # (K,) re
+        p_seed,  # (1,) int64
+        p_scale,  # ()
+        p_tau,  # ()
+        p_mean,  # (N, D) out, soft: p E
+        p_codes,  # (N,) int64 out, elements stride_m apart: argmax s
+        p_sampled,  # (N,) int64 out, elements stride_m apart: argmax s + g
+        p_lse,  # (N,) out, elements stride_m apart, natural
+        N, K, D, stride_d, stride_m, level, row_offset, log2_skip, soft: tl.constexpr, noisy: tl.constexpr,
+        b_n: tl.constexpr, b_k: tl.constexpr, b_d: tl.constexpr):
+    """A program owns b_n rows.
 
     In registers: the mean (b_n, b_d); maximum, sum and the best two codes of each row. r lies in shared memory.
     """
@@ -114,7 +131,8 @@ def level_kernel(p_r, p_e, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p_mean, p
         p_e += b_k * D
         rnorm_e = tl.load(p_rnorm_e + o_k, mask=m_k, other=0.0)
         beyond = tl.where(m_k, 0.0, float("-inf"))
-        y = tl.dot(r, tl.trans(e), input_precision="ieee") * scale_r[:, None] * rnorm_e[None, :] + beyond[None, :]
+        products = tl.dot(r, tl.trans(e), input_precision="ieee")
+        y = scores(products, scale_r[:, None], rnorm_e[None, :], beyond[None, :])
         highest, where = best_of(y, o_k)
         code = tl.where(highest > best, where, code)
         best = tl.maximum(best, highest)
@@ -148,13 +166,22 @@ def level_kernel(p_r, p_e, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p_mean, p
 
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=PER_ROW)
-def usage_kernel(p_r, p_e, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p_lse, p_sampled, p_order, p_partial, p_largest,
-                 N, K, D, stride_d, stride_m, level, row_offset, noisy: tl.constexpr, b_n: tl.constexpr,
-                 b_k: tl.constexpr, b_d: tl.constexpr):
-    """-> partial (splits, K) = sum_n p_nk, largest (row tiles, code tiles) = max p, 1 where a code was sampled.
-
-    A program owns b_k codes of one split: every splits-th tile of b_n rows.
-    """
+def usage_kernel(
+        p_r,  # (N, D), rows stride_d apart: the residual
+        p_e,  # (K, D): the codebook
+        p_rnorm,  # (N,) rr, elements stride_m apart
+        p_rnorm_e,  # (K,) re
+        p_seed,  # (1,) int64
+        p_scale,  # ()
+        p_tau,  # ()
+        p_lse,  # (N,), elements stride_m apart, natural
+        p_sampled,  # (N,) int64, elements stride_m apart
+        p_order,  # (N,) int64: the row that a slot holds
+        p_partial,  # (splits, K) out: sum_n p_nk
+        p_largest,  # (row tiles, code tiles) out: max p, 1 where a code was sampled
+        N, K, D, stride_d, stride_m, level, row_offset, noisy: tl.constexpr, b_n: tl.constexpr,
+        b_k: tl.constexpr, b_d: tl.constexpr):
+    """A program owns b_k codes of one split: every splits-th tile of b_n rows."""
     i_k = tl.program_id(0)
     o_k = i_k * b_k + tl.arange(0, b_k)
     m_k = o_k < K
@@ -173,7 +200,7 @@ def usage_kernel(p_r, p_e, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p_lse, p_
         rnorm = tl.load(p_rnorm + o_n * stride_m, mask=m_n, other=0.0)
         lse = tl.load(p_lse + o_n * stride_m, mask=m_n, other=float("inf"))
         sampled = tl.load(p_sampled + o_n * stride_m, mask=m_n, other=-1).to(tl.int32)
-        y = tl.dot(e, tl.trans(r), input_precision="ieee") * scale_e[:, None] * rnorm[None, :]
+        y = scores(tl.dot(e, tl.trans(r), input_precision="ieee"), scale_e[:, None], rnorm[None, :], None)
         if noisy:
             y += noise_tile_by_code(seed, i_k * b_k, (o_n + row_offset).to(tl.uint32), level, STREAM, b_k)
         p = tl.exp2(y * inv_tau - (lse * LOG2E)[None, :])
@@ -185,13 +212,21 @@ def usage_kernel(p_r, p_e, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p_lse, p_
 
 
 @triton.jit
-def gradient_tile(r, unit, e, scale_r, lse, norm, p_rnorm_e, p_dusage, seed, inv_tau, o_row, first, K, level,
-                  noisy: tl.constexpr, b_k: tl.constexpr):
+def gradient_tile(
+        r,  # (b_n, b_d)
+        unit,  # (b_n, b_d)
+        e,  # (b_k, b_d)
+        scale_r,  # (b_n,)
+        lse,  # (b_n,) in base 2
+        norm,  # (b_n,)
+        p_rnorm_e,  # (K,)
+        p_dusage,  # (K,) or None
+        seed, inv_tau, o_row, first, K, level, noisy: tl.constexpr, b_k: tl.constexpr):
     """log2 p (-inf beyond K) and c of the codes first ... first + b_k - 1, (b_n, b_k), and their rnorm (b_k,)."""
     o_k = first + tl.arange(0, b_k)
     m_k = o_k < K
     rnorm_e = tl.load(p_rnorm_e + o_k, mask=m_k, other=0.0)
-    y = tl.dot(r, tl.trans(e), input_precision="ieee") * scale_r[:, None] * rnorm_e[None, :]
+    y = scores(tl.dot(r, tl.trans(e), input_precision="ieee"), scale_r[:, None], rnorm_e[None, :], None)
     if noisy:
         y += noise_tile(seed, first, o_row, level, STREAM, b_k)
     log_p = tl.where(m_k[None, :], y * inv_tau - lse[:, None], float("-inf"))
@@ -209,15 +244,29 @@ def matters(p_largest, i_first, parts: tl.constexpr, row_tiles, code_tiles, i_k,
 
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=PER_ROW)
-def row_gradient_kernel(p_r, p_e, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p_lse, p_order, p_largest, p_unit, p_norm,
-                        p_bound, p_dusage, p_dlse, p_gain, p_mean, p_out, p_dtau, N, K, D, stride_d, stride_m, level,
-                        row_offset, skip, noisy: tl.constexpr, b_n: tl.constexpr, b_k: tl.constexpr, b_d: tl.constexpr,
-                        g_n: tl.constexpr, g_k: tl.constexpr):
-    """By row: mean = sum_k p c; by slot: out (N, D) = rr_n sum_k w e^_k, dtau = sum_k w log2 p. Two passes.
-
-    unit (N, D) and norm (N,) are z; bound (N,) is one of |c - mean + L|; dusage (K,) is v, None where it is 0.
-    ``largest`` is of tiles of g_n rows and g_k codes: multiples of a program's rows and of its step.
-    """
+def row_gradient_kernel(
+        p_r,  # (N, D), rows stride_d apart: the residual
+        p_e,  # (K, D): the codebook
+        p_rnorm,  # (N,) rr, elements stride_m apart
+        p_rnorm_e,  # (K,) re
+        p_seed,  # (1,) int64
+        p_scale,  # ()
+        p_tau,  # ()
+        p_lse,  # (N,), elements stride_m apart, natural
+        p_order,  # (N,) int64: the row that a slot holds
+        p_largest,  # of tiles of g_n rows and g_k codes: multiples of a program's rows and of its step
+        p_unit,  # (N, D) z / |z|
+        p_norm,  # (N,) |z|
+        p_bound,  # (N,) of |c - mean + L|
+        p_dusage,  # (K,) v, or None where it is 0
+        p_dlse,  # (N,) L, elements stride_m apart, or None
+        p_gain,  # () or None: keeps float16 weights in range
+        p_mean,  # (N,) out, by row: sum_k p c
+        p_out,  # (N, D) out, by slot: rr_n sum_k w e^_k
+        p_dtau,  # (N,) out, by slot: sum_k w log2 p
+        N, K, D, stride_d, stride_m, level, row_offset, skip, noisy: tl.constexpr, b_n: tl.constexpr,
+        b_k: tl.constexpr, b_d: tl.constexpr, g_n: tl.constexpr, g_k: tl.constexpr):
+    """The gradient of the rows, in two passes over the codes."""
     i_n = tl.program_id(0)
     o_slot = i_n * b_n + tl.arange(0, b_n)
     m_n = o_slot < N
@@ -278,15 +327,28 @@ def row_gradient_kernel(p_r, p_e, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p_
 
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=PER_ROW)
-def code_gradient_kernel(p_r, p_e, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p_lse, p_sampled, p_order, p_largest,
-                         p_unit, p_norm, p_dusage, p_shift, p_gain, p_partial, p_radial, N, K, D, stride_d, stride_m,
-                         level, row_offset, skip, eps, straight_through: tl.constexpr, noisy: tl.constexpr,
-                         b_n: tl.constexpr, b_k: tl.constexpr, b_d: tl.constexpr):
-    """-> partial (splits, K, D) = scale / tau re_k sum_n w r^_n + sum_n y z_n, radial (splits, K) = e . its first part.
-
-    y is p, or the one-hot of ``sampled``. shift (N,) is mean - L. gain keeps float16 in range; it is left in the
-    result.
-    """
+def code_gradient_kernel(
+        p_r,  # (N, D), rows stride_d apart: the residual
+        p_e,  # (K, D): the codebook
+        p_rnorm,  # (N,) rr, elements stride_m apart
+        p_rnorm_e,  # (K,) re
+        p_seed,  # (1,) int64
+        p_scale,  # ()
+        p_tau,  # ()
+        p_lse,  # (N,), elements stride_m apart, natural
+        p_sampled,  # (N,) int64, elements stride_m apart
+        p_order,  # (N,) int64: the row that a slot holds
+        p_largest,  # (row tiles, code tiles) of usage_kernel, whose tiles these are
+        p_unit,  # (N, D) z / |z|
+        p_norm,  # (N,) |z|
+        p_dusage,  # (K,) v, or None where it is 0
+        p_shift,  # (N,) mean - L
+        p_gain,  # () or None: keeps float16 in range, and is left in the results
+        p_partial,  # (splits, K, D) out: scale / tau re_k sum_n w r^_n + sum_n y z_n
+        p_radial,  # (splits, K) out: e . the first part of it
+        N, K, D, stride_d, stride_m, level, row_offset, skip, eps, straight_through: tl.constexpr,
+        noisy: tl.constexpr, b_n: tl.constexpr, b_k: tl.constexpr, b_d: tl.constexpr):
+    """The gradient of the codes. A program owns b_k of one split; y is p, or the one-hot of ``sampled``."""
     i_k = tl.program_id(0)
     i_split = tl.program_id(1)
     o_k = i_k * b_k + tl.arange(0, b_k)
@@ -314,7 +376,7 @@ def code_gradient_kernel(p_r, p_e, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p
             rnorm = tl.load(p_rnorm + o_n * stride_m, mask=m_n, other=0.0)
             lse = tl.load(p_lse + o_n * stride_m, mask=m_n, other=float("inf")) * LOG2E
             products = tl.dot(e, tl.trans(r), input_precision="ieee")
-            y = products * scale_e[:, None] * rnorm[None, :]
+            y = scores(products, scale_e[:, None], rnorm[None, :], None)
             if noisy:
                 y += noise_tile_by_code(seed, i_k * b_k, (o_n + row_offset).to(tl.uint32), level, STREAM, b_k)
             p = tl.exp2(y * inv_tau - lse[None, :])
@@ -336,9 +398,15 @@ def code_gradient_kernel(p_r, p_e, p_rnorm, p_rnorm_e, p_seed, p_scale, p_tau, p
 
 
 @triton.jit(do_not_specialize=["splits"])
-def finish_codes_kernel(p_partial, p_radial, p_e, p_rnorm_e, p_gain, p_out, splits, K, D, eps, b_k: tl.constexpr,
-                        b_d: tl.constexpr):
-    """The partials of :func:`code_gradient_kernel`, added up, less what is radial -> out (K, D). b_d >= D."""
+def finish_codes_kernel(
+        p_partial,  # (splits, K, D) of code_gradient_kernel
+        p_radial,  # (splits, K)
+        p_e,  # (K, D)
+        p_rnorm_e,  # (K,)
+        p_gain,  # () or None: what the partials are too large by
+        p_out,  # (K, D) out: the gradient of the codebook
+        splits, K, D, eps, dot: tl.constexpr, b_k: tl.constexpr, b_d: tl.constexpr):
+    """The partials, added up, less what is radial of cosines'. b_d >= D."""
     o_k = tl.program_id(0) * b_k + tl.arange(0, b_k)
     o_d = tl.arange(0, b_d)
     m_k = o_k < K
@@ -352,19 +420,27 @@ def finish_codes_kernel(p_partial, p_radial, p_e, p_rnorm_e, p_gain, p_out, spli
         p_partial += K * D
     e = tl.load(p_e + o_kd, mask=m_kd, other=0.0).to(tl.float32)
     rnorm_e = tl.load(p_rnorm_e + o_k, mask=m_k, other=0.0)
-    total -= tl.where(is_constant(rnorm_e, eps), 0.0, radial * rnorm_e * rnorm_e)[:, None] * e
+    if not dot:
+        total -= radial_part(radial, rnorm_e, eps)[:, None] * e
     if p_gain is not None:
         total /= tl.load(p_gain)
     tl.store(p_out + o_kd, total.to(p_out.dtype.element_ty), mask=m_kd)
 
 
 @triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["p_rnorm", "p_radial"])
-def finish_kernel(p_sum, p_x, p_rnorm, p_order, p_factor, p_gain, p_add, p_add_gain, p_out, p_radial, N, D, stride_d,
-                  stride_m, eps, b_n: tl.constexpr, b_d: tl.constexpr):
-    """sum (N, D) = rx times a gradient of x^ -> out (N, D) = factor rx (I - x^ x^T) (...) + add / add_gain. b_d >= D.
-
-    sum is by slot where there is an order. ``add`` (N, D) may be ``out`` itself. radial (N,) = x^ . (...).
-    """
+def finish_kernel(
+        p_sum,  # (N, D) rx times a gradient of x^; by slot where there is an order
+        p_x,  # (N, D), rows stride_d apart
+        p_rnorm,  # (N,) rx, elements stride_m apart
+        p_order,  # (N,) int64: the row that a slot holds, or None
+        p_factor,  # () scale / tau
+        p_gain,  # () or None: what sum is too large by
+        p_add,  # (N, D), added; may be p_out itself
+        p_add_gain,  # () or None: what p_add is too large by
+        p_out,  # (N, D) out: factor rx (I - x^ x^T) (...) + add / add_gain
+        p_radial,  # (N,) out, by row: x^ . (...), or None
+        N, D, stride_d, stride_m, eps, dot: tl.constexpr, b_n: tl.constexpr, b_d: tl.constexpr):
+    """The end of a gradient of vectors, less what is radial of cosines'. b_d >= D."""
     o_slot = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
     o_d = tl.arange(0, b_d)
     m_n = o_slot < N
@@ -380,9 +456,8 @@ def finish_kernel(p_sum, p_x, p_rnorm, p_order, p_factor, p_gain, p_add, p_add_g
     x = tl.load(p_x + o_n[:, None] * stride_d + o_d[None, :], mask=m_nd, other=0.0).to(tl.float32)
     rnorm = tl.load(p_rnorm + o_n * stride_m, mask=m_n, other=0.0)
     radial = tl.sum(total * x, axis=1)
-    free = tl.where(is_constant(rnorm, eps), 0.0,
-                    radial * rnorm * rnorm)  # a norm below eps is a constant: nothing to project out
-    total -= free[:, None] * x
+    if not dot:
+        total -= radial_part(radial, rnorm, eps)[:, None] * x
     factor = tl.where(rnorm == 0.0, 1.0 / eps, 1.0) * tl.load(p_factor)
     tl.store(p_out + o_nd, (added + total * factor[:, None]).to(p_out.dtype.element_ty), mask=m_nd)
     if p_radial is not None:

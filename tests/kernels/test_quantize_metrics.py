@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dgi_kernels import BackendUnavailable, _extension, assign_codes, backend, gumbel_noise, residual_quantize
+from dgi_kernels import _extension, assign_codes, gumbel_noise, residual_quantize
 from dgi_kernels.enums import METRICS, MODES
 
 from .gumbel_cases import assert_gradients_close, gradients
@@ -148,19 +148,3 @@ def test_awkward_rows(name: str, metric: str, mode: str) -> None:
         residual_quantize(z, [codebook], metric="hamming", scale=1.0)
     with pytest.raises(ValueError, match="^metric must be one of 'cosine', 'dot'"):
         assign_codes(z, [codebook], metric=None)
-
-
-def test_what_triton_lacks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(backend._BACKEND_PROBLEM, "triton", None)
-    monkeypatch.setattr(backend, "_is_transformed", lambda: False)
-    monkeypatch.setitem(backend.KERNELS["residual_quantize"], "triton", {"cpu": frozenset({torch.float32})})
-    monkeypatch.setitem(backend.KERNELS["assign_codes"], "triton", {"cpu": frozenset({torch.float32})})
-    z, codebook = torch.randn(2, 3), torch.randn(4, 3)
-    by_dot = {"metric": "dot", "backend": "triton"}
-    for op, call in (("residual_quantize", lambda: residual_quantize(z, [codebook], 1.0, **by_dot)),
-                     ("assign_codes", lambda: assign_codes(z, [codebook], **by_dot))):
-        with pytest.raises(BackendUnavailable) as caught:
-            call()
-        assert f"cannot run {op} here: {op} has no triton kernel for metric=dot: " in str(caught.value)
-        assert backend.why_not(op, "triton", z.device, z.dtype, {"metric": "dot"}) in str(caught.value)
-        assert backend.why_not(op, "triton", z.device, z.dtype, {"metric": "cosine"}) is None

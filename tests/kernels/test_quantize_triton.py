@@ -62,22 +62,23 @@ def scalars(scale: float, tau: float) -> tuple[Tensor, Tensor]:
                                                                                  requires_grad=True))
 
 
-def assert_exact(leaves: Sequence[Tensor], scale: Tensor, tau: Tensor, mode: str, weights: Sequence[float] = (1, 1, 1,
-                                                                                                              9),
-                 noise: bool = True, eps: float = 1e-12) -> ResidualQuantization:
+def assert_exact(leaves: Sequence[Tensor], scale: Tensor, tau: Tensor, mode: str,
+                 weights: Sequence[float] = (1, 1, 1, 9), noise: bool = True, eps: float = 1e-12,
+                 metric: str = "cosine") -> ResidualQuantization:
     """Every result and every gradient, for gradients of every result (``weights``: 0 for none), against float64."""
     dtype = leaves[0].dtype
     seed, row_offset = seed_tensor(), random.choice([0, 5, 2**32 - len(leaves[0])])
 
     def quantize(values: Sequence[Tensor], backend: str) -> ResidualQuantization:
         z, *codebooks, scale, tau = values
-        return residual_quantize(z, codebooks, scale, tau, mode=mode, noise=noise, seed=seed, row_offset=row_offset,
-                                 eps=eps, backend=backend)
+        return residual_quantize(z, codebooks, scale, tau, mode=mode, metric=metric, noise=noise, seed=seed,
+                                 row_offset=row_offset, eps=eps, backend=backend)
 
     values = [*leaves, scale, tau]
     exact = [x.detach().double().requires_grad_() for x in values]
     actual, usual = quantize(values, "triton"), quantize(values, "reference")
-    truth = oracle(Inputs(exact[0], exact[1:-2], *exact[-2:]), mode, seed if noise else None, actual, row_offset, eps)
+    truth = oracle(Inputs(exact[0], exact[1:-2], *exact[-2:]), mode, seed if noise else None, actual, row_offset, eps,
+                   metric)
     same_path = torch.equal(actual.codes, usual.codes) and torch.equal(actual.sampled, usual.sampled)
     assert actual.quantized.dtype == actual.residuals.dtype == dtype
 
@@ -120,6 +121,17 @@ def test_quantization(form: str, shape: Shape, dtype: torch.dtype, mode: str, no
     if chosen is not None:  # exactly one row of the codebook
         for level, codebook in enumerate(leaves[1:]):
             assert torch.equal(result.quantized[:, level], codebook[chosen[:, level]])
+
+
+@runs
+@pytest.mark.parametrize("mode", ["soft", "straight_through", "hard"])
+def test_dot_products(form: str, mode: str) -> None:
+    """Lengths count, in scores and in gradients: nothing is projected out. In float32, whose codes are float64's."""
+    leaves = inputs(random.choice(SHAPES), torch.float32)
+    with torch.no_grad():
+        leaves[1][0] = 0
+    assert_exact(leaves, *scalars(random.uniform(0.2, 1), random.uniform(0.6, 1.5)), mode, noise=random.random() < 0.5,
+                 metric="dot")
 
 
 @runs
