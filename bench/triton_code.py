@@ -25,11 +25,12 @@ from triton.compiler import ASTSource
 from dgi_kernels import tiles
 from dgi_kernels import triton_common as common
 from dgi_kernels.cosine import triton as cosine
+from dgi_kernels.cosine.options import LossOptions
 from dgi_kernels.gumbel import triton_softmax as softmax
 from dgi_kernels.quantize import triton as quantize
 from dgi_kernels.quantize.options import QuantizeOptions
 
-MODULES = (common, cosine.kernels, softmax.kernels, quantize.kernels, quantize.chunks)
+MODULES = (common, cosine.kernels, cosine.chunks, softmax.kernels, quantize.kernels, quantize.chunks)
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32",
          torch.int64: "*i64"}
 
@@ -104,21 +105,30 @@ def launches_of(label: str, call: Callable[[], object]) -> list[Launch]:
 
 
 def cosine_launches() -> Iterator[Launch]:
-    """Each dtype and form with aligned sizes, and once each with sizes of which nothing is a multiple of 16."""
+    """Each dtype and form with aligned sizes, plain and with all that a column may have ("columns": less than all is
+    less code), and once each with sizes of which nothing is a multiple of 16."""
     cases = [(dtype, dim) for dtype in cosine.HALF for dim in cosine.FLASH[9]]
     cases += [(torch.bfloat16, 200), (torch.bfloat16, 768), (torch.float16, 768), (torch.float32, 256),
               (torch.float32, 17)]
     for dtype, dim in cases:
-        def call(dtype: torch.dtype = dtype, dim: int = dim) -> None:
-            rows, codes = (32, 48) if dim % 16 == 0 else (33, 47)
-            h = torch.randn(rows, dim).to(dtype).requires_grad_()
-            weight = torch.randn(codes, dim).to(dtype).requires_grad_()
-            target, scale = torch.zeros(rows, dtype=torch.int64), torch.tensor(30.0, requires_grad=True)
-            loss = cosine.cosine_cross_entropy(h, weight, target, scale, -100, "mean", 0.1, 1e-12)
-            loss.backward()
-            with torch.no_grad():
-                cosine.cosine_cross_entropy(h, weight, target, scale, -100, "mean", 0.1, 1e-12)
-        yield from launches_of(f"{str(dtype).removeprefix('torch.')} D={dim}", call)
+        rows, codes = (32, 48) if dim % 16 == 0 else (33, 47)
+        for columns in (False, True) if dim % 16 == 0 else (False,):
+            def call(dtype: torch.dtype = dtype, dim: int = dim, rows: int = rows, codes: int = codes,
+                     columns: bool = columns) -> None:
+                h = torch.randn(rows, dim).to(dtype).requires_grad_()
+                weight = torch.randn(codes, dim).to(dtype).requires_grad_()
+                target, scale = torch.zeros(rows, dtype=torch.int64), torch.tensor(30.0, requires_grad=True)
+                bias = torch.randn(codes, requires_grad=True) if columns else None
+                same_as = torch.arange(codes) if columns else None
+                # With columns left out, smoothing is for chunks.
+                smoothing = 0.0 if columns and cosine.uses_flash(dim, dtype) else 0.1
+                options = LossOptions(label_smoothing=smoothing, return_log_normalizer=columns)
+                loss, lse = cosine.cosine_cross_entropy(h, weight, target, scale, bias, same_as, options)
+                (loss if lse is None else loss + lse.sum()).backward()
+                with torch.no_grad():
+                    cosine.cosine_cross_entropy(h, weight, target, scale, bias, same_as, options)
+            label = f"{str(dtype).removeprefix('torch.')} D={dim}{' columns' * columns}"
+            yield from launches_of(label, call)
 
 
 def quantize_launches() -> Iterator[Launch]:

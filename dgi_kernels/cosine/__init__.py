@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dgi_kernels import checks
-from dgi_kernels.backend import BackendUnavailable, choose
+from dgi_kernels.backend import choose
 from dgi_kernels.cosine import native, reference
 from dgi_kernels.cosine.options import LossOptions
 from dgi_kernels.enums import REDUCTIONS
@@ -130,10 +130,6 @@ def cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: float
     target = checks.index("target", target.long(), 0, weight.shape[0], also=options.ignore_index)
     dtype = torch.promote_types(h.dtype, weight.dtype)
     chosen = choose("cosine_cross_entropy", backend, h.device, dtype)
-    lacking = _used(bias, same_as, options) if chosen == "triton" else ()
-    if lacking and backend == "triton":
-        raise BackendUnavailable(f"the Triton kernel of cosine_cross_entropy has no {', '.join(lacking)} yet")
-    chosen = "reference" if lacking else chosen
     if chosen == "native":
         loss, log_normalizer = native.cosine_cross_entropy(h, weight, target, scale, bias, same_as, options,
                                                            reference.cosine_cross_entropy)
@@ -144,7 +140,7 @@ def cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: float
         if chosen == "triton":
             from dgi_kernels.cosine import triton
 
-            loss, log_normalizer = triton.cosine_cross_entropy(h, weight, target, scale, options), None
+            loss, log_normalizer = triton.cosine_cross_entropy(h, weight, target, scale, bias, same_as, options)
         else:
             loss, log_normalizer = reference.cosine_cross_entropy(
                 h.to(compute), weight.to(compute), target, checks.to_dtype(scale, compute),
@@ -188,10 +184,3 @@ def check_columns(weight: Tensor, bias: Tensor | None, same_as: Tensor | None) -
         checks.shape("same_as", same_as, (weight.shape[0],), "(K,)")
         same_as = same_as.long()
     return bias, same_as
-
-
-def _used(bias: Tensor | None, same_as: Tensor | None, options: LossOptions) -> tuple[str, ...]:
-    """The names of what a kernel may lack, where it is asked for."""
-    asked = {"bias": bias is not None, "same_as": same_as is not None,
-             "return_log_normalizer": options.return_log_normalizer}
-    return tuple(name for name, is_asked in asked.items() if is_asked)

@@ -7,6 +7,8 @@ CUDA graph can hold a training step.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -15,16 +17,22 @@ from torch import Tensor, library
 
 from dgi_kernels import tiles as measured
 from dgi_kernels import triton_common as common
+from dgi_kernels.cosine import triton_chunks as chunks
 from dgi_kernels.cosine import triton_kernels as kernels
 from dgi_kernels.cosine.options import LossOptions
 from dgi_kernels.triton_common import (
+    CHUNK_BYTES,
     HALF,
+    LN2,
     NORM_BLOCK,
+    ORDER_FROM,
     Tiles,
     add_product,
     finish_block,
+    gain_of,
     multiprocessors,
     norms,
+    or_one,
     product,
 )
 
@@ -55,11 +63,10 @@ FLASH = {
          256: FlashConfig(Tiles(64, 64, 8, 2), Tiles(128, 32, 8, 2))},
 }
 FLASH_LARGEST = 256
-CHUNK_BYTES = 32 << 20  # products and weights of one chunk: they stay in the L2 of an H100 or H200 (50 MB)
 CHUNK_STEP = 2048  # columns of one pass of the chunked epilogues
 SUM_BLOCK = (32, 64)
 SUM_PROGRAMS = 64
-ORDER_FROM = (4096, 512)  # rows and columns from which sorting rows costs less than the products it can save
+BIAS_BLOCK = (32, 64)  # rows, columns
 
 
 def uses_flash(dim: int, dtype: torch.dtype) -> bool:
@@ -79,41 +86,69 @@ def flash_config(dim: int, device: torch.device) -> tuple[int, FlashConfig]:
                               for name, tiles in table[b_d]._asdict().items()))
 
 
-def cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: float | Tensor,
-                         options: LossOptions) -> Tensor:
-    """(N, D), (K, D), (N,) int64 -> () or (N,) float32; a target out of range gives NaN for its row."""
+def cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: float | Tensor, bias: Tensor | None,
+                         same_as: Tensor | None, options: LossOptions) -> tuple[Tensor, Tensor | None]:
+    """(N, D), (K, D), (N,) int64, bias (K,), same_as (K,) int64 -> loss () or (N,) float32, log normalizer (N,) float32
+    if wanted; a target out of range gives NaN for its row."""
     if not isinstance(scale, Tensor):
         scale = torch.full((), scale, dtype=torch.float32, device=h.device)
     keep_mean = torch.is_grad_enabled() and h.requires_grad
-    loss = _forward(h, weight, target, scale.float(), options.ignore_index, options.label_smoothing, options.eps,
-                    keep_mean)[0]
-    return options.reduce(loss, target)
+    loss, lse, *_ = _forward(h, weight, target, scale.float(), None if bias is None else bias.float(),
+                             None if same_as is None else _groups(same_as), options.ignore_index,
+                             options.label_smoothing, options.eps, keep_mean)
+    ignored = target == options.ignore_index
+    log_normalizer = None
+    if options.return_log_normalizer:
+        in_range = (target >= 0) & (target < weight.shape[0])
+        log_normalizer = torch.where(ignored, 0.0, torch.where(in_range, lse * LN2.value, torch.nan))
+    return options.reduce(loss, target), log_normalizer
+
+
+def _groups(same_as: Tensor) -> Tensor:
+    """same_as (K,) int64 -> (2, K) int32: a number that equal ids share, and how many columns share it."""
+    ordered = same_as.sort().values
+    first, last = (torch.searchsorted(ordered, same_as, out_int32=True, right=right) for right in (False, True))
+    return torch.stack((first, last - first))
 
 
 @library.custom_op("dgi_kernels::cosine_loss_triton", mutates_args=())
-def _forward(h: Tensor, weight: Tensor, target: Tensor, scale: Tensor, ignore_index: int, smoothing: float, eps: float,
+def _forward(h: Tensor, weight: Tensor, target: Tensor, scale: Tensor, bias: Tensor | None, groups: Tensor | None,
+             ignore_index: int, smoothing: float, eps: float,
              keep_mean: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> loss, lse, residue, mean, centre, rnorm_h, rnorm_w, label, order; mean (N, D) is what dh is made of.
 
     The chunked form has neither mean nor order: they are empty, as is the mean that nobody asks for.
     """
-    outputs = _empty_outputs(h, weight, keep_mean)
+    outputs = _empty_outputs(h, weight, groups, smoothing, keep_mean)
     loss, lse, residue, mean, centre, rnorm_h, rnorm_w, label, order = outputs
     if h.shape[0] == 0:
         return outputs
     h, weight = _tiled(h), _tiled(weight)
+    bias = None if bias is None else bias.contiguous()
     (rows, dim), codes = h.shape, weight.shape[0]
+    smooth_apart = groups is not None and smoothing > 0  # the chunks' epilogue adds up the scores that count itself
     with torch.cuda.device_of(h):
         norms(weight, eps, rnorm_w)
-        _weighted_sum(weight, rnorm_w, smoothing / max(codes, 1), centre)
+        _weighted_sum(weight, rnorm_w, 0.0 if smooth_apart else smoothing / max(codes, 1), centre)
+        bias_centre = None
+        if bias is not None and smoothing > 0:
+            bias_centre = bias.new_zeros(()) if smooth_apart else bias.mean() * smoothing
         logit, extra = torch.empty_like(loss), torch.empty_like(loss)
         key = torch.empty_like(label)
         b_n, b_d = NORM_BLOCK
         kernels.target_kernel[(triton.cdiv(rows, b_n),)](
-            h, weight, target.contiguous(), scale, centre, rnorm_h, logit, extra, label, key, rows, codes, dim,
-            h.stride(0), weight.stride(0), ignore_index, eps, smoothing, b_n=b_n, b_d=b_d, num_warps=4)
-        if not uses_flash(dim, h.dtype):
-            _chunked_loss(h, weight, scale, rnorm_h, rnorm_w, logit, extra, label, smoothing, loss, lse, residue)
+            h, weight, p_target=target.contiguous(), p_scale=scale, p_bias=bias, p_centre=centre,
+            p_bias_centre=bias_centre, p_rnorm=rnorm_h, p_logit=logit, p_extra=extra, p_label=label, p_key=key, N=rows,
+            K=codes, D=dim, stride_h=h.stride(0), stride_w=weight.stride(0), ignore_index=ignore_index, eps=eps,
+            smoothing=smoothing, b_n=b_n, b_d=b_d, num_warps=4)
+        terms = _terms(bias, groups)
+        if not _is_flash(dim, h.dtype, groups, smoothing):
+            for own, s in _chunks(h, weight):
+                product(h[own], weight.T, s)
+                chunks.chunk_loss_kernel[(len(s),)](
+                    s, p_rnorm_h=rnorm_h[own], p_rnorm_w=rnorm_w, **terms, p_logit=logit[own], p_extra=extra[own],
+                    p_label=label[own], p_scale=scale, p_loss=loss[own], p_lse=lse[own], p_residue=residue[own],
+                    K=codes, smoothing=smoothing, b_k=CHUNK_STEP, num_warps=8)
             return outputs
         if rows >= ORDER_FROM[0] and codes >= ORDER_FROM[1]:
             order.copy_(torch.sort(key, stable=True).indices)
@@ -123,16 +158,28 @@ def _forward(h: Tensor, weight: Tensor, target: Tensor, scale: Tensor, ignore_in
         b_d, config = flash_config(dim, h.device)
         tiles = config.forward if keep_mean else config.weight
         kernels.flash_forward_kernel[(triton.cdiv(rows, tiles.owned),)](
-            h, weight, rnorm_h, rnorm_w, logit, extra, label, order, scale, gain, loss, lse, residue, mean, rows, codes,
-            dim, h.stride(0), weight.stride(0), smoothing, LOG2_SKIP[h.dtype], with_mean=keep_mean,
-            b_n=tiles.owned, b_k=tiles.step, b_d=b_d, num_warps=tiles.warps, num_stages=tiles.stages)
+            h, weight, p_rnorm_h=rnorm_h, p_rnorm_w=rnorm_w, **terms, p_logit=logit, p_extra=extra, p_label=label,
+            p_order=order, p_scale=scale, p_gain=gain, p_loss=loss, p_lse=lse, p_residue=residue, p_mean=mean, N=rows,
+            K=codes, D=dim, stride_h=h.stride(0), stride_w=weight.stride(0), smoothing=smoothing,
+            log2_skip=LOG2_SKIP[h.dtype], with_mean=keep_mean, b_n=tiles.owned, b_k=tiles.step, b_d=b_d,
+            num_warps=tiles.warps, num_stages=tiles.stages)
     return outputs
 
 
-def _empty_outputs(h: Tensor, weight: Tensor, keep_mean: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                                                                       Tensor, Tensor, Tensor]:
+def _terms(bias: Tensor | None, groups: Tensor | None) -> dict[str, Tensor | None]:
+    """What a column has beside its vector, as every kernel takes it."""
+    return {"p_bias": bias, "p_group": None if groups is None else groups[0]}
+
+
+def _is_flash(dim: int, dtype: torch.dtype, groups: Tensor | None, smoothing: float) -> bool:
+    """Smoothing over all columns but those left out is no vector that all rows share: only chunks have it."""
+    return uses_flash(dim, dtype) and (groups is None or smoothing == 0)
+
+
+def _empty_outputs(h: Tensor, weight: Tensor, groups: Tensor | None, smoothing: float,
+                   keep_mean: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, codes, dim = h.shape[0], weight.shape[0], _tiled_dim(h.shape[1])
-    flash = uses_flash(dim, h.dtype)
+    flash = _is_flash(dim, h.dtype, groups, smoothing)
     loss, lse, residue, rnorm_h = (h.new_empty(rows, dtype=torch.float32) for _ in range(4))
     return (loss, lse, residue, h.new_empty(rows if flash and keep_mean else 0, dim),
             h.new_empty(dim, dtype=torch.float32), rnorm_h, h.new_empty(codes, dtype=torch.float32),
@@ -140,105 +187,168 @@ def _empty_outputs(h: Tensor, weight: Tensor, keep_mean: bool) -> tuple[Tensor, 
 
 
 @_forward.register_fake
-def _(h, weight, target, scale, ignore_index, smoothing, eps, keep_mean):
-    return _empty_outputs(h, weight, keep_mean)
+def _(h, weight, target, scale, bias, groups, ignore_index, smoothing, eps, keep_mean):
+    return _empty_outputs(h, weight, groups, smoothing, keep_mean)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What backward gets of forward: its operands, and what it kept of each row and column."""
+
+    h: Tensor  # (N, D)
+    weight: Tensor  # (K, D)
+    scale: Tensor  # ()
+    bias: Tensor | None  # (K,)
+    groups: Tensor | None  # (2, K) of _groups
+    lse: Tensor  # (N,) in base 2
+    residue: Tensor  # (N,) p_t - (1 - e)
+    mean: Tensor  # (N, D), or empty
+    centre: Tensor  # (D,)
+    rnorm_h: Tensor  # (N,)
+    rnorm_w: Tensor  # (K,)
+    label: Tensor  # (N,) int32
+    order: Tensor  # (N,), empty in the chunked form
+    smoothing: float
+    eps: float
+
+    def shared(self) -> dict[str, Tensor | int | None]:
+        """The arguments that both kernels of gradients by tiles have, flash or chunked."""
+        return {"p_rnorm_w": self.rnorm_w, **_terms(self.bias, self.groups), "p_scale": self.scale,
+                "K": len(self.weight)}
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """The gradients that enter, 0 in rows without a target. Where only u matters, ``both`` and the rest are None."""
+
+    loss: Tensor  # (N,) u
+    both: Tensor | None  # (N,) u + v: the weight of p
+    own: Tensor | None  # (N,) t of the target, but for its e / K
+    even: Tensor | None  # (N,) u e / K, K less the columns that are left out
+
+    def largest(self) -> Tensor:
+        """(N,) a bound of a row's weights."""
+        if self.both is None or self.own is None:
+            return self.loss
+        return torch.maximum(self.both.abs(), self.own.abs())
+
+
+def _upstream(of_loss: Tensor | None, of_lse: Tensor | None, saved: Saved, need_bias: bool) -> Upstream:
+    """``of_lse`` is the gradient of the log-normalizer in base 2."""
+    known = saved.label >= 0
+    u = torch.zeros_like(saved.lse) if of_loss is None else torch.where(known, of_loss, 0.0)
+    if of_lse is None and saved.groups is None and not need_bias:
+        return Upstream(u, None, None, None)
+    v = torch.zeros_like(u) if of_lse is None else torch.where(known, of_lse / LN2.value, 0.0)
+    counted: int | Tensor = max(len(saved.weight), 1)
+    if saved.groups is not None and len(saved.weight):
+        counted = counted + 1 - saved.groups[1][saved.label.clamp(min=0)]
+    own = torch.where(known, u * saved.residue + v * (1 - saved.smoothing + saved.residue), 0.0)
+    return Upstream(u, u + v, own, u * saved.smoothing / counted)
 
 
 @library.custom_op("dgi_kernels::cosine_loss_triton_backward", mutates_args=())
-def _backward(upstream: Tensor, h: Tensor, weight: Tensor, scale: Tensor, lse: Tensor, residue: Tensor, mean: Tensor,
-              centre: Tensor, rnorm_h: Tensor, rnorm_w: Tensor, label: Tensor, order: Tensor, smoothing: float,
-              eps: float, need_h: bool, need_weight: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dh, dweight (empty where not needed), dscale."""
-    dh = h.new_empty(h.shape if need_h else (0, 0))
-    return _gradients(dh, need_weight, upstream, h, weight, scale, lse, residue, mean, centre, rnorm_h, rnorm_w, label,
-                      order, smoothing, eps)
+def _backward(of_loss: Tensor | None, of_lse: Tensor | None, h: Tensor, weight: Tensor, scale: Tensor,
+              bias: Tensor | None, groups: Tensor | None, lse: Tensor, residue: Tensor, mean: Tensor, centre: Tensor,
+              rnorm_h: Tensor, rnorm_w: Tensor, label: Tensor, order: Tensor, smoothing: float, eps: float,
+              need_h: bool, need_weight: bool, need_bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> dh, dweight, dbias (empty where not needed), dscale."""
+    saved = Saved(h, weight, scale, bias, groups, lse, residue, mean, centre, rnorm_h, rnorm_w, label, order,
+                  smoothing, eps)
+    return _gradients(h.new_empty(h.shape if need_h else (0, 0)), of_loss, of_lse, saved, need_weight, need_bias)
 
 
 @_backward.register_fake
-def _(upstream, h, weight, scale, lse, residue, mean, centre, rnorm_h, rnorm_w, label, order, smoothing, eps,
-      need_h, need_weight):
+def _(of_loss, of_lse, h, weight, scale, bias, groups, lse, residue, mean, centre, rnorm_h, rnorm_w, label, order,
+      smoothing, eps, need_h, need_weight, need_bias):
     return (h.new_empty(h.shape if need_h else (0, 0)), weight.new_empty(weight.shape if need_weight else (0, 0)),
-            torch.empty_like(scale))
+            rnorm_w.new_empty(len(weight) if need_bias else 0), torch.empty_like(scale))
 
 
-def _gradients(dh: Tensor, need_weight: bool, upstream: Tensor, h: Tensor, weight: Tensor, scale: Tensor, lse: Tensor,
-               residue: Tensor, mean: Tensor, centre: Tensor, rnorm_h: Tensor, rnorm_w: Tensor, label: Tensor,
-               order: Tensor, smoothing: float, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dh, filled where it has elements (it may be ``mean`` itself), dweight (or empty), dscale."""
+def _gradients(dh: Tensor, of_loss: Tensor | None, of_lse: Tensor | None, saved: Saved, need_weight: bool,
+               need_bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> dh, filled where it has elements (it may be ``mean`` itself), dweight and dbias (or empty), dscale."""
+    h, weight = saved.h, saved.weight
     dweight = weight.new_empty(weight.shape if need_weight else (0, 0))
+    dbias = saved.rnorm_w.new_zeros(len(weight) if need_bias else 0)
     if h.shape[0] == 0:
-        return dh, dweight.zero_(), torch.zeros_like(scale)
-    upstream = torch.where(label >= 0, upstream, 0.0)
-    h, weight = _tiled(h), _tiled(weight)
+        return dh, dweight.zero_(), dbias, torch.zeros_like(saved.scale)
+    upstream = _upstream(of_loss, of_lse, saved, need_bias)
+    saved = replace(saved, h=_tiled(h), weight=_tiled(weight),
+                    bias=None if saved.bias is None else saved.bias.contiguous())
     with torch.cuda.device_of(h):
-        if not uses_flash(h.shape[1], h.dtype):
-            return dh, dweight, _chunked_gradients(upstream, h, weight, scale, lse, residue, rnorm_h, rnorm_w, label,
-                                                   smoothing, eps, dh, dweight).sum()
-        by_row = len(mean) > 0
-        if need_weight or not by_row:
-            radial = _flash_weight(upstream * rnorm_h, h, weight, scale, lse, residue, rnorm_h, rnorm_w, label, order,
-                                   smoothing, eps, dweight)
+        if not _is_flash(saved.h.shape[1], h.dtype, saved.groups, saved.smoothing):
+            radial = _chunked_gradients(upstream, saved, dh, dweight, dbias)
+            return dh, dweight, dbias, radial.sum()
+        by_row = len(saved.mean) > 0
+        if need_weight or need_bias or not by_row:
+            radial = _flash_weight(upstream, saved, dweight, dbias)
         if by_row:
-            radial = _flash_hidden(upstream, h, weight, scale, residue, mean, centre, rnorm_h, rnorm_w, label,
-                                   smoothing, eps, dh)
-    return dh, dweight, radial.sum()
+            radial = _flash_hidden(upstream, saved, dh)
+    return dh, dweight, dbias, radial.sum()
 
 
 def _save(ctx, inputs, output) -> None:
-    h, weight, target, scale, ctx.ignore_index, ctx.smoothing, ctx.eps, ctx.keeps_mean = inputs
-    ctx.save_for_backward(target, h, weight, scale, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
+    h, weight, target, scale, bias, groups, *ctx.options, ctx.keeps_mean = inputs
+    _, lse, residue, mean, centre, rnorm_h, rnorm_w, label, order = output
+    ctx.save_for_backward(target, h, weight, scale, bias, groups, lse, residue, mean, centre, rnorm_h, rnorm_w, label,
+                          order)
+    ctx.mark_non_differentiable(residue, mean, centre, rnorm_h, rnorm_w, label, order)
     ctx.set_materialize_grads(False)
     ctx.mean_is_gone = False
 
 
-def _differentiate(ctx, upstream: Tensor, *_: None):
-    """The first backward turns the mean into dh where it lies: a second (N, D) could be larger than all else.
+def _differentiate(ctx, of_loss: Tensor | None, of_lse: Tensor | None, *_):
+    """dh takes the place of the mean that forward kept for it, so that a step needs no second tensor of its size.
 
     The mean is gone then, and a later backward through the same graph makes it again.  What is traced (its tensors are
     no plain ones) or may be differentiated once more calls the operator, which leaves it as it is.
     """
-    target, h, weight, scale, lse, residue, mean, *others = ctx.saved_tensors
-    need_h, need_weight, _, need_scale = ctx.needs_input_grad[:4]
+    target, h, weight, scale, bias, groups, lse, residue, mean, *others = ctx.saved_tensors
+    ignore_index, smoothing, eps = ctx.options
+    need_h, need_weight, _, need_scale, need_bias = ctx.needs_input_grad[:5]
+    if of_loss is None and of_lse is None:
+        return (None,) * 10
     if (need_h and not ctx.keeps_mean) or (ctx.mean_is_gone and (need_h or need_scale)):
-        mean = _forward(h, weight, target, scale, ctx.ignore_index, ctx.smoothing, ctx.eps, True)[3]
-    arguments = [upstream, h, weight, scale, lse, residue, mean, *others, ctx.smoothing, ctx.eps]
+        mean = _forward(h, weight, target, scale, bias, groups, ignore_index, smoothing, eps, True)[3]
+    operands = (h, weight, scale, bias, groups, lse, residue, mean, *others, smoothing, eps)
     if need_h and mean.shape == h.shape and type(mean) is Tensor and not torch.is_grad_enabled():
         ctx.mean_is_gone = True
-        dh, dweight, dscale = _gradients(mean, need_weight, *arguments)
+        dh, dweight, dbias, dscale = _gradients(mean, of_loss, of_lse, Saved(*operands), need_weight, need_bias)
     else:
-        dh, dweight, dscale = _backward(*arguments, need_h, need_weight)
+        dh, dweight, dbias, dscale = _backward(of_loss, of_lse, *operands, need_h, need_weight, need_bias)
     return (dh if need_h else None, dweight if need_weight else None, None, dscale if need_scale else None,
-            None, None, None, None)
+            dbias if need_bias else None, None, None, None, None, None)
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
-def _flash_hidden(upstream: Tensor, h: Tensor, weight: Tensor, scale: Tensor, residue: Tensor, mean: Tensor,
-                  centre: Tensor, rnorm_h: Tensor, rnorm_w: Tensor, label: Tensor, smoothing: float, eps: float,
-                  dh: Tensor) -> Tensor:
+def _flash_hidden(upstream: Upstream, saved: Saved, dh: Tensor) -> Tensor:
     """Fill dh where it has elements; return each row's part of dscale."""
-    rows, dim = h.shape
-    radial = torch.empty_like(upstream)
-    b_n, b_d = finish_block(dim)
-    kernels.flash_hidden_kernel[(triton.cdiv(rows, b_n),)](
-        mean, h, weight, rnorm_h, rnorm_w, residue, upstream, label, scale, centre, dh, radial, rows, dim,
-        dh.shape[1], h.stride(0), weight.stride(0), smoothing, eps, b_n=b_n, b_d=b_d, num_warps=4)
+    h, weight = saved.h, saved.weight
+    radial = torch.empty_like(upstream.loss)
+    b_n, b_d = finish_block(h.shape[1])
+    kernels.flash_hidden_kernel[(triton.cdiv(len(h), b_n),)](
+        saved.mean, h, weight, p_rnorm_h=saved.rnorm_h, p_rnorm_w=saved.rnorm_w, p_residue=saved.residue,
+        p_upstream=upstream.loss, p_both=upstream.both, p_own=upstream.own, p_label=saved.label, p_scale=saved.scale,
+        p_centre=saved.centre, p_out=dh, p_radial=radial, N=len(h), D=h.shape[1], width=dh.shape[1],
+        stride_h=h.stride(0), stride_w=weight.stride(0), smoothing=saved.smoothing, eps=saved.eps, b_n=b_n, b_d=b_d,
+        num_warps=4)
     return radial
 
 
-def _flash_weight(upstream: Tensor, h: Tensor, weight: Tensor, scale: Tensor, lse: Tensor,
-                  residue: Tensor, rnorm_h: Tensor, rnorm_w: Tensor, label: Tensor, order: Tensor, smoothing: float,
-                  eps: float, dweight: Tensor) -> Tensor:
-    """Fill dweight where it has elements; return each column's part of dscale."""
+def _flash_weight(upstream: Upstream, saved: Saved, dweight: Tensor, dbias: Tensor) -> Tensor:
+    """Fill dweight and dbias where they have elements; return each column's part of dscale."""
+    h, weight = saved.h, saved.weight
     (rows, dim), codes = h.shape, weight.shape[0]
     if codes == 0:
-        return rnorm_w
-    radial = torch.empty_like(rnorm_w)
+        return saved.rnorm_w
+    radial = torch.empty_like(saved.rnorm_w)
     centre = torch.empty_like(h[0], dtype=torch.float32)
-    _weighted_sum(h, upstream, smoothing / codes, centre)
-    gain = _gain(upstream, h.dtype)
+    _weighted_sum(h, upstream.loss * saved.rnorm_h, saved.smoothing / codes, centre)
+    gain = gain_of((upstream.largest() * saved.rnorm_h).abs(), h.dtype)
+    per_row = (upstream.loss if upstream.both is None else 1.0) * saved.rnorm_h
     b_d, (_, tiles) = flash_config(dim, h.device)
     programs = triton.cdiv(codes, tiles.owned)
     splits = max(1, min(triton.cdiv(rows, tiles.step), multiprocessors(h) // programs))
@@ -246,71 +356,74 @@ def _flash_weight(upstream: Tensor, h: Tensor, weight: Tensor, scale: Tensor, ls
     # in 32 bits the partials would be the largest of all that is kept (1.6 % of 65,536 rows' logits at D = 256).
     partial = h.new_empty(splits, codes, dim, dtype=torch.float16 if h.dtype in HALF else torch.float32)
     largest = h.new_empty(splits, codes, dtype=torch.float32)
+    of_bias = torch.empty_like(largest) if dbias.numel() else None
     kernels.flash_weight_kernel[(programs, splits)](
-        h, weight, rnorm_h, rnorm_w, lse, residue, upstream if gain is None else upstream * gain, label, order, scale,
-        partial, largest, rows, codes, dim, h.stride(0), weight.stride(0), 2.0 ** LOG2_SKIP[h.dtype], b_k=tiles.owned,
+        h, weight, p_rnorm_h=saved.rnorm_h, **saved.shared(), p_lse=saved.lse, p_residue=saved.residue,
+        p_upstream=per_row if gain is None else per_row * gain, p_both=upstream.both, p_own=upstream.own,
+        p_label=saved.label, p_order=saved.order, p_partial=partial, p_largest=largest, p_dbias=of_bias, N=rows, D=dim,
+        stride_h=h.stride(0), stride_w=weight.stride(0), skip=2.0 ** LOG2_SKIP[h.dtype], b_k=tiles.owned,
         b_n=tiles.step, b_d=b_d, num_warps=tiles.warps, num_stages=tiles.stages)
-    _finish(partial, largest, weight, rnorm_w, scale, gain, centre, eps, False, dweight, radial)
-    return radial.mul_(rnorm_w)
+    if of_bias is not None:
+        torch.sum(of_bias, 0, out=dbias)
+        dbias -= upstream.loss.sum() * (saved.smoothing / codes)
+    _finish(partial, largest, weight, saved.rnorm_w, saved, gain, centre, False, dweight, radial)
+    return radial.mul_(saved.rnorm_w)
 
 
-def _chunked_loss(h: Tensor, weight: Tensor, scale: Tensor, rnorm_h: Tensor, rnorm_w: Tensor, logit: Tensor,
-                  extra: Tensor, label: Tensor, smoothing: float, loss: Tensor, lse: Tensor, residue: Tensor) -> None:
-    codes = weight.shape[0]
-    for rows, s in _chunks(h, weight):
-        product(h[rows], weight.T, s)
-        kernels.chunk_loss_kernel[(len(s),)](
-            s, rnorm_h[rows], rnorm_w, logit[rows], extra[rows], label[rows], scale, loss[rows], lse[rows],
-            residue[rows], codes, smoothing, b_k=CHUNK_STEP, num_warps=8)
-
-
-def _chunked_gradients(upstream: Tensor, h: Tensor, weight: Tensor, scale: Tensor, lse: Tensor, residue: Tensor,
-                       rnorm_h: Tensor, rnorm_w: Tensor, label: Tensor, smoothing: float, eps: float, dh: Tensor,
-                       dweight: Tensor) -> Tensor:
-    """Fill dh and dweight where they have elements; return each row's part of dscale."""
+def _chunked_gradients(upstream: Upstream, saved: Saved, dh: Tensor, dweight: Tensor, dbias: Tensor) -> Tensor:
+    """Fill dh, dweight and dbias where they have elements; return each row's part of dscale."""
+    h, weight, rnorm_h, rnorm_w = saved.h, saved.weight, saved.rnorm_h, saved.rnorm_w
     (_, dim), codes = h.shape, weight.shape[0]
-    per_row = upstream * torch.where(rnorm_h == 0, 1.0, rnorm_h)
-    gain = _gain(per_row, h.dtype, rnorm_w)
+    gain = _chunk_gain(upstream.largest() * or_one(rnorm_h), rnorm_w, h.dtype)
+    per_row = (upstream.loss if upstream.both is None else 1.0) * or_one(rnorm_h)
     if gain is not None:
         per_row = per_row * gain
     total = weight.new_zeros(codes, dim, dtype=torch.float32)
     nothing = total.new_zeros(dim)
-    radial = torch.empty_like(upstream)
-    for rows, s in _chunks(h, weight):
+    radial = torch.empty_like(upstream.loss)
+    b_n, b_k = BIAS_BLOCK
+    splits = max(1, 4 * multiprocessors(h) // max(1, triton.cdiv(codes, b_k)))
+    of_bias = total.new_zeros(splits, codes) if dbias.numel() else None
+    for own, s in _chunks(h, weight):
         g = s if h.dtype == torch.float32 else s.new_empty(s.shape, dtype=h.dtype)
-        product(h[rows], weight.T, s)
-        kernels.chunk_gradient_kernel[(len(s), triton.cdiv(codes, CHUNK_STEP))](
-            s, g, rnorm_h[rows], rnorm_w, lse[rows], residue[rows], per_row[rows], label[rows], scale, codes,
-            smoothing / max(codes, 1), b_k=CHUNK_STEP, num_warps=8)
+        product(h[own], weight.T, s)
+        both, target, even = (None if x is None else x[own] for x in (upstream.both, upstream.own, upstream.even))
+        shared = {**saved.shared(), "p_rnorm_h": rnorm_h[own], "p_lse": saved.lse[own], "p_label": saved.label[own],
+                  "p_both": both, "p_own": target, "p_even": even}
+        if of_bias is not None:
+            chunks.chunk_bias_kernel[(triton.cdiv(codes, b_k), splits)](
+                s, p_dbias=of_bias, **shared, N=len(s), b_n=b_n, b_k=b_k, num_warps=4)
+        chunks.chunk_gradient_kernel[(len(s), triton.cdiv(codes, CHUNK_STEP))](
+            s, g, p_residue=saved.residue[own], p_upstream=per_row[own], **shared,
+            centre=saved.smoothing / max(codes, 1), b_k=CHUNK_STEP, num_warps=8)
         if dweight.numel():
-            add_product(g.T, h[rows], total)
+            add_product(g.T, h[own], total)
         row_total = s.new_empty(1, len(s), dim)
         product(g, weight, row_total[0])
-        _finish(row_total, None, h[rows], rnorm_h[rows], scale, gain, nothing, eps, True, dh[rows], radial[rows])
+        _finish(row_total, None, h[own], rnorm_h[own], saved, gain, nothing, True, dh[own], radial[own])
     if dweight.numel():
-        _finish(total[None], None, weight, rnorm_w, scale, gain, nothing, eps, True, dweight, None)
+        _finish(total[None], None, weight, rnorm_w, saved, gain, nothing, True, dweight, None)
+    if of_bias is not None:
+        torch.sum(of_bias, 0, out=dbias)
     return radial
 
 
-def _chunks(h: Tensor, weight: Tensor):
-    """Slices of rows, each with a float32 buffer for its products (one memory for all); none without codes."""
-    rows, codes = h.shape[0], weight.shape[0]
-    budget = measured.number("cosine.chunk_bytes", CHUNK_BYTES, h.device)
-    size = max(1, budget // (max(codes, 1) * (4 if h.dtype == torch.float32 else 6)))
-    size = min(rows, size if size < 128 else size // 128 * 128)
-    buffer = h.new_empty(size, codes, dtype=torch.float32)
-    for start in range(0, rows, size):
-        yield slice(start, min(start + size, rows)), buffer[:rows - start]
-
-
-def _gain(per_row: Tensor, dtype: torch.dtype, per_column: Tensor | None = None) -> Tensor | None:
-    """What brings weights of up to per_row x per_column near the top of float16's range; other dtypes need nothing."""
+def _chunk_gain(per_row: Tensor, rnorm_w: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """For weights of up to per_row (N,) times the reciprocal norm of the column."""
     if dtype != torch.float16 or per_row.numel() == 0:
         return None
     largest = per_row.abs().amax()
-    if per_column is not None and per_column.numel():
-        largest = largest * torch.where(per_column == 0, 1.0, per_column).amax()
-    return 2.0**14 / largest.clamp(min=1e-30)
+    return gain_of(largest * or_one(rnorm_w).amax() if rnorm_w.numel() else largest, dtype)
+
+
+def _chunks(h: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of rows, each with a float32 buffer for its products: the same memory for all."""
+    buffer = None
+    budget = measured.number("cosine.chunk_bytes", CHUNK_BYTES, h.device)
+    for own in common.chunks(len(h), len(weight), 1, h.dtype, budget):
+        if buffer is None:
+            buffer = h.new_empty(own.stop, len(weight), dtype=torch.float32)
+        yield own, buffer[:own.stop - own.start]
 
 
 def _weighted_sum(x: Tensor, weight: Tensor, factor: float, out: Tensor) -> None:
@@ -323,19 +436,21 @@ def _weighted_sum(x: Tensor, weight: Tensor, factor: float, out: Tensor) -> None
     rows_each = triton.cdiv(triton.cdiv(rows, SUM_PROGRAMS), b_n) * b_n
     partial = x.new_empty(triton.cdiv(rows, rows_each), dim, dtype=torch.float32)
     kernels.weighted_sum_kernel[(len(partial), triton.cdiv(dim, b_d))](
-        x, weight, partial, rows, dim, x.stride(0), rows_each, b_n=b_n, b_d=b_d, num_warps=4)
+        x, p_weight=weight, p_partial=partial, N=rows, D=dim, stride=x.stride(0), rows_each=rows_each, b_n=b_n,
+        b_d=b_d, num_warps=4)
     torch.mul(partial.sum(0), factor, out=out)
 
 
-def _finish(partial: Tensor, largest: Tensor | None, x: Tensor, rnorm: Tensor, scale: Tensor, gain: Tensor | None,
-            centre: Tensor, eps: float, scaled: bool, out: Tensor, product: Tensor | None) -> None:
+def _finish(partial: Tensor, largest: Tensor | None, x: Tensor, rnorm: Tensor, saved: Saved, gain: Tensor | None,
+            centre: Tensor, scaled: bool, out: Tensor, product: Tensor | None) -> None:
     """out (rows, width), or nothing at all, from partial (splits, rows, dim), times largest (splits, rows)."""
     splits, rows, dim = partial.shape
     width = out.shape[1] if out.numel() else 0
     b_n, b_d = finish_block(dim)
     kernels.finish_kernel[(triton.cdiv(rows, b_n),)](
-        partial, largest, x, rnorm, scale, gain, centre, out, product, splits, rows, dim, width, x.stride(0), eps,
-        scaled=scaled, b_n=b_n, b_d=b_d, num_warps=4)
+        partial, p_largest=largest, p_x=x, p_rnorm=rnorm, p_scale=saved.scale, p_gain=gain, p_centre=centre, p_out=out,
+        p_product=product, splits=splits, N=rows, D=dim, width=width, stride=x.stride(0), eps=saved.eps, scaled=scaled,
+        b_n=b_n, b_d=b_d, num_warps=4)
 
 
 def _tiled(x: Tensor) -> Tensor:

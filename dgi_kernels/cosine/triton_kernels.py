@@ -1,9 +1,12 @@
-"""Triton kernels of the cosine cross-entropy: flash form for D <= 256, epilogues of the chunked form beyond.
+"""Triton kernels of the cosine cross-entropy: formulas, the flash form for D <= 256, and what both forms share.
 
-    s_nk = scale * h^_n . w^_k        loss_n = log sum_k exp(s_nk) - (1 - e) s_nt - e mean_k s_nk
-    g_nk = p_nk - (1 - e) [k = t] - e / K,  p = softmax(s)
-    dh_n = u_n scale rh_n (I - h^ h^T) o_n,    o_n = sum_k g_nk w^_k          (u: the upstream gradient of loss_n)
-    dw_k = scale rw_k (I - w^ w^T) sum_n u_n g_nk h^_n,    dscale = sum_n u_n h^_n . o_n
+    s_nk = scale * h^_n . w^_k + b_k    loss_n = L_n - (1 - e) s_nt - e mean_k s_nk,    L_n = log sum_k exp(s_nk)
+    t_nk = u_n (p_nk - (1 - e) [k = t] - e / K) + v_n p_nk,   p = softmax(s)   (u, v: upstream gradients of loss and L)
+    dh_n = scale rh_n (I - h^ h^T) o_n,    o_n = sum_k t_nk w^_k,    dscale = sum_n h^_n . o_n
+    dw_k = scale rw_k (I - w^ w^T) sum_n t_nk h^_n,    db_k = sum_n t_nk
+
+Columns of the target's group that are not the target (``same_as``) are left out of a row: of its sum, of its mean and
+of the K that it is divided by.
 
 What makes it legal and cheap:
 
@@ -12,7 +15,8 @@ What makes it legal and cheap:
   backward recomputes the logits once, for dw: 8 N K D operations in all, and nothing of size N x K leaves a tile.
 - The target is kept out of the tiles: its logit, known beforehand from one row gather, starts the running maximum, and
   ``p_t - 1 = -(sum of the others) / (sum of all)`` has no cancellation where p_t is nearly 1.
-- Smoothing is of rank one: ``e sum_k w^_k / K`` is one vector of D numbers, never a term of a tile.
+- Smoothing is of rank one: ``e sum_k w^_k / K`` is one vector of D numbers, never a term of a tile. With columns left
+  out it is not: that case takes the chunked form, whose tiles have room for it.
 - The running maximum is raised (and the sums rescaled) only by a step of more than 2^SLACK: after the first tiles of a
   row it costs one comparison a tile. So it serves every scale, with no look by the host at a scale that lies on the
   device; a fixed offset for scale <= 64 would save only the maximum that the skipping needs anyway.
@@ -39,20 +43,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dgi_kernels.triton_common import is_constant, reciprocal_norm
+from dgi_kernels.triton_common import (
+    LN2,
+    LOG2E,
+    SLACK,
+    code_bias,
+    is_constant,
+    radial_part,
+    reciprocal_norm,
+    scores,
+)
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-SLACK = tl.constexpr(8.0)  # weights stay below 2^8 (and float16 ones, times their gain of 2^6, below its largest)
 IGNORED = tl.constexpr(-1)
 WILD = tl.constexpr(-2)
-# Slices of a chunk, read one number a program: their alignment changes nothing, and would only compile kernels twice.
-PER_ROW = ["p_rnorm_h", "p_logit", "p_extra", "p_label", "p_loss", "p_lse", "p_residue", "p_upstream"]
 
 
 @triton.jit(do_not_specialize=["N", "rows_each"])
-def weighted_sum_kernel(p_x, p_weight, p_partial, N, D, stride, rows_each, b_n: tl.constexpr, b_d: tl.constexpr):
-    """x (N, D), weight (N,) -> partial (programs, D): sum_n weight_n x_n over each program's rows_each rows."""
+def weighted_sum_kernel(
+        p_x,  # (N, D), rows stride apart
+        p_weight,  # (N,)
+        p_partial,  # (programs, D) out: sum_n weight_n x_n over each program's rows_each rows
+        N, D, stride, rows_each, b_n: tl.constexpr, b_d: tl.constexpr):
     i_part = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * b_d + tl.arange(0, b_d)
     total = tl.zeros((b_d,), tl.float32)
@@ -67,13 +78,24 @@ def weighted_sum_kernel(p_x, p_weight, p_partial, N, D, stride, rows_each, b_n: 
 
 
 @triton.jit(do_not_specialize=["N", "K", "ignore_index"])
-def target_kernel(p_h, p_w, p_target, p_scale, p_centre, p_rnorm, p_logit, p_extra, p_label, p_key, N, K, D, stride_h,
-                  stride_w, ignore_index, eps, smoothing, b_n: tl.constexpr, b_d: tl.constexpr):
+def target_kernel(
+        p_h,  # (N, D), rows stride_h apart
+        p_w,  # (K, D), rows stride_w apart
+        p_target,  # (N,) int64
+        p_scale,  # ()
+        p_bias,  # (K,) or None
+        p_centre,  # (D,) e mean_k w^_k
+        p_bias_centre,  # () e mean_k b_k, or None: no bias, or no smoothing
+        p_rnorm,  # (N,) out: 1 / ||h_n||
+        p_logit,  # (N,) out: s_t in base 2
+        p_extra,  # (N,) out: e s_t - e mean_k s_k, natural
+        p_label,  # (N,) out, int32: the target, IGNORED or WILD
+        p_key,  # (N,) out, int32: rows of near keys are to share tiles
+        N, K, D, stride_h, stride_w, ignore_index, eps, smoothing, b_n: tl.constexpr, b_d: tl.constexpr):
     """All that a row knows before it meets the codebook: its norm, its target's logit, its part of the order.
 
-    centre (D,) is e mean_k w^_k. Writes rnorm, logit (base 2), extra = e s_t - e mean_k s_k (natural), label, key (N,).
-    Rows of near keys share tiles: first those far from their target (a flat softmax), then those near it (cosine >=
-    1/2: most of a tile's weights are negligible), by target, so that few tiles hold targets; last the ignored.
+    By their keys come first the rows far from their target (a flat softmax), then those near it (cosine >= 1/2: most of
+    a tile's weights are negligible), by target, so that few tiles hold targets; last the ignored.
     """
     o_n = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
     m_n = o_n < N
@@ -100,10 +122,14 @@ def target_kernel(p_h, p_w, p_target, p_scale, p_centre, p_rnorm, p_logit, p_ext
     cosine = product * rnorm * reciprocal_norm(squares_w, eps)
     scale = tl.load(p_scale)
     extra = scale * (smoothing * cosine - central * rnorm)
+    bias = code_bias(p_bias, target, m_n & known)
+    logit = scores(cosine, scale, LOG2E, bias)
+    if p_bias_centre is not None:  # a target that the bias takes out has an infinite loss, whatever the others'
+        extra += tl.where(logit > float("-inf"), smoothing * LN2 * bias - tl.load(p_bias_centre), 0.0)
     label = tl.where(known, target, tl.where(target == ignore_index, IGNORED, WILD)).to(tl.int32)
     key = tl.where(known, tl.where(cosine >= 0.5, K + target, target), 2 * K)
     tl.store(p_rnorm + o_n, rnorm, mask=m_n)
-    tl.store(p_logit + o_n, tl.where(known, cosine * scale * LOG2E, 0.0), mask=m_n)
+    tl.store(p_logit + o_n, tl.where(known, logit, 0.0), mask=m_n)
     tl.store(p_extra + o_n, extra, mask=m_n)
     tl.store(p_label + o_n, label, mask=m_n)
     tl.store(p_key + o_n, key.to(tl.int32), mask=m_n)
@@ -123,14 +149,46 @@ def finish_loss(top, others, logit, extra, label, smoothing):
     return loss, lse, tl.where(label >= 0, smoothing - others / total, 0.0)
 
 
-@triton.jit(do_not_specialize=["N", "K"])
-def flash_forward_kernel(p_h, p_w, p_rnorm_h, p_rnorm_w, p_logit, p_extra, p_label, p_order, p_scale, p_gain, p_loss,
-                         p_lse, p_residue, p_mean, N, K, D, stride_h, stride_w, smoothing, log2_skip,
-                         with_mean: tl.constexpr, b_n: tl.constexpr, b_k: tl.constexpr, b_d: tl.constexpr):
-    """h (N, D), w (K, D) -> loss, lse, residue g_t (N,); with_mean: mean (N, D).
+@triton.jit
+def group_of_column(p_group, o_k, m_k):
+    """What a row compares with :func:`group_of_target`: columns of one group are one item."""
+    return o_k if p_group is None else tl.load(p_group + o_k, mask=m_k, other=-3)
 
-    A program owns b_n rows. Kept in registers: the mean, maximum and sum of each; h in shared memory. The mean of w^_k
-    over all k but the target, by their p_k, is of the size of 1 however small they are, so float16 can keep it.
+
+@triton.jit
+def group_of_target(p_group, label):
+    return label if p_group is None else tl.load(p_group + label, mask=label >= 0, other=-1)
+
+
+@triton.jit
+def first_maximum(logit, p_bias):
+    """Where a row's running maximum starts: at its target, but not at one that a bias of -inf takes out."""
+    return logit if p_bias is None else tl.where(logit > float("-inf"), logit, tl.where(logit != logit, logit, 0.0))
+
+
+@triton.jit(do_not_specialize=["N", "K"])
+def flash_forward_kernel(
+        p_h,  # (N, D), rows stride_h apart
+        p_w,  # (K, D), rows stride_w apart
+        p_rnorm_h,  # (N,)
+        p_rnorm_w,  # (K,)
+        p_bias,  # (K,) or None
+        p_group,  # (K,) int32 or None: columns of one group are one item
+        p_logit,  # (N,)
+        p_extra,  # (N,)
+        p_label,  # (N,) int32
+        p_order,  # (N,) int64: the row that a slot holds
+        p_scale,  # ()
+        p_gain,  # () or None: keeps float16 weights in range
+        p_loss,  # (N,) out
+        p_lse,  # (N,) out: L in base 2, inf for a row without a target
+        p_residue,  # (N,) out: g_t = p_t - (1 - e)
+        p_mean,  # (N, D) out, with_mean: the mean of w^_k over all k but the target, by their p_k
+        N, K, D, stride_h, stride_w, smoothing, log2_skip, with_mean: tl.constexpr, b_n: tl.constexpr,
+        b_k: tl.constexpr, b_d: tl.constexpr):
+    """A program owns b_n rows. Kept in registers: the mean, maximum and sum of each; h in shared memory.
+
+    The mean is of the size of 1 however small the p_k are, so float16 can keep it.
     """
     o_slot = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
     m_n = o_slot < N
@@ -145,7 +203,9 @@ def flash_forward_kernel(p_h, p_w, p_rnorm_h, p_rnorm_w, p_logit, p_extra, p_lab
     gain = 1.0 if p_gain is None else tl.load(p_gain)
     scale_h = rnorm * (tl.load(p_scale) * LOG2E)
 
-    top = tl.where(label >= 0, logit, 1e30)  # a row without a target has no weights, and asks for no product
+    group = group_of_target(p_group, label)
+    # A row without a target has no weights, and asks for no product.
+    top = tl.where(label >= 0, first_maximum(logit, p_bias), 1e30)
     others = tl.zeros((b_n,), tl.float32)
     mean = tl.zeros((b_n, b_d), tl.float32)
     o_tile = tl.arange(0, b_k)[:, None] * stride_w + o_d[None, :]
@@ -156,8 +216,10 @@ def flash_forward_kernel(p_h, p_w, p_rnorm_h, p_rnorm_w, p_logit, p_extra, p_lab
         p_w += b_k * stride_w
         rnorm_w = tl.load(p_rnorm_w + o_k, mask=m_k, other=0.0)
         s = tl.dot(h, tl.trans(w), input_precision="ieee")
-        s = s * rnorm_w[None, :] * scale_h[:, None] - top[:, None]
-        s = tl.where((o_k[None, :] == label[:, None]) | (o_k >= K)[None, :], float("-inf"), s)
+        bias = code_bias(p_bias, o_k[None, :], m_k[None, :])
+        s = scores(s, rnorm_w[None, :], scale_h[:, None], bias) - top[:, None]
+        apart = group_of_column(p_group, o_k, m_k)[None, :] == group[:, None]
+        s = tl.where(apart | (o_k >= K)[None, :], float("-inf"), s)
         highest = tl.max(s)
         if highest > SLACK:
             rise = tl.maximum(tl.max(s, axis=1), 0.0)
@@ -186,13 +248,23 @@ def flash_forward_kernel(p_h, p_w, p_rnorm_h, p_rnorm_w, p_logit, p_extra, p_lab
 
 
 @triton.jit(do_not_specialize=["N"])
-def flash_hidden_kernel(p_mean, p_h, p_w, p_rnorm_h, p_rnorm_w, p_residue, p_upstream, p_label, p_scale, p_centre,
-                        p_out, p_radial, N, D, width, stride_h, stride_w, smoothing, eps, b_n: tl.constexpr,
-                        b_d: tl.constexpr):
-    """mean (N, D) -> dh (N, width), radial_n = u_n h^_n . o_n (N,); width <= D <= b_d.
-
-    dh may be the mean itself: a program stores what it has read, after sums over all of it.
-    """
+def flash_hidden_kernel(
+        p_mean,  # (N, D) of flash_forward_kernel
+        p_h,  # (N, D), rows stride_h apart
+        p_w,  # (K, D), rows stride_w apart
+        p_rnorm_h,  # (N,)
+        p_rnorm_w,  # (K,)
+        p_residue,  # (N,) g_t
+        p_upstream,  # (N,) u
+        p_both,  # (N,) u + v, or None where v is 0
+        p_own,  # (N,) t_nk of the target but for its e / K, or None
+        p_label,  # (N,) int32
+        p_scale,  # ()
+        p_centre,  # (D,) e mean_k w^_k
+        p_out,  # (N, width) out: dh, which may be the mean itself: a program stores what it has read
+        p_radial,  # (N,) out: h^_n . o_n
+        N, D, width, stride_h, stride_w, smoothing, eps, b_n: tl.constexpr, b_d: tl.constexpr):
+    """The end of dh in the flash form. width <= D <= b_d."""
     o_n = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
     m_n = o_n < N
     o_d = tl.arange(0, b_d)
@@ -203,12 +275,20 @@ def flash_hidden_kernel(p_mean, p_h, p_w, p_rnorm_h, p_rnorm_w, p_residue, p_ups
     upstream = tl.load(p_upstream + o_n, mask=m_n, other=0.0)
     rnorm = tl.load(p_rnorm_h + o_n, mask=m_n, other=0.0)
     residue = tl.load(p_residue + o_n, mask=m_n, other=0.0)
-    of_target = residue * tl.load(p_rnorm_w + label, mask=known, other=0.0)
+    of_others = smoothing - residue
+    of_target = residue
+    if p_both is not None:
+        of_others *= tl.load(p_both + o_n, mask=m_n, other=0.0)
+        of_target = tl.load(p_own + o_n, mask=m_n, other=0.0)
+    of_target *= tl.load(p_rnorm_w + label, mask=known, other=0.0)
     w = tl.load(p_w + label[:, None] * stride_w + o_d[None, :], mask=known[:, None] & m_d[None, :], other=0.0)
     h = tl.load(p_h + o_n[:, None] * stride_h + o_d[None, :], mask=m_nd, other=0.0).to(tl.float32)
     o = tl.load(p_mean + o_n[:, None] * D + o_d[None, :], mask=m_nd & known[:, None], other=0.0).to(tl.float32)
-    centre = tl.load(p_centre + o_d, mask=m_d, other=0.0)
-    o = o * (smoothing - residue)[:, None] + w.to(tl.float32) * of_target[:, None] - centre[None, :]
+    centre = tl.load(p_centre + o_d, mask=m_d, other=0.0)[None, :]
+    if p_both is not None:
+        centre *= upstream[:, None]
+        upstream = known.to(tl.float32)
+    o = o * of_others[:, None] + w.to(tl.float32) * of_target[:, None] - centre
     radial = tl.sum(o * h, axis=1) * rnorm
     o -= tl.where(is_constant(rnorm, eps), 0.0, radial * rnorm)[:, None] * h  # a norm below eps is a constant
     factor = tl.load(p_scale) * upstream * tl.where(rnorm == 0.0, 1.0 / eps, rnorm)
@@ -218,15 +298,26 @@ def flash_hidden_kernel(p_mean, p_h, p_w, p_rnorm_h, p_rnorm_w, p_residue, p_ups
 
 
 @triton.jit(do_not_specialize=["N", "K"])
-def flash_weight_kernel(p_h, p_w, p_rnorm_h, p_rnorm_w, p_lse, p_residue, p_upstream, p_label, p_order, p_scale,
-                        p_partial, p_largest, N, K, D, stride_h, stride_w, skip, b_k: tl.constexpr, b_n: tl.constexpr,
-                        b_d: tl.constexpr):
-    """-> partial (splits, K, D) times largest (splits, K), its largest number: over every splits-th tile of rows,
-
-    sum_n upstream_n (p_nk - (1 - e) [k = t]) h_n.
-
-    upstream (N,) is u_n rh_n (times the gain that keeps float16 in range). A program owns b_k columns of one split.
-    """
+def flash_weight_kernel(
+        p_h,  # (N, D), rows stride_h apart
+        p_w,  # (K, D), rows stride_w apart
+        p_rnorm_h,  # (N,)
+        p_rnorm_w,  # (K,)
+        p_bias,  # (K,) or None
+        p_group,  # (K,) int32 or None
+        p_lse,  # (N,) in base 2
+        p_residue,  # (N,) g_t
+        p_upstream,  # (N,) u rh, times the gain that keeps float16 in range; where p_both is given, rh times the gain
+        p_both,  # (N,) u + v, or None: neither v nor a gradient of the bias
+        p_own,  # (N,) t_nk of the target but for its e / K, or None
+        p_label,  # (N,) int32
+        p_order,  # (N,) int64
+        p_scale,  # ()
+        p_partial,  # (splits, K, D) out: over every splits-th tile of rows sum_n t_nk h^_n, but for what is e / K
+        p_largest,  # (splits, K) out: its largest number, which it is divided by
+        p_dbias,  # (splits, K) out: sum_n t_nk, but for what is e / K; None where there is no p_both
+        N, K, D, stride_h, stride_w, skip, b_k: tl.constexpr, b_n: tl.constexpr, b_d: tl.constexpr):
+    """A program owns b_k columns of one split."""
     o_k = tl.program_id(0) * b_k + tl.arange(0, b_k)
     i_split = tl.program_id(1)
     m_k = o_k < K
@@ -234,8 +325,11 @@ def flash_weight_kernel(p_h, p_w, p_rnorm_h, p_rnorm_w, p_lse, p_residue, p_upst
     m_kd = m_k[:, None] & (o_d < D)[None, :]
     w = tl.load(p_w + o_k.to(tl.int64)[:, None] * stride_w + o_d[None, :], mask=m_kd, other=0.0)
     scale_w = tl.load(p_rnorm_w + o_k, mask=m_k, other=0.0) * (tl.load(p_scale) * LOG2E)
+    bias = code_bias(p_bias, o_k[:, None], m_k[:, None])
+    group = group_of_column(p_group, o_k, m_k)
 
     dw = tl.zeros((b_k, b_d), tl.float32)
+    dbias = tl.zeros((b_k,), tl.float32)
     for start in range(i_split * b_n, N, tl.num_programs(1) * b_n):
         o_slot = start + tl.arange(0, b_n)
         m_n = o_slot < N
@@ -247,27 +341,45 @@ def flash_weight_kernel(p_h, p_w, p_rnorm_h, p_rnorm_w, p_lse, p_residue, p_upst
         upstream = tl.load(p_upstream + o_n, mask=m_n, other=0.0)
         label = tl.load(p_label + o_n, mask=m_n, other=IGNORED)
         s = tl.dot(w, tl.trans(h), input_precision="ieee")
-        g = tl.exp2(s * scale_w[:, None] * rnorm[None, :] - lse[None, :])
-        g = tl.where(o_k[:, None] == label[None, :], residue[None, :], g)
+        g = tl.exp2(scores(s, scale_w[:, None], rnorm[None, :], bias) - lse[None, :])
+        if p_group is not None:
+            g = tl.where(group[:, None] == group_of_target(p_group, label)[None, :], 0.0, g)
+        is_target = o_k[:, None] == label[None, :]
+        if p_both is None:
+            g = tl.where(is_target, residue[None, :], g)
+        else:
+            both = tl.load(p_both + o_n, mask=m_n, other=0.0)
+            t = tl.where(is_target, tl.load(p_own + o_n, mask=m_n, other=0.0)[None, :], g * both[None, :])
+            dbias += tl.sum(t, axis=1)
+            g = tl.where(is_target, 1.0, g)  # whatever its weight, it counts
         unknown = tl.max((lse != lse).to(tl.int32), axis=0)  # tl.max drops NaN, which must reach dw
         if (tl.max(tl.abs(g)) >= skip) | (unknown > 0):
-            dw = tl.dot((g * upstream[None, :]).to(h.dtype), h, dw, input_precision="ieee")
+            weights = (g if p_both is None else t) * upstream[None, :]
+            dw = tl.dot(weights.to(h.dtype), h, dw, input_precision="ieee")
     o_partial = i_split.to(tl.int64) * K + o_k
     largest = tl.max(tl.abs(dw), axis=1)
     dw *= tl.where(largest > 1e-30, 1.0 / largest, 1e30)[:, None]
     tl.store(p_largest + o_partial, tl.where(largest > 1e-30, largest, 1e-30), mask=m_k)
+    if p_dbias is not None:
+        tl.store(p_dbias + o_partial, dbias, mask=m_k)
     tl.store(p_partial + o_partial[:, None] * D + o_d[None, :], dw.to(p_partial.dtype.element_ty), mask=m_kd)
 
 
 @triton.jit(do_not_specialize=["N", "splits"], do_not_specialize_on_alignment=["p_rnorm", "p_product"])
-def finish_kernel(p_partial, p_largest, p_x, p_rnorm, p_scale, p_gain, p_centre, p_out, p_product, splits, N, D, width,
-                  stride, eps, scaled: tl.constexpr, b_n: tl.constexpr, b_d: tl.constexpr):
-    """partial (splits, N, D), x (N, D) -> out (N, width) = scale rx (I - x^ x^T) (sum partial / gain - centre).
+def finish_kernel(
+        p_partial,  # (splits, N, D)
+        p_largest,  # (splits, N), a factor of each row of the partials, or None
+        p_x,  # (N, D), rows stride apart
+        p_rnorm,  # (N,) 1 / ||x_n||
+        p_scale,  # ()
+        p_gain,  # () or None: what the partials are too large by
+        p_centre,  # (D,)
+        p_out,  # (N, width) out: scale rx (I - x^ x^T) (sum partial / gain - centre)
+        p_product,  # (N,) out: x . (sum partial / gain - centre), or None
+        splits, N, D, width, stride, eps, scaled: tl.constexpr, b_n: tl.constexpr, b_d: tl.constexpr):
+    """The end of dw, and of dh in the chunked form, where rx is in the partials already (``scaled``).
 
-    Partials are times largest (splits, N), if there is one.
-
-    The end of dw, and of dh in the chunked form, where rx is in the partials already (``scaled``) and product (N,), x .
-    partial, is wanted too. width <= D <= b_d.
+    width <= D <= b_d.
     """
     o_n = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
     o_d = tl.arange(0, b_d)
@@ -286,54 +398,9 @@ def finish_kernel(p_partial, p_largest, p_x, p_rnorm, p_scale, p_gain, p_centre,
     rnorm = tl.load(p_rnorm + o_n, mask=m_n, other=0.0)
     x = tl.load(p_x + o_n[:, None] * stride + o_d[None, :], mask=m_nd, other=0.0).to(tl.float32)
     product = tl.sum(total * x, axis=1)
-    total -= tl.where(is_constant(rnorm, eps), 0.0, product * rnorm * rnorm)[:, None] * x
+    total -= radial_part(product, rnorm, eps)[:, None] * x
     factor = tl.where(rnorm == 0.0, 1.0 / eps, 1.0 if scaled else rnorm) * tl.load(p_scale)
     m_out = m_n[:, None] & (o_d < width)[None, :]
     tl.store(p_out + o_n[:, None] * width + o_d[None, :], total * factor[:, None], mask=m_out)
     if p_product is not None:
         tl.store(p_product + o_n, product, mask=m_n)
-
-
-@triton.jit(do_not_specialize_on_alignment=PER_ROW)
-def chunk_loss_kernel(p_s, p_rnorm_h, p_rnorm_w, p_logit, p_extra, p_label, p_scale, p_loss, p_lse, p_residue, K,
-                      smoothing, b_k: tl.constexpr):
-    """Products s (rows, K) float32 of a chunk -> loss, lse, residue (rows,). One row a program, read once."""
-    i_n = tl.program_id(0).to(tl.int64)
-    label = tl.load(p_label + i_n)
-    logit = tl.load(p_logit + i_n)
-    scale_h = tl.load(p_rnorm_h + i_n) * (tl.load(p_scale) * LOG2E)
-    top = logit
-    others = 0.0
-    for start in range(0, K, b_k):
-        o_k = start + tl.arange(0, b_k)
-        m_k = o_k < K
-        s = tl.load(p_s + i_n * K + o_k, mask=m_k, other=0.0)
-        s = s * scale_h * tl.load(p_rnorm_w + o_k, mask=m_k, other=0.0)
-        s = tl.where(m_k & (o_k != label), s, float("-inf"))
-        raised = tl.maximum(top, tl.max(s, axis=0), propagate_nan=tl.PropagateNan.ALL)
-        others = others * tl.exp2(top - raised) + tl.sum(tl.exp2(s - raised), axis=0)
-        top = raised
-    loss, lse, residue = finish_loss(top, others, logit, tl.load(p_extra + i_n), label, smoothing)
-    tl.store(p_loss + i_n, loss)
-    tl.store(p_lse + i_n, lse)
-    tl.store(p_residue + i_n, residue)
-
-
-@triton.jit(do_not_specialize_on_alignment=PER_ROW)
-def chunk_gradient_kernel(p_s, p_g, p_rnorm_h, p_rnorm_w, p_lse, p_residue, p_upstream, p_label, p_scale, K, centre,
-                          b_k: tl.constexpr):
-    """Products s (rows, K) of a chunk -> g (rows, K) = upstream_n rw_k (g_nk - centre), ready for both products.
-
-    upstream is u_n rh_n and the gain; centre is e / K. g may be s itself: every element is read by who writes it.
-    """
-    i_n = tl.program_id(0).to(tl.int64)
-    o_k = tl.program_id(1) * b_k + tl.arange(0, b_k)
-    m_k = o_k < K
-    rnorm_w = tl.load(p_rnorm_w + o_k, mask=m_k, other=0.0)
-    scale_h = tl.load(p_rnorm_h + i_n) * (tl.load(p_scale) * LOG2E)
-    s = tl.load(p_s + i_n * K + o_k, mask=m_k, other=0.0)
-    g = tl.exp2(s * scale_h * rnorm_w - tl.load(p_lse + i_n))
-    g = tl.where(o_k == tl.load(p_label + i_n), tl.load(p_residue + i_n), g)
-    rnorm_w = tl.where(rnorm_w == 0.0, 1.0, rnorm_w)  # a vector of norm 0 has a gradient too, of 1 / eps
-    g = (g - centre) * (tl.load(p_upstream + i_n) * rnorm_w)
-    tl.store(p_g + i_n * K + o_k, g.to(p_g.dtype.element_ty), mask=m_k)
