@@ -15,17 +15,16 @@ from torch import Tensor, library
 
 from dgi_kernels import _extension, assign_codes, residual_quantize
 
-from .near import assert_all_near, gradients
+from .near import assert_all_near
 from .quantize_cases import (
     GRADIENT_MODES,
     Inputs,
+    assert_matches_oracle,
     differentiable,
     gradient_names,
     largest_norm,
     make,
-    oracle,
     peaked,
-    result_names,
     weighted_sum,
 )
 from .shapes import QUANTIZE, Quantize, name_of
@@ -39,36 +38,6 @@ def scaled(inputs: Inputs, scale: float, tau: float) -> Inputs:
     like = inputs.scale
     return inputs._replace(scale=torch.full_like(like, scale).requires_grad_(),
                            tau=torch.full_like(like, tau).requires_grad_())
-
-
-def assert_matches_oracle(inputs: Inputs, mode: str, seed: int | None, with_tau: bool = True) -> None:
-    """Results and all gradients. Those of scale and tau are sums that cancel, and are rounded as what the rows add."""
-    row_offset = random.randrange(2**31)
-    tau = inputs.tau if with_tau else float(inputs.tau.detach())
-    result, usual = (residual_quantize(inputs.z, inputs.codebooks, inputs.scale, tau, mode=mode, noise=seed is not None,
-                                       seed=seed, row_offset=row_offset, backend=backend)
-                     for backend in ("native", "reference"))
-    expanded = Inputs(inputs.z, inputs.codebooks, *(scalar.detach().expand(len(inputs.z), 1).clone().requires_grad_()
-                                                    for scalar in (inputs.scale, inputs.tau)))
-    truth = oracle(expanded, mode, seed, result, row_offset)
-    # At a near-tie the reference goes another way; a soft path does not follow the codes.
-    comparable = mode == "soft" or torch.equal(result.codes, usual.codes) and torch.equal(result.sampled, usual.sampled)
-    results, truths, theirs = map(differentiable, (result, truth, usual))
-    assert all(actual.dtype == inputs.z.dtype for actual in results)
-    assert_all_near(result_names(inputs), results, truths, theirs if comparable else None)
-    if mode == "hard":
-        return
-    weights = [torch.randn_like(expected) for expected in truths]
-    leaves = inputs.leaves if with_tau else inputs.leaves[:-1]
-    ours, own = (gradients(weighted_sum(c, weights), leaves) for c in (results, theirs))
-    wanted = gradients(weighted_sum(truths, weights), expanded.leaves[:len(leaves)])
-    # A softmax carries the rounding of its logits, of which float32 keeps a share of their size.
-    condition = max(1.0, float(inputs.scale.detach() / inputs.tau.detach()) / 32)
-    sizes = [condition * (x.abs().sum() if gradient.ndim == 0 else x.norm()).clamp_min(1e-2).item()
-             for x, gradient in zip(wanted, ours, strict=True)]
-    wanted = [x.sum() if gradient.ndim == 0 else x for x, gradient in zip(wanted, ours, strict=True)]
-    assert_all_near(gradient_names(inputs)[:len(leaves)], ours, wanted, own if comparable else None,
-                    dtype=inputs.z.dtype, sizes=sizes)
 
 
 @pytest.mark.parametrize("seeded", [True, False], ids=["noise", "no noise"])
