@@ -46,7 +46,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "linear_num_key_heads", "multi_query_group_num"), 2),
     **dict.fromkeys(("head_dim", "d_kv", "dim_head", "linear_key_head_dim", "linear_value_head_dim", "v_head_dim",
                      "qk_rope_head_dim", "qk_nope_head_dim", "global_head_dim", "kv_channels"), _HEAD),
-    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 16),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 16), "rotary_dim": _HEAD,
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), _EXPERTS),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts"),
                     2),
@@ -74,10 +74,16 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     # Encoders with a causal head, which ask to be told that they decode.
     **dict.fromkeys(("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie",
                      "megatron-bert", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer",
-                     "xlm-roberta", "xlm-roberta-xl", "xmod"), {"is_decoder": True}),
+                     "xlm-roberta", "xlm-roberta-xl"), {"is_decoder": True}),
     # Hybrids with attention in one layer of several.
-    **dict.fromkeys(("bailing_hybrid", "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next",
-                     "qwen4_exp_text"), {"num_hidden_layers": 4}),
+    **dict.fromkeys(("olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"), {"num_hidden_layers": 4}),
+    "qwen4_exp_text": {"num_hidden_layers": 4, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": _HEAD,
+                       "indexer_budget": 8, "indexer_compress_ratio": 2},
+    "bailing_hybrid": {"layer_types": ["linear_attention", "full_attention"], "mlp_layer_types": ["dense", "sparse"],
+                       "linear_head_dim": _HEAD, "linear_num_heads": _HEADS},
+    "bamba": {**_MAMBA2, "attn_layer_indices": [1]},
+    "granitemoehybrid": {**_MAMBA2, "layer_types": ["linear_attention", "full_attention"]},
+    "lfm3": {"layer_types": ["conv", "full_attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
     "kimi_linear": {"layer_types": ["linear_attention", "full_attention"], "mlp_layer_types": ["dense", "sparse"],
                     "linear_head_dim": _HEAD, "linear_num_heads": _HEADS},
@@ -88,11 +94,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2,
                "hybrid_layer_ids": [1, 3], "attention_hidden_size": 64, "attention_head_dim": 16, "kv_channels": 8,
                "mamba_headdim": 8, "n_mamba_heads": 8, "adapter_rank": 8},
-    **dict.fromkeys(("bamba", "falcon_h1", "granitemoehybrid", "mamba2"), _MAMBA2),
+    **dict.fromkeys(("falcon_h1", "mamba2"), _MAMBA2),
     # Whose defaults do not fit small sizes.
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
-    "dbrx": {"attn_config": {"rope_theta": 10_000.0, "kv_n_heads": 2},
+    "dbrx": {"attn_config": {"rope_theta": 10_000.0, "kv_n_heads": 2, "clip_qkv": 8.0},
              "ffn_config": {"ffn_hidden_size": _INNER, "moe_num_experts": _EXPERTS, "moe_top_k": 2}},
     **dict.fromkeys(("dots3_note", "dots3_note_text"), {"per_layer_config": {}, "num_key_value_heads": _HEADS}),
     "encoder-decoder": {"encoder": _TINY_BERT, "decoder": {**_TINY_BERT, "is_decoder": True,
@@ -107,6 +113,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "local"],
                  "attention_head_size": _HEAD, "local_attn_chunk_length": 4, "num_buckets": 4},
     "roc_bert": {"shape_vocab_size": VOCABULARY, "pronunciation_vocab_size": VOCABULARY, "is_decoder": True},
+    "xmod": {"is_decoder": True, "languages": ["en_XX"], "default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},
 }
 
@@ -188,8 +195,8 @@ def kind(model: Any) -> str:
     inputs = {"decoder_input_ids": ids} if encodes else {}
     try:
         output = model(input_ids=ids, **inputs, use_cache=True, return_dict=True)
-    except Exception:  # of whatever kind a family's own code raises
-        output = {}
+    except Exception:  # of whatever kind a family's own code raises, if it asks for more than tokens
+        return ""
     names = [name for name in ("past_key_values", "cache_params", "state", "mems") if output.get(name) is not None]
     cache = output.get(names[0]) if names else None
     layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", None)

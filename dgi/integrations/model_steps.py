@@ -33,6 +33,8 @@ class ModelSteps:
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
         self.sequences = prompt  # (rows, T + t) the prompts and what has been chosen since
         self.shared: list[int] = []  # per layer of the cache, how many positions the beams of a request share
+        if self.kwargs.get("use_cache") and any(hasattr(part, "_setup_cache") for part in model.modules()):
+            raise _not_reordered(model, "keeps states in its modules, which follow no beams")
         if hasattr(model, "_get_initial_cache_position"):  # transformers 4 counts positions itself
             self.kwargs = model._get_initial_cache_position(prompt.shape[1], prompt.device, self.kwargs)
 
@@ -104,17 +106,18 @@ class ModelSteps:
         cache = self.kwargs[name]
         if isinstance(cache, Cache) and not type(cache).__module__.startswith("transformers.cache_utils") \
                 and type(cache).reorder_cache is Cache.reorder_cache:
-            raise TypeError(f"model must keep what it has read in a cache that can be reordered; "
-                            f"{type(self.model).__name__} has a {type(cache).__name__}, which leaves out what it "
-                            "adds: give use_cache=False")
+            raise _not_reordered(self.model, f"has a {type(cache).__name__} of its own, which leaves out what it adds")
         if hasattr(self.model, "_reorder_cache"):
             self.kwargs[name] = self.model._reorder_cache(cache, rows)
         elif hasattr(cache, "reorder_cache"):
             cache.reorder_cache(rows)
         else:
-            raise TypeError(f"model must keep what it has read in a cache that can be reordered; "
-                            f"{type(self.model).__name__} keeps it as {name!r}, a {type(cache).__name__}: give "
-                            "use_cache=False")
+            raise _not_reordered(self.model, f"keeps it as {name!r}, a {type(cache).__name__}")
+
+
+def _not_reordered(model: Any, how: str) -> TypeError:
+    return TypeError("model must keep what it has read in a cache that can be reordered; "
+                     f"{type(model).__name__} {how}: give use_cache=False")
 
 
 def _flat_rows(parents: Tensor, before: int) -> Tensor:

@@ -42,9 +42,19 @@ def test_telling_families(family: str) -> None:
     assert row["without"]["result"] == "equal", row
 
 
-def test_a_cache_that_hides_its_states_is_refused() -> None:
-    row = families.examine("minimax")
-    assert row["without"]["result"] == "refused" and "use_cache=False" in row["without"]["detail"]
+@pytest.mark.parametrize("family", ["minimax", "recurrent_gemma"])
+def test_states_that_would_follow_no_beams_are_refused(family: str) -> None:
+    """generate takes them, with wrong results; without a cache both are right."""
+    row = families.examine(family)
+    assert row["without"]["result"] == "refused"
+    assert row["without"]["detail"].endswith("give use_cache=False; equal with use_cache=False"), row
+
+
+def test_a_state_that_cannot_be_reordered_is_refused() -> None:
+    model = tiny_models.tiny_model("rwkv")
+    trie = Trie.from_codes(families.catalog(ragged=False), codebook_sizes=families.SIZES)
+    with pytest.raises(TypeError, match="RwkvForCausalLM keeps it as 'state', a list: give use_cache=False"):
+        constrained_generate(model, trie, torch.full((2, 5), 50), token_offsets=families.OFFSETS, num_beams=5)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "mamba2", "t5"])
