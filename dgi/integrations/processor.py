@@ -59,6 +59,8 @@ class TrieLogitsProcessor(transformers.LogitsProcessor):
             raise ValueError("TrieLogitsProcessor needs exactly one of start and start_token_id")
         self.start = None if start is None else checks.integer("start", start, low=0)
         self.start_token_id = None if start_token_id is None else checks.integer("start_token_id", start_token_id)
+        if self.start_token_id is not None:  # else a semantic ID would begin behind that code
+            self.tokens.refuse_code("start_token_id", self.start_token_id)
         self.filters = filters
         self.per_request = isinstance(filters, Sequence)
         self.requests = len(filters) if isinstance(filters, Sequence) else 1

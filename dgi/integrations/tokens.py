@@ -39,7 +39,7 @@ class CodeTokens:
             raise TypeError(f"trie must be a Trie; got {type(trie).__name__}")
         if (token_offsets is None) == (token_ids is None):
             raise ValueError("exactly one of token_offsets and token_ids must be given")
-        self.sizes = trie.codebook_sizes
+        self.trie, self.sizes, self.device = trie, trie.codebook_sizes, trie.device
         self.ends = _end_tokens(eos_token_id)
         # Per level: the tokens of its codes, and the first of them where they are consecutive.
         self._tables: list[Tensor] = []
@@ -47,14 +47,29 @@ class CodeTokens:
         self._by_table = token_ids is not None
         if token_offsets is not None:
             self._offsets = [*_checked_offsets(token_offsets, trie)]
-            _check_ends_of_offsets(self.ends, self._offsets, trie)
         elif token_ids is not None:
-            self._tables = _checked_tables(token_ids, trie, self.ends)
+            self._tables = _checked_tables(token_ids, trie)
             self._offsets = [_first_of_run(table) for table in self._tables]
         self._sorted = [table.sort() for table in self._tables]
         self._offset_row = torch.tensor([offset or 0 for offset in self._offsets], device=trie.device)
         self._ends = torch.tensor(self.ends, dtype=torch.int64, device=trie.device)
-        self.device = trie.device
+        for end in self.ends:
+            self.refuse_code("eos_token_id", end)
+
+    def refuse_code(self, name: str, token: int) -> None:
+        """Raise ValueError where ``token`` is the token of a code.
+
+        With offsets a token may lie among the numbers of a level, as 1 does where codes are token ids, and yet be the
+        token of no code that the trie holds.
+        """
+        for j, size in enumerate(self.sizes):
+            if self._by_table:
+                codes = (self._tables[j] == token).nonzero()[:1, 0].tolist()
+            else:
+                code = token - (self._offsets[j] or 0)
+                codes = [code] if 0 <= code < size and _occurs(self.trie, code, j) else []
+            if codes:
+                raise ValueError(f"{name} must not be the token of a code; {token} is code {codes[0]} of level {j}")
 
     def check_vocabulary(self, size: int) -> None:
         """Check that all tokens are in a vocabulary of ``size``."""
@@ -148,15 +163,6 @@ def _checked_offsets(token_offsets: Sequence[int], trie: Trie) -> list[int]:
     return [checks.integer(f"token_offsets[{j}]", offset, low=0) for j, offset in enumerate(offsets)]
 
 
-def _check_ends_of_offsets(ends: Sequence[int], offsets: Sequence[int | None], trie: Trie) -> None:
-    """An end token may lie among the numbers of a level, as 1 does where codes are token ids, but spell no code."""
-    for end in ends:
-        for j, (offset, size) in enumerate(zip(offsets, trie.codebook_sizes, strict=True)):
-            code = end - (offset or 0)
-            if 0 <= code < size and _occurs(trie, code, j):
-                raise ValueError(f"eos_token_id must not be the token of a code; {end} is code {code} of level {j}")
-
-
 def _occurs(trie: Trie, code: int, level: int) -> bool:
     """Whether an item of the trie has ``code`` at ``level``."""
     parts = trie.parts
@@ -167,8 +173,8 @@ def _occurs(trie: Trie, code: int, level: int) -> bool:
     return bool(parts.holds(nodes, level + 1, parts.live, None).any())
 
 
-def _checked_tables(token_ids: Sequence[Tensor], trie: Trie, ends: Sequence[int]) -> list[Tensor]:
-    """The tables as int64 on the trie's device, each (K_j,), no token twice in one, none of them an end token."""
+def _checked_tables(token_ids: Sequence[Tensor], trie: Trie) -> list[Tensor]:
+    """The tables as int64 on the trie's device, each (K_j,), no token twice in one."""
     if isinstance(token_ids, str) or not hasattr(token_ids, "__len__"):
         raise TypeError(f"token_ids must be a sequence of {trie.depth} integer tensors, one per level of the trie; "
                         f"got {type(token_ids).__name__}")
@@ -192,10 +198,6 @@ def _checked_tables(token_ids: Sequence[Tensor], trie: Trie, ends: Sequence[int]
             token = int(values[counts > 1][0])
             codes = (table == token).nonzero()[:2, 0].tolist()
             raise ValueError(f"{name} must not repeat a token; {token} is that of codes {codes[0]} and {codes[1]}")
-        for end in ends:
-            if (table == end).any():
-                raise ValueError(f"eos_token_id must not be the token of a code; {end} is code "
-                                 f"{int((table == end).nonzero()[0, 0])} of level {j}")
         tables.append(table)
     return tables
 

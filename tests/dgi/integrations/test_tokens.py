@@ -84,6 +84,14 @@ def test_an_end_token_among_the_numbers_of_a_level() -> None:
     TrieLogitsProcessor(trie.update(remove=[2]), [0, 0, 0], start=1, eos_token_id=7)  # no item left that spells it
 
 
+@pytest.mark.parametrize("spelling", [{"token_offsets": [5, 10, 20]}, {"token_ids": TABLES}], ids=["offsets", "tables"])
+def test_a_start_token_that_a_code_has(spelling: dict[str, Any]) -> None:
+    """Behind that code the semantic ID would seem to begin again."""
+    with pytest.raises(ValueError, match="start_token_id must not be the token of a code; 12 is code 2 of level 1"):
+        TrieLogitsProcessor(TRIE, **spelling, start_token_id=12)
+    TrieLogitsProcessor(TRIE, **spelling, start_token_id=3)
+
+
 def test_codes_that_are_token_ids() -> None:
     case = Case("t5", [[random.randrange(5, 40) for _ in range(3)] for _ in range(100)], (40, 40, 40))
     case.offsets = [0, 0, 0]
