@@ -1,9 +1,9 @@
 """Semantic IDs from Hugging Face models: generate with a dict trie, with our processor, and without generate.
 
 The models have random weights and usual sizes: a T5 as small as recommenders train (TIGER, LETTER) with a vocabulary of
-codes, and a decoder-only model with a vocabulary of words. Prompts are of different lengths. The floor is the model
-alone: it reads the prompts once and takes the same steps with cache and reordering, but nothing is searched. Sequences
-and scores of all systems are compared before any is timed.
+codes, the same with T5's own words besides, as LETTER has it, and a decoder-only model with a vocabulary of words.
+Prompts are of different lengths. The floor is the model alone: it reads the prompts once and takes the same steps with
+cache and reordering, but nothing is searched. Sequences and scores of all systems are compared before any is timed.
 
 Run: python bench/bench_integrations.py [--cases t5 decoder] [--batch B] [--beams M] [--rounds N] [--threads N]
                                         [--json FILE]
@@ -57,11 +57,11 @@ class Case:
 
     @property
     def words(self) -> int:
-        return {"t5": 100, "decoder": 32_000}[self.model]
+        return {"t5": 100, "letter": 32_100, "decoder": 32_000}[self.model]
 
     def language_model(self) -> Any:
         ids = {"vocab_size": self.words + self.levels * self.codes, "pad_token_id": PAD, "eos_token_id": END}
-        if self.model == "t5":
+        if self.model in ("t5", "letter"):
             return T5ForConditionalGeneration(T5Config(
                 **ids, d_model=128, d_kv=64, d_ff=1024, num_layers=4, num_heads=6, decoder_start_token_id=PAD)).eval()
         return Qwen2ForCausalLM(Qwen2Config(
@@ -70,7 +70,7 @@ class Case:
 
 
 CASES = {"t5": Case("t5", levels=4, beams=20), "t5 wide": Case("t5", levels=4, beams=50),
-         "decoder": Case("decoder", levels=3, beams=20)}
+         "letter": Case("letter", levels=4, beams=20, batch=16), "decoder": Case("decoder", levels=3, beams=20)}
 
 
 def systems(case: Case) -> dict[str, Step]:

@@ -36,6 +36,24 @@ LIVE = -1e6  # generate gives rows of no beam scores of -1e9 and less
 TOLERANCE = 2e-4  # of scores of about 10 in float32, by sums in another order
 
 
+# How the page counts each result.
+COUNTED = {"equal": "equal", "differs": "differ", "mixed": "are mixed", "refused": "refused by name",
+           "generate fails": "where generate itself fails", "not built": "that could not be built tiny"}
+
+
+INTRODUCTION = """# Model families
+
+<!-- Written by bench/families.py. -->
+
+`constrained_generate` compared with `generate` and a `TrieLogitsProcessor`, in every family of transformers {version}
+that decodes text. Each model is tiny and has random weights; prompts of unequal length are padded; semantic IDs have an
+end token (and some are shorter than others), or none. "Equal" means the same sequences, and the same scores to
+rounding. `make families` repeats it.
+
+{families} families: {counted}.
+"""
+
+
 class Outcome(NamedTuple):
     """How a family fared: "equal", "differs", "refused", "generate fails" or "not built", and more in words."""
 
@@ -134,14 +152,8 @@ def page(results: dict[str, Any]) -> str:
     counts: dict[str, int] = {}
     for row in rows:
         counts[_summary(row)] = counts.get(_summary(row), 0) + 1
-    counted = ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=lambda pair: -pair[1]))
-    lines = ["# Model families", "",
-             "<!-- Written by bench/families.py. -->", "",
-             f"`constrained_generate` against `generate` with `TrieLogitsProcessor` in transformers "
-             f"{results['transformers']}: every family that decodes text, tiny, with random weights, prompts of "
-             "unequal length, semantic IDs with an end token (some shorter than others) and without. \"Equal\" means "
-             "the same sequences, and the same scores to rounding. `python bench/families.py` repeats it.", "",
-             f"{len(rows)} families: {counted}.", "",
+    counted = ", ".join(f"{counts[name]} {text}" for name, text in COUNTED.items() if name in counts)
+    lines = [INTRODUCTION.format(version=results["transformers"], families=len(rows), counted=counted),
              "| Family | Decoder | Result | Largest difference of scores |", "|---|---|---|---|"]
     for row in rows:
         outcomes = [row["with an end token"], row["without"]]

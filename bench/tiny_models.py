@@ -110,6 +110,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 4},
     **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text"),
                     {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}}),
+    "nemo_speechlm": {"head_config": {"audio_hidden_size": _WIDTH}},
     "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "local"],
                  "attention_head_size": _HEAD, "local_attn_chunk_length": 4, "num_buckets": 4},
     "roc_bert": {"shape_vocab_size": VOCABULARY, "pronunciation_vocab_size": VOCABULARY, "is_decoder": True},
