@@ -33,7 +33,7 @@ class ModelSteps:
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
         self.sequences = prompt  # (rows, T + t) the prompts and what has been chosen since
         self.shared: list[int] = []  # per layer of the cache, how many positions the beams of a request share
-        if self.kwargs.get("use_cache") and any(hasattr(part, "_setup_cache") for part in model.modules()):
+        if self.kwargs.get("use_cache") and any(hasattr(type(part), "_setup_cache") for part in model.modules()):
             raise _not_reordered(model, "keeps states in its modules, which follow no beams")
         if hasattr(model, "_get_initial_cache_position"):  # transformers 4 counts positions itself
             self.kwargs = model._get_initial_cache_position(prompt.shape[1], prompt.device, self.kwargs)
