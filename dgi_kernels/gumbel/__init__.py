@@ -40,8 +40,8 @@ def gumbel_noise(seed: int | Tensor | None, level: int, rows: int, codes: int, *
     many rows and codes are asked for: see :mod:`dgi_kernels.noise` for the formula.
 
     Args:
-        seed: an int in [-2**63, 2**64), taken modulo 2**64; an int64 tensor of one element, used on its device without
-            reading it; or None: drawn from torch's default generator.
+        seed: an int in ``[-2**63, 2**64)``, taken modulo ``2**64``; an int64 tensor of one element, used on its device
+            without reading it; or None: drawn from torch's default generator.
         level: level of the quantizer, 0 <= level < 2**32.
         rows, codes: the counts.
         stream: 0 is the noise of :func:`residual_quantize`, 1 that of :func:`gumbel_softmax`; below 2**32.
