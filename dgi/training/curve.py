@@ -20,6 +20,7 @@ PANELS = {
     "Temperature τ": ("", {"tau": "τ"}),
     "Learning rate": ("", {"lr": "learning rate"}),
 }
+ON_THE_RIGHT = {"diversity": "diversity, nats"}  # another scale: tens, where its neighbours are below 1
 SCHEDULES = ("gamma", "tau", "lr")  # drawn as they are; other curves of many points as a running mean over their noise
 SMOOTHED_FROM = 100
 
@@ -40,19 +41,23 @@ def training_curve(metrics_path: str | os.PathLike[str], png_path: str | os.Path
     picture = figure(figsize=(13, 7))
     axes = picture.subplots(2, 3, sharex=True)
     for panel, (title, (y_label, labels)) in zip(axes.flat, PANELS.items(), strict=True):
-        lines = 0
+        lines, handles = 0, []
         for key, label in labels.items():
             for name, steps, values in _series(rows, key, label):
-                colour = COLOURS[lines % len(COLOURS)]
+                colour, axis = COLOURS[lines % len(COLOURS)], panel
+                if key in ON_THE_RIGHT:
+                    axis = panel.twinx()
+                    axis.set_ylabel(ON_THE_RIGHT[key], color=colour)
+                    axis.spines["top"].set_visible(False)
                 if key not in SCHEDULES and len(values) >= SMOOTHED_FROM:
-                    panel.plot(steps, values, color=colour, linewidth=0.6, alpha=0.25)
+                    axis.plot(steps, values, color=colour, linewidth=0.6, alpha=0.25)
                     values = _running_mean(values, len(values) // 40)
-                panel.plot(steps, values, color=colour, label=name, linewidth=1.6,
-                           marker="." if len(values) == 1 else None)
+                handles += axis.plot(steps, values, color=colour, label=name, linewidth=1.6,
+                                     marker="." if len(values) == 1 else None)
                 lines += 1
         dress(panel, title, y_label)
         if lines > 1:
-            panel.legend(fontsize=9, framealpha=0.7, edgecolor="none")
+            panel.legend(handles=handles, fontsize=9, framealpha=0.7, edgecolor="none")
         if not lines:
             panel.text(0.5, 0.5, "not logged", transform=panel.transAxes, ha="center", va="center", color="0.5")
     axes[0, 2].set_ylim(-0.03, 1.03)

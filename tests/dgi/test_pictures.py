@@ -56,11 +56,15 @@ def results(num_systems: int) -> dict[str, dict]:
 def test_training_curve_draws_what_was_logged(tmp_path: Path, figures: list[Figure]) -> None:
     rows = write_metrics(tmp_path / "metrics.jsonl", 12)
     curve.training_curve(tmp_path / "metrics.jsonl", tmp_path / "curve.png")
-    losses, _, codes, gamma, _, rates = figures[0].axes
+    losses, quantizer, codes, gamma, _, rates, diversity = figures[0].axes
     drawn = {line.get_label(): line for line in losses.lines}
     np.testing.assert_array_equal(drawn["total"].get_xdata(), [row["step"] for row in rows])
     np.testing.assert_array_equal(drawn["total"].get_ydata(), [row["loss"] for row in rows])
     assert set(drawn) == {"total", "next token", "InfoNCE"}
+    # Diversity has an axis of its own: beside -20 the two others would be one flat line.
+    assert {line.get_label() for line in quantizer.lines} == {"global (1 − cos)", "local"}
+    np.testing.assert_array_equal(diversity.lines[0].get_ydata(), [row["diversity"] for row in rows])
+    assert len(quantizer.get_legend().get_texts()) == 3
     levels = {line.get_label(): line.get_ydata()[0] for line in codes.lines}
     assert levels == {"used, level 1": 0.5, "used, level 2": 0.25, "used, level 3": 1.0, "items sharing a SID": 0.1}
     np.testing.assert_array_equal(gamma.lines[0].get_ydata(), [row["gamma"] for row in rows])
