@@ -15,7 +15,7 @@ pytest.importorskip("pytest_benchmark")
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
-WITHOUT_COMPILING = {"TORCHDYNAMO_DISABLE": "1"}  # no test needs the time that torch.compile's peers take
+WITHOUT_COMPILING = {"TORCHDYNAMO_DISABLE": "1"}  # torch.compile's peers run uncompiled: no test looks at their time
 
 
 def bench(*options: str) -> subprocess.CompletedProcess[str]:

@@ -18,6 +18,7 @@ from dgi_kernels.collectives import Group, all_gather, gather_rows, rank, world_
 from dgi_kernels.cosine import cosine_cross_entropy, left_out
 from dgi_kernels.cosine.modules import check_max_scale, log_scale_parameter, read_0d_log_scale, scale_of, scale_repr
 from dgi_kernels.enums import REDUCTIONS, Reduction
+from dgi_kernels.types import Backend
 
 
 class _ContrastiveLoss(nn.Module):
@@ -25,7 +26,7 @@ class _ContrastiveLoss(nn.Module):
 
     def __init__(self, scale: float = 20.0, *, learnable_scale: bool = False, max_scale: float | None = None,
                  reduction: Reduction = "mean", across_ranks: bool = False, group: Group = None, eps: float = 1e-12,
-                 backend: str = "auto", device: torch.device | str | None = None,
+                 backend: Backend = "auto", device: torch.device | str | None = None,
                  dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.max_scale = check_max_scale(max_scale)
@@ -159,7 +160,7 @@ class SampledSoftmaxLoss(_ContrastiveLoss):
 
 
 def sampled_softmax(queries: Tensor, items: Tensor, sampled: Tensor, scale: float | Tensor, bias: Tensor | None,
-                    item_ids: Tensor | None, sampled_ids: Tensor | None, eps: float, backend: str) -> Tensor:
+                    item_ids: Tensor | None, sampled_ids: Tensor | None, eps: float, backend: Backend) -> Tensor:
     """(N,) losses of :class:`SampledSoftmaxLoss`; ``bias`` (M,) is -log q, and arguments are checked."""
     if bias is not None:
         bias = bias - math.log(max(1, sampled.shape[0]))
@@ -170,7 +171,7 @@ def sampled_softmax(queries: Tensor, items: Tensor, sampled: Tensor, scale: floa
 
 
 def _log_sum(queries: Tensor, sampled: Tensor, scale: float | Tensor, bias: Tensor | None, item_ids: Tensor | None,
-             sampled_ids: Tensor | None, eps: float, backend: str) -> Tensor:
+             sampled_ids: Tensor | None, eps: float, backend: Backend) -> Tensor:
     """(N,) log-sum-exp over what was drawn and is not the query's own item."""
     dtype = checks.compute_dtype(torch.promote_types(queries.dtype, sampled.dtype))
     count = sampled.shape[0]

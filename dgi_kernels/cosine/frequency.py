@@ -40,14 +40,13 @@ class FrequencyEstimator(nn.Module):
         ValueError: a size or ``rate`` is out of range.
         TypeError: an argument has the wrong type.
 
-    Example:
-        >>> import torch
+    Examples:
         >>> estimator = dgi_kernels.FrequencyEstimator(1024, initial_interval=1.0)
-        >>> for step in range(50):
+        >>> for step in range(200):
         ...     ids = torch.tensor([7, 8]) if step % 2 else torch.tensor([7])
         ...     log_q = estimator(ids)
         >>> [round(q, 2) for q in estimator.log_q(torch.tensor([7, 8])).exp().tolist()]
-        [1.0, 0.53]
+        [1.0, 0.5]
     """
 
     step: Tensor
