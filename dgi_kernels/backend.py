@@ -184,7 +184,17 @@ def _problem(op: str, backend: str, device: torch.device, dtype: torch.dtype | N
             return f"{op} has no {backend} kernel for {option}: {lacks[option]}"
     if dtypes is not None and _is_transformed():
         return "inside torch.func's transforms (vmap, grad, jvp, ...) only the reference can run"
+    if dtypes is not None and torch.autograd.forward_ad._current_level >= 0:
+        return "inside forward-mode differentiation (torch.autograd.forward_ad) only the reference can run"
     return None
+
+
+def tracing() -> bool:
+    """Whether operations are traced, and tensors have no values: by torch.compile or export, or by a FakeTensorMode."""
+    return torch.compiler.is_compiling() or torch._C._get_dispatch_mode(_FAKE) is not None
+
+
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
 
 
 def _is_transformed() -> bool:

@@ -1,8 +1,8 @@
 """Argument checks shared by every op: a bad argument is named, with what it was and what is needed.
 
 Checks of shape, dtype and device cost nothing and are always made.  Checks of values read the tensor: they are made
-on the CPU, and elsewhere only inside :func:`dgi_kernels.debug`, since they cost a host sync.  While
-``torch.compile`` traces, value checks become the small operators below and run when the compiled code runs.
+on the CPU, and elsewhere only inside :func:`dgi_kernels.debug`, since they cost a host sync.  While ``torch.compile``
+or a FakeTensorMode traces, value checks become the small operators below and run when the compiled code runs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, library
 
 from dgi_kernels import _extension
-from dgi_kernels.backend import checks_values
+from dgi_kernels.backend import checks_values, tracing
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FLOAT32 = torch.finfo(torch.float32)
@@ -123,11 +123,22 @@ def scalar(name: str, value: object, like: Tensor, *, positive: bool = False) ->
     if value.ndim != 0:
         raise ValueError(f"{name} must be a float or a 0-d tensor; got a tensor of shape {tuple(value.shape)}")
     if checks_values(value.device):
-        if torch.compiler.is_compiling():
+        if tracing():
             return torch.ops.dgi_kernels.checked_scalar(value, name, positive)
         for element in _untransformed(value).detach().flatten().tolist():
             _check_finite(name, element, positive)
     return value
+
+
+def scalar_tensor(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A scalar as a 0-d tensor of ``dtype`` on ``device``, without a copy from the host, which no CUDA graph takes."""
+    if isinstance(value, Tensor):
+        return value.to(dtype)
+    if torch.compiler.is_compiling():  # a factor may differ from call to call; one that is written makes a new graph
+        return torch.ones((), dtype=dtype, device=device) * value
+    if device.type == "cpu":
+        return torch.tensor(value, dtype=dtype)
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 def to_dtype(value: float | Tensor, dtype: torch.dtype) -> float | Tensor:
@@ -138,7 +149,7 @@ def to_dtype(value: float | Tensor, dtype: torch.dtype) -> float | Tensor:
 def index(name: str, value: Tensor, low: int, high: int, *, also: int | None = None) -> Tensor:
     """Check that every element of an integer tensor is in ``[low, high)`` or equals ``also``; return the tensor."""
     if checks_values(value.device):
-        if torch.compiler.is_compiling():
+        if tracing():
             return torch.ops.dgi_kernels.checked_index(value, low, high, also, name)
         _check_index(name, value, low, high, also)
     return value

@@ -1,4 +1,4 @@
-"""What the calls into the compiled extension share: scalars as tensors, and gradients of gradients."""
+"""What the calls into the compiled extension share: gradients of gradients."""
 
 from __future__ import annotations
 
@@ -6,15 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-
-def scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """On the device without a copy from the host, which a CUDA graph could not capture."""
-    if isinstance(value, Tensor):
-        return value.to(dtype)
-    if device.type == "cpu":
-        return torch.tensor(value, dtype=dtype)
-    return torch.full((), value, dtype=dtype, device=device)
 
 
 def wants_gradients(*inputs: Tensor) -> bool:

@@ -25,7 +25,7 @@ Tensor gumbel_noise_cpu(const Tensor& seed, int64_t level, int64_t stream, int64
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dgi_kernels, m) {
-  m.def("gumbel_noise(Tensor seed, int level, int stream, int row_offset, int rows, int codes) -> Tensor");
+  m.def("gumbel_noise(Tensor seed, int level, int stream, SymInt row_offset, int rows, int codes) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dgi_kernels, CPU, m) {

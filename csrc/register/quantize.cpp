@@ -183,12 +183,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_quantize_backward_cpu(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dgi_kernels, m) {
   m.def("residual_quantize(Tensor z, Tensor codebooks, int[] sizes, Tensor scale, Tensor tau, Tensor? seed, "
-        "int row_offset, int mode, int metric, float eps, int list_room) -> (Tensor quantized, Tensor codes, Tensor sampled, "
+        "SymInt row_offset, int mode, int metric, float eps, int list_room) -> (Tensor quantized, Tensor codes, Tensor sampled, "
         "Tensor usage, Tensor residuals, Tensor log_normalizer, Tensor list_range, Tensor list_code, Tensor list_p)");
   m.def("assign_codes(Tensor z, Tensor codebooks, int[] sizes, int metric, float eps) -> Tensor");
   m.def("residual_quantize_backward(Tensor? dquantized, Tensor? dusage, Tensor? dresiduals, Tensor? dlog_normalizer, "
         "Tensor residuals, Tensor sampled, Tensor log_normalizer, Tensor list_range, Tensor list_code, Tensor list_p, "
-        "Tensor codebooks, int[] sizes, Tensor scale, Tensor tau, Tensor? seed, int row_offset, int mode, int metric, "
+        "Tensor codebooks, int[] sizes, Tensor scale, Tensor tau, Tensor? seed, SymInt row_offset, int mode, int metric, "
         "float eps, bool wants_z, bool wants_codebooks, bool wants_scale, bool wants_tau) "
         "-> (Tensor dz, Tensor dcodebooks, Tensor dscale, Tensor dtau)");
 }

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dgi_kernels import checks
-from dgi_kernels.backend import choose, choose_without_gradient
+from dgi_kernels.backend import choose, choose_without_gradient, tracing
 from dgi_kernels.beam import native, reference
 from dgi_kernels.cosine import cosine_logits
 from dgi_kernels.enums import NORMALIZERS
@@ -242,7 +242,7 @@ def beam_search(trie: Trie, step: Step, *, batch_size: int, num_beams: int, norm
 def _all_ended(beams: Beams, chosen: str) -> bool:
     """Whether no beam of a step has got a code; False where it is not known without waiting for the device."""
     tokens = beams.tokens
-    if tokens.device.type != "cpu" or torch.compiler.is_compiling():
+    if tokens.device.type != "cpu" or tracing():
         return False
     if chosen == "native":
         return native.all_ended(tokens)
@@ -264,7 +264,7 @@ def _codes(history: list[Beams], backend: str) -> Tensor:
 
 def _native_step(trie: Trie, beams: Beams, step: Callable[[Beams], Beams]) -> Beams:
     """Run a compiled step. On the CPU it refuses nodes out of range itself: here they are only named."""
-    if torch.compiler.is_compiling() or beams.nodes.device.type != "cpu":
+    if tracing() or beams.nodes.device.type != "cpu":
         return step(_check_nodes(trie, beams))
     try:
         return step(beams)

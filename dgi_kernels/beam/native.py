@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dgi_kernels import checks
 from dgi_kernels._extension import fake_kernel
+from dgi_kernels.backend import tracing
 from dgi_kernels.enums import NORMALIZERS
 from dgi_kernels.trie import Beams, Trie
 from dgi_kernels.trie.filters import TrieFilter, filter_arguments
@@ -23,7 +25,7 @@ def beam_step(trie: Trie, logits: Tensor, beams: Beams, num_beams: int, normaliz
         RuntimeError: a node is out of range (on CUDA it is dead).
     """
     masks = None
-    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
+    if logits.device.type == "cpu" and not tracing():
         masks = trie.parts.base.child_masks(beams.depth, trie.codebook_sizes[beams.depth])
     return _step(torch.ops.dgi_kernels.beam_step.default, trie, beams, filters, (logits,), num_beams, normalize,
                  log_normalizer, masks, trie.parts.max_degree[beams.depth])
@@ -34,10 +36,7 @@ def cosine_beam_step(trie: Trie, h: Tensor, codebook: Tensor, scale: float | Ten
                      filters: TrieFilter | list[TrieFilter | None] | None) -> Beams:
     """``h`` (B, M, D) and ``codebook`` (K, D) of one float dtype; the rest as in :func:`beam_step`."""
     compute = _compute_dtype(h)
-    if isinstance(scale, Tensor):
-        scale = scale.detach().to(compute)
-    else:  # written on the device: a copy to it would wait for the host, and no CUDA graph takes it
-        scale = torch.full((), scale, dtype=compute, device=h.device)
+    scale = checks.scalar_tensor(scale, compute, h.device).detach()
     return _step(torch.ops.dgi_kernels.cosine_beam_step.default, trie, beams, filters,
                  (h.contiguous(), codebook.contiguous(), scale, eps), num_beams, normalize, log_normalizer,
                  trie.parts.max_degree[beams.depth])

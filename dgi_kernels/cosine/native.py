@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dgi_kernels import checks
 from dgi_kernels._extension import fake_kernel
+from dgi_kernels.backend import tracing
 from dgi_kernels.cosine.options import LossOptions
 from dgi_kernels.enums import REDUCTIONS
 from dgi_kernels.native_common import create_graph, gradients_of, wants_gradients
@@ -25,7 +27,7 @@ Reference = Callable[..., Any]
 
 def cosine_logits(h: Tensor, weight: Tensor, scale: float | Tensor, eps: float, reference: Reference) -> Tensor:
     """(..., D), (K, D) of one dtype -> (..., K) of that dtype."""
-    scale = _scale_tensor(scale, h)
+    scale = checks.scalar_tensor(scale, checks.compute_dtype(h.dtype), h.device)
     if not wants_gradients(h, weight, scale):
         return _logits(h, weight, scale, eps)
     return _CosineLogits.apply(h, weight, scale, eps, reference)
@@ -38,7 +40,7 @@ def cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: float
 
     A target out of range gives NaN for its row.
     """
-    scale = _scale_tensor(scale, h)
+    scale = checks.scalar_tensor(scale, checks.compute_dtype(h.dtype), h.device)
     if bias is not None:
         bias = bias.to(scale.dtype)
     by_row = options.per_row() if options.return_log_normalizer else options
@@ -52,11 +54,6 @@ def cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: float
 
 
 _NONE = (False, False, False, False)  # no gradient is wanted
-
-
-def _scale_tensor(scale: float | Tensor, h: Tensor) -> Tensor:
-    dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
-    return scale.to(dtype) if isinstance(scale, Tensor) else torch.tensor(scale, dtype=dtype)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -130,7 +127,7 @@ class _CosineCrossEntropy(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         wanted = ctx.needs_input_grad[:4] if options.reduction != "none" else _NONE
         outputs, gradients = _loss((h, weight, scale, bias), target, same_as, None, None, options, wanted)
-        if torch.compiler.is_compiling():
+        if tracing():
             ctx.save_for_backward(h, weight, scale, bias, target, same_as, *gradients)
         else:
             ctx.save_for_backward(h, weight, scale, bias, target, same_as)

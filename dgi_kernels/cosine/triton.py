@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor, library
 
+from dgi_kernels import checks
 from dgi_kernels import tiles as measured
 from dgi_kernels import triton_common as common
 from dgi_kernels.cosine import triton_chunks as chunks
@@ -90,10 +91,9 @@ def cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: float
                          same_as: Tensor | None, options: LossOptions) -> tuple[Tensor, Tensor | None]:
     """(N, D), (K, D), (N,) int64, bias (K,), same_as (K,) int64 -> loss () or (N,) float32, log normalizer (N,) float32
     if wanted; a target out of range gives NaN for its row."""
-    if not isinstance(scale, Tensor):
-        scale = torch.full((), scale, dtype=torch.float32, device=h.device)
+    scale = checks.scalar_tensor(scale, torch.float32, h.device)
     keep_mean = torch.is_grad_enabled() and h.requires_grad
-    loss, lse, *_ = _forward(h, weight, target, scale.float(), None if bias is None else bias.float(),
+    loss, lse, *_ = _forward(h, weight, target, scale, None if bias is None else bias.float(),
                              None if same_as is None else _groups(same_as), options.ignore_index,
                              options.label_smoothing, options.eps, keep_mean)
     ignored = target == options.ignore_index

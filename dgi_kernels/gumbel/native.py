@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dgi_kernels import checks
 from dgi_kernels._extension import fake_kernel
-from dgi_kernels.native_common import create_graph, gradients_of, scalar, wants_gradients
+from dgi_kernels.native_common import create_graph, gradients_of, wants_gradients
 
 
 def gumbel_noise(seed: Tensor, level: int, stream: int, row_offset: int, rows: int, codes: int) -> Tensor:
@@ -25,7 +26,7 @@ def gumbel_softmax(logits: Tensor, tau: float | Tensor, hard: bool, seed: Tensor
                    reference: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """(..., K) -> (..., K) of the same dtype; ``reference(logits, tau)`` is the op in plain PyTorch."""
     compute = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    tau = scalar(tau, compute, logits.device)
+    tau = checks.scalar_tensor(tau, compute, logits.device)
     if not wants_gradients(logits, tau):
         return _softmax(logits, tau, seed, hard)
     return _GumbelSoftmax.apply(logits, tau, seed, hard, reference)

@@ -6,6 +6,7 @@ import torch
 import triton
 from torch import Tensor, library
 
+from dgi_kernels import checks
 from dgi_kernels import tiles as measured
 from dgi_kernels.gumbel import triton_noise as kernels
 from dgi_kernels.noise import STREAM_GUMBEL_SOFTMAX
@@ -44,10 +45,9 @@ def _(seed, level, stream, row_offset, rows, codes):
 
 def gumbel_softmax(logits: Tensor, tau: float | Tensor, hard: bool, seed: Tensor) -> Tensor:
     """(..., K) float32, bfloat16 or float16 -> (..., K) of the same dtype."""
-    if not isinstance(tau, Tensor):
-        tau = torch.full((), tau, dtype=torch.float32, device=logits.device)
+    tau = checks.scalar_tensor(tau, torch.float32, logits.device)
     rows = logits.reshape(logits.shape[:-1].numel(), logits.shape[-1])
-    return _softmax(rows, tau.float(), hard, seed)[0].reshape(logits.shape)
+    return _softmax(rows, tau, hard, seed)[0].reshape(logits.shape)
 
 
 @library.custom_op("dgi_kernels::gumbel_softmax_triton", mutates_args=())

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dgi_kernels import checks
 from dgi_kernels._extension import fake_kernel
-from dgi_kernels.native_common import create_graph, gradients_of, scalar, wants_gradients
+from dgi_kernels.native_common import create_graph, gradients_of, wants_gradients
 from dgi_kernels.quantize.options import QuantizeOptions
 from dgi_kernels.quantize.result import ResidualQuantization
 
@@ -29,7 +30,7 @@ def residual_quantize(z: Tensor, codebooks: Sequence[Tensor], scale: float | Ten
 
     ``reference(z, codebooks, scale, tau)`` is the op in plain PyTorch.
     """
-    scale, tau = scalar(scale, z.dtype, z.device), scalar(tau, z.dtype, z.device)
+    scale, tau = (checks.scalar_tensor(value, z.dtype, z.device) for value in (scale, tau))
     joined, sizes = _join(codebooks)
     if options.mode != "hard" and wants_gradients(z, joined, scale, tau):
         result = _ResidualQuantize.apply(z, joined, scale, tau, seed, sizes, options, reference)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor, library
 
+from dgi_kernels import checks
 from dgi_kernels import tiles as measured
 from dgi_kernels import triton_common as common
 from dgi_kernels.enums import METRICS, MODES
@@ -104,7 +105,7 @@ def residual_quantize(z: Tensor, codebooks: Sequence[Tensor], scale: float | Ten
     dim = z.shape[1]
     padding = max(16, (dim + 15) // 16 * 16) - dim  # rows are read 16 bytes at a time
     z, weight = F.pad(z, (0, padding)), F.pad(torch.cat(list(codebooks)), (0, padding))
-    scale, tau = _scalar(scale, z), _scalar(tau, z)
+    scale, tau = (checks.scalar_tensor(value, torch.float32, z.device) for value in (scale, tau))
     with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (z, weight, scale, tau))
     noisy = seed is not None
     seed = torch.zeros(1, dtype=torch.int64, device=z.device) if seed is None else seed
@@ -113,11 +114,6 @@ def residual_quantize(z: Tensor, codebooks: Sequence[Tensor], scale: float | Ten
         noisy, with_grad)
     return ResidualQuantization(quantized[..., :dim], codes, sampled, list(usage.split(sizes)), residuals[..., :dim],
                                 log_normalizer)
-
-
-def _scalar(value: float | Tensor, like: Tensor) -> Tensor:
-    return value.float() if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float32,
-                                                                      device=like.device)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dgi_kernels.backend import tracing
 from dgi_kernels.trie import Trie
 from dgi_kernels.trie.filters import TrieFilter, allowed_items
 
@@ -62,7 +63,7 @@ def _candidates(trie: Trie, nodes: Tensor, scores: Tensor, depth: int) -> tuple[
 
 def _slots(trie: Trie, stop: Tensor, beams: int, depth: int) -> int:
     """How many candidates a request may have: the true number where reading it costs no sync, a bound elsewhere."""
-    if stop.device.type == "cpu" and not torch.compiler.is_compiling():
+    if stop.device.type == "cpu" and not tracing():
         return int(stop.max()) if stop.numel() else 0
     return min(beams * trie.parts.max_items[depth], trie.parts.num_places)
 

@@ -91,8 +91,9 @@ class Trie:
         """Build a trie from the semantic IDs of N items, in any order, with repetitions.
 
         Args:
-            codes: an (N, L) integer tensor or array of any dtype, or a list of N sequences of integers, which may
-                differ in length (then L is the largest). An empty tensor of shape (0, L) gives an empty trie.
+            codes: an (N, L) integer tensor or array of any dtype, with -1 behind the end of a sequence that is shorter,
+                as :meth:`codes` gives them; or a list of N sequences of integers, which may differ in length (then L is
+                the largest). An empty tensor of shape (0, L) gives an empty trie.
             item_ids: (N,) distinct integers, any int64; default 0, 1, …, N - 1, which needs no memory.
             codebook_sizes: (L,) integers, the number of codes of each level. Default: the largest code + 1, taken as a
                 lower bound: a search then accepts logits over more codes than that.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from dgi_kernels import backend as backends
 from dgi_kernels.trie import native, reference
 from dgi_kernels.trie.item_set import ItemSet
 from dgi_kernels.trie.rows import packed_rows, plain_rows, rows_at
-from dgi_kernels.trie.starts import packed_starts, parent_set, plain_starts, starts_at
+from dgi_kernels.trie.starts import MARKS, packed_starts, parent_set, plain_starts, starts_at
 
 END = -1  # the token of a sequence that has ended; it sorts before every code
 NARROW_CODEBOOK = 2**15  # tokens are int16 where no codebook is larger
@@ -68,6 +69,20 @@ class TrieArrays:
         return cls(tokens, child_start, None if item_start is None else packed_starts(item_start, num_items),
                    None if item_order is None else packed_rows(item_order), item_ids, num_items,
                    tuple(map(_longest_run, child_start)), tuple(reversed(max_items)), bounds)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle stores: not what is made when first asked for, and no uint64, which torch cannot unpickle."""
+        state = {name: value for name, value in vars(self).items() if name != "_row_lookup"}
+        state |= {"_marks": None, "_masks": {}}
+        if self.item_start is not None and self.item_start.dtype == MARKS:
+            state["item_start"] = _StoredMarks(self.item_start.view(torch.int64))
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        stored = state["item_start"]
+        if isinstance(stored, _StoredMarks):
+            state = state | {"item_start": stored.marks.view(MARKS)}
+        vars(self).update(state)
 
     @property
     def depth(self) -> int:
@@ -129,7 +144,7 @@ class TrieArrays:
         Made when first asked for, and kept: a bit for each node.
         """
         plain = self.child_start[1:]
-        if torch.compiler.is_compiling() or backends.choose("trie_filter", "auto", self.device) != "native":
+        if backends.tracing() or backends.choose("trie_filter", "auto", self.device) != "native":
             return plain
         if self._marks is None:
             object.__setattr__(self, "_marks", tuple(map(native.run_marks, plain)))
@@ -193,6 +208,12 @@ class TrieArrays:
         codes = torch.empty_like(by_place)
         codes[plain_rows(self.item_order)] = by_place
         return codes
+
+
+class _StoredMarks(NamedTuple):
+    """Marks as they are pickled, which tells them from starts of int64."""
+
+    marks: Tensor
 
 
 class RowLookup:

@@ -80,7 +80,7 @@ def _kind(value: object, array: np.ndarray) -> str:
 def padded_codes(name: str, codes: object, device: torch.device | None = None) -> Tensor:
     """Take codes as an (N, L) tensor or array, or as a sequence of N sequences; return (N, L) integers, -1 where ended.
 
-    A tensor or an array is not copied.
+    Either may have -1 behind the end of a sequence. A tensor or an array is not copied.
 
     Raises:
         TypeError: not integers, or not such a collection.
@@ -91,7 +91,7 @@ def padded_codes(name: str, codes: object, device: torch.device | None = None) -
         if table.ndim != 2 or table.shape[1] == 0:
             raise ValueError(f"{name} must have shape (N, L) with L >= 1; got {tuple(table.shape)}")
         if min(code_ranges(table)[0]) < 0:
-            _refuse(name, table, table < 0, "must not be negative (give sequences of unequal length as a list)")
+            _check_ends(name, table)
         return table
     if not isinstance(codes, Sequence) or isinstance(codes, (str, bytes)):
         raise TypeError(f"{name} must be an (N, L) integer tensor or array, or a list of sequences; "
@@ -116,8 +116,17 @@ def _pad(name: str, sequences: Sequence[object], device: torch.device | None) ->
     inside = column < lengths.unsqueeze(1)
     table = torch.full(inside.shape, END, dtype=torch.int64)
     table[inside] = flat
-    _refuse(name, table, inside & (table < 0), "must not be negative")
+    _check_ends(name, table)
     return table.to(device)
+
+
+def _check_ends(name: str, table: Tensor) -> None:
+    """The only negative codes of ``table`` (N, L) are -1 behind the end of a sequence, as a trie gives codes back."""
+    ends = table == END
+    first, later = ends[:, :1], ends[:, 1:]
+    misplaced = torch.cat([first, torch.zeros_like(later)], 1)
+    misplaced[:, :-1] |= ends[:, :-1] & ~later
+    _refuse(name, table, (table < 0) & (~ends | misplaced), "must not be negative, but for -1 behind a sequence's end")
 
 
 def _flatten(sequences: Sequence[object]) -> object:

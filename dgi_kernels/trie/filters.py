@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dgi_kernels.backend import tracing
 from dgi_kernels.trie.item_set import ItemSet
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class TrieFilter:
         base = parts.live_nodes if self.base is parts.live else parts.base.nodes_above(self.base)
         assert base is not None
         nodes = base, None if self.delta is None or parts.added is None else parts.added.nodes_above(self.delta)
-        if not torch.compiler.is_compiling():
+        if not tracing():
             self._nodes = nodes
         return nodes
 

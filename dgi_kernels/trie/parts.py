@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dgi_kernels.backend import tracing
 from dgi_kernels.trie.arrays import TrieArrays
 from dgi_kernels.trie.delta import Delta
 from dgi_kernels.trie.item_set import ItemSet
@@ -46,7 +47,7 @@ class TrieParts:
         if self.live is None or self._live_nodes is not None:
             return self._live_nodes
         nodes = self.base.nodes_above(self.live)
-        if not torch.compiler.is_compiling():
+        if not tracing():
             self._live_nodes = nodes
         return nodes
 

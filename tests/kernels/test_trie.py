@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 import random
 
 import numpy as np
 import pytest
 import torch
 
-from dgi_kernels import Trie, backends
+from dgi_kernels import Trie, backends, beam_search
 
 from .oracles import Catalog, random_catalog
 
@@ -190,7 +192,11 @@ def test_a_deep_and_a_large_trie() -> None:
 
 
 BAD_CODES = [
-    (torch.tensor([[0, -1]]), ValueError, r"codes\[0\]\[1\] must not be negative"),
+    (torch.tensor([[0, -2]]), ValueError, r"codes\[0\]\[1\] must not be negative"),
+    (torch.tensor([[0, 1], [-1, 1]]), ValueError, r"codes\[1\]\[0\] must not be negative, but for -1 behind"),
+    (torch.tensor([[0, -1, 1]]), ValueError, r"codes\[0\]\[1\] must not be negative, but for -1 behind"),
+    (torch.tensor([[-1, -1]]), ValueError, r"codes\[0\]\[0\] must not be negative"),
+    ([[0, -1, 1], [2, 1]], ValueError, r"codes\[0\]\[1\] must not be negative"),
     ([[0, 1], [2, -3]], ValueError, r"codes\[1\]\[1\] must not be negative.*-3"),
     ([[0, 1], []], ValueError, r"codes\[1\] is empty"),
     ([], ValueError, "codes must hold at least one sequence"),
@@ -283,3 +289,35 @@ def test_items_are_found_by_any_ids(spread: int) -> None:
         for wrong in ([missing], [*wanted.tolist(), missing]):
             with pytest.raises(ValueError, match=f"it has no item {missing}"):
                 trie.filter(items=wrong)
+
+
+@pytest.mark.parametrize("backend", BUILDERS)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64])
+def test_codes_of_unequal_length_can_be_given_back(dtype: torch.dtype, backend: str) -> None:
+    """Guards against -1 behind the end of a sequence, in what codes() gives, that from_codes refuses."""
+    trie = Trie.from_codes([[0, 1], [2], [1, 1, 0], [2], [0, 1, 3]], [7, 3, 5, 9, 1], backend=backend)
+    codes, ids = trie.codes()
+    for given in (codes.to(dtype), codes.to(dtype).numpy(), codes.tolist()):
+        again = Trie.from_codes(given, ids, backend=backend)
+        assert again.arrays.keys() == trie.arrays.keys() and again.codebook_sizes == trie.codebook_sizes
+        assert all(torch.equal(array, trie.arrays[name]) for name, array in again.arrays.items())
+    larger = trie.update(add=(codes, ids + 10))
+    assert larger.num_items == 10 and torch.equal(larger.codes()[0], torch.cat([codes, codes]))
+
+
+@pytest.mark.parametrize("many", [False, True], ids=["one item to a leaf", "items share leaves"])
+def test_a_trie_can_be_pickled_and_copied(many: bool) -> None:
+    """Guards against arrays of a dtype that torch writes and cannot read: distributed objects and caches pickle."""
+    codes = torch.cartesian_prod(*[torch.arange(6)] * 3)
+    trie = Trie.from_codes(torch.cat([codes, codes[:5]]) if many else codes, codebook_sizes=(6, 6, 6))
+    some = trie.filter(items=[1, 216] if many else [1])
+    some.nodes, trie.update(remove=[3])  # what is made when first asked for is there
+    for made in (pickle.loads(pickle.dumps((trie, some, trie.update(remove=[3])))), copy.deepcopy((trie, some, trie))):
+        again, filtered, updated = made
+        assert all(torch.equal(array, trie.arrays[name]) and array.dtype == trie.arrays[name].dtype
+                   for name, array in again.arrays.items())
+        found = beam_search(again, lambda depth, *_: torch.arange(6.0).expand(1, 1 if depth == 0 else 4, 6),
+                            batch_size=1, num_beams=4, filters=filtered)
+        assert found.codes[0, 0].tolist() == codes[1].tolist() and again.find(codes[7]) == trie.find(codes[7])
+        assert updated.num_items in (trie.num_items, trie.num_items - 1)
+        assert torch.equal(again.items(torch.tensor([0]), 0).item_ids, trie.items(torch.tensor([0]), 0).item_ids)
