@@ -22,6 +22,8 @@ from dgi_kernels.types import Backend, Reduction
 
 __all__ = ["cosine_cross_entropy", "cosine_logits"]
 
+LARGEST_SCALE = 2.0**30
+
 
 def cosine_logits(h: Tensor, weight: Tensor, scale: float | Tensor, *, eps: float = 1e-12,
                   backend: Backend = "auto") -> Tensor:
@@ -137,16 +139,37 @@ def cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: float
     shape, compute = target.shape, checks.compute_dtype(dtype)
     h, target = h.reshape(target.numel(), h.shape[-1]), target.flatten()
     with torch.autocast(h.device.type, enabled=False):
+        scale, factor = _within_range(scale, compute)
         if chosen == "triton":
             from dgi_kernels.cosine import triton
 
             loss, log_normalizer = triton.cosine_cross_entropy(h, weight, target, scale, bias, same_as, options)
         else:
+            columns = None if bias is None else bias.to(compute)
+            if columns is not None and factor is not None:
+                columns = columns / factor
             loss, log_normalizer = reference.cosine_cross_entropy(
-                h.to(compute), weight.to(compute), target, checks.to_dtype(scale, compute),
-                None if bias is None else bias.to(compute), same_as, options)
+                h.to(compute), weight.to(compute), target, checks.to_dtype(scale, compute), columns, same_as, options)
+        if factor is not None:
+            loss, log_normalizer = loss * factor, None if log_normalizer is None else log_normalizer * factor
     loss = loss.reshape(shape) if options.reduction == "none" else loss
     return loss if log_normalizer is None else (loss, log_normalizer.reshape(shape))
+
+
+def _within_range(scale: float | Tensor, compute: torch.dtype) -> tuple[float | Tensor, float | Tensor | None]:
+    """Split a scale whose logits float32 would not tell apart, or not hold, into one that it does and a factor.
+
+    Beyond it the loss grows in proportion to the scale: its softmax is decided by the rounding of the cosines. The
+    kernels of the extension do the same.
+    """
+    if compute == torch.float64:
+        return scale, None
+    if isinstance(scale, Tensor):
+        factor = (scale.detach().abs() / LARGEST_SCALE).clamp(min=1)
+        return scale / factor, factor
+    if abs(scale) <= LARGEST_SCALE:
+        return scale, None
+    return scale / (abs(scale) / LARGEST_SCALE), abs(scale) / LARGEST_SCALE
 
 
 def check_operands(h: Tensor, weight: Tensor, scale: float | Tensor,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dgi_kernels import BackendUnavailable, cosine_cross_entropy, cosine_logits
+from dgi_kernels import BackendUnavailable, backends, cosine_cross_entropy, cosine_logits
 from dgi_kernels.cosine import reference
 
 from .cosine_cases import GRADIENTS, true_loss
@@ -327,3 +327,43 @@ def test_a_backend_asked_for_by_name_says_why_it_cannot_run() -> None:
         torch.testing.assert_close(op(*values, backend="reference"), op(*values))
         with pytest.raises(BackendUnavailable, match=f"cannot run {op.__name__} here: "):
             op(*values, backend="triton")
+
+
+LARGEST = torch.finfo(torch.float32).max
+BACKENDS = ["reference", *(["native"] if backends()["native"].available else [])]
+
+
+@pytest.mark.parametrize("kind", ["float", "tensor"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", EPS, ids=name_of)
+@pytest.mark.parametrize("value", [2.0**30, 5e9, -1e10, 1e20, 1e30, -1e36])
+def test_scales_far_beyond_float32s_exponentials(value: float, dtype: torch.dtype, backend: str, kind: str) -> None:
+    """Guards against NaN from the rounding of a maximum, and from products and sums that leave float32's range."""
+    h, weight, target, scale = inputs(Cosine(n=33, d=17, k=65), dtype)
+    scale: Tensor | float = torch.tensor(value, requires_grad=True) if kind == "tensor" else value
+    leaves = (h, weight) if kind == "float" else (h, weight, scale)
+    truth = torch.as_tensor(scale, dtype=torch.float64).detach().requires_grad_()
+    for options in ({}, {"label_smoothing": 0.1}, {"reduction": "none"}):
+        loss = cosine_cross_entropy(h, weight, target, scale, backend=backend, **options)
+        expected = true_loss(h, weight, target, truth, **options)
+        torch.testing.assert_close(loss.double(), expected, rtol=0, atol=max(EPS[dtype], 1e-9) * abs(value))
+        if dtype in LOW_PRECISION:
+            continue  # whose gradients such scales take out of range
+        given = gradients(loss.sum(), leaves)
+        for a, e in zip(given, gradients(expected.sum(), (h, weight, truth)), strict=False):
+            torch.testing.assert_close(a / e.abs().max(), e / e.abs().max(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("norm", [1e-2, 1.0, 1e3])
+def test_the_largest_finite_scale_gives_no_nan(norm: float, backend: str) -> None:
+    h, weight = (norm * F.normalize(torch.randn(rows, 17), dim=-1) for rows in (33, 65))
+    target = torch.randint(65, (33,))
+    h[0], h[1] = weight[target[0]], -weight[target[1]]  # cosines whose rounding may leave [-1, 1]
+    for value in (LARGEST, -LARGEST):
+        for scale in (value, torch.tensor(value)):
+            for smoothing in (0.0, 0.1):
+                loss = cosine_cross_entropy(h, weight, target, scale, label_smoothing=smoothing, reduction="none",
+                                            backend=backend)
+                assert not loss.isnan().any() and loss.isfinite().any()
+            assert not cosine_logits(h, weight, scale, backend=backend).isnan().any()
