@@ -86,8 +86,9 @@ def cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: float
                          backend: Backend = "auto") -> Any:
     """Cross-entropy of scaled cosine logits (the ``ntp`` loss, paper eq. 13, 16; InfoNCE with a batch as ``weight``).
 
-    Equal to ``F.cross_entropy(scale * F.normalize(h) @ F.normalize(weight).T + bias, target, ...)``, argument for
-    argument.
+    Equal to ``F.cross_entropy(scale * F.normalize(h) @ F.normalize(weight).T + bias, target, ...)`` with its
+    ``ignore_index``, ``reduction`` and ``label_smoothing``, over the last dimension. Class weights and targets that are
+    probabilities are not taken.
 
     Args:
         h: (..., D) float32, bfloat16, float16 or float64; any strides.
