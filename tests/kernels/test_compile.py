@@ -166,3 +166,27 @@ def test_all_ops_in_one_graph_through_inductor() -> None:
     arguments = [torch.randn(6, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True),
                  torch.tensor(9.0, requires_grad=True), torch.arange(6) % 5, torch.tensor([3])]
     assert_same(everything, arguments, compiled(everything, "inductor"))
+
+
+X, CODEBOOK, TARGET = torch.randn(6, 4), torch.randn(5, 4), torch.randint(5, (6,))
+CHANGING: dict[str, Callable[[float], object]] = {
+    "tau of gumbel_softmax": lambda value: gumbel_softmax(X, value, seed=1),
+    "tau of residual_quantize": lambda value: residual_quantize(X, [CODEBOOK], 20.0, value, seed=1).quantized,
+    "scale of residual_quantize": lambda value: residual_quantize(X, [CODEBOOK], 20 * value, seed=1).quantized,
+    "scale of cosine_logits": lambda value: cosine_logits(X, CODEBOOK, 30 * value),
+    "scale of cosine_cross_entropy": lambda value: cosine_cross_entropy(X, CODEBOOK, TARGET, 30 * value),
+    "row_offset": lambda value: residual_quantize(X, [CODEBOOK], 20.0, seed=1, row_offset=int(999 * value)).quantized,
+    "seed": lambda value: gumbel_softmax(X, seed=int(999 * value)),
+    "row_offset of the noise": lambda value: gumbel_noise(3, 0, 4, 5, row_offset=int(999 * value)),
+}
+
+
+@pytest.mark.parametrize("what", CHANGING)
+def test_a_number_that_changes_from_step_to_step_needs_no_new_graph(what: str) -> None:
+    """Guards against one graph a step, of which torch makes eight and then gives up: an annealed temperature."""
+    torch._dynamo.utils.counters.clear()
+    function = CHANGING[what]
+    run = compiled(function)
+    for step in range(6):
+        torch.testing.assert_close(run(0.97**step), function(0.97**step))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # the first number, and all others

@@ -7,9 +7,17 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 
-from dgi_kernels import BackendUnavailable, backends, cosine_cross_entropy, cosine_logits, gumbel_softmax
+from dgi_kernels import (
+    BackendUnavailable,
+    backends,
+    cosine_cross_entropy,
+    cosine_logits,
+    gumbel_softmax,
+    residual_quantize,
+)
 
 
 def test_vmap_gives_what_a_loop_gives() -> None:
@@ -55,3 +63,34 @@ def test_a_kernel_asked_for_by_name_says_why_it_cannot_run() -> None:
                         vmap(grad(lambda x: cosine_cross_entropy(x, weight, target, 9.0, backend="native")))):
         with pytest.raises(BackendUnavailable, match=r"cannot run cosine_.*torch.func's transforms"):
             transformed(h)
+
+
+DIFFERENTIABLE: dict[str, Callable[..., Tensor]] = {
+    "cosine_logits": lambda h, weight, scale: cosine_logits(h, weight, scale),
+    "cosine_cross_entropy": lambda h, weight, scale: cosine_cross_entropy(h, weight, torch.tensor([0, 1, 2, 3]), scale),
+    "gumbel_softmax": lambda h, weight, tau: gumbel_softmax(h, tau, seed=3),
+    "residual_quantize": lambda h, weight, scale: residual_quantize(h, [weight], scale, seed=3).quantized,
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_forward_mode_differentiates(name: str) -> None:
+    """Guards against kernels that drop the tangents of their inputs."""
+    function, inputs = DIFFERENTIABLE[name], (torch.randn(4, 5), torch.randn(6, 5), torch.tensor(3.0))
+    tangents = [torch.randn_like(x) for x in inputs]
+    with forward_ad.dual_level():
+        dual = function(*map(forward_ad.make_dual, inputs, tangents))
+        value, tangent = forward_ad.unpack_dual(dual)
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    output, upstream = function(*leaves), torch.randn_like(value)
+    gradients = torch.autograd.grad(output, leaves, upstream, allow_unused=True)
+    expected = sum((g * t).sum() for g, t in zip(gradients, tangents, strict=True) if g is not None)
+    torch.testing.assert_close(value, output.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close((tangent * upstream).sum(), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(not backends()["native"].available, reason="the extension is not built")
+def test_a_kernel_asked_for_by_name_refuses_forward_mode() -> None:
+    with forward_ad.dual_level(), pytest.raises(BackendUnavailable, match="forward-mode differentiation"):
+        cosine_logits(forward_ad.make_dual(torch.randn(4, 5), torch.randn(4, 5)), torch.randn(6, 5), 2.0,
+                      backend="native")

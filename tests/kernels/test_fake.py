@@ -1,0 +1,115 @@
+"""Ops over tensors without values: FakeTensorMode and torch.export, by which programs are planned and shipped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dgi_kernels import (
+    BeamResult,
+    CosineLinear,
+    Trie,
+    assign_codes,
+    beam_search,
+    beam_step,
+    cosine_beam_step,
+    cosine_cross_entropy,
+    cosine_logits,
+    gumbel_noise,
+    gumbel_softmax,
+    rank_candidates,
+    residual_quantize,
+)
+
+ROWS, DIM, CODES, ITEMS = 6, 8, 4, 50
+Inputs = dict[str, Tensor]
+
+
+def make_trie() -> Trie:
+    return Trie.from_codes(torch.randint(CODES, (ITEMS, 3)), codebook_sizes=[CODES] * 3).update(remove=[3, 4])
+
+
+def make_inputs(requires_grad: bool = False) -> Inputs:
+    inputs = {"h": torch.randn(ROWS, DIM), "weight": torch.randn(CODES, DIM), "scale": torch.tensor(9.0),
+              "tau": torch.tensor(0.7)}
+    return {name: value.requires_grad_(requires_grad) for name, value in inputs.items()} | {
+        "target": torch.randint(CODES, (ROWS,)), "vectors": torch.randn(ITEMS, DIM),
+        "logits": torch.randn(ROWS, 1, CODES)}
+
+
+def search(trie: Trie, i: Inputs) -> BeamResult:
+    return beam_search(trie, lambda depth, *_: i["logits"].expand(ROWS, 3 if depth else 1, CODES), batch_size=ROWS,
+                       num_beams=3)
+
+
+WITH_GRADIENTS: dict[str, Callable[[Inputs], Tensor]] = {
+    "cosine_logits": lambda i: cosine_logits(i["h"], i["weight"], i["scale"]),
+    "cosine_cross_entropy": lambda i: cosine_cross_entropy(i["h"], i["weight"], i["target"], i["scale"]),
+    "loss of every row": lambda i: cosine_cross_entropy(i["h"], i["weight"], i["target"], 9.0, reduction="none"),
+    "gumbel_softmax": lambda i: gumbel_softmax(i["h"], i["tau"], seed=3),
+    "residual_quantize": lambda i: residual_quantize(i["h"], [i["weight"]], i["scale"], i["tau"], seed=1).quantized,
+}
+OPS: dict[str, Callable[[Trie, Inputs], Tensor]] = {
+    **{name: lambda _, i, op=op: op(i) for name, op in WITH_GRADIENTS.items()},
+    "hard codes": lambda _, i: residual_quantize(i["h"], [i["weight"]], 9.0, mode="hard").codes,
+    "assign_codes": lambda _, i: assign_codes(i["h"], [i["weight"]]),
+    "gumbel_noise": lambda _, i: gumbel_noise(3, 0, 4, 5),
+    "beam_step": lambda trie, i: beam_step(trie, i["logits"], trie.root(ROWS), num_beams=3).scores,
+    "cosine_beam_step": lambda trie, i: cosine_beam_step(trie, i["h"].detach()[:, None], i["weight"].detach(), 9.0,
+                                                         trie.root(ROWS), num_beams=3).scores,
+    "beam_search": lambda trie, i: search(trie, i).codes,
+    "rank_candidates": lambda trie, i: rank_candidates(i["h"].detach(), i["vectors"], trie, search(trie, i), 5).items,
+}
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_fake_tensors_have_the_shapes_of_real_ones(name: str) -> None:
+    """Guards against ops that read values that are not there, and against fake tensors left in a trie's caches."""
+    trie, inputs = make_trie(), make_inputs()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        fake = OPS[name](trie, {key: mode.from_tensor(value) for key, value in inputs.items()})
+    real = OPS[name](trie, inputs)
+    assert type(real) is Tensor
+    assert (fake.shape, fake.dtype, fake.device) == (real.shape, real.dtype, real.device)
+
+
+@pytest.mark.parametrize("name", WITH_GRADIENTS)
+def test_fake_tensors_go_backward(name: str) -> None:
+    mode = FakeTensorMode()
+    inputs = {key: mode.from_tensor(value) for key, value in make_inputs(True).items()}
+    with mode:
+        WITH_GRADIENTS[name](inputs).sum().backward()
+    assert inputs["h"].grad is not None and inputs["h"].grad.shape == inputs["h"].shape
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_export(name: str) -> None:
+    trie, inputs = make_trie(), make_inputs()
+
+    class Program(nn.Module):
+        def forward(self, inputs: Inputs) -> Tensor:
+            return OPS[name](trie, inputs)
+
+    exported = torch.export.export(Program(), (inputs,)).module()
+    others = make_inputs()
+    torch.testing.assert_close(exported(others), OPS[name](trie, others))
+
+
+def test_a_head_can_be_exported() -> None:
+    class Program(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = CosineLinear(DIM, CODES)
+
+        def forward(self, h: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+            return self.head(h), self.head.loss(h, target)
+
+    program, inputs = Program(), make_inputs()
+    exported = torch.export.export(program, (inputs["h"], inputs["target"])).module()
+    h = torch.randn(ROWS, DIM)
+    torch.testing.assert_close(exported(h, inputs["target"]), program(h, inputs["target"]))
