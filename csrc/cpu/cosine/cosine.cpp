@@ -219,8 +219,10 @@ class Share {
   double total_ = 0;
 };
 
+}  // namespace
+
 template <class Stored>
-void logits_within_range(const Cosine<Stored>& in, Stored* out) {
+void cosine_logits(const Cosine<Stored>& in, Stored* out) {
   using Real = Compute<Stored>;
   const Codebook<Stored> codebook(in);
   const Sizes sizes = sizes_of_share(in, in.rows, 1);
@@ -247,7 +249,7 @@ void logits_within_range(const Cosine<Stored>& in, Stored* out) {
 }
 
 template <class Stored>
-void logits_backward_within_range(const Cosine<Stored>& in, const Stored* dlogits, const CosineGradients<Stored>& out) {
+void cosine_logits_backward(const Cosine<Stored>& in, const Stored* dlogits, const CosineGradients<Stored>& out) {
   using Real = Compute<Stored>;
   const Codebook<Stored> codebook(in);
   const Sizes sizes = sizes_of_share(in, in.rows, 1);
@@ -276,7 +278,7 @@ void logits_backward_within_range(const Cosine<Stored>& in, const Stored* dlogit
 }
 
 template <class Stored>
-void cross_entropy_within_range(const Cosine<Stored>& in, const CrossEntropy<Compute<Stored>>& options,
+void cosine_cross_entropy(const Cosine<Stored>& in, const CrossEntropy<Compute<Stored>>& options,
                           const CosineLosses<Compute<Stored>>& out, const CosineGradients<Stored>& gradients) {
   using Real = Compute<Stored>;
   const bool reduces = options.reduction != Reduction::kNone;
@@ -335,71 +337,6 @@ void cross_entropy_within_range(const Cosine<Stored>& in, const CrossEntropy<Com
     for (const auto& share : shares) sum += share->columns().of(k);
     gradients.dbias[k] = static_cast<Real>(sum);
   }
-}
-
-// The exponents of a float32 logit beyond 2^30 would be the rounding of its maximum, however near a row's logits are, and
-// products with h of such a scale could overflow. Float32 cosines are not told apart finer than that: what follows grows in
-// proportion to the scale, which therefore is split into a scale within range and a power of two.
-template <class Stored>
-struct SplitScale {
-  static constexpr int kMostExponent = std::is_same_v<Compute<Stored>, float> ? 30 : 60;
-
-  Cosine<Stored> in;  // within range
-  double factor;      // 1 for every scale that is within range already, and for NaN
-
-  explicit SplitScale(const Cosine<Stored>& given) : in(given), factor(1) {
-    const double scale = static_cast<double>(given.scale);
-    if (!(std::abs(scale) > std::ldexp(1.0, kMostExponent))) return;
-    const int excess = std::ilogb(scale) + 1 - kMostExponent;
-    in.scale = static_cast<Compute<Stored>>(std::ldexp(scale, -excess));
-    factor = std::ldexp(1.0, excess);
-  }
-
-  // x becomes what it is at the scale that was given.
-  template <class Number>
-  void restore(Number* x, int64_t count) const {
-    if (factor == 1 || x == nullptr) return;
-    for (int64_t i = 0; i < count; ++i) {
-      store(static_cast<Compute<Number>>(static_cast<double>(load(x[i])) * factor), x[i]);
-    }
-  }
-
-  // The gradient of the scale is the same at both, as is that of a bias.
-  void restore(const CosineGradients<Stored>& out) const {
-    restore(out.dh, in.rows * in.dim);
-    restore(out.dweight, in.codes * in.dim);
-  }
-};
-
-}  // namespace
-
-template <class Stored>
-void cosine_logits(const Cosine<Stored>& in, Stored* out) {
-  const SplitScale<Stored> split(in);
-  logits_within_range(split.in, out);
-  split.restore(out, in.rows * in.codes);
-}
-
-template <class Stored>
-void cosine_logits_backward(const Cosine<Stored>& in, const Stored* dlogits, const CosineGradients<Stored>& out) {
-  const SplitScale<Stored> split(in);
-  logits_backward_within_range(split.in, dlogits, out);
-  split.restore(out);
-}
-
-template <class Stored>
-void cosine_cross_entropy(const Cosine<Stored>& in, const CrossEntropy<Compute<Stored>>& options,
-                          const CosineLosses<Compute<Stored>>& out, const CosineGradients<Stored>& gradients) {
-  SplitScale<Stored> split(in);
-  std::vector<Compute<Stored>> bias;
-  if (split.factor != 1 && in.bias != nullptr) {  // a part of the logits too; its gradient is the same at both
-    for (int64_t k = 0; k < in.codes; ++k) bias.push_back(static_cast<Compute<Stored>>(in.bias[k] / split.factor));
-    split.in.bias = bias.data();
-  }
-  cross_entropy_within_range(split.in, options, out, gradients);
-  split.restore(out.loss, options.reduction == Reduction::kNone ? in.rows : 1);
-  split.restore(out.log_normalizer, in.rows);
-  split.restore(gradients);
 }
 
 #define DGI_INSTANTIATE(Stored)                                                                                      \
