@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import os
 import re
 import shutil
@@ -13,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import source_key
 from machine_code import READERS, Kept, Usage, functions_of, loop_instructions
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
@@ -44,13 +44,13 @@ def usages(compiler: str, architectures: list[int], jobs: int,
     headers = sorted([*(CSRC / "cuda").glob("*.h"), *(CSRC / "include").rglob("*.h")])
     common = hashlib.sha256("\n".join([version_of(compiler), *FLAGS[:3], repr(ELEMENTS)]).encode())
     for path in headers:
-        common.update(path.read_bytes())
+        common.update(source_key.of_cpp(path.read_text()).encode())
     for function in (compile_file, short_names, without_file, *READERS):
-        common.update(inspect.getsource(function).encode())
+        common.update(source_key.of_function(function).encode())
 
     def usages_of(source: Path, arch: int) -> dict[str, Usage]:
         state = common.copy()
-        state.update(f"{source.name} {arch}".encode() + source.read_bytes())
+        state.update(f"{source.name} {arch} {source_key.of_cpp(source.read_text())}".encode())
         found = kept.get(state.hexdigest())
         if found is None:
             found = compile_file(compiler, source, arch)

@@ -8,7 +8,6 @@ Launches that Triton makes one code of are one.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import source_key
 import torch
 import triton
 from machine_code import READERS, Kept, Usage, functions_of, repeated_instructions
@@ -233,12 +233,13 @@ def cases(architectures: list[int], kept: Kept) -> list[Case]:
     """Every launch for every architecture; what has not changed since it was compiled last is known."""
     state = hashlib.sha256(triton.__version__.encode())
     for function in (compile_for, machine_code, elements, *READERS):
-        state.update(inspect.getsource(function).encode())
+        state.update(source_key.of_function(function).encode())
     found = []
     for arch in architectures:
         for launch in launches(arch):
             own = state.copy()
-            own.update(f"{launch.function().cache_key} {replace(launch, label='', module='')} {arch}".encode())
+            meaning = source_key.of_kernel(launch.function())
+            own.update(f"{meaning} {replace(launch, label='', module='')} {arch}".encode())
             usages = kept.get(own.hexdigest())
             found.append(Case(launch, arch, own.hexdigest(), usages[launch.kernel] if usages else None))
     return found

@@ -9,19 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from .gumbel_cases import GRADIENTS, VALUES
 from .interpreter import (
     DEVICE,
     DTYPES,
     GPU,
     INTERPRETED,
     TRITON,
-    error,
     launcher,
     run_in_the_interpreter,
     runs,
     seed_tensor,
 )
+from .near import assert_all_near, assert_near
 from .shapes import name_of
 
 if TRITON and (GPU or INTERPRETED):
@@ -85,13 +84,12 @@ def test_softmax(shape: tuple[int, ...], dtype: torch.dtype, hard: bool, monkeyp
     exact, exact_tau = (value.detach().double().requires_grad_() for value in (x, tau))
     expected = gumbel_softmax(exact, exact_tau, hard, seed=seed, backend="reference")
     assert actual.dtype == dtype
-    assert (actual - expected).abs().max() < VALUES[dtype] if actual.numel() else actual.shape == shape
+    assert_near("softmax", actual, expected)
 
     upstream = torch.randn_like(actual)
     gradients = torch.autograd.grad((actual * upstream).sum(), (x, tau))
     truths = torch.autograd.grad((expected * upstream.double()).sum(), (exact, exact_tau))
-    for gradient, truth in zip(gradients, truths, strict=True):
-        assert error(gradient, truth, floor=0.1) < GRADIENTS[dtype]
+    assert_all_near(("gradient of logits", "gradient of tau"), gradients, truths, dtype=dtype, sizes=(0.1, 0.1))
 
 
 @runs

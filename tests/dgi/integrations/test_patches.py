@@ -48,9 +48,12 @@ def test_other_gumbel_softmax_calls_stay_torchs(shape: tuple[int, ...], options:
 
 
 @pytest.mark.parametrize("tau", [
-    torch.rand(4, 1) + 0.5, torch.tensor(1), torch.tensor([[0.5]]).expand(1, 1), 0.0, -1.0, float("inf"), True,
-    torch.tensor(0.0), torch.tensor([0.5], dtype=torch.float64), torch.rand(6) + 0.5,
-], ids=str)
+    pytest.param(torch.linspace(0.5, 1.5, 4).unsqueeze(1), id="one a row"), pytest.param(torch.tensor(1), id="an integer"),
+    pytest.param(torch.tensor([[0.5]]).expand(1, 1), id="two dimensions"), 0.0, -1.0, float("inf"), True,
+    pytest.param(torch.tensor(0.0), id="a zero tensor"),
+    pytest.param(torch.tensor([0.5], dtype=torch.float64), id="another dtype"),
+    pytest.param(torch.linspace(0.5, 1.5, 6), id="one a column"),
+])
 def test_temperatures_that_are_not_ours_stay_torchs(tau: Any) -> None:
     """Guards against calls that torch takes and that raise inside the block."""
     logits = torch.randn(4, 6) if not isinstance(tau, torch.Tensor) or tau.shape != (1, 1) else torch.randn(6)
