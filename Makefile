@@ -38,7 +38,7 @@ report: $(INSTALLED)  ## put the figures of bench/results/ into README.md and do
 	$(BIN)/python bench/report.py
 
 families: $(INSTALLED)  ## compare constrained_generate with generate in every family of transformers; writes docs/families.md
-	$(BIN)/python bench/families.py --json bench/results/families.json --page docs/families.md
+	$(BIN)/python bench/families.py --json bench/families.json --page docs/families.md
 
 gpu-code: $(INSTALLED)  ## compile all GPU kernels for GPUs that need not be here; show registers and spills
 	$(BIN)/python bench/gpu_code.py $(OPTIONS)

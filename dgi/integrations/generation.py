@@ -55,9 +55,10 @@ def constrained_generate(model: torch.nn.Module, trie: Trie, input_ids: Tensor, 
                          token_offsets: Sequence[int] | None = None, token_ids: Sequence[Tensor] | None = None,
                          num_beams: int, num_return_sequences: int | None = None, eos_token_id: EndTokens = None,
                          attention_mask: Tensor | None = None,
-                         normalize: Normalize | Literal["vocabulary"] = "vocabulary",
-                         length_penalty: float | None = None, early_stopping: bool | str | None = None,
-                         filters: Filters = None, backend: Backend = "auto", **generate_arguments: Any,
+                         normalize: Literal["vocabulary", "full", "children"] = "vocabulary",
+                         length_penalty: float | None = None,
+                         early_stopping: bool | Literal["never"] | None = None, filters: Filters = None,
+                         backend: Backend = "auto", **generate_arguments: Any,
                          ) -> ConstrainedGeneration:
     """Generate semantic IDs by beam search with an encoder-decoder or decoder-only model of transformers.
 
