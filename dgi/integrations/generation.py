@@ -192,8 +192,11 @@ def _arguments(given: dict[str, Any], num_beams: int, returned: int, eos_token_i
         if getattr(config, name, None) not in (None, 1, value):
             raise ValueError(f"generation_config must not ask for {name}={getattr(config, name)} where {name} is "
                              f"{value}")
-    arguments["generation_config"] = copy.deepcopy(config)
-    return {**arguments, **arguments["generation_config"].update(**own)}
+    config = copy.deepcopy(config)
+    arguments |= {"generation_config": config, **config.update(**own)}
+    if ends is None:  # which in a configuration means the model's own
+        arguments["eos_token_id"] = None
+    return arguments
 
 
 def _innermost(model: Any) -> Any:

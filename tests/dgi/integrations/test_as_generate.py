@@ -319,6 +319,17 @@ def test_the_mask_is_what_generate_makes_of_padding() -> None:
         assert_as_generate(case)
 
 
+@pytest.mark.parametrize("given", [{}, {"generation_config": GenerationConfig(length_penalty=0.5)}], ids=["", "config"])
+def test_no_end_token_is_none_of_the_model_either(given: dict[str, Any]) -> None:
+    """Padding that is also the model's end token is told as padding where nothing ends."""
+    case = make_case("gpt2", ragged=False)
+    masked = assert_as_generate(case, None, **given)
+    del case.prompts["attention_mask"]
+    case.model.generation_config.eos_token_id = PAD
+    ours = assert_as_generate(case, None, **given)
+    assert torch.equal(ours.sequences_scores, masked.sequences_scores)
+
+
 def test_a_model_in_half_precision() -> None:
     case = make_case("qwen2")
     case.model = case.model.bfloat16()
