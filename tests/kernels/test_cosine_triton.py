@@ -208,6 +208,18 @@ def test_any_scale(form: str, scale: float) -> None:
 
 
 @runs
+@pytest.mark.parametrize("scale", [5e9, 1e30, -1e36, torch.finfo(torch.float32).max])
+def test_scales_up_to_the_largest(form: str, scale: float) -> None:
+    """Guards against logits that leave float32's range, and what is then infinity less infinity."""
+    h, weight, target = inputs(20, 24, 40)
+    h, weight = 100 * F.normalize(h, dim=-1), 100 * F.normalize(weight, dim=-1)
+    expected = eager(h.double(), weight.double(), target, torch.tensor(scale, dtype=torch.float64), reduction="none")
+    for value in (scale, torch.tensor(scale, device=DEVICE)):
+        loss = cosine_cross_entropy(h, weight, target, value, reduction="none", backend="triton")
+        assert_near("loss", loss / abs(scale), expected / abs(scale), size=1.0)
+
+
+@runs
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("cosine", [0.3, 0.25, 0.22])
 def test_others_that_all_but_underflow(form: str, dtype: torch.dtype, cosine: float) -> None:

@@ -41,14 +41,6 @@ def test_a_scale_of_an_old_file_is_read(make: type[nn.Module]) -> None:
         module.load_state_dict(stored)
 
 
-def test_a_shared_scale_of_no_dimension_is_read_from_a_file_with_one() -> None:
-    shared = nn.Parameter(torch.tensor(1.0))
-    module = CosineLinear(4, 3, log_scale=shared)
-    module.load_state_dict(CosineLinear(4, 3, scale=7.0).state_dict())
-    torch.testing.assert_close(module.scale, torch.tensor(7.0))
-    assert module.log_scale is shared
-
-
 def test_a_model_file_with_a_scale_of_no_dimension_is_read(tmp_path: Path) -> None:
     model = DGIModel(from_dict(ModelConfig, MODEL))
     path = tmp_path / "model.safetensors"
