@@ -48,18 +48,19 @@ int64_t list_limit_of(int64_t rows, int64_t codes, int64_t dim) {
 }
 
 // Enough rows for an efficient product, few enough that all of them and what else the shares need, a V more, a codebook in
-// another dtype and the entries, stay within 10 MB.
+// another dtype and the entries, stay within 10 MB (with more than two threads 40 MB at most).
 template <class Stored>
 Sizes sizes_of_share(const Cosine<Stored>& in, int64_t rows, int64_t shares) {
   using Real = Compute<Stored>;
   constexpr int64_t kBytes = int64_t{38} << 18, kEntries = int64_t{20} << 10, kCodes = 1024;
+  const int64_t bytes = kBytes * thread_pairs();
   constexpr bool kConverts = !std::is_same_v<Stored, Real>;
   rows = (rows + shares - 1) / shares;
   const int64_t entries = std::min(rows * list_limit_of<Real>(in.rows, in.codes, in.dim), kEntries);
   const int64_t copies = kConverts ? shares + 1 : shares - 1, element = sizeof(Real);
-  const int64_t free = (kBytes - copies * in.codes * in.dim * element) / shares - EntriesByCode<Real>::bytes(entries);
+  const int64_t free = (bytes - copies * in.codes * in.dim * element) / shares - EntriesByCode<Real>::bytes(entries);
   const int64_t fit = free / std::max<int64_t>(1, (in.codes + in.dim) * element);
-  const int64_t least = kConverts ? 64 : 128 / shares, most = shares == 1 ? 256 : 160;
+  const int64_t least = kConverts ? 64 : 128 / shares, most = shares == 1 ? 256 * thread_pairs() : 160;
   return {std::max<int64_t>(1, std::min(rows, std::clamp<int64_t>(fit / 16 * 16, least, most))), entries,
           shares == 1 ? kCodes * thread_count() : kCodes};
 }
@@ -304,7 +305,8 @@ void cosine_cross_entropy(const Cosine<Stored>& in, const CrossEntropy<Compute<S
   }
   const double uniform = options.reduction == Reduction::kMean ? 1.0 / static_cast<double>(counted) : 1.0;
   // Beside dweight in another dtype one V is enough.
-  const int64_t count = std::is_same_v<Stored, Real> ? shares_of(rows, 1024) : 1;
+  const int64_t bytes_of_v = in.codes * in.dim * static_cast<int64_t>(sizeof(Real));
+  const int64_t count = std::is_same_v<Stored, Real> ? shares_of(rows, 1024, bytes_of_v) : 1;
   const Sizes sizes = sizes_of_share(in, rows, count);
   const Codebook<Stored> codebook(in);
   const ItemColumns items(options.same_as, in.codes);

@@ -150,20 +150,22 @@ void start_rows(const Quantize<Real>& in, const Level<Real>& level, int64_t begi
   });
 }
 
-constexpr int64_t kRowsWorthAShare = 512;
+constexpr int64_t kRowsWorthTwoShares = 512;
 
 // Rows that a share takes through the levels at once: enough for efficient products.
 template <class Real>
 int64_t block_rows(const Quantize<Real>& in, int64_t shares) {
-  const int64_t elements = (int64_t{1} << 21) / shares;
-  const int64_t block = std::clamp<int64_t>(elements / in.widest() / kSummedRows * kSummedRows, 128, 512);
+  const int64_t elements = (thread_pairs() << 21) / shares, most = shares == 1 ? 512 * thread_pairs() : 512;
+  const int64_t block = std::clamp<int64_t>(elements / in.widest() / kSummedRows * kSummedRows, 128, most);
   return std::max<int64_t>(1, std::min((in.rows + shares - 1) / shares, block));
 }
 
 // Makes a pass for every share of the rows by make(share, shares, rows of a block), and runs them side by side.
 template <class Pass, class Real, class Make>
 std::vector<std::unique_ptr<Pass>> run(const Quantize<Real>& in, const Make& make) {
-  const int64_t shares = shares_of(in.rows, kRowsWorthAShare), block = block_rows(in, shares);
+  const int64_t codes = std::accumulate(in.sizes.begin(), in.sizes.end(), int64_t{0});
+  const int64_t bytes_of_sums = codes * in.dim * static_cast<int64_t>(sizeof(Real));
+  const int64_t shares = shares_of(in.rows, kRowsWorthTwoShares, bytes_of_sums), block = block_rows(in, shares);
   std::vector<std::unique_ptr<Pass>> passes;
   for (int64_t share = 0; share < shares; ++share) passes.push_back(make(share, shares, block));
   const auto run_share = [&](int64_t share) {
