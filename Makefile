@@ -20,8 +20,7 @@ demo: $(INSTALLED)  ## train, index and search MovieLens-100K; results in demo-o
 test: $(INSTALLED)  ## run the tests, several files at once
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-# bench/gpu.sh runs the benchmark of the GPU.
-BENCHMARKS := $(filter-out gpu,$(patsubst bench/bench_%.py,%,$(wildcard bench/bench_*.py)))
+BENCHMARKS := $(patsubst bench/bench_%.py,%,$(wildcard bench/bench_*.py))
 
 bench: $(BENCHMARKS:%=bench-%)  ## run the benchmarks on this CPU; figures go to bench/results/ (STATIC_SRC=… adds a peer)
 

@@ -6,6 +6,7 @@ Run a benchmark as a script for its table; ``--json FILE`` writes the same figur
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import os
 import platform
@@ -85,29 +86,38 @@ class Results:
     other measurements (peak memory) are in ``extra_info``.
     """
 
-    def __init__(self) -> None:
-        self._benchmarks: list[dict] = []
+    def __init__(self, command: str | None = None) -> None:
+        self.command = command or shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+        self._benchmarks: dict[str, dict] = {}
 
     def add(self, op: str, shape: Mapping[str, object], system: str, times: list[float],
             memory: int | None = None, **extra: object) -> None:
-        """Add one system's times in seconds, e.g. ``add("cosine_cross_entropy", {"N": 4096, …}, "eager", times)``."""
+        """Add one system's times in seconds, e.g. ``add("cosine_cross_entropy", {"N": 4096, …}, "eager", times)``, in
+        place of what was added for the same."""
         case = " ".join(f"{name}={value}" for name, value in shape.items())
-        self._benchmarks.append({
-            "group": f"{op} {case}", "name": f"{op}[{case} {system}]", "fullname": f"{op}[{case} {system}]",
+        name = f"{op}[{case} {system}]"
+        self._benchmarks[name] = {
+            "group": f"{op} {case}", "name": name, "fullname": name,
             "params": {**shape, "system": system},
             "extra_info": {"op": op, "shape": dict(shape), "system": system, "peak_bytes": memory, **extra},
-            "stats": quantiles(times)})
+            "stats": quantiles(times)}
 
     def write(self, path: str | os.PathLike) -> None:
         """Write all that was added to ``path``, whole or not at all."""
-        document = {"machine_info": machine(), "commit_info": get_commit_info(), "benchmarks": self._benchmarks,
-                    "datetime": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                    "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])}
+        document = {"machine_info": machine(), "commit_info": _commit(), "benchmarks": [*self._benchmarks.values()],
+                    "datetime": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": self.command}
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(path.suffix + ".part")
         temporary.write_text(json_text(document))
         temporary.replace(path)
+
+
+@functools.cache
+def _commit() -> dict[str, object]:
+    """What is measured; ``COMMIT`` names it where there is no repository, as in a copy of the tree."""
+    given = os.environ.get("COMMIT")
+    return get_commit_info() if given is None else {"id": given, "dirty": False}
 
 
 def quantiles(times: list[float]) -> dict[str, float | int | str]:

@@ -26,8 +26,15 @@ import torch
 FOLDER = Path(__file__).parent
 FALLBACK = "four-warps"
 NUMBERS = ("cosine.chunk_bytes", "quantize.chunk_bytes")  # settings that are no tiles
-PASSES = ("cosine.forward", "cosine.weight", "quantize.forward", "quantize.gradient", "quantize.codes", "softmax",
-          "noise")
+PASSES = (
+    "cosine.forward",
+    "cosine.weight",
+    "quantize.forward",
+    "quantize.gradient",
+    "quantize.codes",
+    "softmax",
+    "noise",
+)
 
 
 class Tiles(NamedTuple):
@@ -103,8 +110,10 @@ def read(source: str) -> Measured:
         return NOTHING
     path = next((path for path in (FOLDER / f"{source}.json", Path(source)) if path.is_file()), None)
     if path is None:
-        raise ValueError(f"no tiles {source!r}: DGI_TILES must be a file's path, none, or one of "
-                         f"{', '.join(sorted(path.stem for path in FOLDER.glob('*.json')))}")
+        raise ValueError(
+            f"no tiles {source!r}: DGI_TILES must be a file's path, none, or one of "
+            f"{', '.join(sorted(path.stem for path in FOLDER.glob('*.json')))}"
+        )
     try:
         entries = json.loads(path.read_text())
     except ValueError as error:
@@ -123,8 +132,9 @@ def parse(entries: object, where: str) -> Measured:
                 raise ValueError(f"{where}: {name} must be a positive integer; got {value!r}")
             numbers[name] = value
         elif name not in PASSES or not isinstance(value, Mapping):
-            raise ValueError(f"{where}: {name!r} must be one of {', '.join((*PASSES, *NUMBERS))}, a pass with tiles by "
-                             "dimensions")
+            raise ValueError(
+                f"{where}: {name!r} must be one of {', '.join((*PASSES, *NUMBERS))}, a pass with tiles by dimensions"
+            )
         else:
             for size, tile in value.items():
                 tiles[name, int(size)] = _tile(tile, f"{where}: {name}, {size}")

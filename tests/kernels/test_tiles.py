@@ -57,12 +57,18 @@ def test_the_models_own_file_and_the_environments(tmp_path: Path, monkeypatch: p
         tiles._of_model.cache_clear()
 
 
-@pytest.mark.parametrize(("entries", "message"), [
-    ([], "must hold one object"), ({"cosine": {}}, "'cosine' must be one of cosine.forward"),
-    ({"noise": {"32": [64, 32, 4]}}, "noise, 32: a tile is"), ({"noise": {"32": [64, 32, 4, 0]}}, "positive"),
-    ({"noise": {"32": [48, 32, 4, 1]}}, "owned must be a power of two; got 48"),
-    ({"noise": {"32": [64, 32, 64, 1]}}, "at most 32 warps"), ({"cosine.chunk_bytes": "7"}, "positive integer"),
-])
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([], "must hold one object"),
+        ({"cosine": {}}, "'cosine' must be one of cosine.forward"),
+        ({"noise": {"32": [64, 32, 4]}}, "noise, 32: a tile is"),
+        ({"noise": {"32": [64, 32, 4, 0]}}, "positive"),
+        ({"noise": {"32": [48, 32, 4, 1]}}, "owned must be a power of two; got 48"),
+        ({"noise": {"32": [64, 32, 64, 1]}}, "at most 32 warps"),
+        ({"cosine.chunk_bytes": "7"}, "positive integer"),
+    ],
+)
 def test_errors_name_the_entry(entries: object, message: str, tmp_path: Path) -> None:
     path = tmp_path / "broken.json"
     path.write_text(json.dumps(entries))
@@ -84,6 +90,8 @@ def test_launchers_obey() -> None:
             assert all(tile.warps == 4 for tile in quantize.flash_config(dim, CPU)[1])
     with tiles.override({"softmax": {"256": [4, 256, 2, 1]}}):
         assert softmax.tile(250, softmax.SOFTMAX_TILES, "softmax", CPU) == (4, 256, 2)
-    with (tiles.override({"quantize.gradient": {"64": [16, 32, 4, 2]}}),
-          pytest.raises(ValueError, match="do not fit: gradient must own a multiple")):
+    with (
+        tiles.override({"quantize.gradient": {"64": [16, 32, 4, 2]}}),
+        pytest.raises(ValueError, match="do not fit: gradient must own a multiple"),
+    ):
         quantize.flash_config(64, CPU)
