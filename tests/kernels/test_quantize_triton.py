@@ -24,7 +24,7 @@ from .interpreter import (
 )
 from .near import assert_all_near, gradients
 from .quantize_cases import Inputs, oracle
-from .shapes import name_of
+from .shapes import Quantize, name_of
 
 if TRITON and (GPU or INTERPRETED):
     from dgi_kernels import ResidualQuantization, residual_quantize
@@ -44,11 +44,11 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return request.param
 
 
-Shape = tuple[int, int, tuple[int, ...]]
-SHAPES: list[Shape] = [(1, 1, (1,)), (6, 3, (4, 1, 3)), (35, 7, (9, 33))]
+# The least there is; a level of one code; several tiles of rows and, of 32 codes, of codes.
+SHAPES = [Quantize(n=1, d=1, sizes=(1,)), Quantize(n=6, d=3, sizes=(4, 1, 3)), Quantize(n=35, d=7, sizes=(9, 33))]
 
 
-def inputs(shape: Shape, dtype: torch.dtype) -> list[Tensor]:
+def inputs(shape: Quantize, dtype: torch.dtype) -> list[Tensor]:
     # Lengths stay away from 0, where the cosine's gradient, 1 / length, has no digits left to compare.
     n, d, sizes = shape
     tensors = [F.normalize(torch.randn(rows, d, device=DEVICE), dim=1) * d**0.5
@@ -114,7 +114,7 @@ def assert_exact(leaves: Sequence[Tensor], scale: Tensor, tau: Tensor, mode: str
                                                                                                           False)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("shape", SHAPES, ids=name_of)
-def test_quantization(form: str, shape: Shape, dtype: torch.dtype, mode: str, noise: bool) -> None:
+def test_quantization(form: str, shape: Quantize, dtype: torch.dtype, mode: str, noise: bool) -> None:
     leaves, (scale, tau) = inputs(shape, dtype), scalars(random.uniform(2, 6), random.uniform(0.6, 1.5))
     result = assert_exact(leaves, scale, tau, mode, noise=noise)
     chosen = {"straight_through": result.sampled, "hard": result.codes}.get(mode)
@@ -138,7 +138,7 @@ def test_dot_products(form: str, mode: str) -> None:
 @pytest.mark.parametrize("only", range(4), ids=["quantized", "residuals", "log_normalizer", "usage"])
 def test_gradient_of_one_result_alone(form: str, only: int) -> None:
     weights, mode = [float(only == i) for i in range(4)], random.choice(["soft", "straight_through"])
-    assert_exact(inputs((6, 16, (18, 7)), torch.float32), *scalars(4.0, 0.8), mode, weights)
+    assert_exact(inputs(Quantize(6, 16, (18, 7)), torch.float32), *scalars(4.0, 0.8), mode, weights)
 
 
 @runs
@@ -153,7 +153,7 @@ def test_peaked_rows_leave_out_tiles_and_lose_nothing(form: str) -> None:
 @runs
 def test_zero_and_tiny_vectors(form: str) -> None:
     """A zero vector has cosine 0 with everything, a gradient of 1 / eps; an ``eps`` above a norm takes its place."""
-    z, *codebooks = inputs((6, 16, (5, 4)), torch.float32)
+    z, *codebooks = inputs(Quantize(6, 16, (5, 4)), torch.float32)
     with torch.no_grad():
         z[1], z[2], codebooks[0][3] = 0, z[2] * 1e-3, 0
     assert_exact([z, *codebooks], *scalars(4.0, 0.8), "soft", eps=0.05)
@@ -205,7 +205,7 @@ on_a_gpu = pytest.mark.skipif(not GPU, reason="the tiles of the launchers are to
 @pytest.mark.parametrize("dim", [64, 128, 256, 768])
 def test_at_size_on_a_gpu(dim: int, tiles: str) -> None:
     """At the launchers' own tiles, and at those of one warpgroup: rows sorted, sums split, every gradient."""
-    leaves = inputs((5000, dim, (1030, 256)), torch.bfloat16)
+    leaves = inputs(Quantize(5000, dim, (1030, 256)), torch.bfloat16)
     with measured.override(tiles):
         assert_exact(leaves, *scalars(30.0, 1.0), "soft", (1, 0, 0, 9))
 
@@ -216,7 +216,7 @@ def test_at_size_on_a_gpu(dim: int, tiles: str) -> None:
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_bits_repeat_on_a_gpu(dim: int, mode: str) -> None:
     """The size of a training step, many times: a race of two warpgroups would show as other bits."""
-    leaves, (scale, tau) = inputs((65536, dim, (4096, 256)), torch.bfloat16), scalars(30.0, 0.5)
+    leaves, (scale, tau) = inputs(Quantize(65536, dim, (4096, 256)), torch.bfloat16), scalars(30.0, 0.5)
 
     def step() -> list[Tensor]:
         z, *codebooks = leaves

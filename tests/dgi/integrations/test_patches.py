@@ -48,7 +48,8 @@ def test_other_gumbel_softmax_calls_stay_torchs(shape: tuple[int, ...], options:
 
 
 @pytest.mark.parametrize("tau", [
-    pytest.param(torch.linspace(0.5, 1.5, 4).unsqueeze(1), id="one a row"), pytest.param(torch.tensor(1), id="an integer"),
+    pytest.param(torch.linspace(0.5, 1.5, 4).unsqueeze(1), id="one a row"),
+    pytest.param(torch.tensor(1), id="an integer"),
     pytest.param(torch.tensor([[0.5]]).expand(1, 1), id="two dimensions"), 0.0, -1.0, float("inf"), True,
     pytest.param(torch.tensor(0.0), id="a zero tensor"),
     pytest.param(torch.tensor([0.5], dtype=torch.float64), id="another dtype"),

@@ -1,0 +1,82 @@
+"""The Triton tests can fail: each fault is planted in a copy of the kernels, and a test of theirs must find it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+class Fault(NamedTuple):
+    """``right`` becomes ``wrong``, at every place of ``file``; ``test`` in ``tests`` fails and says ``message``."""
+
+    file: str
+    right: str
+    wrong: str
+    tests: str
+    test: str
+    message: str
+
+
+QUANTIZE = "quantize_triton.py", "test_quantization and flash-n35-d7-k9.33-float32"
+COSINE = "cosine_triton.py", "test_every_option and flash-33x17x65-float32-none"
+FAULTS = {
+    "codes of later tiles are never the best": Fault(
+        "quantize/triton_kernels.py", "code = tl.where(highest > best, where, code)",
+        "code = tl.where(first == 0, where, code)", *QUANTIZE, "codes of level 1 are worse than the best"),
+    "the sample forgets the noise": Fault(
+        "quantize/triton_kernels.py", "sampled = tl.where(highest > best_noisy, where, sampled)", "sampled = code",
+        *QUANTIZE, "sampled of level 0 are worse than the best"),
+    "the last tile of codes is left out": Fault(
+        "cosine/triton_kernels.py", "for start in range(0, K, b_k):", "for start in range(0, K - b_k, b_k):", *COSINE,
+        "is off by"),
+    "the radial part stays": Fault(
+        "triton_common.py", "return tl.where(is_constant(rnorm, eps), 0.0, product * rnorm * rnorm)",
+        "return product * 0.0", *QUANTIZE, "is off by"),
+    "ignored targets count": Fault(
+        "cosine/triton_kernels.py", "(target < K) & (target != ignore_index)", "(target < K)", *COSINE, "is off by"),
+}
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1",
+                                reason="needs Triton")
+
+
+def run_tests(folder: Path, fault: Fault) -> subprocess.CompletedProcess[str]:
+    """The fault's tests, in the interpreter, against the package in ``folder``."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder),
+                   "DGI_TEST_SEED": "0"}  # draws an ignore_index that is a code
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--import-mode=importlib",
+               "--rootdir", str(folder), "-k", fault.test, str(folder / "tests" / "kernels" / f"test_{fault.tests}")]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def copy_of_the_project(folder: Path) -> None:
+    for name in ("dgi_kernels", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_found(name: str, tmp_path: Path) -> None:
+    fault = FAULTS[name]
+    copy_of_the_project(tmp_path)
+    path = tmp_path / "dgi_kernels" / fault.file
+    text = path.read_text(encoding="utf-8")
+    assert fault.right in text, f"{fault.file} has changed: plant the fault in what it says now"
+    path.write_text(text.replace(fault.right, fault.wrong), encoding="utf-8")
+    run = run_tests(tmp_path, fault)
+    assert run.returncode == 1 and fault.message in run.stdout, run.stdout[-3000:] + run.stderr[-1000:]
+
+
+def test_the_same_tests_pass_without_a_fault(tmp_path: Path) -> None:
+    copy_of_the_project(tmp_path)
+    for tests, test in (QUANTIZE, COSINE):
+        run = run_tests(tmp_path, Fault("", "", "", tests, test, ""))
+        assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-3000:] + run.stderr[-1000:]
