@@ -4,7 +4,7 @@
 //   score(m, k) = scores[m] + logp[m, k],   logp = (logit - offset) - log_sum,   0 for the end of a sequence
 //
 // The candidates of a request are numbered by parent, then by token (their slot), so that the order (score descending,
-// slot ascending) settles ties as the contract says. Score and slot make one unsigned key, less is better.
+// slot ascending) settles ties as docs/method.md says. Score and slot make one unsigned key, less is better.
 #pragma once
 
 #include <bit>

@@ -22,7 +22,7 @@ constexpr int64_t kNoiseChunk = 256;  // codes whose noise is made at a time
 
 enum class NoiseAs { kNone, kGumbel, kExponential };
 
-// Whether the noise may be taken as E. Of larger powers float32 has not the range: 1 / E goes up to 2^33.
+// Whether the noise may be taken as E. Larger powers overflow float32: 1 / E goes up to 2^33.
 template <class Real>
 constexpr bool takes_exponential(Real tau) {
   return std::is_same_v<Real, float> && (tau == 1 || tau == Real(0.5));

@@ -284,7 +284,7 @@ struct SparseRow {
 
 namespace detail {
 
-// The norm of what is below `cut`, relative to the cut, lest squares of small numbers vanish.
+// The norm of what is below `cut`, relative to the cut, so that squares of small values do not underflow.
 template <bool kFused, class Real>
 DGI_HOST_DEVICE double norm_below(const SoftmaxRow<Real>& row, Real cut) {
   const Real per_cut = 1 / cut;
