@@ -48,10 +48,10 @@ class ModelSteps:
         batch, width = tokens.shape
         before = len(self.sequences) // batch
         rows = _flat_rows(parents, before)
-        if before == width:
-            self._reorder(rows)
-        else:  # from one row per request to one per beam
+        if before != width:  # from one row per request to one per beam
             self._expand(rows, width)
+        elif width > 1:
+            self._reorder(rows)
         self.sequences = torch.cat([self.sequences.index_select(0, rows), tokens.reshape(-1, 1)], dim=1)
         options = {}
         if "next_sequence_length" in _PREPARATION:
@@ -80,8 +80,7 @@ class ModelSteps:
         if cache is None:
             self._reorder_all(rows)
             return
-        shared = self.shared or [0] * len(cache.layers)
-        for layer, length in zip(cast(list[Any], cache.layers), shared, strict=True):
+        for layer, length in zip(cast(list[Any], cache.layers), self.shared, strict=True):
             if type(layer) is DynamicLayer and layer.get_seq_length() > length:  # others keep more than keys and values
                 for states in cast(tuple[Tensor, Tensor], (layer.keys, layer.values)):
                     states[..., length:, :] = states[..., length:, :].index_select(0, rows)
