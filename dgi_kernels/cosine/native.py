@@ -139,6 +139,8 @@ class _CosineCrossEntropy(torch.autograd.Function):
                  upstream_log_normalizer: Tensor | None = None) -> tuple[Tensor | None, ...]:
         h, weight, scale, bias, target, same_as, *gradients = ctx.saved_tensors
         operands, wanted = (h, weight, scale, bias), ctx.needs_input_grad[:4]
+        if upstream is None and upstream_log_normalizer is None:
+            return (None,) * 8
         if create_graph():
             def outputs(h: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> list[Tensor]:
                 both = ctx.reference(_rows(h), weight, target.reshape(-1), scale, bias, same_as, ctx.options)

@@ -157,7 +157,7 @@ def vocabulary_parallel_cosine_cross_entropy(
         if columns is not None:
             other, count = _sum_of_repeated(shard, columns, h)
             total = total - (other - logit.masked_fill(~owned, 0))
-            left = codes - all_reduce(count - owned, group)
+            left = codes - all_reduce(count - owned.to(count.dtype), group)
         smoothing = options.label_smoothing * (logit.masked_fill(~owned, 0) - total / left)
     loss, log_normalizer = _AcrossRanks.apply(nll, lse, smoothing, owned, sharded, group)
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dgi_kernels import BackendUnavailable, backend, cosine_cross_entropy
+from dgi_kernels import backend, cosine_cross_entropy
 
 from .cosine_cases import native, peaked_inputs, random_inputs
 
@@ -349,11 +349,3 @@ def test_gradients_are_right_where_the_target_has_nearly_all(dtype: torch.dtype,
         floor = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps * actual[key].numel() ** 0.5
         off = (actual[key].double() - expected[key]).norm().item()
         assert off <= bound * expected[key].norm().item() + floor, (key, off / expected[key].norm().item())
-
-
-def test_a_backend_that_lacks_an_option_says_so() -> None:
-    h, weight, target = random_inputs(4, 16, 5)
-    if backend.why_not("cosine_cross_entropy", "triton", torch.device("cpu"), torch.float32) is None:
-        pytest.skip("the Triton kernel runs here")
-    with pytest.raises(BackendUnavailable, match="triton"):
-        cosine_cross_entropy(h, weight, target, 3.0, bias=torch.zeros(5), backend="triton")

@@ -134,10 +134,13 @@ def test_ops_are_well_registered() -> None:
     library.opcheck(ops.cosine_logits.default, (h, weight, scale, 1e-12))
     library.opcheck(ops.cosine_logits_backward.default,
                           (torch.randn(5, 7), h, weight, scale, 1e-12, True, False, True))
-    for upstream, reduction, wanted in ((None, 1, (True,) * 3), (torch.rand(5), 0, (True, False, True)),
-                                        (None, 0, (False,) * 3)):
+    bias, same_as = torch.randn(7), torch.arange(7) % 3
+    for columns, upstream, reduction, wanted in (
+            ((None, None), (None, None), 1, (False, True, True, True, False)),
+            ((bias, same_as), (torch.rand(5), torch.rand(5)), 0, (True, True, False, True, True)),
+            ((bias, None), (None, None), 0, (True, False, False, False, False))):
         library.opcheck(ops.cosine_cross_entropy.default,
-                              (h, weight, target, scale, upstream, -100, reduction, 0.1, 1e-12, *wanted))
+                        (h, weight, target, scale, *columns, *upstream, -100, reduction, 0.1, 1e-12, *wanted))
 
 
 @native
@@ -175,12 +178,17 @@ def test_autocast_multiplies_what_linear_would() -> None:
     ({"weight": torch.randn(7, 3).double()}, "one dtype"), ({"scale": torch.tensor(2)}, "scale must"),
     ({"target": torch.zeros(4, dtype=torch.int64)}, "target must"), ({"target": torch.zeros(5)}, "target must"),
     ({"upstream": torch.zeros(4)}, "upstream must"), ({"reduction": 3}, "reduction must"),
+    ({"upstream_log_normalizer": torch.zeros(5, 1)}, "upstream_log_normalizer must"),
+    ({"bias": torch.zeros(6)}, "bias must"), ({"bias": torch.zeros(7).double()}, "bias must"),
+    ({"same_as": torch.zeros(7)}, "same_as must"), ({"same_as": torch.zeros(14).long()[::2]}, "same_as must"),
     ({"h": torch.randn(5, 3).int()}, "inputs must be float32"),
 ])
 def test_direct_callers_are_stopped_too(change: dict[str, object], message: str) -> None:
     arguments = {"h": torch.randn(5, 3), "weight": torch.randn(7, 3), "target": torch.zeros(5, dtype=torch.int64),
-                 "scale": torch.tensor(2.0), "upstream": None, "ignore_index": -100, "reduction": 0,
-                 "label_smoothing": 0.0, "eps": 1e-12, "wants_h": True, "wants_weight": True, "wants_scale": True}
+                 "scale": torch.tensor(2.0), "bias": None, "same_as": None, "upstream": None,
+                 "upstream_log_normalizer": None, "ignore_index": -100, "reduction": 0, "label_smoothing": 0.0,
+                 "eps": 1e-12, "wants_log_normalizer": True, "wants_h": True, "wants_weight": True,
+                 "wants_scale": True, "wants_bias": True}
     with pytest.raises(RuntimeError, match=message):
         torch.ops.dgi_kernels.cosine_cross_entropy(**{**arguments, **change})
 
@@ -189,6 +197,6 @@ def test_direct_callers_are_stopped_too(change: dict[str, object], message: str)
 def test_direct_callers_get_nan_for_a_wild_target() -> None:
     h, weight, _ = random_inputs(4, 3, 5)
     target = torch.tensor([0, 5, -1, -100])
-    loss, *_ = torch.ops.dgi_kernels.cosine_cross_entropy(h, weight, target, torch.tensor(2.0), None, -100, 0, 0.0,
-                                                          1e-12, True, True, True)
-    assert loss.isnan().tolist() == [False, True, True, False]
+    loss, lse, *_ = torch.ops.dgi_kernels.cosine_cross_entropy(
+        h, weight, target, torch.tensor(2.0), None, None, None, None, -100, 0, 0.0, 1e-12, *(True,) * 5)
+    assert loss.isnan().tolist() == lse.isnan().tolist() == [False, True, True, False]
