@@ -17,8 +17,8 @@ from dgi_kernels import checks
 from dgi_kernels.collectives import Group, all_gather, gather_rows, rank, world_size
 from dgi_kernels.cosine import cosine_cross_entropy, left_out
 from dgi_kernels.cosine.modules import check_max_scale, log_scale_parameter, read_0d_log_scale, scale_of, scale_repr
-from dgi_kernels.enums import REDUCTIONS, Reduction
-from dgi_kernels.types import Backend
+from dgi_kernels.enums import REDUCTIONS
+from dgi_kernels.types import Backend, Reduction
 
 
 class _ContrastiveLoss(nn.Module):
@@ -181,7 +181,7 @@ def _log_sum(queries: Tensor, sampled: Tensor, scale: float | Tensor, bias: Tens
     else:
         ids, target, _ = left_out.find(item_ids.long(), sampled_ids.long())
     nll, lse = cosine_cross_entropy(queries, F.pad(sampled, (0, 0, 0, 1)), target, scale,
-                                    bias=F.pad(bias, (0, 1), value=-torch.inf), same_as=ids,
+                                    bias=F.pad(bias, (0, 1), value=left_out.LEAST), same_as=ids,
                                     return_log_normalizer=True, reduction="none", eps=eps, backend=backend)
     return left_out.without_target(nll, lse, target < count)
 

@@ -2,7 +2,7 @@
 
 The fused loss leaves out the columns with the id of the target and never the target itself.  Where the target is
 elsewhere its place is taken by the first column with its id, and log Z + log(1 - exp(-nll)) is without that one too,
-with no cancellation; where no column has the id, by a column more, of bias -inf.
+with no cancellation; where no column has the id, by a column more, whose bias leaves it no weight beside any other.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+LEAST = -1e30  # bias of the column more: not -inf, so that a row without any other column has no NaN
 
 
 class Columns(NamedTuple):

@@ -7,8 +7,8 @@ nll = LSE_nr - s_nj, and s_nj is one dot product.  The gradient is w for nll and
 w = exp(LSE_nr - LSE_n): with w near 1, as trained models have it, nearly all of the gradient is the fused op's own.
 Rows j other than t cancel out, to rounding, and are spread over the shard: no one row gathers the rounding of all.
 
-With a bias the fused loss returns LSE_nr itself, since s_nj may be -inf.  With ``same_as`` the rows of t's item leave
-LSE_nr on every rank (:mod:`dgi_kernels.cosine.left_out`).
+With a bias the fused loss returns LSE_nr itself, since s_nj may be -inf, and a rank without t takes a row more for j.
+With ``same_as`` the rows of t's item leave LSE_nr on every rank (:mod:`dgi_kernels.cosine.left_out`).
 """
 
 from __future__ import annotations
@@ -145,19 +145,18 @@ def vocabulary_parallel_cosine_cross_entropy(
     place = target - sizes[:rank(group)].sum()
     owned = ~ignored & (place >= 0) & (place < weight.shape[0])
     shard = _Shard(weight, bias, scale, eps, backend)
-    columns = None
-    if same_as is None:
+    columns = None if same_as is None else left_out.find(_items(same_as, place, owned, group), same_as)
+    if bias is None and columns is None:
         nll, logit, lse = shard.part(h, place, owned, ignored)
     else:
-        columns = left_out.find(_items(same_as, place, owned, group), same_as)
-        nll, logit, lse = _repeated_part(shard, columns, h, place, owned, ignored)
+        nll, logit, lse = shard.part_of_columns(h, place, owned, ignored, columns)
     smoothing = torch.zeros_like(nll)
     if options.label_smoothing:
         total, left = shard.sum_of_logits(h), codes
         if columns is not None:
             other, count = _sum_of_repeated(shard, columns, h)
             total = total - (other - logit.masked_fill(~owned, 0))
-            left = codes - all_reduce(count - owned.to(count.dtype), group)
+            left = (codes - all_reduce(count - owned.to(count.dtype), group)).clamp(min=1)  # 0 in ignored rows
         smoothing = options.label_smoothing * (logit.masked_fill(~owned, 0) - total / left)
     loss, log_normalizer = _AcrossRanks.apply(nll, lse, smoothing, owned, sharded, group)
 
@@ -207,26 +206,30 @@ class _Shard(NamedTuple):
         if codes == 0:
             return self._nothing(h)
         row = torch.where(owned, place, torch.arange(len(place), device=place.device) % codes)
-        if self.bias is not None:
-            return self.losses(h, row, ignored, self.logit(h, row))
         nll = cosine_cross_entropy(h, self.weight, row.masked_fill(ignored, -100), self.scale, reduction="none",
                                    eps=self.eps, backend=self.backend)
         logit = self.logit(h, row)
         return nll, logit, nll + logit
 
-    def losses(self, h: Tensor, row: Tensor, ignored: Tensor, logit: Tensor,
-               same_as: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        nll, lse = cosine_cross_entropy(h, self.weight, row.masked_fill(ignored, -100), self.scale, bias=self.bias,
-                                        same_as=same_as, return_log_normalizer=True, reduction="none", eps=self.eps,
-                                        backend=self.backend)
-        return nll, logit, lse
+    def part_of_columns(self, h: Tensor, place: Tensor, owned: Tensor, ignored: Tensor,
+                        columns: left_out.Columns | None) -> tuple[Tensor, Tensor, Tensor]:
+        """As :meth:`part`, with a bias, and without the rows of the target's item but for the target itself."""
+        codes, dtype = self.weight.shape[0], checks.compute_dtype(h.dtype)
+        bias = self.weight.new_zeros(codes, dtype=dtype) if self.bias is None else self.bias.to(dtype)
+        more = self._replace(weight=F.pad(self.weight, (0, 0, 0, 1)), bias=F.pad(bias, (0, 1), value=left_out.LEAST))
+        row = torch.where(owned, place, codes if columns is None else columns.first)
+        nll, lse = cosine_cross_entropy(h, more.weight, row.masked_fill(ignored, -100), self.scale, bias=more.bias,
+                                        same_as=None if columns is None else columns.ids, return_log_normalizer=True,
+                                        reduction="none", eps=self.eps, backend=self.backend)
+        if columns is not None:
+            lse = left_out.without_target(nll, lse, columns.found & ~owned & ~ignored)
+        logit = more.logit(h, row.masked_fill(~owned, codes))
+        return nll.masked_fill(~owned, 0), logit.masked_fill(~owned, 0), lse
 
     def _nothing(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Log-sum-exps of nothing, through ops that keep every input in the graph."""
         logits = cosine_logits(h, self.weight, self.scale, eps=self.eps, backend=self.backend)
         logits = logits.to(checks.compute_dtype(h.dtype))
-        if self.bias is not None:
-            logits = logits + self.bias
         lse, none = logits.logsumexp(-1), logits.sum(-1)
         return lse, none, lse
 
@@ -245,19 +248,6 @@ class _Shard(NamedTuple):
             total = weight.norm(dim=-1).clamp(min=self.eps).reciprocal() @ weight
             logits = self.scale * (F.normalize(h, dim=-1, eps=self.eps) @ total)
             return logits if self.bias is None else logits + self.bias.sum()
-
-
-def _repeated_part(shard: _Shard, columns: left_out.Columns, h: Tensor, place: Tensor, owned: Tensor,
-                   ignored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As :meth:`_Shard.part`, without the rows of the target's item but for the target itself."""
-    codes, dtype = shard.weight.shape[0], checks.compute_dtype(h.dtype)
-    bias = shard.weight.new_zeros(codes, dtype=dtype) if shard.bias is None else shard.bias.to(dtype)
-    more = shard._replace(weight=F.pad(shard.weight, (0, 0, 0, 1)), bias=F.pad(bias, (0, 1), value=-torch.inf))
-    row = torch.where(owned, place, columns.first)
-    logit = more.logit(h, row.masked_fill(~owned, codes)).masked_fill(~owned, 0)
-    nll, _, lse = more.losses(h, row, ignored, logit, columns.ids)
-    lse = left_out.without_target(nll, lse, columns.found & ~owned & ~ignored)
-    return nll.masked_fill(~owned, 0), logit, lse
 
 
 def _sum_of_repeated(shard: _Shard, columns: left_out.Columns, h: Tensor) -> tuple[Tensor, Tensor]:

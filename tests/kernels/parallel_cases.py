@@ -167,6 +167,15 @@ def test_a_bias_of_minus_infinity_takes_a_class_out_on_its_rank() -> None:
     expected = dgi_kernels.cosine_cross_entropy(case.h, case.weight[:3], case.target, case.scale,
                                                 return_log_normalizer=True)
     torch.testing.assert_close((loss, lse), expected)
+    inputs = leaves(case.h, case.weight[case.own_codes])  # nothing is left on the last rank: no NaN comes of it
+    loss, lse = parallel_loss(*inputs, case.target, case.scale, bias=bias[case.own_codes], return_log_normalizer=True)
+    gradients = torch.autograd.grad(loss + lse.sum(), inputs)
+    whole = case.h.clone().requires_grad_()
+    loss, lse = dgi_kernels.cosine_cross_entropy(whole, case.weight[:3], case.target, case.scale,
+                                                 return_log_normalizer=True)
+    right = torch.autograd.grad(loss + lse.sum(), whole)
+    torch.testing.assert_close(gradients[0], right[0])
+    assert gradients[1].isfinite().all()
 
 
 def test_contrastive_modules_put_the_candidates_of_all_ranks_together() -> None:
