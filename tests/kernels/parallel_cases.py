@@ -208,27 +208,31 @@ def test_contrastive_modules_put_the_candidates_of_all_ranks_together() -> None:
     assert torch.equal(shared.interval, alike.interval)
 
 
+class Classifier(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = torch.nn.Linear(4, 6), dgi_kernels.CosineLinear(6, 8, max_scale=50.0)
+
+    def forward(self, h: Tensor, target: Tensor) -> Tensor:
+        return self.head.loss(self.body(h), target)
+
+
 def test_a_head_can_be_sharded_by_fsdp() -> None:
     """Guards against a 0-d log_scale, which FSDP refuses."""
     if group is not None:  # a mesh is made of all processes
         return
     from torch.distributed.fsdp import fully_shard
 
-    torch.manual_seed(3)
-    net, h, target = torch.nn.Linear(4, 6), torch.randn(9, 4), torch.randint(8, (9,))
-    head = dgi_kernels.CosineLinear(6, 8, max_scale=50.0)
-    expected = head.loss(net(h), target)
+    model, h, target = Classifier(), torch.randn(9, 4), torch.randint(8, (9,))
+    expected = model(h, target)
     expected.backward()
-    gradient = head.log_scale.grad.clone()
-    model = torch.nn.ModuleDict({"net": net, "head": head})
+    gradient = model.head.log_scale.grad.clone()
     model.zero_grad()
-    mesh = dist.device_mesh.init_device_mesh("cpu", (world_size(),))
-    model.forward = lambda h, target: model["head"].loss(model["net"](h), target)
-    fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (world_size(),)))
     loss = model(h, target)
     loss.backward()
     torch.testing.assert_close(loss.detach(), expected.detach())
-    torch.testing.assert_close(head.log_scale.grad.full_tensor(), gradient)
+    torch.testing.assert_close(model.head.log_scale.grad.full_tensor(), gradient)
 
 
 def test_peaked_rows_lose_nothing_in_float32() -> None:
