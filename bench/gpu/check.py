@@ -180,7 +180,14 @@ def error(actual: Tensor, exact: Tensor) -> Tensor:
 def judge(session: Session, check: Check, *, label: str = "", repeats: int = REPEATS) -> None:
     """Note what one check comes to: the largest error of all its results by its bound, and whether its bits repeat."""
     gpu, name = session.gpu, f"{check.name}{label}"
+    repeats = repeats if gpu.here else 1
+    kind = check.name.rsplit(maxsplit=2)[0]
     with session.guarded(name):
+        if not gpu.here and kind in session.rehearsed:  # without numbers what it is compared with is seen once a kind
+            check.ours()
+            session.add("check", {"what": name}, "ours", [1.0])
+            return
+        session.rehearsed.add(kind)
         gpu.poison()
         start = time.perf_counter()
         actual, plain, exact = check.ours(), check.eager(), check.exact()

@@ -46,6 +46,7 @@ class Session:
     Attributes:
         gpu: the device, or what stands in its place.
         problems: what must run and did not; the stage fails if there are any.
+        rehearsed: kinds of what has been rehearsed once, and need not be again in full.
     """
 
     def __init__(self, name: str, folder: Path, gpu: Gpu, *, options: Mapping[str, Any] | None = None) -> None:
@@ -53,6 +54,7 @@ class Session:
         self.options = dict(options or {})
         self.path = folder / f"{'gpu' if gpu.here else 'rehearsal'}-{name}.json"
         self.problems: list[str] = []
+        self.rehearsed: set[str] = set()
         self._added = 0
         self._results = Results(f"bench/gpu.sh --only {name}")
 
@@ -107,6 +109,7 @@ class Session:
         One whose call is slow is called once a round, and rounds end when the ``budget`` in seconds is spent.
         """
         label = f"{op} {' '.join(f'{name}={value}' for name, value in shape.items())}"
+        rounds = rounds if self.gpu.here else 1
         running: dict[str, tuple[Step, int]] = {}
         for name, run in systems.items():
             start = time.perf_counter()

@@ -106,11 +106,11 @@ def search() -> Run:
 
 
 RUNS: dict[str, Callable[[], Run]] = {
-    "loss": lambda: loss(4500, 70, 24),
-    "loss-lists": lambda: loss(4200, 300, 128, reduction="none"),
+    "loss": lambda: loss(5000, 70, 24),
+    "loss-lists": lambda: loss(5000, 300, 128, reduction="none"),
     "loss-bfloat16": lambda: loss(2100, 70, 24, torch.bfloat16),
     "loss-one-share": lambda: loss(1100, 70, 24),
-    "loss-large-codebook": lambda: loss(4200, 6000, 96),
+    "loss-large-codebook": lambda: loss(5000, 6000, 96),
     "quantize-soft": lambda: quantize(2500, 24, (70, 33), "soft"),
     "quantize-straight-through": lambda: quantize(2500, 24, (70, 33), "straight_through"),
     "quantize-hard": lambda: quantize(2500, 24, (70, 33), "hard"),
