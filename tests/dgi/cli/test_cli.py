@@ -17,6 +17,7 @@ import pytest
 import dgi
 from dgi.cli import COMMANDS, build_parser, main
 from dgi.cli.train import _settings, configs
+from dgi.config import BEFORE
 from dgi.data import load_dataset
 from dgi.evaluation.evaluate import sample
 from dgi.retrieval.index import DGIIndex
@@ -222,7 +223,7 @@ def test_a_configuration_with_a_byte_order_mark_is_read(run: Path, tmp_path: Pat
 def test_a_run_of_version_0_1_0_goes_on_with_its_words(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"epochs": 7}))
     arguments = build_parser().parse_args(["train", "--data", "d", "--output", str(tmp_path), "--resume"])
-    assert _settings(arguments) == {"epochs": 7, "tokenizer": "words-1"}
+    assert _settings(arguments) == BEFORE | {"epochs": 7} and BEFORE["tokenizer"] == "words-1"
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 9 GiB."),
