@@ -64,7 +64,11 @@ KERNELS: dict[str, dict[str, Kernel]] = {
 FORMS_LOGITS = frozenset({"cosine_cross_entropy", "residual_quantize", "assign_codes", "cosine_beam_step"})
 
 # Options of an op that one of its kernels lacks, "name=value" -> why: what the other backends have, it may get later.
-LACKS: dict[tuple[str, str], dict[str, str]] = {}
+_NO_BIAS = {"metric=euclidean": "its kernels add nothing of the code's own to a score"}
+LACKS: dict[tuple[str, str], dict[str, str]] = {
+    ("residual_quantize", "triton"): _NO_BIAS,
+    ("assign_codes", "triton"): _NO_BIAS,
+}
 
 # Which of an op's kernels ``auto`` tries first.  On GPUs Triton's noise takes fewer instructions per element: hardware
 # logarithms, and a row that fits into registers is made once, where CUDA C++ makes it again in every pass.

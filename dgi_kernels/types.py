@@ -11,8 +11,8 @@ from torch import Tensor
 Backend: TypeAlias = Literal["auto", "reference", "triton", "native"]
 """Which implementation runs an op; ``"auto"`` takes the fastest that is available for device and dtype."""
 
-Metric: TypeAlias = Literal["cosine", "dot"]
-"""How residual quantization compares a residual with a code: by scaled cosine or by inner product."""
+Metric: TypeAlias = Literal["cosine", "dot", "euclidean"]
+"""How residual quantization compares a residual with a code: scaled cosine, inner product, or squared distance."""
 
 Mode: TypeAlias = Literal["soft", "straight_through", "hard"]
 """What residual quantization emits at each level: a mixture, a sampled row with the soft gradient, or the best row."""

@@ -47,7 +47,8 @@ dgi::cpu::Quantize<Real> quantize_inputs(const Tensor& z, const Tensor& codebook
                     "scale and tau must hold one element of the dtype of z");
   }
   STD_TORCH_CHECK(0 <= mode && mode <= 2, kQuantize, "mode must be 0, 1 or 2; got ", mode);
-  STD_TORCH_CHECK(0 <= metric && metric <= 1, kQuantize, "metric must be 0 or 1; got ", metric);
+  STD_TORCH_CHECK(0 <= metric && metric < dgi::cpu::kMetrics, kQuantize, "metric must be in [0, ", dgi::cpu::kMetrics,
+                  "); got ", metric);
   const int64_t rows = z.size(0);
   STD_TORCH_CHECK(0 <= row_offset && row_offset <= kWords - rows, kQuantize, "row_offset must be in [0, 2**32 - rows]");
   dgi::cpu::NoiseSource noise;

@@ -45,6 +45,8 @@ def residual_quantize(z: Tensor, codebooks: Iterable[Tensor], scale: float | Ten
 
     - ``"cosine"``: ``s_j = scale * r^_{j-1} . e^_j``, where x^ = x / ||x||.
     - ``"dot"``: ``s_j = scale * r_{j-1} . e_j``, in which long codes win.
+    - ``"euclidean"``: ``s_j = -scale * ||r_{j-1} - e_j||^2``, the squared distance. The codes are those of exact
+      distances wherever the two nearest differ by more than 1e-5 of the distance, however far from 0 the vectors are.
 
     Everything is computed in float32 (float64 for float64 inputs). A row of ``z`` with a NaN has ``log_normalizer``
     NaN in every mode and emits NaN, in hard mode code 0.
@@ -55,12 +57,12 @@ def residual_quantize(z: Tensor, codebooks: Iterable[Tensor], scale: float | Ten
         scale: the logit scale (gamma), a finite float or a 0-d tensor, which receives its gradient.
         tau: temperature, positive and finite; a float or a 0-d tensor, which receives its gradient.
         mode: ``"soft"``, ``"straight_through"`` or ``"hard"``.
-        metric: ``"cosine"`` or ``"dot"``.
+        metric: ``"cosine"``, ``"dot"`` or ``"euclidean"``.
         noise: add Gumbel noise g to the logits; False: g = 0. In hard mode noise is drawn only where a ``seed`` is
             given as well, and shows in ``sampled`` and ``log_normalizer`` alone.
         seed: as in :func:`dgi_kernels.gumbel_noise`, whose stream 0 this is.
         row_offset: number of the first row, for the noise: data-parallel ranks draw what one process would.
-        eps: lower bound of the norms; a zero vector has cosine 0 with everything. Of no effect on dot products.
+        eps: lower bound of the norms; a zero vector has cosine 0 with everything. Of the cosine alone.
         backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"``.
 
     Returns:

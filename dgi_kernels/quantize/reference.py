@@ -2,6 +2,7 @@
 
     s_j = scale * r^_{j-1} . e^_j        p_j = softmax((s_j + g_j) / tau)        (metric "cosine"; x^ = x / ||x||)
     s_j = scale * r_{j-1} . e_j                                                  (metric "dot")
+    s_j = -scale * ||r_{j-1} - e_j||^2                                           (metric "euclidean")
     z~_j = p_j E_j                       r_j = r_{j-1} - z~_j
 
 Inputs arrive checked and in the compute dtype (float32, or float64 for float64 inputs); the noise ``g`` is an input.
@@ -27,7 +28,8 @@ def residual_quantize(z: Tensor, codebooks: Sequence[Tensor], scale: float | Ten
     for level, codebook in enumerate(codebooks):
         s = scale * _similarity(residual, codebook, options)
         noisy = s if noise is None else s + noise(level, codebook.shape[0]).to(s.dtype)
-        codes, sampled = s.argmax(dim=-1), noisy.argmax(dim=-1)
+        codes = _nearest(residual, codebook, s, scale) if options.metric == "euclidean" else s.argmax(dim=-1)
+        sampled = codes if noise is None else noisy.argmax(dim=-1)
         quantized, usage = _emit(noisy / tau, codebook, options.mode, codes, sampled)
         levels.append((quantized, codes, sampled, usage, residual, (noisy / tau).logsumexp(dim=-1)))
         residual = residual - quantized
@@ -42,7 +44,24 @@ def _similarity(residual: Tensor, codebook: Tensor, options: QuantizeOptions) ->
     """What the scale multiplies, (N, K)."""
     if options.metric == "dot":
         return residual @ codebook.T
+    if options.metric == "euclidean":
+        # relative to the mean of the codes: the squares must not cancel where all vectors are far from 0
+        centre = codebook.detach().mean(dim=0)
+        r, e = residual - centre, codebook - centre
+        return 2 * r @ e.T - r.square().sum(dim=-1, keepdim=True) - e.square().sum(dim=-1)
     return F.normalize(residual, dim=-1, eps=options.eps) @ F.normalize(codebook, dim=-1, eps=options.eps).T
+
+
+CANDIDATES = 8  # codes whose distances are taken once more, from the differences: more than rounding makes alike
+
+
+@torch.no_grad()
+def _nearest(residual: Tensor, codebook: Tensor, s: Tensor, scale: float | Tensor) -> Tensor:
+    """The argmax of s (N, K), with the distances of the best few from the differences; the lower code of equal ones."""
+    best = s.topk(min(CANDIDATES, s.shape[1]), dim=-1).indices.sort(dim=-1).values
+    distances = (residual.unsqueeze(1) - codebook[best]).double().square().sum(dim=-1)
+    chosen = best.gather(1, (-scale * distances).argmax(dim=-1, keepdim=True)).squeeze(1)
+    return torch.where(s.isnan().any(dim=-1), s.argmax(dim=-1), chosen)
 
 
 def _emit(logits: Tensor, codebook: Tensor, mode: str, codes: Tensor, sampled: Tensor) -> tuple[Tensor, Tensor]:

@@ -53,6 +53,8 @@ def peaked(n: int, d: int, sizes: tuple[int, ...], dtype: torch.dtype = torch.fl
 def scores(metric: str, r: Tensor, codebook: Tensor, scale: Tensor, eps: float = 1e-12) -> Tensor:
     if metric == "cosine":
         r, codebook = F.normalize(r, dim=-1, eps=eps), F.normalize(codebook, dim=-1, eps=eps)
+    if metric == "euclidean":
+        return -scale * (r.unsqueeze(1) - codebook).square().sum(-1)
     return scale * (r @ codebook.T)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dgi_kernels import _extension, assign_codes, gumbel_noise, residual_quantize
+from dgi_kernels import BackendUnavailable, _extension, assign_codes, backend, gumbel_noise, residual_quantize
 from dgi_kernels.enums import METRICS, MODES
 
 from .near import assert_all_near, gradients
@@ -124,7 +124,58 @@ def test_awkward_rows(name: str, metric: str, mode: str) -> None:
     assert run.quantized[[0, 1, 2, 4, 5]].isfinite().all()
     empty = residual_quantize(z[:0], [codebook], 3.0, mode=mode, metric=metric, seed=0, backend=name)
     assert empty.quantized.shape == (0, 1, 5) and empty.usage[0].tolist() == [0.0] * 70
-    with pytest.raises(ValueError, match="^metric must be one of 'cosine', 'dot'"):
+    with pytest.raises(ValueError, match="^metric must be one of 'cosine', 'dot', 'euclidean'"):
         residual_quantize(z, [codebook], metric="hamming", scale=1.0)
-    with pytest.raises(ValueError, match="^metric must be one of 'cosine', 'dot'"):
+    with pytest.raises(ValueError, match="^metric must be one of 'cosine', 'dot', 'euclidean'"):
         assign_codes(z, [codebook], metric=None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=name_of)
+@pytest.mark.parametrize("offset", [0.0, 1.0, 1e3])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_nearest_codes_far_from_zero_and_near_each_other(name: str, offset: float, dtype: torch.dtype) -> None:
+    """Codes are those of float64 wherever the two nearest differ by more than 1e-5 of the distance.
+
+    Pairs of codes 1e-3 apart, rows near them: squared distances are 1e-6 of the squared spread. Guards against products
+    that cancel.
+    """
+    centre = offset * torch.randn(16)
+    codebook = torch.randn(300, 16).repeat_interleave(2, 0)
+    codebook = (codebook + 1e-3 * torch.randn(600, 16) + centre).to(dtype)
+    z = (codebook[torch.randint(600, (500,))] + 3e-4 * torch.randn(500, 16)).to(dtype)
+    distances = (z.double().unsqueeze(1) - codebook.double()).square().sum(-1).sqrt()
+    nearest, order = distances.sort(dim=1)
+    clear = nearest[:, 1] - nearest[:, 0] > 1e-5 * nearest[:, 0]
+    assert clear.float().mean() > 0.9
+    ways = [assign_codes(z, [codebook], metric="euclidean", backend=name),
+            *(residual_quantize(z, [codebook], 9.0, mode=mode, metric="euclidean", noise=False, backend=name).codes
+              for mode in MODES)]
+    for way, codes in enumerate(ways):
+        assert torch.equal(codes[clear, 0], order[clear, 0]), way
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_the_farthest_code_by_a_negative_scale_and_the_first_by_none(name: str) -> None:
+    z, codebook = torch.randn(40, 5), torch.randn(1100, 5)
+    farthest = torch.cdist(z.double(), codebook.double()).argmax(1)
+    for mode in MODES:
+        far = residual_quantize(z, [codebook], -2.0, mode=mode, metric="euclidean", noise=False, backend=name)
+        assert torch.equal(far.codes[:, 0], farthest) and torch.equal(far.sampled, far.codes)
+        none = residual_quantize(z, [codebook], 0.0, mode=mode, metric="euclidean", noise=False, backend=name)
+        assert not none.codes.any()
+
+
+def test_what_triton_lacks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backend._BACKEND_PROBLEM, "triton", None)
+    monkeypatch.setattr(backend, "_is_transformed", lambda: False)
+    monkeypatch.setitem(backend.KERNELS["residual_quantize"], "triton", {"cpu": frozenset({torch.float32})})
+    monkeypatch.setitem(backend.KERNELS["assign_codes"], "triton", {"cpu": frozenset({torch.float32})})
+    z, codebook = torch.randn(2, 3), torch.randn(4, 3)
+    by_distance = {"metric": "euclidean", "backend": "triton"}
+    for op, call in (("residual_quantize", lambda: residual_quantize(z, [codebook], 1.0, **by_distance)),
+                     ("assign_codes", lambda: assign_codes(z, [codebook], **by_distance))):
+        with pytest.raises(BackendUnavailable) as caught:
+            call()
+        assert f"cannot run {op} here: {op} has no triton kernel for metric=euclidean: " in str(caught.value)
+        assert backend.why_not(op, "triton", z.device, z.dtype, {"metric": "euclidean"}) in str(caught.value)
+        assert backend.why_not(op, "triton", z.device, z.dtype, {"metric": "cosine"}) is None

@@ -1,17 +1,18 @@
 // Residual quantization on the CPU: soft and straight-through, with all gradients. quantize_hard.cpp has the hard one.
 //
-//   s_nk = a_n S_nk f_k,   S = r . e,   p = softmax((s + g) / tau),   z~ = P E,   r' = r - z~
-//   cosine: a = scale / ||r||, f = 1 / ||e||,   dot product: a = scale, f = 1
+//   s_nk = a_n S_nk f_k + b_k,   S = r . e,   p = softmax((s + g) / tau),   z~ = P E,   r' = r - z~
+//
+// with the a, f and b of the metric (quantize_metric.h).
 //
 // Rows are processed in blocks through all levels, so that residuals stay in the cache; of a tile (a block of rows x K)
-// only sums of its rows and columns are kept. With X = a r the tile is X E^T, times the codes' f (dgi/terms.h).
+// only sums of its rows and columns are kept. With X = a r the tile is X E^T, times the codes' f, plus b (dgi/terms.h).
 // Backward computes tile and noise again and goes through the levels in reverse. Below X, the rows of dz~ share its products:
 //
-//   [s / f; dP] = [X; dZ~] E^T,   ds = P (dP - rowsum(P dP)) / tau,   T = ds f,
+//   [(s - b) / f; dP] = [X; dZ~] E^T,   ds = P (dP - rowsum(P dP)) / tau,   T = ds f,
 //   d(a r) = T E,   dE = [T; P]^T [X; dZ~], key and value at once,
 //
-// and dscale = sum (a / scale) r . (T E). Where lengths are divided by, dr and dE then lose their radial parts: those of dE
-// are the sums of columns of ds s.
+// and dscale = sum (a / scale) r . (T E). What the metric adds to that is of a row or of a code alone: of a cosine the radial
+// parts, which for dE are the sums of columns of ds s, and of a bias the sums of columns of ds.
 //
 // Rows of which few entries count (dgi/gumbel_row.h) leave the tile as lists, which are kept for backward: forward takes X E^T
 // whole and all other products at the listed codes alone, backward neither tile nor noise.
@@ -64,7 +65,7 @@ class Forward {
           int64_t first_entry, int64_t last_entry)
       : in_(in), out_(out), codebooks_(codebooks), usage_(codebooks_.codes(), 0.0),
         residual_(make_buffer<Real>(block * in.dim)), x_(make_buffer<Real>(block * in.dim)),
-        emitted_(make_buffer<Real>(block * in.dim)), weight_(block), slot_(block), order_(block),
+        emitted_(make_buffer<Real>(block * in.dim)), own_(block), weight_(block), slot_(block), order_(block),
         tile_(make_buffer<Real>(block * in.widest())), columns_(block, in.widest()),
         lists_(block, list_limit<Real>(in.widest())),
         remembered_(first_entry), last_entry_(last_entry) {}
@@ -73,8 +74,8 @@ class Forward {
     std::copy_n(in_.z + begin * in_.dim, count * in_.dim, residual_.get());
     for (int64_t number = 0; number < in_.levels(); ++number) {
       const Level<Real>& level = codebooks_[number];
-      start_rows(in_, level, begin, count, residual_.get(), out_.residuals, x_.get());
-      matrix_product({x_.get(), count, in_.dim}, level.vectors.transposed(), {tile_.get(), count, level.codes},
+      start_rows(in_, level, begin, count, residual_.get(), out_.residuals, x_.get(), own_.data());
+      matrix_product({x_.get(), count, in_.dim}, level.keys.transposed(), {tile_.get(), count, level.codes},
                      Into::kOverwrite);
       with_noise(in_, false, [&](auto as) { assign<as.value>(level, begin, count); });
       remember_lists(level, begin, count);
@@ -98,12 +99,17 @@ class Forward {
           const int64_t to = in_.at(begin + i, level.number);
           const Real maximum = score_row<fused.value>(s, level.terms, level.codes, s);
           int64_t code = first_equal(s, level.codes, maximum);
+          if (in_.metric == Metric::kEuclidean) {
+            Nearest<Real> nearest(in_, level, residual_.get() + i * in_.dim, own_[i]);
+            nearest.take(s, 0, level.codes, maximum);
+            if (nearest.code() >= 0) code = nearest.code();
+          }
           const GumbelSums row = soften<fused.value, kAs>(s, level.codes, maximum, in_.tau,
                                                           noise_of(in_, level.number, begin + i), s);
           if (row.sum != row.sum) code = row.sampled;
           out_.codes[to] = code;
-          out_.sampled[to] = row.sampled;
-          out_.log_normalizer[to] = static_cast<Real>(row.log_normalizer);
+          out_.sampled[to] = kAs == NoiseAs::kNone ? code : row.sampled;
+          out_.log_normalizer[to] = static_cast<Real>(row.log_normalizer + own_[i] / static_cast<double>(in_.tau));
           const Real weight = static_cast<Real>(1 / row.sum);
           weight_[i] = weight;
           lists_.take(i, s, level.codes, row.sum, list_limit<Real>(level.codes));
@@ -180,6 +186,7 @@ class Forward {
   const Codebooks<Real>& codebooks_;
   std::vector<double> usage_;
   Buffer<Real> residual_, x_, emitted_;
+  std::vector<double> own_;
   std::vector<Real> weight_;
   std::vector<int64_t> slot_;  // of a dense row in the tile and in `emitted_`
   std::vector<int64_t> order_;

@@ -10,11 +10,11 @@ class Backward {
   // dE, of its rows, goes to the place of the result where it is the first share.
   Backward(const Quantize<Real>& in, const QuantizeSaved<Real>& saved, const QuantizeUpstream<Real>& upstream,
            const QuantizeGradients<Real>& out, const Codebooks<Real>& codebooks, int64_t block, bool is_first_share)
-      : in_(in), saved_(saved), upstream_(upstream), out_(out), codebooks_(codebooks), radial_(codebooks_.codes(), 0.0),
+      : in_(in), saved_(saved), upstream_(upstream), out_(out), codebooks_(codebooks), sum_(codebooks_.codes(), 0.0),
         own_de_(make_buffer<Real>(is_first_share || out.codebooks == nullptr ? 0 : codebooks_.codes() * in.dim)),
         de_(is_first_share ? out.codebooks : own_de_.get()),
         dr_(make_buffer<Real>(block * in.dim)), x_(make_buffer<Real>(2 * block * in.dim)),
-        u_(make_buffer<Real>(block * in.dim)), row_(block), entry_(block), factor_(block), along_(block), dtau_(block),
+        u_(make_buffer<Real>(block * in.dim)), row_(block), entry_(block), terms_(block), along_(block), dtau_(block),
         tile_(make_buffer<Real>(2 * block * in.widest())), columns_(block, in.widest()) {}
 
   void run_block(int64_t begin, int64_t count) {
@@ -22,7 +22,7 @@ class Backward {
     for (int64_t number = in_.levels() - 1; number >= 0; --number) {
       const Level<Real>& level = codebooks_[number];
       start_level(level, begin, count);
-      matrix_product({x_.get(), 2 * dense_, in_.dim}, level.vectors.transposed(), {tile_.get(), 2 * dense_, level.codes},
+      matrix_product({x_.get(), 2 * dense_, in_.dim}, level.keys.transposed(), {tile_.get(), 2 * dense_, level.codes},
                      Into::kOverwrite);
       with_noise(in_, out_.tau != nullptr, [&](auto as) { differentiate_dense<as.value>(level, begin); });
       differentiate_lists(level, begin, count);
@@ -38,7 +38,7 @@ class Backward {
 
   double dscale() const { return dscale_sum_; }
   double dtau() const { return dtau_sum_; }
-  double radial(int64_t code) const { return radial_[code]; }
+  double sum(int64_t code) const { return sum_[code]; }
   const Real* de(int64_t code) const { return de_ + code * in_.dim; }
 
  private:
@@ -48,7 +48,7 @@ class Backward {
   Real* x(int64_t place) { return x_.get() + (place < dense_ ? place : dense_ + place) * in_.dim; }
   Real* dz(int64_t place, int64_t count) { return x_.get() + (place < dense_ ? dense_ + place : count + place) * in_.dim; }
 
-  // What forward remembered of a row, by its place, and room for T and dS s of the same entries.
+  // What forward remembered of a row, by its place, and room for T and what goes into the sums over rows, of the same entries.
   struct List {
     const int32_t* code;
     const Real* p;
@@ -87,7 +87,7 @@ class Backward {
       with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
         for (int64_t place = first; place < last; ++place) {
           const int64_t from = at(level, begin + row_[place]) * in_.dim;
-          factor_[place] = scaled_row<fused.value>(in_, saved_.residuals + from, x(place));
+          terms_[place] = start_row<fused.value>(in_, level, saved_.residuals + from, x(place));
           const Real* const dr = dr_.get() + row_[place] * in_.dim;
           Real* const to = dz(place, count);
           for (int64_t d = 0; d < in_.dim; ++d) {
@@ -127,20 +127,22 @@ class Backward {
             Real along = 0;
 #pragma omp simd reduction(+ : along)
             for (int64_t k = 0; k < codes; ++k) along += weight * e[k] * (dp[k] - shift) * noisy[k];
-            dtau_[place] = -static_cast<double>(along) * inverse * inverse;
+            dtau_[place] = -(static_cast<double>(along) + dnormalizer(level, row) * terms_[place].own) * inverse * inverse;
           }
           const Real* const factor = level.terms.factor;
+          with_bias(level.terms, [&](auto has_bias) DGI_ALWAYS_INLINE {
 #pragma omp simd
-          for (int64_t k = 0; k < codes; ++k) {
-            const Real p = weight * e[k], ds = p * (dp[k] - shift) * inverse;
-            sums[k] = multiply_add<fused.value>(ds, s[k], sums[k]);
-            s[k] = ds * factor[k];
-            dp[k] = p;
-          }
+            for (int64_t k = 0; k < codes; ++k) {
+              const Real p = weight * e[k], ds = p * (dp[k] - shift) * inverse;
+              sums[k] = multiply_add<fused.value>(ds, has_bias.value ? Real{1} : s[k], sums[k]);
+              s[k] = ds * factor[k];
+              dp[k] = p;
+            }
+          });
         }
       });
     });
-    columns_.add_to(radial_.data() + level.first, groups_of(dense_), codes);
+    columns_.add_to(sum_.data() + level.first, groups_of(dense_), codes);
   }
 
   // The same for the rows that forward listed: s and dP at their codes alone, T as a list, and T E.
@@ -157,8 +159,8 @@ class Backward {
           double mean = 0;
           for (int64_t j = 0; j < row.count; ++j) {
             const int64_t k = row.code[j];
-            const Real* const e = level.vectors.data + k * dim;
-            row.tilt[j] = level.terms.factor[k] * dot<fused.value>(e, key, dim);
+            const Real* const e = level.keys.data + k * dim;
+            row.tilt[j] = level.terms.bias != nullptr ? Real{1} : level.terms.factor[k] * dot<fused.value>(e, key, dim);
             row.t[j] = dot<fused.value>(e, value, dim);
             if (dusage != nullptr) row.t[j] += dusage[k] / static_cast<Real>(in_.rows);
             mean += static_cast<double>(row.p[j]) * row.t[j];
@@ -175,7 +177,7 @@ class Backward {
           dtau_[place] = -tau_sum;
           Real* const u = u_.get() + place * dim;  // now, while these rows of E are in the cache
           std::fill_n(u, dim, Real{0});
-          add_rows<fused.value>(row.code, row.t, row.count, level.vectors.data, dim, u);
+          add_rows<fused.value>(row.code, row.t, row.count, level.keys.data, dim, u);
         }
       });
     });
@@ -186,15 +188,15 @@ class Backward {
   }
 
   void add_to_rows(const Level<Real>& level, int64_t begin, int64_t count) {
-    matrix_product({tile_.get(), dense_, level.codes}, level.vectors, {u_.get(), dense_, in_.dim}, Into::kOverwrite);
+    matrix_product({tile_.get(), dense_, level.codes}, level.keys, {u_.get(), dense_, in_.dim}, Into::kOverwrite);
     parallel_for(count, grain(4 * in_.dim), [&](int64_t first, int64_t last) {
       with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
         for (int64_t place = first; place < last; ++place) {
           Real *const u = u_.get() + place * in_.dim, *const dr = dr_.get() + row_[place] * in_.dim;
           const int64_t from = at(level, begin + row_[place]) * in_.dim;
           const Real* const r = saved_.residuals + from;
-          along_[place] = static_cast<double>(factor_[place]) * dot<fused.value>(r, u, in_.dim);
-          finish_row<fused.value>(r, factor_[place], u);
+          const double dlog = dnormalizer(level, begin + row_[place]) / static_cast<double>(in_.tau);
+          along_[place] = finish_row<fused.value>(in_, level, r, terms_[place].factor, dlog, u);
           for (int64_t d = 0; d < in_.dim; ++d) {
             dr[d] += u[d] + (upstream_.residuals != nullptr ? upstream_.residuals[from + d] : Real{0});
           }
@@ -202,17 +204,6 @@ class Backward {
       });
     });
     for (int64_t i = 0; i < count; ++i) dscale_sum_ += along_[i];
-  }
-
-  // From u = (T E)_n to dr.
-  template <bool kFused>
-  DGI_HOST_DEVICE void finish_row(const Real* r, Real factor, Real* u) const {
-    switch (in_.metric) {
-      case Metric::kCosine: return through_normalization<kFused>(r, u, in_.dim, factor, in_.eps, in_.scale * factor, u);
-      case Metric::kDot:
-#pragma omp simd
-        for (int64_t d = 0; d < in_.dim; ++d) u[d] *= in_.scale;
-    }
   }
 
   void add_to_codes(const Level<Real>& level, int64_t begin, int64_t count) {
@@ -247,7 +238,7 @@ class Backward {
           for (; j < row.count && row.code[j] < last; ++j) {
             Real* const to = de + row.code[j] * in_.dim;
             const Real t = row.t[j], p = soft ? row.p[j] : Real{0};
-            radial_[level.first + row.code[j]] += static_cast<double>(row.tilt[j]);
+            sum_[level.first + row.code[j]] += static_cast<double>(row.tilt[j]);
 #pragma omp simd
             for (int64_t d = 0; d < in_.dim; ++d) {
               to[d] = multiply_add<fused.value>(t, key[d], multiply_add<fused.value>(p, value[d], to[d]));
@@ -263,7 +254,7 @@ class Backward {
   const QuantizeUpstream<Real>& upstream_;
   const QuantizeGradients<Real>& out_;
   const Codebooks<Real>& codebooks_;
-  std::vector<double> radial_;  // sum_n dS s of every code
+  std::vector<double> sum_;  // over all rows, of every code: of ds where it has a bias, else of ds s
   Buffer<Real> own_de_;
   Real* de_;  // dE with its radial part
   Buffer<Real> dr_;             // of the residual that the level leaves, then of the one it saw
@@ -271,8 +262,8 @@ class Backward {
   std::vector<int64_t> row_;    // of the block, by place
   std::vector<int64_t> entry_;  // the first of a listed row, by place
   int64_t dense_ = 0;           // rows that are not listed
-  std::vector<Real> t_, tilt_;  // of all listed entries: T, and dS s
-  std::vector<Real> factor_;    // a / scale, by place
+  std::vector<Real> t_, tilt_;  // of all listed entries: T, and ds or ds s
+  std::vector<RowTerms<Real>> terms_;  // by place
   std::vector<double> along_, dtau_;
   Buffer<Real> tile_;
   ColumnSums<Real> columns_;
@@ -280,31 +271,27 @@ class Backward {
   bool is_first_ = true;
 };
 
-// What a code's gradient lacks yet, as a factor of the code: minus the radial part of a cosine's.
-template <class Real>
-Real finish_code(const Quantize<Real>& in, Real factor, double radial) {
-  if (in.metric != Metric::kCosine) return 0;
-  const bool is_short = factor == 1 / in.eps;  // eps took the place of the norm: nothing is radial
-  const double rnorm = factor;
-  return static_cast<Real>(-rnorm * rnorm * (is_short ? 0.0 : radial));
-}
-
 // What the shares make together; the first one's dE lies in the place of the result.
 template <class Real>
 void finish(const Quantize<Real>& in, const QuantizeGradients<Real>& out, const Codebooks<Real>& codebooks,
             const std::vector<std::unique_ptr<Backward<Real>>>& shares) {
   double dscale = 0, dtau = 0;
   for (const auto& share : shares) dscale += share->dscale(), dtau += share->dtau();
+  for (const auto& share : shares) {
+    for (int64_t k = 0; codebooks.have_bias() && k < codebooks.codes(); ++k) {
+      dscale += codebooks.bias_per_scale(k) * share->sum(k);
+    }
+  }
   if (out.scale != nullptr) *out.scale = static_cast<Real>(dscale);
   if (out.tau != nullptr) *out.tau = static_cast<Real>(dtau);
   if (out.codebooks == nullptr) return;
   if (in.rows == 0) std::fill_n(out.codebooks, codebooks.codes() * in.dim, Real{0});
   parallel_for(codebooks.codes(), grain(in.dim), [&](int64_t first, int64_t last) {
     for (int64_t k = first; k < last; ++k) {
-      double radial = 0;
-      for (const auto& share : shares) radial += share->radial(k);
-      const Real factor = finish_code(in, codebooks.factor(k), radial);
-      const Real* const e = in.codebooks + k * in.dim;
+      double sum = 0;
+      for (const auto& share : shares) sum += share->sum(k);
+      const Real factor = finish_code(in, codebooks.factor(k), sum);
+      const Real* const e = codebooks.keys() + k * in.dim;
       Real* const de = out.codebooks + k * in.dim;
       for (size_t i = 1; i < shares.size(); ++i) {
         const Real* const more = shares[i]->de(k);

@@ -14,8 +14,9 @@ struct NoiseSource {
 
 enum class QuantizeMode { kSoft, kStraightThrough, kHard };
 
-// s_k = scale r^ . e^_k, or scale r . e_k
-enum class Metric { kCosine, kDot };
+// s_k = scale r^ . e^_k, scale r . e_k, or -scale ||r - e_k||^2
+enum class Metric { kCosine, kDot, kEuclidean };
+constexpr int64_t kMetrics = 3;
 
 // z (rows, dim); codebooks (sum of sizes, dim), level after level
 template <class Real>

@@ -1,6 +1,6 @@
 // Hard residual quantization on the CPU: an argmax and a gather per level, for the final codes of a catalog.
 //
-//   c = argmax_k s_k,   r' = r - e_c,   s_k = a S_k f_k (quantize.cpp)
+//   c = argmax_k s_k,   r' = r - e_c,   s_k = a S_k f_k + b_k (quantize.cpp)
 //
 // No softmax and no P E. Codes are taken in tiles that stay in the second-level cache between the product that makes them
 // and the pass that reduces them to a running maximum per row; who wants log sum_k exp(s_k / tau), too, pays for the
@@ -71,18 +71,20 @@ class Hard {
   Hard(const Quantize<Real>& in, const HardQuantized<Real>& out, const Codebooks<Real>& codebooks, int64_t block)
       : in_(in), out_(out), codebooks_(codebooks), counts_(codebooks.codes(), 0),
         residual_(make_buffer<Real>(block * in.dim)), x_(make_buffer<Real>(block * in.dim)),
-        tile_(make_buffer<Real>(block * kTileCodes)), row_(block) {}
+        tile_(make_buffer<Real>(block * kTileCodes)), own_(block), row_(block),
+        nearest_(in.metric == Metric::kEuclidean ? block : 0) {}
 
   void run_block(int64_t begin, int64_t count) {
     std::copy_n(in_.z + begin * in_.dim, count * in_.dim, residual_.get());
     for (int64_t number = 0; number < in_.levels(); ++number) {
       const Level<Real>& level = codebooks_[number];
       std::fill_n(row_.begin(), count, Row{});
-      start_rows(in_, level, begin, count, residual_.get(), out_.residuals, x_.get());
+      start_rows(in_, level, begin, count, residual_.get(), out_.residuals, x_.get(), own_.data());
+      if (in_.metric == Metric::kEuclidean) start_nearest(level, count);
       for (int64_t first = 0; first < level.codes; first += kTileCodes) {
         const int64_t codes = std::min(kTileCodes, level.codes - first);
-        const Matrix<Real> vectors{level.vectors.data + first * in_.dim, codes, in_.dim};
-        matrix_product({x_.get(), count, in_.dim}, vectors.transposed(), {tile_.get(), count, codes}, Into::kOverwrite);
+        const Matrix<Real> keys = level.keys.rows_from(first, codes);
+        matrix_product({x_.get(), count, in_.dim}, keys.transposed(), {tile_.get(), count, codes}, Into::kOverwrite);
         if (in_.noise.present) {
           reduce<NoiseAs::kGumbel>(level, begin, count, first, codes);
         } else {
@@ -101,6 +103,15 @@ class Hard {
     LogSum<Real> log_sum;
   };
 
+  void start_nearest(const Level<Real>& level, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) nearest_[i] = {in_, level, residual_.get() + i * in_.dim, own_[i]};
+  }
+
+  int64_t code_of(int64_t i) const {
+    const bool is_checked = !nearest_.empty() && !row_[i].chosen.is_nan && nearest_[i].code() >= 0;
+    return is_checked ? nearest_[i].code() : row_[i].chosen.code;
+  }
+
   template <NoiseAs kAs>
   void reduce(const Level<Real>& level, int64_t begin, int64_t count, int64_t first_code, int64_t codes) {
     const bool wants_sum = out_.log_normalizer != nullptr;
@@ -113,6 +124,7 @@ class Hard {
             const int64_t here = first_code + chunk, width = std::min(kNoiseChunk, codes - chunk);
             score_row<fused.value>(tile_.get() + i * codes + chunk, level.terms.from(here), width, x);
             Real maximum = row_[i].chosen.take(x, here, width);
+            if (!nearest_.empty()) nearest_[i].take(x, here, width, maximum);
             if constexpr (kAs == NoiseAs::kGumbel) {
               noise_of(in_, level.number, begin + i).template fill<fused.value, kAs>(here, width, noise);
 #pragma omp simd
@@ -129,20 +141,22 @@ class Hard {
   void gather(const Level<Real>& level, int64_t begin, int64_t count) {
     parallel_for(count, grain(4 * in_.dim), [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
-        const int64_t to = in_.at(begin + i, level.number), code = row_[i].chosen.code;
+        const int64_t to = in_.at(begin + i, level.number), code = code_of(i);
         const Real* const e = level.vectors.data + code * in_.dim;
         Real* const r = residual_.get() + i * in_.dim;
         out_.codes[to] = code;
         if (out_.sampled != nullptr) out_.sampled[to] = in_.noise.present ? row_[i].sampled.code : code;
         if (out_.log_normalizer != nullptr) {
           out_.log_normalizer[to] = row_[i].chosen.is_nan ? std::numeric_limits<Real>::quiet_NaN()
-                                                          : static_cast<Real>(row_[i].log_sum.log(1 / in_.tau));
+                                                          : static_cast<Real>(
+                                                                row_[i].log_sum.log(1 / in_.tau)
+                                                                + own_[i] / static_cast<double>(in_.tau));
         }
         if (out_.quantized != nullptr) std::copy_n(e, in_.dim, out_.quantized + to * in_.dim);
         for (int64_t d = 0; d < in_.dim; ++d) r[d] -= e[d];
       }
     });
-    for (int64_t i = 0; i < count; ++i) ++counts_[level.first + row_[i].chosen.code];
+    for (int64_t i = 0; i < count; ++i) ++counts_[level.first + code_of(i)];
   }
 
   const Quantize<Real>& in_;
@@ -150,7 +164,9 @@ class Hard {
   const Codebooks<Real>& codebooks_;
   std::vector<int64_t> counts_;
   Buffer<Real> residual_, x_, tile_;
+  std::vector<double> own_;
   std::vector<Row> row_;
+  std::vector<Nearest<Real>> nearest_;  // of the Euclidean metric alone
 };
 
 }  // namespace

@@ -10,14 +10,13 @@
 #include <vector>
 
 #include "cpu/quantize/quantize_cpu.h"
+#include "cpu/quantize/quantize_metric.h"
 #include "cpu/shared/host.h"
 #include "cpu/shared/isa.h"
 #include "cpu/shared/row_noise.h"
 #include "cpu/shared/shares.h"
 #include "dgi/gumbel_row.h"
 #include "dgi/noise.h"
-#include "dgi/terms.h"
-#include "dgi/vector.h"
 
 namespace dgi::cpu {
 
@@ -43,51 +42,6 @@ RowNoise noise_of(const Quantize<Real>& in, int64_t level, int64_t row) {
   return {philox_key(in.noise.seed), static_cast<uint32_t>(level), kStreamResidualQuantize,
           static_cast<uint32_t>(in.noise.row_offset + row)};
 }
-
-// What a metric makes of the length of a row or a code: 1 / ||x||, or 1.
-template <bool kFused, class Real>
-DGI_HOST_DEVICE Real length_factor(const Quantize<Real>& in, const Real* x) {
-  return in.metric == Metric::kCosine ? reciprocal_norm<kFused>(x, in.dim, in.eps) : Real{1};
-}
-
-// One level's codebook.
-template <class Real>
-struct Level {
-  int64_t number, first, codes;  // first: of all codes
-  Matrix<Real> vectors;
-  CodeTerms<Real> terms;
-};
-
-template <class Real>
-class Codebooks {
- public:
-  explicit Codebooks(const Quantize<Real>& in) {
-    const int64_t total = std::accumulate(in.sizes.begin(), in.sizes.end(), int64_t{0});
-    factor_ = make_buffer<Real>(total);
-    parallel_for(total, grain(in.dim), [&](int64_t first, int64_t last) {
-      with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
-        for (int64_t k = first; k < last; ++k) {
-          factor_[k] = length_factor<fused.value>(in, in.codebooks + k * in.dim);
-        }
-      });
-    });
-    int64_t first = 0;
-    for (int64_t number = 0; number < in.levels(); ++number) {
-      const int64_t codes = in.sizes[number];
-      levels_.push_back({number, first, codes, {const_cast<Real*>(in.codebooks) + first * in.dim, codes, in.dim},
-                         {factor_.get() + first}});
-      first += codes;
-    }
-  }
-
-  const Level<Real>& operator[](int64_t level) const { return levels_[level]; }
-  int64_t codes() const { return levels_.back().first + levels_.back().codes; }
-  Real factor(int64_t code) const { return factor_[code]; }
-
- private:
-  Buffer<Real> factor_;
-  std::vector<Level<Real>> levels_;
-};
 
 // Sums over columns of a tile: each group of rows has its own, which are then added in order.
 template <class Real>
@@ -126,25 +80,17 @@ void for_each_group(int64_t rows, int64_t elements_per_row, const Body& body) {
   });
 }
 
-// out = a r, of one row; returns a / scale.
-template <bool kFused, class Real>
-DGI_HOST_DEVICE Real scaled_row(const Quantize<Real>& in, const Real* r, Real* out) {
-  const Real factor = length_factor<kFused>(in, r), scale = in.scale;
-#pragma omp simd
-  for (int64_t d = 0; d < in.dim; ++d) out[d] = scale * (factor * r[d]);
-  return factor;
-}
-
-// Keeps the residuals of a block's rows as `level` sees them, in `residuals` if it is not null, and makes x = a r.
+// Keeps the residuals of a block's rows as `level` sees them, in `residuals` if it is not null, and makes x = a r;
+// `own` are the rows' c.
 template <class Real>
 void start_rows(const Quantize<Real>& in, const Level<Real>& level, int64_t begin, int64_t count, const Real* residual,
-                Real* residuals, Real* x) {
+                Real* residuals, Real* x, double* own) {
   parallel_for(count, grain(in.dim), [&](int64_t first, int64_t last) {
     with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
       for (int64_t i = first; i < last; ++i) {
         const Real* const r = residual + i * in.dim;
         if (residuals != nullptr) std::copy_n(r, in.dim, residuals + in.at(begin + i, level.number) * in.dim);
-        scaled_row<fused.value>(in, r, x + i * in.dim);
+        own[i] = start_row<fused.value>(in, level, r, x + i * in.dim).own;
       }
     });
   });

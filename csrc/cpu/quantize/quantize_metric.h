@@ -1,0 +1,223 @@
+// What a metric makes of rows and codes: the terms of s_nk = a_n S_nk f_k + b_k + c_n (dgi/terms.h), S = r . e, and their
+// gradients.
+//
+//   cosine       a = scale / ||r||,   f = 1 / ||e||
+//   dot product  a = scale,           f = 1
+//   Euclidean    a = 2 scale,         f = 1,   b = -scale ||e||^2,   c = -scale ||r||^2:   s = -scale ||r - e||^2
+//
+// The Euclidean metric takes r and e relative to the mean of the level's codes, lest the squares cancel where all of them
+// are far from 0: distances do not change, nor do gradients. c is the same for all codes: it shows in the log-normalizer
+// and in gradients of that alone.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#include "cpu/quantize/quantize_cpu.h"
+#include "cpu/shared/host.h"
+#include "cpu/shared/isa.h"
+#include "dgi/terms.h"
+#include "dgi/vector.h"
+
+namespace dgi::cpu {
+
+// One level's codebook.
+template <class Real>
+struct Level {
+  int64_t number, first, codes;  // first: of all codes
+  Matrix<Real> vectors;          // E, what is emitted
+  Matrix<Real> keys;             // E as rows are compared with it
+  const Real* centre;            // what keys are relative to; null: 0
+  CodeTerms<Real> terms;
+  double longest;  // the largest ||e||^2 of the keys, where the metric needs it
+};
+
+template <class Real>
+class Codebooks {
+ public:
+  explicit Codebooks(const Quantize<Real>& in)
+      : dim_(in.dim), factor_(make_buffer<Real>(total(in))), is_relative_(in.metric == Metric::kEuclidean),
+        keys_(make_buffer<Real>(is_relative_ ? total(in) * in.dim : 0)),
+        centres_(make_buffer<Real>(is_relative_ ? in.levels() * in.dim : 0)),
+        square_(is_relative_ ? total(in) : 0), bias_(make_buffer<Real>(is_relative_ ? total(in) : 0)) {
+    int64_t first = 0;
+    for (int64_t number = 0; number < in.levels(); ++number) {
+      const int64_t codes = in.sizes[number];
+      const Matrix<Real> vectors{const_cast<Real*>(in.codebooks) + first * in.dim, codes, in.dim};
+      levels_.push_back({number, first, codes, vectors, vectors, nullptr, {factor_.get() + first}, 0});
+      if (is_relative_) make_relative(in, levels_.back());
+      first += codes;
+    }
+    const bool divides = in.metric == Metric::kCosine;
+    parallel_for(first, grain(in.dim), [&](int64_t first, int64_t last) {
+      with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
+        for (int64_t k = first; k < last; ++k) {
+          factor_[k] = divides ? reciprocal_norm<fused.value>(in.codebooks + k * in.dim, in.dim, in.eps) : Real{1};
+        }
+      });
+    });
+  }
+
+  const Level<Real>& operator[](int64_t level) const { return levels_[level]; }
+  int64_t codes() const { return levels_.back().first + levels_.back().codes; }
+  Real factor(int64_t code) const { return factor_[code]; }
+  bool have_bias() const { return levels_.front().terms.bias != nullptr; }
+  double bias_per_scale(int64_t code) const { return -square_[code]; }
+  const Real* keys() const { return levels_.front().keys.data; }
+
+ private:
+  static int64_t total(const Quantize<Real>& in) { return std::accumulate(in.sizes.begin(), in.sizes.end(), int64_t{0}); }
+
+  void make_relative(const Quantize<Real>& in, Level<Real>& level) {
+    const Real* const e = level.vectors.data;
+    Real *const centre = centres_.get() + level.number * dim_, *const keys = keys_.get() + level.first * dim_;
+    std::vector<double> sum(dim_, 0.0);
+    for (int64_t k = 0; k < level.codes; ++k) {
+      for (int64_t d = 0; d < dim_; ++d) sum[d] += static_cast<double>(e[k * dim_ + d]);
+    }
+    for (int64_t d = 0; d < dim_; ++d) centre[d] = static_cast<Real>(sum[d] / static_cast<double>(level.codes));
+    parallel_for(level.codes, grain(dim_), [&](int64_t first, int64_t last) {
+      for (int64_t k = first; k < last; ++k) {
+        double square = 0;
+        for (int64_t d = 0; d < dim_; ++d) {
+          const Real key = e[k * dim_ + d] - centre[d];
+          keys[k * dim_ + d] = key;
+          square += static_cast<double>(key) * static_cast<double>(key);
+        }
+        square_[level.first + k] = square;
+        bias_[level.first + k] = static_cast<Real>(-static_cast<double>(in.scale) * square);
+      }
+    });
+    level.longest = *std::max_element(square_.begin() + level.first, square_.begin() + level.first + level.codes);
+    level.keys.data = keys, level.centre = centre, level.terms.bias = bias_.get() + level.first;
+  }
+
+  int64_t dim_;
+  Buffer<Real> factor_;
+  bool is_relative_;
+  Buffer<Real> keys_, centres_;
+  std::vector<double> square_;
+  Buffer<Real> bias_;
+  std::vector<Level<Real>> levels_;
+};
+
+template <class Real>
+struct RowTerms {
+  Real factor;     // a / scale
+  double own = 0;  // c
+};
+
+// out = a r, of one row.
+template <bool kFused, class Real>
+DGI_HOST_DEVICE RowTerms<Real> start_row(const Quantize<Real>& in, const Level<Real>& level, const Real* r, Real* out) {
+  const Real scale = in.scale;
+  if (in.metric == Metric::kEuclidean) {
+    double square = 0;
+    for (int64_t d = 0; d < in.dim; ++d) {
+      const Real x = r[d] - level.centre[d];
+      out[d] = scale * (2 * x);
+      square += static_cast<double>(x) * static_cast<double>(x);
+    }
+    return {2, -static_cast<double>(scale) * square};
+  }
+  const Real factor = in.metric == Metric::kCosine ? reciprocal_norm<kFused>(r, in.dim, in.eps) : Real{1};
+#pragma omp simd
+  for (int64_t d = 0; d < in.dim; ++d) out[d] = scale * (factor * r[d]);
+  return {factor};
+}
+
+// The gradient of r, from u = (T E)_n, in the place of u; dscale's part of the row. `dlog` is the gradient of the row's
+// log-normalizer, in units of a score: the sum of all ds.
+template <bool kFused, class Real>
+DGI_HOST_DEVICE double finish_row(const Quantize<Real>& in, const Level<Real>& level, const Real* r, Real factor,
+                                  double dlog, Real* u) {
+  if (in.metric == Metric::kEuclidean) {
+    double along = 0, square = 0;
+    for (int64_t d = 0; d < in.dim; ++d) {
+      const double x = static_cast<double>(r[d] - level.centre[d]), ud = static_cast<double>(u[d]);
+      along += x * ud;
+      square += x * x;
+      u[d] = static_cast<Real>(2 * static_cast<double>(in.scale) * (ud - dlog * x));
+    }
+    return 2 * along - dlog * square;
+  }
+  const double dscale = static_cast<double>(factor) * dot<kFused>(r, u, in.dim);
+  if (in.metric == Metric::kCosine) {
+    through_normalization<kFused>(r, u, in.dim, factor, in.eps, in.scale * factor, u);
+  } else {
+#pragma omp simd
+    for (int64_t d = 0; d < in.dim; ++d) u[d] *= in.scale;
+  }
+  return dscale;
+}
+
+// What the gradient of a code's key lacks yet, as a factor of the key. `sum` is over all rows: with a bias of ds, without
+// of ds s.
+template <class Real>
+Real finish_code(const Quantize<Real>& in, Real factor, double sum) {
+  switch (in.metric) {
+    case Metric::kCosine: {
+      const bool is_short = factor == 1 / in.eps;  // eps took the place of the norm: nothing is radial
+      const double rnorm = factor;
+      return static_cast<Real>(-rnorm * rnorm * (is_short ? 0.0 : sum));
+    }
+    case Metric::kDot: return 0;
+    case Metric::kEuclidean: return static_cast<Real>(-2 * static_cast<double>(in.scale) * sum);
+  }
+  return 0;
+}
+
+// The nearest code of a row, by distances in float64 of all codes whose scores are within rounding of the best.
+template <class Real>
+class Nearest {
+ public:
+  Nearest() = default;
+
+  // `own` is the row's: -scale ||r||^2.
+  Nearest(const Quantize<Real>& in, const Level<Real>& level, const Real* r, double own)
+      : in_(&in), level_(&level), r_(r) {
+    const double scale = std::fabs(static_cast<double>(in.scale)), length = std::sqrt(level.longest);
+    const double row = scale > 0 ? std::sqrt(std::fabs(own) / scale) : 0.0;
+    slack_ = std::numeric_limits<Real>::epsilon() * (4 + std::sqrt(static_cast<double>(in.dim))) * scale
+             * (2 * row * length + length * length);
+  }
+
+  // Scores x of `count` codes from `first` on, and their maximum.
+  void take(const Real* x, int64_t first, int64_t count, Real maximum) {
+    best_score_ = std::max(best_score_, static_cast<double>(maximum));
+    const Real cut = static_cast<Real>(best_score_ - slack_);
+    if (!(maximum >= cut)) return;
+    const double sign = in_->scale < 0 ? -1 : 1;
+    for (int64_t k = 0; k < count; ++k) {
+      if (!(x[k] >= cut)) continue;
+      const double distance = in_->scale == 0 ? 0 : sign * square_distance(first + k);
+      if (distance < distance_ || code_ < 0) distance_ = distance, code_ = first + k;
+    }
+  }
+
+  int64_t code() const { return code_; }
+
+ private:
+  double square_distance(int64_t code) const {
+    const Real* const e = level_->vectors.data + code * in_->dim;
+    double sum = 0;
+    for (int64_t d = 0; d < in_->dim; ++d) {
+      const double difference = static_cast<double>(r_[d]) - static_cast<double>(e[d]);
+      sum += difference * difference;
+    }
+    return sum;
+  }
+
+  const Quantize<Real>* in_ = nullptr;
+  const Level<Real>* level_ = nullptr;
+  const Real* r_ = nullptr;
+  double slack_ = 0, best_score_ = -std::numeric_limits<double>::infinity();
+  double distance_ = std::numeric_limits<double>::infinity();
+  int64_t code_ = -1;
+};
+
+}  // namespace dgi::cpu
