@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -87,6 +87,8 @@ def vocabulary_parallel_cosine_cross_entropy(
     | multiply-adds    | 8 N (K / R) D                      | 6 to 8 (N / R) K D                      |
     | memory           | O(N D + K D / R), a tile of logits | O(N D / R + K D), a tile of logits      |
 
+    ``same_as`` adds 8 N to both, and 8 N more with smoothing.
+
     So its traffic does not grow with K: it is the cheaper way wherever the ranks hold more rows of the weight than of
     ``h``.  Where they hold as many (in-batch InfoNCE) it sends 1 + 18 / (b D) times as much, in five more steps, and
     on the CPU cannot make the gradients together with the loss: there it is better to gather the weight.
@@ -130,7 +132,7 @@ def vocabulary_parallel_cosine_cross_entropy(
     h, target = h.reshape(target.numel(), h.shape[-1]), target.flatten().long()
 
     given = 2 * (bias is not None) + (same_as is not None)
-    sizes = _shard_sizes(h, weight, (("rows", sharded), ("which of bias and same_as are given", given)), group)
+    sizes = _shard_sizes(h, weight, sharded, given, group)
     if sharded:
         h, target = gather_rows(h, group), all_gather(target, group)
     else:
@@ -171,15 +173,16 @@ def vocabulary_parallel_cosine_cross_entropy(
     return loss, log_normalizer.masked_fill(ignored, 0).masked_fill(wild, torch.nan).reshape(shape)
 
 
-def _shard_sizes(h: Tensor, weight: Tensor, alike: Sequence[tuple[str, int]], group: Group) -> Tensor:
+def _shard_sizes(h: Tensor, weight: Tensor, sharded: bool, given: int, group: Group) -> Tensor:
     """(R,) int64: every rank's number of rows of the weight.  What must be the same on all ranks is, or all raise."""
-    values = (*weight.shape, h.shape[0], *(value for _, value in alike))
+    values = (*weight.shape, h.shape[0], 2 * given + sharded)
     own = torch.stack([torch.full((), value, device=h.device) for value in values])
     everyone = all_gather(own[None], group)
     if checks_values(h.device):
-        names = ("D of weight", "number of rows of h", *(name for name, _ in alike))
-        for index, what in enumerate(names, 1):
-            seen = everyone[:, index].tolist()
+        _, dim, rows, flags = everyone.unbind(1)
+        for what, numbers in (("D of weight", dim), ("number of rows of h", rows), ("rows", flags % 2),
+                              ("which of bias and same_as are given", flags // 2)):
+            seen = numbers.tolist()
             if len(set(seen)) > 1:
                 raise ValueError(f"{what} must be the same on every rank; got {seen}")
     return everyone[:, 0]
@@ -290,10 +293,9 @@ class _AcrossRanks(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None,
                  upstream_log_normalizer: Tensor | None) -> tuple[Tensor | None, ...]:
         share, owned = ctx.saved_tensors
-        upstreams = [torch.zeros_like(share[:len(share) // world_size(ctx.group)] if ctx.sharded else share)
-                     if x is None else x for x in (upstream, upstream_log_normalizer)]
-        if ctx.sharded:
-            upstreams = list(all_gather(torch.stack(upstreams, -1), ctx.group).unbind(-1))
-        upstream, of_log_normalizer = upstreams
-        mine = upstream * owned
-        return mine, (upstream + of_log_normalizer) * share - mine, upstream, None, None, None
+        nothing = torch.zeros_like(share)
+        of_loss, of_log_normalizer = (
+            nothing if x is None else all_gather(x, ctx.group) if ctx.sharded else x
+            for x in (upstream, upstream_log_normalizer))
+        mine = of_loss * owned
+        return mine, (of_loss + of_log_normalizer) * share - mine, of_loss, None, None, None
