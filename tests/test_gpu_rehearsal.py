@@ -115,8 +115,8 @@ PLANTED = {
     ),
     "a name that Triton keeps": (
         "dgi_kernels/gumbel/triton_softmax.py",
-        "lse, rows, codes, noise_stream=",
-        "lse, rows, codes, stream=",
+        "level=level, noise_stream=stream,",
+        "level=level, stream=stream,",
         "check",
         "a name which Triton keeps",
     ),
