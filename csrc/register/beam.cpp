@@ -5,6 +5,7 @@
 #include "cpu/beam/beam_cpu.h"
 #include "cpu/ranking/ranking_cpu.h"
 #include "register/depth_arguments.h"
+#include "register/ranking_arguments.h"
 #include "register/tensors.h"
 #include "register/trie_arguments.h"
 
@@ -156,43 +157,21 @@ Tensor beam_codes_cpu(const std::vector<Tensor>& tokens, const std::vector<Tenso
   return codes;
 }
 
-// num_nodes: of the base at the beams' depth. below: from there down to items. delta_anchors: of the delta's nodes there.
 std::tuple<Tensor, Tensor, Tensor> rank_candidates_cpu(
     const Tensor& query, const Tensor& item_vectors, int64_t num_nodes, const std::vector<Tensor>& below,
     const std::optional<Tensor>& item_order, const std::optional<Tensor>& item_ids, const std::vector<Tensor>& delta_below,
     const std::optional<Tensor>& delta_order, const std::optional<Tensor>& delta_ids,
     const std::optional<Tensor>& delta_anchors, const std::vector<Tensor>& sets, const std::vector<int64_t>& set_of,
     const Tensor& nodes, const Tensor& scores, int64_t k, double eps) {
-  constexpr const char* kRank = "dgi_kernels, rank_candidates: ";
-  STD_TORCH_CHECK(query.dim() == 2 && item_vectors.dim() == 2 && query.size(1) == item_vectors.size(1)
-                      && query.scalar_type() == item_vectors.scalar_type(),
-                  kRank, "query must be (B, D) and item_vectors (rows, D), of one dtype");
-  for (const Tensor* vectors : {&query, &item_vectors}) {
-    STD_TORCH_CHECK(vectors->numel() == 0 || vectors->size(1) == 1 || vectors->stride(1) == 1, kRank,
-                    "vectors must be contiguous");
-  }
-  STD_TORCH_CHECK(nodes.dim() == 2 && nodes.size(0) == query.size(0), kRank, "nodes must be (B, M)");
-  STD_TORCH_CHECK(k >= 1 && num_nodes >= 0, kRank, "k must be at least 1, num_nodes at least 0");
-  const int64_t requests = query.size(0), width = nodes.size(1);
-  const Below base(below), delta(delta_below);
-  const Allowed allowed(sets, set_of, requests, 0, 0);
+  const RankingArguments arguments(query, item_vectors, num_nodes, below, item_order, item_ids, delta_below, delta_order,
+                                   delta_ids, delta_anchors, sets, set_of, nodes, k);
+  const int64_t requests = arguments.requests, width = arguments.width;
   return for_dtype(query, [&](auto stored) -> std::tuple<Tensor, Tensor, Tensor> {
     using Stored = decltype(stored);
     using Real = dgi::Compute<Stored>;
-    dgi::cpu::RankingInput<Stored> in{};
-    in.base = {num_nodes, base.levels(), rows_of("item_order", item_order), offsets_of("item_ids", item_ids)};
-    if (delta_anchors) {
-      in.anchors = anchors_of(*delta_anchors);
-      in.delta = {in.anchors.count, delta.levels(), rows_of("delta_order", delta_order),
-                  offsets_of("delta_ids", delta_ids)};
-    }
-    in.allowed = allowed.of_requests();
-    in.width = width, in.k = k, in.dim = query.size(1), in.rows = item_vectors.size(0);
+    auto in = arguments.input<dgi::cpu::RankingInput<Stored>>(eps);
     in.nodes = view_of<int64_t>("nodes", nodes, requests, width);
     in.scores = view_of<float>("scores", scores, requests, width);
-    in.query = data_of<Stored>(query), in.items = data_of<Stored>(item_vectors);
-    in.query_stride = query.stride(0), in.item_stride = item_vectors.stride(0);
-    in.eps = static_cast<Real>(eps);
     check_nodes(in.nodes, requests, width, in.base.nodes + in.delta.nodes);
     Tensor items = torch::stable::empty({requests, k}, ScalarType::Long);
     Tensor beam_scores = torch::stable::empty({requests, k}, ScalarType::Float);

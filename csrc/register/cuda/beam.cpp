@@ -7,13 +7,13 @@
 #include "cuda/ranking_cuda.h"
 #include "register/cuda/cuda_stream.h"
 #include "register/depth_arguments.h"
+#include "register/ranking_arguments.h"
 #include "register/trie_arguments.h"
 
 namespace dgi::registration {
 namespace {
 
 constexpr const char* kStep = "beam_step";
-constexpr const char* kRank = "dgi_kernels, rank_candidates: ";
 
 // Products of a head that are made at a time: 32 MB of float32, so that the kernels behind find them in the
 // second-level cache. Tests make fewer.
@@ -193,34 +193,15 @@ std::tuple<Tensor, Tensor, Tensor> rank_candidates_cuda(
     const std::optional<Tensor>& delta_ids, const std::optional<Tensor>& delta_anchors,
     const std::vector<Tensor>& sets, const std::vector<int64_t>& set_of,
     const Tensor& nodes, const Tensor& scores, int64_t k, double eps) {
-  STD_TORCH_CHECK(query.dim() == 2 && item_vectors.dim() == 2 && query.size(1) == item_vectors.size(1)
-                      && query.scalar_type() == item_vectors.scalar_type(),
-                  kRank, "query must be (B, D) and item_vectors (rows, D), of one dtype");
-  for (const Tensor* vectors : {&query, &item_vectors}) {
-    STD_TORCH_CHECK(vectors->numel() == 0 || vectors->size(1) == 1 || vectors->stride(1) == 1, kRank,
-                    "vectors must be contiguous");
-  }
-  STD_TORCH_CHECK(nodes.dim() == 2 && nodes.size(0) == query.size(0), kRank, "nodes must be (B, M)");
-  STD_TORCH_CHECK(k >= 1 && num_nodes >= 0, kRank, "k must be at least 1, num_nodes at least 0");
+  const RankingArguments arguments(query, item_vectors, num_nodes, below, item_order, item_ids, delta_below, delta_order,
+                                   delta_ids, delta_anchors, sets, set_of, nodes, k);
   check_devices("rank_candidates", query, item_vectors, below, item_order, item_ids, delta_below, delta_order,
                 delta_ids, delta_anchors, sets, nodes, scores);
-  const int64_t requests = query.size(0), width = nodes.size(1);
-  const Below base(below), delta(delta_below);
-  const Allowed allowed(sets, set_of, requests, 0, 0);
-  dgi::cuda::Ranking in{};
-  in.base = {num_nodes, base.levels(), rows_of("item_order", item_order), offsets_of("item_ids", item_ids)};
-  if (delta_anchors) {
-    in.anchors = anchors_of(*delta_anchors);
-    in.delta = {in.anchors.count, delta.levels(), rows_of("delta_order", delta_order),
-                offsets_of("delta_ids", delta_ids)};
-  }
-  in.allowed = allowed.of_requests();
-  in.requests = requests, in.width = width, in.k = k, in.dim = query.size(1), in.rows = item_vectors.size(0);
+  const int64_t requests = arguments.requests, width = arguments.width;
+  auto in = arguments.input<dgi::cuda::Ranking>(eps);
+  in.requests = requests, in.dtype = float_of(query);
   in.nodes = view_of<int64_t>(kRank, "nodes", nodes, requests, width);
   in.scores = view_of<float>(kRank, "scores", scores, requests, width);
-  in.query = query.const_data_ptr(), in.items = item_vectors.const_data_ptr(), in.dtype = float_of(query);
-  in.query_stride = query.stride(0), in.item_stride = item_vectors.stride(0);
-  in.eps = static_cast<float>(eps);
   const DeviceGuard guard(query.get_device_index());
   Tensor items = new_on(query, {requests, k}, ScalarType::Long);
   Tensor beam_scores = new_on(query, {requests, k}, ScalarType::Float);
