@@ -121,7 +121,7 @@ def cosine_launches() -> Iterator[Launch]:
                 bias = torch.randn(codes, requires_grad=True) if columns else None
                 same_as = torch.arange(codes) if columns else None
                 # With columns left out, smoothing is for chunks.
-                smoothing = 0.0 if columns and cosine.uses_flash(dim, dtype) else 0.1
+                smoothing = 0.0 if columns and cosine.uses_flash(dim, dtype) and dim <= cosine.COLUMNS_LARGEST else 0.1
                 options = LossOptions(label_smoothing=smoothing, return_log_normalizer=columns)
                 loss, lse = cosine.cosine_cross_entropy(h, weight, target, scale, bias, same_as, options)
                 (loss if lse is None else loss + lse.sum()).backward()

@@ -64,6 +64,7 @@ FLASH = {
          256: FlashConfig(Tiles(64, 64, 8, 2), Tiles(128, 32, 8, 2))},
 }
 FLASH_LARGEST = 256
+COLUMNS_LARGEST = 128  # where columns have more than their vectors, or log-normalizers a gradient: both take registers
 CHUNK_STEP = 2048  # columns of one pass of the chunked epilogues
 SUM_BLOCK = (32, 64)
 SUM_PROGRAMS = 64
@@ -87,6 +88,11 @@ def flash_config(dim: int, device: torch.device) -> tuple[int, FlashConfig]:
                               for name, tiles in table[b_d]._asdict().items()))
 
 
+def with_columns(tiles: Tiles, b_d: int) -> Tiles:
+    """Those of a pass whose columns have a bias or a group, or whose rows have two gradients: smaller, not to spill."""
+    return tiles if b_d <= 64 else tiles._replace(step=max(16, tiles.step // 2))
+
+
 def cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: float | Tensor, bias: Tensor | None,
                          same_as: Tensor | None, options: LossOptions) -> tuple[Tensor, Tensor | None]:
     """(N, D), (K, D), (N,) int64, bias (K,), same_as (K,) int64 -> loss () or (N,) float32, log normalizer (N,) float32
@@ -95,7 +101,7 @@ def cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: float
     keep_mean = torch.is_grad_enabled() and h.requires_grad
     loss, lse, *_ = _forward(h, weight, target, scale, None if bias is None else bias.float(),
                              None if same_as is None else _groups(same_as), options.ignore_index,
-                             options.label_smoothing, options.eps, keep_mean)
+                             options.label_smoothing, options.eps, keep_mean, options.return_log_normalizer)
     ignored = target == options.ignore_index
     log_normalizer = None
     if options.return_log_normalizer:
@@ -113,13 +119,13 @@ def _groups(same_as: Tensor) -> Tensor:
 
 @library.custom_op("dgi_kernels::cosine_loss_triton", mutates_args=())
 def _forward(h: Tensor, weight: Tensor, target: Tensor, scale: Tensor, bias: Tensor | None, groups: Tensor | None,
-             ignore_index: int, smoothing: float, eps: float,
-             keep_mean: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+             ignore_index: int, smoothing: float, eps: float, keep_mean: bool,
+             with_lse: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> loss, lse, residue, mean, centre, rnorm_h, rnorm_w, label, order; mean (N, D) is what dh is made of.
 
     The chunked form has neither mean nor order: they are empty, as is the mean that nobody asks for.
     """
-    outputs = _empty_outputs(h, weight, groups, smoothing, keep_mean)
+    outputs = _empty_outputs(h, weight, bias, groups, smoothing, keep_mean, with_lse)
     loss, lse, residue, mean, centre, rnorm_h, rnorm_w, label, order = outputs
     if h.shape[0] == 0:
         return outputs
@@ -142,7 +148,7 @@ def _forward(h: Tensor, weight: Tensor, target: Tensor, scale: Tensor, bias: Ten
             K=codes, D=dim, stride_h=h.stride(0), stride_w=weight.stride(0), ignore_index=ignore_index, eps=eps,
             smoothing=smoothing, b_n=b_n, b_d=b_d, num_warps=4)
         terms = _terms(bias, groups)
-        if not _is_flash(dim, h.dtype, groups, smoothing):
+        if not len(order):
             for own, s in _chunks(h, weight):
                 product(h[own], weight.T, s)
                 chunks.chunk_loss_kernel[(len(s),)](
@@ -157,6 +163,8 @@ def _forward(h: Tensor, weight: Tensor, target: Tensor, scale: Tensor, bias: Ten
         gain = 2.0**6 / rnorm_w.amax() if h.dtype == torch.float16 and codes else None
         b_d, config = flash_config(dim, h.device)
         tiles = config.forward if keep_mean else config.weight
+        if bias is not None or groups is not None:
+            tiles = with_columns(tiles, b_d)
         kernels.flash_forward_kernel[(triton.cdiv(rows, tiles.owned),)](
             h, weight, p_rnorm_h=rnorm_h, p_rnorm_w=rnorm_w, **terms, p_logit=logit, p_extra=extra, p_label=label,
             p_order=order, p_scale=scale, p_gain=gain, p_loss=loss, p_lse=lse, p_residue=residue, p_mean=mean, N=rows,
@@ -171,15 +179,18 @@ def _terms(bias: Tensor | None, groups: Tensor | None) -> dict[str, Tensor | Non
     return {"p_bias": bias, "p_group": None if groups is None else groups[0]}
 
 
-def _is_flash(dim: int, dtype: torch.dtype, groups: Tensor | None, smoothing: float) -> bool:
+def _is_flash(dim: int, dtype: torch.dtype, bias: Tensor | None, groups: Tensor | None, smoothing: float,
+              with_lse: bool) -> bool:
     """Smoothing over all columns but those left out is no vector that all rows share: only chunks have it."""
-    return uses_flash(dim, dtype) and (groups is None or smoothing == 0)
+    plain = bias is None and groups is None and not with_lse
+    return uses_flash(dim, dtype) and (plain or dim <= COLUMNS_LARGEST) and (groups is None or smoothing == 0)
 
 
-def _empty_outputs(h: Tensor, weight: Tensor, groups: Tensor | None, smoothing: float,
-                   keep_mean: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _empty_outputs(h: Tensor, weight: Tensor, bias: Tensor | None, groups: Tensor | None, smoothing: float,
+                   keep_mean: bool, with_lse: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                                                             Tensor, Tensor]:
     rows, codes, dim = h.shape[0], weight.shape[0], _tiled_dim(h.shape[1])
-    flash = _is_flash(dim, h.dtype, groups, smoothing)
+    flash = _is_flash(dim, h.dtype, bias, groups, smoothing, with_lse)
     loss, lse, residue, rnorm_h = (h.new_empty(rows, dtype=torch.float32) for _ in range(4))
     return (loss, lse, residue, h.new_empty(rows if flash and keep_mean else 0, dim),
             h.new_empty(dim, dtype=torch.float32), rnorm_h, h.new_empty(codes, dtype=torch.float32),
@@ -187,8 +198,8 @@ def _empty_outputs(h: Tensor, weight: Tensor, groups: Tensor | None, smoothing: 
 
 
 @_forward.register_fake
-def _(h, weight, target, scale, bias, groups, ignore_index, smoothing, eps, keep_mean):
-    return _empty_outputs(h, weight, groups, smoothing, keep_mean)
+def _(h, weight, target, scale, bias, groups, ignore_index, smoothing, eps, keep_mean, with_lse):
+    return _empty_outputs(h, weight, bias, groups, smoothing, keep_mean, with_lse)
 
 
 @dataclass(frozen=True)
@@ -277,7 +288,7 @@ def _gradients(dh: Tensor, of_loss: Tensor | None, of_lse: Tensor | None, saved:
     saved = replace(saved, h=_tiled(h), weight=_tiled(weight),
                     bias=None if saved.bias is None else saved.bias.contiguous())
     with torch.cuda.device_of(h):
-        if not _is_flash(saved.h.shape[1], h.dtype, saved.groups, saved.smoothing):
+        if not len(saved.order):
             radial = _chunked_gradients(upstream, saved, dh, dweight, dbias)
             return dh, dweight, dbias, radial.sum()
         by_row = len(saved.mean) > 0
@@ -289,7 +300,7 @@ def _gradients(dh: Tensor, of_loss: Tensor | None, of_lse: Tensor | None, saved:
 
 
 def _save(ctx, inputs, output) -> None:
-    h, weight, target, scale, bias, groups, *ctx.options, ctx.keeps_mean = inputs
+    h, weight, target, scale, bias, groups, *ctx.options, ctx.keeps_mean, ctx.with_lse = inputs
     _, lse, residue, mean, centre, rnorm_h, rnorm_w, label, order = output
     ctx.save_for_backward(target, h, weight, scale, bias, groups, lse, residue, mean, centre, rnorm_h, rnorm_w, label,
                           order)
@@ -308,9 +319,10 @@ def _differentiate(ctx, of_loss: Tensor | None, of_lse: Tensor | None, *_):
     ignore_index, smoothing, eps = ctx.options
     need_h, need_weight, _, need_scale, need_bias = ctx.needs_input_grad[:5]
     if of_loss is None and of_lse is None:
-        return (None,) * 10
+        return (None,) * 11
     if (need_h and not ctx.keeps_mean) or (ctx.mean_is_gone and (need_h or need_scale)):
-        mean = _forward(h, weight, target, scale, bias, groups, ignore_index, smoothing, eps, True)[3]
+        mean = _forward(h, weight, target, scale, bias, groups, ignore_index, smoothing, eps, True,
+                        ctx.with_lse)[3]
     operands = (h, weight, scale, bias, groups, lse, residue, mean, *others, smoothing, eps)
     if need_h and mean.shape == h.shape and type(mean) is Tensor and not torch.is_grad_enabled():
         ctx.mean_is_gone = True
@@ -318,7 +330,7 @@ def _differentiate(ctx, of_loss: Tensor | None, of_lse: Tensor | None, *_):
     else:
         dh, dweight, dbias, dscale = _backward(of_loss, of_lse, *operands, need_h, need_weight, need_bias)
     return (dh if need_h else None, dweight if need_weight else None, None, dscale if need_scale else None,
-            dbias if need_bias else None, None, None, None, None, None)
+            dbias if need_bias else None, None, None, None, None, None, None)
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -348,8 +360,10 @@ def _flash_weight(upstream: Upstream, saved: Saved, dweight: Tensor, dbias: Tens
     centre = torch.empty_like(h[0], dtype=torch.float32)
     _weighted_sum(h, upstream.loss * saved.rnorm_h, saved.smoothing / codes, centre)
     gain = gain_of((upstream.largest() * saved.rnorm_h).abs(), h.dtype)
-    per_row = (upstream.loss if upstream.both is None else 1.0) * saved.rnorm_h
+    per_row = upstream.loss * saved.rnorm_h if upstream.both is None else None
     b_d, (_, tiles) = flash_config(dim, h.device)
+    if upstream.both is not None or saved.bias is not None:
+        tiles = with_columns(tiles, b_d)
     programs = triton.cdiv(codes, tiles.owned)
     splits = max(1, min(triton.cdiv(rows, tiles.step), multiprocessors(h) // programs))
     # 16 bits and a factor for each column: what they round is an eighth of what bfloat16 gradients are rounded by, and
@@ -359,8 +373,9 @@ def _flash_weight(upstream: Upstream, saved: Saved, dweight: Tensor, dbias: Tens
     of_bias = torch.empty_like(largest) if dbias.numel() else None
     kernels.flash_weight_kernel[(programs, splits)](
         h, weight, p_rnorm_h=saved.rnorm_h, **saved.shared(), p_lse=saved.lse, p_residue=saved.residue,
-        p_upstream=per_row if gain is None else per_row * gain, p_both=upstream.both, p_own=upstream.own,
-        p_label=saved.label, p_order=saved.order, p_partial=partial, p_largest=largest, p_dbias=of_bias, N=rows, D=dim,
+        p_upstream=per_row if gain is None or per_row is None else per_row * gain, p_both=upstream.both,
+        p_own=upstream.own, p_gain=None if upstream.both is None else gain, p_label=saved.label,
+        p_order=saved.order, p_partial=partial, p_largest=largest, p_dbias=of_bias, N=rows, D=dim,
         stride_h=h.stride(0), stride_w=weight.stride(0), skip=2.0 ** LOG2_SKIP[h.dtype], b_k=tiles.owned,
         b_n=tiles.step, b_d=b_d, num_warps=tiles.warps, num_stages=tiles.stages)
     if of_bias is not None:

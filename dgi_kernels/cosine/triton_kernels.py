@@ -307,9 +307,10 @@ def flash_weight_kernel(
         p_group,  # (K,) int32 or None
         p_lse,  # (N,) in base 2
         p_residue,  # (N,) g_t
-        p_upstream,  # (N,) u rh, times the gain that keeps float16 in range; where p_both is given, rh times the gain
+        p_upstream,  # (N,) u rh, times the gain that keeps float16 in range, or None where p_both is given
         p_both,  # (N,) u + v, or None: neither v nor a gradient of the bias
         p_own,  # (N,) t_nk of the target but for its e / K, or None
+        p_gain,  # () or None: the gain, where p_both is given
         p_label,  # (N,) int32
         p_order,  # (N,) int64
         p_scale,  # ()
@@ -338,24 +339,25 @@ def flash_weight_kernel(
         rnorm = tl.load(p_rnorm_h + o_n, mask=m_n, other=0.0)
         lse = tl.load(p_lse + o_n, mask=m_n, other=float("inf"))
         residue = tl.load(p_residue + o_n, mask=m_n, other=0.0)
-        upstream = tl.load(p_upstream + o_n, mask=m_n, other=0.0)
+        if p_both is None:
+            upstream = tl.load(p_upstream + o_n, mask=m_n, other=0.0)
         label = tl.load(p_label + o_n, mask=m_n, other=IGNORED)
         s = tl.dot(w, tl.trans(h), input_precision="ieee")
         g = tl.exp2(scores(s, scale_w[:, None], rnorm[None, :], bias) - lse[None, :])
         if p_group is not None:
             g = tl.where(group[:, None] == group_of_target(p_group, label)[None, :], 0.0, g)
         is_target = o_k[:, None] == label[None, :]
-        if p_both is None:
-            g = tl.where(is_target, residue[None, :], g)
-        else:
-            both = tl.load(p_both + o_n, mask=m_n, other=0.0)
-            t = tl.where(is_target, tl.load(p_own + o_n, mask=m_n, other=0.0)[None, :], g * both[None, :])
-            dbias += tl.sum(t, axis=1)
-            g = tl.where(is_target, 1.0, g)  # whatever its weight, it counts
+        g = tl.where(is_target, residue[None, :] if p_both is None else 1.0, g)
         unknown = tl.max((lse != lse).to(tl.int32), axis=0)  # tl.max drops NaN, which must reach dw
-        if (tl.max(tl.abs(g)) >= skip) | (unknown > 0):
-            weights = (g if p_both is None else t) * upstream[None, :]
-            dw = tl.dot(weights.to(h.dtype), h, dw, input_precision="ieee")
+        counts = (tl.max(tl.abs(g)) >= skip) | (unknown > 0)
+        if p_both is not None:
+            both = tl.load(p_both + o_n, mask=m_n, other=0.0)
+            own = tl.load(p_own + o_n, mask=m_n, other=0.0)
+            g = tl.where(is_target, own[None, :], g * both[None, :])
+            dbias += tl.sum(g, axis=1)
+            upstream = rnorm if p_gain is None else rnorm * tl.load(p_gain)
+        if counts:
+            dw = tl.dot((g * upstream[None, :]).to(h.dtype), h, dw, input_precision="ieee")
     o_partial = i_split.to(tl.int64) * K + o_k
     largest = tl.max(tl.abs(dw), axis=1)
     dw *= tl.where(largest > 1e-30, 1.0 / largest, 1e30)[:, None]

@@ -446,7 +446,7 @@ def test_public_op_autocast_and_leading_dimensions(form: str) -> None:
 def test_operator_registration(form: str) -> None:
     h, weight, target = inputs(9, 5, 11)
     gamma = torch.tensor(20.0, device=DEVICE, requires_grad=True)
-    arguments = (h.requires_grad_(), weight.requires_grad_(), target, gamma, None, None, -100, 0.1, 1e-12, True)
+    arguments = (h.requires_grad_(), weight.requires_grad_(), target, gamma, None, None, -100, 0.1, 1e-12, True, False)
     library.opcheck(torch.ops.dgi_kernels.cosine_loss_triton.default, arguments)
     bias, groups = torch.randn(11, device=DEVICE, requires_grad=True), triton._groups(torch.arange(11, device=DEVICE))
     library.opcheck(torch.ops.dgi_kernels.cosine_loss_triton.default, (h, weight, target, gamma, bias, groups,
