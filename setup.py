@@ -37,8 +37,17 @@ STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10
 # Without contraction into fused multiply-adds the noise has the same bits on every CPU: costs 20 % of it.
 # -g0: Python's own flags ask for debug information: a library ten times as large, and a fifth slower to build.
 # -fopenmp-simd obeys `#pragma omp simd`, which says which sums may be reordered; it needs and links no OpenMP.
-CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fopenmp-simd",
-             "-fvisibility=hidden", STABLE_ABI]
+CXX_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-g0",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=off",
+    "-fopenmp-simd",
+    "-fvisibility=hidden",
+    STABLE_ABI,
+]
 # The headers share constexpr functions of the C++ library, std::bit_cast and limits, with device code.
 NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", STABLE_ABI]
 
@@ -49,8 +58,10 @@ def why_no_compiler() -> str | None:
         return f"the extension cannot be built on {sys.platform} yet"
     command = os.environ.get("CXX", "c++")
     if shutil.which(shlex.split(command)[0]) is None:
-        return (f"no C++ compiler was found ({command!r}): install one, e.g. `apt install g++`, "
-                "or name it in the environment variable CXX")
+        return (
+            f"no C++ compiler was found ({command!r}): install one, e.g. `apt install g++`, "
+            "or name it in the environment variable CXX"
+        )
     return None
 
 
@@ -80,8 +91,11 @@ def with_cuda() -> bool:
 
 
 def warn_pure_python(reason: str) -> None:
-    print(f"WARNING: dgi-kernels is installed without its compiled kernels, as pure Python (slower): {reason}",
-          file=sys.stderr, flush=True)
+    print(
+        f"WARNING: dgi-kernels is installed without its compiled kernels, as pure Python (slower): {reason}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 class BuildPurePython(build_py):
@@ -115,13 +129,22 @@ def extension(cuda: bool) -> Extension:
         # torch's own default is the GPUs that it sees here, and an error where there is none.
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     include = [str(Path(folder).absolute()) for folder in ("csrc", "csrc/include")]
-    return kind("dgi_kernels._C", sources, include_dirs=include, define_macros=macros,
-                extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS}, py_limited_api=True)
+    return kind(
+        "dgi_kernels._C",
+        sources,
+        include_dirs=include,
+        define_macros=macros,
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+        py_limited_api=True,
+    )
 
 
 build_cuda = with_cuda()
 if why_no_compiler() is None:
-    setup(ext_modules=[extension(build_cuda)], cmdclass={"build_ext": BuildExtension},
-          options={"bdist_wheel": {"py_limited_api": "cp310"}})
+    setup(
+        ext_modules=[extension(build_cuda)],
+        cmdclass={"build_ext": BuildExtension},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )
 else:
     setup(cmdclass={"build_py": BuildPurePython})

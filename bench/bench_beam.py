@@ -50,8 +50,19 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDS = 5, 50  # at least and at most
 BUDGET = 5.0  # seconds for all rounds of a table
 
-SYSTEMS = ("native", "filtered", "updated", "reference", "STATIC", "STATIC compiled", "dict trie", "dense mask",
-           "FlashRec", "heads", "ranking")
+SYSTEMS = (
+    "native",
+    "filtered",
+    "updated",
+    "reference",
+    "STATIC",
+    "STATIC compiled",
+    "dict trie",
+    "dense mask",
+    "FlashRec",
+    "heads",
+    "ranking",
+)
 OTHER_ITEMS = "filtered", "updated"  # what they find need not be what the others do
 
 
@@ -82,13 +93,13 @@ class Case:
         sids = np.empty((self.items, self.levels), dtype=np.int16 if self.codes <= 2**15 else np.int32)
         if self.spread == "uniform":
             for first in range(0, self.items, chunk):
-                part = sids[first:first + chunk]
+                part = sids[first : first + chunk]
                 part[:] = random.integers(0, self.codes, part.shape)
             return sids
         cumulated = np.cumsum(1 / np.arange(1, self.codes + 1))
         order = random.permutation(self.codes)
         for first in range(0, self.items, chunk):
-            part = sids[first:first + chunk]
+            part = sids[first : first + chunk]
             ranks = np.searchsorted(cumulated[:-1], random.random(part.shape) * cumulated[-1])
             prefix = np.zeros(len(part), dtype=np.int64)
             for level in range(self.levels):
@@ -98,14 +109,28 @@ class Case:
 
 
 CASES = {
-    "B1-M10": Case(batch=1, beams=10), "B1-M50": Case(batch=1), "B8-M10": Case(beams=10), "B8-M50": Case(),
-    "B64-M10": Case(batch=64, beams=10), "B64-M50": Case(batch=64), "B64-M100": Case(batch=64, beams=100),
-    "M512": Case(beams=512), "V256": Case(codes=256), "V256-B64": Case(codes=256, batch=64),
-    "V256-N1e5": Case(items=10**5, codes=256), "V4096": Case(codes=4096, batch=64), "L4": Case(levels=4),
-    "L5": Case(levels=5), "L8": Case(levels=8), "uniform": Case(spread="uniform"),
-    "uniform-V256": Case(codes=256, spread="uniform"), "uniform-N1e5": Case(items=10**5, spread="uniform"),
+    "B1-M10": Case(batch=1, beams=10),
+    "B1-M50": Case(batch=1),
+    "B8-M10": Case(beams=10),
+    "B8-M50": Case(),
+    "B64-M10": Case(batch=64, beams=10),
+    "B64-M50": Case(batch=64),
+    "B64-M100": Case(batch=64, beams=100),
+    "M512": Case(beams=512),
+    "V256": Case(codes=256),
+    "V256-B64": Case(codes=256, batch=64),
+    "V256-N1e5": Case(items=10**5, codes=256),
+    "V4096": Case(codes=4096, batch=64),
+    "L4": Case(levels=4),
+    "L5": Case(levels=5),
+    "L8": Case(levels=8),
+    "uniform": Case(spread="uniform"),
+    "uniform-V256": Case(codes=256, spread="uniform"),
+    "uniform-N1e5": Case(items=10**5, spread="uniform"),
     "uniform-N1e7": Case(items=10**7, batch=64, spread="uniform"),
-    "N1e5": Case(items=10**5), "N1e7": Case(items=10**7, batch=64), "N1e8": Case(items=10**8, batch=64),  # 8 GB
+    "N1e5": Case(items=10**5),
+    "N1e7": Case(items=10**7, batch=64),
+    "N1e8": Case(items=10**8, batch=64),  # 8 GB
 }
 DEFAULT = [name for name in CASES if name != "N1e8"]
 
@@ -115,8 +140,10 @@ class Model:
 
     def __init__(self, case: Case) -> None:
         self.case, self.asked = case, []
-        self.logits = [torch.randn(case.batch, case.beams if level else 1, case.codes, device=DEVICE)
-                       for level in range(case.levels)]
+        self.logits = [
+            torch.randn(case.batch, case.beams if level else 1, case.codes, device=DEVICE)
+            for level in range(case.levels)
+        ]
 
     def __call__(self, level: int) -> Tensor:
         self.asked.append(time.perf_counter())
@@ -132,15 +159,25 @@ def trie_of(sids: np.ndarray, case: Case) -> Trie:
 
 def ours(sids: np.ndarray, model: Model, case: Case, backend: str) -> Search:
     trie = trie_of(sids, case)
-    return lambda: beam_search(trie, lambda depth, tokens, parents: model(depth), batch_size=case.batch,
-                               num_beams=case.beams, backend=backend).codes
+    return lambda: (
+        beam_search(
+            trie,
+            lambda depth, tokens, parents: model(depth),
+            batch_size=case.batch,
+            num_beams=case.beams,
+            backend=backend,
+        ).codes
+    )
 
 
 def filtered(sids: np.ndarray, model: Model, case: Case) -> Search:
     trie = trie_of(sids, case)
     half = trie.filter(mask=torch.rand(case.items, device=DEVICE) < 0.5)
-    return lambda: beam_search(trie, lambda depth, tokens, parents: model(depth), batch_size=case.batch,
-                               num_beams=case.beams, filters=half).codes
+    return lambda: (
+        beam_search(
+            trie, lambda depth, tokens, parents: model(depth), batch_size=case.batch, num_beams=case.beams, filters=half
+        ).codes
+    )
 
 
 def updated(sids: np.ndarray, model: Model, case: Case, changes: int = 1000) -> Search:
@@ -149,8 +186,11 @@ def updated(sids: np.ndarray, model: Model, case: Case, changes: int = 1000) -> 
     added[:, -1] = torch.randint(0, case.codes, (changes,), device=DEVICE)  # prefixes as popular as those of the others
     ids = torch.arange(case.items, case.items + changes, device=DEVICE)
     trie = trie_of(sids, case).update(add=(added, ids), remove=gone)
-    return lambda: beam_search(trie, lambda depth, tokens, parents: model(depth), batch_size=case.batch,
-                               num_beams=case.beams).codes
+    return lambda: (
+        beam_search(
+            trie, lambda depth, tokens, parents: model(depth), batch_size=case.batch, num_beams=case.beams
+        ).codes
+    )
 
 
 def static_search(sids: np.ndarray, case: Case) -> Callable[[list[Tensor], Callable[[int], object]], Tensor]:
@@ -170,8 +210,19 @@ def static_search(sids: np.ndarray, case: Case) -> Callable[[list[Tensor], Calla
             ask(level)
             return logits[level].view(-1, 1, case.codes)
 
-        return decoding_pt.sparse_transition_torch(step, case.batch, case.beams, case.beams, 0, case.levels, case.codes,
-                                                   branches, *arrays, torch.device(DEVICE))
+        return decoding_pt.sparse_transition_torch(
+            step,
+            case.batch,
+            case.beams,
+            case.beams,
+            0,
+            case.levels,
+            case.codes,
+            branches,
+            *arrays,
+            torch.device(DEVICE),
+        )
+
     return search
 
 
@@ -200,6 +251,7 @@ def static_compiled(sids: np.ndarray, model: Model, case: Case) -> Search:
 
 def masked_search(model: Model, case: Case, mask: Callable[[Tensor], Tensor]) -> Search:
     """``mask(codes (B, M, t))`` -> (B, M, V), 0 where a code may follow and -inf elsewhere."""
+
     def search() -> Tensor:
         scores = torch.zeros(case.batch, 1, device=DEVICE)
         codes = torch.empty(case.batch, 1, 0, dtype=torch.int64, device=DEVICE)
@@ -209,6 +261,7 @@ def masked_search(model: Model, case: Case, mask: Callable[[Tensor], Tensor]) ->
             parents = (place // case.codes).unsqueeze(2).expand(-1, -1, level)
             codes = torch.cat([codes.gather(1, parents), (place % case.codes).unsqueeze(2)], dim=2)
         return codes
+
     return search
 
 
@@ -229,6 +282,7 @@ def dict_trie(sids: np.ndarray, model: Model, case: Case) -> Search:
                     node = node.get(code, {})
                 result[b, m, list(node)] = 0
         return result
+
     return masked_search(model, case, mask)
 
 
@@ -251,6 +305,7 @@ def dense_mask(sids: np.ndarray, model: Model, case: Case) -> Search:
             key = key * case.codes + code
         depth = codes.shape[2]
         return tables[depth][torch.searchsorted(keys[depth], key).clamp(max=len(keys[depth]) - 1)]
+
     return masked_search(model, case, mask)
 
 
@@ -283,17 +338,31 @@ def flashrec(sids: np.ndarray, model: Model, case: Case) -> Search:
             if level == 0:
                 logprobs, tokens = (x.expand(-1, case.beams, -1).contiguous() for x in (logprobs, tokens))
             result = genrec_mask_topk_expand(
-                scores, logprobs, tokens, select_k=case.beams, node_ids=nodes, allow_table=allowed, token_ids=codes,
-                col=level, next_node=following, invalid_node=dead, workspace=workspace)
+                scores,
+                logprobs,
+                tokens,
+                select_k=case.beams,
+                node_ids=nodes,
+                allow_table=allowed,
+                token_ids=codes,
+                col=level,
+                next_node=following,
+                invalid_node=dead,
+                workspace=workspace,
+            )
             scores, codes, nodes = result.vals.clone(), result.token_ids, result.node_ids
         return codes.clone()
+
     return search
 
 
 def systems(case: Case) -> dict[str, Callable[[np.ndarray, Model, Case], Search]]:
     """What can run this case, by name."""
-    found = {backend: lambda *given, backend=backend: ours(*given, backend)
-             for backend in ("native", "reference") if backends()[backend].available}
+    found = {
+        backend: lambda *given, backend=backend: ours(*given, backend)
+        for backend in ("native", "reference")
+        if backends()[backend].available
+    }
     if case.items > 10**7:
         print(f"{case.items} items: ours alone, since the others take too long to build")
         return {"native": found["native"]}
@@ -305,7 +374,7 @@ def systems(case: Case) -> dict[str, Callable[[np.ndarray, Model, Case], Search]
         found |= {"STATIC": static, "STATIC compiled": static_compiled}
     if case.items <= 10**6 and case.levels <= 4:
         found["dict trie"] = dict_trie
-    nodes = min(case.items, case.codes**(case.levels - 1))
+    nodes = min(case.items, case.codes ** (case.levels - 1))
     if nodes * case.codes <= 10**8:
         found["dense mask"] = dense_mask
     fits_flashrec = case.beams <= 512 and nodes * case.codes <= 4 * 10**9
@@ -346,13 +415,21 @@ def bench_searches(case: Case, results: Results, only: list[str] | None) -> dict
     for name, value in median.items():
         taken = steps.get(name, []) if DEVICE == "cpu" else []
         by_step = [statistics.median(step) for step in zip(*taken, strict=True)]
-        same = (answers[name] == answers["native"]).double().mean().item() if name in answers and "native" in answers \
-            and name not in OTHER_ITEMS else None
-        print(f"{name:16}{1e3 * value:12.3f}{value / median.get('native', value):10.2f}{built.get(name, 0):10.2f}"
-              + (f"{100 * same:10.1f} %" if same is not None else f"{'':12}")
-              + "   " + " ".join(f"{1e3 * step:.3f}" for step in by_step), flush=True)
-        results.add("beam_search", asdict(case), name, times[name], build_s=built.get(name), same_codes=same,
-                    steps_s=by_step)
+        same = (
+            (answers[name] == answers["native"]).double().mean().item()
+            if name in answers and "native" in answers and name not in OTHER_ITEMS
+            else None
+        )
+        print(
+            f"{name:16}{1e3 * value:12.3f}{value / median.get('native', value):10.2f}{built.get(name, 0):10.2f}"
+            + (f"{100 * same:10.1f} %" if same is not None else f"{'':12}")
+            + "   "
+            + " ".join(f"{1e3 * step:.3f}" for step in by_step),
+            flush=True,
+        )
+        results.add(
+            "beam_search", asdict(case), name, times[name], build_s=built.get(name), same_codes=same, steps_s=by_step
+        )
     return median
 
 
@@ -369,9 +446,11 @@ def head_steps(case: Case, normalize: str) -> dict[str, Step]:
         h = torch.randn(case.batch, beams.nodes.shape[1], case.dim, device=DEVICE)
         last, beams = beams, cosine_beam_step(trie, h, codebook, 30.0, beams, num_beams=case.beams)
     options = {"num_beams": case.beams, "normalize": normalize}
-    return {"head, then step": functools.partial(head_then_step, trie, h, codebook, last, **options),
-            "fused": functools.partial(cosine_beam_step, trie, h, codebook, 30.0, last, **options),
-            "floor": lambda: h.flatten(0, 1) @ codebook.T}
+    return {
+        "head, then step": functools.partial(head_then_step, trie, h, codebook, last, **options),
+        "fused": functools.partial(cosine_beam_step, trie, h, codebook, 30.0, last, **options),
+        "floor": lambda: h.flatten(0, 1) @ codebook.T,
+    }
 
 
 def bench_heads(case: Case, results: Results) -> None:
@@ -379,9 +458,11 @@ def bench_heads(case: Case, results: Results) -> None:
     for normalize in ("full", "children"):
         times = measured(head_steps(case, normalize))
         median = {name: statistics.median(values) for name, values in times.items()}
-        print(f"last step, D={case.dim}, normalize={normalize}: "
-              + ", ".join(f"{name} {1e3 * value:.3f} ms" for name, value in median.items())
-              + f"; fused is {median['head, then step'] / median['fused']:.2f} times as fast")
+        print(
+            f"last step, D={case.dim}, normalize={normalize}: "
+            + ", ".join(f"{name} {1e3 * value:.3f} ms" for name, value in median.items())
+            + f"; fused is {median['head, then step'] / median['fused']:.2f} times as fast"
+        )
         for name in times:
             results.add("cosine_beam_step", asdict(case) | {"normalize": normalize}, name, times[name])
 
@@ -391,8 +472,11 @@ def ranking_steps(case: Case, k: int, dim: int) -> dict[str, Step]:
     trie, model = trie_of(case.sids(), case), Model(case)
     found = beam_search(trie, lambda depth, tokens, parents: model(depth), batch_size=case.batch, num_beams=case.beams)
     query, vectors = torch.randn(case.batch, dim, device=DEVICE), torch.randn(case.items, dim, device=DEVICE)
-    return {backend: lambda backend=backend: rank_candidates(query, vectors, trie, found, k, backend=backend)
-            for backend in ("native", "reference") if backends()[backend].available}
+    return {
+        backend: lambda backend=backend: rank_candidates(query, vectors, trie, found, k, backend=backend)
+        for backend in ("native", "reference")
+        if backends()[backend].available
+    }
 
 
 def bench_ranking(case: Case, results: Results, k: int = 100, dim: int = 64) -> None:

@@ -49,8 +49,12 @@ def eager_loss(h: Tensor, weight: Tensor, target: Tensor, scale: Tensor) -> Tens
 
 def chunked_loss(h: Tensor, weight: Tensor, target: Tensor, scale: Tensor) -> Tensor:
     """torch's own chunked head knows neither norms nor the scale: it is given normalised copies."""
-    return F.linear_cross_entropy(scale * F.normalize(h, dim=-1), F.normalize(weight, dim=-1), target,
-                                  options=torch.nn.LinearCrossEntropyOptions())
+    return F.linear_cross_entropy(
+        scale * F.normalize(h, dim=-1),
+        F.normalize(weight, dim=-1),
+        target,
+        options=torch.nn.LinearCrossEntropyOptions(),
+    )
 
 
 @functools.cache
@@ -63,8 +67,13 @@ def biased_loss(h: Tensor, weight: Tensor, target: Tensor, scale: Tensor) -> Ten
 
 
 compiled_loss = torch.compile(eager_loss, dynamic=False)
-LOSSES = {"eager": eager_loss, "compile": compiled_loss, "linear_cross_entropy": chunked_loss,
-          "ours": cosine_cross_entropy, "with bias": biased_loss}
+LOSSES = {
+    "eager": eager_loss,
+    "compile": compiled_loss,
+    "linear_cross_entropy": chunked_loss,
+    "ours": cosine_cross_entropy,
+    "with bias": biased_loss,
+}
 
 
 def step(loss: Callable[..., Tensor], arguments: Inputs) -> Step:
@@ -96,8 +105,10 @@ def steps(n: int, d: int, k: int, peaked: bool) -> dict[str, Step]:
 
 def table(shapes: list[tuple[int, int, int]], rounds: int) -> Results:
     names, results = ["floor", *LOSSES], Results()
-    print(f"{title()}; ms (ratio to the floor), MB at the peak; medians of {rounds} interleaved rounds"
-          f" ({min(rounds, LARGE_ROUNDS)} where N K D > {LARGE:.0e})\n")
+    print(
+        f"{title()}; ms (ratio to the floor), MB at the peak; medians of {rounds} interleaved rounds"
+        f" ({min(rounds, LARGE_ROUNDS)} where N K D > {LARGE:.0e})\n"
+    )
     print("| N | D | K | logits | " + " | ".join(names) + " |\n" + "|---" * (4 + len(names)) + "|")
     for n, d, k in shapes:
         for logits in ("flat", "peaked"):
@@ -109,8 +120,10 @@ def table(shapes: list[tuple[int, int, int]], rounds: int) -> Results:
                 shape = {"N": n, "D": d, "K": k, "logits": logits}
                 results.add("cosine_cross_entropy", shape, name, times[name], memory)
                 median = statistics.median(times[name])
-                cells.append(f"{1e3 * median:.4g} ({median / base:.2f})"
-                             + (f", {memory / 1e6:.0f} MB" if memory is not None else ""))
+                cells.append(
+                    f"{1e3 * median:.4g} ({median / base:.2f})"
+                    + (f", {memory / 1e6:.0f} MB" if memory is not None else "")
+                )
             print(f"| {n} | {d} | {k} | {logits} | " + " | ".join(cells) + " |", flush=True)
     return results
 

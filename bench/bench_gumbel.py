@@ -44,8 +44,10 @@ def noise_table(rounds: int, results: Results) -> None:
     print(f"{title()}; medians of {3 * rounds} interleaved rounds\n")
     print("| noise | exponential_ ns | gumbel_noise ns | ratio |\n|---|---|---|---|")
     for rows, codes in NOISE_SHAPES:
-        systems = {"exponential_": lambda n=rows, k=codes: exponential(n, k),
-                   "ours": lambda n=rows, k=codes: in_cpp(n, k)}
+        systems = {
+            "exponential_": lambda n=rows, k=codes: exponential(n, k),
+            "ours": lambda n=rows, k=codes: in_cpp(n, k),
+        }
         times = interleaved(systems, 3 * rounds)
         theirs, mine = (1e9 * statistics.median(times[name]) / (rows * codes) for name in systems)
         print(f"| ({rows}, {codes}) | {theirs:.2f} | {mine:.2f} | {theirs / mine:.1f} |")

@@ -62,15 +62,28 @@ class Case:
     def language_model(self) -> Any:
         ids = {"vocab_size": self.words + self.levels * self.codes, "pad_token_id": PAD, "eos_token_id": END}
         if self.model in ("t5", "letter"):
-            return T5ForConditionalGeneration(T5Config(
-                **ids, d_model=128, d_kv=64, d_ff=1024, num_layers=4, num_heads=6, decoder_start_token_id=PAD)).eval()
-        return Qwen2ForCausalLM(Qwen2Config(
-            **ids, bos_token_id=2, hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4,
-            num_key_value_heads=2)).eval()
+            return T5ForConditionalGeneration(
+                T5Config(**ids, d_model=128, d_kv=64, d_ff=1024, num_layers=4, num_heads=6, decoder_start_token_id=PAD)
+            ).eval()
+        return Qwen2ForCausalLM(
+            Qwen2Config(
+                **ids,
+                bos_token_id=2,
+                hidden_size=256,
+                intermediate_size=1024,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+            )
+        ).eval()
 
 
-CASES = {"t5": Case("t5", levels=4, beams=20), "t5 wide": Case("t5", levels=4, beams=50),
-         "letter": Case("letter", levels=4, beams=20, batch=16), "decoder": Case("decoder", levels=3, beams=20)}
+CASES = {
+    "t5": Case("t5", levels=4, beams=20),
+    "t5 wide": Case("t5", levels=4, beams=50),
+    "letter": Case("letter", levels=4, beams=20, batch=16),
+    "decoder": Case("decoder", levels=3, beams=20),
+}
 
 
 def systems(case: Case) -> dict[str, Step]:
@@ -89,9 +102,16 @@ def systems(case: Case) -> dict[str, Step]:
     start = 1 if encodes else case.length
 
     def generate(**constraint: Any) -> Any:
-        return model.generate(**prompts, num_beams=case.beams, num_return_sequences=case.beams, do_sample=False,
-                              max_new_tokens=case.levels + 1, return_dict_in_generate=True, output_scores=True,
-                              **constraint)
+        return model.generate(
+            **prompts,
+            num_beams=case.beams,
+            num_return_sequences=case.beams,
+            do_sample=False,
+            max_new_tokens=case.levels + 1,
+            return_dict_in_generate=True,
+            output_scores=True,
+            **constraint,
+        )
 
     tree: dict = {}
     for row in (codes + np.array(offsets)).tolist():
@@ -107,8 +127,9 @@ def systems(case: Case) -> dict[str, Step]:
 
     processor = TrieLogitsProcessor(trie, offsets, start=start, eos_token_id=END)
 
-    def steps_alone(model: Any, prompt: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any,
-                    **inputs: Any) -> Tensor:
+    def steps_alone(
+        model: Any, prompt: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **inputs: Any
+    ) -> Tensor:
         steps = ModelSteps(model, prompt, inputs)
         steps.first()
         tokens, parents = torch.randint(case.words, (2, case.batch, case.beams))
@@ -123,7 +144,8 @@ def systems(case: Case) -> dict[str, Step]:
     found: dict[str, Step] = {
         "floor": model_alone,
         "constrained_generate": lambda: constrained_generate(
-            model, trie, **prompts, token_offsets=offsets, num_beams=case.beams, eos_token_id=END),
+            model, trie, **prompts, token_offsets=offsets, num_beams=case.beams, eos_token_id=END
+        ),
         "generate, TrieLogitsProcessor": lambda: generate(logits_processor=[processor]),
         "generate, dict trie": lambda: generate(prefix_allowed_tokens_fn=allowed),
         "generate, unconstrained": generate,
@@ -162,10 +184,14 @@ def main() -> None:
         for system, run in found.items():
             memory = peak_bytes(run)
             median = statistics.median(times[system])
-            print(f"{system:32}{1e3 * median:10.1f}{median / floor:10.2f}"
-                  f"{'' if memory is None else f'{memory / 1e6:10.0f}'}", flush=True)
-            results.add("constrained_generate", {**vars(case), "threads": options.threads}, system, times[system],
-                        memory)
+            print(
+                f"{system:32}{1e3 * median:10.1f}{median / floor:10.2f}"
+                f"{'' if memory is None else f'{memory / 1e6:10.0f}'}",
+                flush=True,
+            )
+            results.add(
+                "constrained_generate", {**vars(case), "threads": options.threads}, system, times[system], memory
+            )
     if options.json:
         results.write(options.json)
 

@@ -75,8 +75,9 @@ compiled = torch.compile(eager, dynamic=False)
 SYSTEMS = {"eager": eager, "compile": compiled, "ours": ours}
 
 
-def step(quantize: Callable[..., tuple[Tensor, list[Tensor]]], z: Tensor, codebooks: list[Tensor], scale: Tensor,
-         tau: float) -> Step:
+def step(
+    quantize: Callable[..., tuple[Tensor, list[Tensor]]], z: Tensor, codebooks: list[Tensor], scale: Tensor, tau: float
+) -> Step:
     weight = torch.randn(len(z), len(codebooks), z.shape[1])
 
     def run() -> object:
@@ -107,8 +108,15 @@ def floor(z: Tensor, codebooks: list[Tensor]) -> Step:
 def vector_quantize_pytorch(z: Tensor, sizes: tuple[int, ...], tau: float) -> Step:
     from vector_quantize_pytorch import ResidualVQ
 
-    model = ResidualVQ(dim=z.shape[1], num_quantizers=len(sizes), codebook_size=sizes, learnable_codebook=True,
-                       ema_update=False, stochastic_sample_codes=True, sample_codebook_temp=tau)
+    model = ResidualVQ(
+        dim=z.shape[1],
+        num_quantizers=len(sizes),
+        codebook_size=sizes,
+        learnable_codebook=True,
+        ema_update=False,
+        stochastic_sample_codes=True,
+        sample_codebook_temp=tau,
+    )
     weights = [p for p in model.parameters() if p.requires_grad]
 
     def run() -> object:
@@ -139,8 +147,11 @@ def assignments(d: int, rows: int = 0, sizes: tuple[int, ...] = SIZES) -> dict[s
     z, codebooks, _ = inputs(d, True, rows, sizes)
     z, books = z.detach().repeat(4, 1), [codebook.detach() for codebook in codebooks]
     out = [torch.empty(len(z), len(e)) for e in books]
-    return {"floor": lambda: [torch.mm(z, e.T, out=tile) for e, tile in zip(books, out, strict=True)],
-            "eager": lambda: assign_in_pytorch(z, books), "ours": lambda: assign_codes(z, books)}
+    return {
+        "floor": lambda: [torch.mm(z, e.T, out=tile) for e, tile in zip(books, out, strict=True)],
+        "eager": lambda: assign_in_pytorch(z, books),
+        "ours": lambda: assign_codes(z, books),
+    }
 
 
 def assign_catalog(items: int, results: Results, d: int = 64, batch: int = 65536) -> None:
@@ -154,25 +165,39 @@ def assign_catalog(items: int, results: Results, d: int = 64, batch: int = 65536
             z = torch.randn(min(batch, items - first), d, generator=random)
             codes: list[Tensor] = []
             spent += seconds(lambda z=z, codes=codes: codes.append(assign_codes(z, books)))
-            product += seconds(lambda z=z: [torch.mm(z, e.T, out=tile[:len(z), :len(e)].flatten()[:len(z) * len(e)]
-                                                     .view(len(z), len(e))) for e in books])
+            product += seconds(
+                lambda z=z: [
+                    torch.mm(z, e.T, out=tile[: len(z), : len(e)].flatten()[: len(z) * len(e)].view(len(z), len(e)))
+                    for e in books
+                ]
+            )
             counts += codes[0][:, 0].bincount(minlength=SIZES[0])
             bar.update(len(z))
-    print(f"{items:,} items, D={d}, K={SIZES}: {spent:.1f} s, {items / spent / 1e6:.2f} million a second; the matrix "
-          f"products alone {product:.1f} s; {int((counts > 0).sum())} codes of the first level in use; {title()}")
+    print(
+        f"{items:,} items, D={d}, K={SIZES}: {spent:.1f} s, {items / spent / 1e6:.2f} million a second; the matrix "
+        f"products alone {product:.1f} s; {int((counts > 0).sum())} codes of the first level in use; {title()}"
+    )
     for name, total in (("floor", product), ("ours", spent)):
         results.add("assign_codes", {"items": items, "D": d}, name, [total])
 
 
 def table(shapes: list[tuple[int, float]], rounds: int, results: Results) -> None:
-    print(f"{title()}; N = {ROWS}, K = {SIZES}; ms (ratio to the floor), MB at the peak; medians of {rounds} "
-          f"interleaved rounds\n")
+    print(
+        f"{title()}; N = {ROWS}, K = {SIZES}; ms (ratio to the floor), MB at the peak; medians of {rounds} "
+        f"interleaved rounds\n"
+    )
     for row, (d, tau, peaked) in enumerate((d, tau, p) for d, tau in shapes for p in (False, True)):
         systems, kind = steps(d, tau, peaked), "peaked" if peaked else "flat"
         if row == 0:
             print_header("D", "tau", "assignments", *systems)
-        add_row("residual_quantize", {"N": ROWS, "D": d, "tau": tau, "assignments": kind}, (d, tau, kind), systems,
-                rounds, results)
+        add_row(
+            "residual_quantize",
+            {"N": ROWS, "D": d, "tau": tau, "assignments": kind},
+            (d, tau, kind),
+            systems,
+            rounds,
+            results,
+        )
 
 
 def assignment_table(rounds: int, results: Results) -> None:
@@ -185,16 +210,23 @@ def print_header(*columns: str) -> None:
     print("\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
 
 
-def add_row(op: str, shape: dict[str, object], labels: tuple[object, ...], systems: dict[str, Step], rounds: int,
-            results: Results) -> None:
+def add_row(
+    op: str,
+    shape: dict[str, object],
+    labels: tuple[object, ...],
+    systems: dict[str, Step],
+    rounds: int,
+    results: Results,
+) -> None:
     times, cells = interleaved(systems, rounds), []
     base = statistics.median(times["floor"])
     for name, run in systems.items():
         memory = peak_bytes(run) if name != "floor" else None
         results.add(op, shape, name, times[name], memory)
         median = statistics.median(times[name])
-        cells.append(f"{1e3 * median:.4g} ({median / base:.2f})"
-                     + (f", {memory / 1e6:.0f} MB" if memory is not None else ""))
+        cells.append(
+            f"{1e3 * median:.4g} ({median / base:.2f})" + (f", {memory / 1e6:.0f} MB" if memory is not None else "")
+        )
     print(f"| {' | '.join(map(str, labels))} | {' | '.join(cells)} |", flush=True)
 
 

@@ -40,15 +40,31 @@ def demo() -> Case:
     return DEMO_MODEL, DEMO_TRAINING, data.catalog, data.train
 
 
-def large(items: int = 20_000, rows: int = 50_000, dim: int = 256, batch: int = 1024,
-          sizes: tuple[int, ...] = (4096, 1024, 256)) -> Case:
+def large(
+    items: int = 20_000,
+    rows: int = 50_000,
+    dim: int = 256,
+    batch: int = 1024,
+    sizes: tuple[int, ...] = (4096, 1024, 256),
+) -> Case:
     random = np.random.default_rng(0)
     vectors = random.standard_normal((items, dim), dtype=np.float32)
     catalog = Catalog(tuple(map(str, range(items))), ("",) * items, vectors)
-    interactions = Interactions(("",) * rows, random.integers(items, size=(rows, 4)), random.integers(items, size=rows),
-                                np.arange(rows, dtype=np.float64))
-    model = ModelConfig(encoder="vectors", vector_dim=dim, dim=dim, codebook_sizes=sizes, history_layers=1,
-                        decoder_layers=1, dropout=0.0)
+    interactions = Interactions(
+        ("",) * rows,
+        random.integers(items, size=(rows, 4)),
+        random.integers(items, size=rows),
+        np.arange(rows, dtype=np.float64),
+    )
+    model = ModelConfig(
+        encoder="vectors",
+        vector_dim=dim,
+        dim=dim,
+        codebook_sizes=sizes,
+        history_layers=1,
+        decoder_layers=1,
+        dropout=0.0,
+    )
     return model, TrainConfig(batch_size=batch, epochs=1), catalog, interactions
 
 
@@ -62,8 +78,12 @@ def trainers(make: Callable[[], Case]) -> dict[str, Trainer]:
     model = DGIModel(config)
     first = Trainer(model, training, catalog, interactions, None, progress=False)
     first._start(resume=False)  # sets the codebooks
-    return {backend: Trainer(with_backend(copy.deepcopy(model), backend), training, catalog, interactions, None,
-                             progress=False) for backend in BACKENDS}
+    return {
+        backend: Trainer(
+            with_backend(copy.deepcopy(model), backend), training, catalog, interactions, None, progress=False
+        )
+        for backend in BACKENDS
+    }
 
 
 def with_backend(module: torch.nn.Module, backend: str) -> torch.nn.Module:
@@ -88,8 +108,9 @@ def run(case: str, steps: int, results: Results) -> None:
     systems = trainers(CASES[case])
     losses: dict[str, list[float]] = {backend: [] for backend in BACKENDS}
     times: dict[str, list[float]] = {backend: [] for backend in BACKENDS}
-    loss_steps = {name: with_backend(LossStep(trainer.model, trainer.config), name)
-                  for name, trainer in systems.items()}
+    loss_steps = {
+        name: with_backend(LossStep(trainer.model, trainer.config), name) for name, trainer in systems.items()
+    }
 
     def update(name: str, batch: object, step: int) -> None:
         result, values = systems[name]._update(loss_steps[name], batch, step)
@@ -104,11 +125,14 @@ def run(case: str, steps: int, results: Results) -> None:
     differences = [abs(a - b) / abs(b) for a, b in zip(losses["auto"], losses["reference"], strict=True)]
     median = {name: statistics.median(values[1:]) for name, values in times.items()}
     config = systems["auto"].model.config
-    print(f"{case}: D={config.dim}, K={config.codebook_sizes}, batches of {systems['auto'].rank_batch}; {title()}\n"
-          f"  seconds a step, medians of {len(differences) - 1}: auto {median['auto']:.4f}, reference "
-          f"{median['reference']:.4f}; auto is {median['reference'] / median['auto']:.2f} times as fast\n"
-          f"  loss {losses['auto'][0]:.4f} -> {losses['auto'][-1]:.4f}; largest relative difference over the first "
-          f"{FIRST} steps {max(differences[:FIRST]):.1e}, over all {max(differences):.1e}", flush=True)
+    print(
+        f"{case}: D={config.dim}, K={config.codebook_sizes}, batches of {systems['auto'].rank_batch}; {title()}\n"
+        f"  seconds a step, medians of {len(differences) - 1}: auto {median['auto']:.4f}, reference "
+        f"{median['reference']:.4f}; auto is {median['reference'] / median['auto']:.2f} times as fast\n"
+        f"  loss {losses['auto'][0]:.4f} -> {losses['auto'][-1]:.4f}; largest relative difference over the first "
+        f"{FIRST} steps {max(differences[:FIRST]):.1e}, over all {max(differences):.1e}",
+        flush=True,
+    )
     for name in BACKENDS:
         shape = {"D": config.dim, "K": list(config.codebook_sizes), "batch": systems["auto"].rank_batch}
         results.add("training step", shape, name, times[name][1:], losses=losses[name])

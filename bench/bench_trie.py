@@ -36,8 +36,9 @@ def packed_sort(sids: np.ndarray) -> object:
 
 def search(trie: Trie) -> Callable[[], object]:
     logits = torch.randn(3, 8, 50, 2048)
-    return lambda: beam_search(trie, lambda depth, tokens, parents: logits[depth][:, :1 if depth == 0 else 50],
-                               batch_size=8, num_beams=50)
+    return lambda: beam_search(
+        trie, lambda depth, tokens, parents: logits[depth][:, : 1 if depth == 0 else 50], batch_size=8, num_beams=50
+    )
 
 
 def figures(case: Case, folder: Path, references: bool = True) -> Iterator[Figure]:
@@ -63,12 +64,20 @@ def figures(case: Case, folder: Path, references: bool = True) -> Iterator[Figur
 
     random = np.random.default_rng(1)
     new = torch.from_numpy(random.integers(0, case.codes, (CHANGED, case.levels)))
-    gone = torch.randperm(items)[:2 * CHANGED]
+    gone = torch.randperm(items)[: 2 * CHANGED]
     first = trie.update(add=(new, torch.arange(items, items + CHANGED)), remove=gone[:CHANGED])
-    yield "update", f"{CHANGED} come, {CHANGED} go", lambda: trie.update(
-        add=(new, torch.arange(items, items + CHANGED)), remove=gone[:CHANGED]), ""
-    yield "update", "the same again", lambda: first.update(
-        add=(new, torch.arange(items + CHANGED, items + 2 * CHANGED)), remove=gone[CHANGED:]), ""
+    yield (
+        "update",
+        f"{CHANGED} come, {CHANGED} go",
+        lambda: trie.update(add=(new, torch.arange(items, items + CHANGED)), remove=gone[:CHANGED]),
+        "",
+    )
+    yield (
+        "update",
+        "the same again",
+        lambda: first.update(add=(new, torch.arange(items + CHANGED, items + 2 * CHANGED)), remove=gone[CHANGED:]),
+        "",
+    )
     if items <= 10**7:
         yield "update", "compact", first.compact, ""
 
@@ -87,8 +96,13 @@ def figures(case: Case, folder: Path, references: bool = True) -> Iterator[Figur
 
 def filtered(trie: Trie, chosen: object) -> Callable[[], object]:
     logits = torch.randn(3, 8, 50, 2048)
-    return lambda: beam_search(trie, lambda depth, tokens, parents: logits[depth][:, :1 if depth == 0 else 50],
-                               batch_size=8, num_beams=50, filters=chosen)
+    return lambda: beam_search(
+        trie,
+        lambda depth, tokens, parents: logits[depth][:, : 1 if depth == 0 else 50],
+        batch_size=8,
+        num_beams=50,
+        filters=chosen,
+    )
 
 
 def run(case: Case, wanted: str, rounds: int, results: measure.Results) -> None:
@@ -102,8 +116,13 @@ def run(case: Case, wanted: str, rounds: int, results: measure.Results) -> None:
             times = measure.interleaved(systems, rounds)
             for _, system, how, note in group:
                 memory = measure.peak_bytes(how) if what in ("build", "update") else None
-                results.add(f"trie_{what.split(',')[0]}", {"N": case.items, "L": case.levels, "V": case.codes, "SIDs":
-                                                           case.spread}, system, times[system], memory)
+                results.add(
+                    f"trie_{what.split(',')[0]}",
+                    {"N": case.items, "L": case.levels, "V": case.codes, "SIDs": case.spread},
+                    system,
+                    times[system],
+                    memory,
+                )
                 median = sorted(times[system])[rounds // 2]
                 peak = "" if memory is None else f"peak {memory / 1e6:.0f} MB  "
                 print(f"{case.items:>10} {what:<17} {system:<34} {1e3 * median:>10.3f} ms  {peak}{note}", flush=True)

@@ -28,14 +28,25 @@ def checkout(ref: str | None) -> Path:
     """A folder with that version, built: a worktree for a git ref, the working tree itself for None."""
     folder = ROOT
     if ref is not None:
-        commit = subprocess.run(["git", "rev-parse", "--short=12", "--verify", f"{ref}^{{commit}}"], cwd=ROOT,
-                                check=True, capture_output=True, text=True).stdout.strip()
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short=12", "--verify", f"{ref}^{{commit}}"],
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
         folder = FOLDER / commit
         if not folder.exists():
             subprocess.run(["git", "worktree", "add", "--detach", folder, commit], cwd=ROOT, check=True)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # ninja of this environment
-    log = subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=folder, text=True,
-                         env=os.environ | {"PATH": path}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    log = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=folder,
+        text=True,
+        env=os.environ | {"PATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     if log.returncode or not (folder / "dgi_kernels" / "_C.abi3.so").exists():
         raise SystemExit(f"building {folder} failed:\n{log.stdout}")
     return folder
@@ -46,8 +57,13 @@ def measure(folder: Path, name: str, options: list[str], output: Path) -> dict[s
     script = folder / "bench" / f"bench_{name}.py"
     if not script.exists():
         raise SystemExit(f"{script} does not exist")
-    subprocess.run([sys.executable, script, *options, "--json", output], cwd=folder, check=True,
-                   stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(folder)})
+    subprocess.run(
+        [sys.executable, script, *options, "--json", output],
+        cwd=folder,
+        check=True,
+        stdout=subprocess.DEVNULL,
+        env=os.environ | {"PYTHONPATH": str(folder)},
+    )
     figures = json.loads(output.read_text())["benchmarks"]
     return {figure["name"]: figure["stats"]["median"] for figure in figures}
 
@@ -59,15 +75,19 @@ def table(base: list[dict[str, float]], head: list[dict[str, float]]) -> str:
         before, after = (statistics.median(run[name] for run in runs) for runs in (base, head))
         lines.append((name, f"{1e3 * before:.4g}", f"{1e3 * after:.4g}", f"{after / before:.3f}"))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in
-                                                            zip(line[1:], widths[1:], strict=True))]) for line in lines)
+    return "\n".join(
+        "  ".join(
+            [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
+        )
+        for line in lines
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     own, options = arguments, []
     if "--" in arguments:
-        own, options = arguments[:arguments.index("--")], arguments[arguments.index("--") + 1:]
+        own, options = arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="of the benchmark: cosine, quantize, gumbel, beam, trie, train, integrations")
     parser.add_argument("--base", default="main", metavar="REF", help="default: main")

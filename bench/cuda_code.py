@@ -20,9 +20,14 @@ FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", f"-I{CSRC}", f"-I{CSRC
 # kernel -> an instruction of its innermost loop, how many of them an element takes, and how many such loops it has: an
 # exponential a logit, two multiply-adds an element of a vector, a conversion of an integer a random word.
 ELEMENTS = {
-    "parents_kernel": ("MUFU.EX2", 1), "children_kernel": ("FFMA", 2), "factors_kernel": ("FFMA", 1),
-    "rank_kernel": ("FFMA", 2), "rank_wide_kernel": ("FFMA", 2), "gumbel_noise_kernel": ("I2F", 1),
-    "softmax_kernel": ("I2F", 1, 2), "softmax_backward_kernel": ("I2F", 1, 3),
+    "parents_kernel": ("MUFU.EX2", 1),
+    "children_kernel": ("FFMA", 2),
+    "factors_kernel": ("FFMA", 1),
+    "rank_kernel": ("FFMA", 2),
+    "rank_wide_kernel": ("FFMA", 2),
+    "gumbel_noise_kernel": ("I2F", 1),
+    "softmax_kernel": ("I2F", 1, 2),
+    "softmax_backward_kernel": ("I2F", 1, 3),
 }
 
 
@@ -38,8 +43,9 @@ def version_of(compiler: str) -> str:
     return found[1] if found else "unknown"
 
 
-def usages(compiler: str, architectures: list[int], jobs: int,
-           kept: Kept) -> Iterator[tuple[Path, int, dict[str, Usage]]]:
+def usages(
+    compiler: str, architectures: list[int], jobs: int, kept: Kept
+) -> Iterator[tuple[Path, int, dict[str, Usage]]]:
     """Each file, architecture, and what its kernels take, by their short names; from ``kept`` what has not changed."""
     headers = sorted([*(CSRC / "cuda").glob("*.h"), *(CSRC / "include").rglob("*.h")])
     common = hashlib.sha256("\n".join([version_of(compiler), *FLAGS[:3], repr(ELEMENTS)]).encode())
@@ -97,4 +103,4 @@ def without_file(mangled: str) -> str:
     found = re.search(r"(\d+)(_GLOBAL__N__)", mangled)
     if found is None:
         return mangled
-    return mangled[:found.start()] + "12_GLOBAL__N_1" + mangled[found.start(2) + int(found[1]):]
+    return mangled[: found.start()] + "12_GLOBAL__N_1" + mangled[found.start(2) + int(found[1]) :]

@@ -37,8 +37,14 @@ TOLERANCE = 2e-4  # of scores of about 10 in float32, by sums in another order
 
 
 # How the page counts each result.
-COUNTED = {"equal": "equal", "differs": "differ", "mixed": "are mixed", "refused": "refused by name",
-           "generate fails": "where generate itself fails", "not built": "that could not be built tiny"}
+COUNTED = {
+    "equal": "equal",
+    "differs": "differ",
+    "mixed": "are mixed",
+    "refused": "refused by name",
+    "generate fails": "where generate itself fails",
+    "not built": "that could not be built tiny",
+}
 
 
 INTRODUCTION = """# Model families
@@ -82,15 +88,31 @@ def compare(model: Any, end: int | None, **options: Any) -> Outcome:
         model.generation_config.forced_eos_token_id = end
     processor = TrieLogitsProcessor(trie, OFFSETS, start=1 if encodes else max(LENGTHS), eos_token_id=end)
     try:
-        theirs = model.generate(**prompts, num_beams=BEAMS, num_return_sequences=RETURNED, do_sample=False,
-                                eos_token_id=end, max_new_tokens=len(SIZES) + (end is not None),
-                                logits_processor=[processor], return_dict_in_generate=True, output_scores=True,
-                                **options)
+        theirs = model.generate(
+            **prompts,
+            num_beams=BEAMS,
+            num_return_sequences=RETURNED,
+            do_sample=False,
+            eos_token_id=end,
+            max_new_tokens=len(SIZES) + (end is not None),
+            logits_processor=[processor],
+            return_dict_in_generate=True,
+            output_scores=True,
+            **options,
+        )
     except Exception as error:  # of whatever kind a family's own code raises
         return Outcome("generate fails", _in_words(error))
     try:
-        ours = constrained_generate(model, trie, **prompts, token_offsets=OFFSETS, num_beams=BEAMS,
-                                    num_return_sequences=RETURNED, eos_token_id=end, **options)
+        ours = constrained_generate(
+            model,
+            trie,
+            **prompts,
+            token_offsets=OFFSETS,
+            num_beams=BEAMS,
+            num_return_sequences=RETURNED,
+            eos_token_id=end,
+            **options,
+        )
     except Exception as error:  # what is no clear refusal is a fault of ours
         clear = isinstance(error, (ValueError, TypeError))
         return Outcome("refused" if clear else "differs", _in_words(error))
@@ -142,8 +164,12 @@ def examine(family: str) -> dict[str, Any]:
         outcome = Outcome("not built", _in_words(error))
         return {"family": family, "kind": "", "with an end token": outcome._asdict(), "without": outcome._asdict()}
     with_end, without = outcome_of(model, tiny_models.END), outcome_of(model, None)
-    return {"family": family, "kind": tiny_models.kind(model), "with an end token": with_end._asdict(),
-            "without": without._asdict()}
+    return {
+        "family": family,
+        "kind": tiny_models.kind(model),
+        "with an end token": with_end._asdict(),
+        "without": without._asdict(),
+    }
 
 
 def page(results: dict[str, Any]) -> str:
@@ -153,8 +179,11 @@ def page(results: dict[str, Any]) -> str:
     for row in rows:
         counts[_summary(row)] = counts.get(_summary(row), 0) + 1
     counted = ", ".join(f"{counts[name]} {text}" for name, text in COUNTED.items() if name in counts)
-    lines = [INTRODUCTION.format(version=results["transformers"], families=len(rows), counted=counted),
-             "| Family | Decoder | Result | Largest difference of scores |", "|---|---|---|---|"]
+    lines = [
+        INTRODUCTION.format(version=results["transformers"], families=len(rows), counted=counted),
+        "| Family | Decoder | Result | Largest difference of scores |",
+        "|---|---|---|---|",
+    ]
     for row in rows:
         outcomes = [row["with an end token"], row["without"]]
         difference = f"{max(outcome['difference'] for outcome in outcomes):.0e}" if _summary(row) == "equal" else ""
@@ -214,9 +243,14 @@ def main() -> None:
         torch.set_num_threads(options.threads)
         transformers.logging.set_verbosity_error()
         warnings.simplefilter("ignore")
-        results = {"transformers": transformers.__version__, "torch": torch.__version__,
-                   "families": [_within(family, options.seconds) for family in
-                                tqdm(options.families or tiny_models.families(), disable=None, unit="family")]}
+        results = {
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+            "families": [
+                _within(family, options.seconds)
+                for family in tqdm(options.families or tiny_models.families(), disable=None, unit="family")
+            ],
+        }
     if options.json:
         rows = ",\n".join(json.dumps(row) for row in results["families"])
         head = json.dumps({name: value for name, value in results.items() if name != "families"})

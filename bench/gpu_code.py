@@ -33,10 +33,14 @@ SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block m
 # (kernel, architecture) -> bytes a thread, and why.
 JUSTIFIED_SPILLS = {
     ("cosine.flash_forward_kernel", 80): (
-        24, "ptxas keeps to 128 registers, for two blocks a multiprocessor, in the pass for the loss alone, and puts "
-            "up to six words into local memory"),
+        24,
+        "ptxas keeps to 128 registers, for two blocks a multiprocessor, in the pass for the loss alone, and puts "
+        "up to six words into local memory",
+    ),
     ("cosine.flash_weight_kernel", 90): (
-        104, "26 words at D = 256 with the tiles of one warpgroup, which are there for when two do not work"),
+        104,
+        "26 words at D = 256 with the tiles of one warpgroup, which are there for when two do not work",
+    ),
     ("quantize.row_gradient_kernel", 80): (8, "two words; the tiles without take half as many instructions again"),
     ("quantize.row_gradient_kernel", 100): (8, "two words: ptxas keeps to 96 registers, for five blocks at once"),
     ("quantize.chunk_gradient_kernel", 80): (8, "two words: ptxas keeps to 40 registers, for twelve blocks at once"),
@@ -78,8 +82,11 @@ def judge(rows: Iterator[Row], budgets: Budgets) -> tuple[int, int]:
             problem = f"takes more than the {SHARED_LIMIT[arch]} bytes of shared memory that there are"
         count, failed = count + 1, failed + bool(problem)
         loop = f"{usage.per_element:9.1f}" if usage.per_element else " " * 9
-        print(f"{name:60}{case:34}{arch:4}{usage.registers:6}{usage.spilled:7}{usage.shared:8}{usage.instructions:6}"
-              f"{loop}{seconds:6.1f}{f'  FAILS: {problem}' if problem else ''}", flush=True)
+        print(
+            f"{name:60}{case:34}{arch:4}{usage.registers:6}{usage.spilled:7}{usage.shared:8}{usage.instructions:6}"
+            f"{loop}{seconds:6.1f}{f'  FAILS: {problem}' if problem else ''}",
+            flush=True,
+        )
     return count, failed
 
 
@@ -88,8 +95,11 @@ def main() -> int:
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES))
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--only", choices=("triton", "cuda"))
-    parser.add_argument("--record", action="store_true",
-                        help="write what the kernels take: as their budgets, and for runs in which they are unchanged")
+    parser.add_argument(
+        "--record",
+        action="store_true",
+        help="write what the kernels take: as their budgets, and for runs in which they are unchanged",
+    )
     parser.add_argument("--anew", action="store_true", help="compile what is unchanged, too: a quarter of an hour")
     options = parser.parse_args()
     kept = Kept(Path(__file__).resolve().parents[1] / "build" / "gpu-code.json", anew=options.anew)

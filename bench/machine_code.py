@@ -45,15 +45,24 @@ def functions_of(cubin: bytes) -> dict[str, tuple[Usage, str]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, code = (subprocess.run([cuobjdump(), option, file.name], check=True, capture_output=True,
-                                      text=True).stdout for option in ("-res-usage", "-sass"))
+        usage, code = (
+            subprocess.run([cuobjdump(), option, file.name], check=True, capture_output=True, text=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
     codes = {name: text for name, text in re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function :|\Z)", code, re.DOTALL)}
     found = {}
     for name, line in re.findall(r"Function (\S+):\s*\n(.*)", usage):
         numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", line)}
         if name in codes:
-            found[name] = (Usage(numbers["REG"], numbers["STACK"] + numbers["LOCAL"], numbers["SHARED"],
-                                 len(INSTRUCTION.findall(codes[name]))), codes[name])
+            found[name] = (
+                Usage(
+                    numbers["REG"],
+                    numbers["STACK"] + numbers["LOCAL"],
+                    numbers["SHARED"],
+                    len(INSTRUCTION.findall(codes[name])),
+                ),
+                codes[name],
+            )
     return found
 
 
@@ -74,8 +83,11 @@ def loop_instructions(code: str, marker: str, per_element: int, passes: int = 1)
         marks = sum(marker in text for text in body)
         if marks:
             loops.append((first, last, len(body), marks))
-    innermost = [(marks, length) for first, last, length, marks in loops
-                 if not any(first <= a and b <= last and (a, b) != (first, last) for a, b, _, _ in loops)]
+    innermost = [
+        (marks, length)
+        for first, last, length, marks in loops
+        if not any(first <= a and b <= last and (a, b) != (first, last) for a, b, _, _ in loops)
+    ]
     if len(innermost) < passes:
         return 0.0
     chosen = sorted(innermost, key=lambda loop: (-loop[0], loop[1]))[:passes]
@@ -139,9 +151,14 @@ class Budgets:
         self.compiler, self.version = compiler, version
         own = read_budgets().get(compiler, {})
         self.recorded: dict[str, list[int]] = own["kernels"] if own.get("version") == version else {}
-        self.why_not = "" if self.recorded and not recording else (
-            f"{compiler} {version} is held to no budget (recorded: {own.get('version', 'none')}), to spills and shared "
-            "memory alone")
+        self.why_not = (
+            ""
+            if self.recorded and not recording
+            else (
+                f"{compiler} {version} is held to no budget (recorded: {own.get('version', 'none')}), to spills and "
+                "shared memory alone"
+            )
+        )
         self.seen: dict[str, list[int]] = {}
 
     def problem(self, case: str, arch: int, usage: Usage) -> str:
@@ -154,10 +171,15 @@ class Budgets:
         if key not in self.recorded:
             return "has no budget: record it"
         registers, shared, instructions = self.recorded[key]
-        over = [f"{name} {is_now}, recorded {budget}" for name, is_now, budget, most in (
-            ("registers", usage.registers, registers, registers + SLACK_REGISTERS),
-            ("shared memory", usage.shared, shared, shared),
-            ("instructions", usage.instructions, instructions, SLACK_INSTRUCTIONS * instructions)) if is_now > most]
+        over = [
+            f"{name} {is_now}, recorded {budget}"
+            for name, is_now, budget, most in (
+                ("registers", usage.registers, registers, registers + SLACK_REGISTERS),
+                ("shared memory", usage.shared, shared, shared),
+                ("instructions", usage.instructions, instructions, SLACK_INSTRUCTIONS * instructions),
+            )
+            if is_now > most
+        ]
         return "; ".join(over)
 
     def record(self, architectures: Iterable[int]) -> None:

@@ -75,8 +75,11 @@ def peak_bytes(run: Step) -> int | None:
 
 
 def _status(name: str) -> int:
-    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines()
-                if line.startswith(name))
+    return next(
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(name)
+    )
 
 
 class Results:
@@ -90,22 +93,37 @@ class Results:
         self.command = command or shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
         self._benchmarks: dict[str, dict] = {}
 
-    def add(self, op: str, shape: Mapping[str, object], system: str, times: list[float],
-            memory: int | None = None, **extra: object) -> None:
+    def add(
+        self,
+        op: str,
+        shape: Mapping[str, object],
+        system: str,
+        times: list[float],
+        memory: int | None = None,
+        **extra: object,
+    ) -> None:
         """Add one system's times in seconds, e.g. ``add("cosine_cross_entropy", {"N": 4096, …}, "eager", times)``, in
         place of what was added for the same."""
         case = " ".join(f"{name}={value}" for name, value in shape.items())
         name = f"{op}[{case} {system}]"
         self._benchmarks[name] = {
-            "group": f"{op} {case}", "name": name, "fullname": name,
+            "group": f"{op} {case}",
+            "name": name,
+            "fullname": name,
             "params": {**shape, "system": system},
             "extra_info": {"op": op, "shape": dict(shape), "system": system, "peak_bytes": memory, **extra},
-            "stats": quantiles(times)}
+            "stats": quantiles(times),
+        }
 
     def write(self, path: str | os.PathLike) -> None:
         """Write all that was added to ``path``, whole or not at all."""
-        document = {"machine_info": machine(), "commit_info": _commit(), "benchmarks": [*self._benchmarks.values()],
-                    "datetime": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": self.command}
+        document = {
+            "machine_info": machine(),
+            "commit_info": _commit(),
+            "benchmarks": [*self._benchmarks.values()],
+            "datetime": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "command": self.command,
+        }
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(path.suffix + ".part")
@@ -124,29 +142,52 @@ def quantiles(times: list[float]) -> dict[str, float | int | str]:
     """What is kept of the seconds of one system: all that ``pytest-benchmark compare`` shows, without the samples."""
     q1, _, q3 = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
     mean, deviation = statistics.mean(times), statistics.stdev(times) if len(times) > 1 else 0.0
-    outside = [sum(not low <= time <= high for time in times)
-               for low, high in ((mean - deviation, mean + deviation), (2.5 * q1 - 1.5 * q3, 2.5 * q3 - 1.5 * q1))]
-    return {"median": statistics.median(times), "mean": mean, "min": min(times), "max": max(times), "q1": q1, "q3": q3,
-            "iqr": q3 - q1, "stddev": deviation, "ops": 1 / mean, "total": sum(times), "rounds": len(times),
-            "iterations": 1, "outliers": "{};{}".format(*outside)}
+    outside = [
+        sum(not low <= time <= high for time in times)
+        for low, high in ((mean - deviation, mean + deviation), (2.5 * q1 - 1.5 * q3, 2.5 * q3 - 1.5 * q1))
+    ]
+    return {
+        "median": statistics.median(times),
+        "mean": mean,
+        "min": min(times),
+        "max": max(times),
+        "q1": q1,
+        "q3": q3,
+        "iqr": q3 - q1,
+        "stddev": deviation,
+        "ops": 1 / mean,
+        "total": sum(times),
+        "rounds": len(times),
+        "iterations": 1,
+        "outliers": "{};{}".format(*outside),
+    }
 
 
 def json_text(document: Mapping[str, object]) -> str:
     """``document`` as JSON with one benchmark on each line, so that a change of one figure is a change of one line."""
     parts = []
     for key, value in document.items():
-        text = ("[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]" if isinstance(value, list)
-                else json.dumps(value, indent=1).replace("\n", "\n "))
+        text = (
+            "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
+            if isinstance(value, list)
+            else json.dumps(value, indent=1).replace("\n", "\n ")
+        )
         parts.append(f" {json.dumps(key)}: {text}")
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def machine() -> dict[str, object]:
     """The machine in words that identify it to a reader but not to a network: device, cores, versions."""
-    info: dict[str, object] = {"machine_id": get_machine_id(), "system": platform.system(), "cpu": _cpu_name(),
-                               "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-                               "instructions": torch.backends.cpu.get_cpu_capability(),
-                               "python": platform.python_version(), "torch": torch.__version__}
+    info: dict[str, object] = {
+        "machine_id": get_machine_id(),
+        "system": platform.system(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
     if torch.cuda.is_available():
         import triton
 
@@ -165,5 +206,7 @@ def _cpu_name() -> str:
 def title() -> str:
     """One line that says where a table was made."""
     where = machine()
-    return (f"{where.get('gpu', where['cpu'])}, {where['threads']} threads, torch {where['torch']}, "
-            f"load {os.getloadavg()[0]:.1f}")
+    return (
+        f"{where.get('gpu', where['cpu'])}, {where['threads']} threads, torch {where['torch']}, "
+        f"load {os.getloadavg()[0]:.1f}"
+    )

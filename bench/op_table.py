@@ -7,11 +7,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = {
-    "cosine_logits": "cosine", "cosine_cross_entropy": "cosine",
-    "gumbel_softmax": "gumbel", "gumbel_noise": "gumbel",
-    "residual_quantize": "quantize", "assign_codes": "quantize",
-    "trie_build": "trie", "trie_find": "trie", "trie_filter": "trie",
-    "beam_step": "beam", "cosine_beam_step": "beam", "beam_codes": "beam",
+    "cosine_logits": "cosine",
+    "cosine_cross_entropy": "cosine",
+    "gumbel_softmax": "gumbel",
+    "gumbel_noise": "gumbel",
+    "residual_quantize": "quantize",
+    "assign_codes": "quantize",
+    "trie_build": "trie",
+    "trie_find": "trie",
+    "trie_filter": "trie",
+    "beam_step": "beam",
+    "cosine_beam_step": "beam",
+    "beam_codes": "beam",
     "rank_candidates": "ranking",
 }
 # Files that are not called as their family is.
@@ -24,18 +31,23 @@ PAGES = {"trie": "search", "beam": "search", "ranking": "search"}
 
 def op_table(kernels: dict) -> str:
     """A row for each op: its reference, kernels, tests, benchmark and page, as links."""
-    lines = ["| op | reference | C++ | Triton | CUDA C++ | tests | benchmark | page |",
-             "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| op | reference | C++ | Triton | CUDA C++ | tests | benchmark | page |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for op, backends in kernels.items():
         family = FAMILIES[op]
         native, tests = backends.get("native", {}), TESTS.get(op, family)
-        cells = [f"`{op}`", link(REFERENCES.get(op, f"dgi_kernels/{family}/reference.py")),
-                 link(f"csrc/cpu/{family}") if "cpu" in native else "",
-                 links(sorted(ROOT.glob(f"dgi_kernels/{family}/triton_*.py"))) if "triton" in backends else "",
-                 link(f"csrc/cuda/{CUDA_FILES.get(op, family)}.cu") if "cuda" in native else "",
-                 f"[test_{tests}*.py](tests/kernels/test_{tests}.py)",
-                 link(f"bench/bench_{BENCHES.get(family, family)}.py"),
-                 link(f"docs/kernels/{PAGES.get(family, family)}.md")]
+        cells = [
+            f"`{op}`",
+            link(REFERENCES.get(op, f"dgi_kernels/{family}/reference.py")),
+            link(f"csrc/cpu/{family}") if "cpu" in native else "",
+            links(sorted(ROOT.glob(f"dgi_kernels/{family}/triton_*.py"))) if "triton" in backends else "",
+            link(f"csrc/cuda/{CUDA_FILES.get(op, family)}.cu") if "cuda" in native else "",
+            f"[test_{tests}*.py](tests/kernels/test_{tests}.py)",
+            link(f"bench/bench_{BENCHES.get(family, family)}.py"),
+            link(f"docs/kernels/{PAGES.get(family, family)}.md"),
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])
 

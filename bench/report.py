@@ -52,8 +52,10 @@ OURS = ("ours", "native", "fused", "constrained_generate", "auto")  # what bench
 FLOOR = "floor"
 WIDTH = 5.0  # inches of a picture, so that its letters can still be read where it is made as narrow as a phone
 # Ink, then the floor's colour, ours, and the others'.
-THEMES = {"light": ("#24292f", "#8c959f #1f6feb #bf8700 #1a7f37 #cf222e #8250df #0a7c86 #953800 #bf3989"),
-          "dark": ("#e6edf3", "#6e7681 #58a6ff #e3b341 #3fb950 #ff7b72 #bc8cff #39c5cf #f0883e #f778ba")}
+THEMES = {
+    "light": ("#24292f", "#8c959f #1f6feb #bf8700 #1a7f37 #cf222e #8250df #0a7c86 #953800 #bf3989"),
+    "dark": ("#e6edf3", "#6e7681 #58a6ff #e3b341 #3fb950 #ff7b72 #bc8cff #39c5cf #f0883e #f778ba"),
+}
 PLAIN = ("eager", "reference", "exponential_")  # the same op in plain PyTorch
 # Ours, or less work.
 NO_PEERS = ("filtered", "updated", "with bias", "generate, TrieLogitsProcessor", "generate, unconstrained")
@@ -63,10 +65,16 @@ SUMMARY = (
     ("cpu-quantize", "op=residual_quantize tau=0.5 D=64,768", "N D assignments"),
     ("cpu-gumbel", "op=gumbel_noise K=4096", "N K"),
     ("cpu-trie", "op=trie_build N=1000000", "N"),
-    ("cpu-beam", "op=beam_search items=1000000 codes=2048 levels=3 batch=1,64 beams=10,50 spread=clustered",
-     "items batch beams"),
-    ("cpu-beam", "op=rank_candidates items=1000000 codes=2048 levels=3 batch=8 beams=50 spread=clustered",
-     "items batch beams"),
+    (
+        "cpu-beam",
+        "op=beam_search items=1000000 codes=2048 levels=3 batch=1,64 beams=10,50 spread=clustered",
+        "items batch beams",
+    ),
+    (
+        "cpu-beam",
+        "op=rank_candidates items=1000000 codes=2048 levels=3 batch=8 beams=50 spread=clustered",
+        "items batch beams",
+    ),
     ("cpu-integrations", "op=constrained_generate model=t5 beams=20", "model batch beams"),
     ("cpu-train", "op=training step", "D batch"),
 )
@@ -126,19 +134,26 @@ class Run:
     def place(self) -> str:
         """The machine, the date and the commit in short."""
         machine = self.document["machine_info"]
-        return (f"{self.gpu or machine['cpu']}, {self.document['datetime'][:10]}, "
-                f"commit `{str(self.document['commit_info']['id'])[:10]}`")
+        return (
+            f"{self.gpu or machine['cpu']}, {self.document['datetime'][:10]}, "
+            f"commit `{str(self.document['commit_info']['id'])[:10]}`"
+        )
 
     def source(self, constants: dict[str, object]) -> str:
         """Where and when these figures were taken, and how to take them again."""
         machine, commit = self.document["machine_info"], self.document["commit_info"]
         threads = constants.get("threads", machine["threads"])
-        versions = f"torch {machine['torch']}, " + (f"Triton {machine['triton']}, CUDA {machine['cuda']}, "
-                                                    if self.gpu else "") + f"Python {machine['python']}"
+        versions = (
+            f"torch {machine['torch']}, "
+            + (f"Triton {machine['triton']}, CUDA {machine['cuda']}, " if self.gpu else "")
+            + f"Python {machine['python']}"
+        )
         where = self.gpu or f"{machine['cpu']} ({machine['instructions']}), {threads} thread{'s' * (threads != 1)}"
         changed = " with changes" if commit.get("dirty") else ""
-        return (f"{where}; {versions}; {self.document['datetime'][:10]}, commit `{str(commit['id'])[:10]}`{changed}: "
-                f"`{self.document['command']}`")
+        return (
+            f"{where}; {versions}; {self.document['datetime'][:10]}, commit `{str(commit['id'])[:10]}`{changed}: "
+            f"`{self.document['command']}`"
+        )
 
 
 def systems(rows: Sequence[Row]) -> list[str]:
@@ -151,8 +166,11 @@ def systems(rows: Sequence[Row]) -> list[str]:
 def split_shape(rows: list[Row]) -> tuple[dict[str, object], list[str]]:
     """What all rows share, and the names of what varies."""
     names = list(dict.fromkeys(name for row in rows for name in row.shape))
-    constants = {name: rows[0].shape[name] for name in names
-                 if all(row.shape.get(name, row) == rows[0].shape.get(name) for row in rows)}
+    constants = {
+        name: rows[0].shape[name]
+        for name in names
+        if all(row.shape.get(name, row) == rows[0].shape.get(name) for row in rows)
+    }
     return constants, [name for name in names if name not in constants]
 
 
@@ -175,12 +193,14 @@ def table(run: Run, op: str, rows: list[Row]) -> str:
     constants, varying = split_shape(rows)
     names = systems(rows)
     columns: list[tuple[str, list[str]]] = [
-        (name, [value_text(row.shape.get(name, "")) for row in rows]) for name in varying]
+        (name, [value_text(row.shape.get(name, "")) for row in rows]) for name in varying
+    ]
     if run.gpu:
         columns.append(("ours, ms", [cell(row.seconds.get(row.ours), lambda s: f"{1e3 * s:.4g}") for row in rows]))
     if not any(row.ours for row in rows):  # nobody to compare with
-        columns += [(f"{name}, ms", [cell(row.seconds.get(name), lambda s: f"{1e3 * s:.3g}") for row in rows])
-                    for name in names]
+        columns += [
+            (f"{name}, ms", [cell(row.seconds.get(name), lambda s: f"{1e3 * s:.3g}") for row in rows]) for name in names
+        ]
     for name in names:
         ratios = [row.ratio(name) for row in rows]
         if any(ratio is not None for ratio in ratios):
@@ -192,9 +212,11 @@ def table(run: Run, op: str, rows: list[Row]) -> str:
             columns.append((title, [cell(row.memory.get(name), megabytes) for row in rows]))
     if not varying:
         columns.insert(0, ("", ["" for _ in rows]))
-    lines = ["| " + " | ".join(title for title, _ in columns) + " |",
-             "|" + "|".join("---" if title in varying else "--:" for title, _ in columns) + "|",
-             *("| " + " | ".join(values[i] for _, values in columns) + " |" for i in range(len(rows)))]
+    lines = [
+        "| " + " | ".join(title for title, _ in columns) + " |",
+        "|" + "|".join("---" if title in varying else "--:" for title, _ in columns) + "|",
+        *("| " + " | ".join(values[i] for _, values in columns) + " |" for i in range(len(rows))),
+    ]
     shape = ", ".join(f"{name} = {value_text(value)}" for name, value in constants.items())
     title = f"**`{op}`**{', ' + shape if shape else ''}"
     return "\n".join([title, "", *lines, "", f"<sub>{run.source(constants)}</sub>"])
@@ -233,8 +255,10 @@ def pictures(page: Path, run: Run, filters: dict[str, str]) -> str:
     """Where the bars lie, for a page that shows them: on the site by its own switch, else by the reader's system."""
     stem, alt = picture_name(run.name, filters), alt_text(run, filters)
     if page.name == "README.md":
-        return (f'<picture>\n  <source media="(prefers-color-scheme: dark)" srcset="docs/assets/{stem}-dark.svg">\n'
-                f'  <img alt="{alt}" src="docs/assets/{stem}-light.svg">\n</picture>')
+        return (
+            f'<picture>\n  <source media="(prefers-color-scheme: dark)" srcset="docs/assets/{stem}-dark.svg">\n'
+            f'  <img alt="{alt}" src="docs/assets/{stem}-light.svg">\n</picture>'
+        )
     up = "../" * (len(page.relative_to(ROOT / "docs").parts) - 1)
     return "\n".join(f"![{alt}]({up}assets/{stem}-{mode}.svg#only-{mode})" for mode in ("light", "dark"))
 
@@ -249,12 +273,15 @@ def bars(run: Run, filters: dict[str, str], ink: str, palette: Sequence[str]) ->
     split = {op: split_shape(rows) for op, rows in by_op.items()}
     names = [FLOOR, *systems([row for _, row in shown])]
     colours = {name: palette[i % len(palette)] for i, name in enumerate(names)}
-    ratios = [[(name, row.seconds[name] / row.seconds[row.ours]) for name in names if name in row.seconds]
-              for _, row in shown]
+    ratios = [
+        [(name, row.seconds[name] / row.seconds[row.ours]) for name in names if name in row.seconds] for _, row in shown
+    ]
     longest = max(ratio for of_row in ratios for _, ratio in of_row)
     logarithmic = longest > 20
-    title = "\n".join(textwrap.fill(heading(op, constants).replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}"), 66)
-                      for op, (constants, _) in split.items())
+    title = "\n".join(
+        textwrap.fill(heading(op, constants).replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}"), 66)
+        for op, (constants, _) in split.items()
+    )
     lines = sum(map(len, ratios)) + 1.6 * len(ratios)  # a bar takes 1; the name of its group and a gap 1.6
     figure = Figure(figsize=(WIDTH, 0.19 * lines + 0.16 * title.count("\n") + 0.85), layout="constrained")
     axes = figure.subplots()
@@ -262,8 +289,12 @@ def bars(run: Run, filters: dict[str, str], ink: str, palette: Sequence[str]) ->
     place, least, reach = 0.0, min(0.5, *(0.7 * ratio for of_row in ratios for _, ratio in of_row)), 0.0
     for (op, row), of_row in zip(shown, ratios, strict=True):
         label = ", ".join(f"{name} = {value_text(row.shape.get(name, ''))}" for name in split[op][1])
-        axes.annotate(label if len(by_op) == 1 else f"{op}, {label}" if label else op, (0, place),
-                      xycoords=("axes fraction", "data"), va="center")
+        axes.annotate(
+            label if len(by_op) == 1 else f"{op}, {label}" if label else op,
+            (0, place),
+            xycoords=("axes fraction", "data"),
+            va="center",
+        )
         place += 1
         for name, ratio in of_row:
             axes.barh(place, ratio, height=0.86, color=colours[name], gid=f"bar-{place:.1f}")
@@ -291,11 +322,21 @@ def draw(run: Run, filters: dict[str, str]) -> Iterator[tuple[Path, str]]:
     import matplotlib
 
     for mode, (ink, palette) in THEMES.items():
-        with matplotlib.rc_context({"svg.hashsalt": run.name, "font.size": 9, "text.color": ink, "axes.edgecolor": ink,
-                                    "axes.labelcolor": ink, "xtick.color": ink, "ytick.color": ink}):
+        with matplotlib.rc_context(
+            {
+                "svg.hashsalt": run.name,
+                "font.size": 9,
+                "text.color": ink,
+                "axes.edgecolor": ink,
+                "axes.labelcolor": ink,
+                "xtick.color": ink,
+                "ytick.color": ink,
+            }
+        ):
             buffer = io.StringIO()
-            bars(run, filters, ink, palette.split()).savefig(buffer, format="svg", transparent=True,
-                                                             metadata={"Date": None, "Creator": None})
+            bars(run, filters, ink, palette.split()).savefig(
+                buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
+            )
         text = "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
         yield ASSETS / f"{picture_name(run.name, filters)}-{mode}.svg", text
 
@@ -323,8 +364,10 @@ def rendered(page: Path, text: str) -> tuple[str, list[tuple[Run, dict[str, str]
 
 def summary() -> str:
     """All ops in one table: ours against the floor, plain PyTorch and the fastest peer, and where it was measured."""
-    lines = ["| op | case | **ours ÷ floor** | PyTorch ÷ ours | fastest peer ÷ ours | peak MB: ours / PyTorch |",
-             "|---|---|--:|--:|--:|--:|"]
+    lines = [
+        "| op | case | **ours ÷ floor** | PyTorch ÷ ours | fastest peer ÷ ours | peak MB: ours / PyTorch |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
     places: dict[str, list[str]] = {}
     for name, filters, said in SUMMARY:
         run = Run.load(name)
@@ -344,8 +387,14 @@ def summary_row(op: str, row: Row, said: list[str]) -> str:
     shape = ", ".join(f"{name} {value_text(row.shape[name])}" for name in said)
     memory = " / ".join(cell(row.memory.get(name), megabytes) for name in (row.ours, plain)) if row.memory else "–"
     peer = "torch.compile" if fastest == "compile" else fastest
-    cells = [f"`{op}`", shape, cell(row.ratio(row.ours), significant), cell(row.ratio(plain), significant),
-             f"{significant(row.seconds[fastest] / row.seconds[row.ours])} ({peer})" if peer else "–", memory]
+    cells = [
+        f"`{op}`",
+        shape,
+        cell(row.ratio(row.ours), significant),
+        cell(row.ratio(plain), significant),
+        f"{significant(row.seconds[fastest] / row.seconds[row.ours])} ({peer})" if peer else "–",
+        memory,
+    ]
     return "| " + " | ".join(cells) + " |"
 
 
@@ -393,8 +442,11 @@ def main() -> int:
                 page.write_text(after)
         for run, filters in shown:
             if options.check:  # matplotlib's versions draw the same bars with other bytes: that they exist will do
-                stale += [path for path in (ASSETS / f"{picture_name(run.name, filters)}-{mode}.svg"
-                                            for mode in ("light", "dark")) if not path.exists()]
+                stale += [
+                    path
+                    for path in (ASSETS / f"{picture_name(run.name, filters)}-{mode}.svg" for mode in ("light", "dark"))
+                    if not path.exists()
+                ]
                 continue
             for path, svg in draw(run, filters):
                 path.parent.mkdir(parents=True, exist_ok=True)

@@ -44,8 +44,9 @@ Make = Callable[[bool, Path], dict[str, Step]]  # (small, a folder for files) ->
 
 
 def cosine(logits: str) -> Make:
-    return lambda small, folder: bench_cosine.steps(*(shapes.COSINE[-1] if small else (4096, 256, 4096)),
-                                                    logits == "peaked")
+    return lambda small, folder: bench_cosine.steps(
+        *(shapes.COSINE[-1] if small else (4096, 256, 4096)), logits == "peaked"
+    )
 
 
 def quantize(assignments: str) -> Make:
@@ -78,6 +79,7 @@ def softmax(small: bool, folder: Path) -> dict[str, Step]:
 
 def trie(what: str) -> Make:
     """One kind of the figures of a trie; those of plain PyTorch and numpy are in the script's table."""
+
     def make(small: bool, folder: Path) -> dict[str, Step]:
         figures = bench_trie.figures(SMALL_CASE if small else bench_beam.Case(), folder, references=False)
         return {system: run for kind, system, run, _ in figures if kind.startswith(what)}
@@ -89,8 +91,11 @@ def search(small: bool, folder: Path) -> dict[str, Step]:
     case = SMALL_CASE if small else bench_beam.Case()
     sids, model = case.sids(), bench_beam.Model(case)
     copies = [torch.empty_like(level) for level in model.logits]
-    found = {name: make(sids, model, case) for name, make in bench_beam.systems(case).items()
-             if name in ("native", "filtered", "updated", "reference")}
+    found = {
+        name: make(sids, model, case)
+        for name, make in bench_beam.systems(case).items()
+        if name in ("native", "filtered", "updated", "reference")
+    }
     return {"floor": lambda: [copy.copy_(level) for copy, level in zip(copies, model.logits, strict=True)], **found}
 
 
@@ -130,8 +135,10 @@ TARGETS: dict[str, tuple[Make, tuple[str, ...]]] = {
     "beam_search": (search, ("floor", "native", "filtered", "updated", "reference")),
     "cosine_beam_step": (last_step, ("floor", "head, then step", "fused")),
     "rank_candidates": (ranking, ("native", "reference")),
-    "constrained_generate": (generation, ("floor", "constrained_generate", "generate, TrieLogitsProcessor",
-                                          "generate, dict trie")),
+    "constrained_generate": (
+        generation,
+        ("floor", "constrained_generate", "generate, TrieLogitsProcessor", "generate, dict trie"),
+    ),
     "training_step": (training, ("auto", "reference")),
 }
 
@@ -142,10 +149,21 @@ def systems_of(target: str, small: bool, folder: Path) -> dict[str, Step]:
     return TARGETS[target][0](small, folder)
 
 
-@pytest.mark.parametrize(("target", "system"), [pytest.param(target, system, id=f"{target}-{system}")
-                                                for target, (_, systems) in TARGETS.items() for system in systems])
-def test_target(benchmark: BenchmarkFixture, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest,
-                target: str, system: str) -> None:
+@pytest.mark.parametrize(
+    ("target", "system"),
+    [
+        pytest.param(target, system, id=f"{target}-{system}")
+        for target, (_, systems) in TARGETS.items()
+        for system in systems
+    ],
+)
+def test_target(
+    benchmark: BenchmarkFixture,
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+    target: str,
+    system: str,
+) -> None:
     small = request.config.getoption("benchmark_disable")
     systems = systems_of(target, small, tmp_path_factory.getbasetemp())
     if system not in systems:

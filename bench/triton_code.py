@@ -31,8 +31,13 @@ from dgi_kernels.quantize import triton as quantize
 from dgi_kernels.quantize.options import QuantizeOptions
 
 MODULES = (common, cosine.kernels, cosine.chunks, softmax.kernels, quantize.kernels, quantize.chunks)
-TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32",
-         torch.int64: "*i64"}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 
 
 @dataclass(frozen=True)
@@ -82,8 +87,9 @@ def describe(label: str, kernel: triton.JITFunction, args: tuple, kwargs: dict[s
             kind = "i32" if -(2**31) <= value < 2**31 else "i64"
             aligned += [i] * (special and value % 16 == 0)
         signature.append((parameter.name, kind))
-    return Launch(kernel.fn.__module__, kernel.__name__, tuple(signature), tuple(constants), tuple(aligned), options,
-                  label)
+    return Launch(
+        kernel.fn.__module__, kernel.__name__, tuple(signature), tuple(constants), tuple(aligned), options, label
+    )
 
 
 def launches_of(label: str, call: Callable[[], object]) -> list[Launch]:
@@ -108,13 +114,24 @@ def cosine_launches() -> Iterator[Launch]:
     """Each dtype and form with aligned sizes, plain and with all that a column may have ("columns": less than all is
     less code), and once each with sizes of which nothing is a multiple of 16."""
     cases = [(dtype, dim) for dtype in cosine.HALF for dim in cosine.FLASH[9]]
-    cases += [(torch.bfloat16, 200), (torch.bfloat16, 768), (torch.float16, 768), (torch.float32, 256),
-              (torch.float32, 17)]
+    cases += [
+        (torch.bfloat16, 200),
+        (torch.bfloat16, 768),
+        (torch.float16, 768),
+        (torch.float32, 256),
+        (torch.float32, 17),
+    ]
     for dtype, dim in cases:
         rows, codes = (32, 48) if dim % 16 == 0 else (33, 47)
         for columns in (False, True) if dim % 16 == 0 else (False,):
-            def call(dtype: torch.dtype = dtype, dim: int = dim, rows: int = rows, codes: int = codes,
-                     columns: bool = columns) -> None:
+
+            def call(
+                dtype: torch.dtype = dtype,
+                dim: int = dim,
+                rows: int = rows,
+                codes: int = codes,
+                columns: bool = columns,
+            ) -> None:
                 h = torch.randn(rows, dim).to(dtype).requires_grad_()
                 weight = torch.randn(codes, dim).to(dtype).requires_grad_()
                 target, scale = torch.zeros(rows, dtype=torch.int64), torch.tensor(30.0, requires_grad=True)
@@ -127,6 +144,7 @@ def cosine_launches() -> Iterator[Launch]:
                 (loss if lse is None else loss + lse.sum()).backward()
                 with torch.no_grad():
                     cosine.cosine_cross_entropy(h, weight, target, scale, bias, same_as, options)
+
             label = f"{str(dtype).removeprefix('torch.')} D={dim}{' columns' * columns}"
             yield from launches_of(label, call)
 
@@ -138,9 +156,15 @@ def quantize_launches() -> Iterator[Launch]:
     cases = [(dtype, dim, 48) for dtype in quantize.HALF for dim in (*quantize.FLASH[9], 768)]
     cases += [(torch.float32, 64, 48), (torch.bfloat16, 128, 47), (torch.bfloat16, 768, 47)]
     for dtype, dim, codes in cases:
+
         def step(dtype: torch.dtype = dtype, dim: int = dim, codes: int = codes) -> None:
-            modes = [("soft", seed, "cosine"), ("soft", None, "cosine"), ("straight_through", seed, "cosine"),
-                     ("straight_through", None, "cosine"), ("hard", None, "cosine")]
+            modes = [
+                ("soft", seed, "cosine"),
+                ("soft", None, "cosine"),
+                ("straight_through", seed, "cosine"),
+                ("straight_through", None, "cosine"),
+                ("hard", None, "cosine"),
+            ]
             # By the metric "dot" only the kernels without products differ, which are short: one dtype stands for all.
             modes += [("soft", None, "dot")] * (dtype == torch.bfloat16 and dim != 128)
             for mode, noise, metric in modes:
@@ -153,6 +177,7 @@ def quantize_launches() -> Iterator[Launch]:
                     if noise is not None:
                         loss = loss + result.usage[0].sum() + result.log_normalizer.sum()
                     loss.backward()
+
         yield from launches_of(f"{str(dtype).removeprefix('torch.')} D={dim}", step)
 
 
@@ -160,14 +185,17 @@ def gumbel_launches() -> Iterator[Launch]:
     """Noise and softmax at each tile."""
     seed, tau = torch.zeros(1, dtype=torch.int64), torch.tensor(0.5, requires_grad=True)
     for dtype in (torch.float32, *common.HALF):
+
         def sample(dtype: torch.dtype = dtype) -> None:
             for codes in (*(b_k for _, b_k in softmax.SOFTMAX_TILES), 32000, 33):
                 logits = torch.randn(4, codes).to(dtype).requires_grad_()
                 for hard in (False, True):
                     softmax.gumbel_softmax(logits, tau, hard, seed).sum().backward()
+
         yield from launches_of(str(dtype).removeprefix("torch."), sample)
-    yield from launches_of("", lambda: [softmax.gumbel_noise(seed, 0, 0, 0, 4, codes)
-                                        for codes in (b_k for _, b_k in softmax.NOISE_TILES)])
+    yield from launches_of(
+        "", lambda: [softmax.gumbel_noise(seed, 0, 0, 0, 4, codes) for codes in (b_k for _, b_k in softmax.NOISE_TILES)]
+    )
 
 
 def all_launches() -> Iterator[Launch]:
@@ -194,7 +222,7 @@ def machine_code(launch: Launch, arch: int) -> tuple[Usage, str]:
     attributes = {(i,): [["tt.divisibility", 16]] for i in launch.aligned}
     source = ASTSource(kernel, dict(launch.signature), constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
-    (usage, code), = functions_of(compiled.asm["cubin"]).values()
+    ((usage, code),) = functions_of(compiled.asm["cubin"]).values()
     return Usage(usage.registers, usage.spilled, compiled.metadata.shared, usage.instructions), code
 
 
@@ -215,8 +243,10 @@ def compile_for(launch: Launch, arch: int) -> tuple[Usage, float]:
     usage, code = machine_code(launch, arch)
     counted = usage.instructions if dict(launch.constants).get("one_tile") else repeated_instructions(code)
     per_element = counted / (elements(launch) or math.inf)
-    return (Usage(usage.registers, usage.spilled, usage.shared, usage.instructions, round(per_element, 1)),
-            time.perf_counter() - start)
+    return (
+        Usage(usage.registers, usage.spilled, usage.shared, usage.instructions, round(per_element, 1)),
+        time.perf_counter() - start,
+    )
 
 
 @dataclass(frozen=True)

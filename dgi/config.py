@@ -78,8 +78,9 @@ class ModelConfig:
             _within(self, name, 0)
         _within(self, "vocabulary_size", 2)  # one for padding, and one for words
         if not self.codebook_sizes or any(not 1 <= size <= MAX_INT for size in self.codebook_sizes):
-            raise ValueError(f"codebook_sizes must hold one positive size per level, at most {MAX_INT}; "
-                             f"got {self.codebook_sizes}")
+            raise ValueError(
+                f"codebook_sizes must hold one positive size per level, at most {MAX_INT}; got {self.codebook_sizes}"
+            )
         if self.dim % self.attention_heads:
             raise ValueError(f"dim must be a multiple of attention_heads; got {self.dim} and {self.attention_heads}")
         if self.encoder == "vectors" and not self.vector_dim:

@@ -34,8 +34,9 @@ say = functools.partial(print, flush=True)  # at once, also into a pipe: trainin
 Model = TypeVar("Model", bound=DualEncoder)
 
 
-def run_demo(data: Dataset, output: Path, *, device: torch.device | str = "cpu", full: bool = False,
-             progress: bool = True) -> dict[str, Any]:
+def run_demo(
+    data: Dataset, output: Path, *, device: torch.device | str = "cpu", full: bool = False, progress: bool = True
+) -> dict[str, Any]:
     """Train both models, index, evaluate and show searches; leave everything in ``output``, and print as it goes.
 
     Training of a demo that was interrupted continues from its last checkpoint.
@@ -51,8 +52,10 @@ def run_demo(data: Dataset, output: Path, *, device: torch.device | str = "cpu",
         What ``metrics.json`` holds.
     """
     started = time.perf_counter()
-    say(f"{data.name}: {len(data.catalog):,} items, {len(data.train):,} training and {len(data.test):,} test "
-        f"interactions")
+    say(
+        f"{data.name}: {len(data.catalog):,} items, {len(data.train):,} training and {len(data.test):,} test "
+        f"interactions"
+    )
     say("\nTraining the dense dual encoder (InfoNCE only)")
     dense = _train(DualEncoder, data, output / "dense", device, progress)
     say("Training DGI")
@@ -66,8 +69,10 @@ def run_demo(data: Dataset, output: Path, *, device: torch.device | str = "cpu",
     say(f"\n{_caption(results)}\n{evaluate.results_table(results['systems'])}\n")
     _show_searches(data, searcher)
     pictures = "buckets.png, training_curve.png, " if drawn else ""
-    say(f"{output} holds metrics.json, {pictures}index.safetensors and model.safetensors (the dense model: "
-        f"{output / 'dense'})\nfinished in {(time.perf_counter() - started) / 60:.1f} minutes")
+    say(
+        f"{output} holds metrics.json, {pictures}index.safetensors and model.safetensors (the dense model: "
+        f"{output / 'dense'})\nfinished in {(time.perf_counter() - started) / 60:.1f} minutes"
+    )
     return results
 
 
@@ -85,25 +90,34 @@ def _evaluate(data: Dataset, dense: DualEncoder, searcher: Searcher, full: bool,
     exclude = evaluate.history_rows(test)
     features = searcher.item_features
     queries = encode_requests(dense, Requests.of(dense, test), features)
-    found = searcher.search_interactions(test, k=evaluate.DEPTH, num_beams=NUM_BEAMS, exclude_history=True,
-                                         progress=progress)
+    found = searcher.search_interactions(
+        test, k=evaluate.DEPTH, num_beams=NUM_BEAMS, exclude_history=True, progress=progress
+    )
     rankings = {
         "popularity": rank_by_popularity(counts, len(test), evaluate.DEPTH, exclude=exclude),
         "dense": rank_by_cosine(queries, encode_items(dense, features), evaluate.DEPTH, exclude=exclude),
         "DGI": found.items,
     }
-    return {"data": data.name, "queries": len(test), "test_interactions": len(data.test), "num_beams": NUM_BEAMS,
-            "model": to_dict(DEMO_MODEL), "training": to_dict(DEMO_TRAINING),
-            "systems": evaluate.evaluate_systems(rankings, test, counts),
-            "index": evaluate.evaluate_index(searcher.index)}
+    return {
+        "data": data.name,
+        "queries": len(test),
+        "test_interactions": len(data.test),
+        "num_beams": NUM_BEAMS,
+        "model": to_dict(DEMO_MODEL),
+        "training": to_dict(DEMO_TRAINING),
+        "systems": evaluate.evaluate_systems(rankings, test, counts),
+        "index": evaluate.evaluate_index(searcher.index),
+    }
 
 
 def _caption(results: dict[str, Any]) -> str:
     queries, total = results["queries"], results["test_interactions"]
     which = f"all {total:,}" if queries == total else f"a fixed random sample of {queries:,} of the {total:,}"
-    return (f"Which item comes next? On {which} test interactions; items of the history are left out.\n"
-            f"Rows: by popularity of the item looked for, buckets of equally many training interactions.\n"
-            f"dense: in-batch negatives without correction for their popularity, a weak baseline.")
+    return (
+        f"Which item comes next? On {which} test interactions; items of the history are left out.\n"
+        f"Rows: by popularity of the item looked for, buckets of equally many training interactions.\n"
+        f"dense: in-batch negatives without correction for their popularity, a weak baseline."
+    )
 
 
 def _show_searches(data: Dataset, searcher: Searcher) -> None:

@@ -28,16 +28,28 @@ class Progress:
         clock: seconds; for tests.
     """
 
-    def __init__(self, total: int, title: str, *, unit: str = "items", done: int = 0, shown: bool = True,
-                 file: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        total: int,
+        title: str,
+        *,
+        unit: str = "items",
+        done: int = 0,
+        shown: bool = True,
+        file: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.total, self.title, self.unit, self.done, self.shown = total, title, unit, done, shown
         self.file = sys.stderr if file is None else file
         self._clock, self._before, self._note = clock, done, ""
         self._started = self._last = clock()
         self._tenth = self._tenths()
         self._written = done
-        self._bar = tqdm(total=total, desc=title, initial=done, unit=f" {unit}", file=self.file, dynamic_ncols=True
-                         ) if shown and self.file.isatty() else None
+        self._bar = (
+            tqdm(total=total, desc=title, initial=done, unit=f" {unit}", file=self.file, dynamic_ncols=True)
+            if shown and self.file.isatty()
+            else None
+        )
 
     def __enter__(self) -> Progress:
         return self
@@ -73,6 +85,8 @@ class Progress:
         self._written = self.done
         seconds = self._clock() - self._started
         rate = (self.done - self._before) / max(seconds, 1e-9)
-        line = (f"{self.title}: {self.done:,} of {self.total:,} {self.unit} ({self.done / max(self.total, 1):.0%}), "
-                f"{seconds:,.0f} s, {rate:,.3g} a second")
+        line = (
+            f"{self.title}: {self.done:,} of {self.total:,} {self.unit} ({self.done / max(self.total, 1):.0%}), "
+            f"{seconds:,.0f} s, {rate:,.3g} a second"
+        )
         print("; ".join(filter(None, (line, self._note))), file=self.file, flush=True)

@@ -17,10 +17,28 @@ Function = TypeVar("Function", bound=Callable)
 
 # What the Python files call.
 OPS = (
-    "assign_codes", "beam_codes", "beam_step", "child_masks", "code_ranges", "cosine_beam_step",
-    "cosine_cross_entropy", "cosine_logits", "cosine_logits_backward", "count_outside", "find_children",
-    "gumbel_noise", "gumbel_softmax", "gumbel_softmax_backward", "item_set", "parent_set", "rank_candidates",
-    "residual_quantize", "residual_quantize_backward", "run_marks", "run_starts", "trie_arrays",
+    "assign_codes",
+    "beam_codes",
+    "beam_step",
+    "child_masks",
+    "code_ranges",
+    "cosine_beam_step",
+    "cosine_cross_entropy",
+    "cosine_logits",
+    "cosine_logits_backward",
+    "count_outside",
+    "find_children",
+    "gumbel_noise",
+    "gumbel_softmax",
+    "gumbel_softmax_backward",
+    "item_set",
+    "parent_set",
+    "rank_candidates",
+    "residual_quantize",
+    "residual_quantize_backward",
+    "run_marks",
+    "run_starts",
+    "trie_arrays",
 )
 
 LIBRARY = Path(__file__).with_name("_C.abi3.so")
@@ -29,9 +47,11 @@ LIBRARY = Path(__file__).with_name("_C.abi3.so")
 def _load() -> str | None:
     """Load the extension; return the reason where that cannot be."""
     if not LIBRARY.exists():
-        return ("the extension is not built (there was no C++ compiler when dgi-kernels was installed, or compiling "
-                "failed); install one, e.g. `apt install g++`, then install dgi-kernels again: `pip install -v` shows "
-                "the build's messages")
+        return (
+            "the extension is not built (there was no C++ compiler when dgi-kernels was installed, or compiling "
+            "failed); install one, e.g. `apt install g++`, then install dgi-kernels again: `pip install -v` shows "
+            "the build's messages"
+        )
     try:
         torch.ops.load_library(str(LIBRARY))
     except (OSError, RuntimeError) as error:
@@ -40,9 +60,11 @@ def _load() -> str | None:
         return f"{LIBRARY} was found but could not be loaded by torch {torch.__version__}: {error}{reason}"
     missing = [op for op in OPS if not hasattr(torch.ops.dgi_kernels, op)]
     if missing:
-        return (f"{LIBRARY} is of another version of dgi-kernels than the Python files around it (it has no "
-                f"{', '.join(missing)}); install dgi-kernels again: `pip install .`, or `pip install -e .` in a source "
-                "tree")
+        return (
+            f"{LIBRARY} is of another version of dgi-kernels than the Python files around it (it has no "
+            f"{', '.join(missing)}); install dgi-kernels again: `pip install .`, or `pip install -e .` in a source "
+            "tree"
+        )
     return None
 
 
@@ -51,10 +73,12 @@ load_error: str | None = _load()
 
 def fake_kernel(op: str) -> Callable[[Function], Function]:
     """Decorator of the fake kernel of an op; without the extension there is no op to have one."""
+
     def register(function: Function) -> Function:
         if load_error is None:
             library.register_fake(f"dgi_kernels::{op}", function)
         return function
+
     return register
 
 

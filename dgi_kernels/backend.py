@@ -88,8 +88,11 @@ def _why_no_triton() -> str | None:
     return None
 
 
-_BACKEND_PROBLEM: dict[str, str | None] = {"reference": None, "triton": _why_no_triton(),
-                                           "native": _extension.load_error}
+_BACKEND_PROBLEM: dict[str, str | None] = {
+    "reference": None,
+    "triton": _why_no_triton(),
+    "native": _extension.load_error,
+}
 _to_import = set() if _BACKEND_PROBLEM["triton"] else {"triton"}
 
 
@@ -137,8 +140,13 @@ def backends() -> dict[str, BackendStatus]:
     return status
 
 
-def why_not(op: str, backend: str, device: torch.device | str, dtype: torch.dtype | None = None,
-            options: Mapping[str, object] | None = None) -> str | None:
+def why_not(
+    op: str,
+    backend: str,
+    device: torch.device | str,
+    dtype: torch.dtype | None = None,
+    options: Mapping[str, object] | None = None,
+) -> str | None:
     """Return why ``backend`` cannot run ``op`` on ``device`` with ``dtype`` and ``options``, or None where it can.
 
     Args:
@@ -163,8 +171,9 @@ def why_not(op: str, backend: str, device: torch.device | str, dtype: torch.dtyp
     return _problem(op, backend, torch.device(device), dtype, options)
 
 
-def _problem(op: str, backend: str, device: torch.device, dtype: torch.dtype | None,
-             options: Mapping[str, object] | None) -> str | None:
+def _problem(
+    op: str, backend: str, device: torch.device, dtype: torch.dtype | None, options: Mapping[str, object] | None
+) -> str | None:
     """:func:`why_not` for names that are known to be right."""
     if backend == "reference":
         return None
@@ -177,8 +186,10 @@ def _problem(op: str, backend: str, device: torch.device, dtype: torch.dtype | N
     if device.type not in kernel:
         return f"{op} has no {backend} kernel for {device.type} tensors (it runs on {_names(kernel)})"
     if backend == "native" and device.type == "cuda" and not _extension.has_cuda:
-        return ("the extension was built without CUDA kernels; install dgi-kernels again where torch is a CUDA build "
-                "and nvcc is there, with DGI_BUILD_CUDA=1")
+        return (
+            "the extension was built without CUDA kernels; install dgi-kernels again where torch is a CUDA build "
+            "and nvcc is there, with DGI_BUILD_CUDA=1"
+        )
     dtypes = kernel[device.type]
     if dtypes is not None and dtype not in dtypes:
         return f"{op} has no {backend} kernel for {dtype} on {device.type} (it takes {_names(dtypes)})"
@@ -205,8 +216,13 @@ def _is_transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype | None = None,
-           options: Mapping[str, object] | None = None) -> str:
+def choose(
+    op: str,
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    options: Mapping[str, object] | None = None,
+) -> str:
     """Resolve ``backend`` to ``"reference"``, ``"triton"`` or ``"native"`` for one call.
 
     ``options`` are those of the op, by name, that a kernel may lack: see :data:`LACKS`.
@@ -242,8 +258,10 @@ def choose_without_gradient(op: str, backend: str, main: torch.Tensor, *others: 
     if chosen == "reference" or not wants_gradient or not torch.is_grad_enabled():
         return chosen
     if backend != "auto":
-        raise BackendUnavailable(f'backend="{backend}" cannot run {op} here: it gives no gradients, and an input '
-                                 "requires one (call it under torch.no_grad(), or take the reference)")
+        raise BackendUnavailable(
+            f'backend="{backend}" cannot run {op} here: it gives no gradients, and an input '
+            "requires one (call it under torch.no_grad(), or take the reference)"
+        )
     _log_fallback(op, main.device, "an input requires a gradient, and only the reference gives one")
     return "reference"
 
@@ -261,8 +279,12 @@ def _log_fallback(op: str, device: torch.device, reason: str) -> None:
         return
     _logged.add(key)
     if device.type != "cpu" and op in FORMS_LOGITS:
-        logger.warning("%s: falling back to the PyTorch reference, which forms all rows x codes logits on %s (%s)", op,
-                       device, reason)
+        logger.warning(
+            "%s: falling back to the PyTorch reference, which forms all rows x codes logits on %s (%s)",
+            op,
+            device,
+            reason,
+        )
     else:
         logger.info("%s: falling back to the PyTorch reference (%s)", op, reason)
 

@@ -22,8 +22,15 @@ _FLOAT32 = torch.finfo(torch.float32)
 INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
-def tensor(name: str, value: object, *, dtypes: Sequence[torch.dtype] | None = None, ndim: int | None = None,
-           min_ndim: int | None = None, like: Tensor | None = None) -> Tensor:
+def tensor(
+    name: str,
+    value: object,
+    *,
+    dtypes: Sequence[torch.dtype] | None = None,
+    ndim: int | None = None,
+    min_ndim: int | None = None,
+    like: Tensor | None = None,
+) -> Tensor:
     """Check that ``value`` is a dense tensor with one of ``dtypes``, ``ndim`` dimensions, on the device of ``like``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}")
@@ -43,8 +50,9 @@ def tensor(name: str, value: object, *, dtypes: Sequence[torch.dtype] | None = N
     return value
 
 
-def float_tensor(name: str, value: object, *, ndim: int | None = None, min_ndim: int | None = None,
-                 like: Tensor | None = None) -> Tensor:
+def float_tensor(
+    name: str, value: object, *, ndim: int | None = None, min_ndim: int | None = None, like: Tensor | None = None
+) -> Tensor:
     """Check a floating-point input: float32, bfloat16, float16 or float64."""
     return tensor(name, value, dtypes=FLOAT_DTYPES, ndim=ndim, min_ndim=min_ndim, like=like)
 
@@ -67,8 +75,10 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def same_dtype(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
     """Check that two inputs agree in dtype; under ``torch.autocast``, as for PyTorch's own ops, they may differ."""
     if value.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type):
-        raise TypeError(f"{name} must have the dtype of {like_name}, {like.dtype}; got {value.dtype} (outside of "
-                        f"torch.autocast dtypes are not mixed: convert one of the two)")
+        raise TypeError(
+            f"{name} must have the dtype of {like_name}, {like.dtype}; got {value.dtype} (outside of "
+            f"torch.autocast dtypes are not mixed: convert one of the two)"
+        )
 
 
 def autocast_operand(value: Tensor) -> Tensor:
@@ -84,14 +94,16 @@ def integer(name: str, value: object, *, low: int | None = None, high: int | Non
     if isinstance(value, bool) or not isinstance(value, (int, np.integer, torch.SymInt)):
         raise TypeError(f"{name} must be an integer; got {type(value).__name__}")
     if (low is not None and value < low) or (high is not None and value > high):
-        bounds = " and ".join(([f"at least {low}"] if low is not None else [])
-                              + ([f"at most {high}"] if high is not None else []))
+        bounds = " and ".join(
+            ([f"at least {low}"] if low is not None else []) + ([f"at most {high}"] if high is not None else [])
+        )
         raise ValueError(f"{name} must be {bounds}; got {value}")
     return int(value) if isinstance(value, np.integer) else value  # type: ignore[return-value]
 
 
-def number(name: str, value: object, *, positive: bool = False, low: float | None = None,
-           high: float | None = None) -> float:
+def number(
+    name: str, value: object, *, positive: bool = False, low: float | None = None, high: float | None = None
+) -> float:
     """Check a finite Python number, positive or within ``[low, high]`` where asked."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name} must be a float; got {type(value).__name__}")
@@ -165,8 +177,12 @@ def _check_finite(name: str, value: float, positive: bool) -> None:
 def _check_index(name: str, value: Tensor, low: int, high: int, also: int | None) -> None:
     # A narrow dtype may not hold the bounds, and compares with them modulo its range.
     value = _untransformed(value).long()
-    if _extension.load_error is None and value.device.type == "cpu" and value.is_contiguous() \
-            and torch.ops.dgi_kernels.count_outside(value, low, high, also) == 0:
+    if (
+        _extension.load_error is None
+        and value.device.type == "cpu"
+        and value.is_contiguous()
+        and torch.ops.dgi_kernels.count_outside(value, low, high, also) == 0
+    ):
         return
     bad = (value < low) | (value >= high)
     if also is not None:

@@ -60,8 +60,10 @@ def check_output(folder: str | os.PathLike[str], files: Iterable[Path] = (), nby
             raise IsADirectoryError(f"{file} is a folder; a file of that name will be written")
     free = shutil.disk_usage(folder).free
     if free < nbytes:
-        raise OSError(f"the disk of {folder} has {free / 2**20:,.0f} MiB left, and {nbytes / 2**20:,.0f} MiB will be "
-                      f"written: make room, or choose another folder")
+        raise OSError(
+            f"the disk of {folder} has {free / 2**20:,.0f} MiB left, and {nbytes / 2**20:,.0f} MiB will be "
+            f"written: make room, or choose another folder"
+        )
 
 
 def _umask() -> int:

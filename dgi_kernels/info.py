@@ -50,8 +50,10 @@ def _gpus() -> str:
 
 def _backends() -> list[tuple[str, ...]]:
     status = dgi_kernels.backends()
-    return [("backend", "available", "why not"),
-            *((name, _yes(backend.available), backend.reason) for name, backend in status.items())]
+    return [
+        ("backend", "available", "why not"),
+        *((name, _yes(backend.available), backend.reason) for name, backend in status.items()),
+    ]
 
 
 def _devices() -> list[str]:
@@ -60,8 +62,10 @@ def _devices() -> list[str]:
 
 def _ops(device: str) -> list[tuple[str, ...]]:
     """What ``backend="auto"`` takes, a row for each op and a column for each dtype."""
-    return [(f"op on {device}", *(_short(dtype) for dtype in DTYPES)),
-            *((op, *(_chosen(op, device, dtype) for dtype in DTYPES)) for op in KERNELS)]
+    return [
+        (f"op on {device}", *(_short(dtype) for dtype in DTYPES)),
+        *((op, *(_chosen(op, device, dtype) for dtype in DTYPES)) for op in KERNELS),
+    ]
 
 
 def _chosen(op: str, device: str, dtype: torch.dtype) -> str:
@@ -80,8 +84,10 @@ def _reasons(device: str) -> list[tuple[str, ...]]:
                 # Op and dtype have columns of their own.
                 reason = "; ".join(problems).replace(f"{op} has", "it has").replace(f" {dtype} on", " this dtype on")
                 dtypes_of.setdefault((op, reason or "it has no kernel"), []).append(_short(dtype))
-    rows = [(op, "all" if len(dtypes) == len(DTYPES) else ", ".join(dtypes), reason)
-            for (op, reason), dtypes in dtypes_of.items()]
+    rows = [
+        (op, "all" if len(dtypes) == len(DTYPES) else ", ".join(dtypes), reason)
+        for (op, reason), dtypes in dtypes_of.items()
+    ]
     return [(f"reference on {device}", "dtypes", "why no kernel"), *rows] if rows else []
 
 

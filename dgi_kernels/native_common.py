@@ -17,11 +17,15 @@ def create_graph() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def gradients_of(outputs: Sequence[Tensor], upstream: Sequence[Tensor | None], inputs: Sequence[Tensor],
-                 wanted: Sequence[bool]) -> list[Tensor | None]:
+def gradients_of(
+    outputs: Sequence[Tensor], upstream: Sequence[Tensor | None], inputs: Sequence[Tensor], wanted: Sequence[bool]
+) -> list[Tensor | None]:
     """Gradients that can be differentiated themselves."""
     pairs = [(output, g) for output, g in zip(outputs, upstream, strict=True) if g is not None and output.requires_grad]
     leaves = [x for x, want in zip(inputs, wanted, strict=True) if want]
-    gradients = iter(torch.autograd.grad([o for o, _ in pairs], leaves, [g for _, g in pairs], create_graph=True,
-                                         allow_unused=True) if pairs else [None] * len(leaves))
+    gradients = iter(
+        torch.autograd.grad([o for o, _ in pairs], leaves, [g for _, g in pairs], create_graph=True, allow_unused=True)
+        if pairs
+        else [None] * len(leaves)
+    )
     return [next(gradients) if want else None for want in wanted]

@@ -54,11 +54,15 @@ def _multiply(multiplier: Tensor, word: Tensor) -> tuple[Tensor, Tensor]:
 def random_words(seed: Tensor, level: int, rows: int, codes: int, stream: int, row_offset: int) -> Tensor:
     """The uniform words of one level, (rows, codes) int64 in [0, 2**32)."""
     device = seed.device
-    counter = torch.stack(torch.broadcast_tensors(
-        torch.arange((codes + 3) // 4, device=device),
-        torch.arange(rows, device=device).unsqueeze(1) + row_offset,
-        seed.new_full((), level),
-        seed.new_full((), stream)), dim=-1)
+    counter = torch.stack(
+        torch.broadcast_tensors(
+            torch.arange((codes + 3) // 4, device=device),
+            torch.arange(rows, device=device).unsqueeze(1) + row_offset,
+            seed.new_full((), level),
+            seed.new_full((), stream),
+        ),
+        dim=-1,
+    )
     key = torch.cat([seed & WORD, (seed >> 32) & WORD])
     return philox4x32(counter, key).flatten(1)[:, :codes]
 
@@ -102,6 +106,7 @@ def check_row_offset(row_offset: int, rows: int) -> int:
     """Check that the row numbers ``row_offset ... row_offset + rows - 1`` fit the counter's 32-bit word."""
     row_offset = checks.integer("row_offset", row_offset, low=0, high=WORD)
     if rows + row_offset > 2**32:
-        raise ValueError(f"row_offset must leave room for the rows: row_offset + rows <= 2**32 is needed; "
-                         f"got {row_offset} + {rows}")
+        raise ValueError(
+            f"row_offset must leave room for the rows: row_offset + rows <= 2**32 is needed; got {row_offset} + {rows}"
+        )
     return row_offset

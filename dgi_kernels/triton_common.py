@@ -42,8 +42,9 @@ def norms(x: Tensor, eps: float, rnorm: Tensor) -> None:
     """rnorm (N,) = 1 / max(||x_n||, eps)"""
     b_n, b_d = NORM_BLOCK
     if len(x):
-        norm_kernel[(triton.cdiv(len(x), b_n),)](x, p_rnorm=rnorm, N=x.shape[0], D=x.shape[1], stride=x.stride(0),
-                                                 eps=eps, b_n=b_n, b_d=b_d, num_warps=4)
+        norm_kernel[(triton.cdiv(len(x), b_n),)](
+            x, p_rnorm=rnorm, N=x.shape[0], D=x.shape[1], stride=x.stride(0), eps=eps, b_n=b_n, b_d=b_d, num_warps=4
+        )
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -98,9 +99,15 @@ def multiprocessors(x: Tensor) -> int:
 
 @triton.jit(do_not_specialize=["N"])
 def norm_kernel(
-        p_x,  # (N, D), rows stride apart
-        p_rnorm,  # (N,) out, float32
-        N, D, stride, eps, b_n: tl.constexpr, b_d: tl.constexpr):
+    p_x,  # (N, D), rows stride apart
+    p_rnorm,  # (N,) out, float32
+    N,
+    D,
+    stride,
+    eps,
+    b_n: tl.constexpr,
+    b_d: tl.constexpr,
+):
     """1 / max(||x||, eps) of every row, and 0 for a vector of norm 0, whose products are 0 whatever their scale."""
     o_n = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
     total = tl.zeros((b_n,), tl.float32)

@@ -47,6 +47,7 @@ def _formula(tex: str) -> str:
 
 def _scrolling(table: str) -> str:
     """A table in a box that scrolls, by keys too, and column titles that may break within a long name."""
+
     def breakable(title: re.Match[str]) -> str:
         return re.sub(r"_(?=\w)|(?<=[a-z])(?=[A-Z])", r"\g<0><wbr>", title[0]).replace("÷ ", "÷&nbsp;")
 
@@ -71,4 +72,4 @@ def _excerpt(path: str, start: str | None, end: str | None) -> str:
     last = next((i for i, line in enumerate(lines) if i > first and line.startswith(end)), None)
     if last is None:
         raise PluginError(f"{path} has no lines from {start!r} to {end!r}")
-    return "\n".join([f'``` {LANGUAGES[Path(path).suffix]} title="{path}"', *lines[first:last + 1], "```"])
+    return "\n".join([f'``` {LANGUAGES[Path(path).suffix]} title="{path}"', *lines[first : last + 1], "```"])

@@ -46,8 +46,9 @@ EXPECTED = (
 
 def is_expected(reason: str) -> bool:
     """Whether a test may be skipped for this reason here."""
-    missing = re.match(r"could not import '(\w+)|needs the extra '(\w+)'|.*needs (transformers|matplotlib|peft)",
-                       reason)
+    missing = re.match(
+        r"could not import '(\w+)|needs the extra '(\w+)'|.*needs (transformers|matplotlib|peft)", reason
+    )
     if missing:
         package = {"docs": "mkdocs"}.get(str(missing[2]), missing[1] or missing[2] or missing[3])
         return not _has(package)

@@ -19,27 +19,43 @@ WITHOUT_COMPILING = {"TORCHDYNAMO_DISABLE": "1"}  # torch.compile's peers run un
 
 
 def bench(*options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "pytest", "bench", "-v", "-p", "no:cacheprovider", *options], cwd=ROOT,
-                          env=os.environ | WITHOUT_COMPILING, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "bench", "-v", "-p", "no:cacheprovider", *options],
+        cwd=ROOT,
+        env=os.environ | WITHOUT_COMPILING,
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_every_target_case_runs() -> None:
     run = bench("--benchmark-disable")
     assert run.returncode == 0, run.stdout + run.stderr
     passed = set(re.findall(r"test_target\[(\w+)-.*\] PASSED", run.stdout))
-    recorded = {figure["extra_info"]["op"].replace(" ", "_") for path in (ROOT / "bench" / "results").glob("cpu-*.json")
-                for figure in json.loads(path.read_text())["benchmarks"]}
+    recorded = {
+        figure["extra_info"]["op"].replace(" ", "_")
+        for path in (ROOT / "bench" / "results").glob("cpu-*.json")
+        for figure in json.loads(path.read_text())["benchmarks"]
+    }
     assert passed >= recorded - {"trie_search", "constrained_generate"}  # beam_search; it needs transformers
 
 
 def test_a_comparison_fails_where_something_is_slower(tmp_path: Path) -> None:
-    options = ("-k", "gumbel_noise-ours", "--benchmark-storage", str(tmp_path), "--benchmark-min-rounds", "3",
-               "--benchmark-max-time", "0.1")
+    options = (
+        "-k",
+        "gumbel_noise-ours",
+        "--benchmark-storage",
+        str(tmp_path),
+        "--benchmark-min-rounds",
+        "3",
+        "--benchmark-max-time",
+        "0.1",
+    )
     before = bench(*options, "--benchmark-save", "before")
     assert before.returncode == 0, before.stdout + before.stderr
-    file, = tmp_path.rglob("0001_before.json")
+    (file,) = tmp_path.rglob("0001_before.json")
     document = json.loads(file.read_text())
-    figure, = document["benchmarks"]
+    (figure,) = document["benchmarks"]
     assert figure["name"] == "test_target[gumbel_noise-ours]" and figure["stats"]["rounds"] >= 3
     figure["stats"]["median"] /= 100
     file.write_text(json.dumps(document))

@@ -35,14 +35,14 @@ def script(page: Path) -> str:
     text, lines = page.read_text(), []
     for match in BLOCK.finditer(text):
         kind, shown, setup, hidden = match.groups()
-        if NOT_RUN.search(text[:match.start()]):
+        if NOT_RUN.search(text[: match.start()]):
             continue
         code = hidden if setup else shown
         if kind == "sh":
             commands = [shlex.split(line)[1:] for line in shown.splitlines() if line.startswith("dgi ")]
             code = "\n".join(map(COMMAND.format, commands)) if page.stem == "tutorial" else ""
         if code:
-            lines += [""] * (text[:match.start()].count("\n") + 1 - len(lines)) + code.splitlines()
+            lines += [""] * (text[: match.start()].count("\n") + 1 - len(lines)) + code.splitlines()
     return "\n".join(lines)
 
 
@@ -52,18 +52,30 @@ def test_the_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     exec(compile(script(page), str(page), "exec"), {"__name__": "__main__"})
 
 
-@pytest.mark.parametrize("module", [
-    name for _, name, _ in pkgutil.walk_packages(dgi_kernels.__path__, "dgi_kernels.")
-    if "triton" not in name and not name.endswith("_C")])
+@pytest.mark.parametrize(
+    "module",
+    [
+        name
+        for _, name, _ in pkgutil.walk_packages(dgi_kernels.__path__, "dgi_kernels.")
+        if "triton" not in name and not name.endswith("_C")
+    ],
+)
 def test_the_examples_of_docstrings_run(module: str) -> None:
-    result = doctest.testmod(importlib.import_module(module), extraglobs={"dgi_kernels": dgi_kernels, "torch": torch},
-                             optionflags=doctest.NORMALIZE_WHITESPACE)
+    result = doctest.testmod(
+        importlib.import_module(module),
+        extraglobs={"dgi_kernels": dgi_kernels, "torch": torch},
+        optionflags=doctest.NORMALIZE_WHITESPACE,
+    )
     assert result.failed == 0
 
 
 def test_every_public_op_has_an_example() -> None:
-    without = [name for name in dgi_kernels.__all__ if inspect.isfunction(getattr(dgi_kernels, name))
-               and ">>>" not in str(inspect.getdoc(getattr(dgi_kernels, name)))]
+    without = [
+        name
+        for name in dgi_kernels.__all__
+        if inspect.isfunction(getattr(dgi_kernels, name))
+        and ">>>" not in str(inspect.getdoc(getattr(dgi_kernels, name)))
+    ]
     assert without == []
 
 
@@ -71,9 +83,10 @@ def test_the_readme_begins_with_what_a_reader_needs() -> None:
     lines = (ROOT / "README.md").read_text().splitlines()
     assert any("docs/integration.md" in line for line in lines[:10])
     assert lines.index("```python") < 30
-    code = lines[lines.index("```python"):lines.index("```", lines.index("```python") + 1)]
-    assert len(code) < 12 and all(op in "\n".join(code) for op in
-                                  ("cosine_cross_entropy", "residual_quantize", "beam_search"))
+    code = lines[lines.index("```python") : lines.index("```", lines.index("```python") + 1)]
+    assert len(code) < 12 and all(
+        op in "\n".join(code) for op in ("cosine_cross_entropy", "residual_quantize", "beam_search")
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -80,19 +80,23 @@ def test_results_are_kept(tmp_path: Path) -> None:
 
 
 def test_names_do_not_hold_the_hash_of_a_file() -> None:
-    names = {cuda_code.without_file(f"_ZN3dgi4cuda41_GLOBAL__N__{file:08x}_9_gumbel_cu_1daa61b710sum_kernelEPKflPf")
-             for file in (1, 2)}
+    names = {
+        cuda_code.without_file(f"_ZN3dgi4cuda41_GLOBAL__N__{file:08x}_9_gumbel_cu_1daa61b710sum_kernelEPKflPf")
+        for file in (1, 2)
+    }
     assert names == {"_ZN3dgi4cuda12_GLOBAL__N_110sum_kernelEPKflPf"}
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1",
-                    reason="needs Triton's compiler")
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1",
+    reason="needs Triton's compiler",
+)
 def test_a_kernel_that_has_grown_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The noise, compiled for sm_90: in its budget as it is, beyond it with a tile of twice the rows."""
     import triton_code
 
     seed = torch.zeros(1, dtype=torch.int64)
-    launch, = triton_code.launches_of("", lambda: triton_code.softmax.gumbel_noise(seed, 0, 0, 0, 4, 512))
+    (launch,) = triton_code.launches_of("", lambda: triton_code.softmax.gumbel_noise(seed, 0, 0, 0, 4, 512))
     usage, code = triton_code.machine_code(launch, 90)
     assert usage.spilled == 0
     # Both logarithms of each of a thread's elements, and nowhere a slow path of them.
@@ -104,6 +108,7 @@ def test_a_kernel_that_has_grown_is_caught(tmp_path: Path, monkeypatch: pytest.M
     recording.problem("noise", 90, usage)
     recording.record([90])
     assert Budgets("triton", "3").problem("noise", 90, usage) == ""
-    taller = replace(launch, constants=tuple((name, 2 * value if name == "b_n" else value)
-                                             for name, value in launch.constants))
+    taller = replace(
+        launch, constants=tuple((name, 2 * value if name == "b_n" else value) for name, value in launch.constants)
+    )
     assert "instructions" in Budgets("triton", "3").problem("noise", 90, triton_code.machine_code(taller, 90)[0])

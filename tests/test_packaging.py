@@ -20,8 +20,14 @@ pytestmark = pytest.mark.slow
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a command and return its output, both streams in one."""
-    return subprocess.run([*map(str, command)], cwd=cwd, env=os.environ | environment, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.run(
+        [*map(str, command)],
+        cwd=cwd,
+        env=os.environ | environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 @pytest.fixture
@@ -30,8 +36,15 @@ def sources(tmp_path: Path) -> Path:
     ignore = shutil.ignore_patterns("__pycache__", "*.so")
     for name in ("csrc", "dgi_kernels", "dgi", "tests"):
         shutil.copytree(ROOT / name, tmp_path / "sources" / name, ignore=ignore)
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "constraints.txt",
-                 "LICENSE"):
+    for name in (
+        "setup.py",
+        "pyproject.toml",
+        "MANIFEST.in",
+        "README.md",
+        "CHANGELOG.md",
+        "constraints.txt",
+        "LICENSE",
+    ):
         shutil.copy(ROOT / name, tmp_path / "sources" / name)
     return tmp_path / "sources"
 
@@ -75,8 +88,9 @@ PIP_WHEEL = ("-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps", "-
 BUILD_STEP = ("-c", "from setuptools import build_meta; build_meta.build_wheel('dist')")  # pip's last step: saves time
 
 
-def build_wheel(sources: Path, *command: str,
-                **environment: str) -> tuple[subprocess.CompletedProcess[str], list[Path]]:
+def build_wheel(
+    sources: Path, *command: str, **environment: str
+) -> tuple[subprocess.CompletedProcess[str], list[Path]]:
     """Run one of the above in ``sources`` and return how it ended and the wheels it left."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # for the environment's own ninja
     result = run(sys.executable, *command, cwd=sources, PATH=path, **environment)
@@ -107,14 +121,18 @@ def test_wheel_with_the_extension(sources: Path, compiler: str, tmp_path: Path) 
     files = files_in(wheels[0])
     assert {"dgi_kernels/_C.abi3.so", "dgi_kernels/py.typed", "dgi/__init__.py"} <= files
     assert not [name for name in files if name.startswith(("tests/", "csrc/", "bench/"))]
-    output = run_installed(wheels[0], """
+    output = run_installed(
+        wheels[0],
+        """
 import torch
 native = dgi_kernels.backends()["native"]
 assert native.available and "gumbel_noise" in native.ops, native
 noise = torch.ops.dgi_kernels.gumbel_noise(torch.tensor([9]), 1, 0, 2, 3, 4)
 assert torch.equal(dgi_kernels.gumbel_noise(9, 1, 3, 4, row_offset=2), noise)
 print("fine")
-""", tmp_path)
+""",
+        tmp_path,
+    )
     assert output == "fine\n"
 
 
@@ -125,11 +143,15 @@ def test_without_a_compiler_it_is_pure_python_with_one_warning(sources: Path, tm
     assert "no C++ compiler was found ('/nowhere/c++')" in result.stdout
     assert len(wheels) == 1 and wheels[0].name.endswith("-py3-none-any.whl")
     assert not [name for name in files_in(wheels[0]) if name.endswith(".so")]
-    output = run_installed(wheels[0], """
+    output = run_installed(
+        wheels[0],
+        """
 native = dgi_kernels.backends()["native"]
 assert not native.available and "the extension is not built" in native.reason, native
 print(tuple(dgi_kernels.gumbel_noise(9, 1, 3, 4).shape))
-""", tmp_path)
+""",
+        tmp_path,
+    )
     assert output == "(3, 4)\n"
 
 

@@ -23,8 +23,13 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> report.Run:
     results = measure.Results()
     for dim in (64, 256):
         for system, factor in (("floor", 0.8), ("ours", 1.0), ("eager", 3.0)):
-            results.add("op", {"N": 4096, "D": dim, "threads": 2}, system, [dim * factor * t for t in (9.0, 1.0, 0.5)],
-                        memory=int(factor * 1e6))
+            results.add(
+                "op",
+                {"N": 4096, "D": dim, "threads": 2},
+                system,
+                [dim * factor * t for t in (9.0, 1.0, 0.5)],
+                memory=int(factor * 1e6),
+            )
     results.add("other", {"N": 1}, "ours", [1.0])
     results.write(tmp_path / "cpu-sample.json")
     monkeypatch.setattr(report, "RESULTS", tmp_path)
@@ -41,8 +46,13 @@ def test_results_are_quantiles_that_pytest_benchmark_compares(path: Path) -> Non
     document = json.loads(path.read_text())
     assert all("data" not in benchmark["stats"] for benchmark in document["benchmarks"])
     assert path.read_text() == measure.json_text(document)
-    table = subprocess.run([sys.executable, "-m", "pytest_benchmark", "compare", path], cwd=ROOT, capture_output=True,
-                           text=True, encoding="utf-8")
+    table = subprocess.run(
+        [sys.executable, "-m", "pytest_benchmark", "compare", path],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
     assert table.returncode == 0, table.stderr
     assert all(benchmark["name"] in table.stdout for benchmark in document["benchmarks"])
 
@@ -50,7 +60,15 @@ def test_results_are_quantiles_that_pytest_benchmark_compares(path: Path) -> Non
 def test_quantiles_of_a_run() -> None:
     stats = measure.quantiles([5.0, 1.0, 2.0, 4.0, 3.0, 60.0, 2.5])
     assert {name: stats[name] for name in ("min", "q1", "median", "q3", "max", "rounds", "total", "outliers")} == {
-        "min": 1.0, "q1": 2.0, "median": 3.0, "q3": 5.0, "max": 60.0, "rounds": 7, "total": 77.5, "outliers": "1;1"}
+        "min": 1.0,
+        "q1": 2.0,
+        "median": 3.0,
+        "q3": 5.0,
+        "max": 60.0,
+        "rounds": 7,
+        "total": 77.5,
+        "outliers": "1;1",
+    }
     assert (stats["mean"], stats["stddev"]) == pytest.approx((77.5 / 7, statistics.stdev([5, 1, 2, 4, 3, 60, 2.5])))
     one = measure.quantiles([2.0])
     assert {one[name] for name in ("min", "q1", "median", "q3", "max", "mean")} == {2.0} and one["stddev"] == 0
@@ -68,8 +86,10 @@ def test_a_table_has_ratios_of_medians(run: report.Run) -> None:
 
 
 def test_a_page_is_rendered_once_and_for_all(run: report.Run) -> None:
-    page = ("before\n<!-- report:cpu-sample op=op -->\nstale\n<!-- /report -->\nbetween\n"
-            "<!-- picture:cpu-sample op=op -->\n<!-- /picture -->\n<!-- report:missing -->\nold\n<!-- /report -->\n")
+    page = (
+        "before\n<!-- report:cpu-sample op=op -->\nstale\n<!-- /report -->\nbetween\n"
+        "<!-- picture:cpu-sample op=op -->\n<!-- /picture -->\n<!-- report:missing -->\nold\n<!-- /report -->\n"
+    )
     once, shown = report.rendered(report.ROOT / "README.md", page)
     assert report.rendered(report.ROOT / "README.md", once) == (once, shown)
     assert "Not measured yet" in once and "make" not in once.partition("between")[0]
@@ -88,11 +108,16 @@ def test_our_system_may_have_a_name_of_its_own(tmp_path: Path, monkeypatch: pyte
     assert (header, cells) == ("|  | **ours ÷ floor** | STATIC ÷ ours |", "|  | 2.00 | 4.00 |")
 
 
-def test_the_summary_names_the_fastest_peer_also_where_it_wins(tmp_path: Path,
-                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_summary_names_the_fastest_peer_also_where_it_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = measure.Results()
-    for system, seconds in (("floor", 1.0), ("ours", 2.0), ("eager", 5.0), ("compile", 3.0), ("other", 1.9),
-                            ("filtered", 0.1)):
+    for system, seconds in (
+        ("floor", 1.0),
+        ("ours", 2.0),
+        ("eager", 5.0),
+        ("compile", 3.0),
+        ("other", 1.9),
+        ("filtered", 0.1),
+    ):
         results.add("op", {"N": 4096, "D": 64}, system, [seconds], memory=int(seconds * 1e6))
     results.write(tmp_path / "cpu-sample.json")
     monkeypatch.setattr(report, "RESULTS", tmp_path)
@@ -132,8 +157,11 @@ def labels(run: report.Run, filters: dict[str, str]) -> Counter[str]:
     """What a picture must say, counted from the results alone: each system of each shape that has one of ours."""
     shapes = [row for rows in run.rows(filters).values() for row in rows if set(report.OURS) & set(row.seconds)]
     ours = [next(row.seconds[name] for name in report.OURS if name in row.seconds) for row in shapes]
-    return Counter(f"{name}  {report.significant(seconds / one)}"
-                   for row, one in zip(shapes, ours, strict=True) for name, seconds in row.seconds.items())
+    return Counter(
+        f"{name}  {report.significant(seconds / one)}"
+        for row, one in zip(shapes, ours, strict=True)
+        for name, seconds in row.seconds.items()
+    )
 
 
 def check_bars(svg: str, expected: Counter[str]) -> None:
@@ -142,8 +170,11 @@ def check_bars(svg: str, expected: Counter[str]) -> None:
     assert drawn == expected and svg.count('<g id="bar-') == expected.total()
 
 
-SHOWN = {report.picture_name(run.name, filters): (run, filters)
-         for page in report.PAGES for run, filters in report.rendered(page, page.read_text())[1]}
+SHOWN = {
+    report.picture_name(run.name, filters): (run, filters)
+    for page in report.PAGES
+    for run, filters in report.rendered(page, page.read_text())[1]
+}
 
 
 @pytest.mark.parametrize("mode", ["light", "dark"])
@@ -164,14 +195,15 @@ def test_no_text_of_a_picture_is_cut_or_lies_on_another(name: str) -> None:
     ink, palette = report.THEMES["light"]
     figure = report.bars(*SHOWN[name], ink, palette.split())
     FigureCanvasAgg(figure).draw()
-    axes, = figure.axes
+    (axes,) = figure.axes
     (low, high), ticks = axes.get_xlim(), zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
-    texts = [*axes.texts, axes.xaxis.label, *(text for at, text in ticks if low <= at <= high),
-             *figure.texts]
+    texts = [*axes.texts, axes.xaxis.label, *(text for at, text in ticks if low <= at <= high), *figure.texts]
     places = [text.get_window_extent() for text in texts if text.get_text()]
     assert len(places) > labels(*SHOWN[name]).total() + 5  # groups, ticks, the axis and a title
-    assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and figure.bbox.y0 <= box.y0
-               and box.y1 <= figure.bbox.y1 for box in places)
+    assert all(
+        figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1
+        for box in places
+    )
     assert not [(a, b) for i, a in enumerate(places) for b in places[:i] if a.overlaps(b)]
 
 
@@ -179,7 +211,8 @@ def test_no_text_of_a_picture_is_cut_or_lies_on_another(name: str) -> None:
 def test_an_alternative_text_says_what_the_picture_shows(name: str) -> None:
     text = report.alt_text(*SHOWN[name])
     assert {label.split("  ")[0] for label in labels(*SHOWN[name])} - set(report.OURS) <= set(
-        re.split(r" [\d.,]+(?: to [\d.,]+)?[;.] ?", text.partition(": ")[2]))
+        re.split(r" [\d.,]+(?: to [\d.,]+)?[;.] ?", text.partition(": ")[2])
+    )
 
 
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")

@@ -51,15 +51,23 @@ def has_class(element: Element, name: str) -> bool:
 def rules(selector: str) -> str:
     """What site.css says of a selector, by itself or in a list."""
     css = re.sub(r"/\*.*?\*/", "", CSS, flags=re.DOTALL)
-    return "".join(body for selectors, body in re.findall(r"([^{}]+)\{([^{}]*)\}", css)
-                   if selector in [one.strip() for one in selectors.split(",")])
+    return "".join(
+        body
+        for selectors, body in re.findall(r"([^{}]+)\{([^{}]*)\}", css)
+        if selector in [one.strip() for one in selectors.split(",")]
+    )
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
-    build = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", folder],
-                           cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True)
+    build = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", folder],
+        cwd=ROOT,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert build.returncode == 0, build.stdout + build.stderr
     return folder
 
@@ -68,8 +76,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pages(site: Path) -> dict[str, Page]:
     """By the name of the Markdown file."""
     names = [source.relative_to(ROOT / "docs") for source in sorted((ROOT / "docs").rglob("*.md"))]
-    return {str(name): Page(site / ("" if name.name == "index.md" else name.with_suffix("")) / "index.html")
-            for name in names}
+    return {
+        str(name): Page(site / ("" if name.name == "index.md" else name.with_suffix("")) / "index.html")
+        for name in names
+    }
 
 
 def test_the_reference_and_the_formulas_are_there(site: Path) -> None:

@@ -15,8 +15,14 @@ namespace {
 template <class Stored, class Token>
 const char* step_on(const BeamStep<Token>& step, const Logits& logits, const BeamOutput& out, void* scratch,
                     void* stream) {
-  const LogitRows<Stored> rows{static_cast<const Stored*>(logits.data), step.width, logits.codes, logits.request_stride,
-                               logits.beam_stride, logits.code_stride, nullptr, nullptr};
+  const LogitRows<Stored> rows{static_cast<const Stored*>(logits.data),
+                               step.width,
+                               logits.codes,
+                               logits.request_stride,
+                               logits.beam_stride,
+                               logits.code_stride,
+                               nullptr,
+                               nullptr};
   return launch_step(step, rows, out, scratch, stream);
 }
 

@@ -22,8 +22,8 @@
 
 namespace dgi::cuda {
 
-constexpr int kRowThreads = 512;      // at most
-constexpr int kUnroll = 8;            // logits that a thread has under way
+constexpr int kRowThreads = 512;  // at most
+constexpr int kUnroll = 8;  // logits that a thread has under way
 constexpr int64_t kSharedWidth = 1024, kSharedBeams = 1024;  // wider steps keep keys and starts in global memory
 constexpr uint32_t kSharedRoom = 2 * kSharedBeams;
 constexpr float kDead = -std::numeric_limits<float>::infinity();
@@ -87,8 +87,12 @@ struct StepView {
     const float score = finite_or_dead(scores.at(request, beam));
     if (node < 0 || node >= trie.end() || score == kDead) return {};
     const Children found = trie.children_of(node);
-    return {found.base.first, found.delta.first, static_cast<uint32_t>(found.base.size()),
-            static_cast<uint32_t>(found.delta.size()), score, {}};
+    return {found.base.first,
+            found.delta.first,
+            static_cast<uint32_t>(found.base.size()),
+            static_cast<uint32_t>(found.delta.size()),
+            score,
+            {}};
   }
 
   DGI_HOST_DEVICE bool is_given() const { return log_normalizer.data != nullptr; }
@@ -133,8 +137,8 @@ __device__ inline RunningSum merge(const RunningSum& a, const RunningSum& b) {
 
 // Whether an allowed item lies below a child, for one of the launch's requests.
 template <class Token, class Sets>
-__device__ __forceinline__ bool is_allowed(const TrieDepth<Token>& trie, const Sets& sets, int64_t request, int64_t child,
-                                           bool in_delta) {
+__device__ __forceinline__ bool is_allowed(const TrieDepth<Token>& trie, const Sets& sets, int64_t request,
+                                           int64_t child, bool in_delta) {
   return trie.is_allowed(sets.of(request), child, in_delta);
 }
 
@@ -310,8 +314,8 @@ __device__ void select_children(const StepView<Token>& step, const Rows& logits,
   const Children candidates{step.trie, logits, sets, step.parents + request * step.width, request, step.width, starts};
   list_starts(candidates.parents, step.width, starts);
   const uint32_t wanted = static_cast<uint32_t>(step.num_beams);
-  const uint32_t count =
-      select_keys(starts[step.width], [&](uint32_t i) { return candidates.key(i); }, wanted, room, buffer);
+  const uint32_t count = select_keys(
+      starts[step.width], [&](uint32_t i) { return candidates.key(i); }, wanted, room, buffer);
   for (uint32_t i = threadIdx.x; i < wanted; i += kSelectThreads) {
     const int64_t at = request * step.num_beams + i;
     typename Children::Child child{-1, -1, -1};
@@ -359,7 +363,14 @@ inline unsigned row_threads(Normalize normalize, bool is_given, int64_t codes) {
 
 template <class Token>
 StepView<Token> view_of(const BeamStep<Token>& step, void* scratch) {
-  return {step.trie, 0, step.width, step.num_beams, step.nodes, step.scores, step.log_normalizer, step.normalize,
+  return {step.trie,
+          0,
+          step.width,
+          step.num_beams,
+          step.nodes,
+          step.scores,
+          step.log_normalizer,
+          step.normalize,
           static_cast<Parent*>(scratch)};
 }
 

@@ -16,7 +16,7 @@ namespace {
 constexpr int kWarps = 8;  // of a block
 
 template <class Stored>
-__global__ void __launch_bounds__(kWarps * kWarp)
+__global__ void __launch_bounds__(kWarps* kWarp)
     factors_kernel(const Stored* h, const Stored* codebook, int64_t codes, int64_t rows, int64_t dim,
                    const float* scale, float eps, float* factors) {
   const int64_t i = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp;
@@ -27,10 +27,10 @@ __global__ void __launch_bounds__(kWarps * kWarp)
 }
 
 template <class Stored, class Token, class Sets>
-__global__ void __launch_bounds__(kWarps * kWarp, 1)
+__global__ void __launch_bounds__(kWarps* kWarp, 1)
     children_kernel(const __grid_constant__ StepView<Token> step, const Stored* h, const Stored* codebook,
-                    int64_t codes, int64_t dim, const float* scale, float eps,
-                    const __grid_constant__ Sets sets, float* logits) {
+                    int64_t codes, int64_t dim, const float* scale, float eps, const __grid_constant__ Sets sets,
+                    float* logits) {
   const int64_t in_launch = blockIdx.x / step.width, request = step.first + in_launch, beam = blockIdx.x % step.width;
   const int64_t row = request * step.width + beam;
   Parent parent = step.parent(request, beam);
@@ -102,8 +102,8 @@ const char* product_beam_step(const BeamStep<Token>& step, const float* products
                               void* stream) {
   if (const char* reason = why_not(step, codes)) return reason;
   if (step.requests == 0) return nullptr;
-  const LogitRows<float, true> rows{products, step.width,  codes,       step.width * codes,
-                                    codes,    1,           row_factors, code_factors};
+  const LogitRows<float, true> rows{products, step.width, codes,       step.width * codes,
+                                    codes,    1,          row_factors, code_factors};
   return launch_step(step, rows, out, scratch, stream);
 }
 
@@ -112,17 +112,16 @@ const char* children_beam_step(const BeamStep<Token>& step, const CosineHead& he
                                const BeamOutput& out, void* scratch, void* stream) {
   if (const char* reason = why_not(step, head.codes)) return reason;
   if (step.requests == 0) return nullptr;
-  for_float(head.dtype, [&](auto stored) {
-    launch_children<decltype(stored)>(step, head, logits, out, scratch, stream);
-  });
+  for_float(head.dtype,
+            [&](auto stored) { launch_children<decltype(stored)>(step, head, logits, out, scratch, stream); });
   return launch_error();
 }
 
-#define DGI_INSTANTIATE(Token)                                                                                       \
-  template const char* product_beam_step(const BeamStep<Token>&, const float*, int64_t, const float*, const float*, \
-                                         const BeamOutput&, void*, void*);                                          \
-  template const char* children_beam_step(const BeamStep<Token>&, const CosineHead&, float*, const BeamOutput&,     \
-                                          void*, void*);
+#define DGI_INSTANTIATE(Token)                                                                                         \
+  template const char* product_beam_step(const BeamStep<Token>&, const float*, int64_t, const float*, const float*,    \
+                                         const BeamOutput&, void*, void*);                                             \
+  template const char* children_beam_step(const BeamStep<Token>&, const CosineHead&, float*, const BeamOutput&, void*, \
+                                          void*);
 DGI_INSTANTIATE(int16_t)
 DGI_INSTANTIATE(int32_t)
 #undef DGI_INSTANTIATE

@@ -39,8 +39,8 @@ __device__ __forceinline__ float fast_exp(float x) {
   return power;
 }
 
-// Why the launches since the last call failed; null where none did. CUDA tells of an earlier kernel's failure here too, if
-// nobody has asked since.
+// Why the launches since the last call failed; null where none did. CUDA tells of an earlier kernel's failure here too,
+// if nobody has asked since.
 inline const char* launch_error() {
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
@@ -57,8 +57,8 @@ namespace dgi::cuda {
 template <class T>
 using Shared = cuda_on_cpu::SharedPointer<T>;
 
-#define DGI_SHARED(type, name, count)             \
-  static constexpr char name##_declaration = 0;   \
+#define DGI_SHARED(type, name, count)           \
+  static constexpr char name##_declaration = 0; \
   const auto name = ::cuda_on_cpu::static_shared<type>(&name##_declaration, #name, count)
 
 using cuda_on_cpu::dynamic_shared;

@@ -257,15 +257,13 @@ __global__ void __launch_bounds__(kThreads, 1)
 bool is_wide(int64_t width, int64_t k) { return width > kSharedWidth || k > kSharedK; }
 
 // Powers of two, as the sorts fill up to one.
-uint32_t room_for(int64_t k) {
-  return std::max<uint32_t>(kSharedRoom, std::bit_ceil(static_cast<uint32_t>(2 * k)));
-}
+uint32_t room_for(int64_t k) { return std::max<uint32_t>(kSharedRoom, std::bit_ceil(static_cast<uint32_t>(2 * k))); }
 uint32_t width_for(int64_t width) { return std::bit_ceil(static_cast<uint32_t>(std::max<int64_t>(width, 1))); }
 
 template <class Stored>
 void launch_on(const Ranking& in, const RankingOutput& out, void* scratch, void* stream) {
-  RankingView view{in.base, in.delta, in.anchors, 0, in.width, in.k, in.dim, in.rows, in.nodes, in.scores,
-                   in.query_stride, in.item_stride, in.eps, out};
+  RankingView view{in.base,   in.delta,        in.anchors,     0,      in.width, in.k, in.dim, in.rows, in.nodes,
+                   in.scores, in.query_stride, in.item_stride, in.eps, out};
   const auto* const query = static_cast<const Stored*>(in.query);
   const auto* const vectors = static_cast<const Stored*>(in.items);
   RankedSets ranked(in.base.below, in.delta.below);
@@ -290,8 +288,9 @@ void launch_on(const Ranking& in, const RankingOutput& out, void* scratch, void*
 size_t ranking_scratch_bytes(int64_t requests, int64_t width, int64_t k) {
   if (!is_wide(width, k)) return 0;
   const int64_t beams = width_for(width);
-  return static_cast<size_t>(requests) * (room_for(k) * sizeof(RankKey) + static_cast<size_t>(beams) * sizeof(uint64_t)
-                                          + static_cast<size_t>(beams + 1) * sizeof(uint32_t));
+  return static_cast<size_t>(requests)
+         * (room_for(k) * sizeof(RankKey) + static_cast<size_t>(beams) * sizeof(uint64_t)
+            + static_cast<size_t>(beams + 1) * sizeof(uint32_t));
 }
 
 const char* rank_candidates(const Ranking& in, const RankingOutput& out, void* scratch, void* stream) {

@@ -102,7 +102,8 @@ __device__ uint64_t find_limit(const Keys<Make>& keys, uint32_t wanted, uint32_t
   }
 }
 
-// Sorts `count` keys. The buffer has room for a power of two that is not less; what lies behind the keys is kNoKey then.
+// Sorts `count` keys. The buffer has room for a power of two that is not less; what lies behind the keys is kNoKey
+// then.
 template <class Buffer>
 __device__ void sort_keys(uint32_t count, Buffer buffer) {
   const uint32_t whole = count == 0 ? 0 : std::bit_ceil(count);

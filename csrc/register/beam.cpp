@@ -13,8 +13,9 @@ namespace dgi::registration {
 namespace {
 
 template <class Real>
-constexpr ScalarType kDtype = std::is_same_v<Real, double> ? ScalarType::Double
-                              : std::is_same_v<Real, float> ? ScalarType::Float : ScalarType::Long;
+constexpr ScalarType kDtype = std::is_same_v<Real, double>  ? ScalarType::Double
+                              : std::is_same_v<Real, float> ? ScalarType::Float
+                                                            : ScalarType::Long;
 
 // A (B, M) tensor.
 template <class Real>
@@ -73,8 +74,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> finished(const NewBeams& beams, bool 
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> beam_step_cpu(
-    const Tensor& tokens, const Tensor& child_start, const std::vector<Tensor>& delta, const std::vector<Tensor>& anchors,
-    const std::vector<Tensor>& sets, const std::vector<int64_t>& set_of,
+    const Tensor& tokens, const Tensor& child_start, const std::vector<Tensor>& delta,
+    const std::vector<Tensor>& anchors, const std::vector<Tensor>& sets, const std::vector<int64_t>& set_of,
     const Tensor& logits, const Tensor& nodes, const Tensor& scores, const std::optional<Tensor>& log_normalizer,
     int64_t num_beams, int64_t normalize, const std::optional<Tensor>& child_masks, int64_t /*max_degree*/) {
   STD_TORCH_CHECK(logits.dim() == 3, kBeam, "logits must be (B, M, K)");
@@ -102,8 +103,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> beam_step_cpu(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> cosine_beam_step_cpu(
-    const Tensor& tokens, const Tensor& child_start, const std::vector<Tensor>& delta, const std::vector<Tensor>& anchors,
-    const std::vector<Tensor>& sets, const std::vector<int64_t>& set_of,
+    const Tensor& tokens, const Tensor& child_start, const std::vector<Tensor>& delta,
+    const std::vector<Tensor>& anchors, const std::vector<Tensor>& sets, const std::vector<int64_t>& set_of,
     const Tensor& h, const Tensor& codebook, const Tensor& scale, double eps, const Tensor& nodes, const Tensor& scores,
     const std::optional<Tensor>& log_normalizer, int64_t num_beams, int64_t normalize, int64_t /*max_degree*/) {
   check_head(h, codebook);
@@ -119,20 +120,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cosine_beam_step_cpu(
                       "scale must hold one element of the compute dtype");
       const auto step = arguments.step<Real, decltype(token)>(requests, width);
       const dgi::cpu::CosineLogits<Stored> head{data_of<Stored>(h), data_of<Stored>(codebook), codebook.size(0),
-                                                h.size(2), *data_of<Real>(scale), static_cast<Real>(eps)};
+                                                h.size(2),          *data_of<Real>(scale),     static_cast<Real>(eps)};
       NewBeams beams(h, requests, num_beams);
       return finished(beams, dgi::cpu::cosine_beam_step(step, head, beams.pointers<dgi::cpu::BeamOutput>()));
     });
   });
 }
 
-// tokens, parents: (B, M_t) of every step; the codes (B, M, L) of the last beams, each one's parents followed back. -1 where
-// dead.
+// tokens, parents: (B, M_t) of every step; the codes (B, M, L) of the last beams, each one's parents followed back. -1
+// where dead.
 Tensor beam_codes_cpu(const std::vector<Tensor>& tokens, const std::vector<Tensor>& parents) {
   constexpr const char* kCodes = "dgi_kernels, beam_codes: ";
   STD_TORCH_CHECK(!tokens.empty() && tokens.size() == parents.size() && tokens.back().dim() == 2, kCodes,
                   "tokens and parents must have one (B, M) tensor per step");
-  const int64_t depth = static_cast<int64_t>(tokens.size()), requests = tokens.back().size(0), beams = tokens.back().size(1);
+  const int64_t depth = static_cast<int64_t>(tokens.size()), requests = tokens.back().size(0),
+                beams = tokens.back().size(1);
   std::vector<dgi::cpu::View<int64_t>> token, parent;
   std::vector<int64_t> width;
   for (int64_t t = 0; t < depth; ++t) {
@@ -159,12 +161,12 @@ Tensor beam_codes_cpu(const std::vector<Tensor>& tokens, const std::vector<Tenso
 
 std::tuple<Tensor, Tensor, Tensor> rank_candidates_cpu(
     const Tensor& query, const Tensor& item_vectors, int64_t num_nodes, const std::vector<Tensor>& below,
-    const std::optional<Tensor>& item_order, const std::optional<Tensor>& item_ids, const std::vector<Tensor>& delta_below,
-    const std::optional<Tensor>& delta_order, const std::optional<Tensor>& delta_ids,
-    const std::optional<Tensor>& delta_anchors, const std::vector<Tensor>& sets, const std::vector<int64_t>& set_of,
-    const Tensor& nodes, const Tensor& scores, int64_t k, double eps) {
-  const RankingArguments arguments(query, item_vectors, num_nodes, below, item_order, item_ids, delta_below, delta_order,
-                                   delta_ids, delta_anchors, sets, set_of, nodes, k);
+    const std::optional<Tensor>& item_order, const std::optional<Tensor>& item_ids,
+    const std::vector<Tensor>& delta_below, const std::optional<Tensor>& delta_order,
+    const std::optional<Tensor>& delta_ids, const std::optional<Tensor>& delta_anchors, const std::vector<Tensor>& sets,
+    const std::vector<int64_t>& set_of, const Tensor& nodes, const Tensor& scores, int64_t k, double eps) {
+  const RankingArguments arguments(query, item_vectors, num_nodes, below, item_order, item_ids, delta_below,
+                                   delta_order, delta_ids, delta_anchors, sets, set_of, nodes, k);
   const int64_t requests = arguments.requests, width = arguments.width;
   return for_dtype(query, [&](auto stored) -> std::tuple<Tensor, Tensor, Tensor> {
     using Stored = decltype(stored);

@@ -1,4 +1,5 @@
-// Cosine logits and their cross-entropy, as torch sees them: schemas, argument checks, calls into the code that knows no torch.
+// Cosine logits and their cross-entropy, as torch sees them: schemas, argument checks, calls into the code that knows
+// no torch.
 #include <array>
 #include <cmath>
 
@@ -12,8 +13,8 @@ constexpr const char* kCosine = "dgi_kernels, cosine: ";
 
 // One number for each row of h or of weight, or nothing.
 void check_vector(const char* name, const std::optional<Tensor>& x, int64_t count, ScalarType dtype) {
-  STD_TORCH_CHECK(!x || (x->dim() == 1 && x->size(0) == count && x->is_contiguous() && x->scalar_type() == dtype), kCosine,
-                  name, " must be contiguous, of the right length and dtype");
+  STD_TORCH_CHECK(!x || (x->dim() == 1 && x->size(0) == count && x->is_contiguous() && x->scalar_type() == dtype),
+                  kCosine, name, " must be contiguous, of the right length and dtype");
 }
 
 template <class Stored>
@@ -33,7 +34,7 @@ dgi::cpu::Cosine<Stored> cosine_inputs(const Tensor& h, const Tensor& weight, co
   STD_TORCH_CHECK(weight.size(0) <= INT32_MAX, kCosine, "weight must have less than 2**31 rows");
   using Real = dgi::Compute<Stored>;
   check_vector("bias", bias, weight.size(0), compute_dtype(h));
-  return {data_of<Stored>(h),          data_of<Stored>(weight), h.size(0), weight.size(0), h.size(1), *data_of<Real>(scale),
+  return {data_of<Stored>(h),     data_of<Stored>(weight), h.size(0), weight.size(0), h.size(1), *data_of<Real>(scale),
           static_cast<Real>(eps), data_or_null<Real>(bias)};
 }
 
@@ -54,7 +55,9 @@ struct GradientTensors {
     return {result<Stored>(dh), result<Stored>(dweight), result<Real>(dscale), result<Real>(dbias)};
   }
 
-  Tensor or_empty(const std::optional<Tensor>& x) const { return x ? *x : torch::stable::empty({0}, ScalarType::Float); }
+  Tensor or_empty(const std::optional<Tensor>& x) const {
+    return x ? *x : torch::stable::empty({0}, ScalarType::Float);
+  }
 };
 
 Tensor cosine_logits_cpu(const Tensor& h, const Tensor& weight, const Tensor& scale, double eps) {
@@ -82,14 +85,15 @@ std::tuple<Tensor, Tensor, Tensor> cosine_logits_backward_cpu(const Tensor& dlog
   });
 }
 
-// The losses, the rows' log-normalisers where they are wanted, and the gradients that are. `upstream`, (N,) in the compute
-// dtype, are the weights of the rows' losses under reduction 0 (none); 1 is mean, 2 sum. `upstream_log_normalizer`, (N,)
-// too, are those of the log-normalisers under any.
+// The losses, the rows' log-normalisers where they are wanted, and the gradients that are. `upstream`, (N,) in the
+// compute dtype, are the weights of the rows' losses under reduction 0 (none); 1 is mean, 2 sum.
+// `upstream_log_normalizer`, (N,) too, are those of the log-normalisers under any.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cosine_cross_entropy_cpu(
     const Tensor& h, const Tensor& weight, const Tensor& target, const Tensor& scale, const std::optional<Tensor>& bias,
     const std::optional<Tensor>& same_as, const std::optional<Tensor>& upstream,
-    const std::optional<Tensor>& upstream_log_normalizer, int64_t ignore_index, int64_t reduction, double label_smoothing,
-    double eps, bool wants_log_normalizer, bool wants_h, bool wants_weight, bool wants_scale, bool wants_bias) {
+    const std::optional<Tensor>& upstream_log_normalizer, int64_t ignore_index, int64_t reduction,
+    double label_smoothing, double eps, bool wants_log_normalizer, bool wants_h, bool wants_weight, bool wants_scale,
+    bool wants_bias) {
   return for_dtype(h, [&](auto stored) -> std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> {
     using Stored = decltype(stored);
     using Real = dgi::Compute<Stored>;
@@ -114,7 +118,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cosine_cross_entropy_
         static_cast<Real*>(loss.mutable_data_ptr()),
         wants_log_normalizer ? static_cast<Real*>(log_normalizer.mutable_data_ptr()) : nullptr};
     dgi::cpu::cosine_cross_entropy(inputs, options, losses, out.pointers<Stored>());
-    return {loss,           log_normalizer,       out.or_empty(out.dh), out.or_empty(out.dweight), out.or_empty(out.dscale),
+    return {loss,
+            log_normalizer,
+            out.or_empty(out.dh),
+            out.or_empty(out.dweight),
+            out.or_empty(out.dscale),
             out.or_empty(out.dbias)};
   });
 }

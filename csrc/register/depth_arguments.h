@@ -8,8 +8,8 @@ namespace dgi::registration {
 
 constexpr const char* kBeam = "dgi_kernels, beam_step: ";
 
-// delta: tokens and child_start; anchors: of the delta's nodes at this depth and the next. Both are empty where there is no
-// delta.
+// delta: tokens and child_start; anchors: of the delta's nodes at this depth and the next. Both are empty where there
+// is no delta.
 class DepthArguments {
  public:
   DepthArguments(const Tensor& tokens, const Tensor& child_start, const std::vector<Tensor>& delta,

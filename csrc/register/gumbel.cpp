@@ -11,12 +11,16 @@ constexpr const char* kGumbel = "dgi_kernels, gumbel: ";
 
 template <class Stored>
 dgi::cpu::GumbelSoftmax<Stored> softmax_inputs(const Tensor& logits, const Tensor& tau, const Tensor& seed, bool hard) {
-  STD_TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous() && logits.size(0) <= kWords && logits.size(1) > 0, kGumbel,
-                  "logits must be contiguous (N, K) with K > 0");
+  STD_TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous() && logits.size(0) <= kWords && logits.size(1) > 0,
+                  kGumbel, "logits must be contiguous (N, K) with K > 0");
   STD_TORCH_CHECK(tau.numel() == 1 && tau.scalar_type() == compute_dtype(logits), kGumbel,
                   "tau must hold one element of the compute dtype");
-  return {data_of<Stored>(logits), logits.size(0), logits.size(1), *data_of<dgi::Compute<Stored>>(tau),
-          seed_value(kGumbel, seed), hard};
+  return {data_of<Stored>(logits),
+          logits.size(0),
+          logits.size(1),
+          *data_of<dgi::Compute<Stored>>(tau),
+          seed_value(kGumbel, seed),
+          hard};
 }
 
 Tensor gumbel_softmax_cpu(const Tensor& logits, const Tensor& tau, const Tensor& seed, bool hard) {
@@ -41,9 +45,9 @@ std::tuple<Tensor, Tensor> gumbel_softmax_backward_cpu(const Tensor& dout, const
     Tensor dlogits = torch::stable::empty_like(logits);
     dgi::cpu::ask_for_huge_pages(dlogits.mutable_data_ptr(), logits.numel() * static_cast<int64_t>(sizeof(Stored)));
     Tensor dtau = wants_tau ? torch::stable::empty_like(tau) : torch::stable::empty({0}, compute_dtype(logits));
-    dgi::cpu::gumbel_softmax_backward(
-        inputs, data_of<Stored>(dout), static_cast<Stored*>(dlogits.mutable_data_ptr()),
-        wants_tau ? static_cast<dgi::Compute<Stored>*>(dtau.mutable_data_ptr()) : nullptr);
+    dgi::cpu::gumbel_softmax_backward(inputs, data_of<Stored>(dout), static_cast<Stored*>(dlogits.mutable_data_ptr()),
+                                      wants_tau ? static_cast<dgi::Compute<Stored>*>(dtau.mutable_data_ptr())
+                                                : nullptr);
     return {dlogits, dtau};
   });
 }

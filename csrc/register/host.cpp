@@ -26,8 +26,8 @@ void product(const dgi::cpu::Matrix<Real>& a, const dgi::cpu::Matrix<Real>& b, c
   if (out.rows == 0 || out.columns == 0) return;
   const Tensor left = view(a), right = view(b), target = view(out);
   if (into == dgi::cpu::Into::kAdd) {
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_cpu_addmm_out(target.get(), target.get(), left.get(), right.get(), 1.0, 1.0));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(target.get(), target.get(), left.get(), right.get(), 1.0,
+                                                           1.0));
   } else {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(target.get(), left.get(), right.get()));
   }

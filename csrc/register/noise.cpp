@@ -28,8 +28,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dgi_kernels, m) {
   m.def("gumbel_noise(Tensor seed, int level, int stream, SymInt row_offset, int rows, int codes) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(dgi_kernels, CPU, m) {
-  m.impl("gumbel_noise", TORCH_BOX(&gumbel_noise_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(dgi_kernels, CPU, m) { m.impl("gumbel_noise", TORCH_BOX(&gumbel_noise_cpu)); }
 
 }  // namespace dgi::registration

@@ -23,8 +23,8 @@ auto for_compute_dtype(const Tensor& x, const F& f) {
 template <class Real>
 const Real* optional_data(const char* name, const std::optional<Tensor>& x, const Tensor& like, int64_t elements) {
   if (!x) return nullptr;
-  STD_TORCH_CHECK(x->is_contiguous() && x->scalar_type() == like.scalar_type() && x->numel() == elements, kQuantize, name,
-                  " must be contiguous, of the dtype of the codebooks and of the shape of its result");
+  STD_TORCH_CHECK(x->is_contiguous() && x->scalar_type() == like.scalar_type() && x->numel() == elements, kQuantize,
+                  name, " must be contiguous, of the dtype of the codebooks and of the shape of its result");
   return data_of<Real>(*x);
 }
 
@@ -41,7 +41,8 @@ dgi::cpu::Quantize<Real> quantize_inputs(const Tensor& z, const Tensor& codebook
     STD_TORCH_CHECK(0 < size && size <= INT32_MAX, kQuantize, "sizes must be positive and below 2**31; got ", size);
     total += size;
   }
-  STD_TORCH_CHECK(!sizes.empty() && total == codebooks.size(0), kQuantize, "sizes must add up to the rows of codebooks");
+  STD_TORCH_CHECK(!sizes.empty() && total == codebooks.size(0), kQuantize,
+                  "sizes must add up to the rows of codebooks");
   for (const Tensor* scalar : {&scale, &tau}) {
     STD_TORCH_CHECK(scalar->numel() == 1 && scalar->scalar_type() == z.scalar_type(), kQuantize,
                     "scale and tau must hold one element of the dtype of z");
@@ -53,9 +54,17 @@ dgi::cpu::Quantize<Real> quantize_inputs(const Tensor& z, const Tensor& codebook
   STD_TORCH_CHECK(0 <= row_offset && row_offset <= kWords - rows, kQuantize, "row_offset must be in [0, 2**32 - rows]");
   dgi::cpu::NoiseSource noise;
   if (seed) noise = {true, seed_value(kQuantize, *seed), row_offset};
-  return {data_of<Real>(z), data_of<Real>(codebooks), sizes, rows, z.size(-1), *data_of<Real>(scale),
-          *data_of<Real>(tau), static_cast<Real>(eps), static_cast<dgi::cpu::QuantizeMode>(mode),
-          static_cast<dgi::cpu::Metric>(metric), noise};
+  return {data_of<Real>(z),
+          data_of<Real>(codebooks),
+          sizes,
+          rows,
+          z.size(-1),
+          *data_of<Real>(scale),
+          *data_of<Real>(tau),
+          static_cast<Real>(eps),
+          static_cast<dgi::cpu::QuantizeMode>(mode),
+          static_cast<dgi::cpu::Metric>(metric),
+          noise};
 }
 
 using QuantizeResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -83,10 +92,15 @@ QuantizeResults residual_quantize_cpu(const Tensor& z, const Tensor& codebooks, 
     int64_t *const code = codes.mutable_data_ptr<int64_t>(), *const sample = sampled.mutable_data_ptr<int64_t>();
     if (inputs.mode == dgi::cpu::QuantizeMode::kHard) {
       std::fill_n(list_range.mutable_data_ptr<int64_t>(), list_range.numel(), int64_t{0});
-      dgi::cpu::residual_quantize_hard<Real>(
-          inputs, {of(quantized), of(residuals), of(usage), of(log_normalizer), code, sample});
+      dgi::cpu::residual_quantize_hard<Real>(inputs, {of(quantized), of(residuals), of(usage), of(log_normalizer), code,
+                                                      sample});
     } else {
-      dgi::cpu::residual_quantize<Real>(inputs, {of(quantized), of(residuals), of(usage), of(log_normalizer), code, sample,
+      dgi::cpu::residual_quantize<Real>(inputs, {of(quantized),
+                                                 of(residuals),
+                                                 of(usage),
+                                                 of(log_normalizer),
+                                                 code,
+                                                 sample,
                                                  {list_p.numel(), list_range.mutable_data_ptr<int64_t>(),
                                                   list_code.mutable_data_ptr<int32_t>(), of(list_p)}});
     }
@@ -94,7 +108,8 @@ QuantizeResults residual_quantize_cpu(const Tensor& z, const Tensor& codebooks, 
   });
 }
 
-Tensor assign_codes_cpu(const Tensor& z, const Tensor& codebooks, std::vector<int64_t> sizes, int64_t metric, double eps) {
+Tensor assign_codes_cpu(const Tensor& z, const Tensor& codebooks, std::vector<int64_t> sizes, int64_t metric,
+                        double eps) {
   STD_TORCH_CHECK(z.dim() == 2, kQuantize, "z must be (N, D)");
   return for_compute_dtype(z, [&](auto real) {
     using Real = decltype(real);
@@ -103,8 +118,8 @@ Tensor assign_codes_cpu(const Tensor& z, const Tensor& codebooks, std::vector<in
     *static_cast<Real*>(one.mutable_data_ptr()) = 1;
     const auto inputs = quantize_inputs<Real>(z, codebooks, sizes, one, one, std::nullopt, 0, kHard, metric, eps);
     Tensor codes = torch::stable::empty({inputs.rows, inputs.levels()}, ScalarType::Long);
-    dgi::cpu::residual_quantize_hard<Real>(
-        inputs, {nullptr, nullptr, nullptr, nullptr, codes.mutable_data_ptr<int64_t>(), nullptr});
+    dgi::cpu::residual_quantize_hard<Real>(inputs, {nullptr, nullptr, nullptr, nullptr,
+                                                    codes.mutable_data_ptr<int64_t>(), nullptr});
     return codes;
   });
 }
@@ -150,7 +165,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_quantize_backward_cpu(
                   kQuantize, "log_normalizer must be contiguous (N, m), of the dtype of residuals");
   return for_compute_dtype(residuals, [&](auto real) -> std::tuple<Tensor, Tensor, Tensor, Tensor> {
     using Real = decltype(real);
-    const auto inputs = quantize_inputs<Real>(residuals, codebooks, sizes, scale, tau, seed, row_offset, mode, metric, eps);
+    const auto inputs = quantize_inputs<Real>(residuals, codebooks, sizes, scale, tau, seed, row_offset, mode, metric,
+                                              eps);
     const dgi::cpu::QuantizeUpstream<Real> upstream{
         optional_data<Real>("dquantized", dquantized, codebooks, residuals.numel()),
         optional_data<Real>("dresiduals", dresiduals, codebooks, residuals.numel()),
@@ -168,8 +184,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_quantize_backward_cpu(
       const int64_t size = sizes[i % inputs.levels()];
       STD_TORCH_CHECK(0 <= chosen[i] && chosen[i] < size, kQuantize, "sampled must hold codes; got ", chosen[i]);
     }
-    const dgi::cpu::QuantizeSaved<Real> saved{data_of<Real>(residuals), data_of<Real>(log_normalizer), chosen,
-                                              saved_lists<Real>(list_range, list_code, list_p, codebooks, inputs.rows, sizes)};
+    const dgi::cpu::QuantizeSaved<Real> saved{
+        data_of<Real>(residuals), data_of<Real>(log_normalizer), chosen,
+        saved_lists<Real>(list_range, list_code, list_p, codebooks, inputs.rows, sizes)};
     dgi::cpu::residual_quantize_backward<Real>(inputs, saved, upstream,
                                                {result<Real>(dz), result<Real>(dcodebooks), result<Real>(dscale),
                                                 result<Real>(dtau)});
@@ -184,14 +201,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_quantize_backward_cpu(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dgi_kernels, m) {
   m.def("residual_quantize(Tensor z, Tensor codebooks, int[] sizes, Tensor scale, Tensor tau, Tensor? seed, "
-        "SymInt row_offset, int mode, int metric, float eps, int list_room) -> (Tensor quantized, Tensor codes, Tensor sampled, "
+        "SymInt row_offset, int mode, int metric, float eps, int list_room) -> (Tensor quantized, Tensor codes, Tensor "
+        "sampled, "
         "Tensor usage, Tensor residuals, Tensor log_normalizer, Tensor list_range, Tensor list_code, Tensor list_p)");
   m.def("assign_codes(Tensor z, Tensor codebooks, int[] sizes, int metric, float eps) -> Tensor");
-  m.def("residual_quantize_backward(Tensor? dquantized, Tensor? dusage, Tensor? dresiduals, Tensor? dlog_normalizer, "
-        "Tensor residuals, Tensor sampled, Tensor log_normalizer, Tensor list_range, Tensor list_code, Tensor list_p, "
-        "Tensor codebooks, int[] sizes, Tensor scale, Tensor tau, Tensor? seed, SymInt row_offset, int mode, int metric, "
-        "float eps, bool wants_z, bool wants_codebooks, bool wants_scale, bool wants_tau) "
-        "-> (Tensor dz, Tensor dcodebooks, Tensor dscale, Tensor dtau)");
+  m.def(
+      "residual_quantize_backward(Tensor? dquantized, Tensor? dusage, Tensor? dresiduals, Tensor? dlog_normalizer, "
+      "Tensor residuals, Tensor sampled, Tensor log_normalizer, Tensor list_range, Tensor list_code, Tensor list_p, "
+      "Tensor codebooks, int[] sizes, Tensor scale, Tensor tau, Tensor? seed, SymInt row_offset, int mode, int metric, "
+      "float eps, bool wants_z, bool wants_codebooks, bool wants_scale, bool wants_tau) "
+      "-> (Tensor dz, Tensor dcodebooks, Tensor dscale, Tensor dtau)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dgi_kernels, CPU, m) {

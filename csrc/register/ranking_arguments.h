@@ -13,7 +13,8 @@ namespace dgi::registration {
 
 constexpr const char* kRank = "dgi_kernels, rank_candidates: ";
 
-// num_nodes: of the base at the beams' depth. below: from there down to items. delta_anchors: of the delta's nodes there.
+// num_nodes: of the base at the beams' depth. below: from there down to items. delta_anchors: of the delta's nodes
+// there.
 class RankingArguments {
  public:
   RankingArguments(const Tensor& query, const Tensor& item_vectors, int64_t num_nodes, const std::vector<Tensor>& below,

@@ -1,5 +1,5 @@
-// What the files of this folder share.  They alone know torch: they give the ops their schemas, check their arguments and
-// call the code that knows no torch.
+// What the files of this folder share.  They alone know torch: they give the ops their schemas, check their arguments
+// and call the code that knows no torch.
 //
 // Only torch's stable ABI is used, so that one binary serves every torch from 2.10 on and every Python from 3.10 on.
 // The public Python functions check their arguments and name them in their errors; the checks here only keep a direct
@@ -23,7 +23,8 @@
 
 // torch 2.10 and 2.11 have no name for this.
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK
-#define STABLE_TORCH_ERROR_CODE_CHECK(call) STD_TORCH_CHECK((call) == AOTI_TORCH_SUCCESS, "a call into torch failed: " #call)
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) \
+  STD_TORCH_CHECK((call) == AOTI_TORCH_SUCCESS, "a call into torch failed: " #call)
 #endif
 
 namespace dgi::registration {

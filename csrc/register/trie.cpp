@@ -43,8 +43,9 @@ Tensor code_ranges_cpu(const Tensor& codes) {
 // Places for the arrays of one level or the items.
 template <class Element>
 Element* add_array(std::vector<Tensor>& arrays, int64_t size) {
-  constexpr ScalarType dtype = sizeof(Element) == 2 ? ScalarType::Short : sizeof(Element) == 4 ? ScalarType::Int
-                                                                                                : ScalarType::Long;
+  constexpr ScalarType dtype = sizeof(Element) == 2   ? ScalarType::Short
+                               : sizeof(Element) == 4 ? ScalarType::Int
+                                                      : ScalarType::Long;
   arrays.push_back(torch::stable::empty({size}, dtype));
   return static_cast<Element*>(arrays.back().mutable_data_ptr());
 }
@@ -59,7 +60,8 @@ std::vector<Tensor> write_arrays(const dgi::cpu::TrieBuild& build, int64_t depth
   const bool one_each = build.nodes(depth) == rows;
   Offset* const item_start = add_array<Offset>(arrays, one_each ? 0 : build.nodes(depth) + 1);
   Offset* const item_order = add_array<Offset>(arrays, build.in_order() ? 0 : rows);
-  build.write(tokens.data(), child_start.data(), one_each ? nullptr : item_start, build.in_order() ? nullptr : item_order);
+  build.write(tokens.data(), child_start.data(), one_each ? nullptr : item_start,
+              build.in_order() ? nullptr : item_order);
   return arrays;
 }
 
@@ -67,7 +69,8 @@ std::vector<Tensor> write_arrays(const dgi::cpu::TrieBuild& build, int64_t depth
 std::vector<Tensor> trie_arrays_cpu(const Tensor& codes, bool narrow_tokens, bool narrow_offsets) {
   const dgi::cpu::CodeTable table = table_of(codes);
   const auto ranges = dgi::cpu::code_ranges(table);
-  STD_TORCH_CHECK(!narrow_offsets || table.rows < int64_t{1} << 31, "trie_arrays: offsets of 32 bits need less than 2^31 rows");
+  STD_TORCH_CHECK(!narrow_offsets || table.rows < int64_t{1} << 31,
+                  "trie_arrays: offsets of 32 bits need less than 2^31 rows");
   const int64_t limit = narrow_tokens ? int64_t{1} << 15 : int64_t{1} << 31;
   for (const dgi::cpu::CodeRange& range : ranges) {
     STD_TORCH_CHECK(table.rows == 0 || (range.low >= dgi::kEndToken && range.high < limit),
@@ -108,8 +111,9 @@ std::tuple<Tensor, Tensor> find_children_cpu(const Tensor& tokens, const Tensor&
   Tensor places = torch::stable::empty({nodes.numel()}, ScalarType::Long);
   Tensor found = torch::stable::empty({nodes.numel()}, ScalarType::Bool);
   const auto find = [&](auto token) {
-    dgi::cpu::find_children(level_of<decltype(token)>(tokens, child_start), tokens.numel(), data_of<int64_t>(nodes), data_of<int64_t>(codes), nodes.numel(),
-                            places.mutable_data_ptr<int64_t>(), static_cast<bool*>(found.mutable_data_ptr()));
+    dgi::cpu::find_children(level_of<decltype(token)>(tokens, child_start), tokens.numel(), data_of<int64_t>(nodes),
+                            data_of<int64_t>(codes), nodes.numel(), places.mutable_data_ptr<int64_t>(),
+                            static_cast<bool*>(found.mutable_data_ptr()));
   };
   tokens.scalar_type() == ScalarType::Short ? find(int16_t{}) : find(int32_t{});
   return {places, found};
@@ -120,7 +124,8 @@ Tensor child_masks_cpu(const Tensor& tokens, const Tensor& child_start, int64_t 
   STD_TORCH_CHECK(codes >= 1, "child_masks: codes must be at least 1; got ", codes);
   const auto make = [&](auto token) {
     const auto level = level_of<decltype(token)>(tokens, child_start);
-    STD_TORCH_CHECK(std::all_of(level.tokens, level.tokens + tokens.numel(), [&](int64_t code) { return code < codes; }),
+    STD_TORCH_CHECK(std::all_of(level.tokens, level.tokens + tokens.numel(),
+                                [&](int64_t code) { return code < codes; }),
                     "child_masks: a token is beyond the last code");
     const int64_t words = dgi::cpu::ChildMasks::words_for(codes);
     Tensor masks = torch::stable::empty({level.nodes, words}, ScalarType::Int);
@@ -137,7 +142,8 @@ std::tuple<Tensor, Tensor> parent_set_cpu(const Tensor& words, const Tensor& ran
   constexpr int64_t kBlockWords = dgi::ItemSet::kBlockWords;
   check_array("words", words, ScalarType::Long);
   check_array("ranks", ranks, ScalarType::Long);
-  STD_TORCH_CHECK(words.numel() == kBlockWords * ranks.numel(), "parent_set: a set has ", kBlockWords, " words to a rank");
+  STD_TORCH_CHECK(words.numel() == kBlockWords * ranks.numel(), "parent_set: a set has ", kBlockWords,
+                  " words to a rank");
   const dgi::Offsets offsets = starts_of("starts", starts);
   if (offsets.stored == dgi::Offsets::Stored::kRunMarks) {
     const dgi::RunMarks marks{data_of<uint64_t>(starts)};
@@ -145,7 +151,8 @@ std::tuple<Tensor, Tensor> parent_set_cpu(const Tensor& words, const Tensor& ran
                         && marks.blocks() <= ranks.numel() + 1,
                     "parent_set: starts do not fit parents and children");
   } else {
-    STD_TORCH_CHECK(starts.numel() == parents + 1, "parent_set: starts must have an element more than there are parents");
+    STD_TORCH_CHECK(starts.numel() == parents + 1,
+                    "parent_set: starts must have an element more than there are parents");
   }
   const int64_t blocks = parents / (dgi::ItemSet::kWordBits * kBlockWords) + 1;
   Tensor parent_words = torch::stable::empty({blocks * kBlockWords}, ScalarType::Long);
@@ -196,7 +203,8 @@ Tensor run_starts_cpu(const Tensor& starts, const Tensor& runs) {
 STABLE_TORCH_LIBRARY_FRAGMENT(dgi_kernels, m) {
   m.def("code_ranges(Tensor codes) -> Tensor");
   m.def("trie_arrays(Tensor codes, bool narrow_tokens, bool narrow_offsets) -> Tensor[]");
-  m.def("find_children(Tensor tokens, Tensor child_start, Tensor nodes, Tensor codes) -> (Tensor places, Tensor found)");
+  m.def(
+      "find_children(Tensor tokens, Tensor child_start, Tensor nodes, Tensor codes) -> (Tensor places, Tensor found)");
   m.def("child_masks(Tensor tokens, Tensor child_start, int codes) -> Tensor");
   m.def("item_set(Tensor members, Tensor? item_order) -> (Tensor words, Tensor ranks)");
   m.def("parent_set(Tensor words, Tensor ranks, Tensor starts, int parents) -> (Tensor words, Tensor ranks)");

@@ -61,7 +61,8 @@ inline dgi::Anchors anchors_of(const Tensor& x) {
 }
 
 // The sets of a call: four arrays each (words and ranks of the base, of the delta; words of no element stand for every
-// place), and which of them each request has, -1 for none. They have room for so many places of base and delta, or more.
+// place), and which of them each request has, -1 for none. They have room for so many places of base and delta, or
+// more.
 class Allowed {
  public:
   Allowed(const std::vector<Tensor>& sets, const std::vector<int64_t>& set_of, int64_t requests, int64_t base_places,
@@ -88,7 +89,8 @@ class Allowed {
     STD_TORCH_CHECK(words.numel() == dgi::ItemSet::kBlockWords * ranks.numel(), "dgi_kernels: a set has ",
                     dgi::ItemSet::kBlockWords, " words to a rank");
     if (words.numel() == 0) return {};
-    STD_TORCH_CHECK(words.numel() > places / dgi::ItemSet::kWordBits, "dgi_kernels: a set is over fewer places than there are");
+    STD_TORCH_CHECK(words.numel() > places / dgi::ItemSet::kWordBits,
+                    "dgi_kernels: a set is over fewer places than there are");
     return {static_cast<const uint64_t*>(words.const_data_ptr()), data_of<int64_t>(ranks)};
   }
 

@@ -17,7 +17,12 @@ from types import ModuleType
 from dgi.cli import bench, demo, evaluate, index, search, train
 
 COMMANDS: dict[str, ModuleType] = {
-    "train": train, "index": index, "search": search, "eval": evaluate, "bench": bench, "demo": demo,
+    "train": train,
+    "index": index,
+    "search": search,
+    "eval": evaluate,
+    "bench": bench,
+    "demo": demo,
 }
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -68,22 +73,32 @@ def _message(error: Exception) -> str | None:
         # torch has a class for GPUs only; of the CPU's allocator the words are all there is.
         if not isinstance(error, MemoryError) and "out of memory" not in text and "can't allocate memory" not in text:
             return None
-        return (f"not enough memory ({(text or 'MemoryError').splitlines()[0]}); take fewer at once (batch size, "
-                f"beams, results), or a smaller model")
+        return (
+            f"not enough memory ({(text or 'MemoryError').splitlines()[0]}); take fewer at once (batch size, "
+            f"beams, results), or a smaller model"
+        )
     return str(error)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser with all subcommands."""
     parser = argparse.ArgumentParser(
-        prog="dgi", description="Generative retrieval with Differentiable Geometric Indexing: train a model that "
+        prog="dgi",
+        description="Generative retrieval with Differentiable Geometric Indexing: train a model that "
         "finds items by generating their semantic IDs, index a catalog, search it, and evaluate the search.",
-        epilog='"dgi demo" shows all of it on MovieLens-100K; "dgi COMMAND --help" explains a command.')
+        epilog='"dgi demo" shows all of it on MovieLens-100K; "dgi COMMAND --help" explains a command.',
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, module in COMMANDS.items():
         description = f"{module.HELP[0].upper()}{module.HELP[1:]}."
-        command = commands.add_parser(name, help=module.HELP, description=description, epilog=module.EPILOG,
-                                      allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        command = commands.add_parser(
+            name,
+            help=module.HELP,
+            description=description,
+            epilog=module.EPILOG,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         module.add_arguments(command)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         command.set_defaults(run=module.run)

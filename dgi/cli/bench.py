@@ -26,8 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     files = sorted(map(str, FOLDER.glob("bench_*.py")))
     if not files:
-        raise FileNotFoundError(f"{FOLDER} holds no benchmarks; they come with the source tree, not with the installed "
-                                f"package: clone the repository, run pip install -e '.[bench]' in it, then dgi bench")
+        raise FileNotFoundError(
+            f"{FOLDER} holds no benchmarks; they come with the source tree, not with the installed "
+            f"package: clone the repository, run pip install -e '.[bench]' in it, then dgi bench"
+        )
     if importlib.util.find_spec("pytest_benchmark") is None:
         raise ImportError("the benchmarks need pytest-benchmark; run: pip install 'dgi-kernels[bench]'")
     status = subprocess.call([sys.executable, "-m", "pytest", *files, *args.pytest_arguments])

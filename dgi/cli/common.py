@@ -54,8 +54,13 @@ def add_index(parser: argparse.ArgumentParser) -> None:
 
 
 def add_num_beams(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--num-beams", metavar="M", type=positive, default=50,
-                        help="semantic IDs that survive each level of the search (default: %(default)s)")
+    parser.add_argument(
+        "--num-beams",
+        metavar="M",
+        type=positive,
+        default=50,
+        help="semantic IDs that survive each level of the search (default: %(default)s)",
+    )
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -100,8 +105,9 @@ def load_trained(folder: Path, on: torch.device) -> DGIModel:
 
     path = folder / MODEL_FILE
     if not path.is_file():
-        raise FileNotFoundError(f'{path}: there is no such file; "dgi train --output {shlex.quote(str(folder))}" '
-                                f"makes it")
+        raise FileNotFoundError(
+            f'{path}: there is no such file; "dgi train --output {shlex.quote(str(folder))}" makes it'
+        )
     return load_model(path).to(on)
 
 
@@ -111,6 +117,7 @@ def load_searcher(args: argparse.Namespace, catalog: Catalog) -> Searcher:
     from dgi.retrieval.search import Searcher
 
     if not args.index.is_file():
-        raise FileNotFoundError(f'{args.index}: there is no such file; "dgi index --output '
-                                f'{shlex.quote(str(args.index))}" makes it')
+        raise FileNotFoundError(
+            f'{args.index}: there is no such file; "dgi index --output {shlex.quote(str(args.index))}" makes it'
+        )
     return Searcher(load_trained(args.model, device(args.device)), DGIIndex.load(args.index), catalog)

@@ -25,8 +25,13 @@ Run again, an interrupted demo continues where it was.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data(parser, required=False)
-    parser.add_argument("--output", metavar="DIR", type=Path, default=Path("demo-output"),
-                        help="folder for the results (default: %(default)s)")
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        type=Path,
+        default=Path("demo-output"),
+        help="folder for the results (default: %(default)s)",
+    )
     parser.add_argument("--full", action="store_true", help="evaluate all test interactions, not a fixed sample")
     add_run_options(parser)
 

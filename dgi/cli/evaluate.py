@@ -43,13 +43,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_index(parser)
     add_data(parser)
     parser.add_argument("--judgments", metavar="FILE", type=Path, help="graded judgments, tsv, jsonl or parquet")
-    parser.add_argument("--judgment-vectors", metavar="FILE", type=Path,
-                        help="a .npy file with one vector per distinct judged query, in sorted order of the queries")
+    parser.add_argument(
+        "--judgment-vectors",
+        metavar="FILE",
+        type=Path,
+        help="a .npy file with one vector per distinct judged query, in sorted order of the queries",
+    )
     parser.add_argument("--output", metavar="DIR", required=True, type=Path, help="folder for the results")
-    parser.add_argument("--max-queries", metavar="N", type=positive,
-                        help="evaluate a fixed sample of N test interactions (default: all)")
-    parser.add_argument("--keep-history", action="store_true",
-                        help="let items of a request's history be results too (default: left out of every ranking)")
+    parser.add_argument(
+        "--max-queries",
+        metavar="N",
+        type=positive,
+        help="evaluate a fixed sample of N test interactions (default: all)",
+    )
+    parser.add_argument(
+        "--keep-history",
+        action="store_true",
+        help="let items of a request's history be results too (default: left out of every ranking)",
+    )
     add_num_beams(parser)
     add_run_options(parser)
 
@@ -61,8 +72,11 @@ def run(args: argparse.Namespace) -> None:
 
     check_output(args.output, [args.output / "metrics.json", args.output / "buckets.png"])
     data = load_data(args.data)
-    judgments = None if args.judgments is None else load_judgments(args.judgments, data.catalog,
-                                                                   query_vectors=args.judgment_vectors)
+    judgments = (
+        None
+        if args.judgments is None
+        else load_judgments(args.judgments, data.catalog, query_vectors=args.judgment_vectors)
+    )
     searcher = load_searcher(args, data.catalog)
     results = _evaluate_test_set(args, data, searcher)
     if judgments is not None:
@@ -81,17 +95,29 @@ def _evaluate_test_set(args: argparse.Namespace, data: Dataset, searcher: Search
     exclude = None if args.keep_history else evaluate.history_rows(test)
     unfindable = 0 if args.keep_history else evaluate.targets_in_history(test)
     if unfindable:
-        print(f"{unfindable:,} of {len(test):,} test interactions choose an item of their own history, which is left "
-              f"out of every ranking; --keep-history lets them be found", file=sys.stderr)
-    found = searcher.search_interactions(test, k=evaluate.DEPTH, num_beams=args.num_beams,
-                                         exclude_history=not args.keep_history, progress=args.progress)
-    rankings = {"popularity": rank_by_popularity(counts, len(test), evaluate.DEPTH, exclude=exclude),
-                "exact cosine": evaluate.rank_by_model_cosine(searcher, test, evaluate.DEPTH, exclude),
-                "DGI": found.items}
-    return {"data": data.name, "queries": len(test), "test_interactions": len(data.test),
-            "history_excluded": not args.keep_history, "targets_in_history": unfindable, "num_beams": args.num_beams,
-            "systems": evaluate.evaluate_systems(rankings, test, counts),
-            "index": evaluate.evaluate_index(searcher.index)}
+        print(
+            f"{unfindable:,} of {len(test):,} test interactions choose an item of their own history, which is left "
+            f"out of every ranking; --keep-history lets them be found",
+            file=sys.stderr,
+        )
+    found = searcher.search_interactions(
+        test, k=evaluate.DEPTH, num_beams=args.num_beams, exclude_history=not args.keep_history, progress=args.progress
+    )
+    rankings = {
+        "popularity": rank_by_popularity(counts, len(test), evaluate.DEPTH, exclude=exclude),
+        "exact cosine": evaluate.rank_by_model_cosine(searcher, test, evaluate.DEPTH, exclude),
+        "DGI": found.items,
+    }
+    return {
+        "data": data.name,
+        "queries": len(test),
+        "test_interactions": len(data.test),
+        "history_excluded": not args.keep_history,
+        "targets_in_history": unfindable,
+        "num_beams": args.num_beams,
+        "systems": evaluate.evaluate_systems(rankings, test, counts),
+        "index": evaluate.evaluate_index(searcher.index),
+    }
 
 
 def _show(results: dict[str, Any]) -> None:
@@ -100,10 +126,14 @@ def _show(results: dict[str, Any]) -> None:
     print(f"{results['queries']:,} of {results['test_interactions']:,} test interactions of {results['data']}")
     print(results_table(results["systems"]))
     index = results["index"]
-    print(f"\nitems {index['items']:,}, semantic IDs {index['collisions']['unique_sids']:,}, items that share theirs "
-          f"{index['collisions']['colliding_items']:.1%}, isotropy {index['isotropy']['iso_score']:.3f}")
+    print(
+        f"\nitems {index['items']:,}, semantic IDs {index['collisions']['unique_sids']:,}, items that share theirs "
+        f"{index['collisions']['colliding_items']:.1%}, isotropy {index['isotropy']['iso_score']:.3f}"
+    )
     for level, codes in enumerate(index["codes"], start=1):
-        print(f"level {level}: {codes['used']:.1%} of {codes['size']:,} codes used, entropy {codes['entropy']:.2f} "
-              f"nats, perplexity {codes['perplexity']:.1f}")
+        print(
+            f"level {level}: {codes['used']:.1%} of {codes['size']:,} codes used, entropy {codes['entropy']:.2f} "
+            f"nats, perplexity {codes['perplexity']:.1f}"
+        )
     if "judgments" in results:
         print("\n" + judgments_table(results["judgments"]))

@@ -31,8 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_data(parser)
     parser.add_argument("--output", metavar="FILE", required=True, type=Path, help="the index file to write")
-    parser.add_argument("--batch-size", metavar="N", type=positive, default=1024,
-                        help="items encoded at once (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", metavar="N", type=positive, default=1024, help="items encoded at once (default: %(default)s)"
+    )
     add_run_options(parser)
 
 
@@ -46,8 +47,13 @@ def run(args: argparse.Namespace) -> None:
     index = DGIIndex.build(model, load_catalog(args.data), batch_size=args.batch_size, progress=args.progress)
     index.save(args.output)
     shared = collisions(index.codes.cpu().numpy())
-    print(f"indexed {len(index):,} items under {shared['unique_sids']:,} semantic IDs; "
-          f"{shared['colliding_items']:.1%} of the items share theirs")
+    print(
+        f"indexed {len(index):,} items under {shared['unique_sids']:,} semantic IDs; "
+        f"{shared['colliding_items']:.1%} of the items share theirs"
+    )
     print(f"{args.output} is the index")
-    print(next_command("dgi", "search", "--index", args.output, "--model", args.model, "--data", args.data, "--query",
-                       "TEXT"))
+    print(
+        next_command(
+            "dgi", "search", "--index", args.output, "--model", args.model, "--data", args.data, "--query", "TEXT"
+        )
+    )

@@ -38,10 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_data(parser)
     parser.add_argument("--query", metavar="TEXT", default="", help="what is looked for")
-    parser.add_argument("--query-vector", metavar="FILE", type=Path,
-                        help="a .npy file with the query's vector (1, d), for a model that reads vectors")
-    parser.add_argument("--history", metavar="ID", nargs="+", default=[],
-                        help="ids of items chosen before, oldest first")
+    parser.add_argument(
+        "--query-vector",
+        metavar="FILE",
+        type=Path,
+        help="a .npy file with the query's vector (1, d), for a model that reads vectors",
+    )
+    parser.add_argument(
+        "--history", metavar="ID", nargs="+", default=[], help="ids of items chosen before, oldest first"
+    )
     parser.add_argument("--keep-history", action="store_true", help="let items of the history be results too")
     parser.add_argument("--k", metavar="K", type=positive, default=10, help="number of results (default: %(default)s)")
     add_num_beams(parser)
@@ -57,12 +62,23 @@ def run(args: argparse.Namespace) -> None:
     catalog = load_catalog(args.data)
     searcher = load_searcher(args, catalog)
     vectors = None if args.query_vector is None else read_vectors(args.query_vector, 1, "query")
-    found = searcher.search([args.query], [args.history], query_vectors=vectors, k=args.k, num_beams=args.num_beams,
-                            exclude_history=not args.keep_history)
+    found = searcher.search(
+        [args.query],
+        [args.history],
+        query_vectors=vectors,
+        k=args.k,
+        num_beams=args.num_beams,
+        exclude_history=not args.keep_history,
+    )
     rows = [row for row in found.items[0].tolist() if row >= 0]
     values = zip(rows, found.scores[0].tolist(), found.cosines[0].tolist(), strict=False)
-    _show(args, [{"rank": rank, "score": score, "cosine": cosine, "id": catalog.ids[row], "text": catalog.texts[row]}
-                 for rank, (row, score, cosine) in enumerate(values, start=1)])
+    _show(
+        args,
+        [
+            {"rank": rank, "score": score, "cosine": cosine, "id": catalog.ids[row], "text": catalog.texts[row]}
+            for rank, (row, score, cosine) in enumerate(values, start=1)
+        ],
+    )
 
 
 def _show(args: argparse.Namespace, results: list[dict[str, Any]]) -> None:
@@ -76,8 +92,11 @@ def _show(args: argparse.Namespace, results: list[dict[str, Any]]) -> None:
     if not results:
         print("no results")
     for result in results:
-        print("{rank:>3}  {score:>8.3f}  {cosine:>6.3f}  {id}  {text}".format(
-            **{**result, "id": one_line(result["id"]), "text": one_line(result["text"])}))
+        print(
+            "{rank:>3}  {score:>8.3f}  {cosine:>6.3f}  {id}  {text}".format(
+                **{**result, "id": one_line(result["id"]), "text": one_line(result["text"])}
+            )
+        )
 
 
 def _can_print(text: str) -> bool:

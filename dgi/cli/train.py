@@ -48,10 +48,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data(parser)
     parser.add_argument("--output", metavar="DIR", required=True, type=Path, help="folder of the run")
     parser.add_argument("--config", metavar="FILE", type=Path, help="settings as a JSON file")
-    parser.add_argument("--set", metavar="NAME=VALUE", action="append", default=[], dest="settings",
-                        help="one setting, over those of --config; may be repeated")
-    parser.add_argument("--resume", action="store_true",
-                        help=f"continue the run in --output from its last checkpoint, with its {CONFIG_FILE}")
+    parser.add_argument(
+        "--set",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        dest="settings",
+        help="one setting, over those of --config; may be repeated",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help=f"continue the run in --output from its last checkpoint, with its {CONFIG_FILE}",
+    )
     add_run_options(parser)
 
 
@@ -67,19 +76,41 @@ def run(args: argparse.Namespace) -> None:
         vectors = data.catalog.vectors
         model_config, train_config = configs(_settings(args), 0 if vectors is None else vectors.shape[1])
         torch.manual_seed(train_config.seed)
-        trainer = Trainer(DGIModel(model_config), train_config, data.catalog, data.train, args.output,
-                          device=None if args.device is None else device(args.device), progress=args.progress)
+        trainer = Trainer(
+            DGIModel(model_config),
+            train_config,
+            data.catalog,
+            data.train,
+            args.output,
+            device=None if args.device is None else device(args.device),
+            progress=args.progress,
+        )
         if trainer.folder is not None and not trainer.folder.checkpoints.paths():
             _write_config(args.output / CONFIG_FILE, model_config, train_config)
         last = trainer.fit(resume=args.resume)
         if rank() == 0:
-            print(f"trained {int(trainer.steps_done):,} steps on {len(data.train):,} interactions with "
-                  f"{len(data.catalog):,} items; loss {last['loss']:.4g}")
-            made = [name for name in (MODEL_FILE, CONFIG_FILE, "metrics.jsonl", "training_curve.png")
-                    if (args.output / name).is_file()]
+            print(
+                f"trained {int(trainer.steps_done):,} steps on {len(data.train):,} interactions with "
+                f"{len(data.catalog):,} items; loss {last['loss']:.4g}"
+            )
+            made = [
+                name
+                for name in (MODEL_FILE, CONFIG_FILE, "metrics.jsonl", "training_curve.png")
+                if (args.output / name).is_file()
+            ]
             print(f"{args.output} holds {', '.join(made[:-1])} and {made[-1]}")
-            print(next_command("dgi", "index", "--model", args.output, "--data", args.data, "--output",
-                               args.output / "index.safetensors"))
+            print(
+                next_command(
+                    "dgi",
+                    "index",
+                    "--model",
+                    args.output,
+                    "--data",
+                    args.data,
+                    "--output",
+                    args.output / "index.safetensors",
+                )
+            )
 
 
 def configs(settings: dict[str, Any], vector_dim: int) -> tuple[ModelConfig, TrainConfig]:
@@ -95,8 +126,10 @@ def configs(settings: dict[str, Any], vector_dim: int) -> tuple[ModelConfig, Tra
         raise ValueError(f"unknown setting {unknown[0]!r}; known are {', '.join(sorted(of_model | of_training))}")
     if settings.get("encoder") == "vectors":
         settings = {"vector_dim": vector_dim, **settings}
-    return (from_dict(ModelConfig, {name: value for name, value in settings.items() if name in of_model}),
-            from_dict(TrainConfig, {name: value for name, value in settings.items() if name in of_training}))
+    return (
+        from_dict(ModelConfig, {name: value for name, value in settings.items() if name in of_model}),
+        from_dict(TrainConfig, {name: value for name, value in settings.items() if name in of_training}),
+    )
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -32,17 +32,26 @@ class Batch:
         def move(value: Tensor) -> Tensor:
             return value.to(device, non_blocking=True)
 
-        return Batch(move(self.item_rows), move(self.item_features),
-                     None if self.targets is None else move(self.targets), move(self.histories),
-                     None if self.query_features is None else move(self.query_features),
-                     None if self.candidates is None else move(self.candidates))
+        return Batch(
+            move(self.item_rows),
+            move(self.item_features),
+            None if self.targets is None else move(self.targets),
+            move(self.histories),
+            None if self.query_features is None else move(self.query_features),
+            None if self.candidates is None else move(self.candidates),
+        )
 
     def __len__(self) -> int:
         return len(self.histories)
 
 
-def make_batch(item_features: Tensor, histories: Tensor, targets: Tensor | None,
-               query_features: Tensor | None, candidates: Tensor | None = None) -> Batch:
+def make_batch(
+    item_features: Tensor,
+    histories: Tensor,
+    targets: Tensor | None,
+    query_features: Tensor | None,
+    candidates: Tensor | None = None,
+) -> Batch:
     """Collect the distinct items of ``histories`` (B, H) and ``targets`` (B,), catalog rows with -1 for none.
 
     Args:
@@ -55,6 +64,11 @@ def make_batch(item_features: Tensor, histories: Tensor, targets: Tensor | None,
     read = [rows.flatten() for rows in (targets, histories, candidates) if rows is not None]
     rows = torch.unique(torch.cat(read))
     rows = rows[rows >= 0]
-    return Batch(rows, item_features[rows], None if targets is None else torch.searchsorted(rows, targets),
-                 torch.where(histories < 0, -1, torch.searchsorted(rows, histories.contiguous())), query_features,
-                 None if candidates is None else torch.searchsorted(rows, candidates))
+    return Batch(
+        rows,
+        item_features[rows],
+        None if targets is None else torch.searchsorted(rows, targets),
+        torch.where(histories < 0, -1, torch.searchsorted(rows, histories.contiguous())),
+        query_features,
+        None if candidates is None else torch.searchsorted(rows, candidates),
+    )

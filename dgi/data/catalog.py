@@ -34,8 +34,10 @@ class Catalog:
         for name in ("ids", "texts"):
             if not is_text(getattr(self, name)):
                 row = next(row for row, value in enumerate(getattr(self, name)) if not is_text(value))
-                raise ValueError(f"{name}[{row}] holds half of a character (a lone surrogate), which no file can "
-                                 f"store: {getattr(self, name)[row]!r}")
+                raise ValueError(
+                    f"{name}[{row}] holds half of a character (a lone surrogate), which no file can "
+                    f"store: {getattr(self, name)[row]!r}"
+                )
         rows = {item_id: row for row, item_id in enumerate(self.ids)}
         if len(rows) != len(self.ids):
             repeated = len(self.ids) - len(rows)
@@ -88,5 +90,7 @@ def load_catalog(path: str | os.PathLike[str], *, vectors: str | os.PathLike[str
 
 def one_line(text: str) -> str:
     """A text of the data as a terminal can show it: on one line, and without characters that steer the terminal."""
-    return "".join(character if character.isprintable() else " " if character.isspace() else "\N{REPLACEMENT CHARACTER}"
-                   for character in text)
+    return "".join(
+        character if character.isprintable() else " " if character.isspace() else "\N{REPLACEMENT CHARACTER}"
+        for character in text
+    )

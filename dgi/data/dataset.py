@@ -40,8 +40,12 @@ def load_dataset(folder: str | os.PathLike[str], *, test_fraction: float = 0.2) 
     if together and any(parts.values()):
         raise DataError(f"{folder}: has both {together.name} and interactions.train/test files; keep one or the other")
     if not together and any(parts.values()):
-        train, test = (load_interactions(_need(folder, f"interactions.{part}"), catalog,
-                                         query_vectors=_vectors(folder, f"queries.{part}")) for part in parts)
+        train, test = (
+            load_interactions(
+                _need(folder, f"interactions.{part}"), catalog, query_vectors=_vectors(folder, f"queries.{part}")
+            )
+            for part in parts
+        )
     else:
         path = _need(folder, "interactions")
         both = load_interactions(path, catalog, query_vectors=_vectors(folder, "queries"))
@@ -56,8 +60,9 @@ def load_items(folder: str | os.PathLike[str]) -> Catalog:
     """Load the catalog of a dataset's folder alone, without its interactions; see :func:`load_dataset`."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError(f"{folder}: there is no such folder; it must hold items.* and interactions.* as tsv, jsonl or "
-                        f"parquet")
+        raise DataError(
+            f"{folder}: there is no such folder; it must hold items.* and interactions.* as tsv, jsonl or parquet"
+        )
     return load_catalog(_need(folder, "items"), vectors=_vectors(folder, "items"))
 
 
@@ -72,8 +77,9 @@ def _find(folder: Path, stem: str) -> Path | None:
 def _need(folder: Path, stem: str) -> Path:
     path = _find(folder, stem)
     if path is None:
-        raise DataError(f"{folder}: there is no {stem} file; it must be one of "
-                        f"{', '.join(stem + suffix for suffix in SUFFIXES)}")
+        raise DataError(
+            f"{folder}: there is no {stem} file; it must be one of {', '.join(stem + suffix for suffix in SUFFIXES)}"
+        )
     return path
 
 

@@ -60,8 +60,13 @@ class Interactions:
         )
 
 
-def load_interactions(path: str | os.PathLike[str], catalog: Catalog, *, max_history: int = MAX_HISTORY,
-                      query_vectors: str | os.PathLike[str] | None = None) -> Interactions:
+def load_interactions(
+    path: str | os.PathLike[str],
+    catalog: Catalog,
+    *,
+    max_history: int = MAX_HISTORY,
+    query_vectors: str | os.PathLike[str] | None = None,
+) -> Interactions:
     """Read interactions from TSV, JSONL or Parquet, sorted by time (rows of one time keep the order of the file).
 
     Columns: ``item_id``; ``query`` (text) and/or ``history`` (ids of items, oldest first: a list, or a text of ids
@@ -105,8 +110,13 @@ def load_interactions(path: str | os.PathLike[str], catalog: Catalog, *, max_his
     if not items:
         raise DataError(f"{path}: holds no interactions; at least one is needed")
     vectors = None if query_vectors is None else read_vectors(query_vectors, len(items), f"interactions of {path.name}")
-    loaded = Interactions(tuple(queries), pad_histories(histories, max_history), np.array(items, dtype=np.int64),
-                          np.array(timestamps, dtype=np.float64), vectors)
+    loaded = Interactions(
+        tuple(queries),
+        pad_histories(histories, max_history),
+        np.array(items, dtype=np.int64),
+        np.array(timestamps, dtype=np.float64),
+        vectors,
+    )
     return loaded.take(np.argsort(loaded.timestamps, kind="stable"))
 
 
@@ -115,7 +125,7 @@ def pad_histories(histories: Sequence[Sequence[int]], max_history: int) -> np.nd
     padded = np.full((len(histories), max_history), -1, dtype=np.int64)
     for row, history in zip(padded, histories, strict=True):
         if len(history):
-            row[-len(history):] = history
+            row[-len(history) :] = history
     return padded
 
 
@@ -125,8 +135,9 @@ def catalog_row(value: object, column: str, catalog: Catalog, problems: Problems
     if item_id is None:
         problems.add(number, f"{column} holds {value!r}; an id must be a non-empty string or an integer")
     elif item_id not in catalog:
-        problems.add(number, f"{column} holds {item_id!r}, which is no item of the catalog; add the item or remove "
-                             f"this id")
+        problems.add(
+            number, f"{column} holds {item_id!r}, which is no item of the catalog; add the item or remove this id"
+        )
     else:
         return catalog.row(item_id)
     return -1

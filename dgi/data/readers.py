@@ -71,8 +71,7 @@ def read_rows(path: Path, problems: Problems, required: Sequence[str], optional:
     elif path.suffix == ".parquet":
         rows = _parquet_rows(path, required, optional)
     else:
-        raise DataError(f"{path}: the file's name tells the format and must end in one of "
-                        f"{', '.join(SUFFIXES)}")
+        raise DataError(f"{path}: the file's name tells the format and must end in one of {', '.join(SUFFIXES)}")
     for number, row in rows:
         kept = {column: row[column] for column in (*required, *optional) if row.get(column) is not None}
         missing = [column for column in required if column not in kept]
@@ -80,8 +79,11 @@ def read_rows(path: Path, problems: Problems, required: Sequence[str], optional:
         if missing:
             problems.add(number, f"no value for {' and '.join(missing)}; every row needs one")
         elif broken:
-            problems.add(number, f"{broken[0]} holds half of a character (a lone surrogate such as \\ud800), which no "
-                                 f"file can store; write the whole character, or remove it")
+            problems.add(
+                number,
+                f"{broken[0]} holds half of a character (a lone surrogate such as \\ud800), which no "
+                f"file can store; write the whole character, or remove it",
+            )
         else:
             yield number, kept
 
@@ -117,13 +119,16 @@ def read_vectors(path: str | os.PathLike[str], rows: int, aligned_with: str) -> 
         what = f"{vectors.dtype} of shape {vectors.shape}" if isinstance(vectors, np.ndarray) else "an .npz archive"
         raise DataError(f"{path}: vectors must be a 2-d floating-point array (rows, d); got {what}")
     if len(vectors) != rows:
-        raise DataError(f"{path}: has {len(vectors)} vectors for {rows} {aligned_with}; write one vector per row, "
-                        f"in the same order")
+        raise DataError(
+            f"{path}: has {len(vectors)} vectors for {rows} {aligned_with}; write one vector per row, in the same order"
+        )
     vectors = vectors.astype(np.float32)
     finite = np.isfinite(vectors).all(axis=1)
     if not finite.all():
-        raise DataError(f"{path}: {int((~finite).sum())} vectors hold a NaN or an infinity in float32, the first in "
-                        f"row {int(np.argmin(finite))} (counted from 0); compute these vectors again")
+        raise DataError(
+            f"{path}: {int((~finite).sum())} vectors hold a NaN or an infinity in float32, the first in "
+            f"row {int(np.argmin(finite))} (counted from 0); compute these vectors again"
+        )
     return vectors
 
 
@@ -149,8 +154,11 @@ def _tsv_rows(path: Path, problems: Problems, required: Sequence[str]) -> Iterat
         if len(fields) == len(header):
             yield number, {column: value for column, value in zip(header, fields, strict=True) if value.strip()}
         else:
-            problems.add(number, f"{len(fields)} columns where the header has {len(header)}; separate columns by one "
-                                 f"tab, and write a tab or line break inside a text as a space")
+            problems.add(
+                number,
+                f"{len(fields)} columns where the header has {len(header)}; separate columns by one "
+                f"tab, and write a tab or line break inside a text as a space",
+            )
 
 
 def _jsonl_rows(path: Path, problems: Problems) -> Iterator[Row]:
@@ -206,8 +214,10 @@ def _check_columns(path: Path, present: Sequence[str], required: Sequence[str], 
         raise DataError(f"{path}: the header names a column twice: {twice[0]!r}; remove or rename one of the two")
     missing = [column for column in required if column not in present]
     if missing:
-        raise DataError(f"{path}: no column {' and '.join(missing)}; the columns are {', '.join(present)}; rename or "
-                        f"add what is missing")
+        raise DataError(
+            f"{path}: no column {' and '.join(missing)}; the columns are {', '.join(present)}; rename or "
+            f"add what is missing"
+        )
 
 
 def _lines(path: Path, problems: Problems) -> Iterator[tuple[int, str]]:
@@ -218,8 +228,10 @@ def _lines(path: Path, problems: Problems) -> Iterator[tuple[int, str]]:
                 try:
                     text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
                 except UnicodeDecodeError as error:
-                    problems.add(number, f"not UTF-8 (byte 0x{line[error.start]:02x} at position {error.start}); save "
-                                         f"the file as UTF-8")
+                    problems.add(
+                        number,
+                        f"not UTF-8 (byte 0x{line[error.start]:02x} at position {error.start}); save the file as UTF-8",
+                    )
                     continue
                 if text.strip():
                     yield number, text

@@ -24,8 +24,10 @@ def time_split(interactions: Interactions, test_fraction: float = 0.2) -> tuple[
     times = interactions.timestamps[order]
     starts = np.flatnonzero(times[1:] != times[:-1]) + 1  # where a new timestamp begins: the places a split may fall
     if not len(starts):
-        raise DataError("cannot split by time: all interactions have the same timestamp; give each its time, or split "
-                        "them yourself into interactions.train.* and interactions.test.*")
+        raise DataError(
+            "cannot split by time: all interactions have the same timestamp; give each its time, or split "
+            "them yourself into interactions.train.* and interactions.test.*"
+        )
     wanted = len(times) * (1 - test_fraction)
     border = starts[np.argmin(np.abs(starts - wanted))]
     return interactions.take(order[:border]), interactions.take(order[border:])

@@ -47,15 +47,24 @@ def evaluate_systems(rankings: Mapping[str, Tensor], test: Interactions, counts:
         test: with the items that should be found.
         counts: see :func:`train_counts`.
     """
-    return {name: {**metrics.evaluate_rankings(items.numpy(), test.items, counts),
-                   "hubness": metrics.hubness(items.numpy(), len(counts), K)} for name, items in rankings.items()}
+    return {
+        name: {
+            **metrics.evaluate_rankings(items.numpy(), test.items, counts),
+            "hubness": metrics.hubness(items.numpy(), len(counts), K),
+        }
+        for name, items in rankings.items()
+    }
 
 
 def evaluate_index(index: DGIIndex) -> Json:
     """Geometry of the item vectors and use of the codes: isotropy, usage and entropy per level, collisions."""
     codes = index.codes.cpu().numpy()
-    return {"items": len(index), "isotropy": metrics.isotropy(index.vectors.cpu().numpy()),
-            "codes": metrics.code_usage(codes, index.trie.codebook_sizes), "collisions": metrics.collisions(codes)}
+    return {
+        "items": len(index),
+        "isotropy": metrics.isotropy(index.vectors.cpu().numpy()),
+        "codes": metrics.code_usage(codes, index.trie.codebook_sizes),
+        "collisions": metrics.collisions(codes),
+    }
 
 
 def rank_by_model_cosine(searcher: Searcher, test: Interactions, k: int, exclude: Tensor | None = None) -> Tensor:
@@ -74,8 +83,9 @@ def targets_in_history(test: Interactions) -> int:
     return int((test.histories == test.items[:, None]).any(axis=1).sum())
 
 
-def evaluate_judgments(searcher: Searcher, judgments: Judgments, *, num_beams: int = 50,
-                       progress: bool = False) -> dict[str, Json]:
+def evaluate_judgments(
+    searcher: Searcher, judgments: Judgments, *, num_beams: int = 50, progress: bool = False
+) -> dict[str, Json]:
     """Graded nDCG and recall of judged queries, for DGI, its vectors alone, and plain cosine of given vectors.
 
     ``ndcg@10`` takes items without a judgment for irrelevant; ``ndcg_judged@10`` ranks the judged items of each query
@@ -88,8 +98,12 @@ def evaluate_judgments(searcher: Searcher, judgments: Judgments, *, num_beams: i
         num_beams: see :meth:`dgi.Searcher.search`; at least ``RECALL_DEPTH`` are used.
     """
     beams, width = max(num_beams, RECALL_DEPTH), max(K, *map(len, judgments.ratings))
-    request: dict[str, Any] = {"queries": judgments.queries, "query_vectors": judgments.query_vectors,
-                               "num_beams": beams, "progress": progress}
+    request: dict[str, Any] = {
+        "queries": judgments.queries,
+        "query_vectors": judgments.query_vectors,
+        "num_beams": beams,
+        "progress": progress,
+    }
     filters = [searcher.index.trie.filter(items=list(ratings)) for ratings in judgments.ratings]
     everything = searcher.search(**request, k=RECALL_DEPTH).items
     judged_only = searcher.search(**request, k=width, filters=filters).items
@@ -100,8 +114,9 @@ def evaluate_judgments(searcher: Searcher, judgments: Judgments, *, num_beams: i
     results["exact cosine"] = _cosine_measures(encoded, searcher.index.vectors, judgments)
     vectors = searcher.catalog.vectors
     if vectors is not None and judgments.query_vectors is not None:
-        results["plain cosine"] = _cosine_measures(torch.from_numpy(judgments.query_vectors),
-                                                   torch.from_numpy(vectors), judgments)
+        results["plain cosine"] = _cosine_measures(
+            torch.from_numpy(judgments.query_vectors), torch.from_numpy(vectors), judgments
+        )
     return results
 
 
@@ -119,8 +134,11 @@ def _judged_measures(everything: Tensor, judged_only: Tensor, judgments: Judgmen
     found = metrics.evaluate_judgments(everything.numpy(), judgments, cutoffs=(K,))
     judged = metrics.evaluate_judgments(judged_only.numpy(), judgments, cutoffs=(K,))
     highest = max(max(ratings.values()) for ratings in judgments.ratings)
-    recalls = {f"{name}@{k}": recall(everything.numpy(), judgments, k, rating)
-               for name, rating in (("recall", 1), ("recall_top", highest)) for k in (K, RECALL_DEPTH)}
+    recalls = {
+        f"{name}@{k}": recall(everything.numpy(), judgments, k, rating)
+        for name, rating in (("recall", 1), ("recall_top", highest))
+        for k in (K, RECALL_DEPTH)
+    }
     return {**found, f"ndcg_judged@{K}": judged[f"ndcg@{K}"], **recalls}
 
 
@@ -154,8 +172,10 @@ def results_table(systems: Mapping[str, Json], k: int = K) -> str:
 
 def _cells(label: str, queries: str, values: Sequence[str], widths: Sequence[int]) -> str:
     half = len(values) // 2
-    blocks = ("  ".join(f"{value:>{width}}" for value, width in zip(values[part], widths[part], strict=True))
-              for part in (slice(0, half), slice(half, None)))
+    blocks = (
+        "  ".join(f"{value:>{width}}" for value, width in zip(values[part], widths[part], strict=True))
+        for part in (slice(0, half), slice(half, None))
+    )
     return f"{label:<12}{queries:>9}   " + "   ".join(blocks)
 
 
@@ -183,6 +203,7 @@ def write_results(output: Path, results: Json) -> bool:
     Returns:
         Whether there is a picture: what keeps it from being drawn is a warning, the figures being safe already.
     """
+
     def draw() -> None:
         from dgi.evaluation.plots import bucket_picture
 

@@ -49,8 +49,14 @@ def ndcg(ranks: np.ndarray, k: int) -> float:
     return float(np.mean(np.where(ranks < k, 1 / np.log2(ranks + 2), 0.0)))
 
 
-def evaluate_rankings(ranked_items: np.ndarray, targets: np.ndarray, train_counts: np.ndarray, *, num_buckets: int = 5,
-                      cutoffs: Sequence[int] = CUTOFFS) -> Json:
+def evaluate_rankings(
+    ranked_items: np.ndarray,
+    targets: np.ndarray,
+    train_counts: np.ndarray,
+    *,
+    num_buckets: int = 5,
+    cutoffs: Sequence[int] = CUTOFFS,
+) -> Json:
     """Hit rate and NDCG, overall and by the popularity of the target.
 
     Args:
@@ -75,9 +81,14 @@ def evaluate_rankings(ranked_items: np.ndarray, targets: np.ndarray, train_count
     buckets = []
     for bucket in [*range(last + 1), -1]:
         members = bucket_of == bucket
-        buckets.append({"name": _bucket_name(bucket, last), "items": int(members.sum()),
-                        "train_interactions": int(train_counts[members].sum()),
-                        **_measures(ranks[members[targets]], cutoffs)})
+        buckets.append(
+            {
+                "name": _bucket_name(bucket, last),
+                "items": int(members.sum()),
+                "train_interactions": int(train_counts[members].sum()),
+                **_measures(ranks[members[targets]], cutoffs),
+            }
+        )
     return {"overall": _measures(ranks, cutoffs), "buckets": buckets}
 
 
@@ -129,8 +140,9 @@ def evaluate_judgments(ranked_items: np.ndarray, judgments: Judgments, *, cutoff
         raise ImportError('graded judgments need ir-measures; run: pip install "dgi-kernels[eval]"') from None
     ranked_items = np.asarray(ranked_items)
     if ranked_items.ndim != 2 or len(ranked_items) != len(judgments):
-        raise ValueError(f"ranked_items must have shape (n, width) with n = {len(judgments)} queries; got "
-                         f"{ranked_items.shape}")
+        raise ValueError(
+            f"ranked_items must have shape (n, width) with n = {len(judgments)} queries; got {ranked_items.shape}"
+        )
     _check_width(ranked_items, cutoffs)
     gains, run, judged = {}, {}, []
     for query, (ratings, row) in enumerate(zip(judgments.ratings, ranked_items.tolist(), strict=True)):
@@ -140,12 +152,21 @@ def evaluate_judgments(ranked_items: np.ndarray, judgments: Judgments, *, cutoff
             judged.append([item in ratings for item in row])
     if not gains:
         raise ValueError("judgments must have at least one query with a rating above 0; got none")
-    named = {f"{name}@{k}": measure @ k
-             for name, measure in (("hit_rate", ir_measures.Success), ("ndcg", ir_measures.nDCG),
-                                   ("ndcg_judged", ir_measures.nDCG(judged_only=True))) for k in cutoffs}
+    named = {
+        f"{name}@{k}": measure @ k
+        for name, measure in (
+            ("hit_rate", ir_measures.Success),
+            ("ndcg", ir_measures.nDCG),
+            ("ndcg_judged", ir_measures.nDCG(judged_only=True)),
+        )
+        for k in cutoffs
+    }
     values = ir_measures.calc_aggregate(named.values(), gains, run)
-    return {"queries": len(gains), **{name: float(values[measure]) for name, measure in named.items()},
-            **{f"judged@{k}": float(np.mean(np.array(judged)[:, :k])) for k in cutoffs}}
+    return {
+        "queries": len(gains),
+        **{name: float(values[measure]) for name, measure in named.items()},
+        **{f"judged@{k}": float(np.mean(np.array(judged)[:, :k])) for k in cutoffs},
+    }
 
 
 def hubness(ranked_items: np.ndarray, num_items: int, k: int = 10) -> Json:
@@ -167,8 +188,12 @@ def hubness(ranked_items: np.ndarray, num_items: int, k: int = 10) -> Json:
     from scipy import stats  # takes a while to import, and nothing else needs it
 
     uneven = occurrences.min() != occurrences.max()
-    return {"k": k, "skewness": float(stats.skew(occurrences)) if uneven else 0.0,
-            "max_occurrence": int(occurrences.max()), "never_returned": float(np.mean(occurrences == 0))}
+    return {
+        "k": k,
+        "skewness": float(stats.skew(occurrences)) if uneven else 0.0,
+        "max_occurrence": int(occurrences.max()),
+        "never_returned": float(np.mean(occurrences == 0)),
+    }
 
 
 def isotropy(vectors: np.ndarray) -> Json:
@@ -200,8 +225,9 @@ def code_usage(codes: np.ndarray, codebook_sizes: Sequence[int]) -> list[Json]:
     """
     codes = np.asarray(codes)
     if codes.ndim != 2 or not len(codes) or codes.shape[1] != len(codebook_sizes):
-        raise ValueError(f"codes must have shape (N, m) with N at least 1 and m = {len(codebook_sizes)}; got "
-                         f"{codes.shape}")
+        raise ValueError(
+            f"codes must have shape (N, m) with N at least 1 and m = {len(codebook_sizes)}; got {codes.shape}"
+        )
     from scipy import stats
 
     levels = []
@@ -210,8 +236,9 @@ def code_usage(codes: np.ndarray, codebook_sizes: Sequence[int]) -> list[Json]:
         if len(counts) != size:
             raise ValueError(f"codes of level {level} must be below {size}; got {codes[:, level].max()}")
         entropy = float(stats.entropy(counts))
-        levels.append({"size": int(size), "used": float(np.mean(counts > 0)), "entropy": entropy,
-                       "perplexity": math.exp(entropy)})
+        levels.append(
+            {"size": int(size), "used": float(np.mean(counts > 0)), "entropy": entropy, "perplexity": math.exp(entropy)}
+        )
     return levels
 
 
@@ -225,8 +252,11 @@ def collisions(codes: np.ndarray) -> Json:
     if codes.ndim != 2 or not len(codes):
         raise ValueError(f"codes must have shape (N, m) with N at least 1; got {codes.shape}")
     counts = np.unique(codes, axis=0, return_counts=True)[1]
-    return {"unique_sids": len(counts), "colliding_items": float(counts[counts > 1].sum() / len(codes)),
-            "max_items_per_sid": int(counts.max())}
+    return {
+        "unique_sids": len(counts),
+        "colliding_items": float(counts[counts > 1].sum() / len(codes)),
+        "max_items_per_sid": int(counts.max()),
+    }
 
 
 def _measures(ranks: np.ndarray, cutoffs: Sequence[int]) -> Json:
@@ -245,5 +275,7 @@ def _bucket_name(bucket: int, last: int) -> str:
 
 def _check_width(ranked_items: np.ndarray, cutoffs: Sequence[int]) -> None:
     if ranked_items.ndim != 2 or ranked_items.shape[1] < max(cutoffs):
-        raise ValueError(f"ranked_items must have shape (n, width) with width at least {max(cutoffs)}, the largest "
-                         f"cutoff; got {ranked_items.shape}; search with a larger k and pad with -1")
+        raise ValueError(
+            f"ranked_items must have shape (n, width) with width at least {max(cutoffs)}, the largest "
+            f"cutoff; got {ranked_items.shape}; search with a larger k and pad with -1"
+        )

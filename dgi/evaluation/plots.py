@@ -15,8 +15,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def bucket_picture(results: Mapping[str, Mapping[str, Any]], png_path: str | os.PathLike[str], *, k: int = 10,
-                   codes: Sequence[Mapping[str, Any]] | None = None) -> None:
+def bucket_picture(
+    results: Mapping[str, Mapping[str, Any]],
+    png_path: str | os.PathLike[str],
+    *,
+    k: int = 10,
+    codes: Sequence[Mapping[str, Any]] | None = None,
+) -> None:
     """Draw HitRate@k and NDCG@k of one or more systems, overall and by the popularity of the target.
 
     Args:
@@ -52,20 +57,29 @@ def _grouped_bars(panel: Axes, heights: Mapping[str, Sequence[float | None]]) ->
     width = 0.8 / max(len(heights), 2)
     for place, (system, values) in enumerate(heights.items()):
         x = np.arange(len(values)) + (place - (len(heights) - 1) / 2) * width
-        bars = panel.bar(x, [value or 0.0 for value in values], width * 0.92, label=system,
-                         color=COLOURS[place % len(COLOURS)])
-        panel.bar_label(bars, ["–" if value is None else f"{value:.3f}".removeprefix("0") for value in values],
-                        fontsize=7, padding=1)
+        bars = panel.bar(
+            x, [value or 0.0 for value in values], width * 0.92, label=system, color=COLOURS[place % len(COLOURS)]
+        )
+        panel.bar_label(
+            bars,
+            ["–" if value is None else f"{value:.3f}".removeprefix("0") for value in values],
+            fontsize=7,
+            padding=1,
+        )
     panel.margins(y=0.1)
 
 
 def _code_panel(panel: Axes, codes: Sequence[Mapping[str, Any]]) -> None:
-    _grouped_bars(panel, {"codes used / K": [level["used"] for level in codes],
-                          "perplexity / K": [level["perplexity"] / level["size"] for level in codes]})
-    panel.set_xticks(range(len(codes)), [f"level {j + 1}\nK = {level['size']:,}" for j, level in enumerate(codes)],
-                     fontsize=9)
+    _grouped_bars(
+        panel,
+        {
+            "codes used / K": [level["used"] for level in codes],
+            "perplexity / K": [level["perplexity"] / level["size"] for level in codes],
+        },
+    )
+    panel.set_xticks(
+        range(len(codes)), [f"level {j + 1}\nK = {level['size']:,}" for j, level in enumerate(codes)], fontsize=9
+    )
     panel.set_ylim(0, 1.35)  # room for the legend above full bars
     panel.legend(frameon=False, fontsize=9, loc="upper right", ncols=2)
     dress(panel, "Use of the codebooks", "share of K")
-
-

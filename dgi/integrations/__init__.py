@@ -38,8 +38,9 @@ def __getattr__(name: str) -> Any:
         except ModuleNotFoundError as error:
             if error.name != "transformers":
                 raise
-            raise ModuleNotFoundError(f"dgi.integrations.{name} needs the package transformers: "
-                                      f"pip install 'dgi-kernels[hf]' ({error})") from error
+            raise ModuleNotFoundError(
+                f"dgi.integrations.{name} needs the package transformers: pip install 'dgi-kernels[hf]' ({error})"
+            ) from error
     raise AttributeError(f"module 'dgi.integrations' has no attribute {name!r}")
 
 

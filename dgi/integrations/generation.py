@@ -51,15 +51,24 @@ class ConstrainedGeneration(NamedTuple):
 
 
 @torch.no_grad()
-def constrained_generate(model: torch.nn.Module, trie: Trie, input_ids: Tensor, *,
-                         token_offsets: Sequence[int] | None = None, token_ids: Sequence[Tensor] | None = None,
-                         num_beams: int, num_return_sequences: int | None = None, eos_token_id: EndTokens = None,
-                         attention_mask: Tensor | None = None,
-                         normalize: Literal["vocabulary", "full", "children"] = "vocabulary",
-                         length_penalty: float | None = None,
-                         early_stopping: bool | Literal["never"] | None = None, filters: Filters = None,
-                         backend: Backend = "auto", **generate_arguments: Any,
-                         ) -> ConstrainedGeneration:
+def constrained_generate(
+    model: torch.nn.Module,
+    trie: Trie,
+    input_ids: Tensor,
+    *,
+    token_offsets: Sequence[int] | None = None,
+    token_ids: Sequence[Tensor] | None = None,
+    num_beams: int,
+    num_return_sequences: int | None = None,
+    eos_token_id: EndTokens = None,
+    attention_mask: Tensor | None = None,
+    normalize: Literal["vocabulary", "full", "children"] = "vocabulary",
+    length_penalty: float | None = None,
+    early_stopping: bool | Literal["never"] | None = None,
+    filters: Filters = None,
+    backend: Backend = "auto",
+    **generate_arguments: Any,
+) -> ConstrainedGeneration:
     """Generate semantic IDs by beam search with an encoder-decoder or decoder-only model of transformers.
 
     With ``normalize="vocabulary"`` and an ``eos_token_id``, or semantic IDs that are all L codes long, sequences and
@@ -115,8 +124,11 @@ def constrained_generate(model: torch.nn.Module, trie: Trie, input_ids: Tensor, 
     if batch == 0:
         raise ValueError(f"input_ids must hold at least one request; got shape {tuple(input_ids.shape)}")
     checks.integer("num_beams", num_beams, low=1)
-    returned = num_beams if num_return_sequences is None else checks.integer(
-        "num_return_sequences", num_return_sequences, low=1, high=num_beams)
+    returned = (
+        num_beams
+        if num_return_sequences is None
+        else checks.integer("num_return_sequences", num_return_sequences, low=1, high=num_beams)
+    )
     checks.choice("normalize", normalize, NORMALIZERS)
     if length_penalty is not None:
         checks.number("length_penalty", length_penalty)
@@ -129,8 +141,14 @@ def constrained_generate(model: torch.nn.Module, trie: Trie, input_ids: Tensor, 
         generate_arguments["attention_mask"] = attention_mask
     results: list[ConstrainedGeneration] = []
 
-    def search(model: Any, prompt: Tensor, logits_processor: Sequence[Any], stopping_criteria: object,
-               generation_config: transformers.GenerationConfig, **model_kwargs: Any) -> Tensor:
+    def search(
+        model: Any,
+        prompt: Tensor,
+        logits_processor: Sequence[Any],
+        stopping_criteria: object,
+        generation_config: transformers.GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Tensor:
         """What ``generate`` calls when all is prepared, with one row per request."""
         _check_model(model)
         _check_prompts(model, prompt, model_kwargs.get("attention_mask"))
@@ -166,13 +184,15 @@ def constrained_generate(model: torch.nn.Module, trie: Trie, input_ids: Tensor, 
     arguments = _arguments(generate_arguments, num_beams, returned, eos_token_id, trie.depth + bool(tokens.ends))
     _innermost(model).generate(input_ids=input_ids.long(), custom_generate=search, **arguments)
     if not results:
-        raise TypeError(f"model must be one whose generate runs what custom_generate gives; that of "
-                        f"{type(model).__name__} does not")
+        raise TypeError(
+            f"model must be one whose generate runs what custom_generate gives; that of {type(model).__name__} does not"
+        )
     return results[0]
 
 
-def _arguments(given: dict[str, Any], num_beams: int, returned: int, eos_token_id: EndTokens,
-               length: int) -> dict[str, Any]:
+def _arguments(
+    given: dict[str, Any], num_beams: int, returned: int, eos_token_id: EndTokens, length: int
+) -> dict[str, Any]:
     """The keywords for ``generate``: those given, and those of a search with one row per request."""
     check_given(given)
     arguments = {name: value for name, value in given.items() if name not in REFUSED_ARGUMENTS}
@@ -190,8 +210,9 @@ def _arguments(given: dict[str, Any], num_beams: int, returned: int, eos_token_i
         raise TypeError(f"generation_config must be a GenerationConfig; got {type(config).__name__}")
     for name, value in (("num_beams", num_beams), ("num_return_sequences", returned)):
         if getattr(config, name, None) not in (None, 1, value):
-            raise ValueError(f"generation_config must not ask for {name}={getattr(config, name)} where {name} is "
-                             f"{value}")
+            raise ValueError(
+                f"generation_config must not ask for {name}={getattr(config, name)} where {name} is {value}"
+            )
     config = copy.deepcopy(config)
     arguments |= {"generation_config": config, **config.update(**own)}
     if ends is None:  # which in a configuration means the model's own
@@ -201,8 +222,11 @@ def _arguments(given: dict[str, Any], num_beams: int, returned: int, eos_token_i
 
 def _innermost(model: Any) -> Any:
     """The model that has ``generate``: DistributedDataParallel hides it."""
-    while isinstance(model, torch.nn.Module) and not hasattr(model, "generate") \
-            and isinstance(getattr(model, "module", None), torch.nn.Module):
+    while (
+        isinstance(model, torch.nn.Module)
+        and not hasattr(model, "generate")
+        and isinstance(getattr(model, "module", None), torch.nn.Module)
+    ):
         model = model.module
     if not callable(getattr(model, "generate", None)):
         raise TypeError(f"model must be a transformers model with a generate method; got {type(model).__name__}")
@@ -212,27 +236,47 @@ def _innermost(model: Any) -> Any:
 def _check_model(model: Any) -> None:
     for name in _NEEDED:
         if not hasattr(model, name):
-            raise TypeError(f"model must have {name}, as those of transformers 5 have; {type(model).__name__} of "
-                            f"transformers {transformers.__version__} has none")
+            raise TypeError(
+                f"model must have {name}, as those of transformers 5 have; {type(model).__name__} of "
+                f"transformers {transformers.__version__} has none"
+            )
     modes = getattr(model, "_supported_generation_modes", None)
     if modes is not None and "beam_search" not in [str(getattr(mode, "value", mode)) for mode in modes]:
-        raise ValueError(f"model must support beam search; {type(model).__name__} supports "
-                         f"{', '.join(str(getattr(mode, 'value', mode)) for mode in modes)} only")
+        raise ValueError(
+            f"model must support beam search; {type(model).__name__} supports "
+            f"{', '.join(str(getattr(mode, 'value', mode)) for mode in modes)} only"
+        )
 
 
 def _check_prompts(model: Any, prompt: Tensor, mask: Tensor | None) -> None:
     if prompt.shape[1] == 0:
         raise ValueError(f"input_ids must hold prompts of at least one token; got shape {tuple(prompt.shape)}")
-    if not model.config.is_encoder_decoder and mask is not None and mask.ndim == 2 and checks_values(mask.device) \
-            and not mask[:, -1].all():
-        raise ValueError("input_ids must be padded on the left (tokenizer.padding_side = 'left'); attention_mask ends "
-                         "with 0 in a row")
+    if (
+        not model.config.is_encoder_decoder
+        and mask is not None
+        and mask.ndim == 2
+        and checks_values(mask.device)
+        and not mask[:, -1].all()
+    ):
+        raise ValueError(
+            "input_ids must be padded on the left (tokenizer.padding_side = 'left'); attention_mask ends "
+            "with 0 in a row"
+        )
 
 
-def _search(trie: Trie, tokens: CodeTokens, step: Any, batch: int, num_beams: int,
-            normalize: Normalize | Literal["vocabulary"], length_penalty: float, filters: Filters,
-            backend: Backend) -> Found:
+def _search(
+    trie: Trie,
+    tokens: CodeTokens,
+    step: Any,
+    batch: int,
+    num_beams: int,
+    normalize: Normalize | Literal["vocabulary"],
+    length_penalty: float,
+    filters: Filters,
+    backend: Backend,
+) -> Found:
     """The best semantic IDs where ending costs nothing: :func:`dgi_kernels.beam_search`."""
+
     def level(depth: int, codes: Tensor | None, parents: Tensor | None) -> Tensor:
         scores = step(depth, codes, parents)
         logits = tokens.level(scores.vocabulary, depth)
@@ -240,8 +284,15 @@ def _search(trie: Trie, tokens: CodeTokens, step: Any, batch: int, num_beams: in
             return logits
         return logits - log_normalizer(scores.vocabulary).unsqueeze(-1)
 
-    found = beam_search(trie, level, batch_size=batch, num_beams=num_beams, filters=filters, backend=backend,
-                        normalize="none" if normalize == "vocabulary" else normalize)
+    found = beam_search(
+        trie,
+        level,
+        batch_size=batch,
+        num_beams=num_beams,
+        filters=filters,
+        backend=backend,
+        normalize="none" if normalize == "vocabulary" else normalize,
+    )
     lengths = (found.codes >= 0).sum(dim=2) + bool(tokens.ends)
     scores = found.scores / lengths.clamp(min=1) ** length_penalty
     scores, order = scores.sort(dim=1, descending=True, stable=True)

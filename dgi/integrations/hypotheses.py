@@ -66,16 +66,27 @@ class Hypotheses:
         filters, backend: of the beam steps.
     """
 
-    def __init__(self, trie: Trie, tokens: CodeTokens, batch: int, num_beams: int, length_penalty: float,
-                 early_stopping: bool | str, filters: Filters, backend: Backend) -> None:
+    def __init__(
+        self,
+        trie: Trie,
+        tokens: CodeTokens,
+        batch: int,
+        num_beams: int,
+        length_penalty: float,
+        early_stopping: bool | str,
+        filters: Filters,
+        backend: Backend,
+    ) -> None:
         self.trie, self.tokens, self.num_beams = trie, tokens, num_beams
         self.length_penalty, self.early_stopping = length_penalty, early_stopping
         self.filters, self.backend = filters, backend
         self.running = trie.root(batch)
         self.running_codes = torch.empty(batch, 1, 0, dtype=torch.int64, device=trie.device)
-        self.found = Found(torch.full((batch, num_beams, trie.depth), END, device=trie.device),
-                           torch.full((batch, num_beams), -torch.inf, device=trie.device),
-                           torch.zeros(batch, num_beams, dtype=torch.int64, device=trie.device))
+        self.found = Found(
+            torch.full((batch, num_beams, trie.depth), END, device=trie.device),
+            torch.full((batch, num_beams), -torch.inf, device=trie.device),
+            torch.zeros(batch, num_beams, dtype=torch.int64, device=trie.device),
+        )
         self.improving = torch.ones(batch, 1, dtype=torch.bool, device=trie.device)
 
     def run(self, step: Step) -> Found:
@@ -96,8 +107,17 @@ class Hypotheses:
         # With an end as good as its parent, so no less than it will be, twice the beams hold all that can count: there
         # is at most one end of the trie per parent, and behind M better candidates it is none of the first M.
         return self._with_ends(
-            beam_step(self.trie, self.tokens.level(logits, depth), self.running, num_beams=2 * self.num_beams,
-                      log_normalizer=normalizer, filters=self.filters, backend=self.backend), end_scores)
+            beam_step(
+                self.trie,
+                self.tokens.level(logits, depth),
+                self.running,
+                num_beams=2 * self.num_beams,
+                log_normalizer=normalizer,
+                filters=self.filters,
+                backend=self.backend,
+            ),
+            end_scores,
+        )
 
     def _processed(self, scores: Tensor) -> _Candidates:
         """The candidates by processed ``scores`` (B, W, V), where an end may be better than its parent."""
@@ -106,15 +126,35 @@ class Hypotheses:
         if depth == self.trie.depth:
             return self._with_ends(self._all_end(), end_scores)
         level, width = self.tokens.level(scores, depth), self.running.nodes.shape[1]
-        codes, ends = (beam_step(self.trie, values, self.running, num_beams=count, normalize="none",
-                                 filters=self.filters, backend=self.backend)
-                       for values, count in ((level, 2 * self.num_beams + width),
-                                             (torch.full_like(level[:1, :1], -torch.inf).expand_as(level), width)))
-        codes = codes._replace(nodes=codes.nodes.masked_fill(codes.tokens < 0, -1),
-                               scores=codes.scores.masked_fill(codes.tokens < 0, -torch.inf))
-        return self._with_ends(Beams(torch.cat([codes.nodes, ends.nodes], 1), torch.cat([codes.tokens, ends.tokens], 1),
-                                     torch.cat([codes.parents, ends.parents], 1),
-                                     torch.cat([codes.scores, ends.scores], 1), depth + 1), end_scores)
+        codes, ends = (
+            beam_step(
+                self.trie,
+                values,
+                self.running,
+                num_beams=count,
+                normalize="none",
+                filters=self.filters,
+                backend=self.backend,
+            )
+            for values, count in (
+                (level, 2 * self.num_beams + width),
+                (torch.full_like(level[:1, :1], -torch.inf).expand_as(level), width),
+            )
+        )
+        codes = codes._replace(
+            nodes=codes.nodes.masked_fill(codes.tokens < 0, -1),
+            scores=codes.scores.masked_fill(codes.tokens < 0, -torch.inf),
+        )
+        return self._with_ends(
+            Beams(
+                torch.cat([codes.nodes, ends.nodes], 1),
+                torch.cat([codes.tokens, ends.tokens], 1),
+                torch.cat([codes.parents, ends.parents], 1),
+                torch.cat([codes.scores, ends.scores], 1),
+                depth + 1,
+            ),
+            end_scores,
+        )
 
     def _all_end(self) -> Beams:
         """Behind the last code: every beam is its own parent, and all end."""
@@ -128,23 +168,38 @@ class Hypotheses:
         of_parents = _rows(end_scores, parents)
         first, *others = of_parents.unbind(-1)
         place = torch.arange(ends.shape[1], device=ends.device).expand_as(ends)
-        scores = torch.cat([found.scores + first.masked_fill(~ends, 0)]
-                           + [(found.scores + other).masked_fill(~ends, -torch.inf) for other in others], dim=1)
+        scores = torch.cat(
+            [found.scores + first.masked_fill(~ends, 0)]
+            + [(found.scores + other).masked_fill(~ends, -torch.inf) for other in others],
+            dim=1,
+        )
         number = torch.arange(1 + len(others), device=ends.device).repeat_interleave(ends.shape[1])
         place = place.repeat(1, 1 + len(others))
         scores, order = scores.sort(dim=1, descending=True, stable=True)
         place = place.gather(1, order)
         parents, tokens = parents.gather(1, place), found.tokens.gather(1, place)
         codes = torch.cat([_rows(self.running_codes, parents), tokens.long().unsqueeze(2)], dim=2)
-        return _Candidates(found.nodes.gather(1, place), tokens, found.parents.gather(1, place), scores, codes,
-                           ends.gather(1, place), number[order])
+        return _Candidates(
+            found.nodes.gather(1, place),
+            tokens,
+            found.parents.gather(1, place),
+            scores,
+            codes,
+            ends.gather(1, place),
+            number[order],
+        )
 
     def _extend(self, candidates: _Candidates) -> None:
         depth = self.running.depth
         self._finish(candidates, depth)
         runs = candidates.is_end.to(torch.uint8).argsort(dim=1, stable=True)[:, : self.num_beams]
-        self.running = Beams(candidates.nodes.gather(1, runs), candidates.tokens.gather(1, runs),
-                             candidates.parents.gather(1, runs), candidates.scores.gather(1, runs), depth + 1)
+        self.running = Beams(
+            candidates.nodes.gather(1, runs),
+            candidates.tokens.gather(1, runs),
+            candidates.parents.gather(1, runs),
+            candidates.scores.gather(1, runs),
+            depth + 1,
+        )
         self.running_codes = _rows(candidates.codes, runs)
         self._look_ahead(depth + 1)
 
@@ -166,7 +221,7 @@ class Hypotheses:
         """Close the requests whose best running beam, by the estimate, is no better than their worst hypothesis."""
         longest = self.early_stopping == "never" and self.length_penalty > 0
         length = self.trie.depth + 1 if longest else depth
-        best = self.running.scores[:, :1] / length ** self.length_penalty
+        best = self.running.scores[:, :1] / length**self.length_penalty
         self.improving = self.improving & (best > self.found.scores[:, -1:])
 
 

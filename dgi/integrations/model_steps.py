@@ -62,13 +62,15 @@ class ModelSteps:
         inputs = self.model.prepare_inputs_for_generation(self.sequences, **options, **self.kwargs)
         outputs = self.model(**inputs, return_dict=True)
         self.kwargs = self.model._update_model_kwargs_for_generation(
-            outputs, self.kwargs, is_encoder_decoder=self.is_encoder_decoder)
+            outputs, self.kwargs, is_encoder_decoder=self.is_encoder_decoder
+        )
         return outputs.logits[:, -1].to(self.prompt.device)
 
     def _expand(self, rows: Tensor, width: int) -> None:
         """Repeat the inputs of each request ``width`` times, and what the model keeps of it."""
         _, self.kwargs = self.model._expand_inputs_for_generation(
-            expand_size=width, is_encoder_decoder=self.is_encoder_decoder, input_ids=self.prompt, **self.kwargs)
+            expand_size=width, is_encoder_decoder=self.is_encoder_decoder, input_ids=self.prompt, **self.kwargs
+        )
         cache = self._own_cache()
         if cache is not None:
             self.shared = [layer.get_seq_length() if type(layer) is DynamicLayer else 0 for layer in cache.layers]
@@ -103,8 +105,11 @@ class ModelSteps:
         if name is None:
             return
         cache = self.kwargs[name]
-        if isinstance(cache, Cache) and not type(cache).__module__.startswith("transformers.cache_utils") \
-                and type(cache).reorder_cache is Cache.reorder_cache:
+        if (
+            isinstance(cache, Cache)
+            and not type(cache).__module__.startswith("transformers.cache_utils")
+            and type(cache).reorder_cache is Cache.reorder_cache
+        ):
             raise _not_reordered(self.model, f"has a {type(cache).__name__} of its own, which leaves out what it adds")
         if hasattr(self.model, "_reorder_cache"):
             self.kwargs[name] = self.model._reorder_cache(cache, rows)
@@ -115,8 +120,10 @@ class ModelSteps:
 
 
 def _not_reordered(model: Any, how: str) -> TypeError:
-    return TypeError("model must keep what it has read in a cache that can be reordered; "
-                     f"{type(model).__name__} {how}: give use_cache=False")
+    return TypeError(
+        "model must keep what it has read in a cache that can be reordered; "
+        f"{type(model).__name__} {how}: give use_cache=False"
+    )
 
 
 def _flat_rows(parents: Tensor, before: int) -> Tensor:

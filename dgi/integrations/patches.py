@@ -35,8 +35,9 @@ def gumbel_softmax_patch(*, backend: Backend = "auto") -> Iterator[None]:
     """
     original = F.gumbel_softmax
 
-    def patched(logits: Tensor, tau: float | Tensor = 1, hard: bool = False, eps: float = 1e-10,
-                dim: int = -1) -> Tensor:
+    def patched(
+        logits: Tensor, tau: float | Tensor = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1
+    ) -> Tensor:
         if not (_takes_logits(logits, dim) and _takes_tau(tau, logits)):
             return original(logits, tau, hard, eps, dim)  # type: ignore[arg-type]
         if eps != 1e-10:
@@ -51,9 +52,17 @@ def gumbel_softmax_patch(*, backend: Backend = "auto") -> Iterator[None]:
 
 
 def _takes_logits(logits: Tensor, dim: int) -> bool:
-    return (isinstance(logits, Tensor) and not has_torch_function((logits,)) and not logits.is_meta
-            and logits.layout == torch.strided and not logits.is_nested and logits.dtype in checks.FLOAT_DTYPES
-            and logits.ndim > 0 and dim in (-1, logits.ndim - 1) and logits.numel() > 0)
+    return (
+        isinstance(logits, Tensor)
+        and not has_torch_function((logits,))
+        and not logits.is_meta
+        and logits.layout == torch.strided
+        and not logits.is_nested
+        and logits.dtype in checks.FLOAT_DTYPES
+        and logits.ndim > 0
+        and dim in (-1, logits.ndim - 1)
+        and logits.numel() > 0
+    )
 
 
 def _takes_tau(tau: object, logits: Tensor) -> bool:
@@ -70,8 +79,9 @@ def _takes_tau(tau: object, logits: Tensor) -> bool:
 
 
 @torch.no_grad()
-def residual_quantizer_from(source: nn.Module | Sequence[Tensor], *, initial_scale: float = 30.0,
-                            backend: Backend = "auto") -> ResidualQuantizer:
+def residual_quantizer_from(
+    source: nn.Module | Sequence[Tensor], *, initial_scale: float = 30.0, backend: Backend = "auto"
+) -> ResidualQuantizer:
     """Make our residual quantizer of codebooks trained elsewhere; they are copied.
 
     Its :meth:`~dgi.ResidualQuantizer.assign` gives the codes that ``source`` gives in evaluation mode, but for ties.
@@ -95,8 +105,13 @@ def residual_quantizer_from(source: nn.Module | Sequence[Tensor], *, initial_sca
         checks.shape(f"source[{level}]", codebook, (None, codebooks[0].shape[1]), "(K, D)")
         if not codebook.isfinite().all():
             raise ValueError(f"source[{level}] must be finite")
-    quantizer = ResidualQuantizer(codebooks[0].shape[1], [len(codebook) for codebook in codebooks],
-                                  initial_scale=initial_scale, eps=1e-12, backend=backend)
+    quantizer = ResidualQuantizer(
+        codebooks[0].shape[1],
+        [len(codebook) for codebook in codebooks],
+        initial_scale=initial_scale,
+        eps=1e-12,
+        backend=backend,
+    )
     for own, codebook in zip(quantizer.codebooks, codebooks, strict=True):
         own.copy_(codebook)
     return quantizer.to(codebooks[0].device)
@@ -109,21 +124,26 @@ def _codebooks_of(module: nn.Module) -> list[Tensor]:
     if not all(getattr(layer, "use_cosine_sim", False) for layer in layers):
         raise ValueError("source must have use_cosine_sim=True: with Euclidean distances it gives other codes")
     if getattr(module, "has_projections", False) or any(getattr(layer, "has_projections", False) for layer in layers):
-        raise ValueError("source must have no projections (codebook_dim = dim); apply its project_in yourself and give "
-                         "its codebooks")
+        raise ValueError(
+            "source must have no projections (codebook_dim = dim); apply its project_in yourself and give its codebooks"
+        )
     if getattr(module, "implicit_neural_codebook", False):
         raise ValueError("source must not make its codebooks by a network (implicit_neural_codebook)")
     beams = getattr(module, "eval_beam_size", None) or getattr(module, "beam_size", None) or 1
     if beams > 1:
-        raise ValueError(f"source must choose its codes level by level; in evaluation mode it searches them with "
-                         f"{beams} beams (eval_beam_size), and so gives other codes")
+        raise ValueError(
+            f"source must choose its codes level by level; in evaluation mode it searches them with "
+            f"{beams} beams (eval_beam_size), and so gives other codes"
+        )
     for level, layer in enumerate(layers):
         if not bool(getattr(getattr(layer, "_codebook", None), "initted", True)):
             raise ValueError(f"source has no codebook at level {level} yet (kmeans_init): give it a batch first")
     for level, codebook in enumerate(codebooks):
         norms = torch.linalg.vector_norm(codebook.float(), dim=-1)
         if not bool((((norms - 1).abs() < UNIT_TOLERANCE) | (norms == 0)).all()):
-            raise ValueError(f"source must have vectors of norm 1, since it takes their dot products for cosines; "
-                             f"those of level {level} have norms from {norms.min():.4g} to {norms.max():.4g} (was it "
-                             f"trained with orthogonal_reg_weight?)")
+            raise ValueError(
+                f"source must have vectors of norm 1, since it takes their dot products for cosines; "
+                f"those of level {level} have norms from {norms.min():.4g} to {norms.max():.4g} (was it "
+                f"trained with orthogonal_reg_weight?)"
+            )
     return [codebook.float() for codebook in codebooks]

@@ -49,10 +49,18 @@ class TrieLogitsProcessor(transformers.LogitsProcessor):
         ValueError, TypeError: an argument that does not fit; when called also for ``input_ids`` and ``scores``.
     """
 
-    def __init__(self, trie: Trie, token_offsets: Sequence[int] | None = None, *,
-                 token_ids: Sequence[Tensor] | None = None, start: int | None = None,
-                 start_token_id: int | None = None, eos_token_id: EndTokens = None, filters: Filters = None,
-                 off_trie: str | None = None) -> None:
+    def __init__(
+        self,
+        trie: Trie,
+        token_offsets: Sequence[int] | None = None,
+        *,
+        token_ids: Sequence[Tensor] | None = None,
+        start: int | None = None,
+        start_token_id: int | None = None,
+        eos_token_id: EndTokens = None,
+        filters: Filters = None,
+        off_trie: str | None = None,
+    ) -> None:
         self.tokens = CodeTokens(trie, token_offsets, token_ids, eos_token_id)
         self.trie = trie
         if (start is None) == (start_token_id is None):
@@ -78,13 +86,13 @@ class TrieLogitsProcessor(transformers.LogitsProcessor):
         if self.per_request:
             owners = [row * self.requests // count for row in range(count)]
         if self.start_token_id is None:
-            return self._constrain(input_ids[:, self.start:], scores, owners)
+            return self._constrain(input_ids[:, self.start :], scores, owners)
         constrained = scores.clone()
         lengths = _tokens_behind_last(input_ids, self.start_token_id)
         for length in lengths.unique().tolist():  # few: all rows have one prompt format and one step's tokens
             if length >= 0:
                 rows = (lengths == length).nonzero()[:, 0]
-                behind = input_ids[rows, input_ids.shape[1] - length:]
+                behind = input_ids[rows, input_ids.shape[1] - length :]
                 own = None if owners is None else [owners[row] for row in rows.tolist()]
                 constrained[rows] = self._constrain(behind, scores[rows], own)
         return constrained
@@ -92,14 +100,17 @@ class TrieLogitsProcessor(transformers.LogitsProcessor):
     def _check(self, input_ids: Tensor, scores: Tensor) -> None:
         checks.float_tensor("scores", scores, ndim=2)
         if scores.device != self.trie.device:
-            raise ValueError(f"trie must be on {scores.device}, as the model's scores; it is on {self.trie.device}: "
-                             f"give trie.to({str(scores.device)!r})")
+            raise ValueError(
+                f"trie must be on {scores.device}, as the model's scores; it is on {self.trie.device}: "
+                f"give trie.to({str(scores.device)!r})"
+            )
         checks.tensor("input_ids", input_ids, dtypes=checks.INDEX_DTYPES, ndim=2, like=scores)
         checks.shape("input_ids", input_ids, (scores.shape[0], None), "(rows, tokens)")
         self.tokens.check_vocabulary(scores.shape[1])
         if self.start is not None and input_ids.shape[1] < self.start:
-            raise ValueError(f"start must be at most the number of tokens so far, {input_ids.shape[1]}; "
-                             f"got {self.start}")
+            raise ValueError(
+                f"start must be at most the number of tokens so far, {input_ids.shape[1]}; got {self.start}"
+            )
         if scores.shape[0] % self.requests:
             raise ValueError(f"filters must have one entry per request; got {self.requests} for {scores.shape[0]} rows")
 
@@ -120,7 +131,7 @@ class TrieLogitsProcessor(transformers.LogitsProcessor):
             leads_on = torch.zeros_like(may_end)
         ends = may_end | ~leads_on if self.off_trie == "eos" else may_end
         for end in self.tokens.ends:
-            constrained[:, end:end + 1] = scores[:, end:end + 1].masked_fill(~ends, -torch.inf)
+            constrained[:, end : end + 1] = scores[:, end : end + 1].masked_fill(~ends, -torch.inf)
         if self.off_trie == "keep":
             stuck = ~(leads_on | may_end) if self.tokens.ends else ~leads_on
             constrained = torch.where(stuck, scores, constrained)
@@ -136,8 +147,9 @@ class TrieLogitsProcessor(transformers.LogitsProcessor):
         # The best children by scores of 0 are all of them, by token.
         zeros = torch.zeros(1, device=nodes.device).expand(len(nodes), 1, self.tokens.sizes[depth])
         beams = Beams(nodes.unsqueeze(1), nodes.unsqueeze(1), nodes.unsqueeze(1), zeros[:, :, 0], depth)
-        found = beam_step(self.trie, zeros, beams, num_beams=max(1, self.trie.max_degree[depth]), normalize="none",
-                          filters=filters)
+        found = beam_step(
+            self.trie, zeros, beams, num_beams=max(1, self.trie.max_degree[depth]), normalize="none", filters=filters
+        )
         children, may_end = found.tokens, ((found.nodes >= 0) & (found.tokens < 0)).any(dim=1, keepdim=True)
         if depth == 0:
             request = torch.zeros(rows, dtype=torch.int64) if owners is None else torch.tensor(owners)

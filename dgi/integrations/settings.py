@@ -72,19 +72,25 @@ def check_settings(config: transformers.GenerationConfig, tokens: CodeTokens, pr
         _check_setting(name, getattr(config, name, None))
     forced_end, ends = _listed(config.forced_eos_token_id), tokens.ends
     if forced_end and not set(forced_end) & set(ends):
-        raise ValueError(f"forced_eos_token_id={config.forced_eos_token_id} cannot be followed: it must be one of "
-                         f"eos_token_id, {ends or None}; give forced_eos_token_id=None or that eos_token_id")
+        raise ValueError(
+            f"forced_eos_token_id={config.forced_eos_token_id} cannot be followed: it must be one of "
+            f"eos_token_id, {ends or None}; give forced_eos_token_id=None or that eos_token_id"
+        )
     forced_start = config.forced_bos_token_id
     if forced_start is not None and prompt_length == 1:
         first = tokens.decode(torch.tensor([[forced_start]], device=tokens.device))
         if not 0 <= int(first) < tokens.sizes[0]:
-            raise ValueError(f"forced_bos_token_id={forced_start} cannot be followed: it would stand where the "
-                             "semantic ID begins; give forced_bos_token_id=None and decoder_input_ids that end with it")
+            raise ValueError(
+                f"forced_bos_token_id={forced_start} cannot be followed: it would stand where the "
+                "semantic ID begins; give forced_bos_token_id=None and decoder_input_ids that end with it"
+            )
     least = max(config.min_length or 0, prompt_length + (config.min_new_tokens or 0))
     if ends and least > prompt_length + depth:
         name = "min_new_tokens" if config.min_new_tokens else "min_length"
-        raise ValueError(f"{name}={getattr(config, name)} cannot be followed: a semantic ID of {depth} codes ends "
-                         f"before; give {name}=0")
+        raise ValueError(
+            f"{name}={getattr(config, name)} cannot be followed: a semantic ID of {depth} codes ends "
+            f"before; give {name}=0"
+        )
 
 
 def _check_setting(name: str, value: Any) -> None:
@@ -109,9 +115,12 @@ class Processing:
 
     def at(self, depth: int) -> list[Any]:
         """The processors that change anything in the step that chooses the token behind ``depth`` codes."""
-        return [processor for processor in self.processors
-                if (depth == self.depth or not isinstance(processor, logits_process.ForcedEOSTokenLogitsProcessor))
-                and (depth == 0 or not isinstance(processor, logits_process.ForcedBOSTokenLogitsProcessor))]
+        return [
+            processor
+            for processor in self.processors
+            if (depth == self.depth or not isinstance(processor, logits_process.ForcedEOSTokenLogitsProcessor))
+            and (depth == 0 or not isinstance(processor, logits_process.ForcedBOSTokenLogitsProcessor))
+        ]
 
     def __call__(self, depth: int, sequences: Tensor, logits: Tensor) -> Tensor:
         """Processed log-probabilities (B, W, V) float32 of ``logits`` (B, W, V) behind ``sequences`` (B * W, t)."""

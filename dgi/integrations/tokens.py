@@ -33,8 +33,13 @@ class CodeTokens:
         ValueError, TypeError: tokens that do not fit the trie, or an end token that is the token of a code.
     """
 
-    def __init__(self, trie: Trie, token_offsets: Sequence[int] | None, token_ids: Sequence[Tensor] | None,
-                 eos_token_id: EndTokens) -> None:
+    def __init__(
+        self,
+        trie: Trie,
+        token_offsets: Sequence[int] | None,
+        token_ids: Sequence[Tensor] | None,
+        eos_token_id: EndTokens,
+    ) -> None:
         if not isinstance(trie, Trie):
             raise TypeError(f"trie must be a Trie; got {type(trie).__name__}")
         if (token_offsets is None) == (token_ids is None):
@@ -76,12 +81,15 @@ class CodeTokens:
         for j, codes in enumerate(self.sizes):
             offset = self._offsets[j]
             if not self._by_table and offset is not None and offset + codes > size:
-                raise ValueError(f"token_offsets[{j}] must leave room for the {codes} codes of level {j} in the "
-                                 f"model's vocabulary of {size}; got {offset}")
+                raise ValueError(
+                    f"token_offsets[{j}] must leave room for the {codes} codes of level {j} in the "
+                    f"model's vocabulary of {size}; got {offset}"
+                )
         for j, (tokens, _) in enumerate(self._sorted):
             if len(tokens) and tokens[-1] >= size:
-                raise ValueError(f"token_ids[{j}] must be below the size of the model's vocabulary, {size}; "
-                                 f"got {int(tokens[-1])}")
+                raise ValueError(
+                    f"token_ids[{j}] must be below the size of the model's vocabulary, {size}; got {int(tokens[-1])}"
+                )
         for end in self.ends:
             if end >= size:
                 raise ValueError(f"eos_token_id must be below the size of the model's vocabulary, {size}; got {end}")
@@ -120,7 +128,7 @@ class CodeTokens:
         offset = self._offsets[depth]
         if offset is None:
             return scores.index_select(-1, self._tables[depth])
-        return scores[..., offset:offset + self.sizes[depth]]
+        return scores[..., offset : offset + self.sizes[depth]]
 
     def of_ends(self, scores: Tensor) -> Tensor:
         """The scores (..., n) of the n end tokens, of those (..., V) of the vocabulary."""
@@ -176,8 +184,10 @@ def _occurs(trie: Trie, code: int, level: int) -> bool:
 def _checked_tables(token_ids: Sequence[Tensor], trie: Trie) -> list[Tensor]:
     """The tables as int64 on the trie's device, each (K_j,), no token twice in one."""
     if isinstance(token_ids, str) or not hasattr(token_ids, "__len__"):
-        raise TypeError(f"token_ids must be a sequence of {trie.depth} integer tensors, one per level of the trie; "
-                        f"got {type(token_ids).__name__}")
+        raise TypeError(
+            f"token_ids must be a sequence of {trie.depth} integer tensors, one per level of the trie; "
+            f"got {type(token_ids).__name__}"
+        )
     if len(token_ids) != trie.depth:
         raise ValueError(f"token_ids must have one tensor per level of the trie, {trie.depth}; got {len(token_ids)}")
     tables = []
@@ -188,8 +198,10 @@ def _checked_tables(token_ids: Sequence[Tensor], trie: Trie) -> list[Tensor]:
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"{name} must be an integer tensor; got {type(given).__name__} ({error})") from None
         table = checks.tensor(name, table, dtypes=checks.INDEX_DTYPES).long()
-        expected = f"(K_{j},), the token of every code of level {j} (give codebook_sizes to Trie.from_codes where " \
-                   "the largest code does not occur)"
+        expected = (
+            f"(K_{j},), the token of every code of level {j} (give codebook_sizes to Trie.from_codes where "
+            "the largest code does not occur)"
+        )
         checks.shape(name, table, (size,), expected)
         if size and table.min() < 0:
             raise ValueError(f"{name} must hold tokens of at least 0; got {int(table.min())}")

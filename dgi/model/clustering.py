@@ -8,8 +8,14 @@ from torch import Tensor
 from dgi_kernels import assign_codes
 
 
-def cosine_kmeans(points: Tensor, clusters: int, *, iterations: int = 20, generator: torch.Generator | None = None,
-                  batch_size: int = 65536) -> Tensor:
+def cosine_kmeans(
+    points: Tensor,
+    clusters: int,
+    *,
+    iterations: int = 20,
+    generator: torch.Generator | None = None,
+    batch_size: int = 65536,
+) -> Tensor:
     """Lloyd's algorithm under the quantizer's own rule: assign by cosine, move each centre to the mean of its points.
 
     Centres keep the length of that mean, since the quantizer subtracts them from residuals.  A cluster that loses

@@ -22,8 +22,15 @@ class TransformerDecoder(nn.Module):
         # Residual vectors shrink from level to level; the norm gives every level the same say.
         self.input = nn.Sequential(nn.LayerNorm(config.dim), nn.Linear(config.dim, config.dim))
         self.memory = nn.Identity() if memory_width == config.dim else nn.Linear(memory_width, config.dim)
-        layer = nn.TransformerDecoderLayer(config.dim, config.attention_heads, 4 * config.dim, config.dropout, "gelu",
-                                           batch_first=True, norm_first=True)
+        layer = nn.TransformerDecoderLayer(
+            config.dim,
+            config.attention_heads,
+            4 * config.dim,
+            config.dropout,
+            "gelu",
+            batch_first=True,
+            norm_first=True,
+        )
         self.layers = nn.TransformerDecoder(layer, config.decoder_layers, norm=nn.LayerNorm(config.dim))
         self.output = nn.Linear(config.dim, config.dim)
 

@@ -81,11 +81,17 @@ class DualEncoder(nn.Module):
         z, candidates, query = self._encode(batch)
         if z is None or batch.targets is None:
             raise ValueError("batch must have targets in training; it has none")
-        return DGIOutput(z, query.vector, batch.item_rows[batch.targets], candidates=candidates,
-                         candidate_rows=None if batch.candidates is None else batch.item_rows[batch.candidates]), query
+        return DGIOutput(
+            z,
+            query.vector,
+            batch.item_rows[batch.targets],
+            candidates=candidates,
+            candidate_rows=None if batch.candidates is None else batch.item_rows[batch.candidates],
+        ), query
 
-    def forward(self, batch: Batch, *, tau: float = 1.0, seed: int | Tensor | None = None,
-                row_offset: int = 0) -> DGIOutput:
+    def forward(
+        self, batch: Batch, *, tau: float = 1.0, seed: int | Tensor | None = None, row_offset: int = 0
+    ) -> DGIOutput:
         """Encode the batch.  The arguments of the quantizer's noise are accepted, so that one trainer serves both."""
         return self.encode_clicks(batch)[0]
 
@@ -106,13 +112,15 @@ class DGIModel(DualEncoder):
     def __init__(self, config: ModelConfig, encoder: Encoder | None = None, decoder: nn.Module | None = None) -> None:
         super().__init__(config, encoder)
         self.decoder = decoder if decoder is not None else build_decoder(config, self.encoder)
-        self.quantizer = ResidualQuantizer(config.dim, config.codebook_sizes, initial_scale=config.initial_scale,
-                                           similarity=config.similarity)
+        self.quantizer = ResidualQuantizer(
+            config.dim, config.codebook_sizes, initial_scale=config.initial_scale, similarity=config.similarity
+        )
         head = CosineHead if config.similarity == "cosine" else InnerProductHead
         detached = config.gradient == "detached" and config.heads == "shared"
         self.heads = nn.ModuleList(
             head(self._head_weight(codebook), self.quantizer.log_scale, detached=detached, eps=self.quantizer.eps)
-            for codebook in self.quantizer.codebooks)
+            for codebook in self.quantizer.codebooks
+        )
 
     def _head_weight(self, codebook: nn.Parameter) -> nn.Parameter:
         if self.config.heads == "shared":
@@ -124,8 +132,9 @@ class DGIModel(DualEncoder):
         """Number of levels m."""
         return len(self.heads)
 
-    def forward(self, batch: Batch, *, tau: float = 1.0, seed: int | Tensor | None = None,
-                row_offset: int = 0) -> DGIOutput:
+    def forward(
+        self, batch: Batch, *, tau: float = 1.0, seed: int | Tensor | None = None, row_offset: int = 0
+    ) -> DGIOutput:
         """One training step's forward pass with soft teacher forcing: decoder inputs BOS, z̃_1, …, z̃_{m-1}.
 
         Args:
@@ -146,7 +155,8 @@ class DGIModel(DualEncoder):
         return output._replace(quantization=quantization, codes=codes, hidden=hidden)
 
     def beam_step_function(
-            self, query: QueryEncoding) -> Callable[[int, Tensor | None, Tensor | None], Tensor | HiddenStates]:
+        self, query: QueryEncoding
+    ) -> Callable[[int, Tensor | None, Tensor | None], Tensor | HiddenStates]:
         """The model's side of :func:`dgi_kernels.beam_search` for a batch of encoded queries.
 
         The decoder reads the selected codes' vectors ``e_{j, c_j}`` (hard codes, as search has them).
@@ -161,8 +171,9 @@ class DGIModel(DualEncoder):
                 chosen = self.quantizer.embed(tokens, depth - 1).to(prefix.dtype)
                 prefix = torch.cat([prefix.gather(1, survivors), chosen.unsqueeze(2)], 2)
             beams = prefix.shape[1]
-            hidden = self.decoder(prefix.flatten(0, 1), query.memory.repeat_interleave(beams, 0),
-                                  query.mask.repeat_interleave(beams, 0))[:, -1]
+            hidden = self.decoder(
+                prefix.flatten(0, 1), query.memory.repeat_interleave(beams, 0), query.mask.repeat_interleave(beams, 0)
+            )[:, -1]
             head = cast(CosineHead, self.heads[depth])
             return head.for_search(hidden.unflatten(0, (batch, beams)))
 

@@ -24,8 +24,10 @@ from dgi.model.words import split_words
 
 _WORD = re.compile(r"\w+")
 # The package's own tokenizers: what models of any version were trained with must never change.
-SPLITTERS: dict[str, Callable[[str], list[str]]] = {WORDS_1: lambda text: _WORD.findall(text.lower()),
-                                                    WORDS_2: split_words}
+SPLITTERS: dict[str, Callable[[str], list[str]]] = {
+    WORDS_1: lambda text: _WORD.findall(text.lower()),
+    WORDS_2: split_words,
+}
 
 logger = logging.getLogger("dgi")
 
@@ -69,8 +71,15 @@ def hash_words(texts: Sequence[str], vocabulary_size: int, max_tokens: int, toke
     word is, ``tokenizer`` says: ``words-2``, of any script (:mod:`dgi.model.words`), or ``words-1``.
     """
     split = SPLITTERS[tokenizer]
-    return _padded([[1 + zlib.crc32(word.encode(errors="surrogatepass")) % (vocabulary_size - 1)
-                     for word in split(text)[:max_tokens]] for text in texts])
+    return _padded(
+        [
+            [
+                1 + zlib.crc32(word.encode(errors="surrogatepass")) % (vocabulary_size - 1)
+                for word in split(text)[:max_tokens]
+            ]
+            for text in texts
+        ]
+    )
 
 
 def _padded(rows: list[list[int]]) -> Tensor:
@@ -81,8 +90,9 @@ def _padded(rows: list[list[int]]) -> Tensor:
 
 def transformer_encoder(config: ModelConfig, layers: int) -> nn.TransformerEncoder:
     """Pre-norm transformer layers of the configured width."""
-    layer = nn.TransformerEncoderLayer(config.dim, config.attention_heads, 4 * config.dim, config.dropout, "gelu",
-                                       batch_first=True, norm_first=True)
+    layer = nn.TransformerEncoderLayer(
+        config.dim, config.attention_heads, 4 * config.dim, config.dropout, "gelu", batch_first=True, norm_first=True
+    )
     return nn.TransformerEncoder(layer, layers, norm=nn.LayerNorm(config.dim), enable_nested_tensor=False)
 
 
@@ -112,8 +122,12 @@ class VectorTower(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.linear = nn.Linear(config.vector_dim, config.dim)
-        self.correction = nn.Sequential(nn.Linear(config.vector_dim, 4 * config.dim), nn.GELU(),
-                                        nn.Dropout(config.dropout), nn.Linear(4 * config.dim, config.dim))
+        self.correction = nn.Sequential(
+            nn.Linear(config.vector_dim, 4 * config.dim),
+            nn.GELU(),
+            nn.Dropout(config.dropout),
+            nn.Linear(4 * config.dim, config.dim),
+        )
 
     def forward(self, vectors: Tensor) -> Tensor:
         return self.linear(vectors) + self.correction(vectors)
@@ -137,8 +151,11 @@ class SequenceEncoder(nn.Module):
         if tokenizer is None and config.encoder == "text" and config.tokenizer not in SPLITTERS:
             tokenizer = Tokenizer.open(config.tokenizer)
         self.tokenizer = tokenizer
-        self.tower: nn.Module = (TextTower(config, None if tokenizer is None else tokenizer.size + 1)
-                                 if config.encoder == "text" else VectorTower(config))
+        self.tower: nn.Module = (
+            TextTower(config, None if tokenizer is None else tokenizer.size + 1)
+            if config.encoder == "text"
+            else VectorTower(config)
+        )
         self.width = config.dim
         self.summary = nn.Parameter(torch.randn(config.dim) / config.dim**0.5)
         self.positions = nn.Parameter(0.02 * torch.randn(config.max_history + 2, config.dim))
@@ -150,9 +167,14 @@ class SequenceEncoder(nn.Module):
             tokens = self._tokens(catalog.texts)
             empty = (tokens == 0).all(1).nonzero().flatten().tolist()
             if empty:
-                logger.warning("%d of %d items have a text without a word that the model reads, and so the same "
-                               "vector; the first is item %r with %r", len(empty), len(catalog), catalog.ids[empty[0]],
-                               catalog.texts[empty[0]])
+                logger.warning(
+                    "%d of %d items have a text without a word that the model reads, and so the same "
+                    "vector; the first is item %r with %r",
+                    len(empty),
+                    len(catalog),
+                    catalog.ids[empty[0]],
+                    catalog.texts[empty[0]],
+                )
             return tokens
         if catalog.vectors is None:
             raise ValueError('the catalog has no vectors, which encoder "vectors" reads; give them beside the items')
@@ -178,8 +200,11 @@ class SequenceEncoder(nn.Module):
             raise ValueError("item_vectors must be the vectors of the batch's items; got None")
         size, history = batch.histories.shape
         known = batch.histories >= 0
-        items = item_vectors[batch.histories.clamp(min=0)] if len(item_vectors) else item_vectors.new_zeros(
-            size, history, self.width)
+        items = (
+            item_vectors[batch.histories.clamp(min=0)]
+            if len(item_vectors)
+            else item_vectors.new_zeros(size, history, self.width)
+        )
         # Positions count from the newest item back, whatever the length of the history.
         newest_first = torch.arange(history, 0, -1, device=known.device)
         states = [self.summary.expand(size, 1, -1) + self.positions[0], items + self.positions[1 + newest_first]]

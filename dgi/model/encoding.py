@@ -29,8 +29,9 @@ class Requests:
     query_features: Tensor | None
 
     @classmethod
-    def prepare(cls, model: DualEncoder, queries: Sequence[str], histories: np.ndarray,
-                query_vectors: np.ndarray | None) -> Requests:
+    def prepare(
+        cls, model: DualEncoder, queries: Sequence[str], histories: np.ndarray, query_vectors: np.ndarray | None
+    ) -> Requests:
         """Keep the latest items of each history, as many as the model reads, and prepare the queries.
 
         Raises:
@@ -59,8 +60,9 @@ class Requests:
 
 
 @torch.no_grad()
-def encode_items(model: DualEncoder, item_features: Tensor, *, batch_size: int = 1024,
-                 progress: bool = False) -> Tensor:
+def encode_items(
+    model: DualEncoder, item_features: Tensor, *, batch_size: int = 1024, progress: bool = False
+) -> Tensor:
     """z (N, d) of items in batches, in evaluation mode, from the features that the encoder prepared.
 
     Raises:
@@ -82,8 +84,9 @@ def encode_requests(model: DualEncoder, requests: Requests, item_features: Tenso
     """z_q (n, d) of requests in batches, in evaluation mode; ``item_features`` are those of the whole catalog."""
     device = device_of(model)
     with evaluating(model):
-        return torch.cat([model.encode_queries(batch.to(device)).vector
-                          for _, batch in requests.batches(item_features, batch_size)])
+        return torch.cat(
+            [model.encode_queries(batch.to(device)).vector for _, batch in requests.batches(item_features, batch_size)]
+        )
 
 
 @contextlib.contextmanager

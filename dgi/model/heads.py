@@ -25,8 +25,15 @@ class CosineHead(CosineLinear):
         backend: backend of the ops.
     """
 
-    def __init__(self, weight: nn.Parameter, log_scale: nn.Parameter, *, detached: bool = False, eps: float = 1e-12,
-                 backend: Backend = "auto") -> None:
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        log_scale: nn.Parameter,
+        *,
+        detached: bool = False,
+        eps: float = 1e-12,
+        backend: Backend = "auto",
+    ) -> None:
         codes, dim = weight.shape
         super().__init__(dim, codes, weight=weight, log_scale=log_scale, eps=eps, backend=backend)
         self.detached = detached

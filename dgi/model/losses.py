@@ -43,10 +43,17 @@ class DGILoss(nn.Module):
         backend: backend of the ops.
     """
 
-    def __init__(self, weights: Mapping[str, float] | None = None, *, beta: float = 0.25,
-                 contrastive_temperature: float = 0.05, similarity: SimilarityKind = "cosine",
-                 contrastive: ContrastiveKind = "in_batch", item_log_q: Tensor | None = None,
-                 backend: Backend = "auto") -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, float] | None = None,
+        *,
+        beta: float = 0.25,
+        contrastive_temperature: float = 0.05,
+        similarity: SimilarityKind = "cosine",
+        contrastive: ContrastiveKind = "in_batch",
+        item_log_q: Tensor | None = None,
+        backend: Backend = "auto",
+    ) -> None:
         super().__init__()
         unknown = sorted(set(weights or {}) - set(LOSS_TERMS))
         if unknown:
@@ -59,8 +66,9 @@ class DGILoss(nn.Module):
         self.item_log_q = None if contrastive == "all_items" else item_log_q
         self.backend = backend
 
-    def forward(self, output: DGIOutput, heads: Sequence[CosineHead] = (),
-                codebooks: Sequence[Tensor] = ()) -> dict[str, Tensor]:
+    def forward(
+        self, output: DGIOutput, heads: Sequence[CosineHead] = (), codebooks: Sequence[Tensor] = ()
+    ) -> dict[str, Tensor]:
         """Every computed term by name, 0-d float32, and ``loss``, their weighted sum.
 
         Args:
@@ -71,8 +79,7 @@ class DGILoss(nn.Module):
         quantization, hidden, codes = output.quantization, output.hidden, output.codes
         if quantization is not None and hidden is not None and codes is not None:
             if self.weights["ntp"]:
-                terms["ntp"] = torch.stack(
-                    [head.loss(hidden[:, j], codes[:, j]) for j, head in enumerate(heads)]).sum()
+                terms["ntp"] = torch.stack([head.loss(hidden[:, j], codes[:, j]) for j, head in enumerate(heads)]).sum()
             if self.weights["global"]:
                 terms["global"] = reconstruction_loss(output.z, quantization)
             if self.weights["local"]:
@@ -96,8 +103,17 @@ class DGILoss(nn.Module):
         if self.similarity == "inner_product":
             return self._sampled_inner_products(output)
         rows = output.candidate_rows
-        return sampled_softmax(output.query, output.z, output.candidates, 1.0 / self.contrastive_temperature,
-                               self._bias(rows), output.item_rows, rows, 1e-12, self.backend).mean()
+        return sampled_softmax(
+            output.query,
+            output.z,
+            output.candidates,
+            1.0 / self.contrastive_temperature,
+            self._bias(rows),
+            output.item_rows,
+            rows,
+            1e-12,
+            self.backend,
+        ).mean()
 
     def _bias(self, rows: Tensor) -> Tensor | None:
         return None if self.item_log_q is None else -self.item_log_q[rows]
@@ -106,8 +122,9 @@ class DGILoss(nn.Module):
         if self.similarity == "inner_product":
             logits = (query @ items.T).float()
             return F.cross_entropy(logits if bias is None else logits + bias, targets)
-        return cosine_cross_entropy(query, items, targets, 1.0 / self.contrastive_temperature, bias=bias,
-                                    backend=self.backend)
+        return cosine_cross_entropy(
+            query, items, targets, 1.0 / self.contrastive_temperature, bias=bias, backend=self.backend
+        )
 
     def _sampled_inner_products(self, output: DGIOutput) -> Tensor:
         """As :class:`dgi_kernels.SampledSoftmaxLoss`, for the ablation."""
@@ -132,7 +149,8 @@ def _distinct_items(output: DGIOutput) -> tuple[Tensor, Tensor, Tensor]:
     rows, items = gather_rows(output.item_rows), gather_rows(output.z)
     distinct, group = torch.unique(rows, return_inverse=True)
     first = torch.full_like(distinct, len(rows)).scatter_reduce_(
-        0, group, torch.arange(len(rows), device=rows.device), "amin")
+        0, group, torch.arange(len(rows), device=rows.device), "amin"
+    )
     return items[first], distinct, torch.searchsorted(distinct, output.item_rows)
 
 

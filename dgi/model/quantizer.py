@@ -38,11 +38,18 @@ class ResidualQuantizer(nn.Module):
         code_counts: m float buffers (K_j,): decayed counts of hard codes seen in training, for :meth:`revive`.
     """
 
-    def __init__(self, dim: int, codebook_sizes: Sequence[int], *, initial_scale: float = 30.0,
-                 similarity: SimilarityKind = "cosine", eps: float = 0.1, backend: Backend = "auto") -> None:
+    def __init__(
+        self,
+        dim: int,
+        codebook_sizes: Sequence[int],
+        *,
+        initial_scale: float = 30.0,
+        similarity: SimilarityKind = "cosine",
+        eps: float = 0.1,
+        backend: Backend = "auto",
+    ) -> None:
         super().__init__()
-        self.codebooks = nn.ParameterList(
-            nn.Parameter(torch.randn(size, dim) / dim**0.5) for size in codebook_sizes)
+        self.codebooks = nn.ParameterList(nn.Parameter(torch.randn(size, dim) / dim**0.5) for size in codebook_sizes)
         self.log_scale = nn.Parameter(torch.tensor([math.log(initial_scale)]))
         self.register_load_state_dict_pre_hook(read_0d_log_scale)
         self.similarity = similarity
@@ -65,14 +72,40 @@ class ResidualQuantizer(nn.Module):
         """Of :func:`dgi_kernels.residual_quantize`."""
         return "dot" if self.similarity == "inner_product" else "cosine"
 
-    def forward(self, z: Tensor, tau: float | Tensor = 1.0, *, mode: Mode = "soft", noise: bool = True,
-                seed: int | Tensor | None = None, row_offset: int = 0) -> ResidualQuantization:
+    def forward(
+        self,
+        z: Tensor,
+        tau: float | Tensor = 1.0,
+        *,
+        mode: Mode = "soft",
+        noise: bool = True,
+        seed: int | Tensor | None = None,
+        row_offset: int = 0,
+    ) -> ResidualQuantization:
         """Quantize ``z`` (N, D); see :func:`dgi_kernels.residual_quantize`."""
         if self.similarity == "inner_product":
-            return inner_product_residual_quantize(z, list(self.codebooks), tau, mode=mode, noise=noise, seed=seed,
-                                                   row_offset=row_offset, backend=self.backend)
-        return residual_quantize(z, list(self.codebooks), self.scale, tau, mode=mode, noise=noise, seed=seed,
-                                 row_offset=row_offset, eps=self.eps, backend=self.backend)
+            return inner_product_residual_quantize(
+                z,
+                list(self.codebooks),
+                tau,
+                mode=mode,
+                noise=noise,
+                seed=seed,
+                row_offset=row_offset,
+                backend=self.backend,
+            )
+        return residual_quantize(
+            z,
+            list(self.codebooks),
+            self.scale,
+            tau,
+            mode=mode,
+            noise=noise,
+            seed=seed,
+            row_offset=row_offset,
+            eps=self.eps,
+            backend=self.backend,
+        )
 
     @torch.no_grad()
     def assign(self, z: Tensor, *, batch_size: int = 65536) -> Tensor:
@@ -80,8 +113,12 @@ class ResidualQuantizer(nn.Module):
         if len(z) == 0:
             return torch.empty(0, len(self.codebooks), dtype=torch.int64, device=z.device)
         codebooks = list(self.codebooks)
-        return torch.cat([assign_codes(batch, codebooks, metric=self.metric, eps=self.eps, backend=self.backend)
-                          for batch in z.split(batch_size)])
+        return torch.cat(
+            [
+                assign_codes(batch, codebooks, metric=self.metric, eps=self.eps, backend=self.backend)
+                for batch in z.split(batch_size)
+            ]
+        )
 
     def embed(self, codes: Tensor, level: int) -> Tensor:
         """(..., D) the vectors ``e_{level, c}`` of ``codes`` (...); a dead beam's -1 takes code 0's."""
@@ -97,8 +134,9 @@ class ResidualQuantizer(nn.Module):
         residual = z.detach().to(self.codebooks[0].dtype)
         for codebook in self.codebooks:
             codebook.copy_(cosine_kmeans(residual, len(codebook), iterations=iterations, generator=generator))
-            chosen = residual_quantize(residual, [codebook.detach()], 1.0, mode="hard", metric=self.metric,
-                                       eps=self.eps, backend=self.backend)
+            chosen = residual_quantize(
+                residual, [codebook.detach()], 1.0, mode="hard", metric=self.metric, eps=self.eps, backend=self.backend
+            )
             residual = residual - chosen.quantized[:, 0]
 
     @torch.no_grad()

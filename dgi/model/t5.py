@@ -34,7 +34,8 @@ try:
     import transformers
 except ImportError as error:
     raise ModuleNotFoundError(
-        f"encoder \"t5\" needs the package transformers: pip install 'dgi-kernels[hf]' ({error})") from error
+        f"encoder \"t5\" needs the package transformers: pip install 'dgi-kernels[hf]' ({error})"
+    ) from error
 
 FAMILY = ("t5", "mt5", "umt5")
 MAX_SEQUENCE = 512  # the length that T5 was pretrained at
@@ -64,16 +65,22 @@ class T5Encoder(nn.Module):
 
     reads_item_vectors = False
 
-    def __init__(self, config: ModelConfig, transformer: transformers.PreTrainedModel,
-                 tokenizer: transformers.PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        transformer: transformers.PreTrainedModel,
+        tokenizer: transformers.PreTrainedTokenizerBase,
+    ) -> None:
         super().__init__()
         backbone: Any = transformer.config
         _check_family("transformer", backbone)
         if tokenizer.pad_token_id is None:
             raise ValueError("tokenizer must have a pad token; it has none")
         if len(tokenizer) > backbone.vocab_size:
-            raise ValueError(f"tokenizer must have at most the {backbone.vocab_size} tokens that the model embeds; "
-                             f"got {len(tokenizer)}")
+            raise ValueError(
+                f"tokenizer must have at most the {backbone.vocab_size} tokens that the model embeds; "
+                f"got {len(tokenizer)}"
+            )
         self.config = config
         self.backbone = backbone
         self.tokenizer = tokenizer
@@ -128,8 +135,9 @@ class T5Encoder(nn.Module):
     def _tokenize(self, texts: Sequence[str]) -> Tensor:
         """(len(texts), T) token ids; a blank text has none, so that it reads as no text at all."""
         filled = [text for text in texts if text.strip()]
-        ids = iter(self.tokenizer(filled, truncation=True, max_length=self.config.max_tokens)["input_ids"]
-                   if filled else [])
+        ids = iter(
+            self.tokenizer(filled, truncation=True, max_length=self.config.max_tokens)["input_ids"] if filled else []
+        )
         rows = [next(ids) if text.strip() else [] for text in texts]
         width = max(1, max(map(len, rows), default=1))
         padded = [row + [self.pad] * (width - len(row)) for row in rows]
@@ -178,8 +186,9 @@ class T5Decoder(nn.Module):
 
     def forward(self, inputs: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
         states = torch.cat([self.bos.expand(len(inputs), 1, -1), self.input(inputs)], 1)
-        return self.output(_run(self.stack, states, encoder_hidden_states=memory, encoder_attention_mask=mask,
-                                use_cache=False))
+        return self.output(
+            _run(self.stack, states, encoder_hidden_states=memory, encoder_attention_mask=mask, use_cache=False)
+        )
 
 
 def _run(stack: Any, embedded: Tensor, **context: Any) -> Tensor:
@@ -233,4 +242,5 @@ def _loading(pretrained: str) -> Iterator[None]:
             f"pretrained must be a T5-family model that can be loaded; {pretrained!r} cannot: {error}\n"
             "Give a folder with config.json, the tokenizer's files and, unless the model is to start from random "
             "weights, model.safetensors; or the name of a model on the Hugging Face hub, downloaded before "
-            f"(hf download {pretrained}) where there is no network.") from error
+            f"(hf download {pretrained}) where there is no network."
+        ) from error

@@ -37,9 +37,10 @@ class Tokenizer:
         try:
             return cls(library.from_file(str(path)) if path.is_file() else library.from_pretrained(name))
         except Exception as error:  # the library raises plain Exceptions, too
-            raise ValueError(f"tokenizer {name!r} cannot be read: it must be a tokenizer.json of the package "
-                             f"tokenizers, a folder that holds one, or a name on the Hugging Face hub ({error})"
-                             ) from None
+            raise ValueError(
+                f"tokenizer {name!r} cannot be read: it must be a tokenizer.json of the package "
+                f"tokenizers, a folder that holds one, or a name on the Hugging Face hub ({error})"
+            ) from None
 
     @classmethod
     def from_bytes(cls, content: bytes, origin: object) -> Tokenizer:
@@ -49,8 +50,10 @@ class Tokenizer:
         except ImportError:
             raise
         except Exception as error:
-            raise ValueError(f"{origin} holds a tokenizer that the installed package tokenizers cannot read "
-                             f"({error}); update it: pip install -U tokenizers") from None
+            raise ValueError(
+                f"{origin} holds a tokenizer that the installed package tokenizers cannot read "
+                f"({error}); update it: pip install -U tokenizers"
+            ) from None
 
     def to_bytes(self) -> bytes:
         """The tokenizer as a ``tokenizer.json``."""
@@ -66,6 +69,7 @@ def _library(name: object) -> Any:
     try:
         from tokenizers import Tokenizer as Library
     except ImportError as error:
-        raise ImportError(f"the tokenizer of {name} needs the package tokenizers: pip install tokenizers ({error})"
-                          ) from error
+        raise ImportError(
+            f"the tokenizer of {name} needs the package tokenizers: pip install tokenizers ({error})"
+        ) from error
     return Library

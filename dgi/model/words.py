@@ -18,9 +18,23 @@ import unicodedata
 from itertools import pairwise
 
 _LAST_MARK = 0x20000  # behind it there are only ideographs and the tags and selectors that are left out
-_UNSPACED = ((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x1950, 0x19DF), (0x1A20, 0x1AAF), (0x1B00, 0x1B7F),
-             (0x3005, 0x3007), (0x3040, 0x30FF), (0x31F0, 0x31FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xA980, 0xA9FF),
-             (0xAA60, 0xAA7F), (0xF900, 0xFAFF), (0x20000, 0x323AF))
+_UNSPACED = (
+    (0x0E00, 0x0EFF),
+    (0x1000, 0x109F),
+    (0x1780, 0x17FF),
+    (0x1950, 0x19DF),
+    (0x1A20, 0x1AAF),
+    (0x1B00, 0x1B7F),
+    (0x3005, 0x3007),
+    (0x3040, 0x30FF),
+    (0x31F0, 0x31FF),
+    (0x3400, 0x4DBF),
+    (0x4E00, 0x9FFF),
+    (0xA980, 0xA9FF),
+    (0xAA60, 0xAA7F),
+    (0xF900, 0xFAFF),
+    (0x20000, 0x323AF),
+)
 _EMOJI = "\U0001f000-\U0001fbff"  # those of later versions of Unicode too
 _SEPARATORS = "|~^`"
 _MORE_SYMBOLS = "#%&*@"
@@ -56,8 +70,10 @@ def _one_form(text: str) -> str:
 def _token_pattern() -> re.Pattern[str]:
     marks, unspaced = _marks(), _unspaced_letters()
     symbols = _category_class("S", _SEPARATORS) + re.escape(_MORE_SYMBOLS) + _EMOJI
-    return re.compile(rf"([{unspaced}][{unspaced}{marks}]*)|((?![{unspaced}])\w(?:(?![{unspaced}])[\w{marks}])*"
-                      rf"|[{symbols}])")
+    return re.compile(
+        rf"([{unspaced}][{unspaced}{marks}]*)|((?![{unspaced}])\w(?:(?![{unspaced}])[\w{marks}])*"
+        rf"|[{symbols}])"
+    )
 
 
 @functools.cache
@@ -77,14 +93,21 @@ def _marks() -> str:
 
 @functools.cache
 def _unspaced_letters() -> str:
-    return "".join(_class([code for code in range(first, last + 1) if unicodedata.category(chr(code))[0] == "L"])
-                   for first, last in _UNSPACED)
+    return "".join(
+        _class([code for code in range(first, last + 1) if unicodedata.category(chr(code))[0] == "L"])
+        for first, last in _UNSPACED
+    )
 
 
 def _category_class(category: str, without: str = "") -> str:
     """The characters of a category of Unicode, given by the beginning of its name, as the inside of a ``[…]``."""
-    return _class([code for code in range(_LAST_MARK) if chr(code) not in without
-                   and unicodedata.category(chr(code)).startswith(category)])
+    return _class(
+        [
+            code
+            for code in range(_LAST_MARK)
+            if chr(code) not in without and unicodedata.category(chr(code)).startswith(category)
+        ]
+    )
 
 
 def _class(codes: list[int]) -> str:

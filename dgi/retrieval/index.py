@@ -75,8 +75,10 @@ class DGIIndex:
         if not torch.equal(self.trie.item_ids.sort().values, torch.arange(size, device=self.trie.device)):
             raise ValueError(f"trie must hold each of the {size} rows once; it has {self.trie.num_items} items")
         if self.vectors.ndim != 2 or len(self.vectors) != size or self.vectors.dtype != torch.float32:
-            raise ValueError(f"vectors must be float32 of shape ({size}, d); got {self.vectors.dtype} of shape "
-                             f"{tuple(self.vectors.shape)}")
+            raise ValueError(
+                f"vectors must be float32 of shape ({size}, d); got {self.vectors.dtype} of shape "
+                f"{tuple(self.vectors.shape)}"
+            )
         norms = torch.linalg.vector_norm(self.vectors, dim=1)
         if not bool((((norms - 1).abs() < UNIT_TOLERANCE) | (norms == 0)).all()):
             raise ValueError("vectors must have norm 1, or 0 for an item without a direction")
@@ -103,8 +105,10 @@ class DGIIndex:
         finite = torch.isfinite(z).all(1)
         if not bool(finite.all()):
             row = int((~finite).nonzero()[0])
-            raise ValueError(f"the model gives {int((~finite).sum())} items a vector that is not finite, first "
-                             f"{catalog.ids[row]!r}; it cannot be indexed")
+            raise ValueError(
+                f"the model gives {int((~finite).sum())} items a vector that is not finite, first "
+                f"{catalog.ids[row]!r}; it cannot be indexed"
+            )
         trie = Trie.from_codes(model.quantizer.assign(z), codebook_sizes=_codebook_sizes(model))
         return cls(trie, F.normalize(z.float(), dim=1), catalog.ids)
 
@@ -126,9 +130,11 @@ class DGIIndex:
         arrays, trie_meta = self.trie.state()
         texts = [item_id.encode() for item_id in self.ids]
         tensors = {f"trie.{name}": array for name, array in arrays.items()}
-        tensors |= {"vectors": self.vectors,
-                    "id_bytes": torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8),
-                    "id_offsets": torch.tensor([0, *map(len, texts)]).cumsum(0)}
+        tensors |= {
+            "vectors": self.vectors,
+            "id_bytes": torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8),
+            "id_offsets": torch.tensor([0, *map(len, texts)]).cumsum(0),
+        }
         write_tensors(path, tensors, {"kind": KIND, "trie": trie_meta})
 
     @classmethod
@@ -145,8 +151,9 @@ class DGIIndex:
             raise IndexFormatError(str(error)) from error
         try:
             parts = {name: tensors.pop(name) for name in ("vectors", "id_bytes", "id_offsets")}
-            trie = Trie.from_state({name.removeprefix("trie."): array for name, array in tensors.items()},
-                                   description["trie"])
+            trie = Trie.from_state(
+                {name.removeprefix("trie."): array for name, array in tensors.items()}, description["trie"]
+            )
             ids = _decode_ids(parts["id_bytes"], parts["id_offsets"])
             return cls(trie, parts["vectors"], ids)
         except KeyError as error:
@@ -155,8 +162,16 @@ class DGIIndex:
             raise IndexFormatError(f"{path} describes no index: {error}") from error
 
     @torch.no_grad()
-    def search(self, model: DGIModel, batch: Batch, k: int = 10, *, num_beams: int = 50, exclude: Tensor | None = None,
-               filters: Sequence[TrieFilter | None] | TrieFilter | None = None) -> SearchResult:
+    def search(
+        self,
+        model: DGIModel,
+        batch: Batch,
+        k: int = 10,
+        *,
+        num_beams: int = 50,
+        exclude: Tensor | None = None,
+        filters: Sequence[TrieFilter | None] | TrieFilter | None = None,
+    ) -> SearchResult:
         """Search for a batch of requests; :class:`dgi.Searcher` makes batches from texts and ids.
 
         Args:
@@ -184,26 +199,41 @@ class DGIIndex:
         items, scores, cosines = map(torch.cat, zip(*parts, strict=True))
         return SearchResult(items, scores, cosines, item_ids(self.ids, items))
 
-    def _rank(self, model: DGIModel, query: QueryEncoding, k: int, num_beams: int, exclude: Tensor | None,
-              filters: list[TrieFilter | None] | TrieFilter | None) -> Ranking:
-        beams = beam_search(self.trie, model.beam_step_function(query), batch_size=len(query.vector),
-                            num_beams=num_beams, filters=filters)
+    def _rank(
+        self,
+        model: DGIModel,
+        query: QueryEncoding,
+        k: int,
+        num_beams: int,
+        exclude: Tensor | None,
+        filters: list[TrieFilter | None] | TrieFilter | None,
+    ) -> Ranking:
+        beams = beam_search(
+            self.trie,
+            model.beam_step_function(query),
+            batch_size=len(query.vector),
+            num_beams=num_beams,
+            filters=filters,
+        )
         wanted = k if exclude is None else k + exclude.shape[1]
         ranking = rank_candidates(query.vector.float(), self.vectors, self.trie, beams, wanted, filters=filters)
         if exclude is None:
             return ranking
         places, exist = first_allowed(ranking.items, exclude, k)
-        return Ranking(ranking.items.gather(1, places).masked_fill(~exist, -1),
-                       ranking.scores.gather(1, places).masked_fill(~exist, -torch.inf),
-                       ranking.cosines.gather(1, places).masked_fill(~exist, -1))
+        return Ranking(
+            ranking.items.gather(1, places).masked_fill(~exist, -1),
+            ranking.scores.gather(1, places).masked_fill(~exist, -torch.inf),
+            ranking.cosines.gather(1, places).masked_fill(~exist, -1),
+        )
 
     def _check_fit(self, model: DGIModel, batch: Batch, exclude: Tensor | None) -> None:
         self.check_model(model)
         if batch.item_rows.device != self.vectors.device:
             raise ValueError(f"batch must be on {self.vectors.device}, as the index; it is on {batch.item_rows.device}")
         if len(batch.item_rows) and int(batch.item_rows.max()) >= len(self):
-            raise ValueError(f"batch.item_rows must be rows of the {len(self)} items indexed; got "
-                             f"{int(batch.item_rows.max())}")
+            raise ValueError(
+                f"batch.item_rows must be rows of the {len(self)} items indexed; got {int(batch.item_rows.max())}"
+            )
         if exclude is not None and (exclude.ndim != 2 or len(exclude) != len(batch)):
             raise ValueError(f"exclude must have shape (B, E) with B = {len(batch)}; got {tuple(exclude.shape)}")
 
@@ -213,9 +243,11 @@ class DGIIndex:
             raise TypeError(f"model must be a DGIModel; got {type(model).__name__}")
         sizes, width = _codebook_sizes(model), model.config.dim
         if sizes != self.trie.codebook_sizes or width != self.vectors.shape[1]:
-            raise ValueError(f"the index has codebooks of {self.trie.codebook_sizes} and width "
-                             f"{self.vectors.shape[1]}, the model {sizes} and {width}; index the catalog with this "
-                             f"model")
+            raise ValueError(
+                f"the index has codebooks of {self.trie.codebook_sizes} and width "
+                f"{self.vectors.shape[1]}, the model {sizes} and {width}; index the catalog with this "
+                f"model"
+            )
         device = device_of(model)
         if device != self.vectors.device:
             raise ValueError(f"the index is on {self.vectors.device}, the model on {device}; move one with to()")

@@ -41,8 +41,10 @@ class Searcher:
         self.catalog = catalog
         self.batch_size = batch_size
         if index.ids != catalog.ids:
-            raise ValueError(f"the index holds {len(index)} items, the catalog {len(catalog)}, and their ids or order "
-                             f"differ; index this catalog")
+            raise ValueError(
+                f"the index holds {len(index)} items, the catalog {len(catalog)}, and their ids or order "
+                f"differ; index this catalog"
+            )
         self.item_features = model.encoder.prepare_items(catalog)
         self._check_vectors()
 
@@ -51,13 +53,23 @@ class Searcher:
         z = encode_items(self.model, self.item_features[rows]).float()
         cosine = float(F.cosine_similarity(z, self.index.vectors[rows.to(z.device)], dim=1).mean())
         if cosine < SAME_VECTOR:
-            raise ValueError(f"the index was built with another model or other texts: its vectors have a mean cosine "
-                             f"of {cosine:.2f} with what this model makes of the catalog; index the catalog again")
+            raise ValueError(
+                f"the index was built with another model or other texts: its vectors have a mean cosine "
+                f"of {cosine:.2f} with what this model makes of the catalog; index the catalog again"
+            )
 
-    def search(self, queries: Sequence[str] | None = None, histories: Sequence[Sequence[str]] | None = None, *,
-               query_vectors: np.ndarray | None = None, k: int = 10, num_beams: int = 50,
-               exclude_history: bool = False, filters: Sequence[TrieFilter | None] | TrieFilter | None = None,
-               progress: bool = False) -> SearchResult:
+    def search(
+        self,
+        queries: Sequence[str] | None = None,
+        histories: Sequence[Sequence[str]] | None = None,
+        *,
+        query_vectors: np.ndarray | None = None,
+        k: int = 10,
+        num_beams: int = 50,
+        exclude_history: bool = False,
+        filters: Sequence[TrieFilter | None] | TrieFilter | None = None,
+        progress: bool = False,
+    ) -> SearchResult:
         """Search for n requests, each a query, a history, or both.
 
         Args:
@@ -86,22 +98,37 @@ class Searcher:
         exclude = torch.from_numpy(rows) if exclude_history else None
         return self._search(requests, exclude, k, num_beams, filters, progress)
 
-    def search_interactions(self, interactions: Interactions, *, k: int = 10, num_beams: int = 50,
-                            exclude_history: bool = False, progress: bool = False) -> SearchResult:
+    def search_interactions(
+        self,
+        interactions: Interactions,
+        *,
+        k: int = 10,
+        num_beams: int = 50,
+        exclude_history: bool = False,
+        progress: bool = False,
+    ) -> SearchResult:
         """Search with the queries and histories of recorded interactions; see :meth:`search`."""
         exclude = torch.from_numpy(interactions.histories) if exclude_history else None
         return self._search(Requests.of(self.model, interactions), exclude, k, num_beams, None, progress)
 
-    def _search(self, requests: Requests, exclude: Tensor | None, k: int, num_beams: int,
-                filters: Sequence[TrieFilter | None] | TrieFilter | None, progress: bool) -> SearchResult:
+    def _search(
+        self,
+        requests: Requests,
+        exclude: Tensor | None,
+        k: int,
+        num_beams: int,
+        filters: Sequence[TrieFilter | None] | TrieFilter | None,
+        progress: bool,
+    ) -> SearchResult:
         device = device_of(self.model)
         parts = []
         with Progress(len(requests), "searching", unit="requests", shown=progress) as bar:
             for rows, batch in requests.batches(self.item_features, self.batch_size):
                 own = filters[rows] if isinstance(filters, Sequence) else filters
                 left_out = None if exclude is None else exclude[rows].to(device)
-                result = self.index.search(self.model, batch.to(device), k, num_beams=num_beams, exclude=left_out,
-                                           filters=own)
+                result = self.index.search(
+                    self.model, batch.to(device), k, num_beams=num_beams, exclude=left_out, filters=own
+                )
                 parts.append((result.items.cpu(), result.scores.cpu(), result.cosines.cpu()))
                 bar.update(len(batch))
         items, scores, cosines = map(torch.cat, zip(*parts, strict=True))
@@ -116,8 +143,9 @@ class Searcher:
 
 
 @torch.no_grad()
-def rank_by_cosine(queries: Tensor, vectors: Tensor, k: int, *, exclude: Tensor | None = None,
-                   batch_size: int = 256) -> Tensor:
+def rank_by_cosine(
+    queries: Tensor, vectors: Tensor, k: int, *, exclude: Tensor | None = None, batch_size: int = 256
+) -> Tensor:
     """Exact nearest items by cosine, by comparing each query with every item: dense retrieval without an index.
 
     Args:

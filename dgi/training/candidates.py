@@ -23,8 +23,9 @@ class Candidates:
             (``in_batch``); None for ``all_items``. -inf for items that were never chosen.
     """
 
-    def __init__(self, kind: ContrastiveKind, targets: Tensor, num_items: int, *, batch_size: int,
-                 samples: int) -> None:
+    def __init__(
+        self, kind: ContrastiveKind, targets: Tensor, num_items: int, *, batch_size: int, samples: int
+    ) -> None:
         self.kind = kind
         self.targets = targets
         self.num_items = num_items

@@ -75,13 +75,16 @@ def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Ten
         envelope = json.loads(metadata[METADATA_KEY])
         description, sha256 = envelope["description"], envelope["sha256"]
     except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is damaged or not of dgi: its metadata has no entry {METADATA_KEY!r} with a "
-                              f"description and its SHA-256") from error
+        raise CheckpointError(
+            f"{path} is damaged or not of dgi: its metadata has no entry {METADATA_KEY!r} with a "
+            f"description and its SHA-256"
+        ) from error
     if sha256 != _digest(description, tensors):
         raise CheckpointError(f"{path} is damaged: its content does not have the SHA-256 that it was written with")
     if description["version"] != FORMAT_VERSION:
-        raise CheckpointError(f"{path} has format version {description['version']}; this version of dgi reads "
-                              f"{FORMAT_VERSION}")
+        raise CheckpointError(
+            f"{path} has format version {description['version']}; this version of dgi reads {FORMAT_VERSION}"
+        )
     if description["kind"] != kind:
         raise CheckpointError(f"{path} holds a {description['kind']}; a {kind} is needed")
     return tensors, description
@@ -111,8 +114,10 @@ def copy_tensors(source: Mapping[str, Tensor], target: Mapping[str, Tensor], ori
     for name, tensor in target.items():
         stored = source[name]
         if stored.shape != tensor.shape or stored.dtype != tensor.dtype:
-            raise CheckpointError(f"{origin} has {name} as {stored.dtype} {tuple(stored.shape)}; {tensor.dtype} "
-                                  f"{tuple(tensor.shape)} is needed")
+            raise CheckpointError(
+                f"{origin} has {name} as {stored.dtype} {tuple(stored.shape)}; {tensor.dtype} "
+                f"{tuple(tensor.shape)} is needed"
+            )
     for name, tensor in target.items():
         tensor.copy_(source[name])
 
@@ -210,8 +215,9 @@ class Checkpoints:
                 logger.warning("%s; trying the checkpoint before it", error)
                 damaged.append(error)
         if damaged:
-            raise CheckpointError(f"no checkpoint in {self.folder} can be read; remove the folder to start over. "
-                                  f"The newest: {damaged[0]}")
+            raise CheckpointError(
+                f"no checkpoint in {self.folder} can be read; remove the folder to start over. The newest: {damaged[0]}"
+            )
         return None
 
 
@@ -248,11 +254,15 @@ class MetricsLog:
                 try:
                     row = json.loads(line)
                 except ValueError as error:
-                    raise CheckpointError(f"{self.path} is damaged: it holds a line that is not JSON ({error}); remove "
-                                          f"the line, or start over in another folder") from None
+                    raise CheckpointError(
+                        f"{self.path} is damaged: it holds a line that is not JSON ({error}); remove "
+                        f"the line, or start over in another folder"
+                    ) from None
                 if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-                    raise CheckpointError(f"{self.path} is damaged: it holds a line without a step; remove the line, "
-                                          f"or start over in another folder")
+                    raise CheckpointError(
+                        f"{self.path} is damaged: it holds a line without a step; remove the line, "
+                        f"or start over in another folder"
+                    )
                 yield row
 
 

@@ -52,8 +52,9 @@ def training_curve(metrics_path: str | os.PathLike[str], png_path: str | os.Path
                 if key not in SCHEDULES and len(values) >= SMOOTHED_FROM:
                     axis.plot(steps, values, color=colour, linewidth=0.6, alpha=0.25)
                     values = _running_mean(values, len(values) // 40)
-                handles += axis.plot(steps, values, color=colour, label=name, linewidth=1.6,
-                                     marker="." if len(values) == 1 else None)
+                handles += axis.plot(
+                    steps, values, color=colour, label=name, linewidth=1.6, marker="." if len(values) == 1 else None
+                )
                 lines += 1
         dress(panel, title, y_label)
         if lines > 1:
@@ -80,7 +81,7 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
                 raise ValueError(f"{path}: line {number} is not JSON ({error})") from None
     rows = [row for row in rows if isinstance(row, dict) and "step" in row]
     if not rows:
-        raise ValueError(f"{path}: there is nothing to draw; it must hold JSON objects with a \"step\"")
+        raise ValueError(f'{path}: there is nothing to draw; it must hold JSON objects with a "step"')
     return rows
 
 

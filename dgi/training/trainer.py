@@ -99,8 +99,9 @@ class TrainingData:
 
     @classmethod
     def prepare(cls, model: DualEncoder, catalog: Catalog, interactions: Interactions) -> TrainingData:
-        return cls(model.encoder.prepare_items(catalog), Requests.of(model, interactions),
-                   torch.from_numpy(interactions.items))
+        return cls(
+            model.encoder.prepare_items(catalog), Requests.of(model, interactions), torch.from_numpy(interactions.items)
+        )
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -142,9 +143,14 @@ class LossStep(nn.Module):
     def __init__(self, model: DualEncoder, config: TrainConfig, item_log_q: Tensor | None = None) -> None:
         super().__init__()
         self.model = model
-        self.loss = DGILoss(config.loss_weights, beta=config.beta, similarity=model.config.similarity,
-                            contrastive_temperature=config.contrastive_temperature, contrastive=config.contrastive,
-                            item_log_q=item_log_q)
+        self.loss = DGILoss(
+            config.loss_weights,
+            beta=config.beta,
+            similarity=model.config.similarity,
+            contrastive_temperature=config.contrastive_temperature,
+            contrastive=config.contrastive,
+            item_log_q=item_log_q,
+        )
 
     def forward(self, batch: Batch, tau: float, seed: int, row_offset: int) -> StepResult:
         output = self.model(batch, tau=tau, seed=seed, row_offset=row_offset)
@@ -172,8 +178,11 @@ def build_optimizer(model: DualEncoder, config: TrainConfig) -> torch.optim.Adam
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            optimizer.state[parameter] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter),
-                                          "exp_avg_sq": torch.zeros_like(parameter)}
+            optimizer.state[parameter] = {
+                "step": torch.zeros(()),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
     return optimizer
 
 
@@ -210,14 +219,23 @@ class Trainer:
         ValueError: no interactions, or ``batch_size`` is no multiple of the number of processes.
     """
 
-    def __init__(self, model: DualEncoder, config: TrainConfig, catalog: Catalog, interactions: Interactions,
-                 output: str | os.PathLike[str] | None, *, device: torch.device | str | None = None,
-                 progress: bool = True) -> None:
+    def __init__(
+        self,
+        model: DualEncoder,
+        config: TrainConfig,
+        catalog: Catalog,
+        interactions: Interactions,
+        output: str | os.PathLike[str] | None,
+        *,
+        device: torch.device | str | None = None,
+        progress: bool = True,
+    ) -> None:
         if config.batch_size % world_size():
             raise ValueError(f"batch_size must be a multiple of the {world_size()} processes; got {config.batch_size}")
         if len(interactions) < world_size():
-            raise ValueError(f"interactions must hold at least one row per process ({world_size()}); "
-                             f"got {len(interactions)}")
+            raise ValueError(
+                f"interactions must hold at least one row per process ({world_size()}); got {len(interactions)}"
+            )
         self.device = local_device() if device is None else torch.device(device)
         self.model = model.to(self.device)
         self.config = config
@@ -226,8 +244,13 @@ class Trainer:
         self.rank_batch = min(config.batch_size, len(self.data)) // world_size()
         self.epoch_steps = len(self.data) // (self.rank_batch * world_size())
         self.schedule = Schedule(config, config.epochs * self.epoch_steps)
-        self.candidates = Candidates(config.contrastive, self.data.targets, len(self.data.item_features),
-                                     batch_size=self.rank_batch * world_size(), samples=config.contrastive_samples)
+        self.candidates = Candidates(
+            config.contrastive,
+            self.data.targets,
+            len(self.data.item_features),
+            batch_size=self.rank_batch * world_size(),
+            samples=config.contrastive_samples,
+        )
         self.optimizer = build_optimizer(model, config)
         self.steps_done = torch.zeros((), dtype=torch.int64)
         self.progress = progress and rank() == 0
@@ -282,12 +305,15 @@ class Trainer:
             self.folder.remove_leftovers()
             self._load_checkpoint(self.folder.checkpoints)
         elif self.folder is not None and self.folder.checkpoints.paths():
-            raise FileExistsError(f"{self.folder.checkpoints.folder} holds checkpoints of an earlier run: resume it, "
-                                  f"remove the folder, or choose another output")
+            raise FileExistsError(
+                f"{self.folder.checkpoints.folder} holds checkpoints of an earlier run: resume it, "
+                f"remove the folder, or choose another output"
+            )
         broadcast([self.steps_done])
         if self.steps_done == 0 and isinstance(self.model, DGIModel):
-            self.model.quantizer.initialize(encode_items(self.model, self.data.item_features),
-                                            generator=generator(self.config.seed, CLUSTERING))
+            self.model.quantizer.initialize(
+                encode_items(self.model, self.data.item_features), generator=generator(self.config.seed, CLUSTERING)
+            )
         broadcast(self._state().values())
         return {} if self.folder is None else self.folder.metrics.cut(int(self.steps_done))
 
@@ -323,8 +349,9 @@ class Trainer:
             group["lr"] = group["peak_lr"] * self.schedule.rate(step)
         torch.manual_seed(derived_seed(self.config.seed, DROPOUT, step, rank()))
         with self._autocast():
-            result = loss_step(batch, self.schedule.tau(step), derived_seed(self.config.seed, NOISE, step),
-                               rank() * self.rank_batch)
+            result = loss_step(
+                batch, self.schedule.tau(step), derived_seed(self.config.seed, NOISE, step), rank() * self.rank_batch
+            )
         self.optimizer.zero_grad()
         result.terms["loss"].backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
@@ -347,7 +374,8 @@ class Trainer:
             raise FloatingPointError(
                 f"training stopped in step {step + 1}, before its update: {', '.join(bad)}; the learning rates were "
                 f"{rate * self.config.backbone_lr:.2g} (backbone) and {rate * self.config.quantizer_lr:.2g} "
-                f"(quantizer): lower them, or raise warmup_steps")
+                f"(quantizer): lower them, or raise warmup_steps"
+            )
 
     def _tend_codes(self, step: int, result: StepResult) -> None:
         """Count the codes in use, and revive dead ones; every process sees the whole batch and so does the same."""
@@ -362,12 +390,19 @@ class Trainer:
         return (step + 1) % every == 0 or step + 1 == self.schedule.total_steps
 
     def _metrics(self, step: int, result: StepResult, values: dict[str, float]) -> dict[str, Any]:
-        row: dict[str, Any] = {"step": step + 1, "epoch": step // self.epoch_steps + 1, **values,
-                               "lr": self.schedule.rate(step) * self.config.backbone_lr}
+        row: dict[str, Any] = {
+            "step": step + 1,
+            "epoch": step // self.epoch_steps + 1,
+            **values,
+            "lr": self.schedule.rate(step) * self.config.backbone_lr,
+        }
         if isinstance(self.model, DGIModel) and result.codes is not None:
-            row |= {"gamma": float(self.model.quantizer.scale.detach()), "tau": self.schedule.tau(step),
-                    "usage": self.model.quantizer.usage(),
-                    "collisions": collision_rate(gather_rows(result.item_rows), gather_rows(result.codes))}
+            row |= {
+                "gamma": float(self.model.quantizer.scale.detach()),
+                "tau": self.schedule.tau(step),
+                "usage": self.model.quantizer.usage(),
+                "collisions": collision_rate(gather_rows(result.item_rows), gather_rows(result.codes)),
+            }
         return row
 
     def _state(self) -> dict[str, Tensor]:
@@ -382,8 +417,12 @@ class Trainer:
     @functools.cached_property
     def _description(self) -> dict[str, Any]:
         """What a checkpoint must agree in with the run that resumes it."""
-        description = {"model": type(self.model).__name__, "model_config": to_dict(self.model.config),
-                       "train_config": to_dict(self.config), "data": self.data.sha256()}
+        description = {
+            "model": type(self.model).__name__,
+            "model_config": to_dict(self.model.config),
+            "train_config": to_dict(self.config),
+            "data": self.data.sha256(),
+        }
         return _as_json(description)
 
     def _write_results(self, folder: RunFolder) -> None:
@@ -416,14 +455,20 @@ def _check_same(path: Path, name: str, stored: Any, current: Any) -> None:
         for field in sorted(stored.keys() | current.keys()):
             _check_same(path, f"{name}.{field}", stored.get(field), current.get(field))
     elif stored != current:
-        raise ValueError(f"{name} is {current!r} now and was {stored!r} in the run that {path} is of; "
-                         f"a run can only be resumed as it was started")
+        raise ValueError(
+            f"{name} is {current!r} now and was {stored!r} in the run that {path} is of; "
+            f"a run can only be resumed as it was started"
+        )
 
 
 def _summary(row: dict[str, Any]) -> str:
     """A row of metrics, as short as a progress bar needs it."""
     parts = [f"{name} {row[name]:.3g}" for name in ("loss", *LOSS_TERMS) if name in row]
     if "gamma" in row:
-        parts += [f"γ {row['gamma']:.3g}", f"τ {row['tau']:.2f}", f"collisions {row['collisions']:.1%}",
-                  "usage " + "/".join(f"{share:.0%}" for share in row["usage"])]
+        parts += [
+            f"γ {row['gamma']:.3g}",
+            f"τ {row['tau']:.2f}",
+            f"collisions {row['collisions']:.1%}",
+            "usage " + "/".join(f"{share:.0%}" for share in row["usage"]),
+        ]
     return ", ".join(parts)

@@ -62,8 +62,17 @@ class BeamResult(NamedTuple):
     nodes: Tensor
 
 
-def beam_step(trie: Trie, logits: Tensor, beams: Beams, *, num_beams: int, normalize: Normalize = "full",
-              log_normalizer: Tensor | None = None, filters: Filters = None, backend: Backend = "auto") -> Beams:
+def beam_step(
+    trie: Trie,
+    logits: Tensor,
+    beams: Beams,
+    *,
+    num_beams: int,
+    normalize: Normalize = "full",
+    log_normalizer: Tensor | None = None,
+    filters: Filters = None,
+    backend: Backend = "auto",
+) -> Beams:
     """Extend every live beam by every code that the trie allows, and keep the ``num_beams`` best.
 
     The result is the exact top of ``scores[parent] + logp[token]`` over all allowed children of all live beams, sorted
@@ -98,7 +107,7 @@ def beam_step(trie: Trie, logits: Tensor, beams: Beams, *, num_beams: int, norma
 
     Examples:
         >>> trie = dgi_kernels.Trie.from_codes([[0, 1], [0, 2], [3, 1]])
-        >>> logits = torch.tensor([[[1.0, 9.0, 9.0, 2.0]]])               # no semantic ID starts with code 1 or 2
+        >>> logits = torch.tensor([[[1.0, 9.0, 9.0, 2.0]]])  # no semantic ID starts with code 1 or 2
         >>> beams = dgi_kernels.beam_step(trie, logits, trie.root(1), num_beams=3, normalize="children")
         >>> beams.tokens
         tensor([[ 3,  0, -1]])
@@ -109,26 +118,49 @@ def beam_step(trie: Trie, logits: Tensor, beams: Beams, *, num_beams: int, norma
     filters = check_filters(filters, trie, beams.nodes.shape[0])
     chosen = choose_without_gradient("beam_step", backend, logits, beams.scores, log_normalizer)
     if chosen == "native":
-        return _native_step(trie, beams, lambda beams: _beam_step(trie, logits, beams, num_beams, normalize,
-                                                                  log_normalizer, filters, chosen))
+        return _native_step(
+            trie,
+            beams,
+            lambda beams: _beam_step(trie, logits, beams, num_beams, normalize, log_normalizer, filters, chosen),
+        )
     return _beam_step(trie, logits, _check_nodes(trie, beams), num_beams, normalize, log_normalizer, filters, chosen)
 
 
-def _beam_step(trie: Trie, logits: Tensor, beams: Beams, num_beams: int, normalize: str, log_normalizer: Tensor | None,
-               filters: TrieFilter | list[TrieFilter | None] | None, chosen: str) -> Beams:
+def _beam_step(
+    trie: Trie,
+    logits: Tensor,
+    beams: Beams,
+    num_beams: int,
+    normalize: str,
+    log_normalizer: Tensor | None,
+    filters: TrieFilter | list[TrieFilter | None] | None,
+    chosen: str,
+) -> Beams:
     """:func:`beam_step` on arguments that are checked, by the implementation that is chosen."""
     if log_normalizer is not None:
         log_normalizer = log_normalizer.to(checks.compute_dtype(logits.dtype))
     if chosen == "native":
         return native.beam_step(trie, logits, beams, num_beams, normalize, log_normalizer, filters)
     with torch.autocast(logits.device.type, enabled=False):
-        return reference.beam_step(trie, logits.to(checks.compute_dtype(logits.dtype)), beams, num_beams, normalize,
-                                   log_normalizer, filters)
+        return reference.beam_step(
+            trie, logits.to(checks.compute_dtype(logits.dtype)), beams, num_beams, normalize, log_normalizer, filters
+        )
 
 
-def cosine_beam_step(trie: Trie, h: Tensor, codebook: Tensor, scale: float | Tensor, beams: Beams, *, num_beams: int,
-                     normalize: Normalize = "full", log_normalizer: Tensor | None = None, filters: Filters = None,
-                     eps: float = 1e-12, backend: Backend = "auto") -> Beams:
+def cosine_beam_step(
+    trie: Trie,
+    h: Tensor,
+    codebook: Tensor,
+    scale: float | Tensor,
+    beams: Beams,
+    *,
+    num_beams: int,
+    normalize: Normalize = "full",
+    log_normalizer: Tensor | None = None,
+    filters: Filters = None,
+    eps: float = 1e-12,
+    backend: Backend = "auto",
+) -> Beams:
     """Do a :func:`beam_step` on the scaled cosine logits of a head, ``beam_step(cosine_logits(h, codebook, scale))``.
 
     The logits stay in float32 (float64 for float64 inputs) whatever the dtype of the inputs.
@@ -170,17 +202,40 @@ def cosine_beam_step(trie: Trie, h: Tensor, codebook: Tensor, scale: float | Ten
         log_normalizer = log_normalizer.to(compute)
     chosen = choose_without_gradient("cosine_beam_step", backend, h, codebook, scale, beams.scores, log_normalizer)
     if chosen == "native":
-        return _native_step(trie, beams, lambda beams: native.cosine_beam_step(
-            trie, h.to(common), codebook.to(common), scale, eps, beams, num_beams, normalize, log_normalizer, filters))
+        return _native_step(
+            trie,
+            beams,
+            lambda beams: native.cosine_beam_step(
+                trie,
+                h.to(common),
+                codebook.to(common),
+                scale,
+                eps,
+                beams,
+                num_beams,
+                normalize,
+                log_normalizer,
+                filters,
+            ),
+        )
     beams = _check_nodes(trie, beams)
     with torch.autocast(h.device.type, enabled=False):
-        logits = cosine_logits(h.to(compute), codebook.to(compute), checks.to_dtype(scale, compute), eps=eps,
-                               backend="reference")
+        logits = cosine_logits(
+            h.to(compute), codebook.to(compute), checks.to_dtype(scale, compute), eps=eps, backend="reference"
+        )
         return reference.beam_step(trie, logits, beams, num_beams, normalize, log_normalizer, filters)
 
 
-def beam_search(trie: Trie, step: Step, *, batch_size: int, num_beams: int, normalize: Normalize = "full",
-                filters: Filters = None, backend: Backend = "auto") -> BeamResult:
+def beam_search(
+    trie: Trie,
+    step: Step,
+    *,
+    batch_size: int,
+    num_beams: int,
+    normalize: Normalize = "full",
+    filters: Filters = None,
+    backend: Backend = "auto",
+) -> BeamResult:
     """Search the whole depth of a trie for the best semantic IDs of each request.
 
     Args:
@@ -227,8 +282,18 @@ def beam_search(trie: Trie, step: Step, *, batch_size: int, num_beams: int, norm
         else:
             logits = step(depth, None, None) if depth == 0 else step(depth, beams.tokens, beams.parents)
         if isinstance(logits, HiddenStates):
-            beams = cosine_beam_step(trie, logits.h, logits.codebook, logits.scale, beams, num_beams=num_beams,
-                                     normalize=normalize, filters=filters, eps=logits.eps, backend=backend)
+            beams = cosine_beam_step(
+                trie,
+                logits.h,
+                logits.codebook,
+                logits.scale,
+                beams,
+                num_beams=num_beams,
+                normalize=normalize,
+                filters=filters,
+                eps=logits.eps,
+                backend=backend,
+            )
         else:
             _check_logits(f"logits of step(depth={depth})", logits, trie, beams)
             if logits.dtype is not dtype or logits.requires_grad:

@@ -29,8 +29,9 @@ class CapturedSearch:
         result: the BeamResult that it writes.
     """
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, inputs: tuple[Tensor, ...], result: BeamResult,
-                 kept_alive: object) -> None:
+    def __init__(
+        self, graph: torch.cuda.CUDAGraph, inputs: tuple[Tensor, ...], result: BeamResult, kept_alive: object
+    ) -> None:
         self._graph = graph
         self._kept_alive = kept_alive  # the graph reads their memory
         self.inputs = inputs
@@ -60,8 +61,17 @@ class CapturedSearch:
         return self.result
 
 
-def capture_search(trie: Trie, step: Step, inputs: Sequence[Tensor], *, batch_size: int, num_beams: int,
-                   normalize: Normalize = "full", filters: Filters = None, backend: Backend = "auto") -> CapturedSearch:
+def capture_search(
+    trie: Trie,
+    step: Step,
+    inputs: Sequence[Tensor],
+    *,
+    batch_size: int,
+    num_beams: int,
+    normalize: Normalize = "full",
+    filters: Filters = None,
+    backend: Backend = "auto",
+) -> CapturedSearch:
     """Capture a :func:`beam_search`, the model's steps included, in one CUDA graph.
 
     Args:
@@ -81,9 +91,9 @@ def capture_search(trie: Trie, step: Step, inputs: Sequence[Tensor], *, batch_si
         TypeError, BackendUnavailable: as :func:`beam_search`.
 
     Examples:
-        >>> states = torch.randn(8, 64, device="cuda")                       # doctest: +SKIP
+        >>> states = torch.randn(8, 64, device="cuda")  # doctest: +SKIP
         >>> search = dgi_kernels.capture_search(trie, step, [states], batch_size=8, num_beams=20)  # doctest: +SKIP
-        >>> result = search(torch.randn(8, 64, device="cuda"))               # doctest: +SKIP
+        >>> result = search(torch.randn(8, 64, device="cuda"))  # doctest: +SKIP
     """
     if not isinstance(trie, Trie):
         raise TypeError(f"trie must be a Trie; got {type(trie).__name__}")
@@ -96,8 +106,15 @@ def capture_search(trie: Trie, step: Step, inputs: Sequence[Tensor], *, batch_si
 
     def search() -> BeamResult:
         with torch.no_grad():
-            return beam_search(trie, step, batch_size=batch_size, num_beams=num_beams, normalize=normalize,
-                               filters=filters, backend=backend)
+            return beam_search(
+                trie,
+                step,
+                batch_size=batch_size,
+                num_beams=num_beams,
+                normalize=normalize,
+                filters=filters,
+                backend=backend,
+            )
 
     with torch.cuda.device(trie.device):
         graph, result = _capture(search)

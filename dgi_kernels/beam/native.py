@@ -16,8 +16,15 @@ from dgi_kernels.trie import Beams, Trie
 from dgi_kernels.trie.filters import TrieFilter, filter_arguments
 
 
-def beam_step(trie: Trie, logits: Tensor, beams: Beams, num_beams: int, normalize: str, log_normalizer: Tensor | None,
-              filters: TrieFilter | list[TrieFilter | None] | None) -> Beams:
+def beam_step(
+    trie: Trie,
+    logits: Tensor,
+    beams: Beams,
+    num_beams: int,
+    normalize: str,
+    log_normalizer: Tensor | None,
+    filters: TrieFilter | list[TrieFilter | None] | None,
+) -> Beams:
     """``logits`` (B, M, K) of any float dtype and strides; ``log_normalizer`` (B, M) float64 for float64 logits, else
     float32.
 
@@ -27,25 +34,53 @@ def beam_step(trie: Trie, logits: Tensor, beams: Beams, num_beams: int, normaliz
     masks = None
     if logits.device.type == "cpu" and not tracing():
         masks = trie.parts.base.child_masks(beams.depth, trie.codebook_sizes[beams.depth])
-    return _step(torch.ops.dgi_kernels.beam_step.default, trie, beams, filters, (logits,), num_beams, normalize,
-                 log_normalizer, masks, trie.parts.max_degree[beams.depth])
+    return _step(
+        torch.ops.dgi_kernels.beam_step.default,
+        trie,
+        beams,
+        filters,
+        (logits,),
+        num_beams,
+        normalize,
+        log_normalizer,
+        masks,
+        trie.parts.max_degree[beams.depth],
+    )
 
 
-def cosine_beam_step(trie: Trie, h: Tensor, codebook: Tensor, scale: float | Tensor, eps: float, beams: Beams,
-                     num_beams: int, normalize: str, log_normalizer: Tensor | None,
-                     filters: TrieFilter | list[TrieFilter | None] | None) -> Beams:
+def cosine_beam_step(
+    trie: Trie,
+    h: Tensor,
+    codebook: Tensor,
+    scale: float | Tensor,
+    eps: float,
+    beams: Beams,
+    num_beams: int,
+    normalize: str,
+    log_normalizer: Tensor | None,
+    filters: TrieFilter | list[TrieFilter | None] | None,
+) -> Beams:
     """``h`` (B, M, D) and ``codebook`` (K, D) of one float dtype; the rest as in :func:`beam_step`."""
     compute = _compute_dtype(h)
     scale = checks.scalar_tensor(scale, compute, h.device).detach()
-    return _step(torch.ops.dgi_kernels.cosine_beam_step.default, trie, beams, filters,
-                 (h.contiguous(), codebook.contiguous(), scale, eps), num_beams, normalize, log_normalizer,
-                 trie.parts.max_degree[beams.depth])
+    return _step(
+        torch.ops.dgi_kernels.cosine_beam_step.default,
+        trie,
+        beams,
+        filters,
+        (h.contiguous(), codebook.contiguous(), scale, eps),
+        num_beams,
+        normalize,
+        log_normalizer,
+        trie.parts.max_degree[beams.depth],
+    )
 
 
 def beam_codes(history: list[Beams]) -> Tensor:
     """As :func:`reference.beam_codes`."""
-    return torch.ops.dgi_kernels.beam_codes.default([beams.tokens for beams in history],
-                                                    [beams.parents for beams in history])
+    return torch.ops.dgi_kernels.beam_codes.default(
+        [beams.tokens for beams in history], [beams.parents for beams in history]
+    )
 
 
 def all_ended(tokens: Tensor) -> bool:
@@ -53,9 +88,17 @@ def all_ended(tokens: Tensor) -> bool:
     return torch.ops.dgi_kernels.count_outside.default(tokens, -1, 0, None) == 0
 
 
-def _step(op: Callable[..., tuple[Tensor, ...]], trie: Trie, beams: Beams,
-          filters: TrieFilter | list[TrieFilter | None] | None, source: tuple[Any, ...], num_beams: int,
-          normalize: str, log_normalizer: Tensor | None, *more: Tensor | int | None) -> Beams:
+def _step(
+    op: Callable[..., tuple[Tensor, ...]],
+    trie: Trie,
+    beams: Beams,
+    filters: TrieFilter | list[TrieFilter | None] | None,
+    source: tuple[Any, ...],
+    num_beams: int,
+    normalize: str,
+    log_normalizer: Tensor | None,
+    *more: Tensor | int | None,
+) -> Beams:
     depth, base, delta, added = beams.depth, trie.parts.base, trie.parts.delta, trie.parts.added
     sets, set_of = filter_arguments(filters, beams.nodes.shape[0], depth + 1)
     of_delta: list[Tensor] = []
@@ -67,8 +110,20 @@ def _step(op: Callable[..., tuple[Tensor, ...]], trie: Trie, beams: Beams,
     if nodes.dtype is not torch.int64 or scores.dtype is not compute:
         nodes, scores = nodes.long(), scores.to(compute)
     nodes, tokens, parents, scores = op(
-        base.tokens[depth], base.child_start[depth], of_delta, anchors, sets, set_of, *source,
-        nodes, scores, log_normalizer, num_beams, NORMALIZERS.index(normalize), *more)
+        base.tokens[depth],
+        base.child_start[depth],
+        of_delta,
+        anchors,
+        sets,
+        set_of,
+        *source,
+        nodes,
+        scores,
+        log_normalizer,
+        num_beams,
+        NORMALIZERS.index(normalize),
+        *more,
+    )
     return Beams(nodes, tokens, parents, scores, depth + 1)
 
 
@@ -87,14 +142,42 @@ def _(tokens: list[Tensor], parents: list[Tensor]) -> Tensor:
 
 
 @fake_kernel("beam_step")
-def _(tokens: Tensor, child_start: Tensor, delta: list[Tensor], anchors: list[Tensor], sets: list[Tensor],
-      set_of: list[int], logits: Tensor, nodes: Tensor, scores: Tensor, log_normalizer: Tensor | None, num_beams: int,
-      normalize: int, child_masks: Tensor | None = None, max_degree: int = -1) -> tuple[Tensor, ...]:
+def _(
+    tokens: Tensor,
+    child_start: Tensor,
+    delta: list[Tensor],
+    anchors: list[Tensor],
+    sets: list[Tensor],
+    set_of: list[int],
+    logits: Tensor,
+    nodes: Tensor,
+    scores: Tensor,
+    log_normalizer: Tensor | None,
+    num_beams: int,
+    normalize: int,
+    child_masks: Tensor | None = None,
+    max_degree: int = -1,
+) -> tuple[Tensor, ...]:
     return _fake_beams(logits, num_beams)
 
 
 @fake_kernel("cosine_beam_step")
-def _(tokens: Tensor, child_start: Tensor, delta: list[Tensor], anchors: list[Tensor], sets: list[Tensor],
-      set_of: list[int], h: Tensor, codebook: Tensor, scale: Tensor, eps: float, nodes: Tensor, scores: Tensor,
-      log_normalizer: Tensor | None, num_beams: int, normalize: int, max_degree: int = -1) -> tuple[Tensor, ...]:
+def _(
+    tokens: Tensor,
+    child_start: Tensor,
+    delta: list[Tensor],
+    anchors: list[Tensor],
+    sets: list[Tensor],
+    set_of: list[int],
+    h: Tensor,
+    codebook: Tensor,
+    scale: Tensor,
+    eps: float,
+    nodes: Tensor,
+    scores: Tensor,
+    log_normalizer: Tensor | None,
+    num_beams: int,
+    normalize: int,
+    max_degree: int = -1,
+) -> tuple[Tensor, ...]:
     return _fake_beams(h, num_beams)

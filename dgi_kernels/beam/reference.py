@@ -20,8 +20,15 @@ from dgi_kernels.trie.filters import TrieFilter, allowed_nodes
 DEAD = -torch.inf
 
 
-def beam_step(trie: Trie, logits: Tensor, beams: Beams, num_beams: int, normalize: str, log_normalizer: Tensor | None,
-              filters: TrieFilter | list[TrieFilter | None] | None) -> Beams:
+def beam_step(
+    trie: Trie,
+    logits: Tensor,
+    beams: Beams,
+    num_beams: int,
+    normalize: str,
+    log_normalizer: Tensor | None,
+    filters: TrieFilter | list[TrieFilter | None] | None,
+) -> Beams:
     """``logits`` (B, M, K) and ``log_normalizer`` (B, M) arrive in the compute dtype, float32 or float64."""
     depth, slots = beams.depth, trie.max_degree[beams.depth]
     batch, width = beams.nodes.shape
@@ -40,14 +47,18 @@ def beam_step(trie: Trie, logits: Tensor, beams: Beams, num_beams: int, normaliz
     best, place = candidates.sort(dim=-1, descending=True, stable=True)
     best, place = best[:, :num_beams], place[:, :num_beams].clamp(max=width * slots - 1)
     dead = best == DEAD
-    return Beams(nodes=children.flatten(1).gather(1, place).masked_fill(dead, -1),
-                 tokens=tokens.flatten(1).gather(1, place).masked_fill(dead, -1),
-                 parents=(place // slots).masked_fill(dead, -1),
-                 scores=best.float(), depth=depth + 1)
+    return Beams(
+        nodes=children.flatten(1).gather(1, place).masked_fill(dead, -1),
+        tokens=tokens.flatten(1).gather(1, place).masked_fill(dead, -1),
+        parents=(place // slots).masked_fill(dead, -1),
+        scores=best.float(),
+        depth=depth + 1,
+    )
 
 
-def _log_probabilities(logits: Tensor, tokens: Tensor, allowed: Tensor, normalize: str,
-                       log_normalizer: Tensor | None) -> Tensor:
+def _log_probabilities(
+    logits: Tensor, tokens: Tensor, allowed: Tensor, normalize: str, log_normalizer: Tensor | None
+) -> Tensor:
     """Log-probability (B, M, slots) of each child; 0 for the end of a sequence, which is no part of the normaliser."""
     ended = tokens == END
     if logits.shape[-1] == 0:

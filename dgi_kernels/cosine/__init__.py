@@ -25,8 +25,9 @@ __all__ = ["cosine_cross_entropy", "cosine_logits"]
 LARGEST_SCALE = 2.0**30
 
 
-def cosine_logits(h: Tensor, weight: Tensor, scale: float | Tensor, *, eps: float = 1e-12,
-                  backend: Backend = "auto") -> Tensor:
+def cosine_logits(
+    h: Tensor, weight: Tensor, scale: float | Tensor, *, eps: float = 1e-12, backend: Backend = "auto"
+) -> Tensor:
     """Scaled cosine similarity of every vector of ``h`` with every row of ``weight`` (paper eq. 10, 13).
 
     Equal to ``scale * F.normalize(h, dim=-1, eps=eps) @ F.normalize(weight, dim=-1, eps=eps).T``, computed in float32
@@ -65,25 +66,56 @@ def cosine_logits(h: Tensor, weight: Tensor, scale: float | Tensor, *, eps: floa
 
 
 @overload
-def cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: float | Tensor, *,
-                         bias: Tensor | None = None, same_as: Tensor | None = None,
-                         return_log_normalizer: Literal[False] = False, ignore_index: int = -100,
-                         reduction: Reduction = "mean", label_smoothing: float = 0.0, eps: float = 1e-12,
-                         backend: Backend = "auto") -> Tensor: ...
+def cosine_cross_entropy(
+    h: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: float | Tensor,
+    *,
+    bias: Tensor | None = None,
+    same_as: Tensor | None = None,
+    return_log_normalizer: Literal[False] = False,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    eps: float = 1e-12,
+    backend: Backend = "auto",
+) -> Tensor: ...
 
 
 @overload
-def cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: float | Tensor, *,
-                         bias: Tensor | None = None, same_as: Tensor | None = None, return_log_normalizer: bool,
-                         ignore_index: int = -100, reduction: Reduction = "mean", label_smoothing: float = 0.0,
-                         eps: float = 1e-12, backend: Backend = "auto") -> Any: ...
+def cosine_cross_entropy(
+    h: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: float | Tensor,
+    *,
+    bias: Tensor | None = None,
+    same_as: Tensor | None = None,
+    return_log_normalizer: bool,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    eps: float = 1e-12,
+    backend: Backend = "auto",
+) -> Any: ...
 
 
-def cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: float | Tensor, *,
-                         bias: Tensor | None = None, same_as: Tensor | None = None,
-                         return_log_normalizer: bool = False, ignore_index: int = -100, reduction: Reduction = "mean",
-                         label_smoothing: float = 0.0, eps: float = 1e-12,
-                         backend: Backend = "auto") -> Any:
+def cosine_cross_entropy(
+    h: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: float | Tensor,
+    *,
+    bias: Tensor | None = None,
+    same_as: Tensor | None = None,
+    return_log_normalizer: bool = False,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    eps: float = 1e-12,
+    backend: Backend = "auto",
+) -> Any:
     """Cross-entropy of scaled cosine logits (the ``ntp`` loss, paper eq. 13, 16; InfoNCE with a batch as ``weight``).
 
     Equal to ``F.cross_entropy(scale * F.normalize(h) @ F.normalize(weight).T + bias, target, ...)`` with its
@@ -134,8 +166,9 @@ def cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: float
     dtype = torch.promote_types(h.dtype, weight.dtype)
     chosen = choose("cosine_cross_entropy", backend, h.device, dtype)
     if chosen == "native":
-        loss, log_normalizer = native.cosine_cross_entropy(h, weight, target, scale, bias, same_as, options,
-                                                           reference.cosine_cross_entropy)
+        loss, log_normalizer = native.cosine_cross_entropy(
+            h, weight, target, scale, bias, same_as, options, reference.cosine_cross_entropy
+        )
         return loss if log_normalizer is None else (loss, log_normalizer)
     shape, compute = target.shape, checks.compute_dtype(dtype)
     h, target = h.reshape(target.numel(), h.shape[-1]), target.flatten()
@@ -150,7 +183,8 @@ def cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: float
             if columns is not None and factor is not None:
                 columns = columns / factor
             loss, log_normalizer = reference.cosine_cross_entropy(
-                h.to(compute), weight.to(compute), target, checks.to_dtype(scale, compute), columns, same_as, options)
+                h.to(compute), weight.to(compute), target, checks.to_dtype(scale, compute), columns, same_as, options
+            )
         if factor is not None:
             loss, log_normalizer = loss * factor, None if log_normalizer is None else log_normalizer * factor
     loss = loss.reshape(shape) if options.reduction == "none" else loss
@@ -173,8 +207,9 @@ def _within_range(scale: float | Tensor, compute: torch.dtype) -> tuple[float | 
     return scale / (abs(scale) / LARGEST_SCALE), abs(scale) / LARGEST_SCALE
 
 
-def check_operands(h: Tensor, weight: Tensor, scale: float | Tensor,
-                   eps: float) -> tuple[Tensor, Tensor, float | Tensor, float]:
+def check_operands(
+    h: Tensor, weight: Tensor, scale: float | Tensor, eps: float
+) -> tuple[Tensor, Tensor, float | Tensor, float]:
     """The arguments that all ops share: checked, ``h`` and ``weight`` in the dtype that autocast gives them."""
     checks.float_tensor("h", h, min_ndim=1)
     checks.float_tensor("weight", weight, ndim=2, like=h)
@@ -185,17 +220,28 @@ def check_operands(h: Tensor, weight: Tensor, scale: float | Tensor,
     return checks.autocast_operand(h), checks.autocast_operand(weight), scale, eps
 
 
-def check_loss(h: Tensor, target: Tensor, ignore_index: int, reduction: Reduction, label_smoothing: float, eps: float,
-               return_log_normalizer: bool) -> LossOptions:
+def check_loss(
+    h: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    reduction: Reduction,
+    label_smoothing: float,
+    eps: float,
+    return_log_normalizer: bool,
+) -> LossOptions:
     """The options of losses, and ``target`` but for its values: checked."""
     checks.tensor("target", target, dtypes=checks.INDEX_DTYPES, like=h)
     checks.shape("target", target, tuple(h.shape[:-1]), "h.shape[:-1]")
     checks.choice("reduction", reduction, REDUCTIONS)
     if not isinstance(return_log_normalizer, bool):
         raise TypeError(f"return_log_normalizer must be a bool; got {type(return_log_normalizer).__name__}")
-    return LossOptions(checks.integer("ignore_index", ignore_index, low=-(2**63), high=2**63 - 1), reduction,
-                       checks.number("label_smoothing", label_smoothing, low=0.0, high=1.0), eps,
-                       return_log_normalizer)
+    return LossOptions(
+        checks.integer("ignore_index", ignore_index, low=-(2**63), high=2**63 - 1),
+        reduction,
+        checks.number("label_smoothing", label_smoothing, low=0.0, high=1.0),
+        eps,
+        return_log_normalizer,
+    )
 
 
 def check_columns(weight: Tensor, bias: Tensor | None, same_as: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -24,10 +24,20 @@ from dgi_kernels.types import Backend, Reduction
 class _ContrastiveLoss(nn.Module):
     """What both losses keep: the scale, and the options of the op."""
 
-    def __init__(self, scale: float = 20.0, *, learnable_scale: bool = False, max_scale: float | None = None,
-                 reduction: Reduction = "mean", across_ranks: bool = False, group: Group = None, eps: float = 1e-12,
-                 backend: Backend = "auto", device: torch.device | str | None = None,
-                 dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        scale: float = 20.0,
+        *,
+        learnable_scale: bool = False,
+        max_scale: float | None = None,
+        reduction: Reduction = "mean",
+        across_ranks: bool = False,
+        group: Group = None,
+        eps: float = 1e-12,
+        backend: Backend = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.max_scale = check_max_scale(max_scale)
         self.log_scale = log_scale_parameter(scale, learnable_scale, device, dtype)
@@ -50,8 +60,9 @@ class _ContrastiveLoss(nn.Module):
         return world_size(self.group) if self.across_ranks else 1
 
     def extra_repr(self) -> str:
-        return (f"{scale_repr(self.log_scale)}, reduction={self.reduction!r}"
-                + (", across_ranks=True" if self.across_ranks else ""))
+        return f"{scale_repr(self.log_scale)}, reduction={self.reduction!r}" + (
+            ", across_ranks=True" if self.across_ranks else ""
+        )
 
 
 class InfoNCELoss(_ContrastiveLoss):
@@ -74,8 +85,15 @@ class InfoNCELoss(_ContrastiveLoss):
         TypeError: an argument has the wrong type.
     """
 
-    def forward(self, queries: Tensor, items: Tensor, *, log_q: Tensor | None = None, same_as: Tensor | None = None,
-                return_log_normalizer: bool = False) -> Any:
+    def forward(
+        self,
+        queries: Tensor,
+        items: Tensor,
+        *,
+        log_q: Tensor | None = None,
+        same_as: Tensor | None = None,
+        return_log_normalizer: bool = False,
+    ) -> Any:
         """Return the loss.
 
         Args:
@@ -101,9 +119,18 @@ class InfoNCELoss(_ContrastiveLoss):
             target = target + rank(self.group) * items.shape[0]
             items = gather_rows(items, self.group)
             bias, same_as = (None if x is None else all_gather(x, self.group) for x in (bias, same_as))
-        return cosine_cross_entropy(queries, items, target, self.scale, bias=bias, same_as=same_as,
-                                    return_log_normalizer=return_log_normalizer, reduction=self.reduction,
-                                    eps=self.eps, backend=self.backend)
+        return cosine_cross_entropy(
+            queries,
+            items,
+            target,
+            self.scale,
+            bias=bias,
+            same_as=same_as,
+            return_log_normalizer=return_log_normalizer,
+            reduction=self.reduction,
+            eps=self.eps,
+            backend=self.backend,
+        )
 
 
 class SampledSoftmaxLoss(_ContrastiveLoss):
@@ -123,8 +150,16 @@ class SampledSoftmaxLoss(_ContrastiveLoss):
         TypeError: an argument has the wrong type.
     """
 
-    def forward(self, queries: Tensor, items: Tensor, sampled: Tensor, *, log_q: Tensor | None = None,
-                item_ids: Tensor | None = None, sampled_ids: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        queries: Tensor,
+        items: Tensor,
+        sampled: Tensor,
+        *,
+        log_q: Tensor | None = None,
+        item_ids: Tensor | None = None,
+        sampled_ids: Tensor | None = None,
+    ) -> Tensor:
         """Return the loss.
 
         Args:
@@ -159,8 +194,17 @@ class SampledSoftmaxLoss(_ContrastiveLoss):
         return loss.sum() if self.reduction == "sum" else loss
 
 
-def sampled_softmax(queries: Tensor, items: Tensor, sampled: Tensor, scale: float | Tensor, bias: Tensor | None,
-                    item_ids: Tensor | None, sampled_ids: Tensor | None, eps: float, backend: Backend) -> Tensor:
+def sampled_softmax(
+    queries: Tensor,
+    items: Tensor,
+    sampled: Tensor,
+    scale: float | Tensor,
+    bias: Tensor | None,
+    item_ids: Tensor | None,
+    sampled_ids: Tensor | None,
+    eps: float,
+    backend: Backend,
+) -> Tensor:
     """(N,) losses of :class:`SampledSoftmaxLoss`; ``bias`` (M,) is -log q, and arguments are checked."""
     if bias is not None:
         bias = bias - math.log(max(1, sampled.shape[0]))
@@ -170,8 +214,16 @@ def sampled_softmax(queries: Tensor, items: Tensor, sampled: Tensor, scale: floa
         return F.softplus(lse - checks.to_dtype(scale, lse.dtype) * (query * item).sum(-1), threshold=math.inf)
 
 
-def _log_sum(queries: Tensor, sampled: Tensor, scale: float | Tensor, bias: Tensor | None, item_ids: Tensor | None,
-             sampled_ids: Tensor | None, eps: float, backend: Backend) -> Tensor:
+def _log_sum(
+    queries: Tensor,
+    sampled: Tensor,
+    scale: float | Tensor,
+    bias: Tensor | None,
+    item_ids: Tensor | None,
+    sampled_ids: Tensor | None,
+    eps: float,
+    backend: Backend,
+) -> Tensor:
     """(N,) log-sum-exp over what was drawn and is not the query's own item."""
     dtype = checks.compute_dtype(torch.promote_types(queries.dtype, sampled.dtype))
     count = sampled.shape[0]
@@ -180,9 +232,18 @@ def _log_sum(queries: Tensor, sampled: Tensor, scale: float | Tensor, bias: Tens
         ids, target = None, torch.full((queries.shape[0],), count, device=queries.device)
     else:
         ids, target, _ = left_out.find(item_ids.long(), sampled_ids.long())
-    nll, lse = cosine_cross_entropy(queries, F.pad(sampled, (0, 0, 0, 1)), target, scale,
-                                    bias=F.pad(bias, (0, 1), value=left_out.LEAST), same_as=ids,
-                                    return_log_normalizer=True, reduction="none", eps=eps, backend=backend)
+    nll, lse = cosine_cross_entropy(
+        queries,
+        F.pad(sampled, (0, 0, 0, 1)),
+        target,
+        scale,
+        bias=F.pad(bias, (0, 1), value=left_out.LEAST),
+        same_as=ids,
+        return_log_normalizer=True,
+        reduction="none",
+        eps=eps,
+        backend=backend,
+    )
     return left_out.without_target(nll, lse, target < count)
 
 

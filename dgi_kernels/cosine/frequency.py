@@ -53,8 +53,15 @@ class FrequencyEstimator(nn.Module):
     last_step: Tensor
     interval: Tensor
 
-    def __init__(self, buckets: int = 1 << 20, *, hashes: int = 2, rate: float = 0.05, initial_interval: float = 100.0,
-                 group: Group = None) -> None:
+    def __init__(
+        self,
+        buckets: int = 1 << 20,
+        *,
+        hashes: int = 2,
+        rate: float = 0.05,
+        initial_interval: float = 100.0,
+        group: Group = None,
+    ) -> None:
         super().__init__()
         checks.integer("buckets", buckets, low=1)
         checks.integer("hashes", hashes, low=1)

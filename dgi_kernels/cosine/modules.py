@@ -48,10 +48,21 @@ class CosineLinear(nn.Module):
         >>> head.loss(torch.randn(2, 64), torch.tensor([3, 5])).backward()
     """
 
-    def __init__(self, in_features: int, out_features: int, *, scale: float = 30.0, learnable_scale: bool = True,
-                 weight: nn.Parameter | None = None, log_scale: nn.Parameter | None = None,
-                 max_scale: float | None = None, eps: float = 1e-12, backend: Backend = "auto",
-                 device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        scale: float = 30.0,
+        learnable_scale: bool = True,
+        weight: nn.Parameter | None = None,
+        log_scale: nn.Parameter | None = None,
+        max_scale: float | None = None,
+        eps: float = 1e-12,
+        backend: Backend = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.in_features = checks.integer("in_features", in_features, low=1)
         self.out_features = checks.integer("out_features", out_features, low=1)
@@ -63,8 +74,11 @@ class CosineLinear(nn.Module):
         else:
             self.weight = _shared("weight", weight, (out_features, in_features))
         self.max_scale = check_max_scale(max_scale)
-        self.log_scale = (log_scale_parameter(scale, learnable_scale, device, dtype) if log_scale is None
-                          else _shared("log_scale", log_scale, (1,)))
+        self.log_scale = (
+            log_scale_parameter(scale, learnable_scale, device, dtype)
+            if log_scale is None
+            else _shared("log_scale", log_scale, (1,))
+        )
         self.register_load_state_dict_pre_hook(read_0d_log_scale)
 
     def reset_parameters(self) -> None:
@@ -85,15 +99,34 @@ class CosineLinear(nn.Module):
         """Logits (..., K) of ``h`` (..., D); see :func:`dgi_kernels.cosine_logits`."""
         return cosine_logits(h, self.vectors, self.scale, eps=self.eps, backend=self.backend)
 
-    def loss(self, h: Tensor, target: Tensor, *, bias: Tensor | None = None, same_as: Tensor | None = None,
-             return_log_normalizer: bool = False, ignore_index: int = -100, reduction: Reduction = "mean",
-             label_smoothing: float = 0.0) -> Any:
+    def loss(
+        self,
+        h: Tensor,
+        target: Tensor,
+        *,
+        bias: Tensor | None = None,
+        same_as: Tensor | None = None,
+        return_log_normalizer: bool = False,
+        ignore_index: int = -100,
+        reduction: Reduction = "mean",
+        label_smoothing: float = 0.0,
+    ) -> Any:
         """``F.cross_entropy(self(h) + bias, target, ...)`` that never forms the logits; see
         :func:`dgi_kernels.cosine_cross_entropy`."""
-        return cosine_cross_entropy(h, self.vectors, target, self.scale, bias=bias, same_as=same_as,
-                                    return_log_normalizer=return_log_normalizer, ignore_index=ignore_index,
-                                    reduction=reduction, label_smoothing=label_smoothing, eps=self.eps,
-                                    backend=self.backend)
+        return cosine_cross_entropy(
+            h,
+            self.vectors,
+            target,
+            self.scale,
+            bias=bias,
+            same_as=same_as,
+            return_log_normalizer=return_log_normalizer,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            eps=self.eps,
+            backend=self.backend,
+        )
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {scale_repr(self.log_scale)}"
@@ -127,10 +160,20 @@ class CosineCrossEntropyLoss(nn.Module):
         tensor(True)
     """
 
-    def __init__(self, scale: float = 30.0, *, learnable_scale: bool = False, max_scale: float | None = None,
-                 ignore_index: int = -100, reduction: Reduction = "mean", label_smoothing: float = 0.0,
-                 eps: float = 1e-12, backend: Backend = "auto", device: torch.device | str | None = None,
-                 dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        scale: float = 30.0,
+        *,
+        learnable_scale: bool = False,
+        max_scale: float | None = None,
+        ignore_index: int = -100,
+        reduction: Reduction = "mean",
+        label_smoothing: float = 0.0,
+        eps: float = 1e-12,
+        backend: Backend = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.max_scale = check_max_scale(max_scale)
         self.log_scale = log_scale_parameter(scale, learnable_scale, device, dtype)
@@ -147,24 +190,45 @@ class CosineCrossEntropyLoss(nn.Module):
         """0-d gamma, with its gradient."""
         return scale_of(self.log_scale, self.max_scale)
 
-    def forward(self, h: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = None,
-                same_as: Tensor | None = None, return_log_normalizer: bool = False) -> Any:
+    def forward(
+        self,
+        h: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        *,
+        bias: Tensor | None = None,
+        same_as: Tensor | None = None,
+        return_log_normalizer: bool = False,
+    ) -> Any:
         """The loss of ``h`` (..., D) against ``weight`` (K, D) with ``target`` (...).
 
         The options are those of :func:`dgi_kernels.cosine_cross_entropy`.
         """
-        return cosine_cross_entropy(h, weight, target, self.scale, bias=bias, same_as=same_as,
-                                    return_log_normalizer=return_log_normalizer, ignore_index=self.ignore_index,
-                                    reduction=self.reduction, label_smoothing=self.label_smoothing, eps=self.eps,
-                                    backend=self.backend)
+        return cosine_cross_entropy(
+            h,
+            weight,
+            target,
+            self.scale,
+            bias=bias,
+            same_as=same_as,
+            return_log_normalizer=return_log_normalizer,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            eps=self.eps,
+            backend=self.backend,
+        )
 
     def extra_repr(self) -> str:
-        return (f"{scale_repr(self.log_scale)}, ignore_index={self.ignore_index}, reduction={self.reduction!r}, "
-                f"label_smoothing={self.label_smoothing}")
+        return (
+            f"{scale_repr(self.log_scale)}, ignore_index={self.ignore_index}, reduction={self.reduction!r}, "
+            f"label_smoothing={self.label_smoothing}"
+        )
 
 
-def log_scale_parameter(scale: float, learnable: bool, device: torch.device | str | None,
-                        dtype: torch.dtype | None) -> nn.Parameter:
+def log_scale_parameter(
+    scale: float, learnable: bool, device: torch.device | str | None, dtype: torch.dtype | None
+) -> nn.Parameter:
     """Log gamma as a parameter of shape (1,)."""
     value = math.log(checks.number("scale", scale, positive=True))
     return nn.Parameter(torch.full((1,), value, device=device, dtype=dtype), requires_grad=learnable)
@@ -204,7 +268,7 @@ class _AtMost(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        x, = ctx.saved_tensors
+        (x,) = ctx.saved_tensors
         return torch.where((x < ctx.bound) | (upstream > 0), upstream, 0.0), None
 
 

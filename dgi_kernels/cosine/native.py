@@ -33,9 +33,16 @@ def cosine_logits(h: Tensor, weight: Tensor, scale: float | Tensor, eps: float, 
     return _CosineLogits.apply(h, weight, scale, eps, reference)
 
 
-def cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: float | Tensor, bias: Tensor | None,
-                         same_as: Tensor | None, options: LossOptions,
-                         reference: Reference) -> tuple[Tensor, Tensor | None]:
+def cosine_cross_entropy(
+    h: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: float | Tensor,
+    bias: Tensor | None,
+    same_as: Tensor | None,
+    options: LossOptions,
+    reference: Reference,
+) -> tuple[Tensor, Tensor | None]:
     """(..., D), (K, D) of one dtype, (...) int64 -> loss () or (...), log normalizer (...) if wanted.
 
     A target out of range gives NaN for its row.
@@ -70,15 +77,33 @@ def _logits(h: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tensor:
     return logits if h.ndim == 2 else logits.view(*h.shape[:-1], weight.shape[0])
 
 
-def _loss(operands: Sequence[Any], target: Tensor, same_as: Tensor | None, upstream: Tensor | None,
-          upstream_log_normalizer: Tensor | None, options: LossOptions,
-          wanted: Sequence[bool]) -> tuple[tuple[Tensor, Tensor | None], Gradients]:
+def _loss(
+    operands: Sequence[Any],
+    target: Tensor,
+    same_as: Tensor | None,
+    upstream: Tensor | None,
+    upstream_log_normalizer: Tensor | None,
+    options: LossOptions,
+    wanted: Sequence[bool],
+) -> tuple[tuple[Tensor, Tensor | None], Gradients]:
     """``operands`` are h, weight, scale and bias -> loss and log normalizer, and the gradients that are ``wanted``."""
     h, weight, scale, bias = operands
     loss, log_normalizer, *gradients = torch.ops.dgi_kernels.cosine_cross_entropy(
-        _rows(h), weight.contiguous(), _flat(target), scale, _flat(bias), _flat(same_as), _flat(upstream),
-        _flat(upstream_log_normalizer), options.ignore_index, REDUCTIONS.index(options.reduction),
-        options.label_smoothing, options.eps, options.return_log_normalizer, *wanted)
+        _rows(h),
+        weight.contiguous(),
+        _flat(target),
+        scale,
+        _flat(bias),
+        _flat(same_as),
+        _flat(upstream),
+        _flat(upstream_log_normalizer),
+        options.ignore_index,
+        REDUCTIONS.index(options.reduction),
+        options.label_smoothing,
+        options.eps,
+        options.return_log_normalizer,
+        *wanted,
+    )
     if options.reduction == "none" and target.ndim != 1:
         loss = loss.view(target.shape)
     if options.return_log_normalizer:
@@ -91,8 +116,12 @@ def _present(h: Tensor, gradients: Sequence[Tensor], wanted: Sequence[bool]) -> 
     return dh if dh is None else dh.view(h.shape), *others
 
 
-def _of_reference(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor],
-                  upstream: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
+def _of_reference(
+    function: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Tensor],
+    upstream: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
     """Gradients that can be differentiated themselves."""
     with torch.enable_grad():
         compute = torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
@@ -112,17 +141,39 @@ class _CosineLogits(torch.autograd.Function):
         h, weight, scale = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
         if create_graph():
-            return *_of_reference(lambda *inputs: (ctx.reference(*inputs, ctx.eps),), (h, weight, scale), (upstream,),
-                                  wanted), None, None
-        return *_present(h, torch.ops.dgi_kernels.cosine_logits_backward(
-            _rows(upstream), _rows(h), weight.contiguous(), scale, ctx.eps, *wanted), wanted), None, None
+            return (
+                *_of_reference(
+                    lambda *inputs: (ctx.reference(*inputs, ctx.eps),), (h, weight, scale), (upstream,), wanted
+                ),
+                None,
+                None,
+            )
+        return (
+            *_present(
+                h,
+                torch.ops.dgi_kernels.cosine_logits_backward(
+                    _rows(upstream), _rows(h), weight.contiguous(), scale, ctx.eps, *wanted
+                ),
+                wanted,
+            ),
+            None,
+            None,
+        )
 
 
 class _CosineCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, target: Tensor,
-                same_as: Tensor | None, options: LossOptions,
-                reference: Reference) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        ctx: Any,
+        h: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        same_as: Tensor | None,
+        options: LossOptions,
+        reference: Reference,
+    ) -> tuple[Tensor, Tensor | None]:
         ctx.options, ctx.reference = options, reference
         ctx.set_materialize_grads(False)
         wanted = ctx.needs_input_grad[:4] if options.reduction != "none" else _NONE
@@ -135,13 +186,15 @@ class _CosineCrossEntropy(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None,
-                 upstream_log_normalizer: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, upstream: Tensor | None, upstream_log_normalizer: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
         h, weight, scale, bias, target, same_as, *gradients = ctx.saved_tensors
         operands, wanted = (h, weight, scale, bias), ctx.needs_input_grad[:4]
         if upstream is None and upstream_log_normalizer is None:
             return (None,) * 8
         if create_graph():
+
             def outputs(h: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> list[Tensor]:
                 both = ctx.reference(_rows(h), weight, target.reshape(-1), scale, bias, same_as, ctx.options)
                 by_row = ctx.options.reduction == "none"
@@ -149,7 +202,7 @@ class _CosineCrossEntropy(torch.autograd.Function):
 
             given = [x for x in operands if x is not None]
             upstreams = (upstream, upstream_log_normalizer) if ctx.options.return_log_normalizer else (upstream,)
-            found = _of_reference(outputs, given, upstreams, wanted[:len(given)])
+            found = _of_reference(outputs, given, upstreams, wanted[: len(given)])
             return *found, *(None for _ in range(8 - len(found)))
         if ctx.options.reduction == "none":
             if upstream is None:
@@ -162,8 +215,9 @@ class _CosineCrossEntropy(torch.autograd.Function):
         return *gradients, None, None, None, None
 
 
-def _take_gradients(ctx: Any, operands: Sequence[Any], target: Tensor, same_as: Tensor | None,
-                    upstream: Any) -> Gradients:
+def _take_gradients(
+    ctx: Any, operands: Sequence[Any], target: Tensor, same_as: Tensor | None, upstream: Any
+) -> Gradients:
     """The gradients made in forward, times ``upstream``, in place: a second copy could be larger than all else.
 
     They are gone then, and a second backward through the same graph makes them again.
@@ -184,8 +238,10 @@ def _(h: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tensor:
 
 
 def _fake_gradients(inputs: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(x) if want else x.new_empty(0, dtype=torch.float32)
-                 for x, want in zip(inputs, wanted, strict=True))
+    return tuple(
+        torch.empty_like(x) if want else x.new_empty(0, dtype=torch.float32)
+        for x, want in zip(inputs, wanted, strict=True)
+    )
 
 
 @fake_kernel("cosine_logits_backward")
@@ -194,10 +250,25 @@ def _(dlogits: Tensor, h: Tensor, weight: Tensor, scale: Tensor, eps: float, *wa
 
 
 @fake_kernel("cosine_cross_entropy")
-def _(h: Tensor, weight: Tensor, target: Tensor, scale: Tensor, bias: Tensor | None, same_as: Tensor | None,
-      upstream: Tensor | None, upstream_log_normalizer: Tensor | None, ignore_index: int, reduction: int,
-      label_smoothing: float, eps: float, wants_log_normalizer: bool, *wanted: bool) -> tuple[Tensor, ...]:
+def _(
+    h: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    same_as: Tensor | None,
+    upstream: Tensor | None,
+    upstream_log_normalizer: Tensor | None,
+    ignore_index: int,
+    reduction: int,
+    label_smoothing: float,
+    eps: float,
+    wants_log_normalizer: bool,
+    *wanted: bool,
+) -> tuple[Tensor, ...]:
     rows = h.shape[0]
-    return (scale.new_empty((rows,) if REDUCTIONS[reduction] == "none" else ()),
-            scale.new_empty(rows if wants_log_normalizer else 0),
-            *_fake_gradients((h, weight, scale, scale.new_empty(weight.shape[0])), wanted))
+    return (
+        scale.new_empty((rows,) if REDUCTIONS[reduction] == "none" else ()),
+        scale.new_empty(rows if wants_log_normalizer else 0),
+        *_fake_gradients((h, weight, scale, scale.new_empty(weight.shape[0])), wanted),
+    )

@@ -57,10 +57,22 @@ def _outside_of_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @_outside_of_graphs
 def vocabulary_parallel_cosine_cross_entropy(
-        h: Tensor, weight: Tensor, target: Tensor, scale: float | Tensor, *, group: Group = None,
-        rows: Rows = "replicated", bias: Tensor | None = None, same_as: Tensor | None = None,
-        return_log_normalizer: bool = False, ignore_index: int = -100, reduction: Reduction = "mean",
-        label_smoothing: float = 0.0, eps: float = 1e-12, backend: Backend = "auto") -> Any:
+    h: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: float | Tensor,
+    *,
+    group: Group = None,
+    rows: Rows = "replicated",
+    bias: Tensor | None = None,
+    same_as: Tensor | None = None,
+    return_log_normalizer: bool = False,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    eps: float = 1e-12,
+    backend: Backend = "auto",
+) -> Any:
     """:func:`cosine_cross_entropy` over a weight whose rows are spread over the ranks of a process group.
 
     Equal, to rounding, to ``cosine_cross_entropy(h, torch.cat(all ranks' weights), target, ...)`` in one process, loss
@@ -116,15 +128,26 @@ def vocabulary_parallel_cosine_cross_entropy(
             range.  On CUDA, these two are checked inside ``dgi_kernels.debug()`` only.
 
     Examples:
-        >>> h, weight = torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 0.0], [0.0, 2.0]])   # one process has all rows
+        >>> h, weight = torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 0.0], [0.0, 2.0]])  # one process has all rows
         >>> dgi_kernels.vocabulary_parallel_cosine_cross_entropy(h, weight, torch.tensor([1]), 10.0)
         tensor(0.1269)
     """
     checks.choice("rows", rows, ROWS)
     if world_size(group) == 1:
-        return cosine_cross_entropy(h, weight, target, scale, bias=bias, same_as=same_as,
-                                    return_log_normalizer=return_log_normalizer, ignore_index=ignore_index,
-                                    reduction=reduction, label_smoothing=label_smoothing, eps=eps, backend=backend)
+        return cosine_cross_entropy(
+            h,
+            weight,
+            target,
+            scale,
+            bias=bias,
+            same_as=same_as,
+            return_log_normalizer=return_log_normalizer,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            eps=eps,
+            backend=backend,
+        )
     h, weight, scale, eps = check_operands(h, weight, scale, eps)
     options = check_loss(h, target, ignore_index, reduction, label_smoothing, eps, return_log_normalizer)
     bias, same_as = check_columns(weight, bias, same_as)
@@ -144,7 +167,7 @@ def vocabulary_parallel_cosine_cross_entropy(
 
     ignored = target == ignore_index
     h = h.masked_fill(ignored.unsqueeze(-1), 0)  # padding may be anything, NaN too
-    place = target - sizes[:rank(group)].sum()
+    place = target - sizes[: rank(group)].sum()
     owned = ~ignored & (place >= 0) & (place < weight.shape[0])
     shard = _Shard(weight, bias, scale, eps, backend)
     columns = None if same_as is None else left_out.find(_items(same_as, place, owned, group), same_as)
@@ -164,8 +187,9 @@ def vocabulary_parallel_cosine_cross_entropy(
 
     wild = ~ignored & ((target < 0) | (target >= codes))
     if sharded:
-        target, ignored, wild = (x.chunk(world_size(group))[rank(group)] if len(x) else x
-                                 for x in (target, ignored, wild))
+        target, ignored, wild = (
+            x.chunk(world_size(group))[rank(group)] if len(x) else x for x in (target, ignored, wild)
+        )
     loss = options.reduce(loss.masked_fill(ignored, 0).masked_fill(wild, torch.nan), target)
     loss = loss.reshape(shape) if options.reduction == "none" else loss
     if not return_log_normalizer:
@@ -180,8 +204,12 @@ def _shard_sizes(h: Tensor, weight: Tensor, sharded: bool, given: int, group: Gr
     everyone = all_gather(own[None], group)
     if checks_values(h.device):
         _, dim, rows, flags = everyone.unbind(1)
-        for what, numbers in (("D of weight", dim), ("number of rows of h", rows), ("rows", flags % 2),
-                              ("which of bias and same_as are given", flags // 2)):
+        for what, numbers in (
+            ("D of weight", dim),
+            ("number of rows of h", rows),
+            ("rows", flags % 2),
+            ("which of bias and same_as are given", flags // 2),
+        ):
             seen = numbers.tolist()
             if len(set(seen)) > 1:
                 raise ValueError(f"{what} must be the same on every rank; got {seen}")
@@ -209,21 +237,38 @@ class _Shard(NamedTuple):
         if codes == 0:
             return self._nothing(h)
         row = torch.where(owned, place, torch.arange(len(place), device=place.device) % codes)
-        nll = cosine_cross_entropy(h, self.weight, row.masked_fill(ignored, -100), self.scale, reduction="none",
-                                   eps=self.eps, backend=self.backend)
+        nll = cosine_cross_entropy(
+            h,
+            self.weight,
+            row.masked_fill(ignored, -100),
+            self.scale,
+            reduction="none",
+            eps=self.eps,
+            backend=self.backend,
+        )
         logit = self.logit(h, row)
         return nll, logit, nll + logit
 
-    def part_of_columns(self, h: Tensor, place: Tensor, owned: Tensor, ignored: Tensor,
-                        columns: left_out.Columns | None) -> tuple[Tensor, Tensor, Tensor]:
+    def part_of_columns(
+        self, h: Tensor, place: Tensor, owned: Tensor, ignored: Tensor, columns: left_out.Columns | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """As :meth:`part`, with a bias, and without the rows of the target's item but for the target itself."""
         codes, dtype = self.weight.shape[0], checks.compute_dtype(h.dtype)
         bias = self.weight.new_zeros(codes, dtype=dtype) if self.bias is None else self.bias.to(dtype)
         more = self._replace(weight=F.pad(self.weight, (0, 0, 0, 1)), bias=F.pad(bias, (0, 1), value=left_out.LEAST))
         row = torch.where(owned, place, codes if columns is None else columns.first)
-        nll, lse = cosine_cross_entropy(h, more.weight, row.masked_fill(ignored, -100), self.scale, bias=more.bias,
-                                        same_as=None if columns is None else columns.ids, return_log_normalizer=True,
-                                        reduction="none", eps=self.eps, backend=self.backend)
+        nll, lse = cosine_cross_entropy(
+            h,
+            more.weight,
+            row.masked_fill(ignored, -100),
+            self.scale,
+            bias=more.bias,
+            same_as=None if columns is None else columns.ids,
+            return_log_normalizer=True,
+            reduction="none",
+            eps=self.eps,
+            backend=self.backend,
+        )
         if columns is not None:
             lse = left_out.without_target(nll, lse, columns.found & ~owned & ~ignored)
         logit = more.logit(h, row.masked_fill(~owned, codes))
@@ -272,8 +317,9 @@ class _AcrossRanks(torch.autograd.Function):
     """nll, LSE_nr, the smoothing's part (N,) of this rank -> loss and LSE_n (N,), or of this rank's rows (N / R,)."""
 
     @staticmethod
-    def forward(ctx: Any, nll: Tensor, lse: Tensor, smoothing: Tensor, owned: Tensor, sharded: bool,
-                group: Group) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, nll: Tensor, lse: Tensor, smoothing: Tensor, owned: Tensor, sharded: bool, group: Group
+    ) -> tuple[Tensor, Tensor]:
         top = all_reduce(lse, group, dist.ReduceOp.MAX)
         mass = (lse - top).exp()
         # LSE - s_t = log sum_r mass_r + (top - LSE_r + nll of the rank r that has t): without cancellation where that
@@ -290,12 +336,14 @@ class _AcrossRanks(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor | None,
-                 upstream_log_normalizer: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, upstream: Tensor | None, upstream_log_normalizer: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         share, owned = ctx.saved_tensors
         nothing = torch.zeros_like(share)
         of_loss, of_log_normalizer = (
             nothing if x is None else all_gather(x, ctx.group) if ctx.sharded else x
-            for x in (upstream, upstream_log_normalizer))
+            for x in (upstream, upstream_log_normalizer)
+        )
         mine = of_loss * owned
         return mine, (of_loss + of_log_normalizer) * share - mine, of_loss, None, None, None

@@ -20,8 +20,15 @@ def cosine_logits(h: Tensor, weight: Tensor, scale: float | Tensor, eps: float) 
     return scale * (F.normalize(h, dim=-1, eps=eps) @ F.normalize(weight, dim=-1, eps=eps).T)
 
 
-def cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: float | Tensor, bias: Tensor | None,
-                         same_as: Tensor | None, options: LossOptions) -> tuple[Tensor, Tensor | None]:
+def cosine_cross_entropy(
+    h: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: float | Tensor,
+    bias: Tensor | None,
+    same_as: Tensor | None,
+    options: LossOptions,
+) -> tuple[Tensor, Tensor | None]:
     """(N, D), (K, D), (N,) int64, bias (K,), same_as (K,) int64 -> loss () or (N,), log normalizer (N,) if wanted.
 
     A target out of range gives NaN for its row.

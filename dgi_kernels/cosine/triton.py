@@ -53,15 +53,21 @@ class FlashConfig(NamedTuple):
 # are the largest tried that spill no registers; which are the fastest is to be measured, and is then kept by GPU model
 # in dgi_kernels/tiles. Others than 9 and 10 take those of 8, which need at most 99 KB of shared memory.
 FLASH = {
-    8: {64: FlashConfig(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3)),
+    8: {
+        64: FlashConfig(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3)),
         128: FlashConfig(Tiles(128, 32, 8, 3), Tiles(128, 64, 8, 2)),
-        256: FlashConfig(Tiles(64, 64, 8, 2), Tiles(128, 32, 8, 2))},
-    9: {64: FlashConfig(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3)),
+        256: FlashConfig(Tiles(64, 64, 8, 2), Tiles(128, 32, 8, 2)),
+    },
+    9: {
+        64: FlashConfig(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3)),
         128: FlashConfig(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3)),
-        256: FlashConfig(Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2))},
-    10: {64: FlashConfig(Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 3)),
-         128: FlashConfig(Tiles(128, 32, 8, 3), Tiles(64, 64, 8, 3)),
-         256: FlashConfig(Tiles(64, 64, 8, 2), Tiles(128, 32, 8, 2))},
+        256: FlashConfig(Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2)),
+    },
+    10: {
+        64: FlashConfig(Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 3)),
+        128: FlashConfig(Tiles(128, 32, 8, 3), Tiles(64, 64, 8, 3)),
+        256: FlashConfig(Tiles(64, 64, 8, 2), Tiles(128, 32, 8, 2)),
+    },
 }
 FLASH_LARGEST = 256
 COLUMNS_LARGEST = 128  # where columns have more than their vectors, or log-normalizers a gradient: both take registers
@@ -84,8 +90,9 @@ def flash_config(dim: int, device: torch.device) -> tuple[int, FlashConfig]:
     """Dimensions of a tile, and the tiles, for vectors of ``dim`` dimensions."""
     table = FLASH.get(common.architecture(device), FLASH[8])
     b_d = min(largest for largest in table if dim <= largest)
-    return b_d, FlashConfig(*(measured.pick(f"cosine.{name}", b_d, tiles, device)
-                              for name, tiles in table[b_d]._asdict().items()))
+    return b_d, FlashConfig(
+        *(measured.pick(f"cosine.{name}", b_d, tiles, device) for name, tiles in table[b_d]._asdict().items())
+    )
 
 
 def with_columns(tiles: Tiles, b_d: int) -> Tiles:
@@ -93,15 +100,32 @@ def with_columns(tiles: Tiles, b_d: int) -> Tiles:
     return tiles if b_d <= 64 else tiles._replace(step=max(16, tiles.step // 2))
 
 
-def cosine_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: float | Tensor, bias: Tensor | None,
-                         same_as: Tensor | None, options: LossOptions) -> tuple[Tensor, Tensor | None]:
+def cosine_cross_entropy(
+    h: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: float | Tensor,
+    bias: Tensor | None,
+    same_as: Tensor | None,
+    options: LossOptions,
+) -> tuple[Tensor, Tensor | None]:
     """(N, D), (K, D), (N,) int64, bias (K,), same_as (K,) int64 -> loss () or (N,) float32, log normalizer (N,) float32
     if wanted; a target out of range gives NaN for its row."""
     scale = checks.scalar_tensor(scale, torch.float32, h.device)
     keep_mean = torch.is_grad_enabled() and h.requires_grad
-    loss, lse, *_ = _forward(h, weight, target, scale, None if bias is None else bias.float(),
-                             None if same_as is None else _groups(same_as), options.ignore_index,
-                             options.label_smoothing, options.eps, keep_mean, options.return_log_normalizer)
+    loss, lse, *_ = _forward(
+        h,
+        weight,
+        target,
+        scale,
+        None if bias is None else bias.float(),
+        None if same_as is None else _groups(same_as),
+        options.ignore_index,
+        options.label_smoothing,
+        options.eps,
+        keep_mean,
+        options.return_log_normalizer,
+    )
     ignored = target == options.ignore_index
     log_normalizer = None
     if options.return_log_normalizer:
@@ -118,9 +142,19 @@ def _groups(same_as: Tensor) -> Tensor:
 
 
 @library.custom_op("dgi_kernels::cosine_loss_triton", mutates_args=())
-def _forward(h: Tensor, weight: Tensor, target: Tensor, scale: Tensor, bias: Tensor | None, groups: Tensor | None,
-             ignore_index: int, smoothing: float, eps: float, keep_mean: bool,
-             with_lse: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _forward(
+    h: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    groups: Tensor | None,
+    ignore_index: int,
+    smoothing: float,
+    eps: float,
+    keep_mean: bool,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> loss, lse, residue, mean, centre, rnorm_h, rnorm_w, label, order; mean (N, D) is what dh is made of.
 
     The chunked form has neither mean nor order: they are empty, as is the mean that nobody asks for.
@@ -143,18 +177,51 @@ def _forward(h: Tensor, weight: Tensor, target: Tensor, scale: Tensor, bias: Ten
         key = torch.empty_like(label)
         b_n, b_d = NORM_BLOCK
         kernels.target_kernel[(triton.cdiv(rows, b_n),)](
-            h, weight, p_target=target.contiguous(), p_scale=scale, p_bias=bias, p_centre=centre,
-            p_bias_centre=bias_centre, p_rnorm=rnorm_h, p_logit=logit, p_extra=extra, p_label=label, p_key=key, N=rows,
-            K=codes, D=dim, stride_h=h.stride(0), stride_w=weight.stride(0), ignore_index=ignore_index, eps=eps,
-            smoothing=smoothing, b_n=b_n, b_d=b_d, num_warps=4)
+            h,
+            weight,
+            p_target=target.contiguous(),
+            p_scale=scale,
+            p_bias=bias,
+            p_centre=centre,
+            p_bias_centre=bias_centre,
+            p_rnorm=rnorm_h,
+            p_logit=logit,
+            p_extra=extra,
+            p_label=label,
+            p_key=key,
+            N=rows,
+            K=codes,
+            D=dim,
+            stride_h=h.stride(0),
+            stride_w=weight.stride(0),
+            ignore_index=ignore_index,
+            eps=eps,
+            smoothing=smoothing,
+            b_n=b_n,
+            b_d=b_d,
+            num_warps=4,
+        )
         terms = _terms(bias, groups)
         if not len(order):
             for own, s in _chunks(h, weight):
                 product(h[own], weight.T, s)
                 chunks.chunk_loss_kernel[(len(s),)](
-                    s, p_rnorm_h=rnorm_h[own], p_rnorm_w=rnorm_w, **terms, p_logit=logit[own], p_extra=extra[own],
-                    p_label=label[own], p_scale=scale, p_loss=loss[own], p_lse=lse[own], p_residue=residue[own],
-                    K=codes, smoothing=smoothing, b_k=CHUNK_STEP, num_warps=8)
+                    s,
+                    p_rnorm_h=rnorm_h[own],
+                    p_rnorm_w=rnorm_w,
+                    **terms,
+                    p_logit=logit[own],
+                    p_extra=extra[own],
+                    p_label=label[own],
+                    p_scale=scale,
+                    p_loss=loss[own],
+                    p_lse=lse[own],
+                    p_residue=residue[own],
+                    K=codes,
+                    smoothing=smoothing,
+                    b_k=CHUNK_STEP,
+                    num_warps=8,
+                )
             return outputs
         if rows >= ORDER_FROM[0] and codes >= ORDER_FROM[1]:
             order.copy_(torch.sort(key, stable=True).indices)
@@ -166,11 +233,35 @@ def _forward(h: Tensor, weight: Tensor, target: Tensor, scale: Tensor, bias: Ten
         if bias is not None or groups is not None:
             tiles = with_columns(tiles, b_d)
         kernels.flash_forward_kernel[(triton.cdiv(rows, tiles.owned),)](
-            h, weight, p_rnorm_h=rnorm_h, p_rnorm_w=rnorm_w, **terms, p_logit=logit, p_extra=extra, p_label=label,
-            p_order=order, p_scale=scale, p_gain=gain, p_loss=loss, p_lse=lse, p_residue=residue, p_mean=mean, N=rows,
-            K=codes, D=dim, stride_h=h.stride(0), stride_w=weight.stride(0), smoothing=smoothing,
-            log2_skip=LOG2_SKIP[h.dtype], with_mean=keep_mean, b_n=tiles.owned, b_k=tiles.step, b_d=b_d,
-            num_warps=tiles.warps, num_stages=tiles.stages)
+            h,
+            weight,
+            p_rnorm_h=rnorm_h,
+            p_rnorm_w=rnorm_w,
+            **terms,
+            p_logit=logit,
+            p_extra=extra,
+            p_label=label,
+            p_order=order,
+            p_scale=scale,
+            p_gain=gain,
+            p_loss=loss,
+            p_lse=lse,
+            p_residue=residue,
+            p_mean=mean,
+            N=rows,
+            K=codes,
+            D=dim,
+            stride_h=h.stride(0),
+            stride_w=weight.stride(0),
+            smoothing=smoothing,
+            log2_skip=LOG2_SKIP[h.dtype],
+            with_mean=keep_mean,
+            b_n=tiles.owned,
+            b_k=tiles.step,
+            b_d=b_d,
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+        )
     return outputs
 
 
@@ -179,22 +270,37 @@ def _terms(bias: Tensor | None, groups: Tensor | None) -> dict[str, Tensor | Non
     return {"p_bias": bias, "p_group": None if groups is None else groups[0]}
 
 
-def _is_flash(dim: int, dtype: torch.dtype, bias: Tensor | None, groups: Tensor | None, smoothing: float,
-              with_lse: bool) -> bool:
+def _is_flash(
+    dim: int, dtype: torch.dtype, bias: Tensor | None, groups: Tensor | None, smoothing: float, with_lse: bool
+) -> bool:
     """Smoothing over all columns but those left out is no vector that all rows share: only chunks have it."""
     plain = bias is None and groups is None and not with_lse
     return uses_flash(dim, dtype) and (plain or dim <= COLUMNS_LARGEST) and (groups is None or smoothing == 0)
 
 
-def _empty_outputs(h: Tensor, weight: Tensor, bias: Tensor | None, groups: Tensor | None, smoothing: float,
-                   keep_mean: bool, with_lse: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                                                             Tensor, Tensor]:
+def _empty_outputs(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    groups: Tensor | None,
+    smoothing: float,
+    keep_mean: bool,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, codes, dim = h.shape[0], weight.shape[0], _tiled_dim(h.shape[1])
     flash = _is_flash(dim, h.dtype, bias, groups, smoothing, with_lse)
     loss, lse, residue, rnorm_h = (h.new_empty(rows, dtype=torch.float32) for _ in range(4))
-    return (loss, lse, residue, h.new_empty(rows if flash and keep_mean else 0, dim),
-            h.new_empty(dim, dtype=torch.float32), rnorm_h, h.new_empty(codes, dtype=torch.float32),
-            h.new_empty(rows, dtype=torch.int32), h.new_empty(rows if flash else 0, dtype=torch.int64))
+    return (
+        loss,
+        lse,
+        residue,
+        h.new_empty(rows if flash and keep_mean else 0, dim),
+        h.new_empty(dim, dtype=torch.float32),
+        rnorm_h,
+        h.new_empty(codes, dtype=torch.float32),
+        h.new_empty(rows, dtype=torch.int32),
+        h.new_empty(rows if flash else 0, dtype=torch.int64),
+    )
 
 
 @_forward.register_fake
@@ -224,8 +330,12 @@ class Saved:
 
     def shared(self) -> dict[str, Tensor | int | None]:
         """The arguments that both kernels of gradients by tiles have, flash or chunked."""
-        return {"p_rnorm_w": self.rnorm_w, **_terms(self.bias, self.groups), "p_scale": self.scale,
-                "K": len(self.weight)}
+        return {
+            "p_rnorm_w": self.rnorm_w,
+            **_terms(self.bias, self.groups),
+            "p_scale": self.scale,
+            "K": len(self.weight),
+        }
 
 
 @dataclass(frozen=True)
@@ -259,25 +369,69 @@ def _upstream(of_loss: Tensor | None, of_lse: Tensor | None, saved: Saved, need_
 
 
 @library.custom_op("dgi_kernels::cosine_loss_triton_backward", mutates_args=())
-def _backward(of_loss: Tensor | None, of_lse: Tensor | None, h: Tensor, weight: Tensor, scale: Tensor,
-              bias: Tensor | None, groups: Tensor | None, lse: Tensor, residue: Tensor, mean: Tensor, centre: Tensor,
-              rnorm_h: Tensor, rnorm_w: Tensor, label: Tensor, order: Tensor, smoothing: float, eps: float,
-              need_h: bool, need_weight: bool, need_bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _backward(
+    of_loss: Tensor | None,
+    of_lse: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    groups: Tensor | None,
+    lse: Tensor,
+    residue: Tensor,
+    mean: Tensor,
+    centre: Tensor,
+    rnorm_h: Tensor,
+    rnorm_w: Tensor,
+    label: Tensor,
+    order: Tensor,
+    smoothing: float,
+    eps: float,
+    need_h: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> dh, dweight, dbias (empty where not needed), dscale."""
-    saved = Saved(h, weight, scale, bias, groups, lse, residue, mean, centre, rnorm_h, rnorm_w, label, order,
-                  smoothing, eps)
+    saved = Saved(
+        h, weight, scale, bias, groups, lse, residue, mean, centre, rnorm_h, rnorm_w, label, order, smoothing, eps
+    )
     return _gradients(h.new_empty(h.shape if need_h else (0, 0)), of_loss, of_lse, saved, need_weight, need_bias)
 
 
 @_backward.register_fake
-def _(of_loss, of_lse, h, weight, scale, bias, groups, lse, residue, mean, centre, rnorm_h, rnorm_w, label, order,
-      smoothing, eps, need_h, need_weight, need_bias):
-    return (h.new_empty(h.shape if need_h else (0, 0)), weight.new_empty(weight.shape if need_weight else (0, 0)),
-            rnorm_w.new_empty(len(weight) if need_bias else 0), torch.empty_like(scale))
+def _(
+    of_loss,
+    of_lse,
+    h,
+    weight,
+    scale,
+    bias,
+    groups,
+    lse,
+    residue,
+    mean,
+    centre,
+    rnorm_h,
+    rnorm_w,
+    label,
+    order,
+    smoothing,
+    eps,
+    need_h,
+    need_weight,
+    need_bias,
+):
+    return (
+        h.new_empty(h.shape if need_h else (0, 0)),
+        weight.new_empty(weight.shape if need_weight else (0, 0)),
+        rnorm_w.new_empty(len(weight) if need_bias else 0),
+        torch.empty_like(scale),
+    )
 
 
-def _gradients(dh: Tensor, of_loss: Tensor | None, of_lse: Tensor | None, saved: Saved, need_weight: bool,
-               need_bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _gradients(
+    dh: Tensor, of_loss: Tensor | None, of_lse: Tensor | None, saved: Saved, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> dh, filled where it has elements (it may be ``mean`` itself), dweight and dbias (or empty), dscale."""
     h, weight = saved.h, saved.weight
     dweight = weight.new_empty(weight.shape if need_weight else (0, 0))
@@ -285,8 +439,9 @@ def _gradients(dh: Tensor, of_loss: Tensor | None, of_lse: Tensor | None, saved:
     if h.shape[0] == 0:
         return dh, dweight.zero_(), dbias, torch.zeros_like(saved.scale)
     upstream = _upstream(of_loss, of_lse, saved, need_bias)
-    saved = replace(saved, h=_tiled(h), weight=_tiled(weight),
-                    bias=None if saved.bias is None else saved.bias.contiguous())
+    saved = replace(
+        saved, h=_tiled(h), weight=_tiled(weight), bias=None if saved.bias is None else saved.bias.contiguous()
+    )
     with torch.cuda.device_of(h):
         if not len(saved.order):
             radial = _chunked_gradients(upstream, saved, dh, dweight, dbias)
@@ -302,8 +457,9 @@ def _gradients(dh: Tensor, of_loss: Tensor | None, of_lse: Tensor | None, saved:
 def _save(ctx, inputs, output) -> None:
     h, weight, target, scale, bias, groups, *ctx.options, ctx.keeps_mean, ctx.with_lse = inputs
     _, lse, residue, mean, centre, rnorm_h, rnorm_w, label, order = output
-    ctx.save_for_backward(target, h, weight, scale, bias, groups, lse, residue, mean, centre, rnorm_h, rnorm_w, label,
-                          order)
+    ctx.save_for_backward(
+        target, h, weight, scale, bias, groups, lse, residue, mean, centre, rnorm_h, rnorm_w, label, order
+    )
     ctx.mark_non_differentiable(residue, mean, centre, rnorm_h, rnorm_w, label, order)
     ctx.set_materialize_grads(False)
     ctx.mean_is_gone = False
@@ -321,16 +477,26 @@ def _differentiate(ctx, of_loss: Tensor | None, of_lse: Tensor | None, *_):
     if of_loss is None and of_lse is None:
         return (None,) * 11
     if (need_h and not ctx.keeps_mean) or (ctx.mean_is_gone and (need_h or need_scale)):
-        mean = _forward(h, weight, target, scale, bias, groups, ignore_index, smoothing, eps, True,
-                        ctx.with_lse)[3]
+        mean = _forward(h, weight, target, scale, bias, groups, ignore_index, smoothing, eps, True, ctx.with_lse)[3]
     operands = (h, weight, scale, bias, groups, lse, residue, mean, *others, smoothing, eps)
     if need_h and mean.shape == h.shape and type(mean) is Tensor and not torch.is_grad_enabled():
         ctx.mean_is_gone = True
         dh, dweight, dbias, dscale = _gradients(mean, of_loss, of_lse, Saved(*operands), need_weight, need_bias)
     else:
         dh, dweight, dbias, dscale = _backward(of_loss, of_lse, *operands, need_h, need_weight, need_bias)
-    return (dh if need_h else None, dweight if need_weight else None, None, dscale if need_scale else None,
-            dbias if need_bias else None, None, None, None, None, None, None)
+    return (
+        dh if need_h else None,
+        dweight if need_weight else None,
+        None,
+        dscale if need_scale else None,
+        dbias if need_bias else None,
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -342,11 +508,31 @@ def _flash_hidden(upstream: Upstream, saved: Saved, dh: Tensor) -> Tensor:
     radial = torch.empty_like(upstream.loss)
     b_n, b_d = finish_block(h.shape[1])
     kernels.flash_hidden_kernel[(triton.cdiv(len(h), b_n),)](
-        saved.mean, h, weight, p_rnorm_h=saved.rnorm_h, p_rnorm_w=saved.rnorm_w, p_residue=saved.residue,
-        p_upstream=upstream.loss, p_both=upstream.both, p_own=upstream.own, p_label=saved.label, p_scale=saved.scale,
-        p_centre=saved.centre, p_out=dh, p_radial=radial, N=len(h), D=h.shape[1], width=dh.shape[1],
-        stride_h=h.stride(0), stride_w=weight.stride(0), smoothing=saved.smoothing, eps=saved.eps, b_n=b_n, b_d=b_d,
-        num_warps=4)
+        saved.mean,
+        h,
+        weight,
+        p_rnorm_h=saved.rnorm_h,
+        p_rnorm_w=saved.rnorm_w,
+        p_residue=saved.residue,
+        p_upstream=upstream.loss,
+        p_both=upstream.both,
+        p_own=upstream.own,
+        p_label=saved.label,
+        p_scale=saved.scale,
+        p_centre=saved.centre,
+        p_out=dh,
+        p_radial=radial,
+        N=len(h),
+        D=h.shape[1],
+        width=dh.shape[1],
+        stride_h=h.stride(0),
+        stride_w=weight.stride(0),
+        smoothing=saved.smoothing,
+        eps=saved.eps,
+        b_n=b_n,
+        b_d=b_d,
+        num_warps=4,
+    )
     return radial
 
 
@@ -372,12 +558,32 @@ def _flash_weight(upstream: Upstream, saved: Saved, dweight: Tensor, dbias: Tens
     largest = h.new_empty(splits, codes, dtype=torch.float32)
     of_bias = torch.empty_like(largest) if dbias.numel() else None
     kernels.flash_weight_kernel[(programs, splits)](
-        h, weight, p_rnorm_h=saved.rnorm_h, **saved.shared(), p_lse=saved.lse, p_residue=saved.residue,
-        p_upstream=per_row if gain is None or per_row is None else per_row * gain, p_both=upstream.both,
-        p_own=upstream.own, p_gain=None if upstream.both is None else gain, p_label=saved.label,
-        p_order=saved.order, p_partial=partial, p_largest=largest, p_dbias=of_bias, N=rows, D=dim,
-        stride_h=h.stride(0), stride_w=weight.stride(0), skip=2.0 ** LOG2_SKIP[h.dtype], b_k=tiles.owned,
-        b_n=tiles.step, b_d=b_d, num_warps=tiles.warps, num_stages=tiles.stages)
+        h,
+        weight,
+        p_rnorm_h=saved.rnorm_h,
+        **saved.shared(),
+        p_lse=saved.lse,
+        p_residue=saved.residue,
+        p_upstream=per_row if gain is None or per_row is None else per_row * gain,
+        p_both=upstream.both,
+        p_own=upstream.own,
+        p_gain=None if upstream.both is None else gain,
+        p_label=saved.label,
+        p_order=saved.order,
+        p_partial=partial,
+        p_largest=largest,
+        p_dbias=of_bias,
+        N=rows,
+        D=dim,
+        stride_h=h.stride(0),
+        stride_w=weight.stride(0),
+        skip=2.0 ** LOG2_SKIP[h.dtype],
+        b_k=tiles.owned,
+        b_n=tiles.step,
+        b_d=b_d,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
     if of_bias is not None:
         torch.sum(of_bias, 0, out=dbias)
         dbias -= upstream.loss.sum() * (saved.smoothing / codes)
@@ -403,14 +609,29 @@ def _chunked_gradients(upstream: Upstream, saved: Saved, dh: Tensor, dweight: Te
         g = s if h.dtype == torch.float32 else s.new_empty(s.shape, dtype=h.dtype)
         product(h[own], weight.T, s)
         both, target, even = (None if x is None else x[own] for x in (upstream.both, upstream.own, upstream.even))
-        shared = {**saved.shared(), "p_rnorm_h": rnorm_h[own], "p_lse": saved.lse[own], "p_label": saved.label[own],
-                  "p_both": both, "p_own": target, "p_even": even}
+        shared = {
+            **saved.shared(),
+            "p_rnorm_h": rnorm_h[own],
+            "p_lse": saved.lse[own],
+            "p_label": saved.label[own],
+            "p_both": both,
+            "p_own": target,
+            "p_even": even,
+        }
         if of_bias is not None:
             chunks.chunk_bias_kernel[(triton.cdiv(codes, b_k), splits)](
-                s, p_dbias=of_bias, **shared, N=len(s), b_n=b_n, b_k=b_k, num_warps=4)
+                s, p_dbias=of_bias, **shared, N=len(s), b_n=b_n, b_k=b_k, num_warps=4
+            )
         chunks.chunk_gradient_kernel[(len(s), triton.cdiv(codes, CHUNK_STEP))](
-            s, g, p_residue=saved.residue[own], p_upstream=per_row[own], **shared,
-            centre=saved.smoothing / max(codes, 1), b_k=CHUNK_STEP, num_warps=8)
+            s,
+            g,
+            p_residue=saved.residue[own],
+            p_upstream=per_row[own],
+            **shared,
+            centre=saved.smoothing / max(codes, 1),
+            b_k=CHUNK_STEP,
+            num_warps=8,
+        )
         if dweight.numel():
             add_product(g.T, h[own], total)
         row_total = s.new_empty(1, len(s), dim)
@@ -438,7 +659,7 @@ def _chunks(h: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     for own in common.chunks(len(h), len(weight), 1, h.dtype, budget):
         if buffer is None:
             buffer = h.new_empty(own.stop, len(weight), dtype=torch.float32)
-        yield own, buffer[:own.stop - own.start]
+        yield own, buffer[: own.stop - own.start]
 
 
 def _weighted_sum(x: Tensor, weight: Tensor, factor: float, out: Tensor) -> None:
@@ -451,21 +672,57 @@ def _weighted_sum(x: Tensor, weight: Tensor, factor: float, out: Tensor) -> None
     rows_each = triton.cdiv(triton.cdiv(rows, SUM_PROGRAMS), b_n) * b_n
     partial = x.new_empty(triton.cdiv(rows, rows_each), dim, dtype=torch.float32)
     kernels.weighted_sum_kernel[(len(partial), triton.cdiv(dim, b_d))](
-        x, p_weight=weight, p_partial=partial, N=rows, D=dim, stride=x.stride(0), rows_each=rows_each, b_n=b_n,
-        b_d=b_d, num_warps=4)
+        x,
+        p_weight=weight,
+        p_partial=partial,
+        N=rows,
+        D=dim,
+        stride=x.stride(0),
+        rows_each=rows_each,
+        b_n=b_n,
+        b_d=b_d,
+        num_warps=4,
+    )
     torch.mul(partial.sum(0), factor, out=out)
 
 
-def _finish(partial: Tensor, largest: Tensor | None, x: Tensor, rnorm: Tensor, saved: Saved, gain: Tensor | None,
-            centre: Tensor, scaled: bool, out: Tensor, product: Tensor | None) -> None:
+def _finish(
+    partial: Tensor,
+    largest: Tensor | None,
+    x: Tensor,
+    rnorm: Tensor,
+    saved: Saved,
+    gain: Tensor | None,
+    centre: Tensor,
+    scaled: bool,
+    out: Tensor,
+    product: Tensor | None,
+) -> None:
     """out (rows, width), or nothing at all, from partial (splits, rows, dim), times largest (splits, rows)."""
     splits, rows, dim = partial.shape
     width = out.shape[1] if out.numel() else 0
     b_n, b_d = finish_block(dim)
     kernels.finish_kernel[(triton.cdiv(rows, b_n),)](
-        partial, p_largest=largest, p_x=x, p_rnorm=rnorm, p_scale=saved.scale, p_gain=gain, p_centre=centre, p_out=out,
-        p_product=product, splits=splits, N=rows, D=dim, width=width, stride=x.stride(0), eps=saved.eps, scaled=scaled,
-        b_n=b_n, b_d=b_d, num_warps=4)
+        partial,
+        p_largest=largest,
+        p_x=x,
+        p_rnorm=rnorm,
+        p_scale=saved.scale,
+        p_gain=gain,
+        p_centre=centre,
+        p_out=out,
+        p_product=product,
+        splits=splits,
+        N=rows,
+        D=dim,
+        width=width,
+        stride=x.stride(0),
+        eps=saved.eps,
+        scaled=scaled,
+        b_n=b_n,
+        b_d=b_d,
+        num_warps=4,
+    )
 
 
 def _tiled(x: Tensor) -> Tensor:
@@ -473,7 +730,7 @@ def _tiled(x: Tensor) -> Tensor:
     if x.stride(1) == 1 and x.shape[1] and x.shape[1] % 16 == 0 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0:
         return x
     padded = x.new_zeros(len(x), _tiled_dim(x.shape[1]))
-    padded[:, :x.shape[1]] = x
+    padded[:, : x.shape[1]] = x
     return padded
 
 

@@ -18,25 +18,39 @@ from dgi_kernels.cosine.triton_kernels import (
 from dgi_kernels.triton_common import LN2, LOG2E, code_bias, scores
 
 # Slices of a chunk, read one number a program: their alignment changes nothing, and would only compile kernels twice.
-PER_ROW = ["p_rnorm_h", "p_logit", "p_extra", "p_label", "p_loss", "p_lse", "p_residue", "p_upstream", "p_both",
-           "p_own", "p_even"]
+PER_ROW = [
+    "p_rnorm_h",
+    "p_logit",
+    "p_extra",
+    "p_label",
+    "p_loss",
+    "p_lse",
+    "p_residue",
+    "p_upstream",
+    "p_both",
+    "p_own",
+    "p_even",
+]
 
 
 @triton.jit(do_not_specialize_on_alignment=PER_ROW)
 def chunk_loss_kernel(
-        p_s,  # (rows, K) float32: products
-        p_rnorm_h,  # (rows,)
-        p_rnorm_w,  # (K,)
-        p_bias,  # (K,) or None
-        p_group,  # (K,) int32 or None; if given, extra is e s_t alone
-        p_logit,  # (rows,)
-        p_extra,  # (rows,)
-        p_label,  # (rows,) int32
-        p_scale,  # ()
-        p_loss,  # (rows,) out
-        p_lse,  # (rows,) out, in base 2
-        p_residue,  # (rows,) out: g_t but for its e / K
-        K, smoothing, b_k: tl.constexpr):
+    p_s,  # (rows, K) float32: products
+    p_rnorm_h,  # (rows,)
+    p_rnorm_w,  # (K,)
+    p_bias,  # (K,) or None
+    p_group,  # (K,) int32 or None; if given, extra is e s_t alone
+    p_logit,  # (rows,)
+    p_extra,  # (rows,)
+    p_label,  # (rows,) int32
+    p_scale,  # ()
+    p_loss,  # (rows,) out
+    p_lse,  # (rows,) out, in base 2
+    p_residue,  # (rows,) out: g_t but for its e / K
+    K,
+    smoothing,
+    b_k: tl.constexpr,
+):
     """The loss of a chunk's rows. One row a program, read once."""
     i_n = tl.program_id(0).to(tl.int64)
     label = tl.load(p_label + i_n)
@@ -78,21 +92,24 @@ def chunk_weights(s, scale_h, factor, bias, lse, is_target, is_left_out, both, o
 
 @triton.jit(do_not_specialize_on_alignment=PER_ROW)
 def chunk_gradient_kernel(
-        p_s,  # (rows, K) float32: products
-        p_g,  # (rows, K) out: upstream_n rw_k (g_nk - centre), or gain_n rw_k t_nk; may be s itself
-        p_rnorm_h,  # (rows,)
-        p_rnorm_w,  # (K,)
-        p_bias,  # (K,) or None
-        p_group,  # (K,) int32 or None
-        p_lse,  # (rows,) in base 2
-        p_residue,  # (rows,) g_t but for its e / K
-        p_upstream,  # (rows,) u rh and the gain; where p_both is given, rh and the gain
-        p_both,  # (rows,) u + v; or None: no group, no v and no gradient of the bias
-        p_own,  # (rows,) t_nk of the target but for its e / K, or None
-        p_even,  # (rows,) u e / K, or None
-        p_label,  # (rows,) int32
-        p_scale,  # ()
-        K, centre, b_k: tl.constexpr):
+    p_s,  # (rows, K) float32: products
+    p_g,  # (rows, K) out: upstream_n rw_k (g_nk - centre), or gain_n rw_k t_nk; may be s itself
+    p_rnorm_h,  # (rows,)
+    p_rnorm_w,  # (K,)
+    p_bias,  # (K,) or None
+    p_group,  # (K,) int32 or None
+    p_lse,  # (rows,) in base 2
+    p_residue,  # (rows,) g_t but for its e / K
+    p_upstream,  # (rows,) u rh and the gain; where p_both is given, rh and the gain
+    p_both,  # (rows,) u + v; or None: no group, no v and no gradient of the bias
+    p_own,  # (rows,) t_nk of the target but for its e / K, or None
+    p_even,  # (rows,) u e / K, or None
+    p_label,  # (rows,) int32
+    p_scale,  # ()
+    K,
+    centre,
+    b_k: tl.constexpr,
+):
     """What both products of a chunk's gradients need; centre is e / K. Every element is read by who writes it."""
     i_n = tl.program_id(0).to(tl.int64)
     o_k = tl.program_id(1) * b_k + tl.arange(0, b_k)
@@ -108,8 +125,18 @@ def chunk_gradient_kernel(
         g = tl.where(o_k == label, tl.load(p_residue + i_n), g) - centre
     else:
         apart = group_of_column(p_group, o_k, m_k) == group_of_target(p_group, label)
-        g = chunk_weights(s, scale_h, rnorm_w, bias, lse, o_k == label, apart, tl.load(p_both + i_n),
-                          tl.load(p_own + i_n), tl.load(p_even + i_n))
+        g = chunk_weights(
+            s,
+            scale_h,
+            rnorm_w,
+            bias,
+            lse,
+            o_k == label,
+            apart,
+            tl.load(p_both + i_n),
+            tl.load(p_own + i_n),
+            tl.load(p_even + i_n),
+        )
     rnorm_w = tl.where(rnorm_w == 0.0, 1.0, rnorm_w)  # a vector of norm 0 has a gradient too, of 1 / eps
     g *= tl.load(p_upstream + i_n) * rnorm_w
     tl.store(p_g + i_n * K + o_k, g.to(p_g.dtype.element_ty), mask=m_k)
@@ -117,19 +144,23 @@ def chunk_gradient_kernel(
 
 @triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=PER_ROW)
 def chunk_bias_kernel(
-        p_s,  # (N, K) float32: products
-        p_rnorm_h,  # (N,)
-        p_rnorm_w,  # (K,)
-        p_bias,  # (K,)
-        p_group,  # (K,) int32 or None
-        p_lse,  # (N,) in base 2
-        p_both,  # (N,) u + v
-        p_own,  # (N,) t_nk of the target but for its e / K
-        p_even,  # (N,) u e / K
-        p_label,  # (N,) int32
-        p_scale,  # ()
-        p_dbias,  # (splits, K) added to: sum_n t_nk over every splits-th tile of rows
-        N, K, b_n: tl.constexpr, b_k: tl.constexpr):
+    p_s,  # (N, K) float32: products
+    p_rnorm_h,  # (N,)
+    p_rnorm_w,  # (K,)
+    p_bias,  # (K,)
+    p_group,  # (K,) int32 or None
+    p_lse,  # (N,) in base 2
+    p_both,  # (N,) u + v
+    p_own,  # (N,) t_nk of the target but for its e / K
+    p_even,  # (N,) u e / K
+    p_label,  # (N,) int32
+    p_scale,  # ()
+    p_dbias,  # (splits, K) added to: sum_n t_nk over every splits-th tile of rows
+    N,
+    K,
+    b_n: tl.constexpr,
+    b_k: tl.constexpr,
+):
     """A program owns b_k columns of one split; chunks come one after the other, so their sums have one order."""
     o_k = tl.program_id(0) * b_k + tl.arange(0, b_k)
     m_k = o_k < K
@@ -146,10 +177,17 @@ def chunk_bias_kernel(
         s = tl.load(p_s + o_n[:, None].to(tl.int64) * K + o_k[None, :], mask=m_n[:, None] & m_k[None, :], other=0.0)
         scale_h = tl.load(p_rnorm_h + o_n, mask=m_n, other=0.0) * scale
         apart = group == group_of_target(p_group, label)[:, None]
-        t = chunk_weights(s, scale_h[:, None], rnorm_w, bias,
-                          tl.load(p_lse + o_n, mask=m_n, other=float("inf"))[:, None], o_k[None, :] == label[:, None],
-                          apart, tl.load(p_both + o_n, mask=m_n, other=0.0)[:, None],
-                          tl.load(p_own + o_n, mask=m_n, other=0.0)[:, None],
-                          tl.load(p_even + o_n, mask=m_n, other=0.0)[:, None])
+        t = chunk_weights(
+            s,
+            scale_h[:, None],
+            rnorm_w,
+            bias,
+            tl.load(p_lse + o_n, mask=m_n, other=float("inf"))[:, None],
+            o_k[None, :] == label[:, None],
+            apart,
+            tl.load(p_both + o_n, mask=m_n, other=0.0)[:, None],
+            tl.load(p_own + o_n, mask=m_n, other=0.0)[:, None],
+            tl.load(p_even + o_n, mask=m_n, other=0.0)[:, None],
+        )
         dbias += tl.sum(t, axis=0)
     tl.store(p_dbias + o_sum, dbias, mask=m_k)

@@ -60,10 +60,16 @@ WILD = tl.constexpr(-2)
 
 @triton.jit(do_not_specialize=["N", "rows_each"])
 def weighted_sum_kernel(
-        p_x,  # (N, D), rows stride apart
-        p_weight,  # (N,)
-        p_partial,  # (programs, D) out: sum_n weight_n x_n over each program's rows_each rows
-        N, D, stride, rows_each, b_n: tl.constexpr, b_d: tl.constexpr):
+    p_x,  # (N, D), rows stride apart
+    p_weight,  # (N,)
+    p_partial,  # (programs, D) out: sum_n weight_n x_n over each program's rows_each rows
+    N,
+    D,
+    stride,
+    rows_each,
+    b_n: tl.constexpr,
+    b_d: tl.constexpr,
+):
     i_part = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * b_d + tl.arange(0, b_d)
     total = tl.zeros((b_d,), tl.float32)
@@ -79,19 +85,29 @@ def weighted_sum_kernel(
 
 @triton.jit(do_not_specialize=["N", "K", "ignore_index"])
 def target_kernel(
-        p_h,  # (N, D), rows stride_h apart
-        p_w,  # (K, D), rows stride_w apart
-        p_target,  # (N,) int64
-        p_scale,  # ()
-        p_bias,  # (K,) or None
-        p_centre,  # (D,) e mean_k w^_k
-        p_bias_centre,  # () e mean_k b_k, or None: no bias, or no smoothing
-        p_rnorm,  # (N,) out: 1 / ||h_n||
-        p_logit,  # (N,) out: s_t in base 2
-        p_extra,  # (N,) out: e s_t - e mean_k s_k, natural
-        p_label,  # (N,) out, int32: the target, IGNORED or WILD
-        p_key,  # (N,) out, int32: rows of near keys are to share tiles
-        N, K, D, stride_h, stride_w, ignore_index, eps, smoothing, b_n: tl.constexpr, b_d: tl.constexpr):
+    p_h,  # (N, D), rows stride_h apart
+    p_w,  # (K, D), rows stride_w apart
+    p_target,  # (N,) int64
+    p_scale,  # ()
+    p_bias,  # (K,) or None
+    p_centre,  # (D,) e mean_k w^_k
+    p_bias_centre,  # () e mean_k b_k, or None: no bias, or no smoothing
+    p_rnorm,  # (N,) out: 1 / ||h_n||
+    p_logit,  # (N,) out: s_t in base 2
+    p_extra,  # (N,) out: e s_t - e mean_k s_k, natural
+    p_label,  # (N,) out, int32: the target, IGNORED or WILD
+    p_key,  # (N,) out, int32: rows of near keys are to share tiles
+    N,
+    K,
+    D,
+    stride_h,
+    stride_w,
+    ignore_index,
+    eps,
+    smoothing,
+    b_n: tl.constexpr,
+    b_d: tl.constexpr,
+):
     """All that a row knows before it meets the codebook: its norm, its target's logit, its part of the order.
 
     By their keys come first the rows far from their target (a flat softmax), then those near it (cosine >= 1/2: most of
@@ -168,24 +184,34 @@ def first_maximum(logit, p_bias):
 
 @triton.jit(do_not_specialize=["N", "K"])
 def flash_forward_kernel(
-        p_h,  # (N, D), rows stride_h apart
-        p_w,  # (K, D), rows stride_w apart
-        p_rnorm_h,  # (N,)
-        p_rnorm_w,  # (K,)
-        p_bias,  # (K,) or None
-        p_group,  # (K,) int32 or None: columns of one group are one item
-        p_logit,  # (N,)
-        p_extra,  # (N,)
-        p_label,  # (N,) int32
-        p_order,  # (N,) int64: the row that a slot holds
-        p_scale,  # ()
-        p_gain,  # () or None: keeps float16 weights in range
-        p_loss,  # (N,) out
-        p_lse,  # (N,) out: L in base 2, inf for a row without a target
-        p_residue,  # (N,) out: g_t = p_t - (1 - e)
-        p_mean,  # (N, D) out, with_mean: the mean of w^_k over all k but the target, by their p_k
-        N, K, D, stride_h, stride_w, smoothing, log2_skip, with_mean: tl.constexpr, b_n: tl.constexpr,
-        b_k: tl.constexpr, b_d: tl.constexpr):
+    p_h,  # (N, D), rows stride_h apart
+    p_w,  # (K, D), rows stride_w apart
+    p_rnorm_h,  # (N,)
+    p_rnorm_w,  # (K,)
+    p_bias,  # (K,) or None
+    p_group,  # (K,) int32 or None: columns of one group are one item
+    p_logit,  # (N,)
+    p_extra,  # (N,)
+    p_label,  # (N,) int32
+    p_order,  # (N,) int64: the row that a slot holds
+    p_scale,  # ()
+    p_gain,  # () or None: keeps float16 weights in range
+    p_loss,  # (N,) out
+    p_lse,  # (N,) out: L in base 2, inf for a row without a target
+    p_residue,  # (N,) out: g_t = p_t - (1 - e)
+    p_mean,  # (N, D) out, with_mean: the mean of w^_k over all k but the target, by their p_k
+    N,
+    K,
+    D,
+    stride_h,
+    stride_w,
+    smoothing,
+    log2_skip,
+    with_mean: tl.constexpr,
+    b_n: tl.constexpr,
+    b_k: tl.constexpr,
+    b_d: tl.constexpr,
+):
     """A program owns b_n rows. Kept in registers: the mean, maximum and sum of each; h in shared memory.
 
     The mean is of the size of 1 however small the p_k are, so float16 can keep it.
@@ -249,21 +275,30 @@ def flash_forward_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def flash_hidden_kernel(
-        p_mean,  # (N, D) of flash_forward_kernel
-        p_h,  # (N, D), rows stride_h apart
-        p_w,  # (K, D), rows stride_w apart
-        p_rnorm_h,  # (N,)
-        p_rnorm_w,  # (K,)
-        p_residue,  # (N,) g_t
-        p_upstream,  # (N,) u
-        p_both,  # (N,) u + v, or None where v is 0
-        p_own,  # (N,) t_nk of the target but for its e / K, or None
-        p_label,  # (N,) int32
-        p_scale,  # ()
-        p_centre,  # (D,) e mean_k w^_k
-        p_out,  # (N, width) out: dh, which may be the mean itself: a program stores what it has read
-        p_radial,  # (N,) out: h^_n . o_n
-        N, D, width, stride_h, stride_w, smoothing, eps, b_n: tl.constexpr, b_d: tl.constexpr):
+    p_mean,  # (N, D) of flash_forward_kernel
+    p_h,  # (N, D), rows stride_h apart
+    p_w,  # (K, D), rows stride_w apart
+    p_rnorm_h,  # (N,)
+    p_rnorm_w,  # (K,)
+    p_residue,  # (N,) g_t
+    p_upstream,  # (N,) u
+    p_both,  # (N,) u + v, or None where v is 0
+    p_own,  # (N,) t_nk of the target but for its e / K, or None
+    p_label,  # (N,) int32
+    p_scale,  # ()
+    p_centre,  # (D,) e mean_k w^_k
+    p_out,  # (N, width) out: dh, which may be the mean itself: a program stores what it has read
+    p_radial,  # (N,) out: h^_n . o_n
+    N,
+    D,
+    width,
+    stride_h,
+    stride_w,
+    smoothing,
+    eps,
+    b_n: tl.constexpr,
+    b_d: tl.constexpr,
+):
     """The end of dh in the flash form. width <= D <= b_d."""
     o_n = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
     m_n = o_n < N
@@ -299,25 +334,34 @@ def flash_hidden_kernel(
 
 @triton.jit(do_not_specialize=["N", "K"])
 def flash_weight_kernel(
-        p_h,  # (N, D), rows stride_h apart
-        p_w,  # (K, D), rows stride_w apart
-        p_rnorm_h,  # (N,)
-        p_rnorm_w,  # (K,)
-        p_bias,  # (K,) or None
-        p_group,  # (K,) int32 or None
-        p_lse,  # (N,) in base 2
-        p_residue,  # (N,) g_t
-        p_upstream,  # (N,) u rh, times the gain that keeps float16 in range, or None where p_both is given
-        p_both,  # (N,) u + v, or None: neither v nor a gradient of the bias
-        p_own,  # (N,) t_nk of the target but for its e / K, or None
-        p_gain,  # () or None: the gain, where p_both is given
-        p_label,  # (N,) int32
-        p_order,  # (N,) int64
-        p_scale,  # ()
-        p_partial,  # (splits, K, D) out: over every splits-th tile of rows sum_n t_nk h^_n, but for what is e / K
-        p_largest,  # (splits, K) out: its largest number, which it is divided by
-        p_dbias,  # (splits, K) out: sum_n t_nk, but for what is e / K; None where there is no p_both
-        N, K, D, stride_h, stride_w, skip, b_k: tl.constexpr, b_n: tl.constexpr, b_d: tl.constexpr):
+    p_h,  # (N, D), rows stride_h apart
+    p_w,  # (K, D), rows stride_w apart
+    p_rnorm_h,  # (N,)
+    p_rnorm_w,  # (K,)
+    p_bias,  # (K,) or None
+    p_group,  # (K,) int32 or None
+    p_lse,  # (N,) in base 2
+    p_residue,  # (N,) g_t
+    p_upstream,  # (N,) u rh, times the gain that keeps float16 in range, or None where p_both is given
+    p_both,  # (N,) u + v, or None: neither v nor a gradient of the bias
+    p_own,  # (N,) t_nk of the target but for its e / K, or None
+    p_gain,  # () or None: the gain, where p_both is given
+    p_label,  # (N,) int32
+    p_order,  # (N,) int64
+    p_scale,  # ()
+    p_partial,  # (splits, K, D) out: over every splits-th tile of rows sum_n t_nk h^_n, but for what is e / K
+    p_largest,  # (splits, K) out: its largest number, which it is divided by
+    p_dbias,  # (splits, K) out: sum_n t_nk, but for what is e / K; None where there is no p_both
+    N,
+    K,
+    D,
+    stride_h,
+    stride_w,
+    skip,
+    b_k: tl.constexpr,
+    b_n: tl.constexpr,
+    b_d: tl.constexpr,
+):
     """A program owns b_k columns of one split."""
     o_k = tl.program_id(0) * b_k + tl.arange(0, b_k)
     i_split = tl.program_id(1)
@@ -369,16 +413,25 @@ def flash_weight_kernel(
 
 @triton.jit(do_not_specialize=["N", "splits"], do_not_specialize_on_alignment=["p_rnorm", "p_product"])
 def finish_kernel(
-        p_partial,  # (splits, N, D)
-        p_largest,  # (splits, N), a factor of each row of the partials, or None
-        p_x,  # (N, D), rows stride apart
-        p_rnorm,  # (N,) 1 / ||x_n||
-        p_scale,  # ()
-        p_gain,  # () or None: what the partials are too large by
-        p_centre,  # (D,)
-        p_out,  # (N, width) out: scale rx (I - x^ x^T) (sum partial / gain - centre)
-        p_product,  # (N,) out: x . (sum partial / gain - centre), or None
-        splits, N, D, width, stride, eps, scaled: tl.constexpr, b_n: tl.constexpr, b_d: tl.constexpr):
+    p_partial,  # (splits, N, D)
+    p_largest,  # (splits, N), a factor of each row of the partials, or None
+    p_x,  # (N, D), rows stride apart
+    p_rnorm,  # (N,) 1 / ||x_n||
+    p_scale,  # ()
+    p_gain,  # () or None: what the partials are too large by
+    p_centre,  # (D,)
+    p_out,  # (N, width) out: scale rx (I - x^ x^T) (sum partial / gain - centre)
+    p_product,  # (N,) out: x . (sum partial / gain - centre), or None
+    splits,
+    N,
+    D,
+    width,
+    stride,
+    eps,
+    scaled: tl.constexpr,
+    b_n: tl.constexpr,
+    b_d: tl.constexpr,
+):
     """The end of dw, and of dh in the chunked form, where rx is in the partials already (``scaled``).
 
     width <= D <= b_d.

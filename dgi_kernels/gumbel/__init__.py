@@ -32,8 +32,17 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def gumbel_noise(seed: int | Tensor | None, level: int, rows: int, codes: int, *, stream: int = 0,
-                 row_offset: int = 0, device: torch.device | str | None = None, backend: Backend = "auto") -> Tensor:
+def gumbel_noise(
+    seed: int | Tensor | None,
+    level: int,
+    rows: int,
+    codes: int,
+    *,
+    stream: int = 0,
+    row_offset: int = 0,
+    device: torch.device | str | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
     """Gumbel(0, 1) noise for rows ``row_offset ... row_offset + rows - 1`` and codes ``0 ... codes - 1`` of one level.
 
     The noise of (row, code) depends on ``seed``, ``level``, ``stream``, the row's number and the code only, not on how
@@ -75,8 +84,14 @@ def gumbel_noise(seed: int | Tensor | None, level: int, rows: int, codes: int, *
     return draw_noise(reference_noise.resolve_seed(seed, device), level, rows, codes, stream, row_offset, backend)
 
 
-def gumbel_softmax(logits: Tensor, tau: float | Tensor = 1.0, hard: bool = False, *, seed: int | Tensor | None = None,
-                   backend: Backend = "auto") -> Tensor:
+def gumbel_softmax(
+    logits: Tensor,
+    tau: float | Tensor = 1.0,
+    hard: bool = False,
+    *,
+    seed: int | Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
     """Sample from the Gumbel-Softmax distribution over the last dimension (paper eq. 6).
 
     Drop-in for ``F.gumbel_softmax(logits, tau, hard, dim=-1)`` with the noise of :func:`gumbel_noise` at level 0 and
@@ -117,8 +132,9 @@ def gumbel_softmax(logits: Tensor, tau: float | Tensor = 1.0, hard: bool = False
     def in_pytorch(logits: Tensor, tau: float | Tensor) -> Tensor:
         noise = draw_noise(seed, 0, rows, codes, reference_noise.STREAM_GUMBEL_SOFTMAX, 0, inner_backend(backend))
         with torch.autocast(logits.device.type, enabled=False):
-            p = reference.gumbel_softmax(logits.to(compute), noise.reshape(logits.shape).to(compute),
-                                         checks.to_dtype(tau, compute), hard)
+            p = reference.gumbel_softmax(
+                logits.to(compute), noise.reshape(logits.shape).to(compute), checks.to_dtype(tau, compute), hard
+            )
         return p.to(logits.dtype)
 
     if chosen == "native":

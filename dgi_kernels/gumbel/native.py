@@ -22,8 +22,9 @@ def gumbel_noise(seed: Tensor, level: int, stream: int, row_offset: int, rows: i
     return torch.ops.dgi_kernels.gumbel_noise(seed, level, stream, row_offset, rows, codes)
 
 
-def gumbel_softmax(logits: Tensor, tau: float | Tensor, hard: bool, seed: Tensor,
-                   reference: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def gumbel_softmax(
+    logits: Tensor, tau: float | Tensor, hard: bool, seed: Tensor, reference: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
     """(..., K) -> (..., K) of the same dtype; ``reference(logits, tau)`` is the op in plain PyTorch."""
     compute = torch.float64 if logits.dtype == torch.float64 else torch.float32
     tau = checks.scalar_tensor(tau, compute, logits.device)
@@ -43,8 +44,9 @@ def _softmax(logits: Tensor, tau: Tensor, seed: Tensor, hard: bool) -> Tensor:
 
 class _GumbelSoftmax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, tau: Tensor, seed: Tensor, hard: bool,
-                reference: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, tau: Tensor, seed: Tensor, hard: bool, reference: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
         ctx.save_for_backward(logits, tau, seed)
         ctx.reference = reference
         return _softmax(logits, tau, seed, hard)
@@ -56,8 +58,9 @@ class _GumbelSoftmax(torch.autograd.Function):
         if create_graph():
             with torch.enable_grad():
                 return *gradients_of([ctx.reference(logits, tau)], [upstream], (logits, tau), wanted), None, None, None
-        dlogits, dtau = torch.ops.dgi_kernels.gumbel_softmax_backward(_rows(upstream), _rows(logits), tau, seed,
-                                                                        wanted[1])
+        dlogits, dtau = torch.ops.dgi_kernels.gumbel_softmax_backward(
+            _rows(upstream), _rows(logits), tau, seed, wanted[1]
+        )
         return dlogits.view(logits.shape), dtau if wanted[1] else None, None, None, None
 
 

@@ -30,6 +30,7 @@ import triton.language as tl
 from dgi_kernels.triton_common import LN2, LOG2E
 
 if os.environ.get("TRITON_INTERPRET") == "1":  # the interpreter has no inline assembly
+
     @triton.jit
     def log2_of_modulus(x):
         return tl.log2(tl.abs(x))
@@ -38,15 +39,28 @@ if os.environ.get("TRITON_INTERPRET") == "1":  # the interpreter has no inline a
     def halves_of_product(x, factor):
         return tl.umulhi(x, factor), x * factor
 else:
+
     @triton.jit
     def log2_of_modulus(x):  # the modulus costs nothing, where a minus would be an instruction
-        return tl.inline_asm_elementwise("{ .reg .f32 m; abs.f32 m, $1; lg2.approx.ftz.f32 $0, m; }", "=f,f", [x],
-                                         dtype=tl.float32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise(
+            "{ .reg .f32 m; abs.f32 m, $1; lg2.approx.ftz.f32 $0, m; }",
+            "=f,f",
+            [x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
 
     @triton.jit
     def halves_of_product(x, factor):
-        return tl.inline_asm_elementwise("{ .reg .b64 p; mul.wide.u32 p, $2, $3; mov.b64 {$1, $0}, p; }", "=r,=r,r,r",
-                                         [x, factor], dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1)
+        return tl.inline_asm_elementwise(
+            "{ .reg .b64 p; mul.wide.u32 p, $2, $3; mov.b64 {$1, $0}, p; }",
+            "=r,=r,r,r",
+            [x, factor],
+            dtype=(tl.uint32, tl.uint32),
+            is_pure=True,
+            pack=1,
+        )
 
 
 @triton.jit
@@ -100,9 +114,16 @@ def noise_tile_by_code(seed, first_code, o_row, level, stream, b_k: tl.constexpr
 
 @triton.jit(do_not_specialize=["N", "K", "level", "noise_stream", "row_offset"])
 def noise_kernel(
-        p_seed,  # (1,) int64
-        p_out,  # (N, K) float32 out: g
-        N, K, level, noise_stream, row_offset, b_n: tl.constexpr, b_k: tl.constexpr):
+    p_seed,  # (1,) int64
+    p_out,  # (N, K) float32 out: g
+    N,
+    K,
+    level,
+    noise_stream,
+    row_offset,
+    b_n: tl.constexpr,
+    b_k: tl.constexpr,
+):
     """Nothing is read but the seed; 4 bytes an element are written.
 
     Tiles are numbered in one dimension, row by row: there may be more than 65,535 in either, which only x takes.
@@ -125,13 +146,19 @@ def noisy_tile(p_x, seed, inv_tau, o_n, m_n, first, K, stream: tl.constexpr, b_k
 
 @triton.jit
 def softmax_kernel(
-        p_x,  # (N, K) logits
-        p_seed,  # (1,) int64
-        p_tau,  # ()
-        p_out,  # (N, K) out: softmax((x + g) / tau), or its one-hot (hard)
-        p_lse,  # (N,) out, in base 2
-        N, K, noise_stream: tl.constexpr, hard: tl.constexpr, one_tile: tl.constexpr, b_n: tl.constexpr,
-        b_k: tl.constexpr):
+    p_x,  # (N, K) logits
+    p_seed,  # (1,) int64
+    p_tau,  # ()
+    p_out,  # (N, K) out: softmax((x + g) / tau), or its one-hot (hard)
+    p_lse,  # (N,) out, in base 2
+    N,
+    K,
+    noise_stream: tl.constexpr,
+    hard: tl.constexpr,
+    one_tile: tl.constexpr,
+    b_n: tl.constexpr,
+    b_k: tl.constexpr,
+):
     """A program owns b_n rows. Where a row does not fit one tile, its noise is made twice rather than its softmax
     stored once."""
     o_n = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
@@ -174,14 +201,20 @@ def extend(y, first, top, total, index):
 
 @triton.jit
 def softmax_backward_kernel(
-        p_x,  # (N, K) logits
-        p_seed,  # (1,) int64
-        p_tau,  # ()
-        p_lse,  # (N,) in base 2
-        p_upstream,  # (N, K) u
-        p_out,  # (N, K) out: p (u - p . u) / tau
-        p_dtau,  # (N,) out: each row's part of the gradient of tau, -sum_k out_k log p_k
-        N, K, noise_stream: tl.constexpr, one_tile: tl.constexpr, b_n: tl.constexpr, b_k: tl.constexpr):
+    p_x,  # (N, K) logits
+    p_seed,  # (1,) int64
+    p_tau,  # ()
+    p_lse,  # (N,) in base 2
+    p_upstream,  # (N, K) u
+    p_out,  # (N, K) out: p (u - p . u) / tau
+    p_dtau,  # (N,) out: each row's part of the gradient of tau, -sum_k out_k log p_k
+    N,
+    K,
+    noise_stream: tl.constexpr,
+    one_tile: tl.constexpr,
+    b_n: tl.constexpr,
+    b_k: tl.constexpr,
+):
     """The gradient of the logits; p is made again."""
     o_n = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
     m_n = o_n < N

@@ -33,8 +33,17 @@ def gumbel_noise(seed: Tensor, level: int, stream: int, row_offset: int, rows: i
     if out.numel():
         with torch.cuda.device_of(seed):
             kernels.noise_kernel[(triton.cdiv(rows, b_n) * triton.cdiv(codes, b_k),)](
-                seed, p_out=out, N=rows, K=codes, level=level, noise_stream=stream, row_offset=row_offset, b_n=b_n,
-                b_k=b_k, num_warps=warps)
+                seed,
+                p_out=out,
+                N=rows,
+                K=codes,
+                level=level,
+                noise_stream=stream,
+                row_offset=row_offset,
+                b_n=b_n,
+                b_k=b_k,
+                num_warps=warps,
+            )
     return out
 
 
@@ -60,8 +69,20 @@ def _softmax(logits: Tensor, tau: Tensor, hard: bool, seed: Tensor) -> tuple[Ten
     if rows:
         with torch.cuda.device_of(logits):
             kernels.softmax_kernel[(triton.cdiv(rows, b_n),)](
-                logits, p_seed=seed, p_tau=tau, p_out=out, p_lse=lse, N=rows, K=codes,
-                noise_stream=STREAM_GUMBEL_SOFTMAX, hard=hard, one_tile=codes <= b_k, b_n=b_n, b_k=b_k, num_warps=warps)
+                logits,
+                p_seed=seed,
+                p_tau=tau,
+                p_out=out,
+                p_lse=lse,
+                N=rows,
+                K=codes,
+                noise_stream=STREAM_GUMBEL_SOFTMAX,
+                hard=hard,
+                one_tile=codes <= b_k,
+                b_n=b_n,
+                b_k=b_k,
+                num_warps=warps,
+            )
     return out, lse
 
 
@@ -71,8 +92,9 @@ def _(logits, tau, hard, seed):
 
 
 @library.custom_op("dgi_kernels::gumbel_softmax_triton_backward", mutates_args=())
-def _softmax_backward(upstream: Tensor, logits: Tensor, tau: Tensor, seed: Tensor, lse: Tensor) -> tuple[Tensor,
-                                                                                                         Tensor]:
+def _softmax_backward(
+    upstream: Tensor, logits: Tensor, tau: Tensor, seed: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
     """-> dlogits (N, K), dtau ()."""
     logits, upstream = logits.contiguous(), upstream.contiguous()
     rows, codes = logits.shape
@@ -81,9 +103,21 @@ def _softmax_backward(upstream: Tensor, logits: Tensor, tau: Tensor, seed: Tenso
     if rows:
         with torch.cuda.device_of(logits):
             kernels.softmax_backward_kernel[(triton.cdiv(rows, b_n),)](
-                logits, p_seed=seed, p_tau=tau, p_lse=lse, p_upstream=upstream, p_out=dlogits, p_dtau=dtau, N=rows,
-                K=codes, noise_stream=STREAM_GUMBEL_SOFTMAX,
-                one_tile=codes <= b_k, b_n=b_n, b_k=b_k, num_warps=warps)
+                logits,
+                p_seed=seed,
+                p_tau=tau,
+                p_lse=lse,
+                p_upstream=upstream,
+                p_out=dlogits,
+                p_dtau=dtau,
+                N=rows,
+                K=codes,
+                noise_stream=STREAM_GUMBEL_SOFTMAX,
+                one_tile=codes <= b_k,
+                b_n=b_n,
+                b_k=b_k,
+                num_warps=warps,
+            )
     return dlogits, dtau.sum()
 
 

@@ -27,10 +27,20 @@ from dgi_kernels.types import Backend, Metric, Mode
 __all__ = ["ResidualQuantization", "assign_codes", "residual_quantize"]
 
 
-def residual_quantize(z: Tensor, codebooks: Iterable[Tensor], scale: float | Tensor, tau: float | Tensor = 1.0, *,
-                      mode: Mode = "soft", metric: Metric = "cosine", noise: bool = True,
-                      seed: int | Tensor | None = None, row_offset: int = 0, eps: float = 1e-12,
-                      backend: Backend = "auto") -> ResidualQuantization:
+def residual_quantize(
+    z: Tensor,
+    codebooks: Iterable[Tensor],
+    scale: float | Tensor,
+    tau: float | Tensor = 1.0,
+    *,
+    mode: Mode = "soft",
+    metric: Metric = "cosine",
+    noise: bool = True,
+    seed: int | Tensor | None = None,
+    row_offset: int = 0,
+    eps: float = 1e-12,
+    backend: Backend = "auto",
+) -> ResidualQuantization:
     """Quantize vectors by a sequence of codebooks, each level the residual of the levels before (paper eq. 6, 7, 10).
 
     Level j has logits s_j, by the metric, and probabilities ``p_j = softmax((s_j + g_j) / tau)``, emits
@@ -105,8 +115,9 @@ def residual_quantize(z: Tensor, codebooks: Iterable[Tensor], scale: float | Ten
     compute = checks.compute_dtype(dtype)
     gradients = torch.is_grad_enabled() and mode != "hard"
 
-    def in_pytorch(z: Tensor, codebooks: Sequence[Tensor], scale: float | Tensor,
-                   tau: float | Tensor) -> ResidualQuantization:
+    def in_pytorch(
+        z: Tensor, codebooks: Sequence[Tensor], scale: float | Tensor, tau: float | Tensor
+    ) -> ResidualQuantization:
         level_noise = None if seed is None else _level_noise(seed, z.shape[0], options.row_offset, backend)
         return reference.residual_quantize(z, codebooks, scale, tau, level_noise, options)
 
@@ -114,10 +125,15 @@ def residual_quantize(z: Tensor, codebooks: Iterable[Tensor], scale: float | Ten
         if chosen == "triton":
             from dgi_kernels.quantize import triton
 
-            return triton.residual_quantize(z.to(dtype), [codebook.to(dtype) for codebook in codebooks], scale, tau,
-                                            seed, options)
-        inputs = (z.to(compute), [codebook.to(compute) for codebook in codebooks], checks.to_dtype(scale, compute),
-                  checks.to_dtype(tau, compute))
+            return triton.residual_quantize(
+                z.to(dtype), [codebook.to(dtype) for codebook in codebooks], scale, tau, seed, options
+            )
+        inputs = (
+            z.to(compute),
+            [codebook.to(compute) for codebook in codebooks],
+            checks.to_dtype(scale, compute),
+            checks.to_dtype(tau, compute),
+        )
         if chosen == "native":
             result = native.residual_quantize(*inputs, seed, options, in_pytorch)
         else:
@@ -126,8 +142,9 @@ def residual_quantize(z: Tensor, codebooks: Iterable[Tensor], scale: float | Ten
 
 
 @torch.no_grad()
-def assign_codes(z: Tensor, codebooks: Iterable[Tensor], *, metric: Metric = "cosine", eps: float = 1e-12,
-                 backend: Backend = "auto") -> Tensor:
+def assign_codes(
+    z: Tensor, codebooks: Iterable[Tensor], *, metric: Metric = "cosine", eps: float = 1e-12, backend: Backend = "auto"
+) -> Tensor:
     """The final codes of vectors: those of ``residual_quantize(z, codebooks, scale, mode="hard")`` for any scale > 0.
 
     An argmax and a gather per level and nothing else: what assigning the codes of a whole catalog needs.
@@ -157,8 +174,9 @@ def assign_codes(z: Tensor, codebooks: Iterable[Tensor], *, metric: Metric = "co
     if choose("assign_codes", backend, z.device, dtype, {"metric": metric}) == "native":
         compute = checks.compute_dtype(dtype)
         return native.assign_codes(z.to(compute), [codebook.to(compute) for codebook in codebooks], options)
-    return residual_quantize(z, codebooks, 1.0, mode="hard", metric=metric, noise=False, eps=options.eps,
-                             backend=backend).codes
+    return residual_quantize(
+        z, codebooks, 1.0, mode="hard", metric=metric, noise=False, eps=options.eps, backend=backend
+    ).codes
 
 
 def _common_dtype(z: Tensor, codebooks: Sequence[Tensor]) -> torch.dtype:
@@ -171,8 +189,9 @@ def _check_codebooks(codebooks: Iterable[Tensor], z: Tensor) -> list[Tensor]:
     try:
         codebooks = list(codebooks)
     except TypeError:
-        raise TypeError(f"codebooks must be a sequence of (K_j, D) tensors, one per level; "
-                        f"got {type(codebooks).__name__}") from None
+        raise TypeError(
+            f"codebooks must be a sequence of (K_j, D) tensors, one per level; got {type(codebooks).__name__}"
+        ) from None
     if not codebooks:
         raise ValueError("codebooks must hold at least one (K_j, D) tensor; got none")
     for level, codebook in enumerate(codebooks):
@@ -187,7 +206,10 @@ def _check_codebooks(codebooks: Iterable[Tensor], z: Tensor) -> list[Tensor]:
 
 def _level_noise(seed: Tensor, rows: int, row_offset: int, backend: str) -> Callable[[int, int], Tensor]:
     """g_j of :func:`residual_quantize` as a function of the level and its number of codes."""
+
     def noise(level: int, codes: int) -> Tensor:
-        return draw_noise(seed, level, rows, codes, reference_noise.STREAM_RESIDUAL_QUANTIZE, row_offset,
-                      inner_backend(backend))
+        return draw_noise(
+            seed, level, rows, codes, reference_noise.STREAM_RESIDUAL_QUANTIZE, row_offset, inner_backend(backend)
+        )
+
     return noise

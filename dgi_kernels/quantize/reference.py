@@ -20,8 +20,14 @@ from dgi_kernels.quantize.options import QuantizeOptions
 from dgi_kernels.quantize.result import ResidualQuantization
 
 
-def residual_quantize(z: Tensor, codebooks: Sequence[Tensor], scale: float | Tensor, tau: float | Tensor,
-                      noise: Callable[[int, int], Tensor] | None, options: QuantizeOptions) -> ResidualQuantization:
+def residual_quantize(
+    z: Tensor,
+    codebooks: Sequence[Tensor],
+    scale: float | Tensor,
+    tau: float | Tensor,
+    noise: Callable[[int, int], Tensor] | None,
+    options: QuantizeOptions,
+) -> ResidualQuantization:
     """(N, D), m of (K_j, D) -> ResidualQuantization; ``noise(level, K_j)`` is g_j (N, K_j), None for no noise."""
     residual = z
     levels = []
@@ -35,9 +41,13 @@ def residual_quantize(z: Tensor, codebooks: Sequence[Tensor], scale: float | Ten
         residual = residual - quantized
     all_quantized, all_codes, all_sampled, usages, residuals, log_normalizers = zip(*levels, strict=True)
     return ResidualQuantization(
-        quantized=torch.stack(all_quantized, dim=1), codes=torch.stack(all_codes, dim=1),
-        sampled=torch.stack(all_sampled, dim=1), usage=list(usages), residuals=torch.stack(residuals, dim=1),
-        log_normalizer=torch.stack(log_normalizers, dim=1))
+        quantized=torch.stack(all_quantized, dim=1),
+        codes=torch.stack(all_codes, dim=1),
+        sampled=torch.stack(all_sampled, dim=1),
+        usage=list(usages),
+        residuals=torch.stack(residuals, dim=1),
+        log_normalizer=torch.stack(log_normalizers, dim=1),
+    )
 
 
 def _similarity(residual: Tensor, codebook: Tensor, options: QuantizeOptions) -> Tensor:

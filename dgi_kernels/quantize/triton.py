@@ -66,8 +66,11 @@ _SMALL = FlashConfig(Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 
 # Architecture -> dimensions up to -> tiles: all that the launchers can choose, each compiled by bench/gpu_code.py. They
 # are the largest that spill at most two words; which of these is fastest is to be measured, and is then kept by GPU
 # model in dgi_kernels/tiles. Others than 9 and 10 take those of 8.
-FLASH = {8: {64: _WIDE, 128: _NARROW}, 9: {64: _WIDE, 128: _WIDE._replace(codes=_NARROW.codes)},
-         10: {64: _WIDE, 128: _SMALL}}
+FLASH = {
+    8: {64: _WIDE, 128: _NARROW},
+    9: {64: _WIDE, 128: _WIDE._replace(codes=_NARROW.codes)},
+    10: {64: _WIDE, 128: _SMALL},
+}
 FLASH_LARGEST = 128
 CHUNK_STEP = 1024  # codes of one pass of the chunked epilogues
 
@@ -87,16 +90,25 @@ def flash_config(dim: int, device: torch.device) -> tuple[int, FlashConfig]:
     """Dimensions of a tile, and the tiles, for vectors of ``dim`` dimensions."""
     table = FLASH.get(common.architecture(device), FLASH[8])
     b_d = min(largest for largest in table if dim <= largest)
-    config = FlashConfig(*(measured.pick(f"quantize.{name}", b_d, tiles, device)
-                           for name, tiles in table[b_d]._asdict().items()))
+    config = FlashConfig(
+        *(measured.pick(f"quantize.{name}", b_d, tiles, device) for name, tiles in table[b_d]._asdict().items())
+    )
     if config.gradient.owned % config.codes.step or config.codes.owned % config.gradient.step:
-        raise ValueError(f"tiles of the quantizer for D <= {b_d} do not fit: gradient must own a multiple of the rows "
-                         f"that codes steps by, and step by a divisor of the codes that it owns; got {config}")
+        raise ValueError(
+            f"tiles of the quantizer for D <= {b_d} do not fit: gradient must own a multiple of the rows "
+            f"that codes steps by, and step by a divisor of the codes that it owns; got {config}"
+        )
     return b_d, config
 
 
-def residual_quantize(z: Tensor, codebooks: Sequence[Tensor], scale: float | Tensor, tau: float | Tensor,
-                      seed: Tensor | None, options: QuantizeOptions) -> ResidualQuantization:
+def residual_quantize(
+    z: Tensor,
+    codebooks: Sequence[Tensor],
+    scale: float | Tensor,
+    tau: float | Tensor,
+    seed: Tensor | None,
+    options: QuantizeOptions,
+) -> ResidualQuantization:
     """(N, D), m of (K_j, D), all of one dtype -> ResidualQuantization, by the metric "cosine" or "dot".
 
     ``seed`` None: no noise.
@@ -110,10 +122,22 @@ def residual_quantize(z: Tensor, codebooks: Sequence[Tensor], scale: float | Ten
     noisy = seed is not None
     seed = torch.zeros(1, dtype=torch.int64, device=z.device) if seed is None else seed
     quantized, codes, sampled, usage, residuals, log_normalizer, *_ = _forward(
-        z, weight, sizes, scale, tau, seed, options.row_offset, options.eps, options.mode_number, options.metric_number,
-        noisy, with_grad)
-    return ResidualQuantization(quantized[..., :dim], codes, sampled, list(usage.split(sizes)), residuals[..., :dim],
-                                log_normalizer)
+        z,
+        weight,
+        sizes,
+        scale,
+        tau,
+        seed,
+        options.row_offset,
+        options.eps,
+        options.mode_number,
+        options.metric_number,
+        noisy,
+        with_grad,
+    )
+    return ResidualQuantization(
+        quantized[..., :dim], codes, sampled, list(usage.split(sizes)), residuals[..., :dim], log_normalizer
+    )
 
 
 @dataclass(frozen=True)
@@ -152,23 +176,57 @@ class Sampling:
 
     def arguments(self, level: Level) -> dict[str, Tensor | int | bool]:
         """Those that all kernels have, flash or chunked, but for the residual's and the rows' numbers."""
-        return {"p_rnorm_e": level.rnorm_e, "p_seed": self.seed, "p_scale": self.scale, "p_tau": self.tau,
-                "K": len(level.e), "stride_m": level.lse.stride(0), "level": level.index, "noisy": self.noisy}
+        return {
+            "p_rnorm_e": level.rnorm_e,
+            "p_seed": self.seed,
+            "p_scale": self.scale,
+            "p_tau": self.tau,
+            "K": len(level.e),
+            "stride_m": level.lse.stride(0),
+            "level": level.index,
+            "noisy": self.noisy,
+        }
 
     def flash_arguments(self, level: Level) -> dict[str, Tensor | int | bool]:
         rows, dim = level.residual.shape
-        return {**self.arguments(level), "p_rnorm": level.rnorm, "N": rows, "D": dim,
-                "stride_d": level.residual.stride(0), "row_offset": self.row_offset}
+        return {
+            **self.arguments(level),
+            "p_rnorm": level.rnorm,
+            "N": rows,
+            "D": dim,
+            "stride_d": level.residual.stride(0),
+            "row_offset": self.row_offset,
+        }
 
 
-def _levels(sizes: Sequence[int], weight: Tensor, rnorm_e: Tensor, residuals: Tensor, codes: Tensor, sampled: Tensor,
-            lse: Tensor, rnorm: Tensor, order: Tensor, largest: Tensor) -> Iterator[Level]:
+def _levels(
+    sizes: Sequence[int],
+    weight: Tensor,
+    rnorm_e: Tensor,
+    residuals: Tensor,
+    codes: Tensor,
+    sampled: Tensor,
+    lse: Tensor,
+    rnorm: Tensor,
+    order: Tensor,
+    largest: Tensor,
+) -> Iterator[Level]:
     starts = [sum(sizes[:j]) for j in range(len(sizes))]
     tiles = _tile_counts(residuals, sizes)
     for j, (start, size) in enumerate(zip(starts, sizes, strict=True)):
         own = slice(start, start + size)
-        yield Level(j, weight[own], rnorm_e[own], residuals[:, j], codes[:, j], sampled[:, j], lse[:, j], rnorm[:, j],
-                    order[j], largest[sum(tiles[:j]):sum(tiles[:j + 1])])
+        yield Level(
+            j,
+            weight[own],
+            rnorm_e[own],
+            residuals[:, j],
+            codes[:, j],
+            sampled[:, j],
+            lse[:, j],
+            rnorm[:, j],
+            order[j],
+            largest[sum(tiles[:j]) : sum(tiles[: j + 1])],
+        )
 
 
 def _tile_counts(x: Tensor, sizes: Sequence[int]) -> list[int]:
@@ -180,9 +238,20 @@ def _tile_counts(x: Tensor, sizes: Sequence[int]) -> list[int]:
 
 
 @library.custom_op("dgi_kernels::residual_quantize_triton", mutates_args=())
-def _forward(z: Tensor, weight: Tensor, sizes: list[int], scale: Tensor, tau: Tensor, seed: Tensor, row_offset: int,
-             eps: float, mode: int, metric: int, noisy: bool, with_grad: bool) -> tuple[
-                 Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _forward(
+    z: Tensor,
+    weight: Tensor,
+    sizes: list[int],
+    scale: Tensor,
+    tau: Tensor,
+    seed: Tensor,
+    row_offset: int,
+    eps: float,
+    mode: int,
+    metric: int,
+    noisy: bool,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> quantized, codes, sampled, usage, residuals, log_normalizer; for backward rnorm, rnorm_e, order, largest."""
     outputs = _empty_outputs(z, weight, sizes)
     quantized, codes, sampled, usage, residuals, lse, rnorm, rnorm_e, order, largest = outputs
@@ -212,18 +281,26 @@ def _forward(z: Tensor, weight: Tensor, sizes: list[int], scale: Tensor, tau: Te
     return outputs
 
 
-def _empty_outputs(z: Tensor, weight: Tensor, sizes: Sequence[int]) -> tuple[
-        Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _empty_outputs(
+    z: Tensor, weight: Tensor, sizes: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (rows, dim), levels, codes = z.shape, len(sizes), weight.shape[0]
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return z.new_empty(shape, dtype=dtype)
 
-    return (empty(rows, levels, dim, dtype=z.dtype), empty(rows, levels, dtype=torch.int64),
-            empty(rows, levels, dtype=torch.int64), empty(codes), empty(rows, levels, dim, dtype=z.dtype),
-            empty(rows, levels), empty(rows, levels), empty(codes),
-            empty(levels, rows if uses_flash(dim, z.dtype) else 0, dtype=torch.int64), empty(sum(_tile_counts(z,
-                                                                                                              sizes))))
+    return (
+        empty(rows, levels, dim, dtype=z.dtype),
+        empty(rows, levels, dtype=torch.int64),
+        empty(rows, levels, dtype=torch.int64),
+        empty(codes),
+        empty(rows, levels, dim, dtype=z.dtype),
+        empty(rows, levels),
+        empty(rows, levels),
+        empty(codes),
+        empty(levels, rows if uses_flash(dim, z.dtype) else 0, dtype=torch.int64),
+        empty(sum(_tile_counts(z, sizes))),
+    )
 
 
 @_forward.register_fake
@@ -231,8 +308,14 @@ def _(z, weight, sizes, scale, tau, seed, row_offset, eps, mode, metric, noisy, 
     return _empty_outputs(z, weight, sizes)
 
 
-def _emit(rest: Tensor, mean: Tensor | None, level: Level | None, quantized: Tensor | None, after: Level | None,
-          sampling: Sampling) -> None:
+def _emit(
+    rest: Tensor,
+    mean: Tensor | None,
+    level: Level | None,
+    quantized: Tensor | None,
+    after: Level | None,
+    sampling: Sampling,
+) -> None:
     """From ``level``, None before the first, to the one after, None after the last."""
     rows, dim = rest.shape
     e = index = lse = residual = rnorm = None
@@ -245,9 +328,24 @@ def _emit(rest: Tensor, mean: Tensor | None, level: Level | None, quantized: Ten
     assert near is not None
     b_n, b_d = finish_block(dim)
     kernels.emit_kernel[(triton.cdiv(rows, b_n),)](
-        rest, p_mean=mean, p_e=e, p_index=index, p_lse=lse, p_quantized=quantized, p_residual=residual, p_rnorm=rnorm,
-        N=rows, D=dim, stride_d=near.residual.stride(0), stride_m=near.lse.stride(0), eps=sampling.eps,
-        dot=sampling.dot, b_n=b_n, b_d=b_d, num_warps=4)
+        rest,
+        p_mean=mean,
+        p_e=e,
+        p_index=index,
+        p_lse=lse,
+        p_quantized=quantized,
+        p_residual=residual,
+        p_rnorm=rnorm,
+        N=rows,
+        D=dim,
+        stride_d=near.residual.stride(0),
+        stride_m=near.lse.stride(0),
+        eps=sampling.eps,
+        dot=sampling.dot,
+        b_n=b_n,
+        b_d=b_d,
+        num_warps=4,
+    )
 
 
 def _blocks(b_d: int, tiles: Tiles, *, own: str, step: str) -> dict[str, int]:
@@ -261,8 +359,17 @@ def _flash_level(level: Level, sampling: Sampling, usage: Tensor, with_grad: boo
     shared = sampling.flash_arguments(level)
     mean = level.lse.new_empty(rows, dim) if soft else None
     kernels.level_kernel[(triton.cdiv(rows, config.forward.owned),)](
-        level.residual, level.e, **shared, p_mean=mean, p_codes=level.codes, p_sampled=level.sampled, p_lse=level.lse,
-        log2_skip=LOG2_SKIP[level.e.dtype], soft=soft, **_blocks(b_d, config.forward, own="b_n", step="b_k"))
+        level.residual,
+        level.e,
+        **shared,
+        p_mean=mean,
+        p_codes=level.codes,
+        p_sampled=level.sampled,
+        p_lse=level.lse,
+        log2_skip=LOG2_SKIP[level.e.dtype],
+        soft=soft,
+        **_blocks(b_d, config.forward, own="b_n", step="b_k"),
+    )
     if sampling.mode == HARD:
         return None
     if with_grad and rows >= ORDER_FROM[0] and codes >= ORDER_FROM[1]:
@@ -272,8 +379,16 @@ def _flash_level(level: Level, sampling: Sampling, usage: Tensor, with_grad: boo
     tiles, splits = _splits(config.codes, level)
     partial = level.lse.new_empty(splits, codes)
     kernels.usage_kernel[(tiles, splits)](
-        level.residual, level.e, **shared, p_lse=level.lse, p_sampled=level.sampled, p_order=level.order,
-        p_partial=partial, p_largest=level.largest, **_blocks(b_d, config.codes, own="b_k", step="b_n"))
+        level.residual,
+        level.e,
+        **shared,
+        p_lse=level.lse,
+        p_sampled=level.sampled,
+        p_order=level.order,
+        p_partial=partial,
+        p_largest=level.largest,
+        **_blocks(b_d, config.codes, own="b_k", step="b_n"),
+    )
     torch.sum(partial, 0, out=usage)
     return mean
 
@@ -294,9 +409,18 @@ def _chunked_level(level: Level, sampling: Sampling, usage: Tensor, with_grad: b
         p = _weights(s, e) if weights else None
         product(level.residual[own], e.T, s)
         chunks.chunk_level_kernel[(len(s),)](
-            s, p, **sampling.arguments(level), p_rnorm=level.rnorm[own], p_codes=level.codes[own],
-            p_sampled=level.sampled[own], p_lse=level.lse[own], row_offset=sampling.row_offset + own.start,
-            log2_gain=log2_gain, b_k=CHUNK_STEP, num_warps=4)
+            s,
+            p,
+            **sampling.arguments(level),
+            p_rnorm=level.rnorm[own],
+            p_codes=level.codes[own],
+            p_sampled=level.sampled[own],
+            p_lse=level.lse[own],
+            row_offset=sampling.row_offset + own.start,
+            log2_gain=log2_gain,
+            b_k=CHUNK_STEP,
+            num_warps=4,
+        )
         if p is not None:
             usage.add_(p.sum(0, dtype=torch.float32), alpha=2.0**-log2_gain)
         if mean is not None and p is not None:
@@ -311,7 +435,7 @@ def _chunks(level: Level, buffers: int) -> Iterator[tuple]:
     for own in common.chunks(len(level.residual), len(level.e), buffers, level.e.dtype, budget):
         if memory is None:
             memory = level.rnorm_e.new_empty(buffers, own.stop, len(level.e))
-        yield own, *memory[:, :own.stop - own.start]
+        yield own, *memory[:, : own.stop - own.start]
 
 
 def _weights(products: Tensor, e: Tensor) -> Tensor:
@@ -320,11 +444,30 @@ def _weights(products: Tensor, e: Tensor) -> Tensor:
 
 
 @library.custom_op("dgi_kernels::residual_quantize_triton_backward", mutates_args=())
-def _backward(dquantized: Tensor | None, dusage: Tensor | None, dresiduals: Tensor | None, dlse: Tensor | None,
-              weight: Tensor, scale: Tensor, tau: Tensor, seed: Tensor, codes: Tensor, sampled: Tensor,
-              residuals: Tensor, lse: Tensor, rnorm: Tensor, rnorm_e: Tensor, order: Tensor, largest: Tensor,
-              sizes: list[int], row_offset: int, eps: float, mode: int, metric: int,
-              noisy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _backward(
+    dquantized: Tensor | None,
+    dusage: Tensor | None,
+    dresiduals: Tensor | None,
+    dlse: Tensor | None,
+    weight: Tensor,
+    scale: Tensor,
+    tau: Tensor,
+    seed: Tensor,
+    codes: Tensor,
+    sampled: Tensor,
+    residuals: Tensor,
+    lse: Tensor,
+    rnorm: Tensor,
+    rnorm_e: Tensor,
+    order: Tensor,
+    largest: Tensor,
+    sizes: list[int],
+    row_offset: int,
+    eps: float,
+    mode: int,
+    metric: int,
+    noisy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> dz, dweight, dscale, dtau."""
     rows, _, dim = residuals.shape
     flow = residuals.new_zeros(rows, dim, dtype=torch.float32)  # the gradient of r_j, then of r_{j-1}
@@ -340,8 +483,14 @@ def _backward(dquantized: Tensor | None, dusage: Tensor | None, dresiduals: Tens
     with torch.cuda.device_of(residuals):
         levels = list(_levels(sizes, weight, rnorm_e, residuals, codes, sampled, lse, rnorm, order, largest))
         for j, level in reversed(list(enumerate(levels))):
-            upstream = _upstream(level, sampling, None if dquantized is None else dquantized[:, j], flow, dusages[j],
-                                 None if dlse is None else dlse.contiguous()[:, j])
+            upstream = _upstream(
+                level,
+                sampling,
+                None if dquantized is None else dquantized[:, j],
+                flow,
+                dusages[j],
+                None if dlse is None else dlse.contiguous()[:, j],
+            )
             if dresiduals is not None:
                 flow.add_(dresiduals[:, j])
             radial, of_tau = run(level, sampling, upstream, flow, parts[j])
@@ -353,11 +502,37 @@ def _backward(dquantized: Tensor | None, dusage: Tensor | None, dresiduals: Tens
 
 
 @_backward.register_fake
-def _(dquantized, dusage, dresiduals, dlse, weight, scale, tau, seed, codes, sampled, residuals, lse,
-      rnorm, rnorm_e, order, largest, sizes, row_offset, eps, mode, metric, noisy):
+def _(
+    dquantized,
+    dusage,
+    dresiduals,
+    dlse,
+    weight,
+    scale,
+    tau,
+    seed,
+    codes,
+    sampled,
+    residuals,
+    lse,
+    rnorm,
+    rnorm_e,
+    order,
+    largest,
+    sizes,
+    row_offset,
+    eps,
+    mode,
+    metric,
+    noisy,
+):
     rows, _, dim = residuals.shape
-    return (residuals.new_empty(rows, dim), weight.new_empty(weight.shape), torch.empty_like(scale),
-            torch.empty_like(tau))
+    return (
+        residuals.new_empty(rows, dim),
+        weight.new_empty(weight.shape),
+        torch.empty_like(scale),
+        torch.empty_like(tau),
+    )
 
 
 def _save(ctx, inputs, output) -> None:
@@ -369,8 +544,9 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, dquantized, _codes, _sampled, dusage, dresiduals, dlse, *_):
-    dz, dweight, dscale, dtau = _backward(dquantized, dusage, dresiduals, dlse, *ctx.saved_tensors, ctx.sizes,
-                                          *ctx.options)
+    dz, dweight, dscale, dtau = _backward(
+        dquantized, dusage, dresiduals, dlse, *ctx.saved_tensors, ctx.sizes, *ctx.options
+    )
     return dz, dweight, None, dscale, dtau, None, None, None, None, None, None, None
 
 
@@ -387,8 +563,14 @@ class Upstream(NamedTuple):
     dlse: Tensor | None  # (N,), elements m apart
 
 
-def _upstream(level: Level, sampling: Sampling, dquantized: Tensor | None, flow: Tensor, dusage: Tensor | None,
-              dlse: Tensor | None) -> Upstream:
+def _upstream(
+    level: Level,
+    sampling: Sampling,
+    dquantized: Tensor | None,
+    flow: Tensor,
+    dusage: Tensor | None,
+    dlse: Tensor | None,
+) -> Upstream:
     gradient = -flow if dquantized is None else dquantized.float() - flow  # r_j = r_{j-1} - z~_j
     norm = torch.linalg.vector_norm(gradient, dim=1)
     unit = (gradient / norm.clamp(min=1e-30)[:, None]).to(level.e.dtype)
@@ -404,42 +586,83 @@ def _upstream(level: Level, sampling: Sampling, dquantized: Tensor | None, flow:
     return Upstream(unit, norm, bound.clamp(min=1e-30), dusage, dlse)
 
 
-def _flash_gradients(level: Level, sampling: Sampling, upstream: Upstream, flow: Tensor,
-                     de: Tensor) -> tuple[Tensor, Tensor]:
+def _flash_gradients(
+    level: Level, sampling: Sampling, upstream: Upstream, flow: Tensor, de: Tensor
+) -> tuple[Tensor, Tensor]:
     """Add a level's gradient of r to ``flow``, fill ``de``; return each row's parts of those of the scale and tau."""
     (rows, dim), codes, dtype = flow.shape, len(level.e), level.e.dtype
     b_d, config = flash_config(dim, flow.device)
-    shared = {**sampling.flash_arguments(level), "p_lse": level.lse, "p_order": level.order, "p_largest": level.largest,
-              "p_unit": upstream.unit, "p_norm": upstream.norm, "p_dusage": upstream.dusage,
-              "skip": 2.0 ** LOG2_SKIP[dtype]}
+    shared = {
+        **sampling.flash_arguments(level),
+        "p_lse": level.lse,
+        "p_order": level.order,
+        "p_largest": level.largest,
+        "p_unit": upstream.unit,
+        "p_norm": upstream.norm,
+        "p_dusage": upstream.dusage,
+        "skip": 2.0 ** LOG2_SKIP[dtype],
+    }
     mean, of_tau, total = torch.empty_like(upstream.norm), torch.empty_like(upstream.norm), torch.empty_like(flow)
     kernels.row_gradient_kernel[(triton.cdiv(rows, config.gradient.owned),)](
-        level.residual, level.e, **shared, p_bound=upstream.bound, p_dlse=upstream.dlse,
-        p_gain=gain_of(level.rnorm_e, dtype), p_mean=mean, p_out=total, p_dtau=of_tau,
-        g_n=config.codes.step, g_k=config.codes.owned, **_blocks(b_d, config.gradient, own="b_n", step="b_k"))
+        level.residual,
+        level.e,
+        **shared,
+        p_bound=upstream.bound,
+        p_dlse=upstream.dlse,
+        p_gain=gain_of(level.rnorm_e, dtype),
+        p_mean=mean,
+        p_out=total,
+        p_dtau=of_tau,
+        g_n=config.codes.step,
+        g_k=config.codes.owned,
+        **_blocks(b_d, config.gradient, own="b_n", step="b_k"),
+    )
 
-    factor = torch.where(level.rnorm_e == 0, 1 / sampling.eps,
-                         level.rnorm_e).amax() * (sampling.scale / sampling.tau).abs()
+    factor = (
+        torch.where(level.rnorm_e == 0, 1 / sampling.eps, level.rnorm_e).amax() * (sampling.scale / sampling.tau).abs()
+    )
     gain = gain_of(torch.maximum(upstream.bound * level.rnorm * factor, upstream.norm), dtype)
     tiles, splits = _splits(config.codes, level)
     partial, radial_e = flow.new_empty(splits, codes, dim), flow.new_empty(splits, codes)
     kernels.code_gradient_kernel[(tiles, splits)](
-        level.residual, level.e, **shared, p_sampled=level.sampled,
-        p_shift=mean if upstream.dlse is None else mean - upstream.dlse, p_gain=gain, p_partial=partial,
-        p_radial=radial_e, eps=sampling.eps, straight_through=sampling.mode == STRAIGHT_THROUGH,
-        **_blocks(b_d, config.codes, own="b_k", step="b_n"))
+        level.residual,
+        level.e,
+        **shared,
+        p_sampled=level.sampled,
+        p_shift=mean if upstream.dlse is None else mean - upstream.dlse,
+        p_gain=gain,
+        p_partial=partial,
+        p_radial=radial_e,
+        eps=sampling.eps,
+        straight_through=sampling.mode == STRAIGHT_THROUGH,
+        **_blocks(b_d, config.codes, own="b_k", step="b_n"),
+    )
     b_k, b_d = finish_block(dim)
     kernels.finish_codes_kernel[(triton.cdiv(codes, b_k),)](
-        partial, p_radial=radial_e, p_e=level.e, p_rnorm_e=level.rnorm_e, p_gain=gain, p_out=de, splits=splits, K=codes,
-        D=dim, eps=sampling.eps, dot=sampling.dot, b_k=b_k, b_d=b_d, num_warps=4)
+        partial,
+        p_radial=radial_e,
+        p_e=level.e,
+        p_rnorm_e=level.rnorm_e,
+        p_gain=gain,
+        p_out=de,
+        splits=splits,
+        K=codes,
+        D=dim,
+        eps=sampling.eps,
+        dot=sampling.dot,
+        b_k=b_k,
+        b_d=b_d,
+        num_warps=4,
+    )
 
     radial = torch.empty_like(upstream.norm)
     _finish(total, level.residual, level.rnorm, level.order, sampling, None, flow, None, flow, radial)
     return radial, of_tau
 
 
-def _chunked_gradients(level: Level, sampling: Sampling, upstream: Upstream, flow: Tensor,
-                       de: Tensor) -> tuple[Tensor, Tensor]:
+def _chunked_gradients(
+    level: Level, sampling: Sampling, upstream: Upstream, flow: Tensor, de: Tensor
+) -> tuple[Tensor, Tensor]:
     """What :func:`_flash_gradients` does. Products of a chunk are made again, not kept."""
     e, dtype = level.e, level.e.dtype
     key_gain = gain_of(upstream.bound * or_one(level.rnorm) * or_one(level.rnorm_e).amax(), dtype)
@@ -452,26 +675,77 @@ def _chunked_gradients(level: Level, sampling: Sampling, upstream: Upstream, flo
         product(level.residual[own], e.T, s)
         product(upstream.unit[own], e.T, c)
         chunks.chunk_gradient_kernel[(len(s),)](
-            s, c, w, y, **sampling.arguments(level), p_rnorm=level.rnorm[own], p_lse=level.lse[own],
-            p_sampled=level.sampled[own], p_norm=upstream.norm[own], p_dusage=upstream.dusage,
-            p_dlse=None if upstream.dlse is None else upstream.dlse[own], p_gain=key_gain, p_value_gain=value_gain,
-            p_dtau=of_tau[own], row_offset=sampling.row_offset + own.start,
-            straight_through=sampling.mode == STRAIGHT_THROUGH, b_k=CHUNK_STEP, num_warps=4)
+            s,
+            c,
+            w,
+            y,
+            **sampling.arguments(level),
+            p_rnorm=level.rnorm[own],
+            p_lse=level.lse[own],
+            p_sampled=level.sampled[own],
+            p_norm=upstream.norm[own],
+            p_dusage=upstream.dusage,
+            p_dlse=None if upstream.dlse is None else upstream.dlse[own],
+            p_gain=key_gain,
+            p_value_gain=value_gain,
+            p_dtau=of_tau[own],
+            row_offset=sampling.row_offset + own.start,
+            straight_through=sampling.mode == STRAIGHT_THROUGH,
+            b_k=CHUNK_STEP,
+            num_warps=4,
+        )
         add_product(w.T, level.residual[own], key)
         add_product(y.T, upstream.unit[own], value)
         total = torch.empty_like(flow[own])
         product(w, e, total)
-        _finish(total, level.residual[own], level.rnorm[own], None, sampling, key_gain, flow[own], None, flow[own],
-                radial[own])
+        _finish(
+            total,
+            level.residual[own],
+            level.rnorm[own],
+            None,
+            sampling,
+            key_gain,
+            flow[own],
+            None,
+            flow[own],
+            radial[own],
+        )
     _finish(key, e, level.rnorm_e, None, sampling, key_gain, value, value_gain, de, None)
     return radial, of_tau
 
 
-def _finish(total: Tensor, x: Tensor, rnorm: Tensor, order: Tensor | None, sampling: Sampling, gain: Tensor | None,
-            add: Tensor, add_gain: Tensor | None, out: Tensor, radial: Tensor | None) -> None:
+def _finish(
+    total: Tensor,
+    x: Tensor,
+    rnorm: Tensor,
+    order: Tensor | None,
+    sampling: Sampling,
+    gain: Tensor | None,
+    add: Tensor,
+    add_gain: Tensor | None,
+    out: Tensor,
+    radial: Tensor | None,
+) -> None:
     rows, dim = total.shape
     b_n, b_d = finish_block(dim)
     kernels.finish_kernel[(triton.cdiv(rows, b_n),)](
-        total, p_x=x, p_rnorm=rnorm, p_order=order, p_factor=sampling.scale / sampling.tau, p_gain=gain, p_add=add,
-        p_add_gain=add_gain, p_out=out, p_radial=radial, N=rows, D=dim, stride_d=x.stride(0), stride_m=rnorm.stride(0),
-        eps=sampling.eps, dot=sampling.dot, b_n=b_n, b_d=b_d, num_warps=4)
+        total,
+        p_x=x,
+        p_rnorm=rnorm,
+        p_order=order,
+        p_factor=sampling.scale / sampling.tau,
+        p_gain=gain,
+        p_add=add,
+        p_add_gain=add_gain,
+        p_out=out,
+        p_radial=radial,
+        N=rows,
+        D=dim,
+        stride_d=x.stride(0),
+        stride_m=rnorm.stride(0),
+        eps=sampling.eps,
+        dot=sampling.dot,
+        b_n=b_n,
+        b_d=b_d,
+        num_warps=4,
+    )

@@ -24,17 +24,24 @@ def row_noise(p_seed, i_n, row_offset, level, first, b_k: tl.constexpr):
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=PER_ROW)
 def chunk_level_kernel(
-        p_s,  # (rows, K) float32: products
-        p_p,  # (rows, K) out: p 2^log2_gain, maybe in place of s, or None
-        p_rnorm,  # (rows,) rr, elements stride_m apart
-        p_rnorm_e,  # (K,) re
-        p_seed,  # (1,) int64
-        p_scale,  # ()
-        p_tau,  # ()
-        p_codes,  # (rows,) int64 out, elements stride_m apart: argmax s
-        p_sampled,  # (rows,) int64 out, elements stride_m apart: argmax s + g
-        p_lse,  # (rows,) out, elements stride_m apart, natural
-        K, stride_m, level, row_offset, log2_gain, noisy: tl.constexpr, b_k: tl.constexpr):
+    p_s,  # (rows, K) float32: products
+    p_p,  # (rows, K) out: p 2^log2_gain, maybe in place of s, or None
+    p_rnorm,  # (rows,) rr, elements stride_m apart
+    p_rnorm_e,  # (K,) re
+    p_seed,  # (1,) int64
+    p_scale,  # ()
+    p_tau,  # ()
+    p_codes,  # (rows,) int64 out, elements stride_m apart: argmax s
+    p_sampled,  # (rows,) int64 out, elements stride_m apart: argmax s + g
+    p_lse,  # (rows,) out, elements stride_m apart, natural
+    K,
+    stride_m,
+    level,
+    row_offset,
+    log2_gain,
+    noisy: tl.constexpr,
+    b_k: tl.constexpr,
+):
     """What a level needs of a chunk's products."""
     i_n = tl.program_id(0).to(tl.int64)
     scale_r = tl.load(p_rnorm + i_n * stride_m) * (tl.load(p_scale) * LOG2E)
@@ -77,24 +84,31 @@ def chunk_level_kernel(
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=PER_ROW)
 def chunk_gradient_kernel(
-        p_s,  # (rows, K) float32: products r . e
-        p_c,  # (rows, K) float32: products z / |z| . e
-        p_w,  # (rows, K) out: w rr_n re_k gain, ready for products; maybe s itself
-        p_y,  # (rows, K) out: y |z_n| value_gain, maybe c itself; y is p, or the one-hot of ``sampled``
-        p_rnorm,  # (rows,) rr, elements stride_m apart
-        p_rnorm_e,  # (K,) re
-        p_seed,  # (1,) int64
-        p_scale,  # ()
-        p_tau,  # ()
-        p_lse,  # (rows,), elements stride_m apart, natural
-        p_sampled,  # (rows,) int64, elements stride_m apart
-        p_norm,  # (rows,) |z|
-        p_dusage,  # (K,) v, or None where it is 0
-        p_dlse,  # (rows,) L, elements stride_m apart, or None
-        p_gain,  # () or None
-        p_value_gain,  # () or None
-        p_dtau,  # (rows,) out: sum_k w log2 p
-        K, stride_m, level, row_offset, straight_through: tl.constexpr, noisy: tl.constexpr, b_k: tl.constexpr):
+    p_s,  # (rows, K) float32: products r . e
+    p_c,  # (rows, K) float32: products z / |z| . e
+    p_w,  # (rows, K) out: w rr_n re_k gain, ready for products; maybe s itself
+    p_y,  # (rows, K) out: y |z_n| value_gain, maybe c itself; y is p, or the one-hot of ``sampled``
+    p_rnorm,  # (rows,) rr, elements stride_m apart
+    p_rnorm_e,  # (K,) re
+    p_seed,  # (1,) int64
+    p_scale,  # ()
+    p_tau,  # ()
+    p_lse,  # (rows,), elements stride_m apart, natural
+    p_sampled,  # (rows,) int64, elements stride_m apart
+    p_norm,  # (rows,) |z|
+    p_dusage,  # (K,) v, or None where it is 0
+    p_dlse,  # (rows,) L, elements stride_m apart, or None
+    p_gain,  # () or None
+    p_value_gain,  # () or None
+    p_dtau,  # (rows,) out: sum_k w log2 p
+    K,
+    stride_m,
+    level,
+    row_offset,
+    straight_through: tl.constexpr,
+    noisy: tl.constexpr,
+    b_k: tl.constexpr,
+):
     """The weights of a chunk's gradients, of the rows and of the codes."""
     i_n = tl.program_id(0).to(tl.int64)
     rnorm = tl.load(p_rnorm + i_n * stride_m)

@@ -46,15 +46,23 @@ PER_ROW = ["p_rnorm", "p_codes", "p_sampled", "p_index", "p_lse", "p_dlse", "p_n
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=PER_ROW)
 def emit_kernel(
-        p_rest,  # (N, D) float32, changed: what is left of z
-        p_mean,  # (N, D) z~, or None: it is the codebook's rows
-        p_e,  # (K, D) of the level that ends, or None before the first
-        p_index,  # (N,) int64, elements stride_m apart: the row's code, or None
-        p_lse,  # (N,), elements stride_m apart, or None; where it is NaN, z~ is
-        p_quantized,  # (N, D) out, rows stride_d apart: z~, or None before the first level
-        p_residual,  # (N, D) out, rows stride_d apart: rest, rounded for the next level, or None after the last
-        p_rnorm,  # (N,) out, elements stride_m apart: 1 / ||rest||, or 1 (dot)
-        N, D, stride_d, stride_m, eps, dot: tl.constexpr, b_n: tl.constexpr, b_d: tl.constexpr):
+    p_rest,  # (N, D) float32, changed: what is left of z
+    p_mean,  # (N, D) z~, or None: it is the codebook's rows
+    p_e,  # (K, D) of the level that ends, or None before the first
+    p_index,  # (N,) int64, elements stride_m apart: the row's code, or None
+    p_lse,  # (N,), elements stride_m apart, or None; where it is NaN, z~ is
+    p_quantized,  # (N, D) out, rows stride_d apart: z~, or None before the first level
+    p_residual,  # (N, D) out, rows stride_d apart: rest, rounded for the next level, or None after the last
+    p_rnorm,  # (N,) out, elements stride_m apart: 1 / ||rest||, or 1 (dot)
+    N,
+    D,
+    stride_d,
+    stride_m,
+    eps,
+    dot: tl.constexpr,
+    b_n: tl.constexpr,
+    b_d: tl.constexpr,
+):
     """The seam of two levels: rest -= z~, and its rounding and norm for the next level. b_d >= D."""
     o_n = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
     o_d = tl.arange(0, b_d)
@@ -70,8 +78,9 @@ def emit_kernel(
             if p_lse is not None:
                 lse = tl.load(p_lse + o_n * stride_m, mask=m_n, other=0.0)
                 quantized = tl.where((lse == lse)[:, None], quantized, float("nan"))
-        tl.store(p_quantized + o_n[:, None] * stride_d + o_d[None, :], quantized.to(p_quantized.dtype.element_ty),
-                 mask=m_nd)
+        tl.store(
+            p_quantized + o_n[:, None] * stride_d + o_d[None, :], quantized.to(p_quantized.dtype.element_ty), mask=m_nd
+        )
         rest -= quantized
         tl.store(p_rest + o_n[:, None] * D + o_d[None, :], rest, mask=m_nd)
     if p_residual is not None:
@@ -89,19 +98,31 @@ def best_of(y, o_k):
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=PER_ROW)
 def level_kernel(
-        p_r,  # (N, D), rows stride_d apart: the residual
-        p_e,  # (K, D): the codebook
-        p_rnorm,  # (N,) rr, elements stride_m apart
-        p_rnorm_e,  # (K,) re
-        p_seed,  # (1,) int64
-        p_scale,  # ()
-        p_tau,  # ()
-        p_mean,  # (N, D) out, soft: p E
-        p_codes,  # (N,) int64 out, elements stride_m apart: argmax s
-        p_sampled,  # (N,) int64 out, elements stride_m apart: argmax s + g
-        p_lse,  # (N,) out, elements stride_m apart, natural
-        N, K, D, stride_d, stride_m, level, row_offset, log2_skip, soft: tl.constexpr, noisy: tl.constexpr,
-        b_n: tl.constexpr, b_k: tl.constexpr, b_d: tl.constexpr):
+    p_r,  # (N, D), rows stride_d apart: the residual
+    p_e,  # (K, D): the codebook
+    p_rnorm,  # (N,) rr, elements stride_m apart
+    p_rnorm_e,  # (K,) re
+    p_seed,  # (1,) int64
+    p_scale,  # ()
+    p_tau,  # ()
+    p_mean,  # (N, D) out, soft: p E
+    p_codes,  # (N,) int64 out, elements stride_m apart: argmax s
+    p_sampled,  # (N,) int64 out, elements stride_m apart: argmax s + g
+    p_lse,  # (N,) out, elements stride_m apart, natural
+    N,
+    K,
+    D,
+    stride_d,
+    stride_m,
+    level,
+    row_offset,
+    log2_skip,
+    soft: tl.constexpr,
+    noisy: tl.constexpr,
+    b_n: tl.constexpr,
+    b_k: tl.constexpr,
+    b_d: tl.constexpr,
+):
     """A program owns b_n rows.
 
     In registers: the mean (b_n, b_d); maximum, sum and the best two codes of each row. r lies in shared memory.
@@ -167,20 +188,30 @@ def level_kernel(
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=PER_ROW)
 def usage_kernel(
-        p_r,  # (N, D), rows stride_d apart: the residual
-        p_e,  # (K, D): the codebook
-        p_rnorm,  # (N,) rr, elements stride_m apart
-        p_rnorm_e,  # (K,) re
-        p_seed,  # (1,) int64
-        p_scale,  # ()
-        p_tau,  # ()
-        p_lse,  # (N,), elements stride_m apart, natural
-        p_sampled,  # (N,) int64, elements stride_m apart
-        p_order,  # (N,) int64: the row that a slot holds
-        p_partial,  # (splits, K) out: sum_n p_nk
-        p_largest,  # (row tiles, code tiles) out: max p, 1 where a code was sampled
-        N, K, D, stride_d, stride_m, level, row_offset, noisy: tl.constexpr, b_n: tl.constexpr,
-        b_k: tl.constexpr, b_d: tl.constexpr):
+    p_r,  # (N, D), rows stride_d apart: the residual
+    p_e,  # (K, D): the codebook
+    p_rnorm,  # (N,) rr, elements stride_m apart
+    p_rnorm_e,  # (K,) re
+    p_seed,  # (1,) int64
+    p_scale,  # ()
+    p_tau,  # ()
+    p_lse,  # (N,), elements stride_m apart, natural
+    p_sampled,  # (N,) int64, elements stride_m apart
+    p_order,  # (N,) int64: the row that a slot holds
+    p_partial,  # (splits, K) out: sum_n p_nk
+    p_largest,  # (row tiles, code tiles) out: max p, 1 where a code was sampled
+    N,
+    K,
+    D,
+    stride_d,
+    stride_m,
+    level,
+    row_offset,
+    noisy: tl.constexpr,
+    b_n: tl.constexpr,
+    b_k: tl.constexpr,
+    b_d: tl.constexpr,
+):
     """A program owns b_k codes of one split: every splits-th tile of b_n rows."""
     i_k = tl.program_id(0)
     o_k = i_k * b_k + tl.arange(0, b_k)
@@ -213,15 +244,23 @@ def usage_kernel(
 
 @triton.jit
 def gradient_tile(
-        r,  # (b_n, b_d)
-        unit,  # (b_n, b_d)
-        e,  # (b_k, b_d)
-        scale_r,  # (b_n,)
-        lse,  # (b_n,) in base 2
-        norm,  # (b_n,)
-        p_rnorm_e,  # (K,)
-        p_dusage,  # (K,) or None
-        seed, inv_tau, o_row, first, K, level, noisy: tl.constexpr, b_k: tl.constexpr):
+    r,  # (b_n, b_d)
+    unit,  # (b_n, b_d)
+    e,  # (b_k, b_d)
+    scale_r,  # (b_n,)
+    lse,  # (b_n,) in base 2
+    norm,  # (b_n,)
+    p_rnorm_e,  # (K,)
+    p_dusage,  # (K,) or None
+    seed,
+    inv_tau,
+    o_row,
+    first,
+    K,
+    level,
+    noisy: tl.constexpr,
+    b_k: tl.constexpr,
+):
     """log2 p (-inf beyond K) and c of the codes first ... first + b_k - 1, (b_n, b_k), and their rnorm (b_k,)."""
     o_k = first + tl.arange(0, b_k)
     m_k = o_k < K
@@ -245,27 +284,40 @@ def matters(p_largest, i_first, parts: tl.constexpr, row_tiles, code_tiles, i_k,
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=PER_ROW)
 def row_gradient_kernel(
-        p_r,  # (N, D), rows stride_d apart: the residual
-        p_e,  # (K, D): the codebook
-        p_rnorm,  # (N,) rr, elements stride_m apart
-        p_rnorm_e,  # (K,) re
-        p_seed,  # (1,) int64
-        p_scale,  # ()
-        p_tau,  # ()
-        p_lse,  # (N,), elements stride_m apart, natural
-        p_order,  # (N,) int64: the row that a slot holds
-        p_largest,  # of tiles of g_n rows and g_k codes: multiples of a program's rows and of its step
-        p_unit,  # (N, D) z / |z|
-        p_norm,  # (N,) |z|
-        p_bound,  # (N,) of |c - mean + L|
-        p_dusage,  # (K,) v, or None where it is 0
-        p_dlse,  # (N,) L, elements stride_m apart, or None
-        p_gain,  # () or None: keeps float16 weights in range
-        p_mean,  # (N,) out, by row: sum_k p c
-        p_out,  # (N, D) out, by slot: rr_n sum_k w e^_k
-        p_dtau,  # (N,) out, by slot: sum_k w log2 p
-        N, K, D, stride_d, stride_m, level, row_offset, skip, noisy: tl.constexpr, b_n: tl.constexpr,
-        b_k: tl.constexpr, b_d: tl.constexpr, g_n: tl.constexpr, g_k: tl.constexpr):
+    p_r,  # (N, D), rows stride_d apart: the residual
+    p_e,  # (K, D): the codebook
+    p_rnorm,  # (N,) rr, elements stride_m apart
+    p_rnorm_e,  # (K,) re
+    p_seed,  # (1,) int64
+    p_scale,  # ()
+    p_tau,  # ()
+    p_lse,  # (N,), elements stride_m apart, natural
+    p_order,  # (N,) int64: the row that a slot holds
+    p_largest,  # of tiles of g_n rows and g_k codes: multiples of a program's rows and of its step
+    p_unit,  # (N, D) z / |z|
+    p_norm,  # (N,) |z|
+    p_bound,  # (N,) of |c - mean + L|
+    p_dusage,  # (K,) v, or None where it is 0
+    p_dlse,  # (N,) L, elements stride_m apart, or None
+    p_gain,  # () or None: keeps float16 weights in range
+    p_mean,  # (N,) out, by row: sum_k p c
+    p_out,  # (N, D) out, by slot: rr_n sum_k w e^_k
+    p_dtau,  # (N,) out, by slot: sum_k w log2 p
+    N,
+    K,
+    D,
+    stride_d,
+    stride_m,
+    level,
+    row_offset,
+    skip,
+    noisy: tl.constexpr,
+    b_n: tl.constexpr,
+    b_k: tl.constexpr,
+    b_d: tl.constexpr,
+    g_n: tl.constexpr,
+    g_k: tl.constexpr,
+):
     """The gradient of the rows, in two passes over the codes."""
     i_n = tl.program_id(0)
     o_slot = i_n * b_n + tl.arange(0, b_n)
@@ -293,13 +345,15 @@ def row_gradient_kernel(
         if matters(p_largest, i_n * (b_n // g_n), b_n // g_n, row_tiles, code_tiles, first // g_k, skip):
             m_e = (first + tl.arange(0, b_k) < K)[:, None] & m_d[None, :]
             e = tl.load(p_e + tl.cast(first, tl.int64) * D + o_tile, mask=m_e, other=0.0)
-            log_p, c, _ = gradient_tile(r, unit, e, scale_r, lse, norm, p_rnorm_e, p_dusage, seed, inv_tau, o_row,
-                                        first, K, level, noisy, b_k)
+            log_p, c, _ = gradient_tile(
+                r, unit, e, scale_r, lse, norm, p_rnorm_e, p_dusage, seed, inv_tau, o_row, first, K, level, noisy, b_k
+            )
             p = tl.exp2(log_p)
             mean += tl.sum(p * c, axis=1)
             mass += tl.sum(p, axis=1)
-    mean = tl.where(mass == 0.0, 0.0,
-                    mean / mass)  # what the tiles left out would add to the mass is not to weigh on it
+    mean = tl.where(
+        mass == 0.0, 0.0, mean / mass
+    )  # what the tiles left out would add to the mass is not to weigh on it
     tl.store(p_mean + o_n, mean, mask=m_n)
     if p_dlse is not None:
         mean -= tl.load(p_dlse + o_n * stride_m, mask=m_n, other=0.0)
@@ -314,8 +368,9 @@ def row_gradient_kernel(
         if matters(p_largest, i_n * (b_n // g_n), b_n // g_n, row_tiles, code_tiles, first // g_k, skip):
             m_e = (first + tl.arange(0, b_k) < K)[:, None] & m_d[None, :]
             e = tl.load(p_e + tl.cast(first, tl.int64) * D + o_tile, mask=m_e, other=0.0)
-            log_p, c, rnorm_e = gradient_tile(r, unit, e, scale_r, lse, norm, p_rnorm_e, p_dusage, seed, inv_tau,
-                                              o_row, first, K, level, noisy, b_k)
+            log_p, c, rnorm_e = gradient_tile(
+                r, unit, e, scale_r, lse, norm, p_rnorm_e, p_dusage, seed, inv_tau, o_row, first, K, level, noisy, b_k
+            )
             p = tl.exp2(log_p)
             w = p * (c - mean[:, None])
             dtau += tl.sum(tl.where(p > 0.0, w * log_p, p), axis=1)
@@ -328,26 +383,39 @@ def row_gradient_kernel(
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=PER_ROW)
 def code_gradient_kernel(
-        p_r,  # (N, D), rows stride_d apart: the residual
-        p_e,  # (K, D): the codebook
-        p_rnorm,  # (N,) rr, elements stride_m apart
-        p_rnorm_e,  # (K,) re
-        p_seed,  # (1,) int64
-        p_scale,  # ()
-        p_tau,  # ()
-        p_lse,  # (N,), elements stride_m apart, natural
-        p_sampled,  # (N,) int64, elements stride_m apart
-        p_order,  # (N,) int64: the row that a slot holds
-        p_largest,  # (row tiles, code tiles) of usage_kernel, whose tiles these are
-        p_unit,  # (N, D) z / |z|
-        p_norm,  # (N,) |z|
-        p_dusage,  # (K,) v, or None where it is 0
-        p_shift,  # (N,) mean - L
-        p_gain,  # () or None: keeps float16 in range, and is left in the results
-        p_partial,  # (splits, K, D) out: scale / tau re_k sum_n w r^_n + sum_n y z_n
-        p_radial,  # (splits, K) out: e . the first part of it
-        N, K, D, stride_d, stride_m, level, row_offset, skip, eps, straight_through: tl.constexpr,
-        noisy: tl.constexpr, b_n: tl.constexpr, b_k: tl.constexpr, b_d: tl.constexpr):
+    p_r,  # (N, D), rows stride_d apart: the residual
+    p_e,  # (K, D): the codebook
+    p_rnorm,  # (N,) rr, elements stride_m apart
+    p_rnorm_e,  # (K,) re
+    p_seed,  # (1,) int64
+    p_scale,  # ()
+    p_tau,  # ()
+    p_lse,  # (N,), elements stride_m apart, natural
+    p_sampled,  # (N,) int64, elements stride_m apart
+    p_order,  # (N,) int64: the row that a slot holds
+    p_largest,  # (row tiles, code tiles) of usage_kernel, whose tiles these are
+    p_unit,  # (N, D) z / |z|
+    p_norm,  # (N,) |z|
+    p_dusage,  # (K,) v, or None where it is 0
+    p_shift,  # (N,) mean - L
+    p_gain,  # () or None: keeps float16 in range, and is left in the results
+    p_partial,  # (splits, K, D) out: scale / tau re_k sum_n w r^_n + sum_n y z_n
+    p_radial,  # (splits, K) out: e . the first part of it
+    N,
+    K,
+    D,
+    stride_d,
+    stride_m,
+    level,
+    row_offset,
+    skip,
+    eps,
+    straight_through: tl.constexpr,
+    noisy: tl.constexpr,
+    b_n: tl.constexpr,
+    b_k: tl.constexpr,
+    b_d: tl.constexpr,
+):
     """The gradient of the codes. A program owns b_k of one split; y is p, or the one-hot of ``sampled``."""
     i_k = tl.program_id(0)
     i_split = tl.program_id(1)
@@ -399,13 +467,20 @@ def code_gradient_kernel(
 
 @triton.jit(do_not_specialize=["splits"])
 def finish_codes_kernel(
-        p_partial,  # (splits, K, D) of code_gradient_kernel
-        p_radial,  # (splits, K)
-        p_e,  # (K, D)
-        p_rnorm_e,  # (K,)
-        p_gain,  # () or None: what the partials are too large by
-        p_out,  # (K, D) out: the gradient of the codebook
-        splits, K, D, eps, dot: tl.constexpr, b_k: tl.constexpr, b_d: tl.constexpr):
+    p_partial,  # (splits, K, D) of code_gradient_kernel
+    p_radial,  # (splits, K)
+    p_e,  # (K, D)
+    p_rnorm_e,  # (K,)
+    p_gain,  # () or None: what the partials are too large by
+    p_out,  # (K, D) out: the gradient of the codebook
+    splits,
+    K,
+    D,
+    eps,
+    dot: tl.constexpr,
+    b_k: tl.constexpr,
+    b_d: tl.constexpr,
+):
     """The partials, added up, less what is radial of cosines'. b_d >= D."""
     o_k = tl.program_id(0) * b_k + tl.arange(0, b_k)
     o_d = tl.arange(0, b_d)
@@ -429,17 +504,25 @@ def finish_codes_kernel(
 
 @triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["p_rnorm", "p_radial"])
 def finish_kernel(
-        p_sum,  # (N, D) rx times a gradient of x^; by slot where there is an order
-        p_x,  # (N, D), rows stride_d apart
-        p_rnorm,  # (N,) rx, elements stride_m apart
-        p_order,  # (N,) int64: the row that a slot holds, or None
-        p_factor,  # () scale / tau
-        p_gain,  # () or None: what sum is too large by
-        p_add,  # (N, D), added; may be p_out itself
-        p_add_gain,  # () or None: what p_add is too large by
-        p_out,  # (N, D) out: factor rx (I - x^ x^T) (...) + add / add_gain
-        p_radial,  # (N,) out, by row: x^ . (...), or None
-        N, D, stride_d, stride_m, eps, dot: tl.constexpr, b_n: tl.constexpr, b_d: tl.constexpr):
+    p_sum,  # (N, D) rx times a gradient of x^; by slot where there is an order
+    p_x,  # (N, D), rows stride_d apart
+    p_rnorm,  # (N,) rx, elements stride_m apart
+    p_order,  # (N,) int64: the row that a slot holds, or None
+    p_factor,  # () scale / tau
+    p_gain,  # () or None: what sum is too large by
+    p_add,  # (N, D), added; may be p_out itself
+    p_add_gain,  # () or None: what p_add is too large by
+    p_out,  # (N, D) out: factor rx (I - x^ x^T) (...) + add / add_gain
+    p_radial,  # (N,) out, by row: x^ . (...), or None
+    N,
+    D,
+    stride_d,
+    stride_m,
+    eps,
+    dot: tl.constexpr,
+    b_n: tl.constexpr,
+    b_d: tl.constexpr,
+):
     """The end of a gradient of vectors, less what is radial of cosines'. b_d >= D."""
     o_slot = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
     o_d = tl.arange(0, b_d)

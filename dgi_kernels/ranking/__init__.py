@@ -36,8 +36,16 @@ class Ranking(NamedTuple):
     cosines: Tensor
 
 
-def rank_candidates(query: Tensor, item_vectors: Tensor, trie: Trie, beams: Beams | BeamResult, k: int, *,
-                    filters: Filters = None, backend: Backend = "auto") -> Ranking:
+def rank_candidates(
+    query: Tensor,
+    item_vectors: Tensor,
+    trie: Trie,
+    beams: Beams | BeamResult,
+    k: int,
+    *,
+    filters: Filters = None,
+    backend: Backend = "auto",
+) -> Ranking:
     """Rank the items below beams lexicographically: beam score first, then cosine with the query, then lower item id.
 
     Args:
@@ -63,7 +71,7 @@ def rank_candidates(query: Tensor, item_vectors: Tensor, trie: Trie, beams: Beam
         BackendUnavailable: ``backend``, asked for by name, cannot run here.
 
     Examples:
-        >>> trie = dgi_kernels.Trie.from_codes([[0], [0], [1]])            # items 0 and 1 share a semantic ID
+        >>> trie = dgi_kernels.Trie.from_codes([[0], [0], [1]])  # items 0 and 1 share a semantic ID
         >>> beams = dgi_kernels.beam_step(trie, torch.tensor([[[2.0, 1.0]]]), trie.root(1), num_beams=2)
         >>> vectors = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
         >>> dgi_kernels.rank_candidates(torch.tensor([[1.0, 0.0]]), vectors, trie, beams, k=3).items
@@ -81,19 +89,22 @@ def rank_candidates(query: Tensor, item_vectors: Tensor, trie: Trie, beams: Beam
     filters = check_filters(filters, trie, query.shape[0])
     common = torch.promote_types(query.dtype, item_vectors.dtype)
     if choose_without_gradient("rank_candidates", backend, query, item_vectors) == "native":
-        return Ranking(*native.rank_candidates(query.to(common), item_vectors.to(common), trie, nodes, scores, depth, k,
-                                               filters))
+        return Ranking(
+            *native.rank_candidates(query.to(common), item_vectors.to(common), trie, nodes, scores, depth, k, filters)
+        )
     compute = checks.compute_dtype(common)
     with torch.autocast(query.device.type, enabled=False):
-        return Ranking(*reference.rank_candidates(query.to(compute), item_vectors, trie, nodes, scores, depth, k,
-                                                  filters))
+        return Ranking(
+            *reference.rank_candidates(query.to(compute), item_vectors, trie, nodes, scores, depth, k, filters)
+        )
 
 
 def _check_ids(trie: Trie, rows: int) -> None:
     low, high = trie.parts.id_bounds
     if trie.num_items and (low < 0 or high >= rows):
-        raise ValueError(f"item_vectors must have a row for every item id of the trie, {low} to {high}; "
-                         f"got {rows} rows")
+        raise ValueError(
+            f"item_vectors must have a row for every item id of the trie, {low} to {high}; got {rows} rows"
+        )
 
 
 def _check_beams(trie: Trie, beams: Beams | BeamResult, query: Tensor) -> tuple[Tensor, Tensor, int]:

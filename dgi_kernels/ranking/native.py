@@ -12,8 +12,16 @@ from dgi_kernels.trie.filters import TrieFilter, filter_arguments
 EPS = 1e-12
 
 
-def rank_candidates(query: Tensor, item_vectors: Tensor, trie: Trie, nodes: Tensor, scores: Tensor, depth: int, k: int,
-                    filters: TrieFilter | list[TrieFilter | None] | None) -> tuple[Tensor, Tensor, Tensor]:
+def rank_candidates(
+    query: Tensor,
+    item_vectors: Tensor,
+    trie: Trie,
+    nodes: Tensor,
+    scores: Tensor,
+    depth: int,
+    k: int,
+    filters: TrieFilter | list[TrieFilter | None] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """``query`` (B, D) and ``item_vectors`` (rows, D) of one dtype; ``nodes`` int64 and ``scores`` float32 (B, M).
 
     Raises:
@@ -25,8 +33,20 @@ def rank_candidates(query: Tensor, item_vectors: Tensor, trie: Trie, nodes: Tens
     if added is not None and delta is not None:
         of_delta = (added.items_below(depth), added.item_order, added.item_ids, delta.anchors[depth])
     return torch.ops.dgi_kernels.rank_candidates(
-        _rows(query), _rows(item_vectors), base.num_nodes_at(depth), base.items_below(depth), base.item_order,
-        base.item_ids, *of_delta, sets, set_of, nodes, scores, k, EPS)
+        _rows(query),
+        _rows(item_vectors),
+        base.num_nodes_at(depth),
+        base.items_below(depth),
+        base.item_order,
+        base.item_ids,
+        *of_delta,
+        sets,
+        set_of,
+        nodes,
+        scores,
+        k,
+        EPS,
+    )
 
 
 def _rows(vectors: Tensor) -> Tensor:
@@ -35,11 +55,27 @@ def _rows(vectors: Tensor) -> Tensor:
 
 
 @fake_kernel("rank_candidates")
-def _(query: Tensor, item_vectors: Tensor, num_nodes: int, below: list[Tensor],
-      item_order: Tensor | None, item_ids: Tensor | None, delta_below: list[Tensor],
-      delta_order: Tensor | None, delta_ids: Tensor | None, delta_anchors: Tensor | None,
-      sets: list[Tensor], set_of: list[int], nodes: Tensor, scores: Tensor, k: int,
-      eps: float) -> tuple[Tensor, ...]:
+def _(
+    query: Tensor,
+    item_vectors: Tensor,
+    num_nodes: int,
+    below: list[Tensor],
+    item_order: Tensor | None,
+    item_ids: Tensor | None,
+    delta_below: list[Tensor],
+    delta_order: Tensor | None,
+    delta_ids: Tensor | None,
+    delta_anchors: Tensor | None,
+    sets: list[Tensor],
+    set_of: list[int],
+    nodes: Tensor,
+    scores: Tensor,
+    k: int,
+    eps: float,
+) -> tuple[Tensor, ...]:
     shape, compute = (query.shape[0], k), torch.float64 if query.dtype == torch.float64 else torch.float32
-    return (query.new_empty(shape, dtype=torch.int64), query.new_empty(shape, dtype=torch.float32),
-            query.new_empty(shape, dtype=compute))
+    return (
+        query.new_empty(shape, dtype=torch.int64),
+        query.new_empty(shape, dtype=torch.float32),
+        query.new_empty(shape, dtype=compute),
+    )

@@ -18,8 +18,16 @@ from dgi_kernels.trie.filters import TrieFilter, allowed_items
 EPS = 1e-12
 
 
-def rank_candidates(query: Tensor, item_vectors: Tensor, trie: Trie, nodes: Tensor, scores: Tensor, depth: int, k: int,
-                    filters: TrieFilter | list[TrieFilter | None] | None) -> tuple[Tensor, Tensor, Tensor]:
+def rank_candidates(
+    query: Tensor,
+    item_vectors: Tensor,
+    trie: Trie,
+    nodes: Tensor,
+    scores: Tensor,
+    depth: int,
+    k: int,
+    filters: TrieFilter | list[TrieFilter | None] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return item ids, beam scores and cosines (B, k), padded with -1, -inf and -1."""
     places, candidate_scores = _candidates(trie, nodes, scores, depth)
     candidate_scores = candidate_scores.masked_fill(~allowed_items(filters, places), -torch.inf)
@@ -33,9 +41,11 @@ def rank_candidates(query: Tensor, item_vectors: Tensor, trie: Trie, nodes: Tens
     ranked_scores = candidate_scores.gather(-1, order)
     none = ranked_scores == -torch.inf
     missing = (0, k - order.shape[1])
-    return (F.pad(items.gather(-1, order).masked_fill(none, -1), missing, value=-1),
-            F.pad(ranked_scores, missing, value=-torch.inf),
-            F.pad(cosines.gather(-1, order).masked_fill(none, -1), missing, value=-1))
+    return (
+        F.pad(items.gather(-1, order).masked_fill(none, -1), missing, value=-1),
+        F.pad(ranked_scores, missing, value=-torch.inf),
+        F.pad(cosines.gather(-1, order).masked_fill(none, -1), missing, value=-1),
+    )
 
 
 def _candidates(trie: Trie, nodes: Tensor, scores: Tensor, depth: int) -> tuple[Tensor, Tensor]:

@@ -72,7 +72,7 @@ class Trie:
 
     Examples:
         >>> trie = dgi_kernels.Trie.from_codes([[3, 1], [0, 4], [3, 1], [2, 2]])
-        >>> trie.children(0, 0)                                               # the first codes that occur
+        >>> trie.children(0, 0)  # the first codes that occur
         tensor([0, 2, 3])
         >>> trie.items(trie.find([[3, 1]]), depth=2).item_ids
         tensor([0, 2])
@@ -85,9 +85,14 @@ class Trie:
         self.sizes_inferred = sizes_inferred
 
     @classmethod
-    def from_codes(cls, codes: IntegersLike, item_ids: IntegersLike | None = None, *,
-                   codebook_sizes: Sequence[int] | None = None,
-                   backend: Backend = "auto") -> Trie:
+    def from_codes(
+        cls,
+        codes: IntegersLike,
+        item_ids: IntegersLike | None = None,
+        *,
+        codebook_sizes: Sequence[int] | None = None,
+        backend: Backend = "auto",
+    ) -> Trie:
         """Build a trie from the semantic IDs of N items, in any order, with repetitions.
 
         Args:
@@ -168,8 +173,13 @@ class Trie:
         checks.integer("batch_size", batch_size, low=0, high=MAX_COUNT)
         shape, device = (batch_size, 1), self.device
         none = torch.full(shape, -1, dtype=torch.int64, device=device)
-        return Beams(torch.full(shape, 0, dtype=torch.int64, device=device), none, none,
-                     torch.full(shape, 0.0, dtype=torch.float32, device=device), 0)
+        return Beams(
+            torch.full(shape, 0, dtype=torch.int64, device=device),
+            none,
+            none,
+            torch.full(shape, 0.0, dtype=torch.float32, device=device),
+            0,
+        )
 
     def find(self, prefixes: IntegersLike) -> Tensor:
         """Find the nodes of prefixes.
@@ -212,8 +222,9 @@ class Trie:
         nodes = checks.index("nodes", nodes, 0, self.num_nodes_at(depth), also=-1)
         return ItemRanges(*self.parts.items(nodes, depth))
 
-    def filter(self, *, items: IntegersLike | None = None,
-               mask: Tensor | np.ndarray | Sequence[bool] | None = None) -> TrieFilter:
+    def filter(
+        self, *, items: IntegersLike | None = None, mask: Tensor | np.ndarray | Sequence[bool] | None = None
+    ) -> TrieFilter:
         """Make a filter that allows a subset of the items, for ``filters=`` of the searches.
 
         Args:
@@ -235,21 +246,25 @@ class Trie:
                 in_delta = _members(of_delta[of_delta >= 0], delta.arrays.num_items)
         else:
             chosen = self._mask(mask)
-            in_base, in_delta = chosen[:base.num_items], chosen[base.num_items:]
+            in_base, in_delta = chosen[: base.num_items], chosen[base.num_items :]
             if delta is not None:
                 count = base.num_items - len(delta.removed)
                 in_base, in_delta = self.parts.kept_rows(), chosen[count:]
                 in_base[in_base.clone()] = chosen[:count]
         added = self.parts.added
-        return TrieFilter(self, ItemSet.of_rows(in_base, base.item_order),
-                          None if added is None else ItemSet.of_rows(in_delta, added.item_order))
+        return TrieFilter(
+            self,
+            ItemSet.of_rows(in_base, base.item_order),
+            None if added is None else ItemSet.of_rows(in_delta, added.item_order),
+        )
 
     def _mask(self, mask: object) -> Tensor:
         try:
             chosen = torch.as_tensor(mask, device=self.device)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"mask must be a tensor, array or list of bool; got {type(mask).__name__} "
-                            f"({error})") from None
+            raise TypeError(
+                f"mask must be a tensor, array or list of bool; got {type(mask).__name__} ({error})"
+            ) from None
         checks.tensor("mask", chosen, dtypes=(torch.bool,))
         checks.shape("mask", chosen, (self.num_items,), "(num_items,)")
         return chosen
@@ -270,8 +285,13 @@ class Trie:
         """
         return self.parts.codes(), self.parts.ids()
 
-    def update(self, add: tuple[IntegersLike, IntegersLike] | None = None,
-               remove: IntegersLike | None = None, *, backend: Backend = "auto") -> Trie:
+    def update(
+        self,
+        add: tuple[IntegersLike, IntegersLike] | None = None,
+        remove: IntegersLike | None = None,
+        *,
+        backend: Backend = "auto",
+    ) -> Trie:
         """Return a trie with items added and removed; this one is unchanged.
 
         The new trie shares this one's arrays: removed items are masked, added items are in a second, small trie, and
@@ -308,8 +328,9 @@ class Trie:
         if token_dtype(sizes) != base.tokens[0].dtype:  # a code that the base's tokens could not hold
             kept_rows = torch.ones(base.num_items, dtype=torch.bool, device=self.device)
             kept_rows[removed] = False
-            return self._rebuilt(torch.cat([base.codes()[kept_rows], codes]), torch.cat([base.ids()[kept_rows], ids]),
-                                 sizes, backend)
+            return self._rebuilt(
+                torch.cat([base.codes()[kept_rows], codes]), torch.cat([base.ids()[kept_rows], ids]), sizes, backend
+            )
         if len(removed) == 0 and len(ids) == 0:
             return Trie(TrieParts(base), sizes, self.sizes_inferred)
         added = build.build_arrays(codes, ids, sizes, backend)
@@ -338,8 +359,11 @@ class Trie:
         if not isinstance(add, Sequence) or len(add) != 2 or add[1] is None:
             raise TypeError("add must be a pair (codes, ids)")
         nothing = isinstance(add[0], Sequence) and len(add[0]) == 0
-        codes = torch.empty(0, self.depth, dtype=torch.int64, device=self.device) if nothing else \
-             build.padded_codes(name, add[0], self.device).long()
+        codes = (
+            torch.empty(0, self.depth, dtype=torch.int64, device=self.device)
+            if nothing
+            else build.padded_codes(name, add[0], self.device).long()
+        )
         ragged = not hasattr(add[0], "shape")
         if codes.shape[1] > self.depth or (codes.shape[1] < self.depth and not ragged):
             raise ValueError(f"{name} must have {self.depth} levels, as the trie; got {codes.shape[1]}")
@@ -401,8 +425,10 @@ class Trie:
         return cls(TrieParts(base), sizes, inferred)
 
     def __repr__(self) -> str:
-        return (f"Trie(num_items={self.num_items}, depth={self.depth}, num_nodes={self.num_nodes}, "
-                f"codebook_sizes={self.codebook_sizes}, nbytes={self.nbytes}, device={str(self.device)!r})")
+        return (
+            f"Trie(num_items={self.num_items}, depth={self.depth}, num_nodes={self.num_nodes}, "
+            f"codebook_sizes={self.codebook_sizes}, nbytes={self.nbytes}, device={str(self.device)!r})"
+        )
 
 
 def _members(rows: Tensor, size: int) -> Tensor:

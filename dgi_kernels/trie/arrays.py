@@ -54,8 +54,15 @@ class TrieArrays:
     _masks: dict[tuple[int, int], Tensor | None] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
-    def make(cls, tokens: tuple[Tensor, ...], child_start: tuple[Tensor, ...], item_start: Tensor | None,
-             item_order: Tensor | None, item_ids: Tensor | None, num_items: int) -> TrieArrays:
+    def make(
+        cls,
+        tokens: tuple[Tensor, ...],
+        child_start: tuple[Tensor, ...],
+        item_start: Tensor | None,
+        item_order: Tensor | None,
+        item_ids: Tensor | None,
+        num_items: int,
+    ) -> TrieArrays:
         """The arrays with the numbers that follow from them; ``item_start`` and ``item_order`` are packed here."""
         runs = item_start  # of items, below each node
         max_items = [1 if num_items and runs is None else _longest_run(runs)]
@@ -66,9 +73,17 @@ class TrieArrays:
         if item_ids is not None and num_items:
             low, high = item_ids.aminmax()
             bounds = (int(low), int(high))
-        return cls(tokens, child_start, None if item_start is None else packed_starts(item_start, num_items),
-                   None if item_order is None else packed_rows(item_order), item_ids, num_items,
-                   tuple(map(_longest_run, child_start)), tuple(reversed(max_items)), bounds)
+        return cls(
+            tokens,
+            child_start,
+            None if item_start is None else packed_starts(item_start, num_items),
+            None if item_order is None else packed_rows(item_order),
+            item_ids,
+            num_items,
+            tuple(map(_longest_run, child_start)),
+            tuple(reversed(max_items)),
+            bounds,
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle stores: not what is made when first asked for, and no uint64, which torch cannot unpickle."""
@@ -104,10 +119,17 @@ class TrieArrays:
     def to(self, device: torch.device) -> TrieArrays:
         """The arrays on ``device``."""
         moved = {name: array.to(device) for name, array in self.named().items()}
-        return TrieArrays(tuple(moved[f"tokens.{t}"] for t in range(self.depth)),
-                          tuple(moved[f"child_start.{t}"] for t in range(self.depth)), moved.get("item_start"),
-                          moved.get("item_order"), moved.get("item_ids"), self.num_items, self.max_degree,
-                          self.max_items, self.id_bounds)
+        return TrieArrays(
+            tuple(moved[f"tokens.{t}"] for t in range(self.depth)),
+            tuple(moved[f"child_start.{t}"] for t in range(self.depth)),
+            moved.get("item_start"),
+            moved.get("item_order"),
+            moved.get("item_ids"),
+            self.num_items,
+            self.max_degree,
+            self.max_items,
+            self.id_bounds,
+        )
 
     def num_nodes_at(self, depth: int) -> int:
         """n_t: 1 at depth 0, the root."""
@@ -123,7 +145,7 @@ class TrieArrays:
         levels = [*self._marks_of_children(), *([] if self.item_start is None else [self.item_start])]
         for depth, starts in reversed(list(enumerate(levels, 1))):
             sets.append(parent_set(sets[-1], starts, self.num_nodes_at(depth)))
-        return tuple(reversed(sets[-self.depth:]))
+        return tuple(reversed(sets[-self.depth :]))
 
     def child_masks(self, depth: int, codes: int) -> Tensor | None:
         """Which of ``codes`` codes the children of each node of ``depth`` have, a bit for each code, for compiled steps

@@ -59,8 +59,9 @@ def integers(name: str, value: object, device: torch.device | None = None) -> Te
     try:
         array = np.asarray(value)
     except (ValueError, TypeError) as error:
-        raise TypeError(f"{name} must be an integer tensor, array or sequence; got {type(value).__name__} "
-                        f"({error})") from None
+        raise TypeError(
+            f"{name} must be an integer tensor, array or sequence; got {type(value).__name__} ({error})"
+        ) from None
     if array.size and array.dtype.kind not in "iu":
         raise TypeError(f"{name} must hold integers that fit in 64 bits; got {_kind(value, array)}")
     if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
@@ -94,11 +95,13 @@ def padded_codes(name: str, codes: object, device: torch.device | None = None) -
             _check_ends(name, table)
         return table
     if not isinstance(codes, Sequence) or isinstance(codes, (str, bytes)):
-        raise TypeError(f"{name} must be an (N, L) integer tensor or array, or a list of sequences; "
-                        f"got {type(codes).__name__}")
+        raise TypeError(
+            f"{name} must be an (N, L) integer tensor or array, or a list of sequences; got {type(codes).__name__}"
+        )
     if not codes:
-        raise ValueError(f"{name} must hold at least one sequence; an empty trie needs a tensor of shape (0, L), "
-                         "for its depth")
+        raise ValueError(
+            f"{name} must hold at least one sequence; an empty trie needs a tensor of shape (0, L), for its depth"
+        )
     return _pad(name, codes, device)
 
 
@@ -144,8 +147,9 @@ def checked_sizes(name: str, codes: Tensor, codebook_sizes: object) -> tuple[int
         codebook_sizes = [code + 1 for code in largest]
     given = integer_tensor("codebook_sizes", codebook_sizes)
     if given.shape != (depth,):
-        raise ValueError(f"codebook_sizes must have one size per level, shape ({depth},) for these codes; "
-                         f"got {tuple(given.shape)}")
+        raise ValueError(
+            f"codebook_sizes must have one size per level, shape ({depth},) for these codes; got {tuple(given.shape)}"
+        )
     sizes = tuple(given.tolist())
     if min(sizes) < 0 or max(sizes) > MAX_CODEBOOK_SIZE:
         raise ValueError(f"codebook_sizes must be from 0 to {MAX_CODEBOOK_SIZE} (tokens are int32); got {sizes}")

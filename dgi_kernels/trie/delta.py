@@ -52,8 +52,9 @@ class Delta:
     def to(self, device: torch.device) -> Delta:
         """The delta on ``device``."""
         live = None if self.live is None else self.live.to(device)
-        return Delta(self.arrays.to(device), tuple(anchors.to(device) for anchors in self.anchors),
-                     self.removed.to(device), live)
+        return Delta(
+            self.arrays.to(device), tuple(anchors.to(device) for anchors in self.anchors), self.removed.to(device), live
+        )
 
     def named(self) -> dict[str, Tensor]:
         """All arrays by name."""

@@ -80,8 +80,7 @@ class TrieFilter:
 
     def __invert__(self) -> TrieFilter:
         base, live = ~self.base, self.trie.parts.live
-        return TrieFilter(self.trie, base if live is None else base & live,
-                          None if self.delta is None else ~self.delta)
+        return TrieFilter(self.trie, base if live is None else base & live, None if self.delta is None else ~self.delta)
 
     def _compatible(self, other: object) -> TrieFilter:
         if not isinstance(other, TrieFilter):
@@ -139,8 +138,12 @@ def allowed_nodes(filters: TrieFilter | list[TrieFilter | None] | None, nodes: T
         return torch.ones_like(nodes, dtype=torch.bool)
     if isinstance(filters, TrieFilter):
         return filters.allows(nodes, depth)
-    return torch.stack([torch.ones_like(request, dtype=torch.bool) if entry is None else entry.allows(request, depth)
-                        for entry, request in zip(filters, nodes.unbind(0), strict=True)])
+    return torch.stack(
+        [
+            torch.ones_like(request, dtype=torch.bool) if entry is None else entry.allows(request, depth)
+            for entry, request in zip(filters, nodes.unbind(0), strict=True)
+        ]
+    )
 
 
 def allowed_items(filters: TrieFilter | list[TrieFilter | None] | None, places: Tensor) -> Tensor:
@@ -149,12 +152,17 @@ def allowed_items(filters: TrieFilter | list[TrieFilter | None] | None, places: 
         return torch.ones_like(places, dtype=torch.bool)
     if isinstance(filters, TrieFilter):
         return filters.contains(places)
-    return torch.stack([torch.ones_like(request, dtype=torch.bool) if entry is None else entry.contains(request)
-                        for entry, request in zip(filters, places.unbind(0), strict=True)])
+    return torch.stack(
+        [
+            torch.ones_like(request, dtype=torch.bool) if entry is None else entry.contains(request)
+            for entry, request in zip(filters, places.unbind(0), strict=True)
+        ]
+    )
 
 
-def filter_arguments(filters: TrieFilter | list[TrieFilter | None] | None, batch: int,
-                     depth: int | None) -> tuple[list[Tensor], list[int]]:
+def filter_arguments(
+    filters: TrieFilter | list[TrieFilter | None] | None, batch: int, depth: int | None
+) -> tuple[list[Tensor], list[int]]:
     """The filters as compiled ops take them: the nodes of ``depth`` that lead to an allowed item, or None: the places.
 
     Returns:
@@ -167,8 +175,10 @@ def filter_arguments(filters: TrieFilter | list[TrieFilter | None] | None, batch
         return _arrays(filters, depth), [0] * batch
     distinct = list({id(entry): entry for entry in filters if entry is not None}.values())
     number = {id(entry): i for i, entry in enumerate(distinct)}
-    return ([array for entry in distinct for array in _arrays(entry, depth)],
-            [number.get(id(entry), -1) for entry in filters])
+    return (
+        [array for entry in distinct for array in _arrays(entry, depth)],
+        [number.get(id(entry), -1) for entry in filters],
+    )
 
 
 def _arrays(entry: TrieFilter, depth: int | None) -> list[Tensor]:

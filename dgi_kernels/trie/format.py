@@ -32,8 +32,12 @@ PREFIX = struct.Struct("<8sIIQ")  # magic, version, bytes of the JSON header, by
 DIGEST_BYTES = hashlib.sha256().digest_size
 ALIGNMENT = 64
 STORED_DTYPES: dict[str, np.dtype[np.integer[Any]]] = {
-    "int16": np.dtype("<i2"), "int32": np.dtype("<i4"), "int64": np.dtype("<i8"), "uint8": np.dtype("<u1"),
-    "uint64": np.dtype("<u8")}
+    "int16": np.dtype("<i2"),
+    "int32": np.dtype("<i4"),
+    "int64": np.dtype("<i8"),
+    "uint8": np.dtype("<u1"),
+    "uint64": np.dtype("<u8"),
+}
 META = {"codebook_sizes", "sizes_inferred", "num_items", "max_degree", "max_items", "id_bounds"}
 PACKED = {"item_start": MARKS, "item_order": PACKED_ROWS}  # these two may be packed
 OPTIONAL = {"item_start", "item_order", "item_ids"}  # left out where they are 0, 1, 2, …
@@ -45,9 +49,14 @@ class TrieFormatError(ValueError):
 
 def state(trie: TrieArrays, sizes: tuple[int, ...], inferred: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The arrays by the names that files use, and what else a trie is made of."""
-    return trie.named(), {"codebook_sizes": list(sizes), "sizes_inferred": inferred, "num_items": trie.num_items,
-                          "max_degree": list(trie.max_degree), "max_items": list(trie.max_items),
-                          "id_bounds": list(trie.id_bounds)}
+    return trie.named(), {
+        "codebook_sizes": list(sizes),
+        "sizes_inferred": inferred,
+        "num_items": trie.num_items,
+        "max_degree": list(trie.max_degree),
+        "max_items": list(trie.max_items),
+        "id_bounds": list(trie.id_bounds),
+    }
 
 
 def write(path: str | os.PathLike[str], arrays: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -112,12 +121,12 @@ def _parse(data: Any, verify: bool) -> tuple[dict[str, Tensor], Any]:
     if total != len(data):
         raise TrieFormatError(f"truncated or altered: it has {len(data)} bytes and should have {total}")
     view, end = memoryview(data), PREFIX.size + header_bytes
-    if hashlib.sha256(view[:end]).digest() != view[end:end + DIGEST_BYTES]:
+    if hashlib.sha256(view[:end]).digest() != view[end : end + DIGEST_BYTES]:
         raise TrieFormatError("altered: the checksum of its header does not match")
     if verify and hashlib.sha256(view[:-DIGEST_BYTES]).digest() != view[-DIGEST_BYTES:]:
         raise TrieFormatError("altered: its checksum does not match")
     try:
-        header = json.loads(bytes(view[PREFIX.size:end]))
+        header = json.loads(bytes(view[PREFIX.size : end]))
         return _map_arrays(data, _aligned(end + DIGEST_BYTES), header["arrays"]), header["meta"]
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise TrieFormatError(f"the header cannot be read: {error}") from None
@@ -138,8 +147,9 @@ def _map_arrays(data: Any, offset: int, listing: list[list[Any]]) -> dict[str, T
     return arrays
 
 
-def checked_state(arrays: Mapping[str, Tensor], meta: Mapping[str, Any],
-                  verify: bool = True) -> tuple[TrieArrays, tuple[int, ...], bool]:
+def checked_state(
+    arrays: Mapping[str, Tensor], meta: Mapping[str, Any], verify: bool = True
+) -> tuple[TrieArrays, tuple[int, ...], bool]:
     """Check that arrays and meta describe a trie; without ``verify`` only that their names, types and sizes do."""
     sizes, inferred, num_items = _checked_meta(meta)
     depth = len(sizes)
@@ -150,14 +160,26 @@ def checked_state(arrays: Mapping[str, Tensor], meta: Mapping[str, Any],
     if wrong:
         raise TrieFormatError(f"the wrong arrays for depth {depth}: {sorted(map(str, wrong))}")
     for name, array in arrays.items():
-        dtype = torch.int64 if name == "item_ids" else token_dtype(sizes) if name.startswith("tokens") \
+        dtype = (
+            torch.int64
+            if name == "item_ids"
+            else token_dtype(sizes)
+            if name.startswith("tokens")
             else count_dtype(num_items)
+        )
         if not isinstance(array, Tensor) or array.dtype not in (dtype, PACKED.get(name)) or array.ndim != 1:
             raise TrieFormatError(f"array {name} must be a vector of {dtype}")
-    trie = TrieArrays(tuple(arrays[f"tokens.{t}"] for t in range(depth)),
-                      tuple(arrays[f"child_start.{t}"] for t in range(depth)), arrays.get("item_start"),
-                      arrays.get("item_order"), arrays.get("item_ids"), num_items, tuple(meta["max_degree"]),
-                      tuple(meta["max_items"]), tuple(meta["id_bounds"]))
+    trie = TrieArrays(
+        tuple(arrays[f"tokens.{t}"] for t in range(depth)),
+        tuple(arrays[f"child_start.{t}"] for t in range(depth)),
+        arrays.get("item_start"),
+        arrays.get("item_order"),
+        arrays.get("item_ids"),
+        num_items,
+        tuple(meta["max_degree"]),
+        tuple(meta["max_items"]),
+        tuple(meta["id_bounds"]),
+    )
     _check_sizes(trie)
     if verify:
         _check_structure(trie, sizes)

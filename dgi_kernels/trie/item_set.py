@@ -65,7 +65,7 @@ class ItemSet:
         last, bits = divmod(self.size, WORD_BITS)
         words = ~self.words
         words[last] &= (1 << bits) - 1
-        words[last + 1:] = 0
+        words[last + 1 :] = 0
         return ItemSet(self.size, words)
 
     def contains(self, places: Tensor) -> Tensor:

@@ -13,20 +13,22 @@ def code_ranges(codes: Tensor) -> Tensor:
     return torch.ops.dgi_kernels.code_ranges(codes)
 
 
-def trie_arrays(codes: Tensor, token_dtype: torch.dtype, count_dtype: torch.dtype) -> tuple[
-        list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
+def trie_arrays(
+    codes: Tensor, token_dtype: torch.dtype, count_dtype: torch.dtype
+) -> tuple[list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
     """As :func:`reference.trie_arrays`, for any strides."""
     depth = codes.shape[1]
     arrays = torch.ops.dgi_kernels.trie_arrays(codes, token_dtype == torch.int16, count_dtype == torch.int32)
-    item_start, item_order = (array if len(array) else None for array in arrays[2 * depth:])
-    return arrays[:depth], arrays[depth:2 * depth], item_start, item_order
+    item_start, item_order = (array if len(array) else None for array in arrays[2 * depth :])
+    return arrays[:depth], arrays[depth : 2 * depth], item_start, item_order
 
 
 def find_children(tokens: Tensor, child_start: Tensor, nodes: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     """As :func:`reference.find_children`."""
     shape = nodes.shape
-    places, found = torch.ops.dgi_kernels.find_children(tokens, child_start, nodes.flatten().contiguous(),
-                                                                codes.flatten().contiguous())
+    places, found = torch.ops.dgi_kernels.find_children(
+        tokens, child_start, nodes.flatten().contiguous(), codes.flatten().contiguous()
+    )
     return places.view(shape), found.view(shape)
 
 

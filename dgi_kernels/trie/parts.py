@@ -67,8 +67,9 @@ class TrieParts:
     @property
     def num_items(self) -> int:
         """The number of items that are there."""
-        return self.base.num_items + (0 if self.delta is None else
-                                      self.delta.arrays.num_items - len(self.delta.removed))
+        return self.base.num_items + (
+            0 if self.delta is None else self.delta.arrays.num_items - len(self.delta.removed)
+        )
 
     @property
     def num_places(self) -> int:
@@ -77,8 +78,9 @@ class TrieParts:
 
     def num_nodes_at(self, depth: int) -> int:
         """Nodes of ``depth`` have numbers less than this."""
-        return self.base.num_nodes_at(depth) + (0 if depth == 0 or self.added is None else
-                                                self.added.num_nodes_at(depth))
+        return self.base.num_nodes_at(depth) + (
+            0 if depth == 0 or self.added is None else self.added.num_nodes_at(depth)
+        )
 
     def num_nodes(self) -> int:
         """How many prefixes of items there are, the root not counted."""
@@ -198,8 +200,11 @@ class TrieParts:
 
     def ids(self) -> Tensor:
         """The ids (num_items,) of the items that are there: those left of the base, then those of the delta."""
-        return self.base.ids() if self.delta is None else torch.cat([self.base.ids()[self.kept_rows()],
-                                                                     self.delta.arrays.ids()])
+        return (
+            self.base.ids()
+            if self.delta is None
+            else torch.cat([self.base.ids()[self.kept_rows()], self.delta.arrays.ids()])
+        )
 
     def codes(self, dtype: torch.dtype = torch.int64) -> Tensor:
         """The codes (num_items, L) in the order of :meth:`ids`."""

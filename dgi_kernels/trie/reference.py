@@ -16,8 +16,9 @@ def code_ranges(codes: Tensor) -> Tensor:
     return torch.stack(codes.long().aminmax(dim=0))
 
 
-def trie_arrays(codes: Tensor, token_dtype: torch.dtype, count_dtype: torch.dtype) -> tuple[
-        list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
+def trie_arrays(
+    codes: Tensor, token_dtype: torch.dtype, count_dtype: torch.dtype
+) -> tuple[list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
     """Derive the level-order arrays from padded codes.
 
     Sort the rows lexicographically.  A node at depth t is a maximal run of sorted rows that share their first t codes,
@@ -42,8 +43,12 @@ def trie_arrays(codes: Tensor, token_dtype: torch.dtype, count_dtype: torch.dtyp
         tokens.append(codes[order[child_rows], t].to(token_dtype))
         starts = child_rows
     in_order = torch.equal(order, torch.arange(rows, device=order.device))
-    return (tokens, child_start, None if len(starts) == rows else _closed(starts, rows).to(count_dtype),
-            None if in_order else order.to(count_dtype))
+    return (
+        tokens,
+        child_start,
+        None if len(starts) == rows else _closed(starts, rows).to(count_dtype),
+        None if in_order else order.to(count_dtype),
+    )
 
 
 def trie_sort(codes: Tensor) -> tuple[Tensor, Tensor]:

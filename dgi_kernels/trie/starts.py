@@ -64,12 +64,12 @@ def parent_set(children: ItemSet, starts: Tensor, parents: int) -> ItemSet:
     if backends.choose("trie_filter", "auto", starts.device) == "native":
         return ItemSet(parents, *native.parent_set(children.words, children.ranks, starts, parents))
     if starts.dtype == MARKS:
-        begins = _bits(_ranks_and_words(starts, children.size)[1])[:children.size]
+        begins = _bits(_ranks_and_words(starts, children.size)[1])[: children.size]
     else:
         begins = torch.zeros(children.size, dtype=torch.uint8, device=starts.device)
         begins[starts[:-1].long()] = 1
     members = torch.zeros(parents, dtype=torch.uint8, device=starts.device)
-    members.scatter_reduce_(0, begins.cumsum(0) - 1, _bits(children.words)[:children.size], "amax")
+    members.scatter_reduce_(0, begins.cumsum(0) - 1, _bits(children.words)[: children.size], "amax")
     return ItemSet.of_rows(members.bool(), None)
 
 

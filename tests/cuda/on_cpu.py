@@ -48,15 +48,32 @@ def why_no_ops() -> str | None:
     return why_not()
 
 
-def compile_library(sources: Sequence[Path], target: Path, include: Sequence[Path] = (), flags: Sequence[str] = (),
-                    libraries: Sequence[str] = ()) -> None:
+def compile_library(
+    sources: Sequence[Path],
+    target: Path,
+    include: Sequence[Path] = (),
+    flags: Sequence[str] = (),
+    libraries: Sequence[str] = (),
+) -> None:
     """Compile ``sources``, also ``.cu``, as C++ and link them to the shared library ``target``."""
     folders = [*include, CSRC, CSRC / "include", HERE]
     objects = [target.with_name(f"{target.stem}-{i}-{source.stem}.o") for i, source in enumerate(sources)]
 
     def compile_one(source: Path, output: Path) -> None:
-        run([*COMPILER, *FLAGS, *flags, *(f"-I{folder}" for folder in folders), "-x", "c++", "-c", str(source), "-o",
-             str(output)])
+        run(
+            [
+                *COMPILER,
+                *FLAGS,
+                *flags,
+                *(f"-I{folder}" for folder in folders),
+                "-x",
+                "c++",
+                "-c",
+                str(source),
+                "-o",
+                str(output),
+            ]
+        )
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(compile_one, sources, objects))
@@ -79,8 +96,11 @@ class Ops:
     """The CUDA ops, compiled unless ``cache`` holds them as they are, and registered for CUDA."""
 
     def __init__(self, cache: Path) -> None:
-        sources = [*sorted((CSRC / "cuda").glob("*.cu")), *sorted((CSRC / "register" / "cuda").glob("*.cpp")),
-                   HERE / "torch_on_cpu.cpp"]
+        sources = [
+            *sorted((CSRC / "cuda").glob("*.cu")),
+            *sorted((CSRC / "register" / "cuda").glob("*.cpp")),
+            HERE / "torch_on_cpu.cpp",
+        ]
         everything = sorted(path for folder in (CSRC, HERE) for path in folder.rglob("*") if path.is_file())
         state = hashlib.sha256(repr((torch.__version__, COMPILER, FLAGS)).encode())
         for path in everything:
@@ -93,9 +113,13 @@ class Ops:
                     old.unlink()
                 home = Path(torch.__file__).parent
                 part = library.with_suffix(".part.so")
-                compile_library(sources, part, [home / "include", home / "include/torch/csrc/api/include"],
-                                ["-DUSE_CUDA", "-DDGI_PRODUCTS=300", "-DTORCH_TARGET_VERSION=0x020a000000000000"],
-                                [f"-L{home / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"])
+                compile_library(
+                    sources,
+                    part,
+                    [home / "include", home / "include/torch/csrc/api/include"],
+                    ["-DUSE_CUDA", "-DDGI_PRODUCTS=300", "-DTORCH_TARGET_VERSION=0x020a000000000000"],
+                    [f"-L{home / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"],
+                )
                 part.replace(library)
         torch.ops.load_library(str(library))
         self._library = ctypes.CDLL(str(library))

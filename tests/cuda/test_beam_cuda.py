@@ -68,8 +68,9 @@ def test_many_beams_of_few_children_each(cuda_ops: on_cpu.Ops) -> None:
     assert_same(*both(cuda_ops, trie, logits, beams, num_beams=4, normalize="none"), exact=True)
     base = trie.parts.base
     with cuda_ops.instead(*OPS), pytest.raises(RuntimeError, match="more than 2..31 candidates"):
-        torch.ops.dgi_kernels.beam_step(base.tokens[1], base.child_start[1], [], [], [], [], logits, nodes,
-                                        beams.scores, None, 4, 2)
+        torch.ops.dgi_kernels.beam_step(
+            base.tokens[1], base.child_start[1], [], [], [], [], logits, nodes, beams.scores, None, 4, 2
+        )
 
 
 def test_wide_tokens(cuda_ops: on_cpu.Ops) -> None:
@@ -107,7 +108,8 @@ def test_nodes_that_are_none_are_dead(cuda_ops: on_cpu.Ops) -> None:
     with cuda_ops.instead(*OPS):
         arguments = (trie.parts.base.tokens[0], trie.parts.base.child_start[0], [], [], [], [])
         found, tokens, parents, scores = torch.ops.dgi_kernels.beam_step(
-            *arguments, torch.zeros(1, 4, 2), nodes, root.scores.expand(1, 4), None, 3, 2)
+            *arguments, torch.zeros(1, 4, 2), nodes, root.scores.expand(1, 4), None, 3, 2
+        )
     assert parents.tolist() == [[3, 3, -1]] and tokens.tolist() == [[0, 1, -1]]
     assert found.tolist() == [[0, 1, -1]] and scores.tolist() == [[0.0, 0.0, -math.inf]]
 
@@ -135,8 +137,12 @@ def test_cosine_steps_match_the_reference(cuda_ops: on_cpu.Ops, dtype: torch.dty
             h[torch.rand(shape) < 0.1] = random.choice([0, math.nan])
             lse = torch.randn(shape).to(dtype) if normalize != "none" and random.random() < 0.3 else None
             scale = random.choice([1.0, torch.tensor(1.0)])
-            options = {"num_beams": random.choice([1, 5, 33]), "normalize": normalize, "log_normalizer": lse,
-                       "filters": filters}
+            options = {
+                "num_beams": random.choice([1, 5, 33]),
+                "normalize": normalize,
+                "log_normalizer": lse,
+                "filters": filters,
+            }
             with cuda_ops.instead(*OPS):
                 got = cosine_beam_step(trie, h, codebook, scale, beams, backend="native", **options)
             expected = cosine_beam_step(trie, h, codebook, scale, beams, backend="reference", **options)

@@ -31,8 +31,12 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 def run(library: ctypes.CDLL, kernel: str, values: Tensor) -> tuple[Tensor, str]:
     out = torch.full((THREADS,), -1, dtype=torch.int32)
-    fault = library.run(kernel.encode(), ctypes.c_uint64(random.randrange(2**64)), ctypes.c_void_p(values.data_ptr()),
-                        ctypes.c_void_p(out.data_ptr()))
+    fault = library.run(
+        kernel.encode(),
+        ctypes.c_uint64(random.randrange(2**64)),
+        ctypes.c_void_p(values.data_ptr()),
+        ctypes.c_void_p(out.data_ptr()),
+    )
     return out, fault.decode()
 
 
@@ -61,24 +65,27 @@ def test_right_kernels(library: ctypes.CDLL, kernel: str) -> None:
         assert out.tolist() == expected(kernel, x).tolist()
 
 
-@pytest.mark.parametrize("kernel, message", [
-    ("missing barrier", "no barrier between|never written"),
-    ("off by one", r"index 95 of row\[95\]"),
-    ("wrong mask", "mask leaves out its caller"),
-    ("half a vote", "lanes of the mask 0xffffffff that do not arrive|__syncthreads .* not every thread reaches"),
-    ("vote after return", "names lane 5, which has returned"),
-    ("shuffle outside mask", "a shuffle reads lane 0, outside its mask"),
-    ("two masks", "which has returned|that do not arrive"),
-    ("divergent barrier", "a thread has returned|not every thread reaches"),
-    ("two barriers", "others at the one in"),
-    ("return before barrier", "a thread has returned|not every thread reaches"),
-    ("uninitialised", r"reads row\[\d+\], which was never written"),
-    ("missing syncwarp", "no barrier between|never written"),
-    ("overwrite", "which another thread reads, with no barrier between|has written, with no barrier between"),
-    ("count without atomics", "no barrier between"),
-    ("dynamic beyond the end", "ends at byte 772 of 768"),
-    ("dynamic overlap", "overlap"),
-])
+@pytest.mark.parametrize(
+    "kernel, message",
+    [
+        ("missing barrier", "no barrier between|never written"),
+        ("off by one", r"index 95 of row\[95\]"),
+        ("wrong mask", "mask leaves out its caller"),
+        ("half a vote", "lanes of the mask 0xffffffff that do not arrive|__syncthreads .* not every thread reaches"),
+        ("vote after return", "names lane 5, which has returned"),
+        ("shuffle outside mask", "a shuffle reads lane 0, outside its mask"),
+        ("two masks", "which has returned|that do not arrive"),
+        ("divergent barrier", "a thread has returned|not every thread reaches"),
+        ("two barriers", "others at the one in"),
+        ("return before barrier", "a thread has returned|not every thread reaches"),
+        ("uninitialised", r"reads row\[\d+\], which was never written"),
+        ("missing syncwarp", "no barrier between|never written"),
+        ("overwrite", "which another thread reads, with no barrier between|has written, with no barrier between"),
+        ("count without atomics", "no barrier between"),
+        ("dynamic beyond the end", "ends at byte 772 of 768"),
+        ("dynamic overlap", "overlap"),
+    ],
+)
 def test_planted_faults(library: ctypes.CDLL, kernel: str, message: str) -> None:
     for _ in range(REPETITIONS):
         _, fault = run(library, kernel, torch.randint(-1, 1, (THREADS,), dtype=torch.int32))
@@ -89,15 +96,30 @@ def test_planted_faults(library: ctypes.CDLL, kernel: str, message: str) -> None
 # In what the project's own kernels share: what is replaced, by what, and what is said of it.
 MUTATIONS = {
     "no barrier before the parts are written": (
-        "  __syncthreads();  // the last call's parts have been read\n", "", "no barrier between"),
+        "  __syncthreads();  // the last call's parts have been read\n",
+        "",
+        "no barrier between",
+    ),
     "no barrier before the parts are read": (
-        "/ kWarp] = own;\n  __syncthreads();\n", "/ kWarp] = own;\n", "no barrier between|never written"),
-    "a part too few": ("DGI_SHARED(Part, of_warp, kMaxWarps)", "DGI_SHARED(Part, of_warp, kMaxWarps / 4 - 1)",
-                       r"index 7 of of_warp\[7\]"),
-    "a part too many is read": ("of_warp[lane < warps ? lane : 0]", "of_warp[lane <= warps ? lane : 0]",
-                                r"reads of_warp\[8\], which was never written"),
-    "a lane outside the mask": ("__shfl_down_sync(kAllLanes", "__shfl_down_sync(0x7FFFFFFFu",
-                                "mask leaves out its caller"),
+        "/ kWarp] = own;\n  __syncthreads();\n",
+        "/ kWarp] = own;\n",
+        "no barrier between|never written",
+    ),
+    "a part too few": (
+        "DGI_SHARED(Part, of_warp, kMaxWarps)",
+        "DGI_SHARED(Part, of_warp, kMaxWarps / 4 - 1)",
+        r"index 7 of of_warp\[7\]",
+    ),
+    "a part too many is read": (
+        "of_warp[lane < warps ? lane : 0]",
+        "of_warp[lane <= warps ? lane : 0]",
+        r"reads of_warp\[8\], which was never written",
+    ),
+    "a lane outside the mask": (
+        "__shfl_down_sync(kAllLanes",
+        "__shfl_down_sync(0x7FFFFFFFu",
+        "mask leaves out its caller",
+    ),
 }
 
 
@@ -118,8 +140,13 @@ def test_faults_planted_into_gumbel_softmax(tmp_path: Path, name: str | None) ->
     logits = torch.randn(3, 700)
     out = torch.empty_like(logits)
     for _ in range(5):
-        fault = library.run(ctypes.c_uint64(random.randrange(2**64)), ctypes.c_void_p(logits.data_ptr()),
-                            ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(3), ctypes.c_int64(700)).decode()
+        fault = library.run(
+            ctypes.c_uint64(random.randrange(2**64)),
+            ctypes.c_void_p(logits.data_ptr()),
+            ctypes.c_void_p(out.data_ptr()),
+            ctypes.c_int64(3),
+            ctypes.c_int64(700),
+        ).decode()
         if name is None:
             assert fault == ""
         else:

@@ -25,8 +25,18 @@ def test_noise(cuda_ops: on_cpu.Ops, rows: int, codes: int) -> None:
     exact = gumbel_noise(seed, level, rows, codes, backend="reference", **options)
     torch.testing.assert_close(noise, exact, rtol=0, atol=2e-5)
     with cuda_ops.instead("gumbel_noise"):  # rows that another rank draws
-        assert torch.equal(gumbel_noise(seed, level, 1, codes, backend="native", stream=options["stream"],
-                                        row_offset=options["row_offset"] + rows - 1), noise[-1:])
+        assert torch.equal(
+            gumbel_noise(
+                seed,
+                level,
+                1,
+                codes,
+                backend="native",
+                stream=options["stream"],
+                row_offset=options["row_offset"] + rows - 1,
+            ),
+            noise[-1:],
+        )
 
 
 def test_no_noise(cuda_ops: on_cpu.Ops) -> None:

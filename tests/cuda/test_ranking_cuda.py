@@ -48,8 +48,9 @@ def test_more_items_than_the_buffer_holds(cuda_ops: on_cpu.Ops, width: int, k: i
     for depth, start in ((1, beams), (0, trie.root(1))):
         with cuda_ops.instead("rank_candidates"):
             got = rank_candidates(query, vectors, trie, start, k, filters=filters, backend="native")
-        expected = rank_candidates(query.double(), vectors.double(), trie, start, k, filters=filters,
-                                   backend="reference")
+        expected = rank_candidates(
+            query.double(), vectors.double(), trie, start, k, filters=filters, backend="reference"
+        )
         assert torch.equal(got.items, expected.items), depth
         assert torch.equal(got.scores, expected.scores)
         torch.testing.assert_close(got.cosines.double(), expected.cosines, rtol=0, atol=1e-6)
@@ -71,6 +72,21 @@ def test_rows_of_any_distance_and_nodes_that_are_none(cuda_ops: on_cpu.Ops) -> N
     base = trie.parts.base
     with cuda_ops.instead("rank_candidates"):
         items, scores, _ = torch.ops.dgi_kernels.rank_candidates(
-            query, vectors, base.num_nodes_at(1), base.items_below(1), base.item_order, base.item_ids, [], None,
-            None, None, [], [], nodes, torch.tensor([[0.0, -1.0], [0.0, 0.0]]), 2, 1e-12)
+            query,
+            vectors,
+            base.num_nodes_at(1),
+            base.items_below(1),
+            base.item_order,
+            base.item_ids,
+            [],
+            None,
+            None,
+            None,
+            [],
+            [],
+            nodes,
+            torch.tensor([[0.0, -1.0], [0.0, 0.0]]),
+            2,
+            1e-12,
+        )
     assert items.tolist() == [[1, -1], [-1, -1]] and scores[0].tolist() == [-1.0, -math.inf]

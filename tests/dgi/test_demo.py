@@ -18,8 +18,9 @@ from dgi.training.checkpoint import load_model
 from tests.dgi.tiny_folder import write_data
 
 
-def test_the_demo_leaves_what_it_prints_and_can_be_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                             capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_leaves_what_it_prints_and_can_be_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The figures are counted again from the files it leaves; a second run goes on from the checkpoints."""
     monkeypatch.setattr(dgi.demo, "TEST_SAMPLE", 30)
     folder, output = write_data(tmp_path / "data", np.random.default_rng(2)), tmp_path / "out"

@@ -40,17 +40,34 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 
 
 def write_metrics(path: Path, rows: int) -> list[dict]:
-    written = [{"step": 10 * i, "epoch": i / 7, "loss": float(np.random.randn()), "ntp": 5.0, "global": 0.4,
-                "local": 0.1, "infonce": 2.0, "diversity": -3.0, "gamma": 30 + i, "tau": 0.5, "usage": [0.5, 0.25, 1.0],
-                "collisions": 0.1, "lr": [5e-5, 5e-4]} for i in range(rows)]
+    written = [
+        {
+            "step": 10 * i,
+            "epoch": i / 7,
+            "loss": float(np.random.randn()),
+            "ntp": 5.0,
+            "global": 0.4,
+            "local": 0.1,
+            "infonce": 2.0,
+            "diversity": -3.0,
+            "gamma": 30 + i,
+            "tau": 0.5,
+            "usage": [0.5, 0.25, 1.0],
+            "collisions": 0.1,
+            "lr": [5e-5, 5e-4],
+        }
+        for i in range(rows)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in written))
     return written
 
 
 def results(num_systems: int) -> dict[str, dict]:
     counts, targets = np.arange(40), np.random.randint(40, size=300)
-    return {f"system {i}": evaluate_rankings(np.argsort(np.random.rand(300, 40), axis=1)[:, :20], targets, counts)
-            for i in range(num_systems)}
+    return {
+        f"system {i}": evaluate_rankings(np.argsort(np.random.rand(300, 40), axis=1)[:, :20], targets, counts)
+        for i in range(num_systems)
+    }
 
 
 def test_training_curve_draws_what_was_logged(tmp_path: Path, figures: list[Figure]) -> None:
@@ -76,7 +93,7 @@ def test_long_runs_are_smoothed_by_their_mean() -> None:
     values = np.random.randn(500)
     smooth = curve._running_mean(values, 11)
     for i in (0, 3, 250, 499):
-        assert smooth[i] == pytest.approx(values[max(0, i - 5):i + 6].mean())
+        assert smooth[i] == pytest.approx(values[max(0, i - 5) : i + 6].mean())
 
 
 def test_a_run_killed_while_it_wrote_can_be_drawn(tmp_path: Path, figures: list[Figure]) -> None:
@@ -151,17 +168,25 @@ def test_a_failed_picture_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest
 
 def test_a_backend_that_is_not_here_keeps_no_picture_from_being_drawn(tmp_path: Path) -> None:
     """Guards against MPLBACKEND of a notebook, which ended a training after its last step."""
-    code = ("import os, sys; from dgi import pictures; picture = pictures.figure(); "
-            "pictures.save(picture, sys.argv[1]); print(os.environ['MPLBACKEND'])")
+    code = (
+        "import os, sys; from dgi import pictures; picture = pictures.figure(); "
+        "pictures.save(picture, sys.argv[1]); print(os.environ['MPLBACKEND'])"
+    )
     environment = {**os.environ, "MPLBACKEND": "module://not_here.backend_inline"}
-    shown = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.png")], env=environment, capture_output=True,
-                           text=True, check=True)
+    shown = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "a.png")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert shown.stdout.strip() == environment["MPLBACKEND"]
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_results_are_kept_where_no_picture_can_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                        caplog: pytest.LogCaptureFixture) -> None:
+def test_results_are_kept_where_no_picture_can_be_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     results = {"systems": {"DGI": {"overall": {}, "buckets": []}}, "index": {"codes": []}}
     with caplog.at_level(logging.WARNING, "dgi"):

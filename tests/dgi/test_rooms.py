@@ -14,10 +14,24 @@ from dgi._moved import MOVED
 
 ROOT = Path(dgi.__file__).parent
 # From the ground up: a room imports from itself and from what stands before it.
-ROOMS = ("config", "pictures", "progress", "data", "model", "training", "retrieval", "evaluation", "integrations",
-         "demo", "cli")
-SOURCES = {"dgi." + ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
-           for path in ROOT.rglob("*.py") if path.parent != ROOT or path.stem in ROOMS}
+ROOMS = (
+    "config",
+    "pictures",
+    "progress",
+    "data",
+    "model",
+    "training",
+    "retrieval",
+    "evaluation",
+    "integrations",
+    "demo",
+    "cli",
+)
+SOURCES = {
+    "dgi." + ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in ROOT.rglob("*.py")
+    if path.parent != ROOT or path.stem in ROOMS
+}
 
 
 def imported_modules(module: str) -> set[str]:
@@ -61,6 +75,10 @@ def test_public_names_are_where_they_were() -> None:
     """Names of version 0.1.0, by the module that people imported them from."""
     lines = (Path(__file__).parent / "public_names.txt").read_text().splitlines()
     names = {module: values.split() for module, values in (line.split(": ") for line in lines)}
-    missing = [f"{module}.{name}" for module, values in names.items() for name in values
-               if not hasattr(importlib.import_module(module), name)]
+    missing = [
+        f"{module}.{name}"
+        for module, values in names.items()
+        for name in values
+        if not hasattr(importlib.import_module(module), name)
+    ]
     assert not missing

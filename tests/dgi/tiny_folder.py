@@ -9,8 +9,18 @@ import numpy as np
 
 ITEMS, ROWS = 30, 200
 # Settings of a model and a training that take a second.
-SETTINGS = {"dim": 16, "codebook_sizes": [8, 4], "attention_heads": 2, "history_layers": 1, "text_layers": 0,
-            "decoder_layers": 1, "vocabulary_size": 256, "epochs": 2, "batch_size": 64, "warmup_steps": 2}
+SETTINGS = {
+    "dim": 16,
+    "codebook_sizes": [8, 4],
+    "attention_heads": 2,
+    "history_layers": 1,
+    "text_layers": 0,
+    "decoder_layers": 1,
+    "vocabulary_size": 256,
+    "epochs": 2,
+    "batch_size": 64,
+    "warmup_steps": 2,
+}
 
 
 def write_data(folder: Path, random: np.random.Generator) -> Path:
@@ -22,8 +32,14 @@ def write_data(folder: Path, random: np.random.Generator) -> Path:
     for time in range(ROWS):
         first, length = int(random.integers(ITEMS)), int(random.integers(1, 5)) if time else 0
         item = (first + length) % ITEMS
-        rows.append({"history": [f"film-{(first + step) % ITEMS}" for step in range(length)],
-                     "query": "" if time % 2 else f"genre{item % 5}", "item_id": f"film-{item}", "timestamp": time})
+        rows.append(
+            {
+                "history": [f"film-{(first + step) % ITEMS}" for step in range(length)],
+                "query": "" if time % 2 else f"genre{item % 5}",
+                "item_id": f"film-{item}",
+                "timestamp": time,
+            }
+        )
     (folder / "interactions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 

@@ -20,8 +20,18 @@ from dgi.training.checkpoint import save_model
 from dgi.training.distributed import process_group, rank
 from dgi.training.trainer import Trainer
 
-MODEL = {"dim": 16, "codebook_sizes": [5, 4], "attention_heads": 2, "history_layers": 1, "text_layers": 1,
-         "decoder_layers": 1, "dropout": 0.1, "vocabulary_size": 64, "max_tokens": 4, "max_history": 3}
+MODEL = {
+    "dim": 16,
+    "codebook_sizes": [5, 4],
+    "attention_heads": 2,
+    "history_layers": 1,
+    "text_layers": 1,
+    "decoder_layers": 1,
+    "dropout": 0.1,
+    "vocabulary_size": 64,
+    "max_tokens": 4,
+    "max_history": 3,
+}
 TRAIN = {"epochs": 2, "batch_size": 8, "warmup_steps": 2, "revive_every": 1, "log_every": 1, "checkpoint_every": 1}
 
 
@@ -38,8 +48,13 @@ def tiny_data(seed: int, rows: int = 26, items: int = 60) -> tuple[Catalog, Inte
     return catalog, Interactions(queries, histories, chosen, np.arange(rows, dtype=np.float64))
 
 
-def tiny_trainer(output: Path | None, seed: int, model: dict[str, Any] | None = None,
-                 train: dict[str, Any] | None = None, kind: type[DualEncoder] = DGIModel) -> Trainer:
+def tiny_trainer(
+    output: Path | None,
+    seed: int,
+    model: dict[str, Any] | None = None,
+    train: dict[str, Any] | None = None,
+    kind: type[DualEncoder] = DGIModel,
+) -> Trainer:
     """A trainer for :func:`tiny_data`, with fields of ``MODEL`` and ``TRAIN`` replaced.
 
     A code that the first batches do not use counts as dead, so that revival has something to do.
@@ -49,8 +64,9 @@ def tiny_trainer(output: Path | None, seed: int, model: dict[str, Any] | None = 
     if isinstance(made, DGIModel):
         for counts in made.quantizer.code_counts:
             counts.zero_()
-    return Trainer(made, from_dict(TrainConfig, {**TRAIN, "seed": seed, **(train or {})}), *tiny_data(seed), output,
-                   progress=False)
+    return Trainer(
+        made, from_dict(TrainConfig, {**TRAIN, "seed": seed, **(train or {})}), *tiny_data(seed), output, progress=False
+    )
 
 
 def train_until_killed(output: Path, seed: int, train: dict[str, Any], function: str | None, calls: int) -> None:

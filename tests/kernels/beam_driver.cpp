@@ -29,7 +29,9 @@ void product(const Matrix<Real>& a, const Matrix<Real>& b, const Matrix<Real>& o
   }
 }
 
-void matrix_product(const Matrix<float>& a, const Matrix<float>& b, const Matrix<float>& out, Into) { product(a, b, out); }
+void matrix_product(const Matrix<float>& a, const Matrix<float>& b, const Matrix<float>& out, Into) {
+  product(a, b, out);
+}
 void matrix_product(const Matrix<double>& a, const Matrix<double>& b, const Matrix<double>& out, Into) {
   product(a, b, out);
 }
@@ -65,7 +67,8 @@ struct Prefixes {
 class Numbers {
  public:
   Numbers(const std::vector<int64_t>& numbers, bool is_wide)
-      : wide_(is_wide ? numbers : std::vector<int64_t>{}), narrow_(numbers.begin(), is_wide ? numbers.begin() : numbers.end()) {}
+      : wide_(is_wide ? numbers : std::vector<int64_t>{}),
+        narrow_(numbers.begin(), is_wide ? numbers.begin() : numbers.end()) {}
   Numbers(const Numbers&) = delete;
 
   dgi::Offsets offsets() const {
@@ -199,12 +202,15 @@ bool one_case(Random& random, dgi::Normalize normalize, bool head) {
     for (int64_t i = 0; in_base >= 0 && i < delta_nodes; ++i) {
       if (node_anchors[i] == 2 * in_base + 1) in_delta = i;
     }
-    for (int64_t i = in_base < 0 ? 0 : base.child_start[in_base]; in_base >= 0 && i < base.child_start[in_base + 1]; ++i) {
+    for (int64_t i = in_base < 0 ? 0 : base.child_start[in_base]; in_base >= 0 && i < base.child_start[in_base + 1];
+         ++i) {
       list.push_back({base.tokens[i], i, set == nullptr || set->base[i]});
     }
-    for (int64_t i = in_delta < 0 ? 0 : delta.child_start[in_delta]; in_delta >= 0 && i < delta.child_start[in_delta + 1]; ++i) {
+    for (int64_t i = in_delta < 0 ? 0 : delta.child_start[in_delta];
+         in_delta >= 0 && i < delta.child_start[in_delta + 1]; ++i) {
       const bool allowed = set == nullptr || set->delta[i];
-      const auto twin = std::find_if(list.begin(), list.end(), [&](const Child& c) { return c.token == delta.tokens[i]; });
+      const auto twin = std::find_if(list.begin(), list.end(),
+                                     [&](const Child& c) { return c.token == delta.tokens[i]; });
       if (twin == list.end()) {
         list.push_back({delta.tokens[i], base_children + i, allowed});
       } else {
@@ -238,10 +244,12 @@ bool one_case(Random& random, dgi::Normalize normalize, bool head) {
   for (auto& x : scores) x = number<Real>(random);
   for (auto& x : beams) {
     x = below(random, nodes + 1) - 1;
-    if (x >= base_nodes && node_anchors[x - base_nodes] % 2 == 1) x = node_anchors[x - base_nodes] / 2;  // a twin's number
+    if (x >= base_nodes && node_anchors[x - base_nodes] % 2 == 1)
+      x = node_anchors[x - base_nodes] / 2;  // a twin's number
   }
 
-  std::vector<int64_t> out_nodes(requests * num_beams), out_tokens(requests * num_beams), out_parents(requests * num_beams);
+  std::vector<int64_t> out_nodes(requests * num_beams), out_tokens(requests * num_beams),
+      out_parents(requests * num_beams);
   std::vector<float> out_scores(requests * num_beams);
   std::vector<const dgi::AllowedItems*> allowed_of;
   for (const auto& set : sets) allowed_of.push_back(set == nullptr ? nullptr : &set->items);
@@ -309,21 +317,27 @@ bool one_case(Random& random, dgi::Normalize normalize, bool head) {
         if (total > -std::numeric_limits<Real>::max()) expected.push_back({total, m, child.number, child.token});
       }
     }
-    std::stable_sort(expected.begin(), expected.end(), [](const Expected& x, const Expected& y) { return x.score > y.score; });
+    std::stable_sort(expected.begin(), expected.end(),
+                     [](const Expected& x, const Expected& y) { return x.score > y.score; });
     for (int64_t i = 0; i < num_beams; ++i) {
       const int64_t at = b * num_beams + i;
       if (i >= static_cast<int64_t>(expected.size())) {
-        if (out_nodes[at] != -1 || out_tokens[at] != -1 || out_parents[at] != -1 || !(out_scores[at] < -1e38f)) return false;
+        if (out_nodes[at] != -1 || out_tokens[at] != -1 || out_parents[at] != -1 || !(out_scores[at] < -1e38f))
+          return false;
         continue;
       }
       const Expected& want = expected[i];
       if (out_scores[at] != static_cast<float>(want.score)
-          && !(std::fabs(out_scores[at] - want.score) <= 1e-4 * (1 + std::fabs(want.score)))) return false;
-      if (normalize == dgi::Normalize::kNone && !head && (out_nodes[at] != want.child || out_parents[at] != want.parent)) return false;
+          && !(std::fabs(out_scores[at] - want.score) <= 1e-4 * (1 + std::fabs(want.score))))
+        return false;
+      if (normalize == dgi::Normalize::kNone && !head
+          && (out_nodes[at] != want.child || out_parents[at] != want.parent))
+        return false;
       if (normalize == dgi::Normalize::kNone && !head && out_tokens[at] != want.token) return false;
       const int64_t number = out_nodes[at];
       if (number < 0 || number >= base_children + delta.child_start.back()) return false;
-      if (out_tokens[at] != (number < base_children ? base.tokens[number] : delta.tokens[number - base_children])) return false;
+      if (out_tokens[at] != (number < base_children ? base.tokens[number] : delta.tokens[number - base_children]))
+        return false;
     }
   }
   return true;
@@ -338,7 +352,8 @@ int main(int argc, char** argv) {
   for (int64_t i = 0; i < cases; ++i) {
     for (const auto normalize : {dgi::Normalize::kFull, dgi::Normalize::kChildren, dgi::Normalize::kNone}) {
       for (const bool head : {false, true}) {
-        if (one_case<float, int16_t>(random, normalize, head) && one_case<double, int32_t>(random, normalize, head)) continue;
+        if (one_case<float, int16_t>(random, normalize, head) && one_case<double, int32_t>(random, normalize, head))
+          continue;
         std::printf("case %lld, normalize %d, head %d, differs\n", static_cast<long long>(i),
                     static_cast<int>(normalize), head);
         return 1;

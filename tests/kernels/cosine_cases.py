@@ -38,16 +38,24 @@ def native_loss(h: Tensor, weight: Tensor, target: Tensor, scale: Tensor, **opti
     return cosine_cross_entropy(h, weight, target, scale, backend="native", **options)
 
 
-def loss_and_gradients(function: Callable[..., Tensor], h: Tensor, weight: Tensor, target: Tensor, scale: Tensor,
-                       upstream: Tensor | None = None, **options: object) -> list[Tensor]:
+def loss_and_gradients(
+    function: Callable[..., Tensor],
+    h: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: Tensor,
+    upstream: Tensor | None = None,
+    **options: object,
+) -> list[Tensor]:
     leaves = [x.detach().requires_grad_() for x in (h, weight, scale)]
     loss = function(leaves[0], leaves[1], target, leaves[2], **options)
     upstream = torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype)
     return [loss.detach(), *torch.autograd.grad(loss, leaves, upstream)]
 
 
-def exact(h: Tensor, weight: Tensor, target: Tensor, scale: Tensor, upstream: Tensor | None = None,
-          **options: object) -> list[Tensor]:
+def exact(
+    h: Tensor, weight: Tensor, target: Tensor, scale: Tensor, upstream: Tensor | None = None, **options: object
+) -> list[Tensor]:
     return loss_and_gradients(eager, h.double(), weight.double(), target, scale.double(), upstream, **options)
 
 
@@ -82,11 +90,13 @@ def trained_head() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         context = popularity.multinomial(count, replacement=True)
         return context, item[context]
 
-    encoder = torch.nn.Sequential(torch.nn.Embedding(contexts, dim), torch.nn.Linear(dim, dim), torch.nn.GELU(),
-                                  torch.nn.Linear(dim, dim))
+    encoder = torch.nn.Sequential(
+        torch.nn.Embedding(contexts, dim), torch.nn.Linear(dim, dim), torch.nn.GELU(), torch.nn.Linear(dim, dim)
+    )
     weight, scale = torch.randn(items, dim).requires_grad_(), torch.tensor(30.0, requires_grad=True)
-    optimizer = torch.optim.AdamW([{"params": [*encoder.parameters(), weight]}, {"params": [scale], "lr": 0.02}],
-                                  lr=1e-2, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [{"params": [*encoder.parameters(), weight]}, {"params": [scale], "lr": 0.02}], lr=1e-2, weight_decay=0.0
+    )
     for _ in range(steps):
         context, target = draw(256)
         loss = native_loss(encoder(context), weight, target, scale)

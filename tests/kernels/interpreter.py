@@ -33,8 +33,9 @@ launcher = pytest.mark.skipif(not TRITON or GPU or INTERPRETED, reason="needs Tr
 
 def runs(test: Callable[..., None]) -> Callable[..., None]:
     """Mark a test of kernels: skipped where they cannot run."""
-    test = pytest.mark.skipif(not (TRITON and (GPU or INTERPRETED)),
-                              reason="needs Triton and a GPU or its interpreter")(test)
+    test = pytest.mark.skipif(
+        not (TRITON and (GPU or INTERPRETED)), reason="needs Triton and a GPU or its interpreter"
+    )(test)
     return test if INTERPRETED else pytest.mark.gpu(test)
 
 
@@ -44,8 +45,9 @@ def run_in_the_interpreter(file: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
-    passed, skipped = (int(found[1]) if (found := re.search(rf"(\d+) {what}", run.stdout)) else 0
-                       for what in ("passed", "skipped"))
+    passed, skipped = (
+        int(found[1]) if (found := re.search(rf"(\d+) {what}", run.stdout)) else 0 for what in ("passed", "skipped")
+    )
     print(f"{Path(file).name} in the interpreter: {passed} passed, {skipped} skipped")
     assert passed > skipped, run.stdout
 

@@ -16,8 +16,16 @@ FACTOR = 3.0
 ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 
 
-def assert_near(name: str, got: Tensor, want: Tensor, usual: Tensor | None = None, *, dtype: torch.dtype | None = None,
-                size: float = 0.0, factor: float = FACTOR) -> None:
+def assert_near(
+    name: str,
+    got: Tensor,
+    want: Tensor,
+    usual: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    size: float = 0.0,
+    factor: float = FACTOR,
+) -> None:
     """Fail where ``got`` is too far from ``want``; the message names the tensor, the error and the worst entry.
 
     Args:
@@ -44,16 +52,31 @@ def assert_near(name: str, got: Tensor, want: Tensor, usual: Tensor | None = Non
     raise AssertionError(
         f"{name} {tuple(got.shape)} is off by {off.norm():.3g}, {off.norm() / allowed:.3g} times what is allowed "
         f"(the reference is off by {own:.3g}, the truth's norm is {truth.norm():.3g}); worst at {where}: "
-        f"{actual.flatten()[worst]:.9g}, not {truth.flatten()[worst]:.9g}")
+        f"{actual.flatten()[worst]:.9g}, not {truth.flatten()[worst]:.9g}"
+    )
 
 
-def assert_all_near(names: Sequence[str], got: Sequence[Tensor], want: Sequence[Tensor],
-                    usual: Sequence[Tensor] | None = None, *, dtype: torch.dtype | None = None,
-                    sizes: Sequence[float] | None = None, factor: float = FACTOR) -> None:
+def assert_all_near(
+    names: Sequence[str],
+    got: Sequence[Tensor],
+    want: Sequence[Tensor],
+    usual: Sequence[Tensor] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    sizes: Sequence[float] | None = None,
+    factor: float = FACTOR,
+) -> None:
     """:func:`assert_near` for results that come together, such as the gradients of a call."""
     for i, (name, actual, truth) in enumerate(zip(names, got, want, strict=True)):
-        assert_near(name, actual, truth, None if usual is None else usual[i], dtype=dtype,
-                    size=0.0 if sizes is None else sizes[i], factor=factor)
+        assert_near(
+            name,
+            actual,
+            truth,
+            None if usual is None else usual[i],
+            dtype=dtype,
+            size=0.0 if sizes is None else sizes[i],
+            factor=factor,
+        )
 
 
 def error(actual: Tensor, expected: Tensor, floor: float = 1e-30) -> float:

@@ -34,11 +34,11 @@ class Catalog:
         return prefixes.index(prefix) if prefix in prefixes else -1
 
     def children(self, prefix: Code) -> list[int]:
-        return sorted({code[len(prefix)] for code in self.padded() if code[:len(prefix)] == prefix})
+        return sorted({code[len(prefix)] for code in self.padded() if code[: len(prefix)] == prefix})
 
     def items(self, prefix: Code) -> list[int]:
         """Ids below a prefix, by code, equal codes in the order given."""
-        below = [(code, row) for row, code in enumerate(self.padded()) if code[:len(prefix)] == prefix]
+        below = [(code, row) for row, code in enumerate(self.padded()) if code[: len(prefix)] == prefix]
         return [self.ids[row] for _, row in sorted(below)]
 
 
@@ -63,16 +63,25 @@ def log_softmax(values: list[float]) -> list[float]:
     return [value - top - math.log(math.fsum(math.exp(other - top) for other in values)) for value in values]
 
 
-def step_candidates(catalog: Catalog, logits: list[list[float]], prefixes: list[Code | None], scores: list[float],
-                    normalize: str, log_normalizer: list[float] | None,
-                    allowed: set[int] | None) -> dict[Candidate, float]:
+def step_candidates(
+    catalog: Catalog,
+    logits: list[list[float]],
+    prefixes: list[Code | None],
+    scores: list[float],
+    normalize: str,
+    log_normalizer: list[float] | None,
+    allowed: set[int] | None,
+) -> dict[Candidate, float]:
     """The score of every allowed child of every live beam of one request; ``prefixes`` has None for a dead beam."""
     found: dict[Candidate, float] = {}
     for parent, prefix in enumerate(prefixes):
         if prefix is None or not scores[parent] > -math.inf:
             continue
-        tokens = [token for token in catalog.children(prefix)
-                  if allowed is None or allowed & set(catalog.items((*prefix, token)))]
+        tokens = [
+            token
+            for token in catalog.children(prefix)
+            if allowed is None or allowed & set(catalog.items((*prefix, token)))
+        ]
         row = [-math.inf if math.isnan(value) else value for value in logits[parent]]
         codes = [token for token in tokens if token >= 0]
         if log_normalizer is not None:
@@ -90,17 +99,26 @@ def step_candidates(catalog: Catalog, logits: list[list[float]], prefixes: list[
 
 def best(candidates: dict[Candidate, float], num_beams: int) -> list[tuple[float, Candidate]]:
     """The best candidates, ties to the lower parent, then the lower token."""
-    return sorted(((score, candidate) for candidate, score in candidates.items()),
-                  key=lambda entry: (-entry[0], entry[1]))[:num_beams]
+    return sorted(
+        ((score, candidate) for candidate, score in candidates.items()), key=lambda entry: (-entry[0], entry[1])
+    )[:num_beams]
 
 
-def search(catalog: Catalog, logits: list[list[float]], num_beams: int,
-           allowed: set[int] | None) -> list[tuple[float, Code]]:
+def search(
+    catalog: Catalog, logits: list[list[float]], num_beams: int, allowed: set[int] | None
+) -> list[tuple[float, Code]]:
     """A whole search of one request whose logits, log-probabilities already, depend on the level alone."""
     beams: list[tuple[float, Code]] = [(0.0, ())]
     for row in logits:
-        candidates = step_candidates(catalog, [row] * len(beams), [prefix for _, prefix in beams],
-                                     [score for score, _ in beams], "none", None, allowed)
+        candidates = step_candidates(
+            catalog,
+            [row] * len(beams),
+            [prefix for _, prefix in beams],
+            [score for score, _ in beams],
+            "none",
+            None,
+            allowed,
+        )
         beams = [(score, (*beams[parent][1], token)) for score, (parent, token) in best(candidates, num_beams)]
     return beams
 
@@ -110,9 +128,19 @@ def cosine(a: list[float], b: list[float]) -> float:
     return math.fsum(x * y for x, y in zip(a, b, strict=True)) / norms if norms > 0 else 0.0
 
 
-def rank(catalog: Catalog, query: list[float], vectors: list[list[float]], beams: list[tuple[float, Code]], k: int,
-         allowed: set[int] | None) -> list[tuple[int, float, float]]:
+def rank(
+    catalog: Catalog,
+    query: list[float],
+    vectors: list[list[float]],
+    beams: list[tuple[float, Code]],
+    k: int,
+    allowed: set[int] | None,
+) -> list[tuple[int, float, float]]:
     """(id, beam score, cosine) of the best items below live beams of one request: by score, cosine, lower id."""
-    found = [(-score, -cosine(query, vectors[item]), item) for score, prefix in beams for item in catalog.items(prefix)
-             if allowed is None or item in allowed]
+    found = [
+        (-score, -cosine(query, vectors[item]), item)
+        for score, prefix in beams
+        for item in catalog.items(prefix)
+        if allowed is None or item in allowed
+    ]
     return [(item, -score, -similarity) for score, similarity, item in sorted(found)][:k]

@@ -52,18 +52,24 @@ class Case(NamedTuple):
 
     @property
     def own_codes(self) -> slice:
-        first = sum(self.sizes[:rank()])
+        first = sum(self.sizes[: rank()])
         return slice(first, first + self.sizes[rank()])
 
 
 def make_case(sizes: list[int], ignore_index: int = -100, dtype: torch.dtype = torch.float64) -> Case:
     """The same on every rank, all generators being at the same place."""
-    sizes = sizes[:world_size()]
+    sizes = sizes[: world_size()]
     rows, codes = ROWS * world_size(), sum(sizes)
     target = torch.randint(codes, (rows,))
     target[1::ROWS] = ignore_index
-    return Case(torch.randn(rows, DIM, dtype=dtype), torch.randn(codes, DIM, dtype=dtype), target,
-                torch.tensor(random.choice([3.0, 30.0, 120.0]), dtype=dtype), torch.randn(rows, dtype=dtype), sizes)
+    return Case(
+        torch.randn(rows, DIM, dtype=dtype),
+        torch.randn(codes, DIM, dtype=dtype),
+        target,
+        torch.tensor(random.choice([3.0, 30.0, 120.0]), dtype=dtype),
+        torch.randn(rows, dtype=dtype),
+        sizes,
+    )
 
 
 def leaves(*values: Tensor) -> list[Tensor]:
@@ -77,8 +83,9 @@ def reduce(loss: Tensor, case: Case, rows: slice, reduction: str, ignore_index: 
     return loss.sum() / ((case.target[rows] != ignore_index).sum() if reduction == "mean" else 1)
 
 
-def true_loss(case: Case, rows: str, reduction: str, ignore_index: int,
-              smoothing: float) -> tuple[Tensor, list[Tensor]]:
+def true_loss(
+    case: Case, rows: str, reduction: str, ignore_index: int, smoothing: float
+) -> tuple[Tensor, list[Tensor]]:
     """This rank's loss, and gradients of what its gradients are those of, in one process."""
     h, weight, scale = leaves(case.h, case.weight, case.scale)
     logits = scale * F.normalize(h, dim=-1) @ F.normalize(weight, dim=-1).T
@@ -106,21 +113,36 @@ def our_loss(case: Case, rows: str, reduction: str, **options: Any) -> tuple[Ten
 
 def test_loss_and_gradients_are_those_of_one_process() -> None:
     for sizes, rows, reduction, smoothing, backend in itertools.product(
-            SHARDS, ("replicated", "sharded"), ("mean", "sum", "none"), (0.0, 0.2), ("auto", "reference")):
+        SHARDS, ("replicated", "sharded"), ("mean", "sum", "none"), (0.0, 0.2), ("auto", "reference")
+    ):
         ignore_index = random.choice([-100, 0, -1, 10**12])
         case = make_case(sizes, ignore_index)
         expected = true_loss(case, rows, reduction, ignore_index, smoothing)
         actual = our_loss(case, rows, reduction, ignore_index=ignore_index, label_smoothing=smoothing, backend=backend)
-        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9, equal_nan=True,
-                                   msg=lambda text, c=(sizes, rows, reduction, smoothing, backend): f"{c}: {text}")
+        torch.testing.assert_close(
+            actual,
+            expected,
+            rtol=1e-9,
+            atol=1e-9,
+            equal_nan=True,
+            msg=lambda text, c=(sizes, rows, reduction, smoothing, backend): f"{c}: {text}",
+        )
 
 
-def column_loss(function: Callable[..., Any], inputs: list[Tensor], case: Case, part: slice, of_lse: Tensor,
-                reduction: str, **options: Any) -> tuple[Tensor, Tensor]:
+def column_loss(
+    function: Callable[..., Any],
+    inputs: list[Tensor],
+    case: Case,
+    part: slice,
+    of_lse: Tensor,
+    reduction: str,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
     """Log normalizers, and loss and log normalizers as one number; ``inputs`` h of ``part``, weight, scale, bias."""
     h, weight, scale, bias = inputs
-    loss, lse = function(h, weight, case.target[part], scale, bias=bias, reduction=reduction,
-                         return_log_normalizer=True, **options)
+    loss, lse = function(
+        h, weight, case.target[part], scale, bias=bias, reduction=reduction, return_log_normalizer=True, **options
+    )
     value = (loss * case.upstream[part]).sum() if reduction == "none" else loss
     return lse.detach(), value + (lse * of_lse[part]).sum()
 
@@ -128,7 +150,8 @@ def column_loss(function: Callable[..., Any], inputs: list[Tensor], case: Case, 
 def test_options_of_columns_are_those_of_one_process() -> None:
     """A bias, items that have columns on several ranks, and the log normalizers, with all gradients."""
     for sizes, rows, reduction, smoothing, ids in itertools.product(
-            SHARDS, ("replicated", "sharded"), ("mean", "none"), (0.0, 0.2), ("none", "few", "distinct")):
+        SHARDS, ("replicated", "sharded"), ("mean", "none"), (0.0, 0.2), ("none", "few", "distinct")
+    ):
         case = make_case(sizes)
         codes = len(case.weight)
         bias, of_lse = torch.randn(codes, dtype=torch.float64), torch.randn(len(case.h), dtype=torch.float64)
@@ -138,22 +161,47 @@ def test_options_of_columns_are_those_of_one_process() -> None:
         parts = [part] if rows == "replicated" else [slice(r * ROWS, (r + 1) * ROWS) for r in range(world_size())]
 
         h, *others = leaves(case.h, case.weight, case.scale, bias)
-        whole = [column_loss(dgi_kernels.cosine_cross_entropy, [h[p], *others], case, p, of_lse, reduction,
-                             same_as=same_as, label_smoothing=smoothing) for p in parts]
+        whole = [
+            column_loss(
+                dgi_kernels.cosine_cross_entropy,
+                [h[p], *others],
+                case,
+                p,
+                of_lse,
+                reduction,
+                same_as=same_as,
+                label_smoothing=smoothing,
+            )
+            for p in parts
+        ]
         expected = torch.autograd.grad(torch.stack([value for _, value in whole]).sum(), (h, *others))
         own = leaves(case.h[part], case.weight[case.own_codes], case.scale, bias[case.own_codes])
-        lse, value = column_loss(parallel_loss, own, case, part, of_lse, reduction, rows=rows,
-                                 same_as=None if same_as is None else same_as[case.own_codes],
-                                 label_smoothing=smoothing)
+        lse, value = column_loss(
+            parallel_loss,
+            own,
+            case,
+            part,
+            of_lse,
+            reduction,
+            rows=rows,
+            same_as=None if same_as is None else same_as[case.own_codes],
+            label_smoothing=smoothing,
+        )
         actual = list(torch.autograd.grad(value, own))
         if rows == "sharded":
             dist.all_reduce(actual[2], group=group)
 
         about = (sizes, rows, reduction, smoothing, ids)
-        right = (torch.cat([x for x, _ in whole])[part if rows == "sharded" else slice(None)], expected[0][part],
-                 expected[1][case.own_codes], expected[2], expected[3][case.own_codes])
-        for name, a, e in zip(("log normalizer", "dh", "dweight", "dscale", "dbias"), (lse, *actual), right,
-                              strict=True):
+        right = (
+            torch.cat([x for x, _ in whole])[part if rows == "sharded" else slice(None)],
+            expected[0][part],
+            expected[1][case.own_codes],
+            expected[2],
+            expected[3][case.own_codes],
+        )
+        for name, a, e in zip(
+            ("log normalizer", "dh", "dweight", "dscale", "dbias"), (lse, *actual), right, strict=True
+        ):
             torch.testing.assert_close(a, e, rtol=1e-8, atol=1e-8, msg=lambda text, c=(name, *about): f"{c}: {text}")
 
 
@@ -162,17 +210,25 @@ def test_a_bias_of_minus_infinity_takes_a_class_out_on_its_rank() -> None:
     case = case._replace(target=torch.where(case.target < 0, case.target, case.target % 2))
     bias = torch.zeros(len(case.weight), dtype=torch.float64)
     bias[3:] = -torch.inf
-    loss, lse = parallel_loss(case.h, case.weight[case.own_codes], case.target, case.scale, bias=bias[case.own_codes],
-                              return_log_normalizer=True)
-    expected = dgi_kernels.cosine_cross_entropy(case.h, case.weight[:3], case.target, case.scale,
-                                                return_log_normalizer=True)
+    loss, lse = parallel_loss(
+        case.h,
+        case.weight[case.own_codes],
+        case.target,
+        case.scale,
+        bias=bias[case.own_codes],
+        return_log_normalizer=True,
+    )
+    expected = dgi_kernels.cosine_cross_entropy(
+        case.h, case.weight[:3], case.target, case.scale, return_log_normalizer=True
+    )
     torch.testing.assert_close((loss, lse), expected)
     inputs = leaves(case.h, case.weight[case.own_codes])  # nothing is left on the last rank: no NaN comes of it
     loss, lse = parallel_loss(*inputs, case.target, case.scale, bias=bias[case.own_codes], return_log_normalizer=True)
     gradients = torch.autograd.grad(loss + lse.sum(), inputs)
     whole = case.h.clone().requires_grad_()
-    loss, lse = dgi_kernels.cosine_cross_entropy(whole, case.weight[:3], case.target, case.scale,
-                                                 return_log_normalizer=True)
+    loss, lse = dgi_kernels.cosine_cross_entropy(
+        whole, case.weight[:3], case.target, case.scale, return_log_normalizer=True
+    )
     right = torch.autograd.grad(loss + lse.sum(), whole)
     torch.testing.assert_close(gradients[0], right[0])
     assert gradients[1].isfinite().all()
@@ -196,10 +252,16 @@ def test_contrastive_modules_put_the_candidates_of_all_ranks_together() -> None:
     mine = slice(5 * rank(), 5 * rank() + 5)
     own_items = items[own]
     loss = dgi_kernels.SampledSoftmaxLoss(9.0, **options)(
-        queries[own], own_items, drawn[mine], log_q=drawn_ids[mine].double(), item_ids=ids[own],
-        sampled_ids=drawn_ids[mine])
+        queries[own],
+        own_items,
+        drawn[mine],
+        log_q=drawn_ids[mine].double(),
+        item_ids=ids[own],
+        sampled_ids=drawn_ids[mine],
+    )
     expected = dgi_kernels.SampledSoftmaxLoss(9.0, reduction="none")(
-        queries, items, drawn, log_q=drawn_ids.double(), item_ids=ids, sampled_ids=drawn_ids)
+        queries, items, drawn, log_q=drawn_ids.double(), item_ids=ids, sampled_ids=drawn_ids
+    )
     torch.testing.assert_close(loss, expected[own])
 
     shared, alike = (dgi_kernels.FrequencyEstimator(64, group=group) for _ in range(2))
@@ -251,8 +313,9 @@ def test_peaked_rows_lose_nothing_in_float32() -> None:
 def test_low_precision_and_autocast() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         case = make_case(SHARDS[0])
-        case = case._replace(h=case.h.to(dtype), weight=case.weight.to(dtype), scale=torch.tensor(10.0),
-                             upstream=case.upstream.float())
+        case = case._replace(
+            h=case.h.to(dtype), weight=case.weight.to(dtype), scale=torch.tensor(10.0), upstream=case.upstream.float()
+        )
         exact = case._replace(h=case.h.double(), weight=case.weight.double(), scale=case.scale.double())
         plain = our_loss(case, "sharded", "mean")
         expected = true_loss(exact, "sharded", "mean", -100, 0.0)
@@ -293,17 +356,18 @@ def test_padding_may_be_nan_and_all_rows_of_a_rank_ignored() -> None:
 def test_leading_dimensions_and_a_shared_weight() -> None:
     """One weight in two losses and as h, as an item tower that is its own negatives has it."""
     case = make_case([4, 4, 4])
-    weight, = leaves(case.weight[case.own_codes])
+    (weight,) = leaves(case.weight[case.own_codes])
     target = torch.arange(4).view(2, 2) + rank() * 4
     one = parallel_loss(weight.view(2, 2, DIM), weight, target, 5.0, rows="sharded", reduction="none")
     assert one.shape == (2, 2)
     two = parallel_loss(case.h, weight, case.target, 5.0)
-    actual, = torch.autograd.grad(one.sum() + two, weight)
+    (actual,) = torch.autograd.grad(one.sum() + two, weight)
 
-    every, = leaves(case.weight)
+    (every,) = leaves(case.weight)
     unit = F.normalize(every, dim=-1)
-    loss = F.cross_entropy(5.0 * unit @ unit.T, torch.arange(len(every)), reduction="sum") \
-        + F.cross_entropy(5.0 * F.normalize(case.h, dim=-1) @ unit.T, case.target)
+    loss = F.cross_entropy(5.0 * unit @ unit.T, torch.arange(len(every)), reduction="sum") + F.cross_entropy(
+        5.0 * F.normalize(case.h, dim=-1) @ unit.T, case.target
+    )
     torch.testing.assert_close(actual, torch.autograd.grad(loss, every)[0][case.own_codes], rtol=1e-9, atol=1e-9)
 
 
@@ -324,12 +388,19 @@ def test_a_wrong_argument_of_one_rank_is_an_error_of_all() -> None:
 def test_bytes_are_those_of_the_docstring() -> None:
     """What every collective sends where it is a ring, with the 32 bytes of sizes and shapes."""
     case, sent, rows = make_case(SHARDS[0], dtype=torch.float32), [0], ROWS * world_size()
-    counted = {"all_gather": lambda out, value, **_: (len(out) - 1) * value.nbytes,
-               "reduce_scatter": lambda out, parts, **_: (len(parts) - 1) * out.nbytes,
-               "all_reduce": lambda value, *_, **__: 2 * (world_size() - 1) * value.nbytes // world_size()}
+    counted = {
+        "all_gather": lambda out, value, **_: (len(out) - 1) * value.nbytes,
+        "reduce_scatter": lambda out, parts, **_: (len(parts) - 1) * out.nbytes,
+        "all_reduce": lambda value, *_, **__: 2 * (world_size() - 1) * value.nbytes // world_size(),
+    }
     with counting(counted, sent):
-        loss = parallel_loss(case.h[case.own_rows].requires_grad_(), case.weight[case.own_codes].requires_grad_(),
-                             case.target[case.own_rows], 5.0, rows="sharded")
+        loss = parallel_loss(
+            case.h[case.own_rows].requires_grad_(),
+            case.weight[case.own_codes].requires_grad_(),
+            case.target[case.own_rows],
+            5.0,
+            rows="sharded",
+        )
         loss.backward()
     share = (world_size() - 1) / world_size()
     assert sent[0] == round(share * (36 * rows + 2 * 4 * rows * DIM) + (world_size() - 1) * 32)

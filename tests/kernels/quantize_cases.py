@@ -33,8 +33,9 @@ def make(shape: Quantize, dtype: torch.dtype = torch.float64) -> Inputs:
         unit = F.normalize(torch.randn(rows, shape.d, dtype=torch.float64), dim=-1)
         return (unit * torch.empty(rows, 1, dtype=torch.float64).uniform_(0.5, 2)).to(dtype).requires_grad_()
 
-    scale, tau = (torch.tensor(random.uniform(low, 6), dtype=torch.float64).to(dtype).requires_grad_()
-                  for low in (2, 1))
+    scale, tau = (
+        torch.tensor(random.uniform(low, 6), dtype=torch.float64).to(dtype).requires_grad_() for low in (2, 1)
+    )
     return Inputs(vectors(shape.n), [vectors(k) for k in shape.sizes], scale, tau)
 
 
@@ -58,8 +59,15 @@ def scores(metric: str, r: Tensor, codebook: Tensor, scale: Tensor, eps: float =
     return scale * (r @ codebook.T)
 
 
-def oracle(inputs: Inputs, mode: str, seed: int | Tensor | None, result: ResidualQuantization, row_offset: int = 0,
-           eps: float = 1e-12, metric: str = "cosine") -> ResidualQuantization:
+def oracle(
+    inputs: Inputs,
+    mode: str,
+    seed: int | Tensor | None,
+    result: ResidualQuantization,
+    row_offset: int = 0,
+    eps: float = 1e-12,
+    metric: str = "cosine",
+) -> ResidualQuantization:
     """docs/method.md in float64, one level after the other, with an explicit one-hot where the mode has one.
 
     The one-hot follows the codes of ``result``, which must be as good as the best: at a near-tie rounding decides.
@@ -72,8 +80,9 @@ def oracle(inputs: Inputs, mode: str, seed: int | Tensor | None, result: Residua
         s = scores(metric, residual, codebook, scale, eps)
         g = torch.zeros_like(s)
         if seed is not None:
-            g = gumbel_noise(seed, level, *s.shape, row_offset=row_offset, device=s.device,
-                             backend="reference").double()
+            g = gumbel_noise(
+                seed, level, *s.shape, row_offset=row_offset, device=s.device, backend="reference"
+            ).double()
         p = ((s + g) / tau).softmax(-1)
         codes, sampled = result.codes[:, level], result.sampled[:, level]
         for name, values, chosen in (("codes", s, codes), ("sampled", s + g, sampled)):
@@ -102,8 +111,10 @@ def result_names(inputs: Inputs) -> list[str]:
 
 def gradient_names(inputs: Inputs) -> list[str]:
     """Of the gradients of ``inputs.leaves``."""
-    return [f"gradient of {name}"
-            for name in ("z", *(f"codebooks[{level}]" for level in range(len(inputs.codebooks))), "scale", "tau")]
+    return [
+        f"gradient of {name}"
+        for name in ("z", *(f"codebooks[{level}]" for level in range(len(inputs.codebooks))), "scale", "tau")
+    ]
 
 
 def largest_norm(tensors: list[Tensor]) -> float:
@@ -115,16 +126,38 @@ def weighted_sum(tensors: list[Tensor], weights: list[Tensor]) -> Tensor:
     return sum(((t.double() * w).sum() for t, w in zip(tensors, weights, strict=True)), torch.tensor(0.0))
 
 
-def assert_matches_oracle(inputs: Inputs, mode: str, seed: int | None, with_tau: bool = True, *, metric: str = "cosine",
-                          backend: str = "native") -> None:
+def assert_matches_oracle(
+    inputs: Inputs,
+    mode: str,
+    seed: int | None,
+    with_tau: bool = True,
+    *,
+    metric: str = "cosine",
+    backend: str = "native",
+) -> None:
     """Results and all gradients of a backend. Those of scale and tau are sums that cancel: rounded as what rows add."""
     row_offset = random.randrange(2**31)
     tau = inputs.tau if with_tau else float(inputs.tau.detach())
-    result, usual = (residual_quantize(inputs.z, inputs.codebooks, inputs.scale, tau, mode=mode, metric=metric,
-                                       noise=seed is not None, seed=seed, row_offset=row_offset, backend=name)
-                     for name in (backend, "reference"))
-    expanded = Inputs(inputs.z, inputs.codebooks, *(scalar.detach().expand(len(inputs.z), 1).clone().requires_grad_()
-                                                    for scalar in (inputs.scale, inputs.tau)))
+    result, usual = (
+        residual_quantize(
+            inputs.z,
+            inputs.codebooks,
+            inputs.scale,
+            tau,
+            mode=mode,
+            metric=metric,
+            noise=seed is not None,
+            seed=seed,
+            row_offset=row_offset,
+            backend=name,
+        )
+        for name in (backend, "reference")
+    )
+    expanded = Inputs(
+        inputs.z,
+        inputs.codebooks,
+        *(scalar.detach().expand(len(inputs.z), 1).clone().requires_grad_() for scalar in (inputs.scale, inputs.tau)),
+    )
     truth = oracle(expanded, mode, seed, result, row_offset, metric=metric)
     # At a near-tie the reference goes another way; a soft path does not follow the codes.
     comparable = mode == "soft" or torch.equal(result.codes, usual.codes) and torch.equal(result.sampled, usual.sampled)
@@ -136,11 +169,19 @@ def assert_matches_oracle(inputs: Inputs, mode: str, seed: int | None, with_tau:
     weights = [torch.randn_like(expected) for expected in truths]
     leaves = inputs.leaves if with_tau else inputs.leaves[:-1]
     ours, own = (gradients(weighted_sum(c, weights), leaves) for c in (results, theirs))
-    wanted = gradients(weighted_sum(truths, weights), expanded.leaves[:len(leaves)])
+    wanted = gradients(weighted_sum(truths, weights), expanded.leaves[: len(leaves)])
     # A softmax carries the rounding of its logits, of which float32 keeps a share of their size.
     condition = max(1.0, float(inputs.scale.detach() / inputs.tau.detach()) / 32)
-    sizes = [condition * (x.abs().sum() if gradient.ndim == 0 else x.norm()).clamp_min(1e-2).item()
-             for x, gradient in zip(wanted, ours, strict=True)]
+    sizes = [
+        condition * (x.abs().sum() if gradient.ndim == 0 else x.norm()).clamp_min(1e-2).item()
+        for x, gradient in zip(wanted, ours, strict=True)
+    ]
     wanted = [x.sum() if gradient.ndim == 0 else x for x, gradient in zip(wanted, ours, strict=True)]
-    assert_all_near(gradient_names(inputs)[:len(leaves)], ours, wanted, own if comparable else None,
-                    dtype=inputs.z.dtype, sizes=sizes)
+    assert_all_near(
+        gradient_names(inputs)[: len(leaves)],
+        ours,
+        wanted,
+        own if comparable else None,
+        dtype=inputs.z.dtype,
+        sizes=sizes,
+    )

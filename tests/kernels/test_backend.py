@@ -27,13 +27,16 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend._extension, "has_cuda", True)
 
 
-@pytest.mark.parametrize(("device", "dtype", "chosen"), [
-    ("cpu", torch.float32, "native"),
-    ("cpu", torch.float64, "reference"),
-    ("cuda", torch.float64, "triton"),
-    ("cuda", torch.float16, "triton"),
-    ("mps", torch.float32, "reference"),
-])
+@pytest.mark.parametrize(
+    ("device", "dtype", "chosen"),
+    [
+        ("cpu", torch.float32, "native"),
+        ("cpu", torch.float64, "reference"),
+        ("cuda", torch.float64, "triton"),
+        ("cuda", torch.float16, "triton"),
+        ("mps", torch.float32, "reference"),
+    ],
+)
 def test_auto_takes_the_first_kernel_that_runs(kernels: None, device: str, dtype: torch.dtype, chosen: str) -> None:
     assert choose("op", "auto", torch.device(device), dtype) == chosen
     assert choose("op", "reference", torch.device(device), dtype) == "reference"
@@ -42,12 +45,11 @@ def test_auto_takes_the_first_kernel_that_runs(kernels: None, device: str, dtype
 def test_a_named_backend_that_cannot_run_says_why(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose("op", "native", CPU, torch.float32) == "native"
     for name, device, dtype, reason in (
-            ("native", "cpu", torch.float64,
-             "op has no native kernel for torch.float64 on cpu (it takes torch.float32)"),
-            ("native", "cuda", torch.float32,
-             "op has no native kernel for torch.float32 on cuda (it takes torch.float16)"),
-            ("native", "mps", torch.float32, "op has no native kernel for mps tensors (it runs on cpu, cuda)"),
-            ("triton", "cpu", torch.float32, "op has no triton kernel for cpu tensors (it runs on cuda)")):
+        ("native", "cpu", torch.float64, "op has no native kernel for torch.float64 on cpu (it takes torch.float32)"),
+        ("native", "cuda", torch.float32, "op has no native kernel for torch.float32 on cuda (it takes torch.float16)"),
+        ("native", "mps", torch.float32, "op has no native kernel for mps tensors (it runs on cpu, cuda)"),
+        ("triton", "cpu", torch.float32, "op has no triton kernel for cpu tensors (it runs on cuda)"),
+    ):
         assert why_not("op", name, torch.device(device), dtype) == reason
         with pytest.raises(BackendUnavailable) as error:
             choose("op", name, torch.device(device), dtype)
@@ -75,14 +77,16 @@ def test_a_fallback_is_logged_once_with_its_reason(kernels: None, caplog: pytest
             choose("op", "auto", CPU, torch.float32)
             choose("plain", "auto", CPU, torch.float32)
         choose("op", "auto", CPU, torch.float16)
-    assert [record.getMessage().split(" (")[0] for record in caplog.records] \
-        == ["op: falling back to the PyTorch reference"] * 2
+    assert [record.getMessage().split(" (")[0] for record in caplog.records] == [
+        "op: falling back to the PyTorch reference"
+    ] * 2
     assert "no native kernel for torch.float64" in caplog.messages[0]
     assert "no native kernel for torch.float16" in caplog.messages[1]
 
 
-def test_an_option_that_a_kernel_lacks(kernels: None, monkeypatch: pytest.MonkeyPatch,
-                                       caplog: pytest.LogCaptureFixture) -> None:
+def test_an_option_that_a_kernel_lacks(
+    kernels: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(backend, "LACKS", {("op", "native"): {"metric=dot": "nobody wrote it"}})
     reason = "op has no native kernel for metric=dot: nobody wrote it"
     assert choose("op", "auto", CPU, torch.float32, {"metric": "cosine", "mode": "dot"}) == "native"
@@ -101,8 +105,9 @@ def test_what_is_lacking_belongs_to_a_kernel_that_exists() -> None:
         assert name in backend.KERNELS[op]
 
 
-def test_backends_lists_what_is_here_and_why_not_where_it_is_not(kernels: None,
-                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backends_lists_what_is_here_and_why_not_where_it_is_not(
+    kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(backend._BACKEND_PROBLEM, "triton", "no CUDA device is available")
     status = dgi_kernels.backends()
     assert list(status) == ["reference", "triton", "native"]
@@ -131,8 +136,9 @@ def test_debug_checks_values_off_the_cpu_and_ends_with_its_block() -> None:
     assert backend._debug == before == backend.checks_values(cuda)
 
 
-def test_a_fallback_that_forms_logits_warns_on_an_accelerator(kernels: None, monkeypatch: pytest.MonkeyPatch,
-                                                              caplog: pytest.LogCaptureFixture) -> None:
+def test_a_fallback_that_forms_logits_warns_on_an_accelerator(
+    kernels: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Guards against a slow path that nobody sees: Python hides messages of level INFO."""
     monkeypatch.setattr(backend, "FORMS_LOGITS", {"op"})
     monkeypatch.setitem(backend.KERNELS, "other", {"native": {"cpu": None}})
@@ -146,7 +152,8 @@ def test_a_fallback_that_forms_logits_warns_on_an_accelerator(kernels: None, mon
     assert [record.levelname for record in caplog.records] == ["INFO", "WARNING", "INFO"]
     assert caplog.messages[1] == (
         "op: falling back to the PyTorch reference, which forms all rows x codes logits on cuda "
-        "(op has no native kernel for cuda tensors (it runs on cpu))")
+        "(op has no native kernel for cuda tensors (it runs on cpu))"
+    )
 
 
 def test_ops_that_form_logits_are_ops() -> None:
@@ -169,20 +176,31 @@ def test_report_names_versions_backends_and_what_runs(kernels: None, monkeypatch
     monkeypatch.setitem(backend._BACKEND_PROBLEM, "triton", "the disk was full")
     monkeypatch.setattr(info, "_devices", lambda: ["cpu", "cuda"])
     facts, status, cpu, cpu_reasons, cuda, cuda_reasons = (
-        [re.split(r"\s{2,}", line) for line in section.splitlines()] for section in info.report().split("\n\n"))
+        [re.split(r"\s{2,}", line) for line in section.splitlines()] for section in info.report().split("\n\n")
+    )
     assert facts[0] == ["dgi-kernels", dgi_kernels.__version__] and facts[2] == ["torch", torch.__version__]
-    assert status == [["backend", "available", "why not"], ["reference", "yes"], ["triton", "no", "the disk was full"],
-                      ["native", "yes"]]
-    assert cpu == [["op on cpu", "float32", "bfloat16", "float16", "float64"],
-                   ["op", "native", "reference", "reference", "reference"], ["plain", *["reference"] * 4]]
+    assert status == [
+        ["backend", "available", "why not"],
+        ["reference", "yes"],
+        ["triton", "no", "the disk was full"],
+        ["native", "yes"],
+    ]
+    assert cpu == [
+        ["op on cpu", "float32", "bfloat16", "float16", "float64"],
+        ["op", "native", "reference", "reference", "reference"],
+        ["plain", *["reference"] * 4],
+    ]
     assert cuda[1] == ["op", "reference", "reference", "native", "reference"]
     takes, full = "it has no native kernel for this dtype on", "the triton backend is not available: the disk was full"
-    assert cpu_reasons == [["reference on cpu", "dtypes", "why no kernel"],
-                           ["op", "bfloat16, float16, float64", f"{takes} cpu (it takes torch.float32); {full}"],
-                           ["plain", "all", "it has no kernel"]]
+    assert cpu_reasons == [
+        ["reference on cpu", "dtypes", "why no kernel"],
+        ["op", "bfloat16, float16, float64", f"{takes} cpu (it takes torch.float32); {full}"],
+        ["plain", "all", "it has no kernel"],
+    ]
     assert cuda_reasons[1:] == [
         ["op", "float32, bfloat16, float64", f"{full}; {takes} cuda (it takes torch.float16)"],
-        ["plain", "all", "it has no kernel"]]
+        ["plain", "all", "it has no kernel"],
+    ]
 
 
 def test_report_tells_what_auto_takes() -> None:
@@ -193,6 +211,10 @@ def test_report_tells_what_auto_takes() -> None:
 
 
 def test_module_prints_the_report() -> None:
-    run = subprocess.run([sys.executable, "-W", "error::RuntimeWarning", "-m", "dgi_kernels.info"], capture_output=True,
-                         text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-W", "error::RuntimeWarning", "-m", "dgi_kernels.info"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert run.stdout.startswith("dgi-kernels") and "residual_quantize" in run.stdout and not run.stderr

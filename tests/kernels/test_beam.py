@@ -35,6 +35,7 @@ BACKENDS = ["reference", *(["native"] if backends()["native"].available else [])
 
 def random_filters(catalog: Catalog, trie: Trie, batch: int) -> tuple[object, list[set[int] | None]]:
     """No filter, one for all, or one per request, with the ids that each request may have."""
+
     def one() -> tuple[TrieFilter | None, set[int] | None]:
         if random.random() < 0.3:
             return None, None
@@ -59,7 +60,7 @@ def strided(values: Tensor) -> Tensor:
     """The same values as a slice of something larger, transposed."""
     batch, width, size = values.shape
     larger = torch.full((size + 3, width, batch + 1), math.nan, dtype=values.dtype)
-    view = larger.permute(2, 1, 0)[1:, :, 2:2 + size]
+    view = larger.permute(2, 1, 0)[1:, :, 2 : 2 + size]
     view.copy_(values)
     return view
 
@@ -68,8 +69,18 @@ def prefixes_of(known: dict[int, tuple[int, ...]], nodes: list[int]) -> list[tup
     return [known[node] if node >= 0 else None for node in nodes]
 
 
-def check_step(trie: Trie, catalog: Catalog, before: Beams, logits: Tensor, after: Beams, normalize: str,
-               log_normalizer: Tensor | None, allowed: list[set[int] | None], *, exact: bool) -> None:
+def check_step(
+    trie: Trie,
+    catalog: Catalog,
+    before: Beams,
+    logits: Tensor,
+    after: Beams,
+    normalize: str,
+    log_normalizer: Tensor | None,
+    allowed: list[set[int] | None],
+    *,
+    exact: bool,
+) -> None:
     """Check one step, request by request. ``exact``: scores are sums without rounding, so ties are told, too."""
     num_beams = after.nodes.shape[1]
     assert after.depth == before.depth + 1
@@ -78,8 +89,14 @@ def check_step(trie: Trie, catalog: Catalog, before: Beams, logits: Tensor, afte
     for b in range(len(before.nodes)):
         parents = prefixes_of(known_before, before.nodes[b].tolist())
         candidates = oracles.step_candidates(
-            catalog, logits[b].double().tolist(), parents, before.scores[b].tolist(), normalize,
-            None if log_normalizer is None else log_normalizer[b].tolist(), allowed[b])
+            catalog,
+            logits[b].double().tolist(),
+            parents,
+            before.scores[b].tolist(),
+            normalize,
+            None if log_normalizer is None else log_normalizer[b].tolist(),
+            allowed[b],
+        )
         expected = oracles.best(candidates, num_beams)
         live = after.scores[b] > -math.inf
         count = len(expected)
@@ -95,7 +112,8 @@ def check_step(trie: Trie, catalog: Catalog, before: Beams, logits: Tensor, afte
         assert scores == pytest.approx([score for score, _ in expected], rel=1e-5, abs=1e-5)
         assert scores == pytest.approx([candidates[candidate] for candidate in found], rel=1e-5, abs=1e-5)
         assert prefixes_of(known_after, after.nodes[b, :count].tolist()) == [
-            (*parents[parent], token) for parent, token in found]
+            (*parents[parent], token) for parent, token in found
+        ]
 
 
 def walk(catalog: Catalog, *, dtype: torch.dtype, normalize: str, exact: bool) -> None:
@@ -110,8 +128,16 @@ def walk(catalog: Catalog, *, dtype: torch.dtype, normalize: str, exact: bool) -
         logits = torch.randint(-4, 4, shape).to(dtype) if exact else (3 * torch.randn(shape)).to(dtype)
         logits = strided(hurt(logits)) if random.random() < 0.7 else logits
         log_normalizer = torch.randn(shape[:2]).to(dtype) if normalize != "none" and random.random() < 0.3 else None
-        after = beam_step(trie, logits, beams, num_beams=num_beams, normalize=normalize, log_normalizer=log_normalizer,
-                          filters=filters, backend="reference")
+        after = beam_step(
+            trie,
+            logits,
+            beams,
+            num_beams=num_beams,
+            normalize=normalize,
+            log_normalizer=log_normalizer,
+            filters=filters,
+            backend="reference",
+        )
         check_step(trie, catalog, beams, logits, after, normalize, log_normalizer, allowed, exact=exact)
         beams = after
 
@@ -136,18 +162,27 @@ def test_searches_find_exactly_what_brute_force_finds(backend: str) -> None:
         batch, num_beams = random.randint(1, 3), random.choice([1, 3, 8, 40])
         filters, allowed = random_filters(catalog, trie, batch)
         levels = [hurt(torch.randint(-5, 5, (batch, 1, size)).float()) for size in catalog.sizes]
-        result = beam_search(trie, lambda depth, tokens, parents, levels=levels, width=num_beams:
-                             levels[depth].expand(-1, 1 if depth == 0 else width, -1),
-                             batch_size=batch, num_beams=num_beams, normalize="none", filters=filters,
-                             backend=backend)
+        result = beam_search(
+            trie,
+            lambda depth, tokens, parents, levels=levels, width=num_beams: levels[depth].expand(
+                -1, 1 if depth == 0 else width, -1
+            ),
+            batch_size=batch,
+            num_beams=num_beams,
+            normalize="none",
+            filters=filters,
+            backend=backend,
+        )
         for b in range(batch):
             expected = oracles.search(catalog, [level[b, 0].tolist() for level in levels], num_beams, allowed[b])
             dead = num_beams - len(expected)
             assert result.scores[b].tolist() == [score for score, _ in expected] + [-math.inf] * dead
             assert list(map(tuple, result.codes[b].tolist())) == (
-                [code for _, code in expected] + [(-1,) * catalog.depth] * dead)
+                [code for _, code in expected] + [(-1,) * catalog.depth] * dead
+            )
             assert prefixes_of(names(trie, catalog, catalog.depth), result.nodes[b].tolist()) == (
-                [code for _, code in expected] + [None] * dead)
+                [code for _, code in expected] + [None] * dead
+            )
 
 
 def test_step_is_called_as_promised() -> None:
@@ -179,15 +214,27 @@ def test_the_model_is_not_asked_once_all_sequences_have_ended(backend: str) -> N
             logits[1, :, 2] = -math.inf
         return logits
 
-    result = beam_search(trie, step, batch_size=2, num_beams=3, normalize="none", backend=backend,
-                         filters=[trie.filter(items=[7, 8]), None])
+    result = beam_search(
+        trie,
+        step,
+        batch_size=2,
+        num_beams=3,
+        normalize="none",
+        backend=backend,
+        filters=[trie.filter(items=[7, 8]), None],
+    )
     assert calls == [0, 1, 2]  # two codes at depth 1 are still followed by an end at depth 2
     assert result.codes.tolist() == [[[0, -1, -1, -1], [1, 0, -1, -1], [-1] * 4]] * 2
     assert result.scores.tolist() == [[0.0, 0.0, -math.inf]] * 2
     assert trie.items(result.nodes[:, :2], trie.depth).item_ids.tolist() == [7, 8] * 2
     calls.clear()
-    result = beam_search(trie, lambda depth, tokens, parents: step(depth, tokens, parents).fill_(-math.inf),
-                         batch_size=2, num_beams=3, backend=backend)
+    result = beam_search(
+        trie,
+        lambda depth, tokens, parents: step(depth, tokens, parents).fill_(-math.inf),
+        batch_size=2,
+        num_beams=3,
+        backend=backend,
+    )
     assert calls == [0] and (result.nodes == -1).all() and (result.codes == -1).all()
 
 
@@ -215,8 +262,9 @@ def test_an_ended_sequence_keeps_its_score_whatever_the_logits(backend: str) -> 
     trie = Trie.from_codes([[0], [1, 0], [1]], codebook_sizes=[2, 1])
     beams = beam_step(trie, torch.log(torch.tensor([[[0.25, 0.75]]])), trie.root(1), num_beams=2, backend=backend)
     for normalize in ("full", "children"):
-        after = beam_step(trie, torch.full((1, 2, 1), math.nan), beams, num_beams=3, normalize=normalize,
-                          backend=backend)
+        after = beam_step(
+            trie, torch.full((1, 2, 1), math.nan), beams, num_beams=3, normalize=normalize, backend=backend
+        )
         assert after.tokens.tolist() == [[-1, -1, -1]]
         assert after.parents.tolist() == [[0, 1, -1]]
         assert after.scores[0, :2].tolist() == pytest.approx([math.log(0.75), math.log(0.25)])
@@ -240,8 +288,13 @@ def test_banning_every_code_leaves_nothing() -> None:
     trie = Trie.from_codes([[0, 0], [1, 1]])
     for value in (-math.inf, math.nan):
         for normalize in ("full", "children", "none"):
-            result = beam_search(trie, lambda depth, tokens, parents, value=value: torch.full(
-                (1, 1 if depth == 0 else 3, 2), value), batch_size=1, num_beams=3, normalize=normalize)
+            result = beam_search(
+                trie,
+                lambda depth, tokens, parents, value=value: torch.full((1, 1 if depth == 0 else 3, 2), value),
+                batch_size=1,
+                num_beams=3,
+                normalize=normalize,
+            )
             assert (result.nodes == -1).all() and (result.codes == -1).all() and (result.scores == -math.inf).all()
 
 
@@ -262,20 +315,37 @@ def test_infinite_logits_count_as_the_largest_number(normalize: str) -> None:
 def test_a_log_normalizer_that_is_not_finite_kills_its_beam(backend: str) -> None:
     trie = Trie.from_codes([[0, 0], [0, 1], [1, 0], [2, 0], [3, 1]])
     beams = beam_step(trie, torch.zeros(1, 1, 4), trie.root(1), num_beams=4, backend=backend)
-    after = beam_step(trie, torch.zeros(1, 4, 2), beams, num_beams=6,
-                      log_normalizer=torch.tensor([[math.nan, math.inf, -math.inf, 1.0]]), backend=backend)
+    after = beam_step(
+        trie,
+        torch.zeros(1, 4, 2),
+        beams,
+        num_beams=6,
+        log_normalizer=torch.tensor([[math.nan, math.inf, -math.inf, 1.0]]),
+        backend=backend,
+    )
     assert after.parents.tolist() == [[3, -1, -1, -1, -1, -1]]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_tries_batches_and_wide_logits(backend: str) -> None:
     empty = Trie.from_codes(torch.empty(0, 2), codebook_sizes=[3, 4])
-    result = beam_search(empty, lambda depth, tokens, parents: torch.zeros(2, 1 if depth == 0 else 5, 3 + depth),
-                         batch_size=2, num_beams=5, backend=backend)
+    result = beam_search(
+        empty,
+        lambda depth, tokens, parents: torch.zeros(2, 1 if depth == 0 else 5, 3 + depth),
+        batch_size=2,
+        num_beams=5,
+        backend=backend,
+    )
     assert (result.nodes == -1).all() and (result.codes == -1).all() and (result.scores == -math.inf).all()
     inferred = Trie.from_codes([[0, 1], [2, 0]])  # codebooks may be larger than the codes in use
-    result = beam_search(inferred, lambda depth, tokens, parents: torch.zeros(0, 1 if depth == 0 else 5, 7),
-                         batch_size=0, num_beams=5, filters=[], backend=backend)
+    result = beam_search(
+        inferred,
+        lambda depth, tokens, parents: torch.zeros(0, 1 if depth == 0 else 5, 7),
+        batch_size=0,
+        num_beams=5,
+        filters=[],
+        backend=backend,
+    )
     assert result.codes.shape == (0, 5, 2) and result.scores.shape == (0, 5)
     wide = beam_step(inferred, torch.zeros(1, 1, 8), inferred.root(1), num_beams=2, backend=backend)
     assert wide.scores.tolist() == [pytest.approx([-math.log(8)] * 2)]
@@ -303,10 +373,16 @@ def test_cosine_steps_are_steps_on_cosine_logits(dtype: torch.dtype, backend: st
             h, codebook = torch.randn(2, beams.nodes.shape[1], 5).to(dtype), torch.randn(size, 5).to(dtype)
             scale = torch.tensor(7.0) if random.random() < 0.5 else 7.0
             normalize = random.choice(["full", "children", "none"])
-            after = cosine_beam_step(trie, h, codebook, scale, beams, num_beams=4, normalize=normalize, filters=filters,
-                                     backend=backend)
-            logits = torch.tensor([[[7.0 * oracles.cosine(row, code) for code in codebook.double().tolist()]
-                                    for row in request] for request in h.double().tolist()], dtype=torch.float64)
+            after = cosine_beam_step(
+                trie, h, codebook, scale, beams, num_beams=4, normalize=normalize, filters=filters, backend=backend
+            )
+            logits = torch.tensor(
+                [
+                    [[7.0 * oracles.cosine(row, code) for code in codebook.double().tolist()] for row in request]
+                    for request in h.double().tolist()
+                ],
+                dtype=torch.float64,
+            )
             check_step(trie, catalog, beams, logits, after, normalize, None, allowed, exact=False)
             beams = after
 
@@ -348,8 +424,10 @@ def test_compiled_steps_match(catalog_trie: Trie, filtered: bool) -> None:
     for _ in range(2):
         logits = torch.randn(2, beams.nodes.shape[1], 5)
         cosine_args = torch.randn(2, beams.nodes.shape[1], 6), torch.randn(5, 6), torch.tensor(4.0), beams
-        for got, expected in ((compiled(logits, beams), step(logits, beams)),
-                              (compiled_cosine(*cosine_args), cosine_step(*cosine_args))):
+        for got, expected in (
+            (compiled(logits, beams), step(logits, beams)),
+            (compiled_cosine(*cosine_args), cosine_step(*cosine_args)),
+        ):
             assert torch.equal(got.nodes, expected.nodes) and torch.equal(got.parents, expected.parents)
             torch.testing.assert_close(got.scores, expected.scores)
         beams = step(logits, beams)
@@ -357,8 +435,13 @@ def test_compiled_steps_match(catalog_trie: Trie, filtered: bool) -> None:
 
 def search(trie: Trie, levels: Tensor, filters: object) -> BeamResult:
     """A search of two requests, four beams wide, whose logits are ``levels`` (depth, 2, 4, K)."""
-    return beam_search(trie, lambda depth, tokens, parents: levels[depth][:, :1 if depth == 0 else 4],
-                       batch_size=2, num_beams=4, filters=filters)
+    return beam_search(
+        trie,
+        lambda depth, tokens, parents: levels[depth][:, : 1 if depth == 0 else 4],
+        batch_size=2,
+        num_beams=4,
+        filters=filters,
+    )
 
 
 def test_a_compiled_search_matches(catalog_trie: Trie) -> None:
@@ -406,70 +489,88 @@ def step_with(trie: Trie, changes: dict[str, object]) -> Beams:
     return beam_step(**(arguments | changes))
 
 
-@pytest.mark.parametrize(("changes", "error", "message"), [
-    ({"trie": [[0, 1]]}, TypeError, "trie must be a Trie"),
-    ({"beams": (0, 1)}, TypeError, "beams must be Beams"),
-    ({"logits": [[0.0]]}, TypeError, "logits must be a torch.Tensor"),
-    ({"logits": torch.zeros(2, 1, 3, dtype=torch.int64)}, TypeError, "logits must have dtype"),
-    ({"logits": torch.zeros(2, 3)}, ValueError, "logits must have 3 dimensions"),
-    ({"logits": torch.zeros(2, 1, 4)}, ValueError, "logits must be over 3 codes, the codebook of level 0; got 4"),
-    ({"logits": torch.zeros(2, 1, 2)}, ValueError, "logits must be over 3 codes"),
-    ({"logits": torch.zeros(2, 2, 3)}, ValueError, "logits must have shape"),
-    ({"logits": torch.zeros(1, 1, 3)}, ValueError, "logits must have shape"),
-    ({"num_beams": 0}, ValueError, "num_beams must be at least 1"),
-    ({"num_beams": 2.0}, TypeError, "num_beams must be an integer"),
-    ({"normalize": "softmax"}, ValueError, "normalize must be one of"),
-    ({"log_normalizer": torch.zeros(2)}, ValueError, "log_normalizer must have shape"),
-    ({"log_normalizer": 1.0}, TypeError, "log_normalizer must be a torch.Tensor"),
-    ({"log_normalizer": torch.zeros(2, 1), "normalize": "none"}, ValueError, "log_normalizer must be None"),
-    ({"backend": "fast"}, ValueError, "backend must be one of"),
-    ({"backend": "triton"}, BackendUnavailable, "beam_step"),
-])
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"trie": [[0, 1]]}, TypeError, "trie must be a Trie"),
+        ({"beams": (0, 1)}, TypeError, "beams must be Beams"),
+        ({"logits": [[0.0]]}, TypeError, "logits must be a torch.Tensor"),
+        ({"logits": torch.zeros(2, 1, 3, dtype=torch.int64)}, TypeError, "logits must have dtype"),
+        ({"logits": torch.zeros(2, 3)}, ValueError, "logits must have 3 dimensions"),
+        ({"logits": torch.zeros(2, 1, 4)}, ValueError, "logits must be over 3 codes, the codebook of level 0; got 4"),
+        ({"logits": torch.zeros(2, 1, 2)}, ValueError, "logits must be over 3 codes"),
+        ({"logits": torch.zeros(2, 2, 3)}, ValueError, "logits must have shape"),
+        ({"logits": torch.zeros(1, 1, 3)}, ValueError, "logits must have shape"),
+        ({"num_beams": 0}, ValueError, "num_beams must be at least 1"),
+        ({"num_beams": 2.0}, TypeError, "num_beams must be an integer"),
+        ({"normalize": "softmax"}, ValueError, "normalize must be one of"),
+        ({"log_normalizer": torch.zeros(2)}, ValueError, "log_normalizer must have shape"),
+        ({"log_normalizer": 1.0}, TypeError, "log_normalizer must be a torch.Tensor"),
+        ({"log_normalizer": torch.zeros(2, 1), "normalize": "none"}, ValueError, "log_normalizer must be None"),
+        ({"backend": "fast"}, ValueError, "backend must be one of"),
+        ({"backend": "triton"}, BackendUnavailable, "beam_step"),
+    ],
+)
 def test_bad_arguments_are_named(changes: dict[str, object], error: type[Exception], message: str) -> None:
     trie = Trie.from_codes([[0, 1], [2, 1]], codebook_sizes=[3, 2])
     with pytest.raises(error, match=message):
         step_with(trie, changes)
 
 
-@pytest.mark.parametrize(("changes", "error", "message"), [
-    ({"depth": 2}, ValueError, "beams.depth must be less than the trie's depth 2"),
-    ({"depth": -1}, ValueError, "beams.depth must be at least 0"),
-    ({"nodes": torch.tensor([[0], [1]])}, ValueError, r"beams.nodes must be in \[0, 1\) or -1; got 1"),
-    ({"nodes": torch.tensor([[0], [-2]])}, ValueError, "beams.nodes must be in"),
-    ({"nodes": torch.zeros(2, 1)}, TypeError, "beams.nodes must have dtype"),
-    ({"nodes": torch.tensor([0, 0])}, ValueError, "beams.nodes must have 2 dimensions"),
-    ({"scores": torch.zeros(2, 2)}, ValueError, "beams.scores must have shape"),
-])
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"depth": 2}, ValueError, "beams.depth must be less than the trie's depth 2"),
+        ({"depth": -1}, ValueError, "beams.depth must be at least 0"),
+        ({"nodes": torch.tensor([[0], [1]])}, ValueError, r"beams.nodes must be in \[0, 1\) or -1; got 1"),
+        ({"nodes": torch.tensor([[0], [-2]])}, ValueError, "beams.nodes must be in"),
+        ({"nodes": torch.zeros(2, 1)}, TypeError, "beams.nodes must have dtype"),
+        ({"nodes": torch.tensor([0, 0])}, ValueError, "beams.nodes must have 2 dimensions"),
+        ({"scores": torch.zeros(2, 2)}, ValueError, "beams.scores must have shape"),
+    ],
+)
 def test_bad_beams_are_named(changes: dict[str, object], error: type[Exception], message: str) -> None:
     trie = Trie.from_codes([[0, 1], [2, 1]], codebook_sizes=[3, 2])
     with pytest.raises(error, match=message):
         step_with(trie, {"beams": trie.root(2)._replace(**changes)})
 
 
-@pytest.mark.parametrize(("step", "error", "message"), [
-    (None, TypeError, "step must be callable"),
-    (lambda depth, tokens, parents: None, TypeError, r"logits of step\(depth=0\) must be a torch.Tensor"),
-    (lambda depth, tokens, parents: torch.zeros(2, 1, 3), ValueError, r"logits of step\(depth=1\) must have shape"),
-    (lambda depth, tokens, parents: torch.zeros(2, 1, 2), ValueError, r"step\(depth=0\) must be over 3 codes"),
-])
+@pytest.mark.parametrize(
+    ("step", "error", "message"),
+    [
+        (None, TypeError, "step must be callable"),
+        (lambda depth, tokens, parents: None, TypeError, r"logits of step\(depth=0\) must be a torch.Tensor"),
+        (lambda depth, tokens, parents: torch.zeros(2, 1, 3), ValueError, r"logits of step\(depth=1\) must have shape"),
+        (lambda depth, tokens, parents: torch.zeros(2, 1, 2), ValueError, r"step\(depth=0\) must be over 3 codes"),
+    ],
+)
 def test_a_bad_step_function_is_named(step: object, error: type[Exception], message: str) -> None:
     trie = Trie.from_codes([[0, 1], [2, 1]], codebook_sizes=[3, 3])
     with pytest.raises(error, match=message):
         beam_search(trie, step, batch_size=2, num_beams=4)
 
 
-@pytest.mark.parametrize(("changes", "error", "message"), [
-    ({"h": torch.zeros(2, 2, 4)}, ValueError, "h must have shape"),
-    ({"codebook": torch.zeros(3, 5)}, ValueError, "codebook must have shape"),
-    ({"codebook": torch.zeros(4, 4)}, ValueError, "codebook must be over 3 codes"),
-    ({"codebook": torch.zeros(3, 4, dtype=torch.float64)}, TypeError, "codebook"),
-    ({"scale": math.inf}, ValueError, "scale must be finite"),
-    ({"eps": 0.0}, ValueError, "eps must be positive"),
-    ({"num_beams": 0}, ValueError, "num_beams must be at least 1"),
-])
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"h": torch.zeros(2, 2, 4)}, ValueError, "h must have shape"),
+        ({"codebook": torch.zeros(3, 5)}, ValueError, "codebook must have shape"),
+        ({"codebook": torch.zeros(4, 4)}, ValueError, "codebook must be over 3 codes"),
+        ({"codebook": torch.zeros(3, 4, dtype=torch.float64)}, TypeError, "codebook"),
+        ({"scale": math.inf}, ValueError, "scale must be finite"),
+        ({"eps": 0.0}, ValueError, "eps must be positive"),
+        ({"num_beams": 0}, ValueError, "num_beams must be at least 1"),
+    ],
+)
 def test_bad_cosine_arguments_are_named(changes: dict[str, object], error: type[Exception], message: str) -> None:
     trie = Trie.from_codes([[0, 1], [2, 1]], codebook_sizes=[3, 2])
-    arguments = {"trie": trie, "h": torch.zeros(2, 1, 4), "codebook": torch.zeros(3, 4), "scale": 1.0,
-                 "beams": trie.root(2), "num_beams": 2} | changes
+    arguments = {
+        "trie": trie,
+        "h": torch.zeros(2, 1, 4),
+        "codebook": torch.zeros(3, 4),
+        "scale": 1.0,
+        "beams": trie.root(2),
+        "num_beams": 2,
+    } | changes
     with pytest.raises(error, match=message):
         cosine_beam_step(**arguments)

@@ -58,8 +58,13 @@ def test_a_search_is_warmed_up_aside_and_captured_once(monkeypatch: pytest.Monke
         yield
         now.pop()
 
-    for name, fake in {"Stream": lambda: streams[1], "current_stream": lambda: now[-1], "stream": on, "graph": on,
-                       "CUDAGraph": lambda: SimpleNamespace(name="graph")}.items():
+    for name, fake in {
+        "Stream": lambda: streams[1],
+        "current_stream": lambda: now[-1],
+        "stream": on,
+        "graph": on,
+        "CUDAGraph": lambda: SimpleNamespace(name="graph"),
+    }.items():
         monkeypatch.setattr(torch.cuda, name, fake)
 
     def step(depth: int, tokens: Tensor | None, parents: Tensor | None) -> Tensor:
@@ -77,8 +82,14 @@ def test_calls_copy_their_inputs_and_replay() -> None:
     queries = torch.randn(2, 4)
 
     def search() -> BeamResult:
-        return beam_search(trie, lambda depth, tokens, parents: (queries.unsqueeze(1) @ heads[depth].T).expand(
-            -1, 1 if depth == 0 else 5, -1), batch_size=2, num_beams=5)
+        return beam_search(
+            trie,
+            lambda depth, tokens, parents: (queries.unsqueeze(1) @ heads[depth].T).expand(
+                -1, 1 if depth == 0 else 5, -1
+            ),
+            batch_size=2,
+            num_beams=5,
+        )
 
     first = search()
 

@@ -59,8 +59,7 @@ def walk(catalog: Catalog, *, dtype: torch.dtype, normalize: str, exact: bool) -
         logits = torch.randint(-4, 4, shape).to(dtype) if exact else (3 * torch.randn(shape)).to(dtype)
         logits = strided(hurt(logits)) if random.random() < 0.7 else logits
         log_normalizer = torch.randn(shape[:2]).to(dtype) if normalize != "none" and random.random() < 0.3 else None
-        options = {"num_beams": num_beams, "normalize": normalize, "log_normalizer": log_normalizer,
-                   "filters": filters}
+        options = {"num_beams": num_beams, "normalize": normalize, "log_normalizer": log_normalizer, "filters": filters}
         after = beam_step(trie, logits, beams, backend="native", **options)
         check_step(trie, catalog, beams, logits, after, normalize, log_normalizer, allowed, exact=exact)
         assert_same(after, beam_step(trie, logits, beams, backend="reference", **options), exact=exact)
@@ -95,8 +94,10 @@ def test_many_children_and_equal_scores(normalize: str, num_beams: int) -> None:
     beams = trie.root(2)
     for _ in range(2):
         logits = torch.randint(0, 3, (2, 1, 700)).float().expand(-1, beams.nodes.shape[1], -1)
-        got, expected = (beam_step(trie, logits, beams, num_beams=num_beams, normalize=normalize, backend=backend)
-                         for backend in ("native", "reference"))
+        got, expected = (
+            beam_step(trie, logits, beams, num_beams=num_beams, normalize=normalize, backend=backend)
+            for backend in ("native", "reference")
+        )
         assert_same(got, expected, exact=normalize == "none")
         beams = got
 
@@ -104,8 +105,9 @@ def test_many_children_and_equal_scores(normalize: str, num_beams: int) -> None:
 @pytest.mark.parametrize("share", [0.02, 0.4, 1.0], ids=["few", "many", "all"])
 @pytest.mark.parametrize("updates", [False, True], ids=["built", "updated"])
 @pytest.mark.parametrize("masks", [True, False], ids=["masks", "no masks"])
-def test_nodes_of_many_children_with_filters(share: float, updates: bool, masks: bool,
-                                             monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nodes_of_many_children_with_filters(
+    share: float, updates: bool, masks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A first cut is taken from a beam's own children, before the filter is asked: what lies below it must come back
     where the filter leaves too few, also where earlier beams have filled the list with less. Codes that pass the cut
     without being children must not count."""
@@ -123,8 +125,12 @@ def test_nodes_of_many_children_with_filters(share: float, updates: bool, masks:
         logits = torch.randint(-9, 9, (3, 7, 600)).float()
         logits[torch.rand(logits.shape) < 0.05] = random.choice([-math.inf, math.nan, math.inf, 1e30])
         for normalize in ("none", "full", "children"):
-            got, expected = (beam_step(trie, logits, beams, num_beams=num_beams, filters=filters, backend=backend,
-                                       normalize=normalize) for backend in ("native", "reference"))
+            got, expected = (
+                beam_step(
+                    trie, logits, beams, num_beams=num_beams, filters=filters, backend=backend, normalize=normalize
+                )
+                for backend in ("native", "reference")
+            )
             assert_same(got, expected, exact=normalize == "none")
 
 
@@ -136,8 +142,9 @@ def test_peaked_rows_and_hopeless_beams(dtype: torch.dtype) -> None:
         beams = trie.root(2)
         for _ in range(3):
             logits = (20 * torch.randn(2, beams.nodes.shape[1], 300)).to(dtype)
-            got, expected = (beam_step(trie, logits, beams, num_beams=40, backend=backend)
-                             for backend in ("native", "reference"))
+            got, expected = (
+                beam_step(trie, logits, beams, num_beams=40, backend=backend) for backend in ("native", "reference")
+            )
             torch.testing.assert_close(got.scores, expected.scores, rtol=1e-5, atol=1e-4)
             beams = got
 
@@ -147,7 +154,7 @@ def test_peaked_rows_and_hopeless_beams(dtype: torch.dtype) -> None:
 def test_fused_steps_skip_no_beam_that_counts(dtype: torch.dtype, spread: float) -> None:
     """With many beams of few children most are never multiplied; against float64 on the same numbers."""
     codes, items, dim = random.choice([97, 300, 1000]), 4000, random.choice([3, 33])
-    ragged = [row[:random.choice([2, 3, 3])] for row in torch.randint(0, codes, (items, 3)).tolist()]
+    ragged = [row[: random.choice([2, 3, 3])] for row in torch.randint(0, codes, (items, 3)).tolist()]
     trie = Trie.from_codes(ragged, codebook_sizes=[codes] * 3)
     filters = [trie.filter(mask=torch.rand(items) < 0.5), *[None] * 3] if random.random() < 0.5 else None
     beams = trie.root(4)
@@ -158,12 +165,26 @@ def test_fused_steps_skip_no_beam_that_counts(dtype: torch.dtype, spread: float)
         h[random.randrange(4), -1, 0] = random.choice([math.nan, math.inf, 0.0])
         scale = random.choice([1.0, 30.0, 100.0, -5.0])
         got = cosine_beam_step(trie, h, codebook, scale, beams, num_beams=60, filters=filters, backend="native")
-        expected = beam_step(trie, cosine_logits(h.double(), codebook.double(), scale), beams, num_beams=60,
-                             filters=filters, backend="reference")
+        expected = beam_step(
+            trie,
+            cosine_logits(h.double(), codebook.double(), scale),
+            beams,
+            num_beams=60,
+            filters=filters,
+            backend="reference",
+        )
         assert torch.equal(got.scores == -math.inf, expected.scores == -math.inf)
         torch.testing.assert_close(got.scores, expected.scores, rtol=2e-5, atol=2e-4)
-        again = cosine_beam_step(trie, h[1:], codebook, scale, Beams(*(part[1:] for part in beams[:4]), beams.depth),
-                                 num_beams=60, filters=filters and filters[1:], backend="native")
+        again = cosine_beam_step(
+            trie,
+            h[1:],
+            codebook,
+            scale,
+            Beams(*(part[1:] for part in beams[:4]), beams.depth),
+            num_beams=60,
+            filters=filters and filters[1:],
+            backend="native",
+        )
         assert torch.equal(again.scores, got.scores[1:])  # whichever rows share its tile
         beams = got
 
@@ -177,8 +198,9 @@ def test_a_child_of_probability_one_ties_with_its_parent(magnitude: float, codes
     nodes = torch.arange(beams).flip(0).unsqueeze(0)
     logits = torch.full((1, beams, codes), -math.inf)
     logits[..., 0] = magnitude * torch.randn(beams)
-    after = beam_step(trie, logits, Beams(nodes, nodes, nodes, torch.full((1, beams), -2.5), 1), num_beams=20,
-                      backend="native")
+    after = beam_step(
+        trie, logits, Beams(nodes, nodes, nodes, torch.full((1, beams), -2.5), 1), num_beams=20, backend="native"
+    )
     assert after.parents.tolist() == [list(range(20))] and after.scores.tolist() == [[-2.5] * 20]
 
 
@@ -187,8 +209,9 @@ def test_zeros_of_either_sign_tie() -> None:
     root = trie.root(1)
     for sign in (1.0, -1.0):
         logits = torch.tensor([[[0.0, -0.0, 0.0]]]) * sign
-        after = beam_step(trie, logits, root._replace(scores=torch.tensor([[-0.0]])), num_beams=3, normalize="none",
-                          backend="native")
+        after = beam_step(
+            trie, logits, root._replace(scores=torch.tensor([[-0.0]])), num_beams=3, normalize="none", backend="native"
+        )
         assert after.tokens.tolist() == [[0, 1, 2]]
 
 
@@ -201,8 +224,12 @@ def test_numbers_at_the_end_of_the_range(dtype: torch.dtype, normalize: str) -> 
     for _ in range(200):
         logits = values[torch.randint(0, 9, (1, 1, 9))]
         scores = values[torch.randint(0, 9, (1, 1))]
-        got, expected = (beam_step(trie, logits, trie.root(1)._replace(scores=scores), num_beams=6, normalize=normalize,
-                                   backend=backend) for backend in ("native", "reference"))
+        got, expected = (
+            beam_step(
+                trie, logits, trie.root(1)._replace(scores=scores), num_beams=6, normalize=normalize, backend=backend
+            )
+            for backend in ("native", "reference")
+        )
         assert_same(got, expected, exact=normalize == "none")
 
 
@@ -222,8 +249,13 @@ def test_a_search_is_the_same_on_any_number_of_threads() -> None:
     levels = torch.randn(3, 7, 30, 50)
 
     def search() -> tuple[Tensor, Tensor]:
-        result = beam_search(trie, lambda depth, tokens, parents: levels[depth][:, :1 if depth == 0 else 30],
-                             batch_size=7, num_beams=30, backend="native")
+        result = beam_search(
+            trie,
+            lambda depth, tokens, parents: levels[depth][:, : 1 if depth == 0 else 30],
+            batch_size=7,
+            num_beams=30,
+            backend="native",
+        )
         return result.codes, result.scores
 
     threads = torch.get_num_threads()
@@ -254,17 +286,30 @@ def test_cosine_steps_match_the_reference(dtype: torch.dtype, normalize: str) ->
             h, codebook = torch.randn(*shape, 2 * dim).to(dtype)[..., ::2], torch.randn(size, dim).to(dtype)
             h[torch.rand(shape) < 0.05] = random.choice([0, math.nan])
             lse = torch.randn(shape).to(dtype) if normalize != "none" and random.random() < 0.3 else None
-            got, expected = (cosine_beam_step(
-                trie, h, codebook, random.choice([1.0, torch.tensor(1.0)]), beams, num_beams=random_beams,
-                normalize=normalize, log_normalizer=lse, filters=filters, backend=backend)
-                for random_beams in [random.choice([1, 5, 33, 200])] for backend in ("native", "reference"))
+            got, expected = (
+                cosine_beam_step(
+                    trie,
+                    h,
+                    codebook,
+                    random.choice([1.0, torch.tensor(1.0)]),
+                    beams,
+                    num_beams=random_beams,
+                    normalize=normalize,
+                    log_normalizer=lse,
+                    filters=filters,
+                    backend=backend,
+                )
+                for random_beams in [random.choice([1, 5, 33, 200])]
+                for backend in ("native", "reference")
+            )
             assert_same(got, expected, exact=False)
             check_consistent(trie, beams, got, cosine_logits(h.double(), codebook.double(), 1.0), normalize, lse)
             beams = got
 
 
-def check_consistent(trie: Trie, before: Beams, after: Beams, logits: Tensor, normalize: str,
-                     log_normalizer: Tensor | None) -> None:
+def check_consistent(
+    trie: Trie, before: Beams, after: Beams, logits: Tensor, normalize: str, log_normalizer: Tensor | None
+) -> None:
     """Each live result is a child of its parent, once, and its score what this parent and code give."""
     live = after.nodes >= 0
     parents, tokens = after.parents.clamp(min=0), after.tokens.clamp(min=0)
@@ -300,25 +345,61 @@ def test_gradients_need_the_reference() -> None:
 def test_the_ops_are_well_registered() -> None:
     trie = Trie.from_codes(torch.randint(0, 5, (30, 2)), codebook_sizes=[5, 5])
     changed = trie.update(add=([[1, 4], [0, 0]], [30, 31]), remove=[3])
-    for index, filters in ((trie, None), (trie, [trie.filter(items=[1, 2, 3]), None]), (changed, None),
-                           (changed, changed.filter(items=[1, 30]))):
+    for index, filters in (
+        (trie, None),
+        (trie, [trie.filter(items=[1, 2, 3]), None]),
+        (changed, None),
+        (changed, changed.filter(items=[1, 30])),
+    ):
         parts, (sets, set_of) = index.parts, filter_arguments(check_filters(filters, index, 2), 2, 1)
         base, added = parts.base, parts.added
         delta = [] if added is None else [added.tokens[0], added.child_start[0]]
         anchors = [] if added is None else list(parts.delta.anchors[:2])
         beams = index.root(2)
         depth = (base.tokens[0], base.child_start[0], delta, anchors, sets, set_of)
-        library.opcheck(torch.ops.dgi_kernels.beam_step.default, (
-            *depth, torch.randn(2, 1, 5), beams.nodes, beams.scores, torch.zeros(2, 1), 3, 0, base.child_masks(0, 5)))
-        library.opcheck(torch.ops.dgi_kernels.cosine_beam_step.default, (
-            *depth, torch.randn(2, 1, 4), torch.randn(5, 4), torch.tensor(2.0), 1e-12, beams.nodes, beams.scores, None,
-            3, 0))
-        of_delta = ([], None, None, None) if added is None else (
-            added.items_below(0), added.item_order, added.item_ids, parts.delta.anchors[0])
+        library.opcheck(
+            torch.ops.dgi_kernels.beam_step.default,
+            (*depth, torch.randn(2, 1, 5), beams.nodes, beams.scores, torch.zeros(2, 1), 3, 0, base.child_masks(0, 5)),
+        )
+        library.opcheck(
+            torch.ops.dgi_kernels.cosine_beam_step.default,
+            (
+                *depth,
+                torch.randn(2, 1, 4),
+                torch.randn(5, 4),
+                torch.tensor(2.0),
+                1e-12,
+                beams.nodes,
+                beams.scores,
+                None,
+                3,
+                0,
+            ),
+        )
+        of_delta = (
+            ([], None, None, None)
+            if added is None
+            else (added.items_below(0), added.item_order, added.item_ids, parts.delta.anchors[0])
+        )
         places, _ = filter_arguments(check_filters(filters, index, 2), 2, None)
-        library.opcheck(torch.ops.dgi_kernels.rank_candidates.default, (
-            torch.randn(2, 4), torch.randn(32, 4), 1, base.items_below(0), base.item_order, base.item_ids, *of_delta,
-            places, set_of, beams.nodes, beams.scores, 3, 1e-12))
+        library.opcheck(
+            torch.ops.dgi_kernels.rank_candidates.default,
+            (
+                torch.randn(2, 4),
+                torch.randn(32, 4),
+                1,
+                base.items_below(0),
+                base.item_order,
+                base.item_ids,
+                *of_delta,
+                places,
+                set_of,
+                beams.nodes,
+                beams.scores,
+                3,
+                1e-12,
+            ),
+        )
 
 
 def test_direct_callers_are_stopped_too() -> None:
@@ -328,16 +409,26 @@ def test_direct_callers_are_stopped_too() -> None:
     words, ranks = torch.zeros(8, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     good = [tokens, starts, [], [], [], [], torch.zeros(1, 1, 2), root.nodes, root.scores, None, 2, 0, None]
     for place, value, message in (
-            (0, tokens.long(), "tokens must be int16 or int32"), (0, tokens.unsqueeze(0), "tokens must be a contig"),
-            (1, starts.short(), "child_start must be"), (2, [tokens], "delta and anchors do not fit"),
-            (3, [ranks, ranks], "delta and anchors do not fit"), (4, [words, ranks, words], "four arrays each"),
-            (4, [words, words, words, ranks], "8 words to a rank"), (4, [words, ranks] * 2, "set_of must have B"),
-            (5, [0], None), (6, torch.zeros(1, 2), "logits must be"), (7, root.nodes + 1, "nodes must be in"),
-            (7, root.nodes.int(), "nodes has the wrong dtype"), (8, root.scores.double(), "scores has the wrong dtype"),
-            (9, torch.zeros(2, 1), "log_normalizer must be"), (10, 0, "num_beams must be at least 1"),
-            (11, 3, "normalize must be"), (12, torch.zeros(1, 2, dtype=torch.int32), "child_masks must be"),
-            (12, torch.zeros(2, 1, dtype=torch.int32), "child_masks must be"),
-            (12, starts.view(1, -1), "child_masks must be")):
+        (0, tokens.long(), "tokens must be int16 or int32"),
+        (0, tokens.unsqueeze(0), "tokens must be a contig"),
+        (1, starts.short(), "child_start must be"),
+        (2, [tokens], "delta and anchors do not fit"),
+        (3, [ranks, ranks], "delta and anchors do not fit"),
+        (4, [words, ranks, words], "four arrays each"),
+        (4, [words, words, words, ranks], "8 words to a rank"),
+        (4, [words, ranks] * 2, "set_of must have B"),
+        (5, [0], None),
+        (6, torch.zeros(1, 2), "logits must be"),
+        (7, root.nodes + 1, "nodes must be in"),
+        (7, root.nodes.int(), "nodes has the wrong dtype"),
+        (8, root.scores.double(), "scores has the wrong dtype"),
+        (9, torch.zeros(2, 1), "log_normalizer must be"),
+        (10, 0, "num_beams must be at least 1"),
+        (11, 3, "normalize must be"),
+        (12, torch.zeros(1, 2, dtype=torch.int32), "child_masks must be"),
+        (12, torch.zeros(2, 1, dtype=torch.int32), "child_masks must be"),
+        (12, starts.view(1, -1), "child_masks must be"),
+    ):
         arguments = [value if i == place else argument for i, argument in enumerate(good)]
         if message is None:
             torch.ops.dgi_kernels.beam_step(*arguments)
@@ -346,8 +437,9 @@ def test_direct_callers_are_stopped_too() -> None:
             torch.ops.dgi_kernels.beam_step(*arguments)
     large = Trie.from_codes(torch.arange(600).unsqueeze(1)).parts.base
     with pytest.raises(RuntimeError, match="a set is over fewer places than there are"):
-        torch.ops.dgi_kernels.beam_step(large.tokens[0], large.child_start[0], [], [], [words, ranks] * 2, [0],
-                                        torch.zeros(1, 1, 600), *good[7:])
+        torch.ops.dgi_kernels.beam_step(
+            large.tokens[0], large.child_start[0], [], [], [words, ranks] * 2, [0], torch.zeros(1, 1, 600), *good[7:]
+        )
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
@@ -355,10 +447,24 @@ def test_the_kernel_is_clean_under_sanitizers(tmp_path: Path, seed: int) -> None
     """Random tries and beams through the same C++ with AddressSanitizer and UBSan, against a search of all children."""
     binary = tmp_path / "beam"
     compiled = subprocess.run(
-        ["c++", "-std=c++20", "-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
-         f"-I{CSRC / 'include'}", f"-I{CSRC}", str(Path(__file__).with_name("beam_driver.cpp")),
-         str(CSRC / "cpu/beam/beam.cpp"), str(CSRC / "cpu/beam/cosine_beam.cpp"), "-o", str(binary)],
-        capture_output=True, text=True)
+        [
+            "c++",
+            "-std=c++20",
+            "-O0",
+            "-g1",
+            "-fsanitize=address,undefined",
+            "-fno-sanitize-recover=all",
+            f"-I{CSRC / 'include'}",
+            f"-I{CSRC}",
+            str(Path(__file__).with_name("beam_driver.cpp")),
+            str(CSRC / "cpu/beam/beam.cpp"),
+            str(CSRC / "cpu/beam/cosine_beam.cpp"),
+            "-o",
+            str(binary),
+        ],
+        capture_output=True,
+        text=True,
+    )
     if compiled.returncode and "sanitize" in compiled.stderr + compiled.stdout or "asan" in compiled.stderr:
         pytest.skip(f"the compiler has no sanitizers: {compiled.stderr[-300:]}")
     assert compiled.returncode == 0, compiled.stderr

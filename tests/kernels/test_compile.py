@@ -27,12 +27,22 @@ def compiled(function: Callable[..., object], backend: str = "aot_eager") -> Cal
 
 
 def cosine_ops(h: Tensor, weight: Tensor, scale: float | Tensor, target: Tensor) -> tuple[Tensor, ...]:
-    return (cosine_logits(h, weight, scale), cosine_cross_entropy(h, weight, target, scale, label_smoothing=0.1),
-            cosine_cross_entropy(h, weight, target, scale, reduction="none"))
+    return (
+        cosine_logits(h, weight, scale),
+        cosine_cross_entropy(h, weight, target, scale, label_smoothing=0.1),
+        cosine_cross_entropy(h, weight, target, scale, reduction="none"),
+    )
 
 
-def quantize(z: Tensor, codebooks: Sequence[Tensor], scale: float | Tensor, tau: float | Tensor, seed: int | Tensor,
-             mode: str, backend: str) -> tuple[Tensor, ...]:
+def quantize(
+    z: Tensor,
+    codebooks: Sequence[Tensor],
+    scale: float | Tensor,
+    tau: float | Tensor,
+    seed: int | Tensor,
+    mode: str,
+    backend: str,
+) -> tuple[Tensor, ...]:
     r = residual_quantize(z, codebooks, scale, tau, mode=mode, seed=seed, row_offset=3, backend=backend)
     return r.quantized, *r.usage, r.residuals, r.log_normalizer, r.codes, r.sampled
 
@@ -55,8 +65,11 @@ def gradients(outputs: Sequence[Tensor], arguments: Sequence[object]) -> list[Te
     return list(torch.autograd.grad(loss, leaves(arguments), allow_unused=True)) if loss.requires_grad else []
 
 
-def assert_same(function: Callable[..., Sequence[Tensor]], arguments: Sequence[object],
-                compiled_function: Callable[..., Sequence[Tensor]]) -> None:
+def assert_same(
+    function: Callable[..., Sequence[Tensor]],
+    arguments: Sequence[object],
+    compiled_function: Callable[..., Sequence[Tensor]],
+) -> None:
     expected, actual = function(*arguments), compiled_function(*arguments)
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(gradients(actual, arguments), gradients(expected, arguments), rtol=1e-4, atol=1e-5)
@@ -66,9 +79,13 @@ def assert_same(function: Callable[..., Sequence[Tensor]], arguments: Sequence[o
 def test_cosine(kind: str) -> None:
     run = compiled(cosine_ops)
     for rows, value in ((6, 20.0), (9, 21.0)):
-        scale, = scalars(kind, value)
-        arguments = [torch.randn(rows, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True), scale,
-                     torch.randint(7, (rows,))]
+        (scale,) = scalars(kind, value)
+        arguments = [
+            torch.randn(rows, 4, requires_grad=True),
+            torch.randn(7, 4, requires_grad=True),
+            scale,
+            torch.randint(7, (rows,)),
+        ]
         assert_same(cosine_ops, arguments, run)
 
 
@@ -121,10 +138,12 @@ def test_backward_sees_the_noise_of_forward() -> None:
         return result.quantized, result.log_normalizer
 
     quantized, _ = compiled(run)(z)
-    gradient, = torch.autograd.grad(quantized.sum(), z)
+    (gradient,) = torch.autograd.grad(quantized.sum(), z)
     # p from z~ = p E alone (5 codes in 4 dimensions, and sum p = 1), then the soft Jacobian by hand
-    p = torch.linalg.solve(torch.cat([codebook.double().T, torch.ones(1, 5, dtype=torch.float64)]),
-                           torch.cat([quantized[:, 0].double(), torch.ones(6, 1, dtype=torch.float64)], 1).T).T
+    p = torch.linalg.solve(
+        torch.cat([codebook.double().T, torch.ones(1, 5, dtype=torch.float64)]),
+        torch.cat([quantized[:, 0].double(), torch.ones(6, 1, dtype=torch.float64)], 1).T,
+    ).T
     dp = codebook.double().sum(1)
     ds = p * (dp - (p * dp).sum(1, keepdim=True))
     unit_z, unit_e = (torch.nn.functional.normalize(x.double(), dim=-1) for x in (z, codebook))
@@ -163,8 +182,13 @@ def test_all_ops_in_one_graph_through_inductor() -> None:
         quantized = quantize(z, [weight], scale, 0.9, seed, "straight_through", "auto")
         return (*quantized, *cosine_ops(z, weight, scale, target), *softmax(z, 0.9, seed, False, "reference"))
 
-    arguments = [torch.randn(6, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True),
-                 torch.tensor(9.0, requires_grad=True), torch.arange(6) % 5, torch.tensor([3])]
+    arguments = [
+        torch.randn(6, 4, requires_grad=True),
+        torch.randn(5, 4, requires_grad=True),
+        torch.tensor(9.0, requires_grad=True),
+        torch.arange(6) % 5,
+        torch.tensor([3]),
+    ]
     assert_same(everything, arguments, compiled(everything, "inductor"))
 
 

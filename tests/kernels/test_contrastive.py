@@ -74,12 +74,14 @@ def test_sampled_softmax_follows_its_formula(with_ids: bool, reduction: str, nam
 def test_a_query_whose_every_draw_is_its_own_item_has_no_loss() -> None:
     queries, items = leaves((2, 4), (2, 4))
     sampled = items[:1].expand(3, 4)
-    loss = SampledSoftmaxLoss(5.0, reduction="none")(queries, items, sampled, item_ids=torch.tensor([8, 9]),
-                                                     sampled_ids=torch.tensor([8, 8, 8]))
+    loss = SampledSoftmaxLoss(5.0, reduction="none")(
+        queries, items, sampled, item_ids=torch.tensor([8, 9]), sampled_ids=torch.tensor([8, 8, 8])
+    )
     gradients = torch.autograd.grad(loss.sum(), (queries, items))
     assert loss[0] == 0 and loss[1] > 0 and all(g.isfinite().all() for g in gradients)
-    none = SampledSoftmaxLoss(5.0, reduction="none")(queries, items, items[:0], item_ids=torch.tensor([8, 9]),
-                                                     sampled_ids=torch.zeros(0, dtype=torch.long))
+    none = SampledSoftmaxLoss(5.0, reduction="none")(
+        queries, items, items[:0], item_ids=torch.tensor([8, 9]), sampled_ids=torch.zeros(0, dtype=torch.long)
+    )
     assert (none == 0).all()
 
 
@@ -92,8 +94,9 @@ def test_the_sum_over_draws_is_that_over_all_items_on_average() -> None:
     total, rounds = 0.0, 400
     for _ in range(rounds):
         drawn = q.multinomial(64, replacement=True)
-        loss = criterion(query, table[7:8], table[drawn], log_q=q[drawn].log(), item_ids=torch.tensor([7]),
-                         sampled_ids=drawn)
+        loss = criterion(
+            query, table[7:8], table[drawn], log_q=q[drawn].log(), item_ids=torch.tensor([7]), sampled_ids=drawn
+        )
         total += math.expm1(loss.item()) / rounds
     logits = 3.0 * cosines(query, table)[0]
     others = (logits[torch.arange(40) != 7] - logits[7]).exp().sum().item()
@@ -124,17 +127,24 @@ def test_scales_are_learnt_saved_and_bounded(criterion: Callable[..., InfoNCELos
     assert "scale=80" in repr(copy.deepcopy(one))
 
 
-@pytest.mark.parametrize(("call", "name"), [
-    (lambda: InfoNCELoss()(torch.randn(3, 4), torch.randn(2, 4)), "items"),
-    (lambda: InfoNCELoss()(torch.randn(3, 4), torch.randn(3, 4), log_q=torch.zeros(2)), "log_q"),
-    (lambda: InfoNCELoss(reduction="all"), "reduction"),
-    (lambda: InfoNCELoss(max_scale=0.0), "max_scale"),
-    (lambda: SampledSoftmaxLoss()(torch.randn(3, 4), torch.randn(2, 4), torch.randn(5, 4)), "items"),
-    (lambda: SampledSoftmaxLoss()(torch.randn(3, 4), torch.randn(3, 4), torch.randn(5, 4),
-                                  item_ids=torch.arange(3)), "item_ids"),
-    (lambda: FrequencyEstimator(0), "buckets"),
-    (lambda: FrequencyEstimator(rate=1.5), "rate"),
-])
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda: InfoNCELoss()(torch.randn(3, 4), torch.randn(2, 4)), "items"),
+        (lambda: InfoNCELoss()(torch.randn(3, 4), torch.randn(3, 4), log_q=torch.zeros(2)), "log_q"),
+        (lambda: InfoNCELoss(reduction="all"), "reduction"),
+        (lambda: InfoNCELoss(max_scale=0.0), "max_scale"),
+        (lambda: SampledSoftmaxLoss()(torch.randn(3, 4), torch.randn(2, 4), torch.randn(5, 4)), "items"),
+        (
+            lambda: SampledSoftmaxLoss()(
+                torch.randn(3, 4), torch.randn(3, 4), torch.randn(5, 4), item_ids=torch.arange(3)
+            ),
+            "item_ids",
+        ),
+        (lambda: FrequencyEstimator(0), "buckets"),
+        (lambda: FrequencyEstimator(rate=1.5), "rate"),
+    ],
+)
 def test_bad_arguments_are_named(call: Callable[[], object], name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name} "):
         call()

@@ -30,8 +30,10 @@ def true_logits(h: Tensor, weight: Tensor, scale: float | Tensor, eps: float = 1
 
 
 def inputs(shape: Cosine, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    h, weight = (F.normalize(torch.randn(rows, shape.d), dim=-1) * torch.empty(rows, 1).uniform_(0.5, 4)
-                 for rows in (shape.n, shape.k))
+    h, weight = (
+        F.normalize(torch.randn(rows, shape.d), dim=-1) * torch.empty(rows, 1).uniform_(0.5, 4)
+        for rows in (shape.n, shape.k)
+    )
     h, weight = h.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
     scale = torch.tensor(random.uniform(1, 40)).to(dtype).requires_grad_()
     return h, weight, torch.randint(shape.k, (shape.n,)), scale
@@ -48,9 +50,13 @@ def test_logits_and_gradients(shape: Cosine, dtype: torch.dtype) -> None:
 
     upstream = torch.randn_like(logits)
     leaves = (h, weight, scale)
-    assert_all_near(GRADIENTS, gradients((logits * upstream).sum(), leaves),
-                    gradients((expected * upstream.double()).sum(), leaves), dtype=dtype,
-                    sizes=[upstream.double().norm().item()] * 3)
+    assert_all_near(
+        GRADIENTS,
+        gradients((logits * upstream).sum(), leaves),
+        gradients((expected * upstream.double()).sum(), leaves),
+        dtype=dtype,
+        sizes=[upstream.double().norm().item()] * 3,
+    )
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -68,9 +74,13 @@ def test_loss_and_gradients(shape: Cosine, smoothing: float, reduction: str) -> 
 
     upstream = torch.randn_like(loss)
     leaves = (h, weight, scale)
-    assert_all_near(GRADIENTS, gradients((loss * upstream).sum(), leaves),
-                    gradients((expected * upstream.double()).sum(), leaves), dtype=h.dtype,
-                    sizes=[upstream.double().norm().item()] * 3)
+    assert_all_near(
+        GRADIENTS,
+        gradients((loss * upstream).sum(), leaves),
+        gradients((expected * upstream.double()).sum(), leaves),
+        dtype=h.dtype,
+        sizes=[upstream.double().norm().item()] * 3,
+    )
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=name_of)
@@ -80,8 +90,9 @@ def test_low_precision_loss_is_computed_in_float32(dtype: torch.dtype) -> None:
     expected = true_loss(h, weight, target, scale.double())
     assert loss.dtype == torch.float32
     assert_near("loss", loss, expected)
-    assert_all_near(GRADIENTS, gradients(loss, (h, weight, scale)), gradients(expected, (h, weight, scale)),
-                    dtype=dtype)
+    assert_all_near(
+        GRADIENTS, gradients(loss, (h, weight, scale)), gradients(expected, (h, weight, scale)), dtype=dtype
+    )
 
 
 def test_gradcheck() -> None:
@@ -89,8 +100,9 @@ def test_gradcheck() -> None:
     target[1] = -100
     assert torch.autograd.gradcheck(cosine_logits, (h, weight, scale))
     for options in ({}, {"reduction": "none"}, {"reduction": "sum", "label_smoothing": 0.2}):
-        assert torch.autograd.gradcheck(lambda h, w, s, o=options: cosine_cross_entropy(h, w, target, s, **o),
-                                        (h, weight, scale))
+        assert torch.autograd.gradcheck(
+            lambda h, w, s, o=options: cosine_cross_entropy(h, w, target, s, **o), (h, weight, scale)
+        )
     assert torch.autograd.gradgradcheck(lambda h, w, s: cosine_cross_entropy(h, w, target, s), (h, weight, scale))
 
 
@@ -103,7 +115,7 @@ def test_gradients_have_no_radial_part_and_scale_gets_its_own() -> None:
 
     unit = F.normalize(h.detach(), dim=-1).requires_grad_()
     loss = F.cross_entropy(scale.detach() * unit @ F.normalize(weight.detach(), dim=-1).T, target)
-    dunit, = torch.autograd.grad(loss, unit)
+    (dunit,) = torch.autograd.grad(loss, unit)
     torch.testing.assert_close(dscale, (unit * dunit).sum() / scale)
 
 
@@ -132,8 +144,9 @@ def test_strides_do_not_matter(view: Callable[[Tensor], Tensor]) -> None:
     strided = cosine_cross_entropy(view(h), view(weight), target, scale)
     plain = cosine_cross_entropy(h, weight, target, scale)
     torch.testing.assert_close(strided, plain)
-    assert_all_near(GRADIENTS, gradients(strided, (h, weight, scale)), gradients(plain, (h, weight, scale)),
-                    dtype=h.dtype)
+    assert_all_near(
+        GRADIENTS, gradients(strided, (h, weight, scale)), gradients(plain, (h, weight, scale)), dtype=h.dtype
+    )
     torch.testing.assert_close(cosine_logits(view(h), view(weight), scale), cosine_logits(h, weight, scale))
 
 
@@ -149,12 +162,14 @@ def test_target_takes_any_integer_dtype(dtype: torch.dtype) -> None:
     """Guards against comparing in the narrow dtype: 300 rows do not fit int8, nor does -100 fit uint8 (it is 156)."""
     h, weight, _, scale = inputs(Cosine(n=4, d=3, k=300))
     target = torch.tensor([0, 7, 127, 100]).to(dtype)
-    torch.testing.assert_close(cosine_cross_entropy(h, weight, target, scale),
-                               true_loss(h, weight, target, scale).float())
+    torch.testing.assert_close(
+        cosine_cross_entropy(h, weight, target, scale), true_loss(h, weight, target, scale).float()
+    )
     if dtype == torch.uint8:
         target[0] = 156
-        torch.testing.assert_close(cosine_cross_entropy(h, weight, target, scale),
-                                   true_loss(h, weight, target, scale).float())
+        torch.testing.assert_close(
+            cosine_cross_entropy(h, weight, target, scale), true_loss(h, weight, target, scale).float()
+        )
 
 
 def test_all_targets_ignored() -> None:
@@ -171,8 +186,10 @@ def test_all_targets_ignored() -> None:
 def test_ignore_index_may_be_a_valid_row() -> None:
     h, weight, target, scale = inputs(Cosine(n=12, d=4, k=3))
     target = torch.arange(12) % 3
-    torch.testing.assert_close(cosine_cross_entropy(h, weight, target, scale, ignore_index=1),
-                               true_loss(h, weight, target, scale, ignore_index=1).float())
+    torch.testing.assert_close(
+        cosine_cross_entropy(h, weight, target, scale, ignore_index=1),
+        true_loss(h, weight, target, scale, ignore_index=1).float(),
+    )
 
 
 def test_infonce_of_an_empty_batch() -> None:
@@ -203,10 +220,14 @@ def test_eps_bounds_the_norms() -> None:
 def test_one_tensor_as_both_inputs_and_a_weight_in_two_ops() -> None:
     _, x, _, scale = inputs(Cosine(n=6, d=4, k=6), torch.float64)
     h, target = torch.randn(3, 4, dtype=torch.float64), torch.randint(6, (6,))
-    ours = cosine_cross_entropy(x, x, target, scale) + cosine_cross_entropy(h, x, target[:3], scale) \
+    ours = (
+        cosine_cross_entropy(x, x, target, scale)
+        + cosine_cross_entropy(h, x, target[:3], scale)
         + cosine_logits(h, x, scale).square().mean()
-    truth = true_loss(x, x, target, scale) + true_loss(h, x, target[:3], scale) \
-        + true_logits(h, x, scale).square().mean()
+    )
+    truth = (
+        true_loss(x, x, target, scale) + true_loss(h, x, target[:3], scale) + true_logits(h, x, scale).square().mean()
+    )
     assert_all_near(("gradient of x", "gradient of scale"), gradients(ours, (x, scale)), gradients(truth, (x, scale)))
 
 
@@ -222,8 +243,10 @@ def test_nan_and_inf_stay_in_their_row() -> None:
 
 def test_bits_repeat() -> None:
     h, weight, target, scale = inputs(COSINE[-1])
-    runs = [(loss := cosine_cross_entropy(h, weight, target, scale), *torch.autograd.grad(loss, (h, weight, scale)))
-            for _ in range(2)]
+    runs = [
+        (loss := cosine_cross_entropy(h, weight, target, scale), *torch.autograd.grad(loss, (h, weight, scale)))
+        for _ in range(2)
+    ]
     for a, b in zip(*runs, strict=True):
         assert torch.equal(a, b)
 
@@ -324,8 +347,10 @@ def test_bad_arguments_are_named(name: str, value: object, error: type[Exception
 
 
 def test_a_backend_asked_for_by_name_says_why_it_cannot_run() -> None:
-    for op, arguments in ((cosine_logits, ("h", "weight", "scale")),
-                          (cosine_cross_entropy, ("h", "weight", "target", "scale"))):
+    for op, arguments in (
+        (cosine_logits, ("h", "weight", "scale")),
+        (cosine_cross_entropy, ("h", "weight", "target", "scale")),
+    ):
         values = [good_arguments()[name] for name in arguments]
         torch.testing.assert_close(op(*values, backend="reference"), op(*values))
         with pytest.raises(BackendUnavailable, match=f"cannot run {op.__name__} here: "):
@@ -366,7 +391,8 @@ def test_the_largest_finite_scale_gives_no_nan(norm: float, backend: str) -> Non
     for value in (LARGEST, -LARGEST):
         for scale in (value, torch.tensor(value)):
             for smoothing in (0.0, 0.1):
-                loss = cosine_cross_entropy(h, weight, target, scale, label_smoothing=smoothing, reduction="none",
-                                            backend=backend)
+                loss = cosine_cross_entropy(
+                    h, weight, target, scale, label_smoothing=smoothing, reduction="none", backend=backend
+                )
                 assert not loss.isnan().any() and loss.isfinite().any()
             assert not cosine_logits(h, weight, scale, backend=backend).isnan().any()

@@ -26,8 +26,17 @@ def skip_without(name: str) -> None:
         pytest.skip(problem)
 
 
-def truth(h: Tensor, weight: Tensor, target: Tensor, scale: Tensor, bias: Tensor | None, same_as: Tensor | None,
-          ignore_index: int = -100, reduction: str = "mean", label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+def truth(
+    h: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    same_as: Tensor | None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
     """Loss and log normalizers row by row, over the columns that are left."""
     unit = F.normalize(weight, dim=-1)
     losses, normalizers = [], []
@@ -50,8 +59,14 @@ def truth(h: Tensor, weight: Tensor, target: Tensor, scale: Tensor, bias: Tensor
     return loss.sum() if reduction == "sum" else loss, torch.stack(normalizers)
 
 
-def results(function: object, inputs: tuple[Tensor | None, ...], target: Tensor, same_as: Tensor | None,
-            upstream: tuple[Tensor, Tensor], **options: object) -> dict[str, Tensor]:
+def results(
+    function: object,
+    inputs: tuple[Tensor | None, ...],
+    target: Tensor,
+    same_as: Tensor | None,
+    upstream: tuple[Tensor, Tensor],
+    **options: object,
+) -> dict[str, Tensor]:
     """Loss, log normalizers and all gradients by name; ``inputs`` are h, weight, scale and bias or None."""
     leaves = [None if x is None else x.detach().clone().requires_grad_() for x in inputs]
     h, weight, scale, bias = leaves
@@ -59,32 +74,40 @@ def results(function: object, inputs: tuple[Tensor | None, ...], target: Tensor,
     total = (loss * upstream[0].to(loss.dtype)).sum() + (log_normalizer * upstream[1].to(loss.dtype)).sum()
     given = [x for x in leaves if x is not None]
     gradients = torch.autograd.grad(total, given, allow_unused=True, materialize_grads=True)
-    names = ("dh", "dweight", "dscale", "dbias")[:len(given)]
-    return {"loss": loss.detach(), "log_normalizer": log_normalizer.detach(),
-            **dict(zip(names, gradients, strict=True))}
+    names = ("dh", "dweight", "dscale", "dbias")[: len(given)]
+    return {
+        "loss": loss.detach(),
+        "log_normalizer": log_normalizer.detach(),
+        **dict(zip(names, gradients, strict=True)),
+    }
 
 
 def exact(inputs: tuple[Tensor | None, ...], *arguments: object, **options: object) -> dict[str, Tensor]:
     return results(truth, tuple(None if x is None else x.double() for x in inputs), *arguments, **options)
 
 
-def assert_near(actual: dict[str, Tensor], expected: dict[str, Tensor], bound: float, least: float,
-                about: object) -> None:
+def assert_near(
+    actual: dict[str, Tensor], expected: dict[str, Tensor], bound: float, least: float, about: object
+) -> None:
     for name, value in expected.items():
         off = (actual[name].double() - value).norm().item()
         allowed = bound * max(value.norm().item(), least)
         assert off <= allowed, f"{name} is off by {off:.3g}, allowed {allowed:.3g}: {about}"
 
 
-def random_case(dtype: torch.dtype) -> tuple[tuple[Tensor | None, ...], Tensor, Tensor | None, tuple[Tensor, Tensor],
-                                             dict[str, object]]:
+def random_case(
+    dtype: torch.dtype,
+) -> tuple[tuple[Tensor | None, ...], Tensor, Tensor | None, tuple[Tensor, Tensor], dict[str, object]]:
     n, d, k = random.choice([(5, 3, 4), (70, 17, 40), (300, 128, 500), (64, 130, 900), (9, 8, 1)])
     h, weight, target = random.choice([random_inputs, peaked_inputs])(n, d, k)
     scale = torch.tensor(random.choice([0.0, 5.0, 25.0, 70.0, -20.0]))
     bias = random.choice([None, torch.randn(k), 6 * torch.randn(k), 90 * torch.rand(k)])
     same_as = random.choice([None, torch.arange(k), torch.randint(max(1, k // 3), (k,)), torch.zeros(k).long()])
-    options = {"reduction": random.choice(["none", "mean", "sum"]), "label_smoothing": random.choice([0.0, 0.1, 1.0]),
-               "ignore_index": random.choice([-100, 0])}
+    options = {
+        "reduction": random.choice(["none", "mean", "sum"]),
+        "label_smoothing": random.choice([0.0, 0.1, 1.0]),
+        "ignore_index": random.choice([-100, 0]),
+    }
     target[1::3] = options["ignore_index"]
     target[0] = k - 1 if k > 1 else target[0]
     if not (target != options["ignore_index"]).any():
@@ -102,8 +125,9 @@ def test_loss_log_normalizers_and_gradients(name: str, dtype: torch.dtype) -> No
     for _ in range(12):
         inputs, target, same_as, upstream, options = random_case(dtype)
         expected = exact(inputs, target, same_as, upstream, **options)
-        actual = results(cosine_cross_entropy, inputs, target, same_as, upstream, return_log_normalizer=True,
-                         backend=name, **options)
+        actual = results(
+            cosine_cross_entropy, inputs, target, same_as, upstream, return_log_normalizer=True, backend=name, **options
+        )
         compute = torch.float64 if dtype == torch.float64 else torch.float32
         assert actual["loss"].dtype == actual["log_normalizer"].dtype == compute
         about = ([x.shape for x in inputs[:2]], inputs[2], same_as is not None, options)
@@ -118,14 +142,26 @@ def test_either_output_may_go_unused(name: str, only: str) -> None:
     skip_without(name)
     h, weight, target = random_inputs(20, 6, 9)
     bias = torch.randn(9, requires_grad=True)
-    pair = dict(zip(("loss", "log_normalizer"), cosine_cross_entropy(h, weight, target, 5.0, bias=bias,
-                                                                     return_log_normalizer=True, backend=name),
-                    strict=True))
-    expected = dict(zip(("loss", "log_normalizer"),
-                        truth(h.double(), weight.double(), target, torch.tensor(5.0), bias.double(), None),
-                        strict=True))
-    torch.testing.assert_close(torch.autograd.grad(pair[only].sum(), bias),
-                               torch.autograd.grad(expected[only].sum(), bias), rtol=1e-5, atol=1e-6)
+    pair = dict(
+        zip(
+            ("loss", "log_normalizer"),
+            cosine_cross_entropy(h, weight, target, 5.0, bias=bias, return_log_normalizer=True, backend=name),
+            strict=True,
+        )
+    )
+    expected = dict(
+        zip(
+            ("loss", "log_normalizer"),
+            truth(h.double(), weight.double(), target, torch.tensor(5.0), bias.double(), None),
+            strict=True,
+        )
+    )
+    torch.testing.assert_close(
+        torch.autograd.grad(pair[only].sum(), bias),
+        torch.autograd.grad(expected[only].sum(), bias),
+        rtol=1e-5,
+        atol=1e-6,
+    )
 
 
 @native
@@ -138,8 +174,17 @@ def test_peaked_rows_with_everything(smoothing: float) -> None:
     inputs = (h, weight, torch.tensor(60.0), torch.randn(1500))
     upstream = (torch.ones(400), torch.randn(400))
     expected = exact(inputs, target, same_as, upstream, reduction="none", label_smoothing=smoothing)
-    actual = results(cosine_cross_entropy, inputs, target, same_as, upstream, reduction="none",
-                     label_smoothing=smoothing, return_log_normalizer=True, backend="native")
+    actual = results(
+        cosine_cross_entropy,
+        inputs,
+        target,
+        same_as,
+        upstream,
+        reduction="none",
+        label_smoothing=smoothing,
+        return_log_normalizer=True,
+        backend="native",
+    )
     assert_near(actual, expected, 2e-5, 1.0, smoothing)
 
 
@@ -152,10 +197,24 @@ def test_a_bias_of_minus_infinity_takes_a_class_out(name: str, scale: float) -> 
     bias = torch.randn(12)
     bias[6:] = -torch.inf
     upstream = (torch.ones(()), torch.ones(30))
-    full = results(cosine_cross_entropy, (h, weight, torch.tensor(scale), bias), target, None, upstream,
-                   return_log_normalizer=True, backend=name)
-    part = results(cosine_cross_entropy, (h, weight[:6], torch.tensor(scale), bias[:6]), target, None, upstream,
-                   return_log_normalizer=True, backend=name)
+    full = results(
+        cosine_cross_entropy,
+        (h, weight, torch.tensor(scale), bias),
+        target,
+        None,
+        upstream,
+        return_log_normalizer=True,
+        backend=name,
+    )
+    part = results(
+        cosine_cross_entropy,
+        (h, weight[:6], torch.tensor(scale), bias[:6]),
+        target,
+        None,
+        upstream,
+        return_log_normalizer=True,
+        backend=name,
+    )
     assert (full["dweight"][6:] == 0).all() and (full["dbias"][6:] == 0).all()
     full["dweight"], full["dbias"] = full["dweight"][:6], full["dbias"][:6]
     for key, value in part.items():
@@ -169,8 +228,9 @@ def test_masked_targets_and_bad_biases(name: str) -> None:
     target = torch.tensor([0, 1, 2, 3])
     for smoothing in (0.0, 0.1):
         masked = torch.tensor([0.0, -torch.inf, 0.0, 0.0, 0.0])
-        loss = cosine_cross_entropy(h, weight, target, 9.0, bias=masked, reduction="none", label_smoothing=smoothing,
-                                    backend=name)
+        loss = cosine_cross_entropy(
+            h, weight, target, 9.0, bias=masked, reduction="none", label_smoothing=smoothing, backend=name
+        )
         assert loss[1] == torch.inf and (loss[[0, 2, 3]].isfinite().all() if smoothing == 0 else loss.isinf().all())
         for bad in (torch.nan, torch.inf):
             bias = masked.clone()
@@ -197,15 +257,22 @@ def test_no_rows_no_targets_and_strides(name: str) -> None:
     skip_without(name)
     weight, bias, same_as = torch.randn(8, 4), torch.randn(16)[::2], torch.arange(16)[::2] % 5
     options = {"bias": bias, "same_as": same_as, "return_log_normalizer": True, "backend": name}
-    loss, lse = cosine_cross_entropy(torch.randn(0, 4), weight, torch.zeros(0, dtype=torch.long), 3.0, reduction="sum",
-                                     **options)
+    loss, lse = cosine_cross_entropy(
+        torch.randn(0, 4), weight, torch.zeros(0, dtype=torch.long), 3.0, reduction="sum", **options
+    )
     assert loss == 0 and lse.shape == (0,)
     loss, lse = cosine_cross_entropy(torch.randn(3, 4), weight, torch.full((3,), -100), 3.0, **options)
     assert loss.isnan() and (lse == 0).all()
     h, target = torch.randn(2, 3, 4), torch.randint(8, (2, 3))
     loss, lse = cosine_cross_entropy(h, weight, target, 3.0, reduction="none", **options)
-    flat = cosine_cross_entropy(h.flatten(0, 1), weight, target.flatten(), 3.0, reduction="none",
-                                **options | {"bias": bias.contiguous(), "same_as": same_as.contiguous()})
+    flat = cosine_cross_entropy(
+        h.flatten(0, 1),
+        weight,
+        target.flatten(),
+        3.0,
+        reduction="none",
+        **options | {"bias": bias.contiguous(), "same_as": same_as.contiguous()},
+    )
     assert loss.shape == lse.shape == (2, 3)
     assert torch.equal(loss.flatten(), flat[0]) and torch.equal(lse.flatten(), flat[1])
 
@@ -253,8 +320,17 @@ def test_compile_keeps_it_whole(name: str, fresh_cache: None) -> None:
     bias, same_as = torch.randn(7, requires_grad=True), torch.tensor([0, 1, 0, 3, 1, 5, 6])
 
     def run(h: Tensor, bias: Tensor, reduction: str) -> Tensor:
-        loss, lse = cosine_cross_entropy(h, weight, target, 7.0, bias=bias, same_as=same_as, reduction=reduction,
-                                         return_log_normalizer=True, backend=name)
+        loss, lse = cosine_cross_entropy(
+            h,
+            weight,
+            target,
+            7.0,
+            bias=bias,
+            same_as=same_as,
+            reduction=reduction,
+            return_log_normalizer=True,
+            backend=name,
+        )
         plain = cosine_cross_entropy(h, weight, target, 7.0, bias=bias, backend=name)
         return loss.sum() + lse.square().mean() + plain
 
@@ -262,8 +338,9 @@ def test_compile_keeps_it_whole(name: str, fresh_cache: None) -> None:
     for reduction in ("mean", "none"):
         expected, actual = run(h, bias, reduction), whole(h, bias, reduction)
         torch.testing.assert_close(actual, expected)
-        torch.testing.assert_close(torch.autograd.grad(actual, bias), torch.autograd.grad(expected, bias), rtol=1e-4,
-                                   atol=1e-5)
+        torch.testing.assert_close(
+            torch.autograd.grad(actual, bias), torch.autograd.grad(expected, bias), rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -273,24 +350,39 @@ def test_gradients_of_gradients(name: str, smoothing: float) -> None:
     h, weight, target = random_inputs(5, 3, 6, torch.float64)
     target[1] = -100
     same_as = torch.tensor([0, 1, 0, 3, 1, 0])
-    leaves = [x.requires_grad_() for x in (h, weight, torch.tensor(2.0, dtype=torch.float64),
-                                           torch.randn(6, dtype=torch.float64))]
+    leaves = [
+        x.requires_grad_()
+        for x in (h, weight, torch.tensor(2.0, dtype=torch.float64), torch.randn(6, dtype=torch.float64))
+    ]
 
     def loss(h: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        return cosine_cross_entropy(h, weight, target, scale, bias=bias, same_as=same_as, return_log_normalizer=True,
-                                    label_smoothing=smoothing, reduction="none", backend=name)
+        return cosine_cross_entropy(
+            h,
+            weight,
+            target,
+            scale,
+            bias=bias,
+            same_as=same_as,
+            return_log_normalizer=True,
+            label_smoothing=smoothing,
+            reduction="none",
+            backend=name,
+        )
 
     assert torch.autograd.gradcheck(loss, leaves) and torch.autograd.gradgradcheck(loss, leaves)
 
 
-@pytest.mark.parametrize(("name", "value", "error"), [
-    ("bias", torch.zeros(4), ValueError),
-    ("bias", torch.zeros(5, dtype=torch.long), TypeError),
-    ("bias", 1.0, TypeError),
-    ("same_as", torch.zeros(5), TypeError),
-    ("same_as", torch.zeros(5, 1, dtype=torch.long), ValueError),
-    ("return_log_normalizer", 1, TypeError),
-])
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("bias", torch.zeros(4), ValueError),
+        ("bias", torch.zeros(5, dtype=torch.long), TypeError),
+        ("bias", 1.0, TypeError),
+        ("same_as", torch.zeros(5), TypeError),
+        ("same_as", torch.zeros(5, 1, dtype=torch.long), ValueError),
+        ("return_log_normalizer", 1, TypeError),
+    ],
+)
 def test_bad_arguments_are_named(name: str, value: object, error: type[Exception]) -> None:
     with pytest.raises(error, match=f"^{name} must"):
         cosine_cross_entropy(torch.randn(2, 3), torch.randn(5, 3), torch.tensor([0, 1]), 3.0, **{name: value})
@@ -313,13 +405,22 @@ def test_scales_up_to_the_largest_float(name: str, scale: float) -> None:
         upstream = (torch.ones(20), torch.zeros(20))
         expected = exact(inputs, target, None, upstream, reduction="none")
         loss = cosine_cross_entropy(h, weight, target, scale, bias=bias, reduction="none", backend=name)
-        torch.testing.assert_close(loss.double().clamp(max=LARGEST), expected["loss"].clamp(max=LARGEST), rtol=1e-4,
-                                   atol=abs(scale) * 1e-6)
+        torch.testing.assert_close(
+            loss.double().clamp(max=LARGEST), expected["loss"].clamp(max=LARGEST), rtol=1e-4, atol=abs(scale) * 1e-6
+        )
         if name == "native":
-            actual = results(cosine_cross_entropy, inputs, target, None, upstream, reduction="none",
-                             return_log_normalizer=True, backend=name)
+            actual = results(
+                cosine_cross_entropy,
+                inputs,
+                target,
+                None,
+                upstream,
+                reduction="none",
+                return_log_normalizer=True,
+                backend=name,
+            )
             assert not any(x.isnan().any() for x in actual.values())
-            for key in ("dscale", "dbias")[:1 + (bias is not None)]:
+            for key in ("dscale", "dbias")[: 1 + (bias is not None)]:
                 torch.testing.assert_close(actual[key].double(), expected[key], rtol=1e-4, atol=1e-5)
 
 
@@ -342,8 +443,16 @@ def test_gradients_are_right_where_the_target_has_nearly_all(dtype: torch.dtype,
     size = 65536.0 if dtype == torch.float16 else 1.0  # of the upstream gradient: float16 holds nothing below 6e-8
     upstream = (torch.full((50,), size), torch.zeros(50))
     expected = exact(inputs, target, None, upstream, reduction="none")
-    actual = results(cosine_cross_entropy, inputs, target, None, upstream, reduction="none",
-                     return_log_normalizer=True, backend="native")
+    actual = results(
+        cosine_cross_entropy,
+        inputs,
+        target,
+        None,
+        upstream,
+        reduction="none",
+        return_log_normalizer=True,
+        backend="native",
+    )
     rounding = {torch.float32: 2e-5}.get(dtype, torch.finfo(dtype).eps / 2 + 2e-5)
     for key, bound in (("loss", 2e-5), ("dbias", 2e-5), ("dscale", 2e-5), ("dh", rounding), ("dweight", rounding)):
         floor = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps * actual[key].numel() ** 0.5

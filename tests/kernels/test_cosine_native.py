@@ -26,8 +26,9 @@ from .near import error
 
 
 @native
-@pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True),
-                                    (True, True, False)])
+@pytest.mark.parametrize(
+    "wanted", [(True, False, False), (False, True, False), (False, False, True), (True, True, False)]
+)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_any_subset_of_gradients(wanted: tuple[bool, bool, bool], reduction: str) -> None:
     h, weight, target = peaked_inputs(200, 128, 300)
@@ -85,8 +86,13 @@ print(work(n))
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux' record of the peak")
 @pytest.mark.parametrize(("dtype", "dim"), [("float32", 64), ("float32", 256), ("bfloat16", 64), ("bfloat16", 256)])
 def test_memory_beyond_the_gradients_is_one_percent_of_the_logits(dtype: str, dim: int) -> None:
-    run = subprocess.run([sys.executable, "-c", MEMORY, dtype, str(dim)], check=True, capture_output=True, text=True,
-                         env={**os.environ, "DGI_POISON": "0"})  # poison would touch pages that are never used
+    run = subprocess.run(
+        [sys.executable, "-c", MEMORY, dtype, str(dim)],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "DGI_POISON": "0"},
+    )  # poison would touch pages that are never used
     assert int(run.stdout) * 1024 <= 0.01 * 65536 * 4096 * 4
 
 
@@ -112,7 +118,8 @@ def test_gradients_of_gradients() -> None:
     assert torch.autograd.gradgradcheck(lambda *x: cosine_logits(*x, backend="native"), leaves)
     for reduction in ("mean", "none"):
         assert torch.autograd.gradgradcheck(
-            lambda h, w, s, r=reduction: native_loss(h, w, target, s, reduction=r), leaves)
+            lambda h, w, s, r=reduction: native_loss(h, w, target, s, reduction=r), leaves
+        )
 
 
 @native
@@ -132,15 +139,17 @@ def test_ops_are_well_registered() -> None:
     h, weight, target = random_inputs(5, 3, 7)
     scale, ops = torch.tensor(9.0), torch.ops.dgi_kernels
     library.opcheck(ops.cosine_logits.default, (h, weight, scale, 1e-12))
-    library.opcheck(ops.cosine_logits_backward.default,
-                          (torch.randn(5, 7), h, weight, scale, 1e-12, True, False, True))
+    library.opcheck(ops.cosine_logits_backward.default, (torch.randn(5, 7), h, weight, scale, 1e-12, True, False, True))
     bias, same_as = torch.randn(7), torch.arange(7) % 3
     for columns, upstream, reduction, wanted in (
-            ((None, None), (None, None), 1, (False, True, True, True, False)),
-            ((bias, same_as), (torch.rand(5), torch.rand(5)), 0, (True, True, False, True, True)),
-            ((bias, None), (None, None), 0, (True, False, False, False, False))):
-        library.opcheck(ops.cosine_cross_entropy.default,
-                        (h, weight, target, scale, *columns, *upstream, -100, reduction, 0.1, 1e-12, *wanted))
+        ((None, None), (None, None), 1, (False, True, True, True, False)),
+        ((bias, same_as), (torch.rand(5), torch.rand(5)), 0, (True, True, False, True, True)),
+        ((bias, None), (None, None), 0, (True, False, False, False, False)),
+    ):
+        library.opcheck(
+            ops.cosine_cross_entropy.default,
+            (h, weight, target, scale, *columns, *upstream, -100, reduction, 0.1, 1e-12, *wanted),
+        )
 
 
 @native
@@ -173,22 +182,45 @@ def test_autocast_multiplies_what_linear_would() -> None:
 
 
 @native
-@pytest.mark.parametrize(("change", "message"), [
-    ({"h": torch.randn(5, 2)}, "h must be"), ({"weight": torch.randn(3, 7).T}, "contiguous"),
-    ({"weight": torch.randn(7, 3).double()}, "one dtype"), ({"scale": torch.tensor(2)}, "scale must"),
-    ({"target": torch.zeros(4, dtype=torch.int64)}, "target must"), ({"target": torch.zeros(5)}, "target must"),
-    ({"upstream": torch.zeros(4)}, "upstream must"), ({"reduction": 3}, "reduction must"),
-    ({"upstream_log_normalizer": torch.zeros(5, 1)}, "upstream_log_normalizer must"),
-    ({"bias": torch.zeros(6)}, "bias must"), ({"bias": torch.zeros(7).double()}, "bias must"),
-    ({"same_as": torch.zeros(7)}, "same_as must"), ({"same_as": torch.zeros(14).long()[::2]}, "same_as must"),
-    ({"h": torch.randn(5, 3).int()}, "inputs must be float32"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"h": torch.randn(5, 2)}, "h must be"),
+        ({"weight": torch.randn(3, 7).T}, "contiguous"),
+        ({"weight": torch.randn(7, 3).double()}, "one dtype"),
+        ({"scale": torch.tensor(2)}, "scale must"),
+        ({"target": torch.zeros(4, dtype=torch.int64)}, "target must"),
+        ({"target": torch.zeros(5)}, "target must"),
+        ({"upstream": torch.zeros(4)}, "upstream must"),
+        ({"reduction": 3}, "reduction must"),
+        ({"upstream_log_normalizer": torch.zeros(5, 1)}, "upstream_log_normalizer must"),
+        ({"bias": torch.zeros(6)}, "bias must"),
+        ({"bias": torch.zeros(7).double()}, "bias must"),
+        ({"same_as": torch.zeros(7)}, "same_as must"),
+        ({"same_as": torch.zeros(14).long()[::2]}, "same_as must"),
+        ({"h": torch.randn(5, 3).int()}, "inputs must be float32"),
+    ],
+)
 def test_direct_callers_are_stopped_too(change: dict[str, object], message: str) -> None:
-    arguments = {"h": torch.randn(5, 3), "weight": torch.randn(7, 3), "target": torch.zeros(5, dtype=torch.int64),
-                 "scale": torch.tensor(2.0), "bias": None, "same_as": None, "upstream": None,
-                 "upstream_log_normalizer": None, "ignore_index": -100, "reduction": 0, "label_smoothing": 0.0,
-                 "eps": 1e-12, "wants_log_normalizer": True, "wants_h": True, "wants_weight": True,
-                 "wants_scale": True, "wants_bias": True}
+    arguments = {
+        "h": torch.randn(5, 3),
+        "weight": torch.randn(7, 3),
+        "target": torch.zeros(5, dtype=torch.int64),
+        "scale": torch.tensor(2.0),
+        "bias": None,
+        "same_as": None,
+        "upstream": None,
+        "upstream_log_normalizer": None,
+        "ignore_index": -100,
+        "reduction": 0,
+        "label_smoothing": 0.0,
+        "eps": 1e-12,
+        "wants_log_normalizer": True,
+        "wants_h": True,
+        "wants_weight": True,
+        "wants_scale": True,
+        "wants_bias": True,
+    }
     with pytest.raises(RuntimeError, match=message):
         torch.ops.dgi_kernels.cosine_cross_entropy(**{**arguments, **change})
 
@@ -198,5 +230,6 @@ def test_direct_callers_get_nan_for_a_wild_target() -> None:
     h, weight, _ = random_inputs(4, 3, 5)
     target = torch.tensor([0, 5, -1, -100])
     loss, lse, *_ = torch.ops.dgi_kernels.cosine_cross_entropy(
-        h, weight, target, torch.tensor(2.0), None, None, None, None, -100, 0, 0.0, 1e-12, *(True,) * 5)
+        h, weight, target, torch.tensor(2.0), None, None, None, None, -100, 0, 0.0, 1e-12, *(True,) * 5
+    )
     assert loss.isnan().tolist() == lse.isnan().tolist() == [False, True, True, False]

@@ -36,8 +36,11 @@ def random_case(dtype: torch.dtype, work: float) -> tuple[tuple[Tensor, ...], di
         n, d, k = random_size(5000), random_size(5000), random_size(5000)
     h, weight, target = random.choice([random_inputs, peaked_inputs])(n, d, k)
     scale = torch.tensor(random.uniform(1, 120) * random.choice([1, 1, 1, -1]))
-    options = {"reduction": random.choice(["none", "mean", "sum"]), "label_smoothing": random.choice([0, 0.1, 1.0]),
-               "ignore_index": random.choice([-100, 0])}
+    options = {
+        "reduction": random.choice(["none", "mean", "sum"]),
+        "label_smoothing": random.choice([0, 0.1, 1.0]),
+        "ignore_index": random.choice([-100, 0]),
+    }
     target[torch.rand(n) < random.choice([0, 0.3])] = options["ignore_index"]
     if not (target != options["ignore_index"]).any():
         options["reduction"] = "sum"
@@ -107,8 +110,9 @@ def two_clusters(weight: Tensor) -> Tensor:
 @pytest.mark.parametrize("shift", [lambda w: w, common_offset, two_clusters], ids=["apart", "offset", "clusters"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("scale", [30.0, 90.0])
-def test_peaked_rows_are_as_accurate_as_eager(shift: Callable[[Tensor], Tensor], smoothing: float,
-                                              scale: float) -> None:
+def test_peaked_rows_are_as_accurate_as_eager(
+    shift: Callable[[Tensor], Tensor], smoothing: float, scale: float
+) -> None:
     """Guards against skipped entries that matter in sum: all codes may lean in one direction.
 
     With flat rows among them the error is at most twice eager's; three times where there is nothing but peaked rows. Of
@@ -119,9 +123,10 @@ def test_peaked_rows_are_as_accurate_as_eager(shift: Callable[[Tensor], Tensor],
         ours, usual, size = torch.zeros(3, 4, dtype=torch.float64)  # squares of norms
         for _ in range(draws):
             weight, target = shift(torch.randn(k, d)), torch.randint(k, (n,))
-            h = cosine * F.normalize(weight[target], dim=-1) \
-                + math.sqrt(1 - cosine**2) * F.normalize(torch.randn(n, d), dim=-1)
-            h[flat - 1::flat] = F.normalize(torch.randn(len(h[flat - 1::flat]), d), dim=-1)
+            h = cosine * F.normalize(weight[target], dim=-1) + math.sqrt(1 - cosine**2) * F.normalize(
+                torch.randn(n, d), dim=-1
+            )
+            h[flat - 1 :: flat] = F.normalize(torch.randn(len(h[flat - 1 :: flat]), d), dim=-1)
             arguments = (h, weight, target, torch.tensor(scale))
             expected = exact(*arguments, label_smoothing=smoothing)
             size += torch.stack([e.square().sum() for e in expected])
@@ -189,8 +194,9 @@ def test_logits_over_several_blocks(dtype: torch.dtype) -> None:
     gradients = torch.autograd.grad(expected, double, upstream.double(), retain_graph=True)
     # The scale's gradient is one sum over all logits, whose terms cancel: its error is relative to their magnitudes.
     cancelled = float((upstream.double() * expected / 25.0).abs().sum() / gradients[2].abs())
-    for a, e, condition in zip(torch.autograd.grad(logits, leaves, upstream), gradients, (1.0, 1.0, cancelled),
-                               strict=True):
+    for a, e, condition in zip(
+        torch.autograd.grad(logits, leaves, upstream), gradients, (1.0, 1.0, cancelled), strict=True
+    ):
         assert error(a, e) <= 10 * condition * tolerance
 
 
@@ -203,8 +209,9 @@ def test_zero_and_tiny_vectors() -> None:
         ours = [x.detach().requires_grad_() for x in (h, weight)]
         usual = [x.detach().double().requires_grad_() for x in (h, weight)]
         native_loss(*ours, target, 20.0, eps=eps).backward()
-        F.cross_entropy(20.0 * F.normalize(usual[0], dim=-1, eps=eps) @ F.normalize(usual[1], dim=-1, eps=eps).T,
-                        target).backward()
+        F.cross_entropy(
+            20.0 * F.normalize(usual[0], dim=-1, eps=eps) @ F.normalize(usual[1], dim=-1, eps=eps).T, target
+        ).backward()
         for a, e in zip(ours, usual, strict=True):  # row by row; what cancels within one is as large as scale / norm
             bound = 1e-3 * e.grad.norm(dim=1) + 1e-5 * 20.0 / e.norm(dim=1).clamp(min=eps)
             assert ((a.grad.double() - e.grad).norm(dim=1) <= bound).all()
@@ -218,8 +225,9 @@ def test_nan_and_inf_do_no_harm_to_other_rows() -> None:
     bad[[3, 17, 250]] = True
     dirty = h.clone()
     dirty[3, 2], dirty[17, 0], dirty[250] = torch.nan, torch.inf, torch.nan
-    loss, dh, dweight, dscale = loss_and_gradients(native_loss, dirty, weight, target, torch.tensor(30.0),
-                                                   reduction="none")
+    loss, dh, dweight, dscale = loss_and_gradients(
+        native_loss, dirty, weight, target, torch.tensor(30.0), reduction="none"
+    )
     assert torch.equal(loss.isnan(), bad) and torch.equal(dh.isnan().any(1), bad)
     torch.testing.assert_close(loss[~bad], clean[0][~bad])
     torch.testing.assert_close(dh[~bad], clean[1][~bad])

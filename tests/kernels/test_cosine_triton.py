@@ -50,15 +50,30 @@ def inputs(n: int, d: int, k: int, dtype: torch.dtype = torch.float32) -> tuple[
     return h.to(DEVICE, dtype), weight.to(DEVICE, dtype), torch.randint(k, (n,), device=DEVICE)
 
 
-def ours(h: Tensor, weight: Tensor, target: Tensor, scale: Tensor, ignore_index: int = -100, reduction: str = "mean",
-         label_smoothing: float = 0.0, eps: float = 1e-12) -> Tensor:
+def ours(
+    h: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: Tensor,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    eps: float = 1e-12,
+) -> Tensor:
     """Below the public op, which would check the values of CPU tensors."""
     options = LossOptions(ignore_index, reduction, label_smoothing, eps)
     return triton.cosine_cross_entropy(h, weight, target, scale, None, None, options)[0]
 
 
-def loss_and_gradients(function, h: Tensor, weight: Tensor, target: Tensor, scale: float,
-                       dtype: torch.dtype | None = None, **options: object) -> list[Tensor]:
+def loss_and_gradients(
+    function,
+    h: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: float,
+    dtype: torch.dtype | None = None,
+    **options: object,
+) -> list[Tensor]:
     """With an upstream gradient of its own for every loss, the same for every call."""
     h, weight = (x.detach().to(dtype or x.dtype).requires_grad_() for x in (h, weight))
     gamma = torch.tensor(scale, device=DEVICE, dtype=dtype or torch.float32, requires_grad=True)
@@ -75,8 +90,16 @@ def assert_exact(h: Tensor, weight: Tensor, target: Tensor, scale: float, **opti
     assert_all_near(GRADIENTS, actual[1:], expected[1:], dtype=h.dtype, sizes=[0.2 * size for size in sums])
 
 
-def magnitudes(h: Tensor, weight: Tensor, target: Tensor, scale: float, ignore_index: int = -100,
-               reduction: str = "mean", label_smoothing: float = 0.0, eps: float = 1e-12) -> tuple[float, float, float]:
+def magnitudes(
+    h: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: float,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    eps: float = 1e-12,
+) -> tuple[float, float, float]:
     """Norms of what the gradients of h, weight and scale add up, without its signs: a sum that cancels to nothing is
     still rounded as what it was summed from, softmax and target distribution apart."""
     h, weight = h.double(), weight.double()
@@ -84,11 +107,15 @@ def magnitudes(h: Tensor, weight: Tensor, target: Tensor, scale: float, ignore_i
     kept = (target != ignore_index).double()
     wanted = torch.full_like(softmax, label_smoothing / len(weight))
     wanted.scatter_add_(1, (target * kept.long())[:, None], torch.full_like(softmax[:, :1], 1 - label_smoothing))
-    upstream = {"mean": torch.full_like(kept, 1 / max(1.0, kept.sum().item())), "sum": torch.ones_like(kept),
-                "none": torch.linspace(-1, 2, len(h), device=DEVICE, dtype=torch.float64).abs()}[reduction]
+    upstream = {
+        "mean": torch.full_like(kept, 1 / max(1.0, kept.sum().item())),
+        "sum": torch.ones_like(kept),
+        "none": torch.linspace(-1, 2, len(h), device=DEVICE, dtype=torch.float64).abs(),
+    }[reduction]
     shares = (softmax + wanted) * (kept * upstream)[:, None]
-    of_h, of_weight = (abs(scale) * shares.sum(1 - dim) / x.norm(dim=-1).clamp(min=eps)
-                       for dim, x in enumerate((h, weight)))
+    of_h, of_weight = (
+        abs(scale) * shares.sum(1 - dim) / x.norm(dim=-1).clamp(min=eps) for dim, x in enumerate((h, weight))
+    )
     return of_h.norm().item(), of_weight.norm().item(), shares.sum().item()
 
 
@@ -101,12 +128,26 @@ def test_every_option(form: str, shape: tuple[int, int, int], dtype: torch.dtype
     ignore_index = random.choice([-100, 1, 10**12])
     target[torch.rand(shape[0], device=DEVICE) < 0.3] = ignore_index
     target[0] = 0
-    assert_exact(h, weight, target, random.choice([1.0, 30.0, 120.0]), reduction=reduction, ignore_index=ignore_index,
-                 label_smoothing=random.choice([0.0, 0.1, 1.0]))
+    assert_exact(
+        h,
+        weight,
+        target,
+        random.choice([1.0, 30.0, 120.0]),
+        reduction=reduction,
+        ignore_index=ignore_index,
+        label_smoothing=random.choice([0.0, 0.1, 1.0]),
+    )
 
 
-def loss_by_columns(h: Tensor, weight: Tensor, target: Tensor, scale: Tensor, bias: Tensor | None,
-                    same_as: Tensor | None, smoothing: float) -> tuple[Tensor, Tensor]:
+def loss_by_columns(
+    h: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    same_as: Tensor | None,
+    smoothing: float,
+) -> tuple[Tensor, Tensor]:
     """The losses of the rows and their log-normalizers, 0 where ignored, over the columns that each row keeps."""
     logits = scale * F.normalize(h, dim=-1) @ F.normalize(weight, dim=-1).T
     logits = logits if bias is None else logits + bias
@@ -120,19 +161,38 @@ def loss_by_columns(h: Tensor, weight: Tensor, target: Tensor, scale: Tensor, bi
     return terms.sum(-1).masked_fill(ignored, 0.0), lse.masked_fill(ignored, 0.0)
 
 
-def results_by_columns(function, leaves: list[Tensor], target: Tensor, same_as: Tensor | None, smoothing: float,
-                       weights: tuple[float, float]) -> list[Tensor]:
+def results_by_columns(
+    function,
+    leaves: list[Tensor],
+    target: Tensor,
+    same_as: Tensor | None,
+    smoothing: float,
+    weights: tuple[float, float],
+) -> list[Tensor]:
     """Losses, log-normalizers, and the gradients of a sum of both."""
     h, weight, scale, *bias = (x.detach().requires_grad_() for x in leaves)
     outputs = function(h, weight, target, scale, bias[0] if bias else None, same_as, smoothing)
-    total = sum((share * (x * torch.linspace(-1, 2, len(x), device=DEVICE, dtype=x.dtype)).sum()
-                 for share, x in zip(weights, outputs, strict=True) if share), torch.tensor(0.0))
+    total = sum(
+        (
+            share * (x * torch.linspace(-1, 2, len(x), device=DEVICE, dtype=x.dtype)).sum()
+            for share, x in zip(weights, outputs, strict=True)
+            if share
+        ),
+        torch.tensor(0.0),
+    )
     gradients = torch.autograd.grad(total, [h, weight, scale, *bias], allow_unused=True, materialize_grads=True)
     return [*(x.detach() for x in outputs), *gradients]
 
 
-def ours_by_columns(h: Tensor, weight: Tensor, target: Tensor, scale: Tensor, bias: Tensor | None,
-                    same_as: Tensor | None, smoothing: float) -> tuple[Tensor, Tensor]:
+def ours_by_columns(
+    h: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    same_as: Tensor | None,
+    smoothing: float,
+) -> tuple[Tensor, Tensor]:
     options = LossOptions(reduction="none", label_smoothing=smoothing, return_log_normalizer=True)
     return triton.cosine_cross_entropy(h, weight, target, scale, bias, same_as, options)
 
@@ -142,9 +202,14 @@ def ours_by_columns(h: Tensor, weight: Tensor, target: Tensor, scale: Tensor, bi
 @pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("has_groups", [False, True], ids=["", "same_as"])
 @pytest.mark.parametrize("weights", [(1, 0), (0, 1), (1, 2)], ids=["loss", "log_normalizer", "both"])
-def test_bias_repeated_columns_and_log_normalizer(form: str, dtype: torch.dtype, has_bias: bool, has_groups: bool,
-                                                  weights: tuple[float, float],
-                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bias_repeated_columns_and_log_normalizer(
+    form: str,
+    dtype: torch.dtype,
+    has_bias: bool,
+    has_groups: bool,
+    weights: tuple[float, float],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(triton, "ORDER_FROM", random.choice([(1, 1), (10**9, 1)]))
     h, weight, target = inputs(*random.choice([(33, 17, 65), (7, 3, 5)]), dtype)
     target[2] = -100
@@ -160,8 +225,13 @@ def test_bias_repeated_columns_and_log_normalizer(form: str, dtype: torch.dtype,
     rows, gamma = len(h) ** 0.5, abs(leaves[2].item())
     largest = 0.1 * max(truth.norm().item() for truth in expected[2:4])
     assert_all_near(("loss", "log_normalizer"), actual[:2], expected[:2], sizes=[rows * (1 + gamma / 20)] * 2)
-    assert_all_near((*GRADIENTS, "gradient of bias")[:len(leaves)], actual[2:], expected[2:], dtype=dtype,
-                    sizes=[largest, largest, rows, rows][:len(leaves)])
+    assert_all_near(
+        (*GRADIENTS, "gradient of bias")[: len(leaves)],
+        actual[2:],
+        expected[2:],
+        dtype=dtype,
+        sizes=[largest, largest, rows, rows][: len(leaves)],
+    )
 
 
 @runs
@@ -180,8 +250,9 @@ def test_a_bias_may_take_columns_out(form: str) -> None:
     assert error(lse, logits[:, kept].logsumexp(-1)) < 1e-6
     others = [n for n in range(12) if target[n] not in (3, 20)]
     leaves = [x.detach().requires_grad_() for x in (h[others], weight, bias)]
-    total = ours_by_columns(leaves[0], leaves[1], target[others], torch.tensor(20.0, device=DEVICE), leaves[2], None,
-                            0.0)[0].sum()
+    total = ours_by_columns(
+        leaves[0], leaves[1], target[others], torch.tensor(20.0, device=DEVICE), leaves[2], None, 0.0
+    )[0].sum()
     dh, dweight, dbias = torch.autograd.grad(total, leaves)
     assert not dweight[[3, 20]].any() and not dbias[[3, 20]].any()
     assert dh.isfinite().all() and dweight.isfinite().all() and abs(dbias.sum().item()) < 1e-4
@@ -196,8 +267,10 @@ def test_columns_of_the_target_alone(form: str) -> None:
     scale = torch.tensor(20.0, device=DEVICE)
     loss, lse, *gradients = results_by_columns(ours_by_columns, [h, weight, scale, bias], target, same_as, 0.1, (1, 0))
     assert loss.abs().max() < 1e-5 and all(gradient.abs().max() < 1e-5 for gradient in gradients)
-    assert error(lse, loss_by_columns(h.double(), weight.double(), target, scale.double(), bias.double(), same_as,
-                                      0.1)[1]) < 1e-6
+    assert (
+        error(lse, loss_by_columns(h.double(), weight.double(), target, scale.double(), bias.double(), same_as, 0.1)[1])
+        < 1e-6
+    )
 
 
 @runs
@@ -226,8 +299,9 @@ def test_others_that_all_but_underflow(form: str, dtype: torch.dtype, cosine: fl
     """The sum of the others, 2^-121, 2^-130 or 2^-135 of the target's: its reciprocal once made NaN of dh."""
     weight = torch.tensor([[1.0, 0.0], [cosine, math.sqrt(1 - cosine**2)]], device=DEVICE, dtype=dtype)
     h = torch.tensor([[2.0, 0.0], [0.5, 0.01]], device=DEVICE, dtype=dtype)
-    assert_exact(h, weight, torch.zeros(2, dtype=torch.int64, device=DEVICE), 120.0, reduction="none",
-                 label_smoothing=0.1)
+    assert_exact(
+        h, weight, torch.zeros(2, dtype=torch.int64, device=DEVICE), 120.0, reduction="none", label_smoothing=0.1
+    )
 
 
 @runs
@@ -298,9 +372,9 @@ def test_strides_and_one_tensor_as_both_inputs(form: str) -> None:
     target = torch.randperm(40, device=DEVICE)
     leaf = x.detach().requires_grad_()
     gamma = torch.tensor(20.0, device=DEVICE)
-    gradient, = torch.autograd.grad(ours(leaf, leaf, target, gamma), leaf)
+    (gradient,) = torch.autograd.grad(ours(leaf, leaf, target, gamma), leaf)
     double = x.detach().double().requires_grad_()
-    truth, = torch.autograd.grad(eager(double, double, target, gamma.double()), double)
+    (truth,) = torch.autograd.grad(eager(double, double, target, gamma.double()), double)
     assert error(gradient, truth) < 2e-5
 
 
@@ -402,10 +476,12 @@ def test_flash_keeps_no_second_gradient_of_h(monkeypatch: pytest.MonkeyPatch) ->
     h, weight, target = inputs(512, 64, 16, torch.float16)
     vectors = 512 * 80 + 4 * 16 * 64 * 2 + 4096  # a dozen numbers a row, and the four partial sums of dweight
     for need_h in (True, False):
+
         def step(need_h: bool = need_h) -> tuple[Tensor, ...]:
             leaves = [h.detach().requires_grad_(need_h), weight.detach().requires_grad_()]
             ours(*leaves, target, 30.0).backward()
             return tuple(leaf.grad for leaf in leaves if leaf.requires_grad)
+
         step()
         assert peak_bytes(step) <= h.nbytes * need_h + weight.nbytes + vectors, need_h
 
@@ -416,7 +492,9 @@ def test_gradients_only_where_asked(form: str) -> None:
     gamma = torch.tensor(30.0, device=DEVICE)
     for wanted in range(3):
         leaves = [x.detach().requires_grad_(i == wanted) for i, x in enumerate((h, weight, gamma))]
-        gradient, = torch.autograd.grad(ours(leaves[0], leaves[1], target, leaves[2], reduction="sum"), leaves[wanted])
+        (gradient,) = torch.autograd.grad(
+            ours(leaves[0], leaves[1], target, leaves[2], reduction="sum"), leaves[wanted]
+        )
         double = [x.detach().double().requires_grad_(i == wanted) for i, x in enumerate((h, weight, gamma))]
         loss = eager(double[0], double[1], target, double[2], reduction="sum")
         assert error(gradient, torch.autograd.grad(loss, double[wanted])[0]) < 2e-5
@@ -427,13 +505,22 @@ def test_gradients_only_where_asked(form: str) -> None:
 @runs
 def test_public_op_autocast_and_leading_dimensions(form: str) -> None:
     h, weight, target = inputs(24, 8, 12)
-    loss = cosine_cross_entropy(h.view(2, 3, 4, 8), weight, target.view(2, 3, 4), 20.0, reduction="none",
-                                backend="triton")
+    loss = cosine_cross_entropy(
+        h.view(2, 3, 4, 8), weight, target.view(2, 3, 4), 20.0, reduction="none", backend="triton"
+    )
     truth = eager(h.double(), weight.double(), target, 20.0, reduction="none")
     assert loss.shape == (2, 3, 4) and error(loss.flatten(), truth) < 2e-5
     bias = torch.randn(12, device=DEVICE)
-    loss, lse = cosine_cross_entropy(h.view(2, 3, 4, 8), weight, target.view(2, 3, 4), 20.0, bias=bias,
-                                     return_log_normalizer=True, reduction="sum", backend="triton")
+    loss, lse = cosine_cross_entropy(
+        h.view(2, 3, 4, 8),
+        weight,
+        target.view(2, 3, 4),
+        20.0,
+        bias=bias,
+        return_log_normalizer=True,
+        reduction="sum",
+        backend="triton",
+    )
     by_row = loss_by_columns(h.double(), weight.double(), target, torch.tensor(20.0), bias.double(), None, 0.0)
     assert error(loss, by_row[0].sum()) < 2e-5 and lse.shape == (2, 3, 4) and error(lse.flatten(), by_row[1]) < 2e-5
     with torch.autocast(DEVICE, torch.float16):
@@ -449,8 +536,9 @@ def test_operator_registration(form: str) -> None:
     arguments = (h.requires_grad_(), weight.requires_grad_(), target, gamma, None, None, -100, 0.1, 1e-12, True, False)
     library.opcheck(torch.ops.dgi_kernels.cosine_loss_triton.default, arguments)
     bias, groups = torch.randn(11, device=DEVICE, requires_grad=True), triton._groups(torch.arange(11, device=DEVICE))
-    library.opcheck(torch.ops.dgi_kernels.cosine_loss_triton.default, (h, weight, target, gamma, bias, groups,
-                                                                       *arguments[6:]))
+    library.opcheck(
+        torch.ops.dgi_kernels.cosine_loss_triton.default, (h, weight, target, gamma, bias, groups, *arguments[6:])
+    )
 
 
 @runs
@@ -479,8 +567,9 @@ def test_large_on_a_gpu(dtype: torch.dtype, d: int, monkeypatch: pytest.MonkeyPa
     assert_exact(h, weight, target, scale, **options)
     truth = loss_and_gradients(eager, h, weight, target, scale, torch.float64, **options)
     usual = loss_and_gradients(eager, h, weight, target, scale, dtype, **options)
-    for actual, plain, expected in zip(loss_and_gradients(ours, h, weight, target, scale, **options), usual, truth,
-                                       strict=True):
+    for actual, plain, expected in zip(
+        loss_and_gradients(ours, h, weight, target, scale, **options), usual, truth, strict=True
+    ):
         # A scalar's error may be small by luck, eager's too: it is allowed that of its terms.
         luck = ROUNDING[dtype] if expected.dim() == 0 else 2e-5
         assert error(actual, expected) <= 1.5 * error(plain, expected) + luck

@@ -33,8 +33,9 @@ from .shapes import name_of
 
 BACKENDS = ("reference", "triton", "native")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
-                                                                       reason="needs a CUDA device")])
+CUDA = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+)
 Call = Callable[..., tuple[Tensor, ...]]
 
 
@@ -58,8 +59,12 @@ def cross_entropy_case() -> tuple[Call, tuple[Tensor, ...]]:
     reduction, smoothing = random.choice(["mean", "sum"]), random.choice([0.0, 0.1])
 
     def call(h: Tensor, weight: Tensor, scale: Tensor, backend: str) -> tuple[Tensor, ...]:
-        return (cosine_cross_entropy(h, weight, target.to(h.device), scale, reduction=reduction,
-                                     label_smoothing=smoothing, backend=backend),)
+        return (
+            cosine_cross_entropy(
+                h, weight, target.to(h.device), scale, reduction=reduction, label_smoothing=smoothing, backend=backend
+            ),
+        )
+
     return call, (h, weight, scale)
 
 
@@ -76,11 +81,16 @@ def quantize_case() -> tuple[Call, tuple[Tensor, ...]]:
     def call(z: Tensor, first: Tensor, second: Tensor, scale: Tensor, backend: str) -> tuple[Tensor, ...]:
         result = residual_quantize(z, [first, second], scale, 0.8, seed=seed, backend=backend)
         return (result.quantized, *result.usage, result.log_normalizer)
+
     return call, (z, *codebooks, torch.tensor(8.0))
 
 
-DIFFERENTIABLE = {"cosine_logits": logits_case, "cosine_cross_entropy": cross_entropy_case,
-                  "gumbel_softmax": softmax_case, "residual_quantize": quantize_case}
+DIFFERENTIABLE = {
+    "cosine_logits": logits_case,
+    "cosine_cross_entropy": cross_entropy_case,
+    "gumbel_softmax": softmax_case,
+    "residual_quantize": quantize_case,
+}
 
 
 def skip_without(op: str, name: str, device: str, dtype: torch.dtype | None = None) -> None:
@@ -163,20 +173,23 @@ def test_search(op: str, normalize: str, name: str, device: str, dtype: torch.dt
     keep[0] = True
     codebooks = [lengths(size, dim).to(dtype) for _ in range(trie.depth)]
     # One state for all beams of a request: beams that rounding makes change places have the same next logits.
-    hidden = [lengths(batch, dim).to(dtype).unsqueeze(1).expand(-1, beams if depth else 1, -1)
-              for depth in range(trie.depth)]
+    hidden = [
+        lengths(batch, dim).to(dtype).unsqueeze(1).expand(-1, beams if depth else 1, -1) for depth in range(trie.depth)
+    ]
 
     def search(trie: Trie, name: str) -> object:
         state, where = trie.root(batch), trie.filter(mask=keep.to(trie.device))
         for h, codebook in zip(hidden, codebooks, strict=True):
             h, codebook = h.to(trie.device), codebook.to(trie.device)
             if op == "cosine_beam_step":
-                state = cosine_beam_step(trie, h, codebook, 10.0, state, num_beams=beams, normalize=normalize,
-                                         filters=where, backend=name)
+                state = cosine_beam_step(
+                    trie, h, codebook, 10.0, state, num_beams=beams, normalize=normalize, filters=where, backend=name
+                )
             else:
                 logits = cosine_logits(h.double().cpu(), codebook.double().cpu(), 10.0).to(trie.device, dtype)
-                state = beam_step(trie, logits, state, num_beams=beams, normalize=normalize, filters=where,
-                                  backend=name)
+                state = beam_step(
+                    trie, logits, state, num_beams=beams, normalize=normalize, filters=where, backend=name
+                )
         return state
 
     got, want = search(trie.to(device), name), search(trie, "reference")
@@ -195,8 +208,13 @@ def test_ranking(name: str, device: str, dtype: torch.dtype) -> None:
     logits = torch.randn(trie.depth, 3, 1, size)
 
     def ranked(trie: Trie, name: str) -> object:
-        beams = beam_search(trie, lambda depth, tokens, parents: logits[depth].to(trie.device), batch_size=3,
-                            num_beams=1, backend="reference")
+        beams = beam_search(
+            trie,
+            lambda depth, tokens, parents: logits[depth].to(trie.device),
+            batch_size=3,
+            num_beams=1,
+            backend="reference",
+        )
         return rank_candidates(query.to(trie.device), vectors.to(trie.device), trie, beams, 20, backend=name)
 
     got, want = ranked(trie.to(device), name), ranked(trie, "reference")

@@ -34,16 +34,23 @@ def make_trie() -> Trie:
 
 
 def make_inputs(requires_grad: bool = False) -> Inputs:
-    inputs = {"h": torch.randn(ROWS, DIM), "weight": torch.randn(CODES, DIM), "scale": torch.tensor(9.0),
-              "tau": torch.tensor(0.7)}
+    inputs = {
+        "h": torch.randn(ROWS, DIM),
+        "weight": torch.randn(CODES, DIM),
+        "scale": torch.tensor(9.0),
+        "tau": torch.tensor(0.7),
+    }
     return {name: value.requires_grad_(requires_grad) for name, value in inputs.items()} | {
-        "target": torch.randint(CODES, (ROWS,)), "vectors": torch.randn(ITEMS, DIM),
-        "logits": torch.randn(ROWS, 1, CODES)}
+        "target": torch.randint(CODES, (ROWS,)),
+        "vectors": torch.randn(ITEMS, DIM),
+        "logits": torch.randn(ROWS, 1, CODES),
+    }
 
 
 def search(trie: Trie, i: Inputs) -> BeamResult:
-    return beam_search(trie, lambda depth, *_: i["logits"].expand(ROWS, 3 if depth else 1, CODES), batch_size=ROWS,
-                       num_beams=3)
+    return beam_search(
+        trie, lambda depth, *_: i["logits"].expand(ROWS, 3 if depth else 1, CODES), batch_size=ROWS, num_beams=3
+    )
 
 
 WITH_GRADIENTS: dict[str, Callable[[Inputs], Tensor]] = {
@@ -59,8 +66,9 @@ OPS: dict[str, Callable[[Trie, Inputs], Tensor]] = {
     "assign_codes": lambda _, i: assign_codes(i["h"], [i["weight"]]),
     "gumbel_noise": lambda _, i: gumbel_noise(3, 0, 4, 5),
     "beam_step": lambda trie, i: beam_step(trie, i["logits"], trie.root(ROWS), num_beams=3).scores,
-    "cosine_beam_step": lambda trie, i: cosine_beam_step(trie, i["h"].detach()[:, None], i["weight"].detach(), 9.0,
-                                                         trie.root(ROWS), num_beams=3).scores,
+    "cosine_beam_step": lambda trie, i: (
+        cosine_beam_step(trie, i["h"].detach()[:, None], i["weight"].detach(), 9.0, trie.root(ROWS), num_beams=3).scores
+    ),
     "beam_search": lambda trie, i: search(trie, i).codes,
     "rank_candidates": lambda trie, i: rank_candidates(i["h"].detach(), i["vectors"], trie, search(trie, i), 5).items,
 }

@@ -33,9 +33,14 @@ def test_a_prefix_is_allowed_while_an_allowed_item_lies_below_it() -> None:
         catalog = random_catalog()
         trie, items = make(catalog), subset(catalog)
         mask = [item in items for item in catalog.ids]
-        for chosen in (trie.filter(items=items), trie.filter(items=torch.tensor(items + items)),
-                       trie.filter(items=set(items)), trie.filter(mask=torch.tensor(mask)),
-                       trie.filter(mask=np.array(mask)), trie.filter(mask=mask)):
+        for chosen in (
+            trie.filter(items=items),
+            trie.filter(items=torch.tensor(items + items)),
+            trie.filter(items=set(items)),
+            trie.filter(mask=torch.tensor(mask)),
+            trie.filter(mask=np.array(mask)),
+            trie.filter(mask=mask),
+        ):
             assert_allows(chosen, catalog, set(items))
 
 
@@ -59,8 +64,11 @@ def test_an_empty_trie_has_filters() -> None:
 def test_a_filter_of_another_trie_is_refused() -> None:
     trie, other = (Trie.from_codes([[0, 1], [1, 1]]) for _ in range(2))
     logits, beams = torch.zeros(2, 1, 2), trie.root(2)
-    for filters, name in ((other.filter(items=[0]), "filters"), ([None, other.filter(items=[0])], r"filters\[1\]"),
-                          (trie.update().filter(items=[0]), "filters")):
+    for filters, name in (
+        (other.filter(items=[0]), "filters"),
+        ([None, other.filter(items=[0])], r"filters\[1\]"),
+        (trie.update().filter(items=[0]), "filters"),
+    ):
         with pytest.raises(ValueError, match=f"{name} belongs to another trie"):
             beam_step(trie, logits, beams, num_beams=2, filters=filters)
     with pytest.raises(ValueError, match="different tries"):
@@ -69,25 +77,31 @@ def test_a_filter_of_another_trie_is_refused() -> None:
         trie.filter(items=[0]) | [0]
 
 
-@pytest.mark.parametrize(("options", "error", "message"), [
-    ({}, ValueError, "exactly one of items and mask"),
-    ({"items": [0], "mask": [True, True]}, ValueError, "exactly one of items and mask"),
-    ({"items": [5]}, ValueError, "items must be ids of items in the trie; it has no item 5"),
-    ({"items": [0.5]}, TypeError, "items must hold integers"),
-    ({"mask": [True]}, ValueError, "mask must have shape"),
-    ({"mask": [0, 1]}, TypeError, "mask must have dtype bool"),
-    ({"mask": {0: True}}, TypeError, "mask must be a tensor, array or list of bool; got dict"),
-])
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({}, ValueError, "exactly one of items and mask"),
+        ({"items": [0], "mask": [True, True]}, ValueError, "exactly one of items and mask"),
+        ({"items": [5]}, ValueError, "items must be ids of items in the trie; it has no item 5"),
+        ({"items": [0.5]}, TypeError, "items must hold integers"),
+        ({"mask": [True]}, ValueError, "mask must have shape"),
+        ({"mask": [0, 1]}, TypeError, "mask must have dtype bool"),
+        ({"mask": {0: True}}, TypeError, "mask must be a tensor, array or list of bool; got dict"),
+    ],
+)
 def test_bad_arguments_are_named(options: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         Trie.from_codes([[0, 1], [1, 1]]).filter(**options)
 
 
-@pytest.mark.parametrize(("filters", "error", "message"), [
-    ("all", TypeError, "filters must be a TrieFilter, a list"),
-    ([None], ValueError, "filters must have one entry per request, 2; got 1"),
-    ([None, [0]], TypeError, r"filters\[1\] must be a TrieFilter"),
-])
+@pytest.mark.parametrize(
+    ("filters", "error", "message"),
+    [
+        ("all", TypeError, "filters must be a TrieFilter, a list"),
+        ([None], ValueError, "filters must have one entry per request, 2; got 1"),
+        ([None, [0]], TypeError, r"filters\[1\] must be a TrieFilter"),
+    ],
+)
 def test_bad_filters_are_named(filters: object, error: type[Exception], message: str) -> None:
     trie = Trie.from_codes([[0, 1], [1, 1]])
     with pytest.raises(error, match=message):

@@ -69,8 +69,11 @@ def filters(index: Trie, requests: int) -> Any:
 
 def cosine_logits_call() -> dict[str, Any]:
     dtype, dim = random.choice(DTYPES), size()
-    return {"h": floats(*random.choice([(), (0,), (size(),), (2, size())]), dim, dtype=dtype),
-            "weight": floats(size(), dim, dtype=dtype), "scale": scale()}
+    return {
+        "h": floats(*random.choice([(), (0,), (size(),), (2, size())]), dim, dtype=dtype),
+        "weight": floats(size(), dim, dtype=dtype),
+        "scale": scale(),
+    }
 
 
 def cosine_cross_entropy_call() -> dict[str, Any]:
@@ -84,22 +87,37 @@ def cosine_cross_entropy_call() -> dict[str, Any]:
 
 
 def gumbel_noise_call() -> dict[str, Any]:
-    return {"seed": random.choice([random.randrange(-(2**63), 2**64), torch.randint(0, 2**62, (1,)), 0]),
-            "level": random.randint(0, 4), "rows": random.randint(0, 9), "codes": random.randint(0, 9),
-            "stream": random.randint(0, 3), "row_offset": random.choice([0, 7, 2**31])}
+    return {
+        "seed": random.choice([random.randrange(-(2**63), 2**64), torch.randint(0, 2**62, (1,)), 0]),
+        "level": random.randint(0, 4),
+        "rows": random.randint(0, 9),
+        "codes": random.randint(0, 9),
+        "stream": random.randint(0, 3),
+        "row_offset": random.choice([0, 7, 2**31]),
+    }
 
 
 def gumbel_softmax_call() -> dict[str, Any]:
-    return {"logits": floats(*random.choice([(), (0,), (size(),), (2, size())]), size(), dtype=random.choice(DTYPES)),
-            "tau": random.uniform(0.1, 2.0), "hard": random.random() < 0.5, "seed": random.randrange(2**40)}
+    return {
+        "logits": floats(*random.choice([(), (0,), (size(),), (2, size())]), size(), dtype=random.choice(DTYPES)),
+        "tau": random.uniform(0.1, 2.0),
+        "hard": random.random() < 0.5,
+        "seed": random.randrange(2**40),
+    }
 
 
 def residual_quantize_call() -> dict[str, Any]:
     dtype, dim = random.choice(DTYPES), size()
-    return {"z": floats(random.choice((0, *SIZES)), dim, dtype=dtype),
-            "codebooks": [floats(size(), dim, dtype=dtype) for _ in range(random.randint(1, 4))], "scale": scale(),
-            "tau": random.uniform(0.2, 2.0), "mode": random.choice(["soft", "straight_through", "hard"]),
-            "noise": random.random() < 0.7, "seed": random.randrange(2**40), "row_offset": random.randint(0, 100)}
+    return {
+        "z": floats(random.choice((0, *SIZES)), dim, dtype=dtype),
+        "codebooks": [floats(size(), dim, dtype=dtype) for _ in range(random.randint(1, 4))],
+        "scale": scale(),
+        "tau": random.uniform(0.2, 2.0),
+        "mode": random.choice(["soft", "straight_through", "hard"]),
+        "noise": random.random() < 0.7,
+        "seed": random.randrange(2**40),
+        "row_offset": random.randint(0, 100),
+    }
 
 
 def trie_call() -> dict[str, Any]:
@@ -112,29 +130,52 @@ def beam_step_call() -> dict[str, Any]:
     index, requests = trie(), random.choice((0, *SIZES))
     logits = floats(requests, 1, index.codebook_sizes[0], dtype=random.choice(DTYPES))
     logits = torch.where(torch.rand(logits.shape) < 0.1, random.choice([-math.inf, math.nan]), logits)
-    return {"trie": index, "logits": logits, "beams": index.root(requests), "num_beams": size(),
-            "normalize": random.choice(["full", "children", "none"]), "filters": filters(index, requests)}
+    return {
+        "trie": index,
+        "logits": logits,
+        "beams": index.root(requests),
+        "num_beams": size(),
+        "normalize": random.choice(["full", "children", "none"]),
+        "filters": filters(index, requests),
+    }
 
 
 def cosine_beam_step_call() -> dict[str, Any]:
     index, requests, dim = trie(), random.choice((0, *SIZES)), size()
-    return {"trie": index, "h": floats(requests, 1, dim), "codebook": floats(index.codebook_sizes[0], dim),
-            "scale": scale(), "beams": index.root(requests), "num_beams": size(), "filters": filters(index, requests)}
+    return {
+        "trie": index,
+        "h": floats(requests, 1, dim),
+        "codebook": floats(index.codebook_sizes[0], dim),
+        "scale": scale(),
+        "beams": index.root(requests),
+        "num_beams": size(),
+        "filters": filters(index, requests),
+    }
 
 
 def beam_search_call() -> dict[str, Any]:
     index, requests, beams = trie(), random.choice((0, *SIZES)), size()
     tables = [floats(requests, beams if depth else 1, k) for depth, k in enumerate(index.codebook_sizes)]
-    return {"trie": index, "step": lambda depth, tokens, parents: tables[depth], "batch_size": requests,
-            "num_beams": beams, "filters": filters(index, requests)}
+    return {
+        "trie": index,
+        "step": lambda depth, tokens, parents: tables[depth],
+        "batch_size": requests,
+        "num_beams": beams,
+        "filters": filters(index, requests),
+    }
 
 
 def rank_candidates_call() -> dict[str, Any]:
     call = beam_search_call()
     beams = dgi_kernels.beam_search(**call)
     dim = size()
-    return {"query": floats(call["batch_size"], dim), "item_vectors": floats(max(1, call["trie"].num_items), dim),
-            "trie": call["trie"], "beams": beams, "k": size()}
+    return {
+        "query": floats(call["batch_size"], dim),
+        "item_vectors": floats(max(1, call["trie"].num_items), dim),
+        "trie": call["trie"],
+        "beams": beams,
+        "k": size(),
+    }
 
 
 OPS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
@@ -148,10 +189,14 @@ OPS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     "cosine_beam_step": (dgi_kernels.cosine_beam_step, cosine_beam_step_call),
     "beam_search": (dgi_kernels.beam_search, beam_search_call),
     "rank_candidates": (dgi_kernels.rank_candidates, rank_candidates_call),
-    "Trie.find": (lambda trie, prefixes: trie.find(prefixes), lambda: {
-        "trie": trie(3), "prefixes": torch.randint(-1, 6, (size(), 1))}),
-    "Trie.items": (lambda trie, nodes, depth: trie.items(nodes, depth), lambda: {
-        "trie": trie(), "nodes": torch.tensor([-1, 0]), "depth": 0}),
+    "Trie.find": (
+        lambda trie, prefixes: trie.find(prefixes),
+        lambda: {"trie": trie(3), "prefixes": torch.randint(-1, 6, (size(), 1))},
+    ),
+    "Trie.items": (
+        lambda trie, nodes, depth: trie.items(nodes, depth),
+        lambda: {"trie": trie(), "nodes": torch.tensor([-1, 0]), "depth": 0},
+    ),
 }
 
 
@@ -168,14 +213,49 @@ def tensors(result: Any) -> Iterator[Tensor]:
 
 def wrong(value: Any) -> Any:
     """Something else in the place of ``value``: another type, dtype, shape, device, sign or magnitude."""
-    anything: list[Any] = [None, "soft", "", object(), [], {}, -1, 0, 2**70, -0.5, math.nan, math.inf, True, b"x", 1j,
-                           torch.tensor(math.nan), torch.tensor([]), torch.zeros(3, 4, 5), np.zeros((2, 2)),
-                           torch.randn(2, 2).to_sparse(), torch.zeros(2, 2, dtype=torch.complex64), [[1], "a"],
-                           torch.ones(2, dtype=torch.bool), torch.zeros(2, 2, device="meta"), float, range(3)]
+    anything: list[Any] = [
+        None,
+        "soft",
+        "",
+        object(),
+        [],
+        {},
+        -1,
+        0,
+        2**70,
+        -0.5,
+        math.nan,
+        math.inf,
+        True,
+        b"x",
+        1j,
+        torch.tensor(math.nan),
+        torch.tensor([]),
+        torch.zeros(3, 4, 5),
+        np.zeros((2, 2)),
+        torch.randn(2, 2).to_sparse(),
+        torch.zeros(2, 2, dtype=torch.complex64),
+        [[1], "a"],
+        torch.ones(2, dtype=torch.bool),
+        torch.zeros(2, 2, device="meta"),
+        float,
+        range(3),
+    ]
     if isinstance(value, Tensor):
-        anything += [value.unsqueeze(0), value.flatten(), value.to(torch.int32), value.to("meta"), value.bool(),
-                     value[..., :0] if value.ndim else None, value.double(), value + 1000, -value, value.tolist(),
-                     None if value.dtype == torch.bfloat16 else value.numpy(), value.to(torch.complex64)]
+        anything += [
+            value.unsqueeze(0),
+            value.flatten(),
+            value.to(torch.int32),
+            value.to("meta"),
+            value.bool(),
+            value[..., :0] if value.ndim else None,
+            value.double(),
+            value + 1000,
+            -value,
+            value.tolist(),
+            None if value.dtype == torch.bfloat16 else value.numpy(),
+            value.to(torch.complex64),
+        ]
     if isinstance(value, list):
         anything += [value[:0], value[0] if value else None, [*value, None], [*value, torch.zeros(1)]]
     if isinstance(value, (int, float)):
@@ -218,6 +298,7 @@ def test_hostile_calls_succeed_or_raise_documented_errors(name: str) -> None:
         except DOCUMENTED:
             refused += 1
         except Exception as error:
-            pytest.fail(f"{name}({argument}={call[argument]!r} in place of {before!r}) raised "
-                        f"{type(error).__name__}: {error}")
+            pytest.fail(
+                f"{name}({argument}={call[argument]!r} in place of {before!r}) raised {type(error).__name__}: {error}"
+            )
     assert refused > CASES // 10

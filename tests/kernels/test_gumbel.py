@@ -31,9 +31,13 @@ def test_softmax_of_noisy_logits(shape: tuple[int, ...], dtype: torch.dtype, har
 
     upstream = torch.randn_like(actual)
     leaves = (logits, tau)
-    assert_all_near(("gradient of logits", "gradient of tau"), gradients((actual * upstream).sum(), leaves),
-                    gradients((soft * upstream.double()).sum(), leaves), dtype=dtype,
-                    sizes=[upstream.double().norm().item()] * 2)
+    assert_all_near(
+        ("gradient of logits", "gradient of tau"),
+        gradients((actual * upstream).sum(), leaves),
+        gradients((soft * upstream.double()).sum(), leaves),
+        dtype=dtype,
+        sizes=[upstream.double().norm().item()] * 2,
+    )
 
 
 def test_softmax_gradcheck() -> None:
@@ -56,7 +60,7 @@ def test_softmax_edge_values() -> None:
     assert p[3].tolist() == [1, 0, 0]
     assert p[1].isnan().all() and p[2].isnan().all()
     logits = logits[[0, 3]].requires_grad_()
-    gradient, = torch.autograd.grad(gumbel_softmax(logits, hard=True, seed=3).square().sum(), logits)
+    (gradient,) = torch.autograd.grad(gumbel_softmax(logits, hard=True, seed=3).square().sum(), logits)
     assert gradient.isfinite().all() and gradient[0, 1] == 0
 
 
@@ -66,22 +70,25 @@ def test_softmax_of_views_and_empty_batches() -> None:
         assert torch.equal(gumbel_softmax(view, seed=9), gumbel_softmax(view.contiguous(), seed=9))
 
 
-@pytest.mark.parametrize(("name", "value", "error"), [
-    ("logits", [1.0, 2.0], TypeError),
-    ("logits", torch.ones(2, 3, dtype=torch.int64), TypeError),
-    ("logits", torch.tensor(1.0), ValueError),
-    ("logits", torch.ones(2, 0), ValueError),
-    ("tau", 0.0, ValueError),
-    ("tau", -1, ValueError),
-    ("tau", float("nan"), ValueError),
-    ("tau", torch.tensor(0.0), ValueError),
-    ("tau", torch.ones(1), ValueError),
-    ("tau", None, TypeError),
-    ("hard", 1, TypeError),
-    ("seed", 1.0, TypeError),
-    ("seed", torch.tensor([1, 2]), ValueError),
-    ("backend", "gpu", ValueError),
-])
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("logits", [1.0, 2.0], TypeError),
+        ("logits", torch.ones(2, 3, dtype=torch.int64), TypeError),
+        ("logits", torch.tensor(1.0), ValueError),
+        ("logits", torch.ones(2, 0), ValueError),
+        ("tau", 0.0, ValueError),
+        ("tau", -1, ValueError),
+        ("tau", float("nan"), ValueError),
+        ("tau", torch.tensor(0.0), ValueError),
+        ("tau", torch.ones(1), ValueError),
+        ("tau", None, TypeError),
+        ("hard", 1, TypeError),
+        ("seed", 1.0, TypeError),
+        ("seed", torch.tensor([1, 2]), ValueError),
+        ("backend", "gpu", ValueError),
+    ],
+)
 def test_bad_softmax_arguments_are_named(name: str, value: object, error: type[Exception]) -> None:
     with pytest.raises(error, match=rf"^{name} must"):
         gumbel_softmax(**{"logits": torch.randn(2, 3), name: value})

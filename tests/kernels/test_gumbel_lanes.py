@@ -53,11 +53,23 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Tensor,
 
     def call(x: Tensor, u: Tensor, seed: int, tau: float, hard: bool, lanes: int) -> tuple[Tensor, Tensor, Tensor]:
         out, dx, dtau = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan), torch.zeros(())
+
         def pointer(t: Tensor) -> ctypes.c_void_p:
             return ctypes.c_void_p(t.data_ptr())
-        library.run(pointer(x), pointer(u), ctypes.c_int64(x.shape[0]), ctypes.c_int64(x.shape[1]),
-                    ctypes.c_int64(seed), ctypes.c_float(tau), ctypes.c_bool(hard), ctypes.c_int64(lanes),
-                    pointer(out), pointer(dx), pointer(dtau))
+
+        library.run(
+            pointer(x),
+            pointer(u),
+            ctypes.c_int64(x.shape[0]),
+            ctypes.c_int64(x.shape[1]),
+            ctypes.c_int64(seed),
+            ctypes.c_float(tau),
+            ctypes.c_bool(hard),
+            ctypes.c_int64(lanes),
+            pointer(out),
+            pointer(dx),
+            pointer(dtau),
+        )
         return out, dx, dtau
 
     return call
@@ -66,8 +78,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Tensor,
 @pytest.mark.parametrize("hard", [False, True])
 @pytest.mark.parametrize("lanes", [1, 3, 256])
 @pytest.mark.parametrize("shape", [(1, 1), (7, 3), (5, 1030)], ids=name_of)
-def test_lanes(run: Callable[..., tuple[Tensor, Tensor, Tensor]], shape: tuple[int, int], lanes: int,
-               hard: bool) -> None:
+def test_lanes(
+    run: Callable[..., tuple[Tensor, Tensor, Tensor]], shape: tuple[int, int], lanes: int, hard: bool
+) -> None:
     seed, tau = random.randrange(-(2**63), 2**63), random.uniform(0.3, 2)
     x, u = torch.randn(shape) * 3, torch.randn(shape)
     out, dx, dtau = run(x, u, seed, tau, hard, lanes)

@@ -27,16 +27,21 @@ def test_softmax_is_the_references(shape: tuple[int, ...], dtype: torch.dtype, t
     for temperature in (tau, torch.tensor(tau).to(dtype).requires_grad_()):
         wide = [x.detach().double().requires_grad_() for x in (logits, torch.as_tensor(temperature, dtype=compute))]
         truth = gumbel_softmax(*wide, hard, seed=seed, backend="reference")
-        actual, usual = (gumbel_softmax(logits, temperature, hard, seed=seed, backend=name)
-                         for name in ("native", "reference"))
+        actual, usual = (
+            gumbel_softmax(logits, temperature, hard, seed=seed, backend=name) for name in ("native", "reference")
+        )
         assert actual.dtype == dtype and actual.shape == shape
         assert_near("softmax", actual, truth, usual)
         leaves = [logits, temperature] if isinstance(temperature, Tensor) else [logits]
-        theirs = torch.autograd.grad(truth, wide, upstream.double())[:len(leaves)]
-        assert_all_near(("gradient of logits", "gradient of tau")[:len(leaves)],
-                        torch.autograd.grad(actual, leaves, upstream), theirs,
-                        torch.autograd.grad(usual, leaves, upstream), dtype=dtype,
-                        sizes=[upstream.double().norm().item()] * len(leaves))
+        theirs = torch.autograd.grad(truth, wide, upstream.double())[: len(leaves)]
+        assert_all_near(
+            ("gradient of logits", "gradient of tau")[: len(leaves)],
+            torch.autograd.grad(actual, leaves, upstream),
+            theirs,
+            torch.autograd.grad(usual, leaves, upstream),
+            dtype=dtype,
+            sizes=[upstream.double().norm().item()] * len(leaves),
+        )
 
 
 def test_infinite_logits_have_no_gradient_to_tau() -> None:
@@ -44,14 +49,15 @@ def test_infinite_logits_have_no_gradient_to_tau() -> None:
     tau = torch.tensor(0.7, requires_grad=True)
     p = gumbel_softmax(logits, tau, seed=3, backend="native")
     assert p[0, 1] == 0
-    gradient, = torch.autograd.grad(p[0, 0], tau)
+    (gradient,) = torch.autograd.grad(p[0, 0], tau)
     assert gradient.isfinite() and gradient != 0
 
 
 def test_gradients_of_gradients_are_the_references() -> None:
     logits = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(lambda x: gumbel_softmax(x, 0.8, seed=1, backend="native"), (logits,),
-                                        atol=1e-4)
+    assert torch.autograd.gradgradcheck(
+        lambda x: gumbel_softmax(x, 0.8, seed=1, backend="native"), (logits,), atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("hard", [True, False])

@@ -66,8 +66,15 @@ def worst_noise_error(words: np.ndarray) -> float:
 
 def test_noise_formula_holds_with_the_worst_logarithms() -> None:
     """Both ends, both sides of the seam, and a sample between. triton_noise.gumbel_from_word, in numpy."""
-    seams = np.concatenate([np.arange(2**16), 2**32 - 1 - np.arange(2**16), 2**28 + np.arange(-2**15, 2**15),
-                            np.random.randint(0, 2**32, 2**19), 2 ** (np.random.rand(2**18) * 32)])
+    seams = np.concatenate(
+        [
+            np.arange(2**16),
+            2**32 - 1 - np.arange(2**16),
+            2**28 + np.arange(-(2**15), 2**15),
+            np.random.randint(0, 2**32, 2**19),
+            2 ** (np.random.rand(2**18) * 32),
+        ]
+    )
     assert worst_noise_error(seams.astype(np.uint32)) < 2e-5
 
 

@@ -17,8 +17,9 @@ LARGE = ("torch._dynamo", "torch._inductor", "sympy", "triton", "scipy", "matplo
 
 def run(code: str, **environment: str) -> str:
     """The last line that another interpreter prints."""
-    result = subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True,
-                            check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()[-1]
 
@@ -32,18 +33,22 @@ def broken_triton(folder: Path, fault: str) -> str:
 
 def test_the_import_takes_nothing_large_with_it() -> None:
     """Guards against a second for torch.compile's tracer, which one decorator imported, and half of one for Triton."""
-    loaded = run(f"import sys, torch; before = set(sys.modules); import dgi_kernels; "
-                 f"print([name for name in {LARGE} if name in sys.modules and name not in before])",
-                 TRITON_INTERPRET="0")
+    loaded = run(
+        f"import sys, torch; before = set(sys.modules); import dgi_kernels; "
+        f"print([name for name in {LARGE} if name in sys.modules and name not in before])",
+        TRITON_INTERPRET="0",
+    )
     assert loaded == "[]"
 
 
 def test_eager_ops_take_nothing_large_with_them() -> None:
-    code = ("import sys, torch, dgi_kernels as dk; h = torch.randn(3, 4, requires_grad=True); "
-            "w, target = torch.randn(5, 4), torch.tensor([0, 1, 2]); "
-            "dk.vocabulary_parallel_cosine_cross_entropy(h, w, target, 3.0).backward(); "
-            "dk.gumbel_softmax(h, 0.5).sum().backward(); dk.residual_quantize(h, [torch.randn(5, 4)], 3.0); "
-            f"print([name for name in {LARGE} if name in sys.modules])")
+    code = (
+        "import sys, torch, dgi_kernels as dk; h = torch.randn(3, 4, requires_grad=True); "
+        "w, target = torch.randn(5, 4), torch.tensor([0, 1, 2]); "
+        "dk.vocabulary_parallel_cosine_cross_entropy(h, w, target, 3.0).backward(); "
+        "dk.gumbel_softmax(h, 0.5).sum().backward(); dk.residual_quantize(h, [torch.randn(5, 4)], 3.0); "
+        f"print([name for name in {LARGE} if name in sys.modules])"
+    )
     assert run(code, TRITON_INTERPRET="0") == "[]"
 
 
@@ -51,18 +56,25 @@ def test_eager_ops_take_nothing_large_with_them() -> None:
 def test_a_broken_triton_is_a_backend_that_is_not_available(tmp_path: Path, fault: str) -> None:
     """Guards against a Triton that takes all of dgi_kernels with it, and the report that is to say why."""
     path, message = broken_triton(tmp_path, fault), fault.split("'")[1]
-    use = ("import torch, dgi_kernels as dk; dk.cosine_logits(torch.ones(2, 3), torch.ones(4, 3), 1.0); "
-           "print(dk.backends()['triton'].reason)")
+    use = (
+        "import torch, dgi_kernels as dk; dk.cosine_logits(torch.ones(2, 3), torch.ones(4, 3), 1.0); "
+        "print(dk.backends()['triton'].reason)"
+    )
     assert message in run(use, PYTHONPATH=path, TRITON_INTERPRET="1")  # it would be used
     run(use, PYTHONPATH=path, TRITON_INTERPRET="0")
-    report = run("import dgi_kernels.info as info; print(info.report().replace(chr(10), ' '))", PYTHONPATH=path,
-                 TRITON_INTERPRET="1")
+    report = run(
+        "import dgi_kernels.info as info; print(info.report().replace(chr(10), ' '))",
+        PYTHONPATH=path,
+        TRITON_INTERPRET="1",
+    )
     assert message in report
 
 
 def test_a_placeholder_for_triton() -> None:
-    code = ("import sys, types; sys.modules['triton'] = types.ModuleType('triton'); import dgi_kernels; "
-            "print(dgi_kernels.backends()['triton'].reason)")
+    code = (
+        "import sys, types; sys.modules['triton'] = types.ModuleType('triton'); import dgi_kernels; "
+        "print(dgi_kernels.backends()['triton'].reason)"
+    )
     assert "cannot be found" in run(code)
 
 
@@ -88,7 +100,9 @@ def test_a_library_of_another_version_is_told(monkeypatch: pytest.MonkeyPatch) -
 def test_bfloat16_is_not_for_the_interpreter() -> None:
     """Guards against products of raw bits: nonsense, where an error belongs."""
     pytest.importorskip("triton")
-    code = ("import torch, dgi_kernels as dk; x = torch.ones(2, 16, dtype=torch.bfloat16)\n"
-            "try: dk.cosine_cross_entropy(x, x, torch.tensor([0, 1]), 1.0, backend='triton')\n"
-            "except dk.BackendUnavailable as error: print(error)")
+    code = (
+        "import torch, dgi_kernels as dk; x = torch.ones(2, 16, dtype=torch.bfloat16)\n"
+        "try: dk.cosine_cross_entropy(x, x, torch.tensor([0, 1]), 1.0, backend='triton')\n"
+        "except dk.BackendUnavailable as error: print(error)"
+    )
     assert "no triton kernel for torch.bfloat16 on cpu" in run(code, TRITON_INTERPRET="1")

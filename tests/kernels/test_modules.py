@@ -41,7 +41,7 @@ def test_linear_shares_a_weight_and_a_scale() -> None:
     loss = second.loss(h + embedding(torch.tensor([0, 1, 1, 2])), torch.tensor([0, 1, 8, 3]))
     every = embedding.weight.detach().double().requires_grad_()
     logits = true_logits(h + every[[0, 1, 1, 2]], every, first.scale.item())
-    truth, = torch.autograd.grad(F.cross_entropy(logits, torch.tensor([0, 1, 8, 3])), every)
+    (truth,) = torch.autograd.grad(F.cross_entropy(logits, torch.tensor([0, 1, 8, 3])), every)
     torch.testing.assert_close(torch.autograd.grad(loss, embedding.weight)[0].double(), truth, rtol=1e-4, atol=1e-5)
 
 
@@ -65,7 +65,7 @@ def test_the_scale_is_bounded_and_not_stuck_there() -> None:
     head = CosineLinear(4, 3, scale=90.0, max_scale=60.0)
     assert head.scale.item() == pytest.approx(60.0)
     for sign, passes in ((1.0, True), (-1.0, False)):
-        gradient, = torch.autograd.grad(sign * head.scale, head.log_scale)
+        (gradient,) = torch.autograd.grad(sign * head.scale, head.log_scale)
         assert bool(gradient != 0) == passes
     below = CosineLinear(4, 3, scale=30.0, max_scale=60.0)
     assert torch.equal(below.scale, CosineLinear(4, 3, scale=30.0).scale)
@@ -110,7 +110,8 @@ def test_loss_is_infonce_of_vectors_given_with_the_call() -> None:
 def test_modules_say_what_they_are() -> None:
     assert repr(CosineLinear(4, 3)) == "CosineLinear(in_features=4, out_features=3, scale=30)"
     assert repr(CosineCrossEntropyLoss(20.0, reduction="sum")) == (
-        "CosineCrossEntropyLoss(scale=20 (fixed), ignore_index=-100, reduction='sum', label_smoothing=0.0)")
+        "CosineCrossEntropyLoss(scale=20 (fixed), ignore_index=-100, reduction='sum', label_smoothing=0.0)"
+    )
     assert "scale=?" in repr(CosineLinear(4, 3, device="meta"))
 
 
@@ -131,32 +132,42 @@ def test_compile_keeps_both_whole() -> None:
 
     expected, actual = run(h), torch.compile(run, fullgraph=True, backend="aot_eager")(h)
     torch.testing.assert_close(actual, expected)
-    torch.testing.assert_close(torch.autograd.grad(actual, tuple(head.parameters())),
-                               torch.autograd.grad(expected, tuple(head.parameters())), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        torch.autograd.grad(actual, tuple(head.parameters())),
+        torch.autograd.grad(expected, tuple(head.parameters())),
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
-@pytest.mark.parametrize(("name", "value", "error"), [
-    ("in_features", 0, ValueError),
-    ("out_features", 2.0, TypeError),
-    ("scale", 0.0, ValueError),
-    ("scale", float("inf"), ValueError),
-    ("eps", 0.0, ValueError),
-    ("weight", torch.randn(3, 4), TypeError),
-    ("weight", nn.Parameter(torch.randn(4, 3)), ValueError),
-    ("log_scale", nn.Parameter(torch.zeros(())), ValueError),
-    ("max_scale", -1.0, ValueError),
-])
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("in_features", 0, ValueError),
+        ("out_features", 2.0, TypeError),
+        ("scale", 0.0, ValueError),
+        ("scale", float("inf"), ValueError),
+        ("eps", 0.0, ValueError),
+        ("weight", torch.randn(3, 4), TypeError),
+        ("weight", nn.Parameter(torch.randn(4, 3)), ValueError),
+        ("log_scale", nn.Parameter(torch.zeros(())), ValueError),
+        ("max_scale", -1.0, ValueError),
+    ],
+)
 def test_bad_arguments_of_linear_are_named(name: str, value: object, error: type[Exception]) -> None:
     with pytest.raises(error, match=rf"^{name} must"):
         CosineLinear(**{"in_features": 4, "out_features": 3, name: value})
 
 
-@pytest.mark.parametrize(("name", "value", "error"), [
-    ("scale", -1.0, ValueError),
-    ("ignore_index", None, TypeError),
-    ("reduction", "batchmean", ValueError),
-    ("label_smoothing", 2.0, ValueError),
-])
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("scale", -1.0, ValueError),
+        ("ignore_index", None, TypeError),
+        ("reduction", "batchmean", ValueError),
+        ("label_smoothing", 2.0, ValueError),
+    ],
+)
 def test_bad_arguments_of_the_loss_are_named(name: str, value: object, error: type[Exception]) -> None:
     with pytest.raises(error, match=rf"^{name} must"):
         CosineCrossEntropyLoss(**{name: value})

@@ -57,8 +57,9 @@ def test_philox_gives_random123s_known_answers(counter: str, key: str, expected:
 def test_noise_is_the_defined_function(backend: str, seed: int) -> None:
     level, stream = random.choice([0, 3, 2**32 - 1]), random.choice([0, 1, 2**32 - 1])
     row_offset, rows, codes = random.choice([0, 12345, 2**31 - 2, 2**32 - 5]), 5, 11
-    expected = [[python_gumbel(seed, level, row_offset + row, code, stream) for code in range(codes)]
-                for row in range(rows)]
+    expected = [
+        [python_gumbel(seed, level, row_offset + row, code, stream) for code in range(codes)] for row in range(rows)
+    ]
     actual = gumbel_noise(seed, level, rows, codes, stream=stream, row_offset=row_offset, backend=backend)
     assert actual.dtype == torch.float32
     np.testing.assert_allclose(actual.numpy(), expected, rtol=0, atol=ERROR)
@@ -82,7 +83,7 @@ def test_any_tiling_gives_the_same_bits(backend: str) -> None:
     for _ in range(10):
         first, rows, codes = random.randrange(20), random.randrange(5), random.randrange(31)
         tile = gumbel_noise(7, 1, rows, codes, stream=1, row_offset=100 + first, backend=backend)
-        assert torch.equal(tile[: 20 - first], whole[first:first + rows, :codes])
+        assert torch.equal(tile[: 20 - first], whole[first : first + rows, :codes])
 
 
 def test_tails_keep_their_resolution() -> None:
@@ -142,31 +143,34 @@ def test_seeds_levels_streams_rows_and_codes_are_independent() -> None:
         assert abs(np.corrcoef(a, b)[0, 1]) < 5 / math.sqrt(SAMPLES)
 
 
-@pytest.mark.parametrize(("name", "arguments", "error"), [
-    ("seed", {"seed": 1.5}, TypeError),
-    ("seed", {"seed": "1"}, TypeError),
-    ("seed", {"seed": True}, TypeError),
-    ("seed", {"seed": 2**64}, ValueError),
-    ("seed", {"seed": -(2**63) - 1}, ValueError),
-    ("seed", {"seed": torch.tensor(1, dtype=torch.int32)}, TypeError),
-    ("seed", {"seed": torch.tensor([1, 2])}, ValueError),
-    ("seed", {"seed": torch.tensor(1), "device": "meta"}, ValueError),
-    ("level", {"level": -1}, ValueError),
-    ("level", {"level": 2**32}, ValueError),
-    ("level", {"level": 0.0}, TypeError),
-    ("rows", {"rows": -1}, ValueError),
-    ("rows", {"rows": torch.tensor(3)}, TypeError),
-    ("codes", {"codes": -1}, ValueError),
-    ("codes", {"codes": 2**34 + 1}, ValueError),
-    ("stream", {"stream": 2**32}, ValueError),
-    ("row_offset", {"row_offset": -1}, ValueError),
-    ("row_offset", {"row_offset": 2**32}, ValueError),
-    ("row_offset", {"row_offset": 2**32 - 2}, ValueError),
-    ("device", {"device": "gpu"}, ValueError),
-    ("device", {"device": 1.5}, ValueError),
-    ("backend", {"backend": "cuda"}, ValueError),
-    ("backend", {"backend": np.zeros(2)}, ValueError),
-])
+@pytest.mark.parametrize(
+    ("name", "arguments", "error"),
+    [
+        ("seed", {"seed": 1.5}, TypeError),
+        ("seed", {"seed": "1"}, TypeError),
+        ("seed", {"seed": True}, TypeError),
+        ("seed", {"seed": 2**64}, ValueError),
+        ("seed", {"seed": -(2**63) - 1}, ValueError),
+        ("seed", {"seed": torch.tensor(1, dtype=torch.int32)}, TypeError),
+        ("seed", {"seed": torch.tensor([1, 2])}, ValueError),
+        ("seed", {"seed": torch.tensor(1), "device": "meta"}, ValueError),
+        ("level", {"level": -1}, ValueError),
+        ("level", {"level": 2**32}, ValueError),
+        ("level", {"level": 0.0}, TypeError),
+        ("rows", {"rows": -1}, ValueError),
+        ("rows", {"rows": torch.tensor(3)}, TypeError),
+        ("codes", {"codes": -1}, ValueError),
+        ("codes", {"codes": 2**34 + 1}, ValueError),
+        ("stream", {"stream": 2**32}, ValueError),
+        ("row_offset", {"row_offset": -1}, ValueError),
+        ("row_offset", {"row_offset": 2**32}, ValueError),
+        ("row_offset", {"row_offset": 2**32 - 2}, ValueError),
+        ("device", {"device": "gpu"}, ValueError),
+        ("device", {"device": 1.5}, ValueError),
+        ("backend", {"backend": "cuda"}, ValueError),
+        ("backend", {"backend": np.zeros(2)}, ValueError),
+    ],
+)
 def test_bad_arguments_are_named(name: str, arguments: dict[str, object], error: type[Exception]) -> None:
     with pytest.raises(error, match=rf"^{name} must"):
         gumbel_noise(**{"seed": 0, "level": 0, "rows": 3, "codes": 4, **arguments})

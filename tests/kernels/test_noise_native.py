@@ -41,8 +41,10 @@ def gumbel(words: np.ndarray) -> np.ndarray:
 
 def oracle(seed: int, level: int, stream: int, row_offset: int, rows: int, codes: int) -> np.ndarray:
     key = (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)
-    words = [[philox((k // 4, n, level, stream), key)[k % 4] for k in range(codes)]
-             for n in range(row_offset, row_offset + rows)]
+    words = [
+        [philox((k // 4, n, level, stream), key)[k % 4] for k in range(codes)]
+        for n in range(row_offset, row_offset + rows)
+    ]
     return gumbel(np.array(words, dtype=np.uint64).reshape(rows, codes))
 
 
@@ -53,8 +55,11 @@ def noise(seed: int, level: int, stream: int, row_offset: int, rows: int, codes:
 KNOWN_ANSWERS = {  # of Random123
     "zeros": ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
     "ones": ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    "pi": ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0),
-           (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+    "pi": (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
 }
 
 
@@ -84,9 +89,27 @@ def build_headers(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., cty
     def build(*flags: str) -> ctypes.CDLL:
         folder = tmp_path_factory.mktemp("headers")
         (folder / "harness.cpp").write_text(HARNESS)
-        subprocess.run(["c++", "-std=c++20", "-O3", "-fno-trapping-math", "-ffp-contract=off", "-shared", "-fPIC",
-                        "-Wall", "-Wextra", "-Werror", *flags, f"-I{CSRC / 'include'}", "harness.cpp", "-o",
-                        "harness.so"], cwd=folder, check=True)
+        subprocess.run(
+            [
+                "c++",
+                "-std=c++20",
+                "-O3",
+                "-fno-trapping-math",
+                "-ffp-contract=off",
+                "-shared",
+                "-fPIC",
+                "-Wall",
+                "-Wextra",
+                "-Werror",
+                *flags,
+                f"-I{CSRC / 'include'}",
+                "harness.cpp",
+                "-o",
+                "harness.so",
+            ],
+            cwd=folder,
+            check=True,
+        )
         return ctypes.CDLL(str(folder / "harness.so"))
 
     return build
@@ -95,8 +118,9 @@ def build_headers(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., cty
 def gumbel_of(library: ctypes.CDLL, words: np.ndarray) -> np.ndarray:
     words = np.ascontiguousarray(words, dtype=np.uint32)
     out = np.empty(words.shape, np.float32)
-    library.gumbel(words.ctypes.data_as(ctypes.c_void_p), out.ctypes.data_as(ctypes.c_void_p),
-                   ctypes.c_int64(words.size))
+    library.gumbel(
+        words.ctypes.data_as(ctypes.c_void_p), out.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(words.size)
+    )
     return out
 
 
@@ -148,8 +172,9 @@ def test_all_64_bits_of_the_seed_count(seed: int) -> None:
 
 
 @native
-@pytest.mark.parametrize(("level", "stream", "row_offset"),
-                         [(0, 1, 0), (2, 0, 1000), (2**32 - 1, 2**32 - 1, 2**32 - 3), (1, 1, 2**31 - 1)])
+@pytest.mark.parametrize(
+    ("level", "stream", "row_offset"), [(0, 1, 0), (2, 0, 1000), (2**32 - 1, 2**32 - 1, 2**32 - 3), (1, 1, 2**31 - 1)]
+)
 def test_level_stream_and_row_offset_reach_their_counter_words(level: int, stream: int, row_offset: int) -> None:
     got = noise(7, level, stream, row_offset, 3, 9)
     np.testing.assert_allclose(got.numpy(), oracle(7, level, stream, row_offset, 3, 9), rtol=0, atol=TOLERANCE)
@@ -190,10 +215,17 @@ def test_noise_is_gumbel_distributed() -> None:
 
 
 @native
-@pytest.mark.parametrize(("arguments", "message"), [
-    ((-1, 0, 0, 1, 1), "level"), ((0, 2**32, 0, 1, 1), "stream"), ((0, 0, -1, 1, 1), "row_offset"),
-    ((0, 0, 2**32 - 1, 2, 1), "row_offset"), ((0, 0, 0, -1, 1), "rows"), ((0, 0, 0, 1, 2**40), "codes"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((-1, 0, 0, 1, 1), "level"),
+        ((0, 2**32, 0, 1, 1), "stream"),
+        ((0, 0, -1, 1, 1), "row_offset"),
+        ((0, 0, 2**32 - 1, 2, 1), "row_offset"),
+        ((0, 0, 0, -1, 1), "rows"),
+        ((0, 0, 0, 1, 2**40), "codes"),
+    ],
+)
 def test_direct_callers_are_stopped_too(arguments: tuple[int, ...], message: str) -> None:
     with pytest.raises(RuntimeError, match=f"gumbel_noise: {message} must be"):
         noise(0, *arguments)

@@ -16,8 +16,16 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_ranks_with_shards_of_the_weight_compute_what_one_process_does(seed: int) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3",
-               "-m", "tests.kernels.parallel_cases", str(seed)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=3",
+        "-m",
+        "tests.kernels.parallel_cases",
+        str(seed),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stdout + finished.stderr

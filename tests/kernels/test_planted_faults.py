@@ -30,31 +30,67 @@ QUANTIZE = "quantize_triton.py", "test_quantization and flash-n35-d7-k9.33-float
 COSINE = "cosine_triton.py", "test_every_option and flash-33x17x65-float32-none"
 FAULTS = {
     "codes of later tiles are never the best": Fault(
-        "quantize/triton_kernels.py", "code = tl.where(highest > best, where, code)",
-        "code = tl.where(first == 0, where, code)", *QUANTIZE, "codes of level 1 are worse than the best"),
+        "quantize/triton_kernels.py",
+        "code = tl.where(highest > best, where, code)",
+        "code = tl.where(first == 0, where, code)",
+        *QUANTIZE,
+        "codes of level 1 are worse than the best",
+    ),
     "the sample forgets the noise": Fault(
-        "quantize/triton_kernels.py", "sampled = tl.where(highest > best_noisy, where, sampled)", "sampled = code",
-        *QUANTIZE, "sampled of level 0 are worse than the best"),
+        "quantize/triton_kernels.py",
+        "sampled = tl.where(highest > best_noisy, where, sampled)",
+        "sampled = code",
+        *QUANTIZE,
+        "sampled of level 0 are worse than the best",
+    ),
     "the last tile of codes is left out": Fault(
-        "cosine/triton_kernels.py", "for start in range(0, K, b_k):", "for start in range(0, K - b_k, b_k):", *COSINE,
-        "is off by"),
+        "cosine/triton_kernels.py",
+        "for start in range(0, K, b_k):",
+        "for start in range(0, K - b_k, b_k):",
+        *COSINE,
+        "is off by",
+    ),
     "the radial part stays": Fault(
-        "triton_common.py", "return tl.where(is_constant(rnorm, eps), 0.0, product * rnorm * rnorm)",
-        "return product * 0.0", *QUANTIZE, "is off by"),
+        "triton_common.py",
+        "return tl.where(is_constant(rnorm, eps), 0.0, product * rnorm * rnorm)",
+        "return product * 0.0",
+        *QUANTIZE,
+        "is off by",
+    ),
     "ignored targets count": Fault(
-        "cosine/triton_kernels.py", "(target < K) & (target != ignore_index)", "(target < K)", *COSINE, "is off by"),
+        "cosine/triton_kernels.py", "(target < K) & (target != ignore_index)", "(target < K)", *COSINE, "is off by"
+    ),
 }
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1",
-                                reason="needs Triton")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1", reason="needs Triton"
+)
 
 
 def run_tests(folder: Path, fault: Fault) -> subprocess.CompletedProcess[str]:
     """The fault's tests, in the interpreter, against the package in ``folder``."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder),
-                   "DGI_TEST_SEED": "0"}  # draws an ignore_index that is a code
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--import-mode=importlib",
-               "--rootdir", str(folder), "-k", fault.test, str(folder / "tests" / "kernels" / f"test_{fault.tests}")]
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(folder),
+        "DGI_TEST_SEED": "0",
+    }  # draws an ignore_index that is a code
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "--import-mode=importlib",
+        "--rootdir",
+        str(folder),
+        "-k",
+        fault.test,
+        str(folder / "tests" / "kernels" / f"test_{fault.tests}"),
+    ]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 

@@ -33,7 +33,8 @@ def test_torch_gives_nan() -> None:
 def test_cpp_buffers_are_nan(tmp_path: Path) -> None:
     assert os.environ["DGI_POISON"] == "1", "set before the extension is loaded"
     (tmp_path / "main.cpp").write_text(PROGRAM)
-    subprocess.run(["c++", "-std=c++20", "-I", str(CSRC), "-o", str(tmp_path / "main"), str(tmp_path / "main.cpp")],
-                   check=True)
+    subprocess.run(
+        ["c++", "-std=c++20", "-I", str(CSRC), "-o", str(tmp_path / "main"), str(tmp_path / "main.cpp")], check=True
+    )
     run = subprocess.run([str(tmp_path / "main")], capture_output=True, text=True, check=True)
     assert run.stdout == "100"

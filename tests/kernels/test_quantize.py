@@ -48,8 +48,17 @@ def test_manual_seed_governs_what_has_no_seed(op: str) -> None:
 @pytest.mark.parametrize("shape", QUANTIZE, ids=name_of)
 def test_quantization_and_gradients(shape: Quantize, dtype: torch.dtype, mode: str, noise: bool) -> None:
     inputs, seed, row_offset = make(shape, dtype), random.randrange(2**63), random.randrange(2**31)
-    result = residual_quantize(inputs.z, inputs.codebooks, inputs.scale, inputs.tau, mode=mode, noise=noise, seed=seed,
-                               row_offset=row_offset, backend="reference")
+    result = residual_quantize(
+        inputs.z,
+        inputs.codebooks,
+        inputs.scale,
+        inputs.tau,
+        mode=mode,
+        noise=noise,
+        seed=seed,
+        row_offset=row_offset,
+        backend="reference",
+    )
     expected = oracle(inputs, mode, seed if noise else None, result, row_offset)
     compared = differentiable(result), differentiable(expected)
     names = result_names(inputs)
@@ -66,8 +75,14 @@ def test_quantization_and_gradients(shape: Quantize, dtype: torch.dtype, mode: s
 def test_low_precision_is_the_float32_result_rounded(mode: str, dtype: torch.dtype) -> None:
     inputs = make(Quantize(n=33, d=7, sizes=(9, 33, 5)), dtype)
     result = residual_quantize(*inputs, mode=mode, seed=4)
-    wide = residual_quantize(inputs.z.float(), [c.float() for c in inputs.codebooks], inputs.scale.float(),
-                             inputs.tau.float(), mode=mode, seed=4)
+    wide = residual_quantize(
+        inputs.z.float(),
+        [c.float() for c in inputs.codebooks],
+        inputs.scale.float(),
+        inputs.tau.float(),
+        mode=mode,
+        seed=4,
+    )
     assert torch.equal(result.codes, wide.codes) and torch.equal(result.sampled, wide.sampled)
     assert torch.equal(result.quantized, wide.quantized.to(dtype))
     assert torch.equal(result.residuals, wide.residuals.to(dtype))
@@ -114,14 +129,16 @@ def test_straight_through_equals_hard_gumbel_softmax_times_codebook() -> None:
     """The composition it stands for, with PyTorch's own F.gumbel_softmax and its noise replaced by ours."""
     inputs = make(Quantize(n=5, d=4, sizes=(6,)))
     z, (codebook,), scale, tau = inputs
-    noisy = scale * F.normalize(z, dim=-1) @ F.normalize(codebook, dim=-1).T \
-        + gumbel_noise(8, 0, 5, 6, backend="reference")
+    noisy = scale * F.normalize(z, dim=-1) @ F.normalize(codebook, dim=-1).T + gumbel_noise(
+        8, 0, 5, 6, backend="reference"
+    )
     soft = (noisy / tau).softmax(-1)
     hard = torch.zeros_like(soft).scatter(-1, soft.argmax(-1, keepdim=True), 1.0) - soft.detach() + soft
     upstream = torch.randn(5, 4, dtype=torch.float64)
     ours = residual_quantize(*inputs, mode="straight_through", seed=8, backend="reference").quantized[:, 0]
-    assert_all_near(gradient_names(inputs),
-                    *(gradients((x * upstream).sum(), inputs.leaves) for x in (ours, hard @ codebook)))
+    assert_all_near(
+        gradient_names(inputs), *(gradients((x * upstream).sum(), inputs.leaves) for x in (ours, hard @ codebook))
+    )
 
 
 @pytest.mark.parametrize("mode", ["straight_through", "hard"])
@@ -193,8 +210,10 @@ def test_row_offset_draws_what_one_process_would() -> None:
     """Two halves with their row numbers: same noise, so same bits wherever the product's bits do not depend on N."""
     inputs = make(Quantize(n=12, d=4, sizes=(5, 3)))
     whole = residual_quantize(*inputs, seed=6, row_offset=100)
-    halves = [residual_quantize(inputs.z[rows], *inputs[1:], seed=6, row_offset=100 + rows.start)
-              for rows in (slice(0, 5), slice(5, 12))]
+    halves = [
+        residual_quantize(inputs.z[rows], *inputs[1:], seed=6, row_offset=100 + rows.start)
+        for rows in (slice(0, 5), slice(5, 12))
+    ]
     for name in ("quantized", "residuals", "log_normalizer"):
         torch.testing.assert_close(torch.cat([getattr(half, name) for half in halves]), getattr(whole, name))
     assert torch.equal(torch.cat([half.sampled for half in halves]), whole.sampled)
@@ -218,9 +237,11 @@ def test_strides_and_shared_inputs() -> None:
     truth = oracle(tied, "soft", 1, ours)
     weights = [torch.randn_like(t) for t in differentiable(truth)]
     leaves = [codebook, tied.scale]
-    assert_all_near(("gradient of the codebook", "gradient of scale"),
-                    gradients(weighted_sum(differentiable(ours), weights), leaves),
-                    gradients(weighted_sum(differentiable(truth), weights), leaves))
+    assert_all_near(
+        ("gradient of the codebook", "gradient of scale"),
+        gradients(weighted_sum(differentiable(ours), weights), leaves),
+        gradients(weighted_sum(differentiable(truth), weights), leaves),
+    )
 
 
 def test_zero_vectors_are_quantized_by_the_uniform_distribution() -> None:
@@ -250,8 +271,9 @@ def test_bits_repeat() -> None:
         for _ in range(2):
             result = residual_quantize(*inputs, mode=mode, seed=11)
             loss = weighted_sum(differentiable(result), [torch.tensor(1.0)] * len(differentiable(result)))
-            runs.append([*differentiable(result), result.codes, result.sampled,
-                         *torch.autograd.grad(loss, inputs.leaves)])
+            runs.append(
+                [*differentiable(result), result.codes, result.sampled, *torch.autograd.grad(loss, inputs.leaves)]
+            )
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
@@ -278,37 +300,44 @@ def test_no_grad() -> None:
     assert torch.equal(result.quantized, residual_quantize(*inputs, seed=2).quantized)
 
 
-@pytest.mark.parametrize(("name", "value", "error"), [
-    ("z", [[1.0]], TypeError),
-    ("z", torch.randn(3), ValueError),
-    ("z", torch.randn(2, 2, 3), ValueError),
-    ("z", torch.ones(2, 3, dtype=torch.int32), TypeError),
-    ("codebooks", torch.randn(5, 3), TypeError),
-    ("codebooks", 3, TypeError),
-    ("codebooks", [], ValueError),
-    (r"codebooks\[1\]", [torch.randn(5, 3), torch.randn(5, 2)], ValueError),
-    (r"codebooks\[1\]", [torch.randn(5, 3), torch.randn(0, 3)], ValueError),
-    (r"codebooks\[0\]", [torch.randn(3)], ValueError),
-    (r"codebooks\[0\]", [torch.randn(5, 3).double()], TypeError),
-    (r"codebooks\[0\]", [torch.randn(5, 3, device="meta")], TypeError),
-    (r"codebooks\[0\]", [None], TypeError),
-    ("scale", float("inf"), ValueError),
-    ("scale", torch.ones(2), ValueError),
-    ("tau", 0, ValueError),
-    ("tau", torch.tensor(float("nan")), ValueError),
-    ("mode", "gumbel", ValueError),
-    ("mode", None, ValueError),
-    ("noise", 1, TypeError),
-    ("seed", "7", TypeError),
-    ("row_offset", -1, ValueError),
-    ("row_offset", 2**32 - 1, ValueError),
-    ("row_offset", 1.0, TypeError),
-    ("eps", -1e-12, ValueError),
-    ("backend", None, ValueError),
-])
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("z", [[1.0]], TypeError),
+        ("z", torch.randn(3), ValueError),
+        ("z", torch.randn(2, 2, 3), ValueError),
+        ("z", torch.ones(2, 3, dtype=torch.int32), TypeError),
+        ("codebooks", torch.randn(5, 3), TypeError),
+        ("codebooks", 3, TypeError),
+        ("codebooks", [], ValueError),
+        (r"codebooks\[1\]", [torch.randn(5, 3), torch.randn(5, 2)], ValueError),
+        (r"codebooks\[1\]", [torch.randn(5, 3), torch.randn(0, 3)], ValueError),
+        (r"codebooks\[0\]", [torch.randn(3)], ValueError),
+        (r"codebooks\[0\]", [torch.randn(5, 3).double()], TypeError),
+        (r"codebooks\[0\]", [torch.randn(5, 3, device="meta")], TypeError),
+        (r"codebooks\[0\]", [None], TypeError),
+        ("scale", float("inf"), ValueError),
+        ("scale", torch.ones(2), ValueError),
+        ("tau", 0, ValueError),
+        ("tau", torch.tensor(float("nan")), ValueError),
+        ("mode", "gumbel", ValueError),
+        ("mode", None, ValueError),
+        ("noise", 1, TypeError),
+        ("seed", "7", TypeError),
+        ("row_offset", -1, ValueError),
+        ("row_offset", 2**32 - 1, ValueError),
+        ("row_offset", 1.0, TypeError),
+        ("eps", -1e-12, ValueError),
+        ("backend", None, ValueError),
+    ],
+)
 def test_bad_quantize_arguments_are_named(name: str, value: object, error: type[Exception]) -> None:
-    arguments = {"z": torch.randn(2, 3), "codebooks": [torch.randn(5, 3)], "scale": 30.0,
-                 name.removesuffix(r"\[0\]").removesuffix(r"\[1\]"): value}
+    arguments = {
+        "z": torch.randn(2, 3),
+        "codebooks": [torch.randn(5, 3)],
+        "scale": 30.0,
+        name.removesuffix(r"\[0\]").removesuffix(r"\[1\]"): value,
+    }
     with pytest.raises(error, match=rf"^{name} must"):
         residual_quantize(**arguments)
 

@@ -23,8 +23,12 @@ from .quantize_cases import (
 )
 from .shapes import QUANTIZE, Quantize, name_of
 
-BACKENDS = ["reference", pytest.param("native", marks=pytest.mark.skipif(_extension.load_error is not None,
-                                                                         reason=str(_extension.load_error)))]
+BACKENDS = [
+    "reference",
+    pytest.param(
+        "native", marks=pytest.mark.skipif(_extension.load_error is not None, reason=str(_extension.load_error))
+    ),
+]
 LENGTHS = [metric for metric in METRICS if metric != "cosine"]  # in which the lengths of the vectors count
 SHAPES = (*QUANTIZE, Quantize(n=37, d=24, sizes=(300, 1, 257)), Quantize(n=301, d=16, sizes=(512, 70)))
 
@@ -42,10 +46,12 @@ def near_a_code(n: int, d: int, sizes: tuple[int, ...]) -> Inputs:
 @pytest.mark.parametrize("shape", SHAPES, ids=name_of)
 @pytest.mark.parametrize("metric", LENGTHS)
 @pytest.mark.parametrize("name", BACKENDS)
-def test_quantization_and_gradients(name: str, metric: str, shape: Quantize, dtype: torch.dtype, mode: str,
-                                    seeded: bool) -> None:
-    assert_matches_oracle(make(shape, dtype), mode, random.randrange(2**63) if seeded else None, metric=metric,
-                          backend=name)
+def test_quantization_and_gradients(
+    name: str, metric: str, shape: Quantize, dtype: torch.dtype, mode: str, seeded: bool
+) -> None:
+    assert_matches_oracle(
+        make(shape, dtype), mode, random.randrange(2**63) if seeded else None, metric=metric, backend=name
+    )
 
 
 @pytest.mark.parametrize("with_tau", [True, False], ids=["tau", "constant"])  # without, noise takes one logarithm
@@ -53,8 +59,9 @@ def test_quantization_and_gradients(name: str, metric: str, shape: Quantize, dty
 @pytest.mark.parametrize("metric", LENGTHS)
 @pytest.mark.parametrize("name", BACKENDS)
 def test_rows_of_few_codes(name: str, metric: str, mode: str, with_tau: bool) -> None:
-    assert_matches_oracle(near_a_code(600, 32, (520, 96)), mode, random.randrange(2**63), with_tau, metric=metric,
-                          backend=name)
+    assert_matches_oracle(
+        near_a_code(600, 32, (520, 96)), mode, random.randrange(2**63), with_tau, metric=metric, backend=name
+    )
 
 
 def test_gradients_of_dot_products_by_hand() -> None:
@@ -68,10 +75,15 @@ def test_gradients_of_dot_products_by_hand() -> None:
     for name in ("reference", "native") if _extension.load_error is None else ("reference",):
         result = residual_quantize(*inputs, mode="straight_through", metric="dot", seed=8, backend=name)
         one_hot = torch.nn.functional.one_hot(result.sampled[:, 0], 6).double()
-        expected = [scale * ds @ codebook, scale * ds.T @ z + one_hot.T @ upstream, (ds * (z @ codebook.T)).sum(),
-                    -(ds * (scale * z @ codebook.T + noise)).sum() / tau]
-        assert_all_near(gradient_names(inputs), gradients((result.quantized[:, 0] * upstream).sum(), inputs.leaves),
-                        expected)
+        expected = [
+            scale * ds @ codebook,
+            scale * ds.T @ z + one_hot.T @ upstream,
+            (ds * (z @ codebook.T)).sum(),
+            -(ds * (scale * z @ codebook.T + noise)).sum() / tau,
+        ]
+        assert_all_near(
+            gradient_names(inputs), gradients((result.quantized[:, 0] * upstream).sum(), inputs.leaves), expected
+        )
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -80,8 +92,9 @@ def test_gradcheck_and_gradients_of_gradients(metric: str, name: str) -> None:
     z, codebooks, scale, tau = make(Quantize(n=3, d=2, sizes=(3, 2)))
 
     def run(z: Tensor, e0: Tensor, e1: Tensor, scale: Tensor, tau: Tensor) -> tuple[Tensor, ...]:
-        return tuple(differentiable(residual_quantize(z, [e0, e1], 0.3 * scale, tau, metric=metric, seed=2,
-                                                      backend=name)))
+        return tuple(
+            differentiable(residual_quantize(z, [e0, e1], 0.3 * scale, tau, metric=metric, seed=2, backend=name))
+        )
 
     assert torch.autograd.gradcheck(run, (z, *codebooks, scale, tau))
     assert torch.autograd.gradgradcheck(run, (z, *codebooks, scale, tau))
@@ -147,9 +160,13 @@ def test_nearest_codes_far_from_zero_and_near_each_other(name: str, offset: floa
     nearest, order = distances.sort(dim=1)
     clear = nearest[:, 1] - nearest[:, 0] > 1e-5 * nearest[:, 0]
     assert clear.float().mean() > 0.9
-    ways = [assign_codes(z, [codebook], metric="euclidean", backend=name),
-            *(residual_quantize(z, [codebook], 9.0, mode=mode, metric="euclidean", noise=False, backend=name).codes
-              for mode in MODES)]
+    ways = [
+        assign_codes(z, [codebook], metric="euclidean", backend=name),
+        *(
+            residual_quantize(z, [codebook], 9.0, mode=mode, metric="euclidean", noise=False, backend=name).codes
+            for mode in MODES
+        ),
+    ]
     for way, codes in enumerate(ways):
         assert torch.equal(codes[clear, 0], order[clear, 0]), way
 
@@ -172,8 +189,10 @@ def test_what_triton_lacks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(backend.KERNELS["assign_codes"], "triton", {"cpu": frozenset({torch.float32})})
     z, codebook = torch.randn(2, 3), torch.randn(4, 3)
     by_distance = {"metric": "euclidean", "backend": "triton"}
-    for op, call in (("residual_quantize", lambda: residual_quantize(z, [codebook], 1.0, **by_distance)),
-                     ("assign_codes", lambda: assign_codes(z, [codebook], **by_distance))):
+    for op, call in (
+        ("residual_quantize", lambda: residual_quantize(z, [codebook], 1.0, **by_distance)),
+        ("assign_codes", lambda: assign_codes(z, [codebook], **by_distance)),
+    ):
         with pytest.raises(BackendUnavailable) as caught:
             call()
         assert f"cannot run {op} here: {op} has no triton kernel for metric=euclidean: " in str(caught.value)

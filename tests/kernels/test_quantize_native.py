@@ -36,8 +36,9 @@ SHAPES = (*QUANTIZE, Quantize(n=37, d=24, sizes=(300, 1, 257)), Quantize(n=301, 
 
 def scaled(inputs: Inputs, scale: float, tau: float) -> Inputs:
     like = inputs.scale
-    return inputs._replace(scale=torch.full_like(like, scale).requires_grad_(),
-                           tau=torch.full_like(like, tau).requires_grad_())
+    return inputs._replace(
+        scale=torch.full_like(like, scale).requires_grad_(), tau=torch.full_like(like, tau).requires_grad_()
+    )
 
 
 @pytest.mark.parametrize("seeded", [True, False], ids=["noise", "no noise"])
@@ -73,8 +74,9 @@ def test_gradients_of_gradients_are_the_references() -> None:
 
     def second(backend: str) -> list[Tensor]:
         result = residual_quantize(*inputs, seed=4, backend=backend)
-        first = torch.autograd.grad(weighted_sum(differentiable(result), [torch.tensor(1.0)] * 5), inputs.leaves,
-                                    create_graph=True)
+        first = torch.autograd.grad(
+            weighted_sum(differentiable(result), [torch.tensor(1.0)] * 5), inputs.leaves, create_graph=True
+        )
         return list(torch.autograd.grad(sum(g.square().sum() for g in first), inputs.leaves))
 
     torch.testing.assert_close(second("native"), second("reference"), rtol=1e-4, atol=1e-4)
@@ -84,8 +86,9 @@ def test_a_codebook_row_of_nan_reaches_every_row_as_in_the_reference() -> None:
     z, codebook = torch.randn(4, 3), torch.randn(70, 3)
     codebook[66] = torch.nan
     for mode in ("soft", "straight_through", "hard"):
-        ours, theirs = (residual_quantize(z, [codebook], 9.0, mode=mode, seed=1, backend=b)
-                        for b in ("native", "reference"))
+        ours, theirs = (
+            residual_quantize(z, [codebook], 9.0, mode=mode, seed=1, backend=b) for b in ("native", "reference")
+        )
         assert torch.equal(ours.codes, theirs.codes) and torch.equal(ours.sampled, theirs.sampled)
         for a, b in zip(differentiable(ours)[:2], differentiable(theirs)[:2], strict=True):
             assert torch.equal(a.isnan(), b.isnan())
@@ -97,8 +100,12 @@ def test_zero_rows_and_short_vectors_keep_finite_gradients() -> None:
     codebook = torch.randn(5, 4)
     codebook[2] = 0
     leaves = [z.requires_grad_(), codebook.requires_grad_()]
-    ours, theirs = (torch.autograd.grad(residual_quantize(z, [codebook], 9.0, seed=1, eps=1e-3, backend=b).quantized
-                                        .square().sum(), leaves) for b in ("native", "reference"))
+    ours, theirs = (
+        torch.autograd.grad(
+            residual_quantize(z, [codebook], 9.0, seed=1, eps=1e-3, backend=b).quantized.square().sum(), leaves
+        )
+        for b in ("native", "reference")
+    )
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * theirs[0].abs().max().item())
 
 
@@ -123,16 +130,28 @@ def test_bits_do_not_depend_on_the_number_of_threads(mode: str) -> None:
 
 def test_backward_without_some_upstream_gradients() -> None:
     inputs = make(Quantize(n=9, d=5, sizes=(7, 6)), torch.float32)
-    wide = Inputs(*(x.detach().double().requires_grad_() if isinstance(x, Tensor)
-                    else [c.detach().double().requires_grad_() for c in x] for x in inputs))
+    wide = Inputs(
+        *(
+            x.detach().double().requires_grad_()
+            if isinstance(x, Tensor)
+            else [c.detach().double().requires_grad_() for c in x]
+            for x in inputs
+        )
+    )
     picks: list[Callable[..., Tensor]] = [
-        lambda r: r.quantized[:, 0].sum(), lambda r: (r.usage[1]**2).sum(), lambda r: r.log_normalizer.sum(),
-        lambda r: r.residuals[:, 1].square().sum()]
+        lambda r: r.quantized[:, 0].sum(),
+        lambda r: (r.usage[1] ** 2).sum(),
+        lambda r: r.log_normalizer.sum(),
+        lambda r: r.residuals[:, 1].square().sum(),
+    ]
     for pick in picks:
-        ours, theirs = (torch.autograd.grad(pick(residual_quantize(*x, seed=5, backend=b)), x.leaves, allow_unused=True)
-                        for x, b in ((inputs, "native"), (wide, "reference")))
-        wanted = [torch.zeros_like(a, dtype=torch.float64) if b is None else b
-                  for a, b in zip(ours, theirs, strict=True)]
+        ours, theirs = (
+            torch.autograd.grad(pick(residual_quantize(*x, seed=5, backend=b)), x.leaves, allow_unused=True)
+            for x, b in ((inputs, "native"), (wide, "reference"))
+        )
+        wanted = [
+            torch.zeros_like(a, dtype=torch.float64) if b is None else b for a, b in zip(ours, theirs, strict=True)
+        ]
         assert_all_near(gradient_names(inputs), ours, wanted, sizes=[largest_norm(wanted)] * len(wanted))
 
 
@@ -163,8 +182,13 @@ print(run(16384))
 @pytest.mark.parametrize(("assignments", "tau"), [("flat", 1.0), ("flat", 0.1), ("peaked", 0.5)])
 def test_memory_stays_far_below_one_assignment_matrix(assignments: str, tau: float) -> None:
     """N = 16384, D = 64, K up to 4096: under 100 MiB, results and gradients included; one N x K alone is 256 MiB."""
-    added = subprocess.run([sys.executable, "-c", MEMORY, str(tau), assignments], capture_output=True, text=True,
-                           check=True, env={**os.environ, "DGI_POISON": "0"}).stdout
+    added = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(tau), assignments],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "DGI_POISON": "0"},
+    ).stdout
     assert 4 < int(added) / 1024 < 100  # the residuals alone take 12
 
 
@@ -177,9 +201,10 @@ def test_ops_are_well_registered(seeded: bool) -> None:
     library.opcheck(ops.residual_quantize.default, (z, books, *options[:-1], 0))  # room is left as it was
     result = ops.residual_quantize(z, books, *options)
     upstream = (torch.randn(5, 2, 3), None, None, torch.randn(5, 2))
-    library.opcheck(ops.residual_quantize_backward.default,
-                          (*upstream, result[4], result[2], *result[5:], books, *options[:-1],
-                           True, seeded, True, not seeded))
+    library.opcheck(
+        ops.residual_quantize_backward.default,
+        (*upstream, result[4], result[2], *result[5:], books, *options[:-1], True, seeded, True, not seeded),
+    )
 
 
 def test_direct_callers_are_stopped_too() -> None:
@@ -195,8 +220,29 @@ def test_direct_callers_are_stopped_too() -> None:
         ops.assign_codes(z, books, [9], -1, 1e-12)
 
     def backward(sampled: Tensor, *lists: Tensor) -> None:
-        ops.residual_quantize_backward(None, None, None, None, torch.randn(2, 1, 3), sampled, torch.randn(2, 1), *lists,
-                                       books, [9], one, one, None, 0, 1, 0, 1e-12, True, True, True, True)
+        ops.residual_quantize_backward(
+            None,
+            None,
+            None,
+            None,
+            torch.randn(2, 1, 3),
+            sampled,
+            torch.randn(2, 1),
+            *lists,
+            books,
+            [9],
+            one,
+            one,
+            None,
+            0,
+            1,
+            0,
+            1e-12,
+            True,
+            True,
+            True,
+            True,
+        )
 
     def lists(ranges: list[int], codes: list[int]) -> tuple[Tensor, ...]:
         p = torch.full((len(codes),), 0.5)
@@ -206,8 +252,14 @@ def test_direct_callers_are_stopped_too() -> None:
     backward(fine, *lists([0, 2, 2, 4], [1, 8, 0, 3]))
     with pytest.raises(RuntimeError, match="sampled must hold codes"):
         backward(torch.full((2, 1), 9), *lists([0, 2, 2, 4], [1, 8, 0, 3]))
-    for ranges, codes in (([0, 2, 2, 4], [1, 9, 0, 3]), ([0, 2, 2, 4], [1, 8, -1, 3]), ([0, 2, 2, 4], [8, 1, 0, 3]),
-                          ([0, 2, 2, 5], [1, 8, 0, 3]), ([-1, 2, 2, 4], [1, 8, 0, 3]), ([2, 0, 2, 4], [1, 8, 0, 3])):
+    for ranges, codes in (
+        ([0, 2, 2, 4], [1, 9, 0, 3]),
+        ([0, 2, 2, 4], [1, 8, -1, 3]),
+        ([0, 2, 2, 4], [8, 1, 0, 3]),
+        ([0, 2, 2, 5], [1, 8, 0, 3]),
+        ([-1, 2, 2, 4], [1, 8, 0, 3]),
+        ([2, 0, 2, 4], [1, 8, 0, 3]),
+    ):
         with pytest.raises(RuntimeError, match="must hold ranges of ascending codes"):
             backward(fine, *lists(ranges, codes))
     with pytest.raises(RuntimeError, match="must be as forward returned them"):
@@ -229,8 +281,9 @@ def test_assigned_codes_are_those_of_hard_mode(shape: Quantize, dtype: torch.dty
         chosen = cosines.gather(1, codes[:, level : level + 1])[:, 0]
         assert (chosen >= cosines.amax(1) - resolution).all()
         residual = residual - e[codes[:, level]]
-    by_reference = residual_quantize(inputs.z, inputs.codebooks, 9.0, mode="hard", noise=False,
-                                     backend="reference").codes
+    by_reference = residual_quantize(
+        inputs.z, inputs.codebooks, 9.0, mode="hard", noise=False, backend="reference"
+    ).codes
     if dtype == torch.float64 and shape.d > 3:
         assert torch.equal(codes, by_reference)
 
@@ -253,11 +306,14 @@ def test_assigned_codes_of_awkward_rows() -> None:
 def test_hard_mode_over_several_tiles_of_codes(scale: float, seed: int | None) -> None:
     """Its running maxima and log-sum-exp, with noise and without, against the reference over all codes at once."""
     inputs = peaked(600, 16, (2600, 70), torch.float64)
-    ours, theirs = (residual_quantize(inputs.z, inputs.codebooks, scale, 0.3, mode="hard", seed=seed, backend=b)
-                    for b in ("native", "reference"))
+    ours, theirs = (
+        residual_quantize(inputs.z, inputs.codebooks, scale, 0.3, mode="hard", seed=seed, backend=b)
+        for b in ("native", "reference")
+    )
     assert torch.equal(ours.codes, theirs.codes) and torch.equal(ours.sampled, theirs.sampled)
     for a, b in zip(differentiable(ours), differentiable(theirs), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
-    narrow = residual_quantize(inputs.z.float(), [c.float() for c in inputs.codebooks], scale, 0.3, mode="hard",
-                               seed=seed, backend="native").log_normalizer[:, 0]
+    narrow = residual_quantize(
+        inputs.z.float(), [c.float() for c in inputs.codebooks], scale, 0.3, mode="hard", seed=seed, backend="native"
+    ).log_normalizer[:, 0]
     torch.testing.assert_close(narrow.double(), theirs.log_normalizer[:, 0], rtol=1e-4, atol=1e-4)

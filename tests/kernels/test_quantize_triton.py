@@ -51,34 +51,58 @@ SHAPES = [Quantize(n=1, d=1, sizes=(1,)), Quantize(n=6, d=3, sizes=(4, 1, 3)), Q
 def inputs(shape: Quantize, dtype: torch.dtype) -> list[Tensor]:
     # Lengths stay away from 0, where the cosine's gradient, 1 / length, has no digits left to compare.
     n, d, sizes = shape
-    tensors = [F.normalize(torch.randn(rows, d, device=DEVICE), dim=1) * d**0.5
-               * torch.empty(rows, 1, device=DEVICE).uniform_(0.5, 2)
-               for rows in (n, *sizes)]
+    tensors = [
+        F.normalize(torch.randn(rows, d, device=DEVICE), dim=1)
+        * d**0.5
+        * torch.empty(rows, 1, device=DEVICE).uniform_(0.5, 2)
+        for rows in (n, *sizes)
+    ]
     return [x.to(dtype).requires_grad_() for x in tensors]
 
 
 def scalars(scale: float, tau: float) -> tuple[Tensor, Tensor]:
-    return (torch.tensor(scale, device=DEVICE, requires_grad=True), torch.tensor(tau, device=DEVICE,
-                                                                                 requires_grad=True))
+    return (
+        torch.tensor(scale, device=DEVICE, requires_grad=True),
+        torch.tensor(tau, device=DEVICE, requires_grad=True),
+    )
 
 
-def assert_exact(leaves: Sequence[Tensor], scale: Tensor, tau: Tensor, mode: str,
-                 weights: Sequence[float] = (1, 1, 1, 9), noise: bool = True, eps: float = 1e-12,
-                 metric: str = "cosine") -> ResidualQuantization:
+def assert_exact(
+    leaves: Sequence[Tensor],
+    scale: Tensor,
+    tau: Tensor,
+    mode: str,
+    weights: Sequence[float] = (1, 1, 1, 9),
+    noise: bool = True,
+    eps: float = 1e-12,
+    metric: str = "cosine",
+) -> ResidualQuantization:
     """Every result and every gradient, for gradients of every result (``weights``: 0 for none), against float64."""
     dtype = leaves[0].dtype
     seed, row_offset = seed_tensor(), random.choice([0, 5, 2**32 - len(leaves[0])])
 
     def quantize(values: Sequence[Tensor], backend: str) -> ResidualQuantization:
         z, *codebooks, scale, tau = values
-        return residual_quantize(z, codebooks, scale, tau, mode=mode, metric=metric, noise=noise, seed=seed,
-                                 row_offset=row_offset, eps=eps, backend=backend)
+        return residual_quantize(
+            z,
+            codebooks,
+            scale,
+            tau,
+            mode=mode,
+            metric=metric,
+            noise=noise,
+            seed=seed,
+            row_offset=row_offset,
+            eps=eps,
+            backend=backend,
+        )
 
     values = [*leaves, scale, tau]
     exact = [x.detach().double().requires_grad_() for x in values]
     actual, usual = quantize(values, "triton"), quantize(values, "reference")
-    truth = oracle(Inputs(exact[0], exact[1:-2], *exact[-2:]), mode, seed if noise else None, actual, row_offset, eps,
-                   metric)
+    truth = oracle(
+        Inputs(exact[0], exact[1:-2], *exact[-2:]), mode, seed if noise else None, actual, row_offset, eps, metric
+    )
     same_path = torch.equal(actual.codes, usual.codes) and torch.equal(actual.sampled, usual.sampled)
     assert actual.quantized.dtype == actual.residuals.dtype == dtype
 
@@ -87,31 +111,50 @@ def assert_exact(leaves: Sequence[Tensor], scale: Tensor, tau: Tensor, mode: str
 
     # At a near-tie the reference goes another way, and says nothing of this one; a soft path does not follow the codes.
     compared = results(usual) if same_path or mode == "soft" else None
-    assert_all_near(("quantized", "residuals", "log_normalizer", "usage"), results(actual), results(truth), compared,
-                    dtype=dtype, sizes=(1e-2, 1e-2, 1e-2, 0))
+    assert_all_near(
+        ("quantized", "residuals", "log_normalizer", "usage"),
+        results(actual),
+        results(truth),
+        compared,
+        dtype=dtype,
+        sizes=(1e-2, 1e-2, 1e-2, 0),
+    )
     if mode == "hard":
         assert not actual.quantized.requires_grad
         return actual
 
     def loss(result: ResidualQuantization) -> Tensor:
-        return sum((weight * (x.double() * torch.linspace(-1, 2, x.numel(), device=DEVICE,
-                                                          dtype=torch.float64).view(x.shape)
-                              ).sum() for weight, x in zip(weights, results(result), strict=True) if weight),
-                   torch.tensor(0.0))
+        return sum(
+            (
+                weight
+                * (
+                    x.double() * torch.linspace(-1, 2, x.numel(), device=DEVICE, dtype=torch.float64).view(x.shape)
+                ).sum()
+                for weight, x in zip(weights, results(result), strict=True)
+                if weight
+            ),
+            torch.tensor(0.0),
+        )
 
     wanted, found = gradients(loss(truth), exact), gradients(loss(actual), values)
     names = ["z", *(f"codebooks[{j}]" for j in range(len(leaves) - 1)), "scale", "tau"]
     # Where a gradient cancels to nothing, what it is summed from is still rounded.
     largest = max(x.norm().item() for x in wanted)
-    assert_all_near([f"gradient of {name}" for name in names], found, wanted,
-                    gradients(loss(usual), values) if compared is not None else None, dtype=dtype,
-                    sizes=[0.1 * largest] * len(names))
+    assert_all_near(
+        [f"gradient of {name}" for name in names],
+        found,
+        wanted,
+        gradients(loss(usual), values) if compared is not None else None,
+        dtype=dtype,
+        sizes=[0.1 * largest] * len(names),
+    )
     return actual
 
 
 @runs
-@pytest.mark.parametrize(("mode", "noise"), [("soft", True), ("straight_through", True), ("hard", True), ("soft",
-                                                                                                          False)])
+@pytest.mark.parametrize(
+    ("mode", "noise"), [("soft", True), ("straight_through", True), ("hard", True), ("soft", False)]
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("shape", SHAPES, ids=name_of)
 def test_quantization(form: str, shape: Quantize, dtype: torch.dtype, mode: str, noise: bool) -> None:
@@ -130,8 +173,13 @@ def test_dot_products(form: str, mode: str) -> None:
     leaves = inputs(random.choice(SHAPES), torch.float32)
     with torch.no_grad():
         leaves[1][0] = 0
-    assert_exact(leaves, *scalars(random.uniform(0.2, 1), random.uniform(0.6, 1.5)), mode, noise=random.random() < 0.5,
-                 metric="dot")
+    assert_exact(
+        leaves,
+        *scalars(random.uniform(0.2, 1), random.uniform(0.6, 1.5)),
+        mode,
+        noise=random.random() < 0.5,
+        metric="dot",
+    )
 
 
 @runs
@@ -178,8 +226,11 @@ def test_views_empty_batches_and_repeats(form: str) -> None:
     for view in (z[:, ::2], z[::3, 5:25], z[:1, :20].expand(4, 20), z[:0, :20]):
         first = residual_quantize(view, [codebook, codebook], 3.0, seed=1, backend="triton")
         again = residual_quantize(view.contiguous(), [codebook, codebook], 3.0, seed=1, backend="triton")
-        for a, b in zip((first.quantized, first.log_normalizer, *first.usage), (again.quantized, again.log_normalizer,
-                                                                                *again.usage), strict=True):
+        for a, b in zip(
+            (first.quantized, first.log_normalizer, *first.usage),
+            (again.quantized, again.log_normalizer, *again.usage),
+            strict=True,
+        ):
             assert torch.equal(a, b)
     empty = z[:0, :20].clone().requires_grad_()
     result = residual_quantize(empty, [codebook], 3.0, seed=1, backend="triton")
@@ -222,8 +273,12 @@ def test_bits_repeat_on_a_gpu(dim: int, mode: str) -> None:
         z, *codebooks = leaves
         result = residual_quantize(z, codebooks, scale, tau, mode=mode, seed=3, backend="triton")
         loss = result.quantized.float().square().sum() + torch.cat(list(result.usage)).square().sum()
-        return [result.quantized, result.sampled, result.log_normalizer,
-                *torch.autograd.grad(loss, (*leaves, scale, tau))]
+        return [
+            result.quantized,
+            result.sampled,
+            result.log_normalizer,
+            *torch.autograd.grad(loss, (*leaves, scale, tau)),
+        ]
 
     first = step()
     for _ in range(20):

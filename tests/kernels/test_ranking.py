@@ -30,8 +30,9 @@ CASES = 100
 BACKENDS = ["reference", *(["native"] if backends()["native"].available else [])]
 
 
-def random_beams(trie: Trie, catalog: Catalog, batch: int,
-                 depth: int) -> tuple[Beams, list[list[tuple[float, tuple[int, ...]]]]]:
+def random_beams(
+    trie: Trie, catalog: Catalog, batch: int, depth: int
+) -> tuple[Beams, list[list[tuple[float, tuple[int, ...]]]]]:
     """Beams with ties, dead ones among them, in any order; and the live ones as (score, prefix)."""
     known = names(trie, catalog, depth)
     width = random.randint(1, 6)
@@ -94,23 +95,29 @@ def test_many_dimensions_against_the_formula(backend: str) -> None:
             found = ranking.items[b][ranking.items[b] >= 0]
             leaf = trie.find(codes[found])
             assert sorted(found.tolist()) == sorted(trie.items(nodes[b], 2).item_ids.tolist())
-            torch.testing.assert_close(ranking.scores[b, :len(found)], scores[b, leaf])
-            torch.testing.assert_close(ranking.cosines[b, :len(found)].double(), expected[b, found], atol=1e-6, rtol=0)
-            keys = list(zip((-scores[b, leaf]).tolist(), (-ranking.cosines[b, :len(found)]).tolist(), strict=True))
+            torch.testing.assert_close(ranking.scores[b, : len(found)], scores[b, leaf])
+            torch.testing.assert_close(ranking.cosines[b, : len(found)].double(), expected[b, found], atol=1e-6, rtol=0)
+            keys = list(zip((-scores[b, leaf]).tolist(), (-ranking.cosines[b, : len(found)]).tolist(), strict=True))
             assert keys == sorted(keys)
 
 
 def test_a_search_result_ranks_as_its_leaves() -> None:
     trie = Trie.from_codes([[0, 1], [0, 1], [1], [1, 0]], [3, 1, 0, 2], codebook_sizes=[2, 2])
-    result = beam_search(trie, lambda depth, tokens, parents: torch.zeros(1, 1 if depth == 0 else 3, 2), batch_size=1,
-                         num_beams=3, normalize="none")
+    result = beam_search(
+        trie,
+        lambda depth, tokens, parents: torch.zeros(1, 1 if depth == 0 else 3, 2),
+        batch_size=1,
+        num_beams=3,
+        normalize="none",
+    )
     vectors = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [-1.0, 0.0]])
     ranking = rank_candidates(torch.tensor([[2.0, 0.0]]), vectors, trie, result, 6)
     assert ranking.items.tolist() == [[0, 2, 1, 3, -1, -1]]  # all beams tie, so the cosine alone decides
     assert ranking.cosines[0].tolist() == pytest.approx([1.0, math.sqrt(0.5), 0.0, -1.0, -1.0, -1.0])
     assert ranking.scores[0].tolist() == [0.0] * 4 + [-math.inf] * 2
-    again = rank_candidates(torch.tensor([[2.0, 0.0]]), vectors, trie, Beams(result.nodes, result.nodes, result.nodes,
-                                                                             result.scores, 2), 6)
+    again = rank_candidates(
+        torch.tensor([[2.0, 0.0]]), vectors, trie, Beams(result.nodes, result.nodes, result.nodes, result.scores, 2), 6
+    )
     assert all(torch.equal(a, b) for a, b in zip(ranking, again, strict=True))
 
 
@@ -153,8 +160,11 @@ def test_dead_beams_and_nan_yield_nothing_wrong(backend: str) -> None:
 def test_empty_tries_batches_and_beams(backend: str) -> None:
     empty = Trie.from_codes(torch.empty(0, 2), codebook_sizes=[2, 2])
     dead = torch.full((2, 3), -1)
-    for beams in (empty.root(2), Beams(dead, dead, dead, torch.zeros(2, 3), 1),
-                  BeamResult(dead.unsqueeze(-1), torch.zeros(2, 3), dead)):
+    for beams in (
+        empty.root(2),
+        Beams(dead, dead, dead, torch.zeros(2, 3), 1),
+        BeamResult(dead.unsqueeze(-1), torch.zeros(2, 3), dead),
+    ):
         ranking = rank_candidates(torch.ones(2, 4), torch.ones(0, 4), empty, beams, 3, backend=backend)
         assert ranking.items.tolist() == [[-1] * 3] * 2
     trie = Trie.from_codes([[0, 1]])
@@ -208,33 +218,44 @@ def test_ranking_on_cuda_is_the_same_and_captures_in_a_graph() -> None:
         rank_candidates(moved[0], moved[1], there, wild, 3)
 
 
-@pytest.mark.parametrize(("changes", "error", "message"), [
-    ({"trie": None}, TypeError, "trie must be a Trie"),
-    ({"query": torch.ones(2)}, ValueError, "query must have 2 dimensions"),
-    ({"query": torch.ones(2, 4, dtype=torch.int64)}, TypeError, "query must have dtype"),
-    ({"query": torch.ones(3, 4)}, ValueError, "beams.nodes must have shape"),
-    ({"item_vectors": torch.ones(3, 5)}, ValueError, "item_vectors must have shape"),
-    ({"item_vectors": torch.ones(3, 4, dtype=torch.float64)}, TypeError, "item_vectors"),
-    ({"item_vectors": torch.ones(2, 4)}, ValueError, "item_vectors must have a row for every item id .*, 0 to 2"),
-    ({"beams": [0]}, TypeError, "beams must be Beams or a BeamResult"),
-    ({"k": 0}, ValueError, "k must be at least 1"),
-    ({"k": 1.5}, TypeError, "k must be an integer"),
-    ({"filters": 3}, TypeError, "filters must be a TrieFilter"),
-    ({"backend": "triton"}, BackendUnavailable, "rank_candidates"),
-])
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"trie": None}, TypeError, "trie must be a Trie"),
+        ({"query": torch.ones(2)}, ValueError, "query must have 2 dimensions"),
+        ({"query": torch.ones(2, 4, dtype=torch.int64)}, TypeError, "query must have dtype"),
+        ({"query": torch.ones(3, 4)}, ValueError, "beams.nodes must have shape"),
+        ({"item_vectors": torch.ones(3, 5)}, ValueError, "item_vectors must have shape"),
+        ({"item_vectors": torch.ones(3, 4, dtype=torch.float64)}, TypeError, "item_vectors"),
+        ({"item_vectors": torch.ones(2, 4)}, ValueError, "item_vectors must have a row for every item id .*, 0 to 2"),
+        ({"beams": [0]}, TypeError, "beams must be Beams or a BeamResult"),
+        ({"k": 0}, ValueError, "k must be at least 1"),
+        ({"k": 1.5}, TypeError, "k must be an integer"),
+        ({"filters": 3}, TypeError, "filters must be a TrieFilter"),
+        ({"backend": "triton"}, BackendUnavailable, "rank_candidates"),
+    ],
+)
 def test_bad_arguments_are_named(changes: dict[str, object], error: type[Exception], message: str) -> None:
     trie = Trie.from_codes([[0, 1], [1, 0]], [2, 0])
-    arguments = {"query": torch.ones(2, 4), "item_vectors": torch.ones(3, 4), "trie": trie, "beams": trie.root(2),
-                 "k": 3}
+    arguments = {
+        "query": torch.ones(2, 4),
+        "item_vectors": torch.ones(3, 4),
+        "trie": trie,
+        "beams": trie.root(2),
+        "k": 3,
+    }
     with pytest.raises(error, match=message):
         rank_candidates(**(arguments | changes))
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"depth": 3}, "beams.depth must be"),
-    ({"nodes": torch.tensor([[0], [1]])}, "beams.nodes must be in"),
-    ({"scores": torch.zeros(2, 2)}, "beams.scores must have shape"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"depth": 3}, "beams.depth must be"),
+        ({"nodes": torch.tensor([[0], [1]])}, "beams.nodes must be in"),
+        ({"scores": torch.zeros(2, 2)}, "beams.scores must have shape"),
+    ],
+)
 def test_bad_beams_are_named(changes: dict[str, object], message: str) -> None:
     trie = Trie.from_codes([[0, 1], [1, 0]])
     with pytest.raises(ValueError, match=message):

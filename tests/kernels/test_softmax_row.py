@@ -68,9 +68,29 @@ def headers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         pytest.skip("the processor has no AVX2")
     folder = tmp_path_factory.mktemp("headers")
     (folder / "harness.cpp").write_text(HARNESS)
-    subprocess.run(["c++", "-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off",
-                    "-fopenmp-simd", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", *request.param,
-                    f"-I{CSRC / 'include'}", "harness.cpp", "-o", "harness.so"], cwd=folder, check=True)
+    subprocess.run(
+        [
+            "c++",
+            "-std=c++20",
+            "-O3",
+            "-fno-math-errno",
+            "-fno-trapping-math",
+            "-ffp-contract=off",
+            "-fopenmp-simd",
+            "-shared",
+            "-fPIC",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            *request.param,
+            f"-I{CSRC / 'include'}",
+            "harness.cpp",
+            "-o",
+            "harness.so",
+        ],
+        cwd=folder,
+        check=True,
+    )
     return ctypes.CDLL(str(folder / "harness.so"))
 
 
@@ -116,8 +136,14 @@ def gradient_row(headers: ctypes.CDLL, logits: np.ndarray, target: int, limit: i
     products = (logits / rnorm).astype(np.float32)
     index, value, t = np.empty(limit + 64, np.int32), np.empty(limit + 64, np.float32), np.empty_like(rnorm)
     headers.gradient_row.restype = ctypes.c_int64
-    count = headers.gradient_row(pointer(products), pointer(rnorm), *map(ctypes.c_int64, (logits.size, target, limit)),
-                                 pointer(index), pointer(value), pointer(t))
+    count = headers.gradient_row(
+        pointer(products),
+        pointer(rnorm),
+        *map(ctypes.c_int64, (logits.size, target, limit)),
+        pointer(index),
+        pointer(value),
+        pointer(t),
+    )
     return count, t / rnorm
 
 

@@ -27,8 +27,11 @@ def test_vmap_gives_what_a_loop_gives() -> None:
     def looped(function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
         return torch.stack([function(*example) for example in zip(*arguments, strict=True)])
 
-    for function, arguments in ((cosine_logits, (h, weight, scale)), (cosine_cross_entropy, (h, weight, target, scale)),
-                                (lambda x: gumbel_softmax(x, seed=3), (h,))):
+    for function, arguments in (
+        (cosine_logits, (h, weight, scale)),
+        (cosine_cross_entropy, (h, weight, target, scale)),
+        (lambda x: gumbel_softmax(x, seed=3), (h,)),
+    ):
         torch.testing.assert_close(vmap(function)(*arguments), looped(function, *arguments))
     per_example = vmap(grad(cosine_cross_entropy), in_dims=(0, None, 0, None))(h, weight[0], target, scale[0])
     expected = looped(lambda x, y: grad(cosine_cross_entropy)(x, weight[0], y, scale[0]), h, target)
@@ -37,7 +40,7 @@ def test_vmap_gives_what_a_loop_gives() -> None:
 
 def test_grad_and_jvp_agree_with_autograd() -> None:
     h, weight, target = torch.randn(4, 5, requires_grad=True), torch.randn(6, 5), torch.randint(6, (4,))
-    expected, = torch.autograd.grad(cosine_cross_entropy(h, weight, target, 9.0), h)
+    (expected,) = torch.autograd.grad(cosine_cross_entropy(h, weight, target, 9.0), h)
     actual = grad(lambda x: cosine_cross_entropy(x, weight, target, 9.0))(h.detach())
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
     tangent = torch.randn_like(h)
@@ -58,9 +61,11 @@ def test_values_of_every_example_are_checked() -> None:
 @pytest.mark.skipif(not backends()["native"].available, reason="the extension is not built")
 def test_a_kernel_asked_for_by_name_says_why_it_cannot_run() -> None:
     h, weight, target = torch.randn(3, 4, 5), torch.randn(6, 5), torch.zeros(4, dtype=torch.int64)
-    for transformed in (vmap(lambda x: cosine_logits(x, weight, 9.0, backend="native")),
-                        vmap(lambda x: cosine_cross_entropy(x, weight, target, 9.0, backend="native")),
-                        vmap(grad(lambda x: cosine_cross_entropy(x, weight, target, 9.0, backend="native")))):
+    for transformed in (
+        vmap(lambda x: cosine_logits(x, weight, 9.0, backend="native")),
+        vmap(lambda x: cosine_cross_entropy(x, weight, target, 9.0, backend="native")),
+        vmap(grad(lambda x: cosine_cross_entropy(x, weight, target, 9.0, backend="native"))),
+    ):
         with pytest.raises(BackendUnavailable, match=r"cannot run cosine_.*torch.func's transforms"):
             transformed(h)
 
@@ -92,5 +97,6 @@ def test_forward_mode_differentiates(name: str) -> None:
 @pytest.mark.skipif(not backends()["native"].available, reason="the extension is not built")
 def test_a_kernel_asked_for_by_name_refuses_forward_mode() -> None:
     with forward_ad.dual_level(), pytest.raises(BackendUnavailable, match="forward-mode differentiation"):
-        cosine_logits(forward_ad.make_dual(torch.randn(4, 5), torch.randn(4, 5)), torch.randn(6, 5), 2.0,
-                      backend="native")
+        cosine_logits(
+            forward_ad.make_dual(torch.randn(4, 5), torch.randn(4, 5)), torch.randn(6, 5), 2.0, backend="native"
+        )

@@ -16,8 +16,9 @@ from dgi_kernels import Trie, backends, beam_search
 from .oracles import Catalog, random_catalog
 
 CASES = 60
-BUILDERS = ["reference"] + (["native"] if "trie_build" in backends()["native"].ops and backends()["native"].available
-                            else [])
+BUILDERS = ["reference"] + (
+    ["native"] if "trie_build" in backends()["native"].ops and backends()["native"].available else []
+)
 
 
 def make(catalog: Catalog, **options: object) -> Trie:
@@ -49,7 +50,9 @@ def test_nodes_children_and_items_are_those_of_the_sorted_prefixes(builder: str)
             assert nodes.tolist() == list(range(len(prefixes)))
             ranges = trie.items(range(len(prefixes)), depth)
             for node, prefix in enumerate(prefixes):
-                assert ranges.item_ids[ranges.offsets[node]:ranges.offsets[node + 1]].tolist() == catalog.items(prefix)
+                assert ranges.item_ids[ranges.offsets[node] : ranges.offsets[node + 1]].tolist() == catalog.items(
+                    prefix
+                )
                 if depth < catalog.depth:
                     assert trie.children(node, depth).tolist() == catalog.children(prefix)
 
@@ -90,8 +93,18 @@ def test_every_form_of_codes_gives_the_same_trie() -> None:
     expected = Trie.from_codes(table, ids, codebook_sizes=[7, 7, 7])
     rows = table.tolist()
     wide = torch.stack([table, table], dim=-1).flatten(1)
-    forms = [table.int(), table.to(torch.uint8), table.numpy(), table.numpy().astype(np.uint16), wide[:, ::2], rows,
-             tuple(map(tuple, rows)), list(table), list(table.numpy()), [*rows[:20], *map(tuple, rows[20:])]]
+    forms = [
+        table.int(),
+        table.to(torch.uint8),
+        table.numpy(),
+        table.numpy().astype(np.uint16),
+        wide[:, ::2],
+        rows,
+        tuple(map(tuple, rows)),
+        list(table),
+        list(table.numpy()),
+        [*rows[:20], *map(tuple, rows[20:])],
+    ]
     for codes in forms:
         assert_same(Trie.from_codes(codes, ids.tolist(), codebook_sizes=(7, 7, 7)), expected)
     assert_same(Trie.from_codes(table, ids.numpy().astype(np.int32), codebook_sizes=np.array([7, 7, 7])), expected)
@@ -133,8 +146,10 @@ def test_updates_are_builds_of_the_merged_catalog_and_leave_the_old_trie_alone()
         before = {name: array.clone() for name, array in trie.arrays.items()}
         removed = set(random.sample(catalog.ids, random.randint(0, len(catalog.ids))))
         kept = [(code, item) for code, item in zip(catalog.codes, catalog.ids, strict=True) if item not in removed]
-        added = [(tuple(random.randrange(size) for size in catalog.sizes[:random.randint(1, catalog.depth)]), item)
-                 for item in random.sample(sorted(removed) + list(range(1000, 1005)), random.randint(0, 4))]
+        added = [
+            (tuple(random.randrange(size) for size in catalog.sizes[: random.randint(1, catalog.depth)]), item)
+            for item in random.sample(sorted(removed) + list(range(1000, 1005)), random.randint(0, 4))
+        ]
         merged = kept + added
         new = trie.update(add=([code for code, _ in added], [item for _, item in added]), remove=sorted(removed))
         codes, ids = new.codes()
@@ -225,33 +240,40 @@ def test_bad_codes_are_named(codes: object, error: type[Exception], message: str
         Trie.from_codes(codes)
 
 
-@pytest.mark.parametrize(("call", "error", "message"), [
-    (lambda: Trie.from_codes([[0], [1]], [3, 3]), ValueError, "item_ids must be distinct; 3"),
-    (lambda: Trie.from_codes([[0], [1]], [3]), ValueError, "item_ids must have one id per item"),
-    (lambda: Trie.from_codes([[0], [1]], [0.5, 1]), TypeError, "item_ids must hold integers"),
-    (lambda: Trie.from_codes([[0, 5]], codebook_sizes=[1, 5]), ValueError, r"codes\[0\]\[1\] must be less .*got 5"),
-    (lambda: Trie.from_codes([[0, 5]], codebook_sizes=[6]), ValueError, "codebook_sizes must have one size per level"),
-    (lambda: Trie.from_codes([[0]], codebook_sizes=[1.5]), TypeError, "codebook_sizes must hold integers"),
-    (lambda: Trie.from_codes([[0]], codebook_sizes=[-1]), ValueError, "codebook_sizes must be from 0"),
-    (lambda: Trie.from_codes([[0]], codebook_sizes=3), ValueError, "codebook_sizes must have one size"),
-    (lambda: Trie.from_codes([[0]], backend="fast"), ValueError, "backend must be one of"),
-    (lambda: Trie.from_codes([[0]]).find([[0, 0]]), ValueError, "prefixes must have shape"),
-    (lambda: Trie.from_codes([[0]]).find(0), ValueError, "prefixes must have shape"),
-    (lambda: Trie.from_codes([[0]]).find([[0.5]]), TypeError, "prefixes must hold integers"),
-    (lambda: Trie.from_codes([[0]]).children(1, 0), ValueError, "node must be"),
-    (lambda: Trie.from_codes([[0]]).children(torch.tensor([0, 0]), 0), TypeError, "node must be an integer"),
-    (lambda: Trie.from_codes([[0]]).children(0, 1), ValueError, "depth must be"),
-    (lambda: Trie.from_codes([[0]]).items([1], 1), ValueError, "nodes must be in"),
-    (lambda: Trie.from_codes([[0]]).items([0], 2), ValueError, "depth must be"),
-    (lambda: Trie.from_codes([[0]]).root(-1), ValueError, "batch_size must be"),
-    (lambda: Trie.from_codes([[0]]).update(remove=[1]), ValueError, "remove must be ids of items .* 1"),
-    (lambda: Trie.from_codes([[0]]).update(add=([[0]], [0])), ValueError, "0 is already in the trie"),
-    (lambda: Trie.from_codes([[0]]).update(add=([[0], [0]], [4, 4])), ValueError, "distinct; 4"),
-    (lambda: Trie.from_codes([[0]]).update(add=[[0]]), TypeError, r"add must be a pair \(codes, ids\)"),
-    (lambda: Trie.from_codes([[0]]).update(add=([[0, 1]], [1])), ValueError, "must have 1 levels"),
-    (lambda: Trie.from_codes([[0, 0]]).update(add=(torch.tensor([[0]]), [1])), ValueError, "must have 2 levels"),
-    (lambda: Trie.from_codes([[0]], codebook_sizes=[2]).update(add=([[2]], [1])), ValueError, "must be less than"),
-])
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: Trie.from_codes([[0], [1]], [3, 3]), ValueError, "item_ids must be distinct; 3"),
+        (lambda: Trie.from_codes([[0], [1]], [3]), ValueError, "item_ids must have one id per item"),
+        (lambda: Trie.from_codes([[0], [1]], [0.5, 1]), TypeError, "item_ids must hold integers"),
+        (lambda: Trie.from_codes([[0, 5]], codebook_sizes=[1, 5]), ValueError, r"codes\[0\]\[1\] must be less .*got 5"),
+        (
+            lambda: Trie.from_codes([[0, 5]], codebook_sizes=[6]),
+            ValueError,
+            "codebook_sizes must have one size per level",
+        ),
+        (lambda: Trie.from_codes([[0]], codebook_sizes=[1.5]), TypeError, "codebook_sizes must hold integers"),
+        (lambda: Trie.from_codes([[0]], codebook_sizes=[-1]), ValueError, "codebook_sizes must be from 0"),
+        (lambda: Trie.from_codes([[0]], codebook_sizes=3), ValueError, "codebook_sizes must have one size"),
+        (lambda: Trie.from_codes([[0]], backend="fast"), ValueError, "backend must be one of"),
+        (lambda: Trie.from_codes([[0]]).find([[0, 0]]), ValueError, "prefixes must have shape"),
+        (lambda: Trie.from_codes([[0]]).find(0), ValueError, "prefixes must have shape"),
+        (lambda: Trie.from_codes([[0]]).find([[0.5]]), TypeError, "prefixes must hold integers"),
+        (lambda: Trie.from_codes([[0]]).children(1, 0), ValueError, "node must be"),
+        (lambda: Trie.from_codes([[0]]).children(torch.tensor([0, 0]), 0), TypeError, "node must be an integer"),
+        (lambda: Trie.from_codes([[0]]).children(0, 1), ValueError, "depth must be"),
+        (lambda: Trie.from_codes([[0]]).items([1], 1), ValueError, "nodes must be in"),
+        (lambda: Trie.from_codes([[0]]).items([0], 2), ValueError, "depth must be"),
+        (lambda: Trie.from_codes([[0]]).root(-1), ValueError, "batch_size must be"),
+        (lambda: Trie.from_codes([[0]]).update(remove=[1]), ValueError, "remove must be ids of items .* 1"),
+        (lambda: Trie.from_codes([[0]]).update(add=([[0]], [0])), ValueError, "0 is already in the trie"),
+        (lambda: Trie.from_codes([[0]]).update(add=([[0], [0]], [4, 4])), ValueError, "distinct; 4"),
+        (lambda: Trie.from_codes([[0]]).update(add=[[0]]), TypeError, r"add must be a pair \(codes, ids\)"),
+        (lambda: Trie.from_codes([[0]]).update(add=([[0, 1]], [1])), ValueError, "must have 1 levels"),
+        (lambda: Trie.from_codes([[0, 0]]).update(add=(torch.tensor([[0]]), [1])), ValueError, "must have 2 levels"),
+        (lambda: Trie.from_codes([[0]], codebook_sizes=[2]).update(add=([[2]], [1])), ValueError, "must be less than"),
+    ],
+)
 def test_bad_arguments_are_named(call: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
@@ -314,10 +336,17 @@ def test_a_trie_can_be_pickled_and_copied(many: bool) -> None:
     some.nodes, trie.update(remove=[3])  # what is made when first asked for is there
     for made in (pickle.loads(pickle.dumps((trie, some, trie.update(remove=[3])))), copy.deepcopy((trie, some, trie))):
         again, filtered, updated = made
-        assert all(torch.equal(array, trie.arrays[name]) and array.dtype == trie.arrays[name].dtype
-                   for name, array in again.arrays.items())
-        found = beam_search(again, lambda depth, *_: torch.arange(6.0).expand(1, 1 if depth == 0 else 4, 6),
-                            batch_size=1, num_beams=4, filters=filtered)
+        assert all(
+            torch.equal(array, trie.arrays[name]) and array.dtype == trie.arrays[name].dtype
+            for name, array in again.arrays.items()
+        )
+        found = beam_search(
+            again,
+            lambda depth, *_: torch.arange(6.0).expand(1, 1 if depth == 0 else 4, 6),
+            batch_size=1,
+            num_beams=4,
+            filters=filtered,
+        )
         assert found.codes[0, 0].tolist() == codes[1].tolist() and again.find(codes[7]) == trie.find(codes[7])
         assert updated.num_items in (trie.num_items, trie.num_items - 1)
         assert torch.equal(again.items(torch.tensor([0]), 0).item_ids, trie.items(torch.tensor([0]), 0).item_ids)

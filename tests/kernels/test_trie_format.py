@@ -44,15 +44,20 @@ def signed(data: bytes) -> bytes:
     """The file with checksums that fit: what someone who means harm would write."""
     header_end = 24 + struct.unpack_from("<I", data, 12)[0]
     if header_end + 2 * DIGEST <= len(data):
-        data = data[:header_end] + hashlib.sha256(data[:header_end]).digest() + data[header_end + DIGEST:]
+        data = data[:header_end] + hashlib.sha256(data[:header_end]).digest() + data[header_end + DIGEST :]
     return data[:-DIGEST] + hashlib.sha256(data[:-DIGEST]).digest()
 
 
 def use(trie: Trie) -> None:
     """Read every array of a trie the way that searches do."""
     logits = [torch.randn(2, 5, size + 1 if trie.sizes_inferred else size) for size in trie.codebook_sizes]
-    result = beam_search(trie, lambda depth, tokens, parents: logits[depth][:, :1 if depth == 0 else 5], batch_size=2,
-                         num_beams=5, filters=trie.filter(mask=torch.rand(trie.num_items) < 0.5))
+    result = beam_search(
+        trie,
+        lambda depth, tokens, parents: logits[depth][:, : 1 if depth == 0 else 5],
+        batch_size=2,
+        num_beams=5,
+        filters=trie.filter(mask=torch.rand(trie.num_items) < 0.5),
+    )
     assert torch.equal(trie.find(result.codes), result.nodes)
     trie.items(result.nodes, trie.depth)
     if trie.parts.id_bounds[0] >= 0 and trie.parts.id_bounds[1] < 100:
@@ -82,10 +87,16 @@ def test_the_file_is_what_the_readme_says(tmp_path: Path, small: Trie) -> None:
     magic, version, header_bytes, total = struct.unpack("<8sIIQ", data[:24])
     assert (magic, version, total) == (b"DGITRIE\n", 3, len(data))
     assert data[-32:] == hashlib.sha256(data[:-32]).digest()
-    header = json.loads(data[24:24 + header_bytes])
-    assert header["meta"] == {"codebook_sizes": [4, 3], "sizes_inferred": False, "num_items": 5, "max_degree": [3, 2],
-                              "max_items": [5, 3, 2], "id_bounds": [0, 10]}
-    assert data[24 + header_bytes:56 + header_bytes] == hashlib.sha256(data[:24 + header_bytes]).digest()
+    header = json.loads(data[24 : 24 + header_bytes])
+    assert header["meta"] == {
+        "codebook_sizes": [4, 3],
+        "sizes_inferred": False,
+        "num_items": 5,
+        "max_degree": [3, 2],
+        "max_items": [5, 3, 2],
+        "id_bounds": [0, 10],
+    }
+    assert data[24 + header_bytes : 56 + header_bytes] == hashlib.sha256(data[: 24 + header_bytes]).digest()
     arrays, end = {}, 56 + header_bytes
     for name, dtype, length in header["arrays"]:
         start = -(-end // 64) * 64
@@ -95,9 +106,12 @@ def test_the_file_is_what_the_readme_says(tmp_path: Path, small: Trie) -> None:
         end = start + length * stored.itemsize
     assert -(-end // 64) * 64 == len(data) - 32
     assert arrays == {
-        "tokens.0": [0, 2, 3], "child_start.0": [0, 3],
-        "tokens.1": [-1, 2, 0, 1], "child_start.1": [0, 1, 2, 4],
-        "item_start": [0, 1, 2, 3, 5], "item_ids": [10, 7, 8, 0, 2],
+        "tokens.0": [0, 2, 3],
+        "child_start.0": [0, 3],
+        "tokens.1": [-1, 2, 0, 1],
+        "child_start.1": [0, 1, 2, 4],
+        "item_start": [0, 1, 2, 3, 5],
+        "item_ids": [10, 7, 8, 0, 2],
         "item_order": [1, 0, 0, 3, 0, 0, 4, 0, 0, 0, 0, 0, 2, 0, 0],
     }
 
@@ -109,7 +123,7 @@ def test_every_flipped_byte_is_found(tmp_path: Path, trie: str, mmap: bool, requ
     request.getfixturevalue(trie).save(path)
     data = path.read_bytes()
     for place in range(len(data)):
-        path.write_bytes(data[:place] + bytes([data[place] ^ random.randint(1, 255)]) + data[place + 1:])
+        path.write_bytes(data[:place] + bytes([data[place] ^ random.randint(1, 255)]) + data[place + 1 :])
         with pytest.raises(TrieFormatError, match="trie: "):
             Trie.load(path, mmap=mmap)
 
@@ -130,14 +144,15 @@ def test_every_truncation_and_any_added_byte_is_found(tmp_path: Path, small: Tri
 
 @MODES
 @pytest.mark.parametrize("trie", ["small", "marked"])
-def test_a_file_made_to_harm_is_refused_or_is_a_trie(tmp_path: Path, trie: str, mmap: bool,
-                                                     request: pytest.FixtureRequest) -> None:
+def test_a_file_made_to_harm_is_refused_or_is_a_trie(
+    tmp_path: Path, trie: str, mmap: bool, request: pytest.FixtureRequest
+) -> None:
     path = tmp_path / "trie"
     request.getfixturevalue(trie).save(path)
     data = path.read_bytes()
     accepted = 0
     for place in random.sample(range(len(data) - DIGEST), 250):
-        path.write_bytes(signed(data[:place] + bytes([random.randrange(256)]) + data[place + 1:]))
+        path.write_bytes(signed(data[:place] + bytes([random.randrange(256)]) + data[place + 1 :]))
         try:
             loaded = Trie.load(path, mmap=mmap)
         except TrieFormatError:
@@ -152,26 +167,30 @@ def altered(small: Trie, name: str, value: list[int]) -> dict[str, torch.Tensor]
     return {**arrays, name: torch.tensor(value, dtype=arrays[name].dtype)}
 
 
-@pytest.mark.parametrize(("name", "value", "message"), [
-    ("child_start.0", [0, 2], "child_start.0 does not cut 3 elements into 1 runs"),
-    ("item_ids", [10, 7, 8, 0, 3], None), ("item_ids", [10, 7, 8, 1, 2], "id_bounds is .0, 10., but"),
-    ("child_start.1", [0, 1, 1, 4], "child_start.1 does not cut"),
-    ("child_start.1", [0, 3, 2, 4], "child_start.1 does not cut"),
-    ("child_start.1", [1, 2, 3, 4], "child_start.1 does not cut"),
-    ("child_start.1", [0, 1, 2, 5], "child_start.1 does not cut"),
-    ("child_start.1", [0, 1, 4], "array child_start.1 has 3 elements; it must have 4"),
-    ("tokens.0", [0, 2, 4], "tokens.0 holds codes outside of its codebook of 4"),
-    ("tokens.0", [0, -2, 3], "tokens.0 holds codes outside"),
-    ("tokens.0", [0, 2, 2], "tokens.0 holds codes that do not ascend"),
-    ("tokens.0", [-1, 2, 3], "an empty sequence"),
-    ("tokens.1", [-1, 2, 1, 1], "tokens.1 holds codes that do not ascend"),
-    ("item_start", [0, 1, 2, 2, 5], "item_start does not cut"),
-    ("item_start", [0, 1, 2, 3, 6], "item_start does not cut"),
-    ("item_order", [1, 0, 0, 3, 0, 0, 4, 0, 0, 0, 0, 0, 5, 0, 0], "item_order holds rows that do not exist"),
-    ("item_order", [1, 0, 0, 3, 0, 0, 4, 0, 0, 0, 0, 0, 2, 0, 1], "item_order holds rows that do not exist"),
-    ("item_order", [1, 0, 0, 3, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0], "item_order repeats a row"),
-    ("item_order", [1, 3, 4, 0, 2], "array item_order has 5 elements; it must have 15"),
-])
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("child_start.0", [0, 2], "child_start.0 does not cut 3 elements into 1 runs"),
+        ("item_ids", [10, 7, 8, 0, 3], None),
+        ("item_ids", [10, 7, 8, 1, 2], "id_bounds is .0, 10., but"),
+        ("child_start.1", [0, 1, 1, 4], "child_start.1 does not cut"),
+        ("child_start.1", [0, 3, 2, 4], "child_start.1 does not cut"),
+        ("child_start.1", [1, 2, 3, 4], "child_start.1 does not cut"),
+        ("child_start.1", [0, 1, 2, 5], "child_start.1 does not cut"),
+        ("child_start.1", [0, 1, 4], "array child_start.1 has 3 elements; it must have 4"),
+        ("tokens.0", [0, 2, 4], "tokens.0 holds codes outside of its codebook of 4"),
+        ("tokens.0", [0, -2, 3], "tokens.0 holds codes outside"),
+        ("tokens.0", [0, 2, 2], "tokens.0 holds codes that do not ascend"),
+        ("tokens.0", [-1, 2, 3], "an empty sequence"),
+        ("tokens.1", [-1, 2, 1, 1], "tokens.1 holds codes that do not ascend"),
+        ("item_start", [0, 1, 2, 2, 5], "item_start does not cut"),
+        ("item_start", [0, 1, 2, 3, 6], "item_start does not cut"),
+        ("item_order", [1, 0, 0, 3, 0, 0, 4, 0, 0, 0, 0, 0, 5, 0, 0], "item_order holds rows that do not exist"),
+        ("item_order", [1, 0, 0, 3, 0, 0, 4, 0, 0, 0, 0, 0, 2, 0, 1], "item_order holds rows that do not exist"),
+        ("item_order", [1, 0, 0, 3, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0], "item_order repeats a row"),
+        ("item_order", [1, 3, 4, 0, 2], "array item_order has 5 elements; it must have 15"),
+    ],
+)
 def test_arrays_that_form_no_trie_are_refused(small: Trie, name: str, value: list[int], message: str) -> None:
     if message is None:
         assert Trie.from_state(altered(small, name, value), small.state()[1]).item_ids.tolist() == value
@@ -201,8 +220,10 @@ def test_files_of_version_2_are_read(tmp_path: Path, marked: Trie, mmap: bool) -
     """They held starts and rows as they are: what is written of a trie of such arrays but for the number."""
     arrays, meta = marked.state()
     base = marked.parts.base
-    plain = {"item_start": base.item_starts_at(torch.arange(base.num_nodes_at(2) + 1)).int(),
-             "item_order": base.ids_at(torch.arange(90)).int()}
+    plain = {
+        "item_start": base.item_starts_at(torch.arange(base.num_nodes_at(2) + 1)).int(),
+        "item_order": base.ids_at(torch.arange(90)).int(),
+    }
     Trie.from_state(arrays | plain, meta).save(tmp_path / "trie")
     data = bytearray((tmp_path / "trie").read_bytes())
     assert data[8] == 3
@@ -226,18 +247,32 @@ def test_a_sequence_does_not_go_on_after_its_end() -> None:
         Trie.from_state({**arrays, "tokens.2": torch.tensor([2, 0], dtype=torch.int16)}, meta)
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"codebook_sizes": [4]}, "max_degree must be"), ({"codebook_sizes": [4, 3, 3]}, "max_degree must be"),
-    ({"codebook_sizes": []}, "codebook_sizes must be"), ({"codebook_sizes": [4, 2.0]}, "codebook_sizes must be"),
-    ({"codebook_sizes": [4, -1]}, "codebook_sizes must be"), ({"codebook_sizes": [4, 2**40]}, "codebook_sizes must be"),
-    ({"codebook_sizes": 4}, "codebook_sizes must be"), ({"codebook_sizes": [4, 40000]}, "tokens.0 must be a vector of"),
-    ({"sizes_inferred": 0}, "sizes_inferred must be"), ({"num_items": 4}, "item_order has 15"),
-    ({"num_items": -1}, "num_items must be"), ({"num_items": True}, "num_items must be"),
-    ({"num_items": 2**31}, "must be a vector of torch.int64"), ({"max_degree": [3, 3]}, "max_degree is .3, 3., but"),
-    ({"max_degree": [3]}, "max_degree must be"), ({"max_items": [5, 3, 3]}, "max_items is"),
-    ({"max_items": None}, "max_items must be"), ({"id_bounds": [0]}, "id_bounds must be"),
-    ({"id_bounds": [0, 11]}, "id_bounds is"), ({"extra": 1}, "meta must hold"), (None, "meta must hold"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"codebook_sizes": [4]}, "max_degree must be"),
+        ({"codebook_sizes": [4, 3, 3]}, "max_degree must be"),
+        ({"codebook_sizes": []}, "codebook_sizes must be"),
+        ({"codebook_sizes": [4, 2.0]}, "codebook_sizes must be"),
+        ({"codebook_sizes": [4, -1]}, "codebook_sizes must be"),
+        ({"codebook_sizes": [4, 2**40]}, "codebook_sizes must be"),
+        ({"codebook_sizes": 4}, "codebook_sizes must be"),
+        ({"codebook_sizes": [4, 40000]}, "tokens.0 must be a vector of"),
+        ({"sizes_inferred": 0}, "sizes_inferred must be"),
+        ({"num_items": 4}, "item_order has 15"),
+        ({"num_items": -1}, "num_items must be"),
+        ({"num_items": True}, "num_items must be"),
+        ({"num_items": 2**31}, "must be a vector of torch.int64"),
+        ({"max_degree": [3, 3]}, "max_degree is .3, 3., but"),
+        ({"max_degree": [3]}, "max_degree must be"),
+        ({"max_items": [5, 3, 3]}, "max_items is"),
+        ({"max_items": None}, "max_items must be"),
+        ({"id_bounds": [0]}, "id_bounds must be"),
+        ({"id_bounds": [0, 11]}, "id_bounds is"),
+        ({"extra": 1}, "meta must hold"),
+        (None, "meta must hold"),
+    ],
+)
 def test_meta_data_of_no_trie_is_refused(small: Trie, changes: dict[str, object] | None, message: str) -> None:
     arrays, meta = small.state()
     with pytest.raises(TrieFormatError, match=message):
@@ -255,12 +290,26 @@ def test_state_arrays_of_the_wrong_kind_are_refused(small: Trie) -> None:
         Trie.from_state({**arrays, "extra": arrays["item_ids"]}, meta)
 
 
-@pytest.mark.parametrize("header", [
-    b"", b"{", b"[]", b"null", b"{}", b'{"meta":{},"arrays":3}', b'{"meta":{},"arrays":[["a","int64"]]}',
-    b'{"meta":{},"arrays":[["a","int64",-1]]}', b'{"meta":{},"arrays":[["a","int64",1e3]]}',
-    b'{"meta":{},"arrays":[["a","float",1]]}', b'{"meta":{},"arrays":[["a","int64",999999999999999]]}',
-    b'{"meta":{},"arrays":[[[],"int32",0]]}', b'{"meta":{},"arrays":[["a",[],0]]}', b"\xff\xfe", b"[" * 100_000,
-])
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"{}",
+        b'{"meta":{},"arrays":3}',
+        b'{"meta":{},"arrays":[["a","int64"]]}',
+        b'{"meta":{},"arrays":[["a","int64",-1]]}',
+        b'{"meta":{},"arrays":[["a","int64",1e3]]}',
+        b'{"meta":{},"arrays":[["a","float",1]]}',
+        b'{"meta":{},"arrays":[["a","int64",999999999999999]]}',
+        b'{"meta":{},"arrays":[[[],"int32",0]]}',
+        b'{"meta":{},"arrays":[["a",[],0]]}',
+        b"\xff\xfe",
+        b"[" * 100_000,
+    ],
+)
 def test_hostile_headers_are_refused(tmp_path: Path, header: bytes) -> None:
     body = header + bytes(DIGEST) + bytes(-(24 + len(header) + DIGEST) % 64)
     data = struct.pack("<8sIIQ", b"DGITRIE\n", 3, len(header), 24 + len(body) + DIGEST) + body + bytes(DIGEST)
@@ -325,9 +374,9 @@ def test_without_verifying_header_and_size_are_still_checked(tmp_path: Path, sma
     loaded = Trie.load(path, mmap=True, verify=False)
     assert_same(loaded, small)
     use(loaded)
-    header_bytes, = struct.unpack_from("<I", data, 12)
+    (header_bytes,) = struct.unpack_from("<I", data, 12)
     for place in range(24 + header_bytes + DIGEST):
-        path.write_bytes(data[:place] + bytes([data[place] ^ random.randint(1, 255)]) + data[place + 1:])
+        path.write_bytes(data[:place] + bytes([data[place] ^ random.randint(1, 255)]) + data[place + 1 :])
         with pytest.raises(TrieFormatError):
             Trie.load(path, mmap=True, verify=False)
     for length in range(0, len(data), 5):
@@ -355,8 +404,12 @@ def test_codebooks_about_the_limit_of_int16(tmp_path: Path, size: int) -> None:
         left = index.codes()[0]
         logits = torch.zeros(1, 4, size)
         logits[..., 0] = logits[..., 1] = 1
-        found = beam_search(index, lambda depth, tokens, parents, logits=logits: logits[:, :1 if depth == 0 else 4],
-                            batch_size=1, num_beams=4)
+        found = beam_search(
+            index,
+            lambda depth, tokens, parents, logits=logits: logits[:, : 1 if depth == 0 else 4],
+            batch_size=1,
+            num_beams=4,
+        )
         assert sorted(code for code in found.codes[0].tolist() if code[0] >= 0) == sorted(left.tolist())
         assert torch.equal(index.find(found.codes), found.nodes)
 

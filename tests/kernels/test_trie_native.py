@@ -108,7 +108,7 @@ def test_columns_of_unequal_width() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_ranges_of_codes(dtype: torch.dtype) -> None:
     info = torch.iinfo(dtype)
-    codes = torch.randint(max(info.min, -2**62), min(info.max, 2**62), (50000, 3)).to(dtype)
+    codes = torch.randint(max(info.min, -(2**62)), min(info.max, 2**62), (50000, 3)).to(dtype)
     codes[random.randrange(50000), 0] = info.min
     codes[random.randrange(50000), 2] = info.max
     for table in (codes, codes[:7], codes[:, 1:], codes[:0]):
@@ -140,8 +140,11 @@ def test_starts_as_marks(leaves: int, counts: torch.dtype) -> None:
         assert torch.equal(marks, starts._marks(plain, items))
         assert torch.equal(starts.plain_starts(marks, items, counts), plain)
         wanted = torch.randint(0, leaves + 1, (3, 50))
-        for got in (native.run_starts(marks, wanted), starts.starts_at(marks, items, wanted),
-                    reference.run_starts(*starts._ranks_and_words(marks, items), wanted)):
+        for got in (
+            native.run_starts(marks, wanted),
+            starts.starts_at(marks, items, wanted),
+            reference.run_starts(*starts._ranks_and_words(marks, items), wanted),
+        ):
             assert torch.equal(got, plain[wanted].long())
         smaller = starts.packed_starts(plain, items)
         assert smaller.nbytes == min(plain.nbytes, marks.nbytes)
@@ -154,8 +157,11 @@ def test_children_are_found(tokens: torch.dtype, counts: torch.dtype) -> None:
         (_, level), (_, child_start), _, _ = native.trie_arrays(torch.randint(0, 90, (rows, 2)), tokens, counts)
         nodes, codes = torch.randint(-1, max(1, len(child_start) - 1), (2, 700)), torch.randint(-2, 92, (2, 700))
         nodes = nodes.clamp(max=len(child_start) - 2)
-        for got, expected in zip(native.find_children(level, child_start, nodes, codes),
-                                 reference.find_children(level, child_start, nodes, codes), strict=True):
+        for got, expected in zip(
+            native.find_children(level, child_start, nodes, codes),
+            reference.find_children(level, child_start, nodes, codes),
+            strict=True,
+        ):
             assert torch.equal(got, expected)
 
 
@@ -168,7 +174,7 @@ def test_masks_of_children(tokens: torch.dtype, codes: int) -> None:
     nodes = len(child_start) - 1
     has = torch.zeros(nodes, 32 * -(-codes // 32), dtype=torch.bool)
     for node in range(nodes):
-        mine = level[child_start[node]:child_start[node + 1]].long()
+        mine = level[child_start[node] : child_start[node + 1]].long()
         has[node, mine[mine >= 0]] = True
     masks = native.child_masks(level, child_start, codes)
     assert masks.dtype == torch.int32 and masks.shape == (nodes, -(-codes // 32))
@@ -185,12 +191,16 @@ def test_masks_take_no_more_memory_than_tokens() -> None:
         assert masks is None or masks.nbytes <= arrays.tokens[1].nbytes
 
 
-@pytest.mark.parametrize(("codes", "message"), [
-    (torch.zeros(3, dtype=torch.int64), "codes must have shape"), (torch.zeros(2, 3), "codes must be integers"),
-    (torch.zeros(2, 0, dtype=torch.int64), "codes must have shape"),
-    (torch.tensor([[0, 1], [-2, 1]]), "codes must be from -1 to 32767; got -2 to 0"),
-    (torch.tensor([[0, 32768]]), "codes must be from -1 to 32767; got 32768 to 32768"),
-])
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        (torch.zeros(3, dtype=torch.int64), "codes must have shape"),
+        (torch.zeros(2, 3), "codes must be integers"),
+        (torch.zeros(2, 0, dtype=torch.int64), "codes must have shape"),
+        (torch.tensor([[0, 1], [-2, 1]]), "codes must be from -1 to 32767; got -2 to 0"),
+        (torch.tensor([[0, 32768]]), "codes must be from -1 to 32767; got 32768 to 32768"),
+    ],
+)
 def test_direct_callers_are_stopped_too(codes: Tensor, message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         torch.ops.dgi_kernels.trie_arrays(codes, True, True)
@@ -198,8 +208,12 @@ def test_direct_callers_are_stopped_too(codes: Tensor, message: str) -> None:
 
 def test_direct_callers_of_item_set_are_stopped_too() -> None:
     members = torch.ones(3, dtype=torch.bool)
-    for order, message in (([0, 1, 3], "a row that does not exist"), ([0, -1, 2], "a row that does not exist"),
-                           ([0, 1], "an element for each member"), ([0.0, 1, 2], "item_order must be")):
+    for order, message in (
+        ([0, 1, 3], "a row that does not exist"),
+        ([0, -1, 2], "a row that does not exist"),
+        ([0, 1], "an element for each member"),
+        ([0.0, 1, 2], "item_order must be"),
+    ):
         with pytest.raises(RuntimeError, match=message):
             torch.ops.dgi_kernels.item_set(members, torch.tensor(order))
     with pytest.raises(RuntimeError, match="members must be"):
@@ -246,12 +260,20 @@ def test_direct_callers_of_marks_are_stopped_too() -> None:
 
 def test_the_ops_are_well_registered() -> None:
     library.opcheck(torch.ops.dgi_kernels.code_ranges.default, (torch.randint(-1, 5, (20, 3)),))
-    library.opcheck(torch.ops.dgi_kernels.find_children.default, (
-        torch.tensor([1, 4, 2], dtype=torch.int16), torch.tensor([0, 2, 3]), torch.tensor([0, 1, -1]),
-        torch.tensor([4, 4, 4])))
+    library.opcheck(
+        torch.ops.dgi_kernels.find_children.default,
+        (
+            torch.tensor([1, 4, 2], dtype=torch.int16),
+            torch.tensor([0, 2, 3]),
+            torch.tensor([0, 1, -1]),
+            torch.tensor([4, 4, 4]),
+        ),
+    )
     marks = native.run_marks(torch.arange(9))
-    library.opcheck(torch.ops.dgi_kernels.child_masks.default, (
-        torch.tensor([1, 4, 2], dtype=torch.int16), torch.tensor([0, 2, 3]), 40))
+    library.opcheck(
+        torch.ops.dgi_kernels.child_masks.default,
+        (torch.tensor([1, 4, 2], dtype=torch.int16), torch.tensor([0, 2, 3]), 40),
+    )
     library.opcheck(torch.ops.dgi_kernels.run_starts.default, (marks, torch.arange(5)))
     library.opcheck(torch.ops.dgi_kernels.item_set.default, (torch.rand(20) < 0.5, torch.randperm(20)))
     places = torch.ops.dgi_kernels.item_set(torch.rand(20) < 0.5, None)
@@ -263,10 +285,24 @@ def test_construction_is_clean_under_sanitizers(tmp_path: Path, seed: int) -> No
     """Random tables and sets through the same C++ with AddressSanitizer and UBSan, against their definitions."""
     binary = tmp_path / "trie"
     compiled = subprocess.run(
-        ["c++", "-std=c++20", "-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
-         f"-I{CSRC / 'include'}", f"-I{CSRC}", str(Path(__file__).with_name("trie_driver.cpp")),
-         str(CSRC / "cpu/trie/trie.cpp"), str(CSRC / "cpu/trie/item_set.cpp"), "-o", str(binary)],
-        capture_output=True, text=True)
+        [
+            "c++",
+            "-std=c++20",
+            "-O0",
+            "-g1",
+            "-fsanitize=address,undefined",
+            "-fno-sanitize-recover=all",
+            f"-I{CSRC / 'include'}",
+            f"-I{CSRC}",
+            str(Path(__file__).with_name("trie_driver.cpp")),
+            str(CSRC / "cpu/trie/trie.cpp"),
+            str(CSRC / "cpu/trie/item_set.cpp"),
+            "-o",
+            str(binary),
+        ],
+        capture_output=True,
+        text=True,
+    )
     if compiled.returncode and "sanitize" in compiled.stderr + compiled.stdout or "asan" in compiled.stderr:
         pytest.skip(f"the compiler has no sanitizers: {compiled.stderr[-300:]}")
     assert compiled.returncode == 0, compiled.stderr

@@ -1,6 +1,6 @@
-// Random tables of codes through trie construction in C++, against a sort of their rows, and sets of items against their
-// definition; built with sanitizers by test_trie_native.py. Every array has exactly its size, so that a read or a write
-// beyond it is seen.
+// Random tables of codes through trie construction in C++, against a sort of their rows, and sets of items against
+// their definition; built with sanitizers by test_trie_native.py. Every array has exactly its size, so that a read or a
+// write beyond it is seen.
 //   usage: driver SEED CASES
 #include <algorithm>
 #include <cstdio>
@@ -95,7 +95,8 @@ bool build_case(Random& random, dgi::cpu::IntegerType type) {
     int64_t node = leaf;
     for (int64_t c = columns; c-- > 0;) {
       if (got_tokens[c][node] != code(order[item_start[leaf]], c)) return false;
-      node = std::upper_bound(got_starts[c].begin(), got_starts[c].end(), static_cast<Offset>(node)) - got_starts[c].begin() - 1;
+      node = std::upper_bound(got_starts[c].begin(), got_starts[c].end(), static_cast<Offset>(node))
+             - got_starts[c].begin() - 1;
     }
     if (node != 0) return false;
   }
@@ -123,7 +124,8 @@ bool set_case(Random& random) {
   if (packed) rows = {bytes.data(), Stored::kUInt24};
   std::vector<uint64_t> words(blocks * 8);
   std::vector<int64_t> ranks(blocks);
-  const bool known = dgi::cpu::write_item_set(members.get(), size, ordered ? rows : dgi::Offsets{}, words.data(), ranks.data());
+  const bool known = dgi::cpu::write_item_set(members.get(), size, ordered ? rows : dgi::Offsets{}, words.data(),
+                                              ranks.data());
   if (known == broken) return false;
   if (broken) return true;
   const dgi::ItemSet set{words.data(), ranks.data()};
@@ -187,11 +189,11 @@ int main(int argc, char** argv) {
   using dgi::cpu::IntegerType;
   for (int64_t i = 0; i < std::atoll(argv[2]); ++i) {
     const bool fine = build_case<int64_t, int32_t, int64_t>(random, IntegerType::kInt64)
-        && build_case<int32_t, int32_t, int32_t>(random, IntegerType::kInt32)
-        && build_case<int16_t, int16_t, int32_t>(random, IntegerType::kInt16)
-        && build_case<uint16_t, int32_t, int32_t>(random, IntegerType::kUInt16)
-        && build_case<uint8_t, int16_t, int64_t>(random, IntegerType::kUInt8) && set_case(random)
-        && marks_case<int32_t>(random) && marks_case<int64_t>(random);
+                      && build_case<int32_t, int32_t, int32_t>(random, IntegerType::kInt32)
+                      && build_case<int16_t, int16_t, int32_t>(random, IntegerType::kInt16)
+                      && build_case<uint16_t, int32_t, int32_t>(random, IntegerType::kUInt16)
+                      && build_case<uint8_t, int16_t, int64_t>(random, IntegerType::kUInt8) && set_case(random)
+                      && marks_case<int32_t>(random) && marks_case<int64_t>(random);
     if (!fine) {
       std::printf("case %lld differs\n", static_cast<long long>(i));
       return 1;

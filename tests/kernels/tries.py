@@ -27,11 +27,11 @@ def updated(catalog: Catalog) -> Trie:
     trie = Trie.from_codes(torch.empty(0, catalog.depth), codebook_sizes=catalog.sizes)
     strangers: set[int] = set()
     for step in range(STEPS):
-        added = items[cuts[step]:cuts[step + 1]]
+        added = items[cuts[step] : cuts[step + 1]]
         leaving = {item for _, item in added} & strangers  # they have stood under the ids of items that come now
         leaving |= strangers if step == STEPS - 1 else set(random.sample(sorted(strangers), len(strangers) // 2))
         strangers -= leaving
-        later = [item for _, item in items[cuts[step + 1]:]]
+        later = [item for _, item in items[cuts[step + 1] :]]
         ids = sorted({*later, *range(-3, 0)} - strangers)
         for item in random.sample(ids, random.randint(0, len(ids)) if step < STEPS - 1 else 0):
             added.insert(random.randint(0, len(added)), (random_code(catalog), item))
@@ -47,7 +47,7 @@ def random_code(catalog: Catalog) -> Code:
     """A code of the catalog or near one of them, or any; ragged ones too."""
     code = list(random.choice(catalog.codes))
     if random.random() < 0.7:
-        code = code[:random.randint(1, len(code))]
+        code = code[: random.randint(1, len(code))]
     if random.random() < 0.7:
         code[-1] = random.randrange(catalog.sizes[len(code) - 1])
     return tuple(code)

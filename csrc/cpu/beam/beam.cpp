@@ -1,16 +1,16 @@
-// Beam steps on the CPU, from logits or from hidden states and a head. For each live beam, best first: the log-sum-exp of
-// its logits, then its existing children. Beams that can no longer be among the best are skipped (beam_request.h).
+// Beam steps on the CPU, from logits or from hidden states and a head. For each live beam, best first: the log-sum-exp
+// of its logits, then its existing children. Beams that can no longer be among the best are skipped (beam_request.h).
 //
 // Given logits are read once, chunk by chunk; a row is copied only if it must be converted or gathered. For a head, a
 // tile of raw products is computed for the best beams of several requests at a time and used while it is in the cache.
 // If only the children count and they are few, only their products are computed.
 //
-// Bytes read: those of the logits, once, and 2 or 4 per child for its token; per logit 12 vector operations. One core of
-// an Intel Xeon with AVX-512, 1e6 clustered items, three levels of 2048 codes, 8 requests of 50 beams: a whole search takes
-// 1.3 times a copy of its logits, 1/14.7 of STATIC and 1/8.5 of STATIC compiled; with 64 requests 0.95, 1/31 and 1/12. The
-// fused head (D = 256) takes 0.97 of its matrix product alone, and 1/1.47 of head and step one after the other (64
-// requests: 1/1.43); with normalize="children" 1/10. A filter of half of the items adds 10 % to a search (64 requests:
-// 5 %), 1,000 changed items 9 % (nothing). `python bench/bench_beam.py B8-M50 B64-M50`.
+// Bytes read: those of the logits, once, and 2 or 4 per child for its token; per logit 12 vector operations. One core
+// of an Intel Xeon with AVX-512, 1e6 clustered items, three levels of 2048 codes, 8 requests of 50 beams: a whole
+// search takes 1.3 times a copy of its logits, 1/14.7 of STATIC and 1/8.5 of STATIC compiled; with 64 requests 0.95,
+// 1/31 and 1/12. The fused head (D = 256) takes 0.97 of its matrix product alone, and 1/1.47 of head and step one after
+// the other (64 requests: 1/1.43); with normalize="children" 1/10. A filter of half of the items adds 10 % to a search
+// (64 requests: 5 %), 1,000 changed items 9 % (nothing). `python bench/bench_beam.py B8-M50 B64-M50`.
 #include "cpu/beam/beam_cpu.h"
 
 #include <algorithm>
@@ -37,7 +37,8 @@ class Row {
 
   Real logit(int64_t code) const { return load(data_[code * stride_]); }
 
-  // While those of the `next` beam (null: none) are on their way: rows are visited by score, which no hardware foresees.
+  // While those of the `next` beam (null: none) are on their way: rows are visited by score, which no hardware
+  // foresees.
   template <bool kFused>
   DGI_ALWAYS_INLINE inline LogSumExp<Real> log_sum_exp(const Stored* next) {
     LogSumExp<Real> sum;
@@ -105,8 +106,9 @@ bool beam_step(const BeamStep<Compute<Stored>, Token>& step, const Logits<Stored
   return fits;
 }
 
-#define DGI_INSTANTIATE(Stored, Token)                                                                                    \
-  template bool beam_step(const BeamStep<Compute<Stored>, Token>&, const Logits<Stored>&, int64_t, int64_t, const BeamOutput&);
+#define DGI_INSTANTIATE(Stored, Token)                                                                      \
+  template bool beam_step(const BeamStep<Compute<Stored>, Token>&, const Logits<Stored>&, int64_t, int64_t, \
+                          const BeamOutput&);
 DGI_FOR_STORED_AND_TOKEN(DGI_INSTANTIATE)
 #undef DGI_INSTANTIATE
 

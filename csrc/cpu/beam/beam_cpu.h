@@ -42,7 +42,8 @@ struct Logits {
   int64_t codes, request_stride, beam_stride, code_stride;
 };
 
-// h (B, width, dim) and codebook (codes, dim), row-major without gaps: logits = scale h^ . e^, x^ = x / max(||x||, eps).
+// h (B, width, dim) and codebook (codes, dim), row-major without gaps: logits = scale h^ . e^, x^ = x / max(||x||,
+// eps).
 template <class Stored>
 struct CosineLogits {
   const Stored *h, *codebook;
@@ -56,8 +57,8 @@ struct BeamOutput {
   float* scores;
 };
 
-// Does the step for the requests [first, last). Requests are independent. False where one has more candidates than a key
-// can number (2^32, float32 only).
+// Does the step for the requests [first, last). Requests are independent. False where one has more candidates than a
+// key can number (2^32, float32 only).
 template <class Stored, class Token>
 bool beam_step(const BeamStep<Compute<Stored>, Token>& step, const Logits<Stored>& logits, int64_t first, int64_t last,
                const BeamOutput& out);
@@ -70,6 +71,7 @@ bool cosine_beam_step(const BeamStep<Compute<Stored>, Token>& step, const Cosine
 }  // namespace dgi::cpu
 
 // All dtypes of logits with all types of tokens.
-#define DGI_FOR_STORED_AND_TOKEN(F)                                               \
-  F(float, int16_t) F(double, int16_t) F(BFloat16, int16_t) F(Float16, int16_t) \
-  F(float, int32_t) F(double, int32_t) F(BFloat16, int32_t) F(Float16, int32_t)
+#define DGI_FOR_STORED_AND_TOKEN(F) \
+  F(float, int16_t)                 \
+  F(double, int16_t)                \
+  F(BFloat16, int16_t) F(Float16, int16_t) F(float, int32_t) F(double, int32_t) F(BFloat16, int32_t) F(Float16, int32_t)

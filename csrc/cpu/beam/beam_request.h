@@ -1,10 +1,10 @@
 // The search of one request: which of its beams are worth looking at, and the best of their children.
 //
-// The best num_beams candidates so far give a threshold. A beam whose own score, or an upper bound of its children's, lies
-// below it has no child that counts (log-probabilities are at most 0), and neither have those behind it. The threshold
-// also becomes a bound on the logit, so that most children cost a load and a comparison; only those that pass are scored,
-// looked up in the filter and kept. The first beams of a request have no threshold to go by: one is taken from their own
-// children, the num_beams'th of the largest of each of several groups of them.
+// The best num_beams candidates so far give a threshold. A beam whose own score, or an upper bound of its children's,
+// lies below it has no child that counts (log-probabilities are at most 0), and neither have those behind it. The
+// threshold also becomes a bound on the logit, so that most children cost a load and a comparison; only those that pass
+// are scored, looked up in the filter and kept. The first beams of a request have no threshold to go by: one is taken
+// from their own children, the num_beams'th of the largest of each of several groups of them.
 //
 // Where a node has many of the codes between its first and its last (a root, or most nodes of a small codebook), all
 // these codes are compared, 32 at a time and without a gather. Which of those few that pass are children, and which, a
@@ -36,8 +36,8 @@ DGI_NEVER_INLINE LogSumExp<Real> log_sum_exp_of(const Real* x, int64_t count, co
   return sum;
 }
 
-// Keeps the best `limit` of the keys that it is given: all of them at first, then what beats the threshold; whenever the
-// room is used up, the best are selected and the threshold rises. A linear number of comparisons in all.
+// Keeps the best `limit` of the keys that it is given: all of them at first, then what beats the threshold; whenever
+// the room is used up, the best are selected and the threshold rises. A linear number of comparisons in all.
 template <class Real>
 class Best {
  public:
@@ -105,7 +105,7 @@ struct Run {
 template <class Real>
 struct Parent {
   Real score, bound;  // no child scores more than the bound, where log-probabilities are normalised here,
-  Real peak;          // nor, with a log-sum-exp yet to be taken off, more than this
+  Real peak;  // nor, with a log-sum-exp yet to be taken off, more than this
   int64_t beam, first_run, end_run;
   int64_t held = -1;  // where the logits of its children are held, if they are
 };
@@ -166,8 +166,8 @@ class Request {
     }
   }
 
-  // Sets the peaks of those parents, and lowers their bounds: limits(parent) is the peak, and what is the least to be taken
-  // off it.
+  // Sets the peaks of those parents, and lowers their bounds: limits(parent) is the peak, and what is the least to be
+  // taken off it.
   template <class Limits>
   DGI_ALWAYS_INLINE inline void lower_bounds(const Limits& limits) {
     for (Parent<Real>& parent : parents_) {
@@ -192,8 +192,8 @@ class Request {
     return best_.full() ? bound - best_.threshold() : std::numeric_limits<Real>::infinity();
   }
 
-  // `logit(token)` is the logit of a code, `log_sum_exp()` that of all codes; either is asked for what is needed only. Where
-  // the logits of all codes lie one behind the other, `row()`, asked for last, says where; else it is null.
+  // `logit(token)` is the logit of a code, `log_sum_exp()` that of all codes; either is asked for what is needed only.
+  // Where the logits of all codes lie one behind the other, `row()`, asked for last, says where; else it is null.
   template <bool kFused, class Logit, class Sum, class Row>
   DGI_ALWAYS_INLINE inline void extend(const Parent<Real>& parent, const Logit& logit, const Sum& log_sum_exp,
                                        const Row& row) {
@@ -248,7 +248,8 @@ class Request {
     std::fill(out.nodes + begin + found, out.nodes + begin + step_.num_beams, -1);
     std::fill(out.tokens + begin + found, out.tokens + begin + step_.num_beams, -1);
     std::fill(out.parents + begin + found, out.parents + begin + step_.num_beams, -1);
-    std::fill(out.scores + begin + found, out.scores + begin + step_.num_beams, -std::numeric_limits<float>::infinity());
+    std::fill(out.scores + begin + found, out.scores + begin + step_.num_beams,
+              -std::numeric_limits<float>::infinity());
   }
 
  private:
@@ -277,7 +278,9 @@ class Request {
 
   static constexpr Real kDead = -std::numeric_limits<Real>::infinity();
 
-  const Token* tokens_of(const Run& run) const { return run.in_delta ? step_.trie.delta.tokens : step_.trie.base.tokens; }
+  const Token* tokens_of(const Run& run) const {
+    return run.in_delta ? step_.trie.delta.tokens : step_.trie.base.tokens;
+  }
 
   void add_run(int64_t beam, const Range& range, bool in_delta) {
     if (range.size() == 0) return;
@@ -286,7 +289,8 @@ class Request {
     slots_ += range.size();
   }
 
-  // The children of a node in the order of their tokens: the base's run, cut where children of the delta come in between.
+  // The children of a node in the order of their tokens: the base's run, cut where children of the delta come in
+  // between.
   void list_runs(int64_t beam, const Children& found) {
     int64_t base = found.base.first;
     for (int64_t i = found.delta.first; i < found.delta.end; ++i) {
@@ -346,9 +350,9 @@ class Request {
                  [&](int64_t i) DGI_ALWAYS_INLINE { return values[i - children.first]; });
   }
 
-  // Adds the children of a run. `logit(i)` is that of child i; `allowed` is the filter that has not been asked yet. `row`
-  // has the logits of all codes, of which `tokens` are the children's and `mask` tells so, or without tokens those of the
-  // children; it may be null, and so may the mask.
+  // Adds the children of a run. `logit(i)` is that of child i; `allowed` is the filter that has not been asked yet.
+  // `row` has the logits of all codes, of which `tokens` are the children's and `mask` tells so, or without tokens
+  // those of the children; it may be null, and so may the mask.
   template <class Logit>
   DGI_ALWAYS_INLINE inline void add_children(const Range& children, const Run& run, Real parent,
                                              const Normalizer<Real>& normalizer, const AllowedItems* allowed,
@@ -365,7 +369,8 @@ class Request {
     // Of the logits that are looked at: no child below the floor scores as much as `reached`.
     Real reached = kDead, floor = kLowest, ceiling = std::numeric_limits<Real>::quiet_NaN();
     if (!best_.full() && count >= 2 * step_.num_beams) {
-      const Real enough = enough_children(count, [&](int64_t i) DGI_ALWAYS_INLINE { return logit(children.first + i); });
+      const Real enough = enough_children(count,
+                                          [&](int64_t i) DGI_ALWAYS_INLINE { return logit(children.first + i); });
       if (enough > kLowest) {
         reached = normalizer.score(parent, enough);
         floor = normalizer.cut(parent, reached);
@@ -445,8 +450,8 @@ class Request {
     return *last;
   }
 
-  // Calls visit(k) for each k, ascending, with row[k] >= cut, which may rise meanwhile, and with its bit in the mask, if
-  // there is one; false once that returns false.
+  // Calls visit(k) for each k, ascending, with row[k] >= cut, which may rise meanwhile, and with its bit in the mask,
+  // if there is one; false once that returns false.
   template <class Visit>
   DGI_ALWAYS_INLINE static inline bool scan_row(const Real* row, int64_t count, const Real& cut, const uint32_t* mask,
                                                 const Visit& visit) {
@@ -468,9 +473,9 @@ class Request {
     return true;
   }
 
-  static constexpr int64_t kCompared = 8;    // children that are compared at once: hardly any passes
+  static constexpr int64_t kCompared = 8;  // children that are compared at once: hardly any passes
   static constexpr int64_t kCodes = ChildMasks::kWordBits;  // codes, likewise
-  static constexpr int64_t kSparse = 4;   // a comparison of all codes costs less than one of a child in so many,
+  static constexpr int64_t kSparse = 4;  // a comparison of all codes costs less than one of a child in so many,
   static constexpr int64_t kSparseMasked = 16;  // or in so many, where a mask says which child passes
   static constexpr int64_t kSearch = 16;  // children that are compared in the time that it takes to look one up
 

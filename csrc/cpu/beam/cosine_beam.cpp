@@ -1,7 +1,7 @@
-// Beam steps on the CPU from hidden states, without the logits of the whole batch: a tile of logits for the best beams of
-// several requests at a time, used while it is in the cache (head_tile.h). Beams that can no longer be among the best are
-// not multiplied, or their products are abandoned half-way. If only the children count and they are few, only their
-// products are computed.
+// Beam steps on the CPU from hidden states, without the logits of the whole batch: a tile of logits for the best beams
+// of several requests at a time, used while it is in the cache (head_tile.h). Beams that can no longer be among the
+// best are not multiplied, or their products are abandoned half-way. If only the children count and they are few, only
+// their products are computed.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -31,32 +31,32 @@ DGI_ALWAYS_INLINE inline void scaled_row(const CosineLogits<Stored>& in, const S
 
 // Each child's product by itself.
 template <class Stored, class Token>
-bool step_by_children(const BeamStep<Compute<Stored>, Token>& step, const CosineLogits<Stored>& in, const BeamOutput& out,
-                      int64_t children) {
+bool step_by_children(const BeamStep<Compute<Stored>, Token>& step, const CosineLogits<Stored>& in,
+                      const BeamOutput& out, int64_t children) {
   using Real = Compute<Stored>;
   std::atomic<bool> fits{true};
-  parallel_for(step.requests, grain(children * in.dim / std::max<int64_t>(1, step.requests)),
-               [&](int64_t first, int64_t last) {
-    Request<Real, Token> worker(step);
-    const Buffer<Real> x = make_buffer<Real>(in.dim);
-    with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
-      for (int64_t request = first; request < last; ++request) {
-        if (!worker.start(request)) fits = false;
-        for (const Parent<Real>& parent : worker.parents()) {
-          if (worker.is_done(parent)) break;
-          scaled_row<fused.value>(in, in.h + (request * step.width + parent.beam) * in.dim, x.get());
-          worker.template extend<fused.value>(
-              parent,
-              [&](int32_t token) DGI_ALWAYS_INLINE {
-                const Stored* const code = in.codebook + token * in.dim;
-                return dot<fused.value>(code, x.get(), in.dim) * reciprocal_norm<fused.value>(code, in.dim, in.eps);
-              },
-              [] { return LogSumExp<Real>{}; }, [] { return static_cast<const Real*>(nullptr); });
-        }
-        worker.write(out);
-      }
-    });
-  });
+  parallel_for(
+      step.requests, grain(children * in.dim / std::max<int64_t>(1, step.requests)), [&](int64_t first, int64_t last) {
+        Request<Real, Token> worker(step);
+        const Buffer<Real> x = make_buffer<Real>(in.dim);
+        with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
+          for (int64_t request = first; request < last; ++request) {
+            if (!worker.start(request)) fits = false;
+            for (const Parent<Real>& parent : worker.parents()) {
+              if (worker.is_done(parent)) break;
+              scaled_row<fused.value>(in, in.h + (request * step.width + parent.beam) * in.dim, x.get());
+              worker.template extend<fused.value>(
+                  parent,
+                  [&](int32_t token) DGI_ALWAYS_INLINE {
+                    const Stored* const code = in.codebook + token * in.dim;
+                    return dot<fused.value>(code, x.get(), in.dim) * reciprocal_norm<fused.value>(code, in.dim, in.eps);
+                  },
+                  [] { return LogSumExp<Real>{}; }, [] { return static_cast<const Real*>(nullptr); });
+            }
+            worker.write(out);
+          }
+        });
+      });
   return fits;
 }
 
@@ -70,10 +70,11 @@ class ChildBounds {
   using Real = Compute<Stored>;
 
   ChildBounds(const CosineLogits<Stored>& in, const HeadTile<Stored>& tile)
-      : in_(in), tile_(tile),
-        margin_(kEpsilon * (16 * (1 + std::log(static_cast<Real>(in.codes)))
-                            + std::abs(in.scale) * static_cast<Real>(4 * in.dim + in.codes / HeadTile<Stored>::kBlock
-                                                                     + HeadTile<Stored>::kBlock + 64))) {}
+      : in_(in), tile_(tile), margin_(kEpsilon
+                                      * (16 * (1 + std::log(static_cast<Real>(in.codes)))
+                                         + std::abs(in.scale)
+                                               * static_cast<Real>(4 * in.dim + in.codes / HeadTile<Stored>::kBlock
+                                                                   + HeadTile<Stored>::kBlock + 64))) {}
 
   // Lowers the bounds of a request's parents whose children's logits are held; `x` has room for a row.
   template <class Token>
@@ -150,8 +151,8 @@ class TiledStep {
   }
 
  private:
-  // In one round where few rows are to be multiplied at all. Else the threshold that most beams of a request leave rules
-  // out many of the others, more than that of half of them would.
+  // In one round where few rows are to be multiplied at all. Else the threshold that most beams of a request leave
+  // rules out many of the others, more than that of half of them would.
   static constexpr int64_t kFewRows = 128, kBeamsAtOnce = 32;
   static constexpr int64_t kTileElements = int64_t{1} << 19;
   static constexpr int64_t kFewer = 32;  // logits of children are held where they are one in so many codes, or less
@@ -319,8 +320,9 @@ bool cosine_beam_step(const BeamStep<Compute<Stored>, Token>& step, const Cosine
   return TiledStep<Stored, Token>(step, logits).run(out);
 }
 
-#define DGI_INSTANTIATE(Stored, Token)                                                                                    \
-  template bool cosine_beam_step(const BeamStep<Compute<Stored>, Token>&, const CosineLogits<Stored>&, const BeamOutput&);
+#define DGI_INSTANTIATE(Stored, Token)                                                                 \
+  template bool cosine_beam_step(const BeamStep<Compute<Stored>, Token>&, const CosineLogits<Stored>&, \
+                                 const BeamOutput&);
 DGI_FOR_STORED_AND_TOKEN(DGI_INSTANTIATE)
 #undef DGI_INSTANTIATE
 

@@ -35,8 +35,8 @@ namespace dgi::cpu {
 // `logits` (kCodes, kLanes) = products of kCodes codes with a panel (dim, kLanes), each times the code's factor. +inf
 // becomes the largest number.
 template <bool kFused, int kCodes, int kLanes, class Real>
-DGI_ALWAYS_INLINE inline void panel_logits(const Real* const* codes, const Real* factors, const Real* panel, int64_t dim,
-                                           Real* logits) {
+DGI_ALWAYS_INLINE inline void panel_logits(const Real* const* codes, const Real* factors, const Real* panel,
+                                           int64_t dim, Real* logits) {
   Real sum[kCodes][kLanes] = {};
 #pragma GCC unroll 2
   for (int64_t d = 0; d < dim; ++d) {
@@ -58,8 +58,8 @@ DGI_ALWAYS_INLINE inline void panel_logits(const Real* const* codes, const Real*
   }
 }
 
-// Adds exp(logit - offset) to the sums lane by lane, none of which becomes less than 1. False, and nothing is done, where
-// the quick way does not do.
+// Adds exp(logit - offset) to the sums lane by lane, none of which becomes less than 1. False, and nothing is done,
+// where the quick way does not do.
 template <bool kFused, int kLanes, class Real>
 DGI_ALWAYS_INLINE inline bool add_power_terms(const Real* logits, int64_t count, const Real (&offset)[kLanes],
                                               Real (&sum)[kLanes]) {
@@ -124,7 +124,8 @@ class HeadTile {
 
   HeadTile(const CosineLogits<Stored>& head, int64_t max_rows, bool wants_means)
       : head_(head), blocks_((head.codes + kBlock - 1) / kBlock), factor_(make_buffer<Real>(head.codes)) {
-    with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE { lanes_ = 2 * fused.kVectorBytes / static_cast<int>(sizeof(Real)); });
+    with_best_instructions([&](auto fused)
+                               DGI_ALWAYS_INLINE { lanes_ = 2 * fused.kVectorBytes / static_cast<int>(sizeof(Real)); });
     const int64_t panels = (max_rows + lanes_ - 1) / lanes_;
     rows_ = make_buffer<Real>(panels * lanes_ * head.dim);
     logits_ = make_buffer<Real>(panels * lanes_ * blocks_ * kBlock);
@@ -156,8 +157,8 @@ class HeadTile {
   // The first block of a stage.
   int64_t begin(int stage) const { return blocks_ * stage / kStages; }
 
-  // How many codes a stage and those after it have, and mean_k e^_k over these, where it was wanted: what is summed at once
-  // are the codes of a block, then the blocks.
+  // How many codes a stage and those after it have, and mean_k e^_k over these, where it was wanted: what is summed at
+  // once are the codes of a block, then the blocks.
   int64_t codes_from(int stage) const { return head_.codes - std::min(head_.codes, begin(stage) * kBlock); }
   const Real* mean_from(int stage) const { return means_.data() + stage * head_.dim; }
 
@@ -175,7 +176,8 @@ class HeadTile {
     }
   }
 
-  // The rows from `row` on, a multiple of kRowsAtOnce, are scale h^ for each of the `count` <= kRowsAtOnce hidden states.
+  // The rows from `row` on, a multiple of kRowsAtOnce, are scale h^ for each of the `count` <= kRowsAtOnce hidden
+  // states.
   void set(int64_t row, const Stored* const* h, int64_t count) {
     with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
       const int64_t panel = row / lanes_, lanes = lanes_of(panel), dim = head_.dim;
@@ -209,7 +211,8 @@ class HeadTile {
     wanted_.push_back({row % lanes_, code, logit, std::exchange(first, static_cast<int64_t>(wanted_.size()))});
   }
 
-  // Makes the tile for the stages [first, end) and the panels that are left, and the log-sum-exps where they are wanted.
+  // Makes the tile for the stages [first, end) and the panels that are left, and the log-sum-exps where they are
+  // wanted.
   void compute(int first_stage, int end_stage, bool wants_sums) {
     const int64_t from = begin(first_stage), blocks = begin(end_stage) - from, panels = panels_left_;
     parallel_for(blocks * panels, grain(kBlock * lanes_ * head_.dim / 16), [&](int64_t first, int64_t last) {
@@ -315,7 +318,7 @@ class HeadTile {
   const CosineLogits<Stored>& head_;
   std::vector<Wanted> wanted_;
   std::vector<int64_t> first_wanted_;  // (panels, blocks)
-  std::vector<char> keeps_;            // (panels)
+  std::vector<char> keeps_;  // (panels)
   int64_t blocks_, lanes_ = 0, last_lanes_ = 0, panels_ = 0, panels_left_ = 0;
   Buffer<Real> factor_, converted_, rows_, logits_, maxima_, sums_;
   std::vector<Real> means_;  // (kStages, dim)

@@ -7,11 +7,11 @@
 //   S = X E^T (then T in its place),   dL/dh^ = scale T E,   V += T^T X = dL/de^ / f,   db = sum_n g_n,
 // and at the end dh and dE lose their radial part, and dscale = sum_n h^_n . (T E)_n comes free. Nothing is recomputed.
 // Rows whose softmax is peaked leave short lists in their own place in the tile (dgi/softmax_row.h), if vectors are not
-// short; the entries wait, linked by code, for a pass over V. The other rows stay, move up, and are multiplied once enough
-// have gathered.
+// short; the entries wait, linked by code, for a pass over V. The other rows stay, move up, and are multiplied once
+// enough have gathered.
 //
-// 6 N K D operations, or 2 N K D and those of the lists for rows that are peaked; one V lies in place of dE, and tiles of
-// at most 256 rows are all that is as wide as K. N = K = 4096 at D = 256, float32, two AVX2 cores, against the three
+// 6 N K D operations, or 2 N K D and those of the lists for rows that are peaked; one V lies in place of dE, and tiles
+// of at most 256 rows are all that is as wide as K. N = K = 4096 at D = 256, float32, two AVX2 cores, against the three
 // products by torch.mm: 1.09 flat, 0.61 where nine rows in ten are at cosine 0.7 to their target (one run of
 // `python bench/bench_cosine.py --rounds 5`, which has the peers beside it).
 //
@@ -40,15 +40,16 @@ namespace {
 
 using namespace cosine;
 
-// Of few dimensions no list saves anything: two products cost less than to look for it. Entries hold rows as 32-bit numbers.
+// Of few dimensions no list saves anything: two products cost less than to look for it. Entries hold rows as 32-bit
+// numbers.
 template <class Real>
 int64_t list_limit_of(int64_t rows, int64_t codes, int64_t dim) {
   constexpr int64_t kLeastDim = 112;
   return dim >= kLeastDim && rows <= INT32_MAX ? list_limit<Real>(codes) : 0;
 }
 
-// Enough rows for an efficient product, few enough that all of them and what else the shares need, a V more, a codebook in
-// another dtype and the entries, stay within 10 MB (with more than two threads 40 MB at most).
+// Enough rows for an efficient product, few enough that all of them and what else the shares need, a V more, a codebook
+// in another dtype and the entries, stay within 10 MB (with more than two threads 40 MB at most).
 template <class Stored>
 Sizes sizes_of_share(const Cosine<Stored>& in, int64_t rows, int64_t shares) {
   using Real = Compute<Stored>;
@@ -94,12 +95,13 @@ class Share {
         softmax_{options.smoothing, codebook.largest_score() > kMaxScoreWithoutMaximum, scale_.gain},
         codebook_(codebook), items_(items), wants_gradients_(out.any()), sizes_(sizes),
         limit_(out.any() && std::abs(static_cast<double>(in.scale)) > kLeastScaleOfLists
-                   ? list_limit_of<Real>(in.rows, in.codes, in.dim) : 0),
+                   ? list_limit_of<Real>(in.rows, in.codes, in.dim)
+                   : 0),
         tile_(in, sizes.rows), backward_(in, codebook, out, sizes, in_place),
         columns_(in.codes, out.dbias != nullptr ? sizes.rows : 0), rows_(sizes.rows), numbers_(sizes.rows) {}
 
-  // Takes `count` rows that are active, from row `n` on. Their losses are added up, and go to `out` by row where there is
-  // room for them.
+  // Takes `count` rows that are active, from row `n` on. Their losses are added up, and go to `out` by row where there
+  // is room for them.
   void run(int64_t n, int64_t count, const CosineLosses<Real>& out) {
     while (count > 0) {
       const int64_t block = std::min(sizes_.rows - filled_, count);
@@ -133,7 +135,8 @@ class Share {
 
   // The rows from slot `filled_` on become T, or leave lists.
   void differentiate(int64_t count) {
-    const int64_t together = columns_.is_wanted() ? ColumnSums<Real>::kRows : 1, groups = (count + together - 1) / together;
+    const int64_t together = columns_.is_wanted() ? ColumnSums<Real>::kRows : 1,
+                  groups = (count + together - 1) / together;
     parallel_for(groups, grain(4 * in_.codes * together), [&](int64_t first, int64_t last) {
       std::vector<int32_t> index(limit_ > 0 ? list_capacity(limit_) : 0);
       std::vector<Real> value(index.size());
@@ -154,8 +157,8 @@ class Share {
   template <bool kFused>
   DGI_ALWAYS_INLINE void differentiate_row(int64_t i, int32_t* index, Real* value, Real* column_sums) {
     const int64_t n = tile_.row_of(filled_ + i), target = options_.target[n];
-    const SoftmaxRow<Real> row{tile_.values(filled_ + i), codebook_.terms(), in_.codes,
-                               target,                    items_.same_as(target), items_.count(target)};
+    const SoftmaxRow<Real> row{tile_.values(filled_ + i), codebook_.terms(),   in_.codes, target,
+                               items_.same_as(target),    items_.count(target)};
     const SoftmaxSums sums = with_bias(row.terms, [&](auto has_bias) DGI_ALWAYS_INLINE {
       return softmax_row<kFused, has_bias.value>(row, softmax_, &rows_[i].loss);
     });
@@ -163,8 +166,8 @@ class Share {
     if (!wants_gradients_) return;
     const RowWeights weights = weights_of(options_, n, uniform_);
     SparseRow<Real> list{index, value, 0, 0.0};
-    rows_[i].is_listed =
-        limit_ > 0 && sparse_gradient_row<kFused>(row, softmax_, sums, weights, limit_, list, column_sums);
+    rows_[i].is_listed = limit_ > 0
+                         && sparse_gradient_row<kFused>(row, softmax_, sums, weights, limit_, list, column_sums);
     if (rows_[i].is_listed) {
       double along = weights.loss * sums.tilt;
       if (weights.log_normalizer != 0) along += weights.log_normalizer * sums.mean;
@@ -341,10 +344,10 @@ void cosine_cross_entropy(const Cosine<Stored>& in, const CrossEntropy<Compute<S
   }
 }
 
-#define DGI_INSTANTIATE(Stored)                                                                                      \
-  template void cosine_logits(const Cosine<Stored>&, Stored*);                                                       \
-  template void cosine_logits_backward(const Cosine<Stored>&, const Stored*, const CosineGradients<Stored>&);        \
-  template void cosine_cross_entropy(const Cosine<Stored>&, const CrossEntropy<Compute<Stored>>&,                    \
+#define DGI_INSTANTIATE(Stored)                                                                               \
+  template void cosine_logits(const Cosine<Stored>&, Stored*);                                                \
+  template void cosine_logits_backward(const Cosine<Stored>&, const Stored*, const CosineGradients<Stored>&); \
+  template void cosine_cross_entropy(const Cosine<Stored>&, const CrossEntropy<Compute<Stored>>&,             \
                                      const CosineLosses<Compute<Stored>>&, const CosineGradients<Stored>&);
 DGI_INSTANTIATE(float)
 DGI_INSTANTIATE(double)

@@ -1,4 +1,5 @@
-// What a loss keeps of columns: which stand for the same item, and the sums of their gradients. cosine.cpp has the symbols.
+// What a loss keeps of columns: which stand for the same item, and the sums of their gradients. cosine.cpp has the
+// symbols.
 #pragma once
 
 #include <algorithm>
@@ -34,8 +35,8 @@ class ItemColumns {
   std::vector<int64_t> columns_, first_, count_;
 };
 
-// sum_n g_nk over rows n: of a few rows at a time in Real, each group in a row of its own while it is in the cache, and of
-// groups in float64. The order is that of the rows, whatever the number of threads.
+// sum_n g_nk over rows n: of a few rows at a time in Real, each group in a row of its own while it is in the cache, and
+// of groups in float64. The order is that of the rows, whatever the number of threads.
 template <class Real>
 class ColumnSums {
  public:
@@ -43,7 +44,8 @@ class ColumnSums {
 
   // Without rows nothing is summed.
   ColumnSums(int64_t codes, int64_t rows)
-      : codes_(rows > 0 ? codes : 0), groups_(make_buffer<Real>((rows + kRows - 1) / kRows * codes_)), total_(codes_, 0.0) {}
+      : codes_(rows > 0 ? codes : 0), groups_(make_buffer<Real>((rows + kRows - 1) / kRows * codes_)),
+        total_(codes_, 0.0) {}
 
   bool is_wanted() const { return codes_ > 0; }
 

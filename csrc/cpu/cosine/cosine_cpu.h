@@ -19,7 +19,7 @@ struct Cosine {
 template <class Stored>
 struct CosineGradients {
   Stored *dh = nullptr, *dweight = nullptr;
-  Compute<Stored> *dscale = nullptr, *dbias = nullptr;
+  Compute<Stored>*dscale = nullptr, *dbias = nullptr;
 
   bool any() const { return dh != nullptr || dweight != nullptr || dscale != nullptr || dbias != nullptr; }
 };

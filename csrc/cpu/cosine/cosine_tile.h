@@ -46,8 +46,8 @@ struct SplitScale {
   }
 };
 
-// E in the compute dtype, and the terms of its rows: reciprocal norms and biases. A bias of zeros is made for scales that
-// need the scores of one (dgi/softmax_row.h).
+// E in the compute dtype, and the terms of its rows: reciprocal norms and biases. A bias of zeros is made for scales
+// that need the scores of one (dgi/softmax_row.h).
 template <class Stored>
 class Codebook {
  public:
@@ -102,8 +102,10 @@ class Codebook {
     Real largest = 0;
     for (int64_t k = 0; k < codes; ++k) {
       const Real size = std::abs(bias_[k]);
-      if (std::isfinite(size)) largest = std::max(largest, size);
-      else if (bias_[k] > 0) largest = std::numeric_limits<Real>::infinity();
+      if (std::isfinite(size))
+        largest = std::max(largest, size);
+      else if (bias_[k] > 0)
+        largest = std::numeric_limits<Real>::infinity();
     }
     largest_score_ += static_cast<double>(largest);
     if (gain == 1) return;
@@ -141,15 +143,17 @@ class Codebook {
   mutable std::vector<Real> unit_sum_;
 };
 
-// Rows of h on their way through the tile. A slot holds one row: its number, 1 / norm, X = scale h^, and the tile's row.
+// Rows of h on their way through the tile. A slot holds one row: its number, 1 / norm, X = scale h^, and the tile's
+// row.
 template <class Stored>
 class Tile {
  public:
   using Real = Compute<Stored>;
 
   Tile(const Cosine<Stored>& in, int64_t capacity)
-      : capacity(capacity), in_(in), scale_(SplitScale<Real>(in.scale).scale), row_(capacity), rnorm_(make_buffer<Real>(capacity)),
-        x_(make_buffer<Real>(capacity * in.dim)), values_(make_buffer<Real>(capacity * in.codes)) {}
+      : capacity(capacity), in_(in), scale_(SplitScale<Real>(in.scale).scale), row_(capacity),
+        rnorm_(make_buffer<Real>(capacity)), x_(make_buffer<Real>(capacity * in.dim)),
+        values_(make_buffer<Real>(capacity * in.codes)) {}
 
   int64_t row_of(int64_t slot) const { return row_[slot]; }
   Real rnorm(int64_t slot) const { return rnorm_[slot]; }

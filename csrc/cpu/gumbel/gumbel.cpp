@@ -99,8 +99,8 @@ void gumbel_softmax_backward(const GumbelSoftmax<Stored>& in, const Stored* dout
   *dtau = static_cast<Real>(total);
 }
 
-#define DGI_INSTANTIATE(Stored)                                                                  \
-  template void gumbel_softmax(const GumbelSoftmax<Stored>&, Stored*);                           \
+#define DGI_INSTANTIATE(Stored)                                        \
+  template void gumbel_softmax(const GumbelSoftmax<Stored>&, Stored*); \
   template void gumbel_softmax_backward(const GumbelSoftmax<Stored>&, const Stored*, Stored*, Compute<Stored>*);
 DGI_INSTANTIATE(float)
 DGI_INSTANTIATE(double)

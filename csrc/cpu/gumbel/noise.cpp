@@ -1,11 +1,11 @@
 // Gumbel noise on the CPU, tile by tile: words of Philox first (philox.cpp), then words to noise in a loop that the
 // compiler vectorises for AVX-512, AVX2 or what the machine has.
 //
-// Nothing is read, 4 bytes per element are written; per element a quarter of Philox (5 products of 32 x 32 bits) and two
-// polynomial logarithms, about 13 instructions with AVX2. These are two loops: the chain of both, about 140
-// cycles long, would leave the core waiting, for its reorder buffer holds no more than three such chains.
-// Two cores of an AMD EPYC with AVX2, two threads: 0.8 to 1.1 ns per element where torch's exponential_, which has no
-// thread but its own, takes 21 (one run of `python bench/bench_gumbel.py --rounds 3`).
+// Nothing is read, 4 bytes per element are written; per element a quarter of Philox (5 products of 32 x 32 bits) and
+// two polynomial logarithms, about 13 instructions with AVX2. These are two loops: the chain of both, about 140 cycles
+// long, would leave the core waiting, for its reorder buffer holds no more than three such chains. Two cores of an AMD
+// EPYC with AVX2, two threads: 0.8 to 1.1 ns per element where torch's exponential_, which has no thread but its own,
+// takes 21 (one run of `python bench/bench_gumbel.py --rounds 3`).
 #include "cpu/gumbel/noise_cpu.h"
 
 #include <algorithm>

@@ -6,19 +6,20 @@
 //
 // Rows are processed in blocks through all levels, so that residuals stay in the cache; of a tile (a block of rows x K)
 // only sums of its rows and columns are kept. With X = a r the tile is X E^T, times the codes' f, plus b (dgi/terms.h).
-// Backward computes tile and noise again and goes through the levels in reverse. Below X, the rows of dz~ share its products:
+// Backward computes tile and noise again and goes through the levels in reverse. Below X, the rows of dz~ share its
+// products:
 //
 //   [(s - b) / f; dP] = [X; dZ~] E^T,   ds = P (dP - rowsum(P dP)) / tau,   T = ds f,
 //   d(a r) = T E,   dE = [T; P]^T [X; dZ~], key and value at once,
 //
-// and dscale = sum (a / scale) r . (T E). What the metric adds to that is of a row or of a code alone: of a cosine the radial
-// parts, which for dE are the sums of columns of ds s, and of a bias the sums of columns of ds.
+// and dscale = sum (a / scale) r . (T E). What the metric adds to that is of a row or of a code alone: of a cosine the
+// radial parts, which for dE are the sums of columns of ds s, and of a bias the sums of columns of ds.
 //
-// Rows of which few entries count (dgi/gumbel_row.h) leave the tile as lists, which are kept for backward: forward takes X E^T
-// whole and all other products at the listed codes alone, backward neither tile nor noise.
+// Rows of which few entries count (dgi/gumbel_row.h) leave the tile as lists, which are kept for backward: forward
+// takes X E^T whole and all other products at the listed codes alone, backward neither tile nor noise.
 //
-// 14 N K D operations (forward 4, backward 10), twice the noise. `python bench/bench_quantize.py` measures them against the
-// products alone.
+// 14 N K D operations (forward 4, backward 10), twice the noise. `python bench/bench_quantize.py` measures them against
+// the products alone.
 //
 // Blocks, groups of rows and rows are worked off or added up in fixed order: the same bits on any number of threads, as
 // far as torch's matrix product does.
@@ -67,8 +68,7 @@ class Forward {
         residual_(make_buffer<Real>(block * in.dim)), x_(make_buffer<Real>(block * in.dim)),
         emitted_(make_buffer<Real>(block * in.dim)), own_(block), weight_(block), slot_(block), order_(block),
         tile_(make_buffer<Real>(block * in.widest())), columns_(block, in.widest()),
-        lists_(block, list_limit<Real>(in.widest())),
-        remembered_(first_entry), last_entry_(last_entry) {}
+        lists_(block, list_limit<Real>(in.widest())), remembered_(first_entry), last_entry_(last_entry) {}
 
   void run_block(int64_t begin, int64_t count) {
     std::copy_n(in_.z + begin * in_.dim, count * in_.dim, residual_.get());
@@ -141,7 +141,8 @@ class Forward {
       if (dense < i) std::copy_n(tile_.get() + i * level.codes, level.codes, tile_.get() + dense * level.codes);
       slot_[i] = dense++;
     }
-    matrix_product({tile_.get(), dense, level.codes}, level.vectors, {emitted_.get(), dense, in_.dim}, Into::kOverwrite);
+    matrix_product({tile_.get(), dense, level.codes}, level.vectors, {emitted_.get(), dense, in_.dim},
+                   Into::kOverwrite);
   }
 
   void emit(const Level<Real>& level, int64_t begin, int64_t count) {
@@ -203,7 +204,8 @@ void residual_quantize(const Quantize<Real>& in, const Quantized<Real>& out) {
   const Codebooks<Real> codebooks(in);
   const int64_t room = out.lists.room;
   const auto shares = run<Forward<Real>>(in, [&](int64_t share, int64_t shares, int64_t block) {
-    return std::make_unique<Forward<Real>>(in, out, codebooks, block, share * room / shares, (share + 1) * room / shares);
+    return std::make_unique<Forward<Real>>(in, out, codebooks, block, share * room / shares,
+                                           (share + 1) * room / shares);
   });
   const double rows = static_cast<double>(std::max<int64_t>(1, in.rows));
   for (int64_t k = 0; k < codebooks.codes(); ++k) {

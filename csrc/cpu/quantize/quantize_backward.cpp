@@ -12,10 +12,10 @@ class Backward {
            const QuantizeGradients<Real>& out, const Codebooks<Real>& codebooks, int64_t block, bool is_first_share)
       : in_(in), saved_(saved), upstream_(upstream), out_(out), codebooks_(codebooks), sum_(codebooks_.codes(), 0.0),
         own_de_(make_buffer<Real>(is_first_share || out.codebooks == nullptr ? 0 : codebooks_.codes() * in.dim)),
-        de_(is_first_share ? out.codebooks : own_de_.get()),
-        dr_(make_buffer<Real>(block * in.dim)), x_(make_buffer<Real>(2 * block * in.dim)),
-        u_(make_buffer<Real>(block * in.dim)), row_(block), entry_(block), terms_(block), along_(block), dtau_(block),
-        tile_(make_buffer<Real>(2 * block * in.widest())), columns_(block, in.widest()) {}
+        de_(is_first_share ? out.codebooks : own_de_.get()), dr_(make_buffer<Real>(block * in.dim)),
+        x_(make_buffer<Real>(2 * block * in.dim)), u_(make_buffer<Real>(block * in.dim)), row_(block), entry_(block),
+        terms_(block), along_(block), dtau_(block), tile_(make_buffer<Real>(2 * block * in.widest())),
+        columns_(block, in.widest()) {}
 
   void run_block(int64_t begin, int64_t count) {
     std::fill_n(dr_.get(), count * in_.dim, Real{0});
@@ -46,9 +46,12 @@ class Backward {
 
   // Rows by place: X of the dense rows, as in the tile, their dz~, X of the listed rows, their dz~.
   Real* x(int64_t place) { return x_.get() + (place < dense_ ? place : dense_ + place) * in_.dim; }
-  Real* dz(int64_t place, int64_t count) { return x_.get() + (place < dense_ ? dense_ + place : count + place) * in_.dim; }
+  Real* dz(int64_t place, int64_t count) {
+    return x_.get() + (place < dense_ ? dense_ + place : count + place) * in_.dim;
+  }
 
-  // What forward remembered of a row, by its place, and room for T and what goes into the sums over rows, of the same entries.
+  // What forward remembered of a row, by its place, and room for T and what goes into the sums over rows, of the same
+  // entries.
   struct List {
     const int32_t* code;
     const Real* p;
@@ -67,9 +70,8 @@ class Backward {
     dense_ = count;
     if (saved_.lists.room > 0) {
       const auto range = [&](int64_t i) { return saved_.lists.range + 2 * at(level, begin + i); };
-      const auto first_listed = std::stable_partition(row_.begin(), row_.begin() + count, [&](int64_t i) {
-        return range(i)[0] == range(i)[1];
-      });
+      const auto first_listed = std::stable_partition(row_.begin(), row_.begin() + count,
+                                                      [&](int64_t i) { return range(i)[0] == range(i)[1]; });
       dense_ = first_listed - row_.begin();
       // Listed rows by their code: neighbours take the same rows of E and dE, which are in the cache then.
       std::stable_sort(first_listed, row_.begin() + count, [&](int64_t a, int64_t b) {
@@ -127,7 +129,8 @@ class Backward {
             Real along = 0;
 #pragma omp simd reduction(+ : along)
             for (int64_t k = 0; k < codes; ++k) along += weight * e[k] * (dp[k] - shift) * noisy[k];
-            dtau_[place] = -(static_cast<double>(along) + dnormalizer(level, row) * terms_[place].own) * inverse * inverse;
+            dtau_[place] = -(static_cast<double>(along) + dnormalizer(level, row) * terms_[place].own) * inverse
+                           * inverse;
           }
           const Real* const factor = level.terms.factor;
           with_bias(level.terms, [&](auto has_bias) DGI_ALWAYS_INLINE {
@@ -170,7 +173,8 @@ class Backward {
           for (int64_t j = 0; j < row.count; ++j) {
             const Real ds = row.p[j] * (row.t[j] - shift) * inverse;
             // (s + g) / tau = log p + log Z
-            if (out_.tau != nullptr) tau_sum += static_cast<double>(ds) * (std::log(row.p[j]) + saved_.log_normalizer[to]);
+            if (out_.tau != nullptr)
+              tau_sum += static_cast<double>(ds) * (std::log(row.p[j]) + saved_.log_normalizer[to]);
             row.tilt[j] *= ds;
             row.t[j] = ds * level.terms.factor[row.code[j]];
           }
@@ -314,8 +318,8 @@ void residual_quantize_backward(const Quantize<Real>& in, const QuantizeSaved<Re
   finish(in, out, codebooks, shares);
 }
 
-#define DGI_INSTANTIATE(Real)                                                                  \
-  template void residual_quantize_backward(const Quantize<Real>&, const QuantizeSaved<Real>&,  \
+#define DGI_INSTANTIATE(Real)                                                                 \
+  template void residual_quantize_backward(const Quantize<Real>&, const QuantizeSaved<Real>&, \
                                            const QuantizeUpstream<Real>&, const QuantizeGradients<Real>&);
 DGI_INSTANTIATE(float)
 DGI_INSTANTIATE(double)

@@ -34,14 +34,14 @@ struct Quantize {
   int64_t at(int64_t row, int64_t level) const { return row * levels() + level; }  // in results of shape (rows, levels)
 };
 
-// What forward remembers for backward of rows of which few entries count: codes, ascending, and p there. A row without an
-// entry is dense, or there was no room left for it.
+// What forward remembers for backward of rows of which few entries count: codes, ascending, and p there. A row without
+// an entry is dense, or there was no room left for it.
 template <class Real, class Code = int32_t, class Position = int64_t>
 struct ListedRows {
-  int64_t room;     // entries that fit
+  int64_t room;  // entries that fit
   Position* range;  // (rows, levels, 2): where a row's entries begin and end
-  Code* code;       // (room)
-  Real* p;          // (room)
+  Code* code;  // (room)
+  Real* p;  // (room)
 };
 
 // quantized, residuals (rows, levels, dim); codes, sampled, log_normalizer (rows, levels); usage (sum of sizes)

@@ -2,9 +2,9 @@
 //
 //   c = argmax_k s_k,   r' = r - e_c,   s_k = a S_k f_k + b_k (quantize.cpp)
 //
-// No softmax and no P E. Codes are taken in tiles that stay in the second-level cache between the product that makes them
-// and the pass that reduces them to a running maximum per row; who wants log sum_k exp(s_k / tau), too, pays for the
-// exponentials that count. 2 N K D operations, no memory but the tile and a block of rows.
+// No softmax and no P E. Codes are taken in tiles that stay in the second-level cache between the product that makes
+// them and the pass that reduces them to a running maximum per row; who wants log sum_k exp(s_k / tau), too, pays for
+// the exponentials that count. 2 N K D operations, no memory but the tile and a block of rows.
 #include <limits>
 
 #include "cpu/quantize/quantize_levels.h"
@@ -148,9 +148,8 @@ class Hard {
         if (out_.sampled != nullptr) out_.sampled[to] = in_.noise.present ? row_[i].sampled.code : code;
         if (out_.log_normalizer != nullptr) {
           out_.log_normalizer[to] = row_[i].chosen.is_nan ? std::numeric_limits<Real>::quiet_NaN()
-                                                          : static_cast<Real>(
-                                                                row_[i].log_sum.log(1 / in_.tau)
-                                                                + own_[i] / static_cast<double>(in_.tau));
+                                                          : static_cast<Real>(row_[i].log_sum.log(1 / in_.tau)
+                                                                              + own_[i] / static_cast<double>(in_.tau));
         }
         if (out_.quantized != nullptr) std::copy_n(e, in_.dim, out_.quantized + to * in_.dim);
         for (int64_t d = 0; d < in_.dim; ++d) r[d] -= e[d];

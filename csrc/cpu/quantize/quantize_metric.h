@@ -1,13 +1,13 @@
-// What a metric makes of rows and codes: the terms of s_nk = a_n S_nk f_k + b_k + c_n (dgi/terms.h), S = r . e, and their
-// gradients.
+// What a metric makes of rows and codes: the terms of s_nk = a_n S_nk f_k + b_k + c_n (dgi/terms.h), S = r . e, and
+// their gradients.
 //
 //   cosine       a = scale / ||r||,   f = 1 / ||e||
 //   dot product  a = scale,           f = 1
 //   Euclidean    a = 2 scale,         f = 1,   b = -scale ||e||^2,   c = -scale ||r||^2:   s = -scale ||r - e||^2
 //
-// The Euclidean metric takes r and e relative to the mean of the level's codes, lest the squares cancel where all of them
-// are far from 0: distances do not change, nor do gradients. c is the same for all codes: it shows in the log-normalizer
-// and in gradients of that alone.
+// The Euclidean metric takes r and e relative to the mean of the level's codes, lest the squares cancel where all of
+// them are far from 0: distances do not change, nor do gradients. c is the same for all codes: it shows in the
+// log-normalizer and in gradients of that alone.
 #pragma once
 
 #include <algorithm>
@@ -42,8 +42,8 @@ class Codebooks {
   explicit Codebooks(const Quantize<Real>& in)
       : dim_(in.dim), factor_(make_buffer<Real>(total(in))), is_relative_(in.metric == Metric::kEuclidean),
         keys_(make_buffer<Real>(is_relative_ ? total(in) * in.dim : 0)),
-        centres_(make_buffer<Real>(is_relative_ ? in.levels() * in.dim : 0)),
-        square_(is_relative_ ? total(in) : 0), bias_(make_buffer<Real>(is_relative_ ? total(in) : 0)) {
+        centres_(make_buffer<Real>(is_relative_ ? in.levels() * in.dim : 0)), square_(is_relative_ ? total(in) : 0),
+        bias_(make_buffer<Real>(is_relative_ ? total(in) : 0)) {
     int64_t first = 0;
     for (int64_t number = 0; number < in.levels(); ++number) {
       const int64_t codes = in.sizes[number];
@@ -70,7 +70,9 @@ class Codebooks {
   const Real* keys() const { return levels_.front().keys.data; }
 
  private:
-  static int64_t total(const Quantize<Real>& in) { return std::accumulate(in.sizes.begin(), in.sizes.end(), int64_t{0}); }
+  static int64_t total(const Quantize<Real>& in) {
+    return std::accumulate(in.sizes.begin(), in.sizes.end(), int64_t{0});
+  }
 
   void make_relative(const Quantize<Real>& in, Level<Real>& level) {
     const Real* const e = level.vectors.data;
@@ -155,8 +157,8 @@ DGI_HOST_DEVICE double finish_row(const Quantize<Real>& in, const Level<Real>& l
   return dscale;
 }
 
-// What the gradient of a code's key lacks yet, as a factor of the key. `sum` is over all rows: with a bias of ds, without
-// of ds s.
+// What the gradient of a code's key lacks yet, as a factor of the key. `sum` is over all rows: with a bias of ds,
+// without of ds s.
 template <class Real>
 Real finish_code(const Quantize<Real>& in, Real factor, double sum) {
   switch (in.metric) {

@@ -1,7 +1,7 @@
 // Lexicographic ranking on the CPU: beams by score, and of beams with equal scores all items by cosine.
 //
-// Beams are taken in order of their scores and no item is looked at once k are found, so that the cost is that of about k
-// vectors, whatever the number of beams.
+// Beams are taken in order of their scores and no item is looked at once k are found, so that the cost is that of about
+// k vectors, whatever the number of beams.
 #include "cpu/ranking/ranking_cpu.h"
 
 #include <algorithm>
@@ -34,9 +34,8 @@ void list_beams(const View<int64_t>& nodes, const View<float>& scores, int64_t r
     const float score = scores.at(request, m);
     if (node >= 0 && score > -std::numeric_limits<float>::infinity()) beams.push_back({node, score});
   }
-  std::sort(beams.begin(), beams.end(), [](const Beam& a, const Beam& b) {
-    return a.node != b.node ? a.node < b.node : a.score > b.score;
-  });
+  std::sort(beams.begin(), beams.end(),
+            [](const Beam& a, const Beam& b) { return a.node != b.node ? a.node < b.node : a.score > b.score; });
   beams.erase(std::unique(beams.begin(), beams.end(), [](const Beam& a, const Beam& b) { return a.node == b.node; }),
               beams.end());
   std::sort(beams.begin(), beams.end(), [](const Beam& a, const Beam& b) { return a.score > b.score; });

@@ -46,9 +46,10 @@ void parallel_ranges(int64_t count, int64_t grain, void (*body)(int64_t first, i
 template <class Body>
 void parallel_for(int64_t count, int64_t grain, Body&& body) {
   using Plain = std::remove_reference_t<Body>;
-  parallel_ranges(count, grain < 1 ? 1 : grain,
-                  [](int64_t first, int64_t last, void* context) { (*static_cast<Plain*>(context))(first, last); },
-                  const_cast<std::remove_const_t<Plain>*>(&body));
+  parallel_ranges(
+      count, grain < 1 ? 1 : grain,
+      [](int64_t first, int64_t last, void* context) { (*static_cast<Plain*>(context))(first, last); },
+      const_cast<std::remove_const_t<Plain>*>(&body));
 }
 
 // How many rows of so many elements each make a range worth a thread of its own, about 0.05 ms.

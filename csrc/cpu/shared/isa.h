@@ -1,4 +1,5 @@
-// One piece of code for several instruction sets, chosen when it runs: the binary must not need more than the machine has.
+// One piece of code for several instruction sets, chosen when it runs: the binary must not need more than the machine
+// has.
 #pragma once
 
 #include <type_traits>
@@ -20,9 +21,9 @@ struct Instructions : std::bool_constant<kFused> {
   static constexpr int kVectorBytes = kBytes, kVectorRegisters = kCount;
 };
 
-// Calls body(fused), where the type of `fused` is one of Instructions. `body` must be a lambda marked DGI_ALWAYS_INLINE,
-// and so must all that it calls: then it takes the instruction set of the function that it ends up in. Not
-// `target_clones`, whose ifuncs some C libraries lack.
+// Calls body(fused), where the type of `fused` is one of Instructions. `body` must be a lambda marked
+// DGI_ALWAYS_INLINE, and so must all that it calls: then it takes the instruction set of the function that it ends up
+// in. Not `target_clones`, whose ifuncs some C libraries lack.
 #if defined(__x86_64__) && defined(__GNUC__)
 
 template <class Body>

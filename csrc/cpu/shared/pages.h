@@ -1,5 +1,5 @@
-// Pages of large results. Fresh memory is mapped as it is touched, 4 KB at a time: at (2048, 4096) in float32 that takes
-// as long as the noise that fills it.
+// Pages of large results. Fresh memory is mapped as it is touched, 4 KB at a time: at (2048, 4096) in float32 that
+// takes as long as the noise that fills it.
 #pragma once
 
 #include <cstdint>

@@ -33,8 +33,8 @@ void run_plain(PhiloxKey key, uint32_t block, uint32_t row, int64_t count, uint3
 #define DGI_AVX512 __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl"), always_inline)) inline
 #define DGI_AVX2 __attribute__((target("avx2"), always_inline)) inline
 
-// Of the four words of a chain only the low half of each 64-bit lane counts. Both chains in turns: a round of one fills the
-// time in which the products of the other are on their way.
+// Of the four words of a chain only the low half of each 64-bit lane counts. Both chains in turns: a round of one fills
+// the time in which the products of the other are on their way.
 DGI_AVX512 void rounds(__m512i (&c)[2][4], PhiloxKey key) {
   const __m512i m0 = _mm512_set1_epi64(0xD2511F53), m1 = _mm512_set1_epi64(0xCD9E8D57);
 #pragma GCC unroll 10
@@ -78,9 +78,10 @@ DGI_AVX512 void sixteen_blocks(PhiloxKey key, __m512i block, __m512i row, __m512
   _mm512_storeu_si512(words + 48, _mm512_shuffle_i32x4(t2, t3, 0xDD));
 }
 
-__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl"))) void tile_avx512(
-    PhiloxKey key, const uint32_t* block, const uint32_t* row, int64_t count, uint32_t level, uint32_t stream,
-    uint32_t* words) {
+__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl"))) void tile_avx512(PhiloxKey key, const uint32_t* block,
+                                                                               const uint32_t* row, int64_t count,
+                                                                               uint32_t level, uint32_t stream,
+                                                                               uint32_t* words) {
   const __m512i c2 = _mm512_set1_epi32(static_cast<int>(level)), c3 = _mm512_set1_epi32(static_cast<int>(stream));
   for (int64_t i = 0; i < count; i += 16) {
     sixteen_blocks(key, _mm512_loadu_si512(block + i), _mm512_loadu_si512(row + i), c2, c3, words + 4 * i);
@@ -117,9 +118,7 @@ DGI_AVX2 void rounds(__m256i (&c)[2][4], PhiloxKey key) {
   }
 }
 
-DGI_AVX2 __m256i pair(__m256i low, __m256i high) {
-  return _mm256_blend_epi32(low, _mm256_slli_epi64(high, 32), 0xAA);
-}
+DGI_AVX2 __m256i pair(__m256i low, __m256i high) { return _mm256_blend_epi32(low, _mm256_slli_epi64(high, 32), 0xAA); }
 
 // The words of 8 counters.
 DGI_AVX2 void eight_blocks(PhiloxKey key, __m256i block, __m256i row, __m256i level, __m256i stream, uint32_t* words) {
@@ -148,8 +147,8 @@ __attribute__((target("avx2"))) void tile_avx2(PhiloxKey key, const uint32_t* bl
   }
 }
 
-__attribute__((target("avx2"))) void run_avx2(PhiloxKey key, uint32_t block, uint32_t row, int64_t count, uint32_t level,
-                                              uint32_t stream, uint32_t* words) {
+__attribute__((target("avx2"))) void run_avx2(PhiloxKey key, uint32_t block, uint32_t row, int64_t count,
+                                              uint32_t level, uint32_t stream, uint32_t* words) {
   const __m256i c1 = _mm256_set1_epi32(static_cast<int>(row)), c2 = _mm256_set1_epi32(static_cast<int>(level));
   const __m256i c3 = _mm256_set1_epi32(static_cast<int>(stream));
   __m256i c0 = _mm256_add_epi32(_mm256_set1_epi32(static_cast<int>(block)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));

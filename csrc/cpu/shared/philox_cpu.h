@@ -16,7 +16,8 @@ constexpr int64_t kPhiloxStep = 16;
 using PhiloxTile = void (*)(PhiloxKey key, const uint32_t* block, const uint32_t* row, int64_t count, uint32_t level,
                             uint32_t stream, uint32_t* words);
 
-// The same of the counters (block + i, row, level, stream): of one row, whose part in the first two rounds is made once.
+// The same of the counters (block + i, row, level, stream): of one row, whose part in the first two rounds is made
+// once.
 using PhiloxRun = void (*)(PhiloxKey key, uint32_t block, uint32_t row, int64_t count, uint32_t level, uint32_t stream,
                            uint32_t* words);
 

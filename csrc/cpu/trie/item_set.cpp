@@ -3,8 +3,8 @@
 // The members are first packed into bits by row, so that those of ten million rows lie in the second-level cache while
 // places ask for them in any order; then every place gathers its bit. Both take eight rows or more at a time.
 //
-// The members by place become members by leaf word by word: the marks of where leaves begin cut a word into runs, each of
-// which comes to one bit; and so on for the nodes above.
+// The members by place become members by leaf word by word: the marks of where leaves begin cut a word into runs, each
+// of which comes to one bit; and so on for the nodes above.
 #include "cpu/trie/item_set.h"
 
 #include <algorithm>
@@ -59,7 +59,8 @@ uint64_t pack_word(const bool* members, int64_t count) {
 
 // The bits of places [first, first + count). Sets `known` to false where a row is none; such a place has no member.
 template <class Order>
-uint64_t gather_word(const uint64_t* of_rows, const Order& order, int64_t first, int64_t count, int64_t rows, bool& known) {
+uint64_t gather_word(const uint64_t* of_rows, const Order& order, int64_t first, int64_t count, int64_t rows,
+                     bool& known) {
   uint64_t word = 0;
   for (int64_t bit = 0; bit < count; ++bit) {
     uint64_t row = order[first + bit];
@@ -172,9 +173,8 @@ void with_rows(const Offsets& order, const F& f) {
 template <class Body>
 void for_words(int64_t blocks, const Body& body) {
   parallel_for(blocks, grain(kWordBits * kBlockWords / 4), [&](int64_t first, int64_t last) {
-    with_best_instructions([&](auto instructions) DGI_ALWAYS_INLINE {
-      body(instructions, first * kBlockWords, last * kBlockWords);
-    });
+    with_best_instructions([&](auto instructions)
+                               DGI_ALWAYS_INLINE { body(instructions, first * kBlockWords, last * kBlockWords); });
   });
 }
 
@@ -191,11 +191,14 @@ void write_ranks(const uint64_t* words, int64_t blocks, int64_t* ranks) {
 }
 
 #ifdef DGI_AVX2
-__attribute__((target("bmi2"))) inline uint64_t compressed_bmi2(uint64_t word, uint64_t mask) { return _pext_u64(word, mask); }
+__attribute__((target("bmi2"))) inline uint64_t compressed_bmi2(uint64_t word, uint64_t mask) {
+  return _pext_u64(word, mask);
+}
 #endif
 
-// Moves the bits of `word` that `mask` selects to the lowest places, in order: one instruction where it is fast, as it is
-// on all that have AVX-512; else by H. Warren, Hacker's Delight, 7-4, without a branch, so that several words go at once.
+// Moves the bits of `word` that `mask` selects to the lowest places, in order: one instruction where it is fast, as it
+// is on all that have AVX-512; else by H. Warren, Hacker's Delight, 7-4, without a branch, so that several words go at
+// once.
 template <class Isa>
 DGI_ALWAYS_INLINE inline uint64_t compressed(Isa, uint64_t word, uint64_t mask) {
 #ifdef DGI_AVX2
@@ -215,15 +218,16 @@ DGI_ALWAYS_INLINE inline uint64_t compressed(Isa, uint64_t word, uint64_t mask) 
   return word;
 }
 
-// Blocks [first, last) of the `blocks` of places into the leaves, whose words are 0 yet. Other threads take the blocks about
-// them, and share the first and the last word with this one.
+// Blocks [first, last) of the `blocks` of places into the leaves, whose words are 0 yet. Other threads take the blocks
+// about them, and share the first and the last word with this one.
 template <class Isa>
-DGI_ALWAYS_INLINE inline void join_runs(Isa instructions, const ItemSet& places, const RunMarks& marks, int64_t first, int64_t last,
-                                        int64_t blocks, uint64_t* leaf_words, int64_t count) {
+DGI_ALWAYS_INLINE inline void join_runs(Isa instructions, const ItemSet& places, const RunMarks& marks, int64_t first,
+                                        int64_t last, int64_t blocks, uint64_t* leaf_words, int64_t count) {
   const uint64_t *const ranks = marks.data + 1, *const starts = ranks + marks.blocks();
   int64_t leaf = static_cast<int64_t>(ranks[first]);  // the next to begin
   const int64_t first_word = (leaf - 1) / kWordBits, last_word = last < blocks
-      ? static_cast<int64_t>(ranks[last]) / kWordBits : std::numeric_limits<int64_t>::max();
+                                                                     ? static_cast<int64_t>(ranks[last]) / kWordBits
+                                                                     : std::numeric_limits<int64_t>::max();
   const auto add = [&](int64_t word, uint64_t bits) {
     if (bits == 0 || static_cast<uint64_t>(word) >= static_cast<uint64_t>(count)) return;  // the latter: no true marks
     if (word <= first_word || word >= last_word) {
@@ -303,7 +307,8 @@ void write_parent_set(const ItemSet& children, int64_t blocks, const Offsets& st
   if (starts.stored == Offsets::Stored::kRunMarks) {
     const RunMarks marks{static_cast<const uint64_t*>(starts.data)};
     for_words(blocks, [&](auto instructions, int64_t first, int64_t last) DGI_ALWAYS_INLINE {
-      join_runs(instructions, children, marks, first / kBlockWords, last / kBlockWords, blocks, words, parent_blocks * kBlockWords);
+      join_runs(instructions, children, marks, first / kBlockWords, last / kBlockWords, blocks, words,
+                parent_blocks * kBlockWords);
     });
   } else {  // long runs, or few parents
     for_words(parent_blocks, [&](auto, int64_t first, int64_t last) {

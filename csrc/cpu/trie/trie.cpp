@@ -23,7 +23,8 @@ std::vector<CodeRange> code_ranges(const CodeTable& table) {
     using Code = std::remove_const_t<std::remove_pointer_t<decltype(codes)>>;
     for_shares(table.rows, shares, [&](int64_t share, int64_t first, int64_t last) {
       std::vector<Code> low(table.columns), high(table.columns);
-      for (int64_t c = 0; c < table.columns; ++c) low[c] = high[c] = codes[first * table.row_stride + c * table.column_stride];
+      for (int64_t c = 0; c < table.columns; ++c)
+        low[c] = high[c] = codes[first * table.row_stride + c * table.column_stride];
       for (int64_t row = first; row < last; ++row) {
         const Code* const of_row = codes + row * table.row_stride;
         for (int64_t c = 0; c < table.columns; ++c) {
@@ -114,8 +115,10 @@ void find_children(const TrieLevel<Token>& level, int64_t children, const int64_
   });
 }
 
-template void find_children(const TrieLevel<int16_t>&, int64_t, const int64_t*, const int64_t*, int64_t, int64_t*, bool*);
-template void find_children(const TrieLevel<int32_t>&, int64_t, const int64_t*, const int64_t*, int64_t, int64_t*, bool*);
+template void find_children(const TrieLevel<int16_t>&, int64_t, const int64_t*, const int64_t*, int64_t, int64_t*,
+                            bool*);
+template void find_children(const TrieLevel<int32_t>&, int64_t, const int64_t*, const int64_t*, int64_t, int64_t*,
+                            bool*);
 
 template <class Token>
 void write_child_masks(const TrieLevel<Token>& level, int64_t words, uint32_t* masks) {

@@ -31,7 +31,9 @@ struct CodeTable {  // (rows, columns), of any strides
   }
 
   int64_t at(int64_t row, int64_t column) const {
-    return visit([=, this](const auto* codes) { return static_cast<int64_t>(codes[row * row_stride + column * column_stride]); });
+    return visit([=, this](const auto* codes) {
+      return static_cast<int64_t>(codes[row * row_stride + column * column_stride]);
+    });
   }
 
   // out[i] = the code of rows[i]
@@ -64,8 +66,8 @@ class TrieBuild {
   // Whether the rows were sorted from the beginning: then place i of the leaf order is row i.
   bool in_order() const { return in_order_; }
 
-  // tokens[t] (nodes(t + 1)), child_start[t] (nodes(t) + 1), item_start (nodes(columns) + 1) and item_order (rows); either
-  // of the last two may be null.
+  // tokens[t] (nodes(t + 1)), child_start[t] (nodes(t) + 1), item_start (nodes(columns) + 1) and item_order (rows);
+  // either of the last two may be null.
   template <class Token, class Offset>
   void write(Token* const* tokens, Offset* const* child_start, Offset* item_start, Offset* item_order) const;
 

@@ -27,7 +27,8 @@ namespace dgi::cpu {
 template <class Body>
 void for_shares(int64_t count, int64_t shares, const Body& body) {
   parallel_for(shares, 1, [&](int64_t first, int64_t last) {
-    for (int64_t share = first; share < last; ++share) body(share, count * share / shares, count * (share + 1) / shares);
+    for (int64_t share = first; share < last; ++share)
+      body(share, count * share / shares, count * (share + 1) / shares);
   });
 }
 
@@ -122,8 +123,8 @@ class SortedRows {
     return low_[column] + static_cast<int64_t>(words_[i] >> position_bits_ >> shift_[column] & mask_[column]);
   }
 
-  // The first column in which sorted row i differs from sorted row i - 1; as many as there are where they are equal, 0 for
-  // i = 0.
+  // The first column in which sorted row i differs from sorted row i - 1; as many as there are where they are equal, 0
+  // for i = 0.
   int64_t first_difference(int64_t i) const {
     if (i == 0) return 0;
     if (in_one_word_) return column_of_width_[std::bit_width((words_[i] ^ words_[i - 1]) >> position_bits_)];
@@ -160,7 +161,8 @@ class SortedRows {
       for (int64_t i = 0; i < count; ++i) rows[i] = row(from + i), keys[i] = 0;
       for (size_t f = end; f-- > begin;) {
         const Field& field = fields_[f];
-        if (f + 1 == end || fields_[f + 1].column != field.column) table_.gather(rows.data(), count, field.column, codes.data());
+        if (f + 1 == end || fields_[f + 1].column != field.column)
+          table_.gather(rows.data(), count, field.column, codes.data());
         for (int64_t i = 0; i < count; ++i) keys[i] = keys[i] << field.width | field.of(codes[i]);
       }
       for (int64_t i = 0; i < count; ++i) {

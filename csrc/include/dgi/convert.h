@@ -38,8 +38,8 @@ DGI_HOST_DEVICE double load(double x) { return x; }
 
 DGI_HOST_DEVICE float load(BFloat16 x) { return std::bit_cast<float>(uint32_t{x.bits} << 16); }
 
-// Both readings of the bits are made and one is chosen: normal numbers by a shift and a new exponent bias, subnormal ones
-// as the mantissa of a number near 0.5.
+// Both readings of the bits are made and one is chosen: normal numbers by a shift and a new exponent bias, subnormal
+// ones as the mantissa of a number near 0.5.
 DGI_HOST_DEVICE float load(Float16 x) {
 #ifdef __CUDA_ARCH__
   float value;  // one instruction

@@ -47,8 +47,8 @@ DGI_HOST_DEVICE Reduced reduce(float x) {
 constexpr float kLn2 = 0.6931471805599453f;
 
 // E = -log1p(-u) = -log t, t = 1 - u. The word as a signed number gives u - [u >= 1/2] to full resolution at both ends:
-// w = -u where u < 1/2, else w = 1 - u. Above sqrt(1/2), where its exponent is 0, t is too coarse for a small u, and the
-// polynomial's argument t - 1 is w itself.
+// w = -u where u < 1/2, else w = 1 - u. Above sqrt(1/2), where its exponent is 0, t is too coarse for a small u, and
+// the polynomial's argument t - 1 is w itself.
 template <bool kFused = false>
 DGI_HOST_DEVICE float exponential_from_word(uint32_t x) {
   const float signed_word = static_cast<float>(static_cast<int32_t>(x));
@@ -62,7 +62,8 @@ DGI_HOST_DEVICE float exponential_from_word(uint32_t x) {
 template <bool kFused = false>
 DGI_HOST_DEVICE float gumbel_from_exponential(float e) {
   const Reduced reduced = reduce(e);
-  return -multiply_add<kFused>(static_cast<float>(reduced.exponent), kLn2, log1p_reduced<kFused>(reduced.mantissa - 1.0f));
+  return -multiply_add<kFused>(static_cast<float>(reduced.exponent), kLn2,
+                               log1p_reduced<kFused>(reduced.mantissa - 1.0f));
 }
 
 template <bool kFused = false>

@@ -82,8 +82,8 @@ struct GumbelRow {
   }
 
   // Writes dL/dx; returns the lane's part of dL/dtau = -sum_k dL/dx_k log p_k.
-  DGI_HOST_DEVICE float gradient(int64_t lane, int64_t lanes, const SoftmaxPart& whole, const Stored* upstream, float mean,
-                                 Stored* out) const {
+  DGI_HOST_DEVICE float gradient(int64_t lane, int64_t lanes, const SoftmaxPart& whole, const Stored* upstream,
+                                 float mean, Stored* out) const {
     const float log_total = std::log2(whole.total), scale = 1 / whole.total;
     float dtau = 0;
     walk(lane, lanes, [&](int64_t k, float y) {

@@ -1,9 +1,9 @@
 // The noise of dgi/gumbel.h where logarithms are one instruction: in base 2, G = g / ln 2 = -log2(-ln(1 - u)).
 //
 // lg2.approx errs by 2^-22, absolutely where its argument is within (1/2, 2) and relatively elsewhere (PTX ISA). Near
-// u = 0, where log(1 - u) loses what 1 - u has rounded away, a polynomial in u takes its place below u = 1/16: the error
-// of g is below 2e-5 for every word. One conversion serves both sides: it takes x for small u and ~x, which is 1 - u, for
-// the rest. dgi_kernels/gumbel/triton_noise.py has the same formula, and its test the worst case.
+// u = 0, where log(1 - u) loses what 1 - u has rounded away, a polynomial in u takes its place below u = 1/16: the
+// error of g is below 2e-5 for every word. One conversion serves both sides: it takes x for small u and ~x, which is 1
+// - u, for the rest. dgi_kernels/gumbel/triton_noise.py has the same formula, and its test the worst case.
 #pragma once
 
 #include <cmath>

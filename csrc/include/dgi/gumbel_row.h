@@ -87,15 +87,15 @@ DGI_HOST_DEVICE Real score_row(const Real* products, const CodeTerms<Real>& term
 
 struct GumbelSums {
   int64_t sampled;  // argmax of s + g
-  double sum;       // of what is written
+  double sum;  // of what is written
   double log_normalizer;
 };
 
 // Writes exp((s + g) / tau - offset), with the offset of its choice; `out` may be `s`. `maximum` is that of s. Where
 // `noisy` is given, s + g is kept there.
 template <bool kFused, NoiseAs kAs, class Real, class Noise>
-DGI_HOST_DEVICE GumbelSums soften(const Real* s, int64_t codes, Real maximum, Real tau, const Noise& noise,
-                                        Real* out, Real* noisy = nullptr) {
+DGI_HOST_DEVICE GumbelSums soften(const Real* s, int64_t codes, Real maximum, Real tau, const Noise& noise, Real* out,
+                                  Real* noisy = nullptr) {
   GumbelSums result{0, 0.0, 0.0};
   Real buffer[kNoiseChunk];
   const Real inverse = 1 / tau;
@@ -162,10 +162,11 @@ DGI_HOST_DEVICE GumbelSums soften(const Real* s, int64_t codes, Real maximum, Re
 // What a list may leave out of a row in all: half a unit in the last place of a float32 sum.
 constexpr double kNegligibleShare = 0x1p-23;
 
-// Lists the entries that count, at least `share` of the row's mean each. Returns how many, or -1 where there are more than
-// `limit`; `index` holds limit + detail::kGroup.
+// Lists the entries that count, at least `share` of the row's mean each. Returns how many, or -1 where there are more
+// than `limit`; `index` holds limit + detail::kGroup.
 template <class Real>
-DGI_HOST_DEVICE int64_t list_row(const Real* e, int64_t codes, double sum, double share, int64_t limit, int32_t* index) {
+DGI_HOST_DEVICE int64_t list_row(const Real* e, int64_t codes, double sum, double share, int64_t limit,
+                                 int32_t* index) {
   if (!(sum > 0) || !(sum <= 0x1p126)) return -1;
   const Real cut = static_cast<Real>(share * sum / static_cast<double>(codes));
   return detail::list_entries(e, 0, codes, cut, index, 0, limit);

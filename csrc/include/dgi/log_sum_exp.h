@@ -1,8 +1,9 @@
 // log-sum-exp of a row, chunk by chunk: sum_k exp(x_k - maximum) with the largest x seen so far as maximum.
 //
-// A chunk is read twice, the second time from the first-level cache, while what is to be read next is on its way. NaN and
-// -inf add nothing; +inf counts as the largest finite number. The sum is never less than 1, so that its logarithm is never
-// negative and no log-probability is ever positive, rounding included: searches cut off what cannot win by that.
+// A chunk is read twice, the second time from the first-level cache, while what is to be read next is on its way. NaN
+// and -inf add nothing; +inf counts as the largest finite number. The sum is never less than 1, so that its logarithm
+// is never negative and no log-probability is ever positive, rounding included: searches cut off what cannot win by
+// that.
 #pragma once
 
 #include <bit>
@@ -31,8 +32,8 @@ DGI_HOST_DEVICE float power_of_fraction(float f) {
 
 constexpr float kRoundToInteger = 0x1.8p23f;  // adding it leaves an integer in the low bits
 
-// exp(d) for d <= 0 as a term of a sum whose largest term is 1: absolute error 1e-7, relative error 3e-7 down to d = -8.
-// Below -86 and for NaN exp(-86), which such a sum does not notice. Three operations fewer than exponential().
+// exp(d) for d <= 0 as a term of a sum whose largest term is 1: absolute error 1e-7, relative error 3e-7 down to d =
+// -8. Below -86 and for NaN exp(-86), which such a sum does not notice. Three operations fewer than exponential().
 template <bool kFused>
 DGI_HOST_DEVICE float exponential_term(float d) {
   d = d > -86.0f ? d : -86.0f;
@@ -48,14 +49,15 @@ DGI_HOST_DEVICE double exponential_term(double d) {
 }
 
 // Adds exp(x[lane] - maximum) to sum[lane], times what it makes of the maximum itself (`largest`), as terms of the same
-// kind, where multiply-adds are fused and |maximum| <= kMost: 11 vector operations. What is subtracted is a whole power of
-// two close to exp(maximum): then x log2 e need not be rounded before the difference is taken, and adding one number
+// kind, where multiply-adds are fused and |maximum| <= kMost: 11 vector operations. What is subtracted is a whole power
+// of two close to exp(maximum): then x log2 e need not be rounded before the difference is taken, and adding one number
 // rounds, subtracts and biases at once. The polynomial's first factor is left out, which saves a multiplication and a
-// register: with one more the sums would not stay in registers. Division by `largest` makes up for that, for the power, for
-// log2 e in float32 being 1.3e-8 off (the latter for x near the maximum), and leaves exactly 1 of a row of one number.
+// register: with one more the sums would not stay in registers. Division by `largest` makes up for that, for the power,
+// for log2 e in float32 being 1.3e-8 off (the latter for x near the maximum), and leaves exactly 1 of a row of one
+// number.
 //
-// kMaxima: 1, or as many as there are lanes. Stage by stage over all lanes: one lane's operations wait for each other, and
-// so many of them fill a scheduler before the next lane's come.
+// kMaxima: 1, or as many as there are lanes. Stage by stage over all lanes: one lane's operations wait for each other,
+// and so many of them fill a scheduler before the next lane's come.
 template <int kLanes, int kMaxima>
 struct PowerTerms {
   static constexpr float kMost = 1e6f;

@@ -44,8 +44,9 @@ DGI_HOST_DEVICE int place_of_one(uint64_t word, int before) {
   return shift + trailing_zeros(rest);
 }
 
-// Where runs begin that cover the places 0 to n - 1, none of them empty: a bit for each place and the end, 1 where a run
-// begins and at the end, with the number of ones before each block of 512, and for every 256th run its block. One array:
+// Where runs begin that cover the places 0 to n - 1, none of them empty: a bit for each place and the end, 1 where a
+// run begins and at the end, with the number of ones before each block of 512, and for every 256th run its block. One
+// array:
 //   [0]: b, the number of blocks;  b numbers of ones;  8 b words;  blocks of the runs 0, 256, 512, ... and of the end
 struct RunMarks {
   static constexpr int kWordBits = 64, kBlockWords = 8, kSampled = 256;
@@ -67,13 +68,14 @@ struct RunMarks {
   // Whether an array of so many elements is what the numbers in it say.
   bool fill(int64_t count) const {
     return count > 1 && 1 <= blocks() && blocks() <= count / (1 + kBlockWords) && size() >= 0
-        && count == elements(size(), blocks());
+           && count == elements(size(), blocks());
   }
 
   // Where run i begins; of as many as there are, the end.
   DGI_HOST_DEVICE int64_t operator[](int64_t i) const {
     const int64_t blocks = this->blocks();
-    const uint64_t *const ranks = data + 1, *const words = ranks + blocks, *const samples = words + kBlockWords * blocks;
+    const uint64_t *const ranks = data + 1, *const words = ranks + blocks,
+                          *const samples = words + kBlockWords * blocks;
     int64_t block = static_cast<int64_t>(samples[i / kSampled]);
     for (int64_t last = static_cast<int64_t>(samples[i / kSampled + 1]); block < last;) {
       const int64_t middle = block + (last - block + 1) / 2;
@@ -123,7 +125,8 @@ struct Offsets {
 
   // The same of an array of int32 or int64, which searches read most.
   DGI_HOST_DEVICE int64_t plain(int64_t i) const {
-    return stored == Stored::kInt64 ? static_cast<const int64_t*>(data)[i] : int64_t{static_cast<const int32_t*>(data)[i]};
+    return stored == Stored::kInt64 ? static_cast<const int64_t*>(data)[i]
+                                    : int64_t{static_cast<const int32_t*>(data)[i]};
   }
 
   // Run i, from its start to that of the next.

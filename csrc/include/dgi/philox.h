@@ -31,16 +31,13 @@ DGI_HOST_DEVICE PhiloxBlock philox(PhiloxBlock counter, PhiloxKey key) {
   } else {
     const uint64_t product0 = uint64_t{0xD2511F53u} * counter.word[0];
     const uint64_t product1 = uint64_t{0xCD9E8D57u} * counter.word[2];
-    const PhiloxBlock next{{static_cast<uint32_t>(product1 >> 32) ^ counter.word[1] ^ key.low,
-                            static_cast<uint32_t>(product1),
-                            static_cast<uint32_t>(product0 >> 32) ^ counter.word[3] ^ key.high,
-                            static_cast<uint32_t>(product0)}};
+    const PhiloxBlock next{
+        {static_cast<uint32_t>(product1 >> 32) ^ counter.word[1] ^ key.low, static_cast<uint32_t>(product1),
+         static_cast<uint32_t>(product0 >> 32) ^ counter.word[3] ^ key.high, static_cast<uint32_t>(product0)}};
     return philox<kRounds - 1>(next, PhiloxKey{key.low + 0x9E3779B9u, key.high + 0xBB67AE85u});
   }
 }
 
-DGI_HOST_DEVICE PhiloxBlock philox4x32_10(PhiloxBlock counter, PhiloxKey key) {
-  return philox<10>(counter, key);
-}
+DGI_HOST_DEVICE PhiloxBlock philox4x32_10(PhiloxBlock counter, PhiloxKey key) { return philox<10>(counter, key); }
 
 }  // namespace dgi

@@ -1,22 +1,24 @@
-// One row of a tile of products S = x . e_k, x = a h: its softmax, its loss, and the row's share of the gradient in the place
-// of the products.
+// One row of a tile of products S = x . e_k, x = a h: its softmax, its loss, and the row's share of the gradient in the
+// place of the products.
 //
 //   s_k = f_k S_k + b_k,   Z = sum_k exp(s_k),   p_k = exp(s_k) / Z      (dgi/terms.h has f and b)
 //   target distribution q_k = (1 - smoothing) [k = target] + smoothing / K
 //   loss = -sum_k q_k log p_k,   g_k = weight (p_k - q_k) + weight of log Z p_k,   T_k = g_k f_k
 //
-// The target's own term is kept out of the sum: with R = Z - exp(s_target), -log p_target = log1p(R / exp(s_target)) and
-// p_target - 1 = -R / Z keep their relative accuracy where the softmax is peaked, which float32 sums would lose. Columns that
-// stand for the same item as the target are left out too: they have no p, no q and T = 0, and K counts the others.
+// The target's own term is kept out of the sum: with R = Z - exp(s_target), -log p_target = log1p(R / exp(s_target))
+// and p_target - 1 = -R / Z keep their relative accuracy where the softmax is peaked, which float32 sums would lose.
+// Columns that stand for the same item as the target are left out too: they have no p, no q and T = 0, and K counts the
+// others.
 //
-// Of a peaked row only the entries with p_k >= 2^-24 are listed, or more where they are few. What the others weigh in all is
-// spread evenly over them, p_k ~ u, so that the gradients still sum to zero and a direction that all codes share gets its
-// exact share. With label smoothing everything is then even but for the list: T_k = (g_k - v) f_k for the listed,
-// and v f_k more for every code, v = weight (u - smoothing / K), which costs one vector per row and not one per entry.
+// Of a peaked row only the entries with p_k >= 2^-24 are listed, or more where they are few. What the others weigh in
+// all is spread evenly over them, p_k ~ u, so that the gradients still sum to zero and a direction that all codes share
+// gets its exact share. With label smoothing everything is then even but for the list: T_k = (g_k - v) f_k for the
+// listed, and v f_k more for every code, v = weight (u - smoothing / K), which costs one vector per row and not one per
+// entry.
 //
-// With a bias a score is rounded before the largest is subtracted, so that the largest itself becomes exactly 0 however large
-// scores are, and what scores exp(-87) of it becomes 0: a bias of -inf takes its code out of the softmax. Rows of very
-// large scores go the same way, with a bias of 0: `gain`, a power of two, is what their products lack.
+// With a bias a score is rounded before the largest is subtracted, so that the largest itself becomes exactly 0 however
+// large scores are, and what scores exp(-87) of it becomes 0: a bias of -inf takes its code out of the softmax. Rows of
+// very large scores go the same way, with a bias of 0: `gain`, a power of two, is what their products lack.
 #pragma once
 
 #include <bit>
@@ -47,7 +49,7 @@ struct SoftmaxRow {
 struct SoftmaxOptions {
   double smoothing;
   bool needs_maximum;  // some |s| > 64: exp(s) might leave float32's range
-  double gain = 1;     // scores are this times those of the products
+  double gain = 1;  // scores are this times those of the products
 };
 
 // For |s| <= 64, exp(s) and sums of it lie well inside of float32's range and no maximum has to be subtracted.
@@ -62,11 +64,11 @@ struct RowWeights {
 };
 
 struct SoftmaxSums {
-  double offset;          // what was subtracted from the logits before exp
-  double rest;            // sum of exp(s_k - offset) over the codes other than the target
-  double target;          // exp(s_target - offset)
-  double tilt;            // dL/da * a = sum_k g_k f_k S_k, for weight 1
-  double mean;            // sum_k p_k f_k S_k
+  double offset;  // what was subtracted from the logits before exp
+  double rest;  // sum of exp(s_k - offset) over the codes other than the target
+  double target;  // exp(s_target - offset)
+  double tilt;  // dL/da * a = sum_k g_k f_k S_k, for weight 1
+  double mean;  // sum_k p_k f_k S_k
   double log_normalizer;  // log Z
   double total() const { return rest + target; }
 };
@@ -97,7 +99,7 @@ struct Runs {
 template <class Real>
 struct Offsets {
   Real offset;  // from the score
-  Real own;     // the target's f S, with a bias
+  Real own;  // the target's f S, with a bias
   Real gain;
 };
 
@@ -210,7 +212,8 @@ DGI_HOST_DEVICE SoftmaxSums softmax_row(const SoftmaxRow<Real>& row, const Softm
   if (options.needs_maximum) {
     offset = static_cast<Real>(logit);
     for (Runs run(row); run.next();) {
-      offset = detail::maximum_score<kFused, kHasBias>(s + run.first, terms.from(run.first), run.last - run.first, offset);
+      offset = detail::maximum_score<kFused, kHasBias>(s + run.first, terms.from(run.first), run.last - run.first,
+                                                       offset);
     }
   }
   double mean_score = 0, mean_part = 0;
@@ -256,8 +259,8 @@ DGI_HOST_DEVICE void dense_gradient_row(const SoftmaxRow<Real>& row, const Softm
   const Real factor = static_cast<Real>((weight + weights.log_normalizer) / sums.total());
   const Real shift = static_cast<Real>(-weight * uniform);
   for (detail::Runs run(row); run.next();) {
-    detail::gradients<kFused>(row.products + run.first, row.terms.factor + run.first, run.last - run.first, factor, shift,
-                              column_sums == nullptr ? nullptr : column_sums + run.first);
+    detail::gradients<kFused>(row.products + run.first, row.terms.factor + run.first, run.last - run.first, factor,
+                              shift, column_sums == nullptr ? nullptr : column_sums + run.first);
   }
   double target = weight * (options.smoothing - uniform - sums.rest / sums.total());
   if (weights.log_normalizer != 0) target += weights.log_normalizer * (sums.target / sums.total());
@@ -265,10 +268,11 @@ DGI_HOST_DEVICE void dense_gradient_row(const SoftmaxRow<Real>& row, const Softm
   if (column_sums != nullptr) column_sums[row.target] += static_cast<Real>(target);
 }
 
-// Entries below a share of their row are skipped: below 2^-24 of what is not the target's, if then the list is short; else
-// below 2^-24 or 2^-25 of the row, if what they skip changes the row's gradient by no more than about what a
-// float32 softmax rounds away: by kNoise for every code in the norm of p (a sum near 1 loses part of every small term), and
-// by kDrift in the sum of p. Scales that need a maximum are held to less noise: there a float32 softmax rounds less away.
+// Entries below a share of their row are skipped: below 2^-24 of what is not the target's, if then the list is short;
+// else below 2^-24 or 2^-25 of the row, if what they skip changes the row's gradient by no more than about what a
+// float32 softmax rounds away: by kNoise for every code in the norm of p (a sum near 1 loses part of every small term),
+// and by kDrift in the sum of p. Scales that need a maximum are held to less noise: there a float32 softmax rounds less
+// away.
 constexpr double kNegligible = 0x1p-24, kNoise = 1.25e-10, kNoiseOfLargeScale = 0.8e-10, kDrift = 0x1p-14;
 
 constexpr int64_t list_capacity(int64_t limit) { return limit + 1 + detail::kGroup; }
@@ -323,8 +327,8 @@ DGI_HOST_DEVICE int64_t list_row(const SoftmaxRow<Real>& row, Real cut, int64_t 
 }  // namespace detail
 
 // Lists the entries that count, where they are at most `limit` and the rest is negligible; false where not, and where
-// anything is NaN. `list.index` and `list.value` have room for list_capacity(limit) entries. Each g but for what is even is
-// added to `column_sums` (codes) where that is not null.
+// anything is NaN. `list.index` and `list.value` have room for list_capacity(limit) entries. Each g but for what is
+// even is added to `column_sums` (codes) where that is not null.
 template <bool kFused, class Real>
 DGI_HOST_DEVICE bool sparse_gradient_row(const SoftmaxRow<Real>& row, const SoftmaxOptions& options,
                                          const SoftmaxSums& sums, const RowWeights& weights, int64_t limit,

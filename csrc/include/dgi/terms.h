@@ -2,8 +2,8 @@
 //
 //   s_nk = a_n S_nk f_k + b_k
 //
-// A cosine has a_n = scale / ||r_n||, f_k = 1 / ||e_k|| and b_k = 0; a dot product a_n = scale, f_k = 1 and b_k = 0. A bias of
-// the columns (a class prior, the logarithm of a sampling probability) is b.
+// A cosine has a_n = scale / ||r_n||, f_k = 1 / ||e_k|| and b_k = 0; a dot product a_n = scale, f_k = 1 and b_k = 0. A
+// bias of the columns (a class prior, the logarithm of a sampling probability) is b.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,9 @@ struct CodeTerms {
   const Real* bias = nullptr;  // (codes): b; null where all are 0
 
   // Those of the codes from `code` on.
-  DGI_HOST_DEVICE CodeTerms from(int64_t code) const { return {factor + code, bias == nullptr ? nullptr : bias + code}; }
+  DGI_HOST_DEVICE CodeTerms from(int64_t code) const {
+    return {factor + code, bias == nullptr ? nullptr : bias + code};
+  }
 
   // s_k, of a product that has its row's a_n already.
   template <bool kFused, bool kHasBias>

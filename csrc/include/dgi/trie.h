@@ -1,14 +1,15 @@
 // A trie as searches see it: arrays by depth, and what changes after it was built laid over them.
 //
-// The nodes of a depth are numbered in the order of their prefixes, so that the children of a node are a run of the next
-// depth, sorted by token, and the items below it a range of places in the order of leaves. A child is allowed while an
-// allowed item lies below it: while the rank of a bitset over places rises over that range, or, as searches ask it, while
-// it is in a bitset over the nodes of its depth.
+// The nodes of a depth are numbered in the order of their prefixes, so that the children of a node are a run of the
+// next depth, sorted by token, and the items below it a range of places in the order of leaves. A child is allowed
+// while an allowed item lies below it: while the rank of a bitset over places rises over that range, or, as searches
+// ask it, while it is in a bitset over the nodes of its depth.
 //
 // An updated trie has two parts: the `base`, some of whose items may be gone, and a `delta`, a trie of the items that
-// came since. They are searched as one. Node n of the whole, at a depth where the base has b nodes, is the base's node n
-// if n < b, else the delta's node n - b. A prefix that both parts hold goes by the base's number; the two nodes are
-// *twins*. The children of a node are the run of the base's node and the run of the delta's, the delta's twins left out.
+// came since. They are searched as one. Node n of the whole, at a depth where the base has b nodes, is the base's node
+// n if n < b, else the delta's node n - b. A prefix that both parts hold goes by the base's number; the two nodes are
+// *twins*. The children of a node are the run of the base's node and the run of the delta's, the delta's twins left
+// out.
 //
 // Nothing here knows torch, and all of it runs on host and device.
 #pragma once
@@ -22,9 +23,9 @@ namespace dgi {
 
 constexpr int32_t kEndToken = -1;  // the sequence has ended; sorts before every code
 
-// A set of places, or of the nodes of a depth: bit p % 64 of word p / 64, and the number of members before each block of
-// 512 places. The words cover whole blocks, and at least one place more than there are; the bits behind the last place are
-// 0. Without words the set holds every place.
+// A set of places, or of the nodes of a depth: bit p % 64 of word p / 64, and the number of members before each block
+// of 512 places. The words cover whole blocks, and at least one place more than there are; the bits behind the last
+// place are 0. Without words the set holds every place.
 struct ItemSet {
   static constexpr int kWordBits = 64, kBlockWords = 8;
 
@@ -94,8 +95,8 @@ DGI_HOST_DEVICE int64_t lower_bound(const Element* sorted, Range range, Value va
   return range.first;
 }
 
-// Where the delta's nodes of one depth stand among the base's: 2 a + 1 for the twin of the base's node a, 2 a for a node
-// without a twin that has a of the base's nodes before it. They ascend, and those of twins differ.
+// Where the delta's nodes of one depth stand among the base's: 2 a + 1 for the twin of the base's node a, 2 a for a
+// node without a twin that has a of the base's nodes before it. They ascend, and those of twins differ.
 struct Anchors {
   const int64_t* data = nullptr;
   int64_t count = 0;  // 0 where there is no delta

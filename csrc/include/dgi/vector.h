@@ -40,7 +40,7 @@ DGI_HOST_DEVICE void add_rows(const int32_t* index, const Compute<Stored>* facto
   int64_t i = 0;
   for (; i + 4 <= count; i += 4) {
     const Stored *r0 = rows + index[i] * dim, *r1 = rows + index[i + 1] * dim, *r2 = rows + index[i + 2] * dim,
-               *r3 = rows + index[i + 3] * dim;
+                 *r3 = rows + index[i + 3] * dim;
     const Real f0 = factor[i], f1 = factor[i + 1], f2 = factor[i + 2], f3 = factor[i + 3];
 #pragma omp simd
     for (int64_t d = 0; d < dim; ++d) {
@@ -58,12 +58,12 @@ DGI_HOST_DEVICE void add_rows(const int32_t* index, const Compute<Stored>* facto
   }
 }
 
-// The gradient of a stored vector x from the gradient g of x^ = rnorm x: out = factor (g - x (x . g) / (x . x)), factor =
-// rnorm, or whatever of it is not in g yet. Where x is so short that eps took the place of its norm nothing is radial.
-// In float64, so that x . out = 0 to the rounding of `out`, however much of g is radial. `out` may be `g`.
+// The gradient of a stored vector x from the gradient g of x^ = rnorm x: out = factor (g - x (x . g) / (x . x)), factor
+// = rnorm, or whatever of it is not in g yet. Where x is so short that eps took the place of its norm nothing is
+// radial. In float64, so that x . out = 0 to the rounding of `out`, however much of g is radial. `out` may be `g`.
 template <bool kFused, class Stored>
-DGI_HOST_DEVICE void through_normalization(const Stored* x, const Compute<Stored>* g, int64_t dim, Compute<Stored> rnorm,
-                                           Compute<Stored> eps, double factor, Stored* out) {
+DGI_HOST_DEVICE void through_normalization(const Stored* x, const Compute<Stored>* g, int64_t dim,
+                                           Compute<Stored> rnorm, Compute<Stored> eps, double factor, Stored* out) {
   using Real = Compute<Stored>;
   double along = 0, square = 0;
 #pragma omp simd reduction(+ : along, square)

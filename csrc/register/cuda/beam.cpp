@@ -58,8 +58,8 @@ dgi::cuda::View<Element> view_of(const char* op, const char* name, const Tensor&
   return {data_of<Element>(x), x.stride(0), x.stride(1)};
 }
 
-// What both steps have in common. normalize: 0 full, 1 children, 2 none. max_degree: at least as many as any node of the
-// depth has children; less than 0 where nobody knows.
+// What both steps have in common. normalize: 0 full, 1 children, 2 none. max_degree: at least as many as any node of
+// the depth has children; less than 0 where nobody knows.
 struct StepArguments {
   const DepthArguments& trie;
   const Allowed& allowed;
@@ -91,8 +91,8 @@ Tensor scratch_for(const Tensor& like, int64_t requests, int64_t width, int64_t 
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> beam_step_cuda(
-    const Tensor& tokens, const Tensor& child_start, const std::vector<Tensor>& delta, const std::vector<Tensor>& anchors,
-    const std::vector<Tensor>& sets, const std::vector<int64_t>& set_of,
+    const Tensor& tokens, const Tensor& child_start, const std::vector<Tensor>& delta,
+    const std::vector<Tensor>& anchors, const std::vector<Tensor>& sets, const std::vector<int64_t>& set_of,
     const Tensor& logits, const Tensor& nodes, const Tensor& scores, const std::optional<Tensor>& log_normalizer,
     int64_t num_beams, int64_t normalize, const std::optional<Tensor>& /*child_masks*/,  // no gain: real children only
     int64_t max_degree) {
@@ -102,8 +102,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> beam_step_cuda(
   const DepthArguments depth(tokens, child_start, delta, anchors);
   const Allowed allowed = depth.allowed(sets, set_of, requests);
   const StepArguments arguments{depth, allowed, nodes, scores, log_normalizer, num_beams, normalize, max_degree};
-  const dgi::cuda::Logits view{logits.const_data_ptr(), float_of(logits), logits.size(2), logits.stride(0),
-                               logits.stride(1), logits.stride(2)};
+  const dgi::cuda::Logits view{logits.const_data_ptr(), float_of(logits), logits.size(2),
+                               logits.stride(0),        logits.stride(1), logits.stride(2)};
   const DeviceGuard guard(logits.get_device_index());
   return depth.for_token([&](auto token) {
     const auto step = arguments.step<decltype(token)>(requests, width);
@@ -137,14 +137,13 @@ void in_parts(int64_t requests, int64_t of_one, const F& f) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> cosine_beam_step_cuda(
-    const Tensor& tokens, const Tensor& child_start, const std::vector<Tensor>& delta, const std::vector<Tensor>& anchors,
-    const std::vector<Tensor>& sets, const std::vector<int64_t>& set_of,
+    const Tensor& tokens, const Tensor& child_start, const std::vector<Tensor>& delta,
+    const std::vector<Tensor>& anchors, const std::vector<Tensor>& sets, const std::vector<int64_t>& set_of,
     const Tensor& h, const Tensor& codebook, const Tensor& scale, double eps, const Tensor& nodes, const Tensor& scores,
     const std::optional<Tensor>& log_normalizer, int64_t num_beams, int64_t normalize, int64_t max_degree) {
   check_head(h, codebook);
   STD_TORCH_CHECK(scale.numel() == 1 && scale.scalar_type() == ScalarType::Float, kBeam, "scale must hold one float32");
-  check_devices(kStep, h, tokens, child_start, delta, anchors, sets, codebook, scale, nodes, scores,
-                log_normalizer);
+  check_devices(kStep, h, tokens, child_start, delta, anchors, sets, codebook, scale, nodes, scores, log_normalizer);
   const int64_t requests = h.size(0), width = h.size(1), codes = codebook.size(0), dim = h.size(2);
   const DepthArguments depth(tokens, child_start, delta, anchors);
   const Allowed allowed = depth.allowed(sets, set_of, requests);
@@ -153,8 +152,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cosine_beam_step_cuda(
   return depth.for_token([&](auto token) {
     const auto step = arguments.step<decltype(token)>(requests, width);
     void* const stream = current_stream(h);
-    dgi::cuda::CosineHead head{h.const_data_ptr(), codebook.const_data_ptr(), float_of(h), codes, dim,
-                               scale.const_data_ptr<float>(), static_cast<float>(eps)};
+    dgi::cuda::CosineHead head{
+        h.const_data_ptr(),     codebook.const_data_ptr(), float_of(h), codes, dim, scale.const_data_ptr<float>(),
+        static_cast<float>(eps)};
     NewBeams beams(h, requests, num_beams);
     const int64_t most = std::min(requests, std::max<int64_t>(1, kProducts / std::max<int64_t>(1, width * codes)));
     Tensor scratch = scratch_for(h, most, width, num_beams);
@@ -190,11 +190,10 @@ std::tuple<Tensor, Tensor, Tensor> rank_candidates_cuda(
     const Tensor& query, const Tensor& item_vectors, int64_t num_nodes, const std::vector<Tensor>& below,
     const std::optional<Tensor>& item_order, const std::optional<Tensor>& item_ids,
     const std::vector<Tensor>& delta_below, const std::optional<Tensor>& delta_order,
-    const std::optional<Tensor>& delta_ids, const std::optional<Tensor>& delta_anchors,
-    const std::vector<Tensor>& sets, const std::vector<int64_t>& set_of,
-    const Tensor& nodes, const Tensor& scores, int64_t k, double eps) {
-  const RankingArguments arguments(query, item_vectors, num_nodes, below, item_order, item_ids, delta_below, delta_order,
-                                   delta_ids, delta_anchors, sets, set_of, nodes, k);
+    const std::optional<Tensor>& delta_ids, const std::optional<Tensor>& delta_anchors, const std::vector<Tensor>& sets,
+    const std::vector<int64_t>& set_of, const Tensor& nodes, const Tensor& scores, int64_t k, double eps) {
+  const RankingArguments arguments(query, item_vectors, num_nodes, below, item_order, item_ids, delta_below,
+                                   delta_order, delta_ids, delta_anchors, sets, set_of, nodes, k);
   check_devices("rank_candidates", query, item_vectors, below, item_order, item_ids, delta_below, delta_order,
                 delta_ids, delta_anchors, sets, nodes, scores);
   const int64_t requests = arguments.requests, width = arguments.width;

@@ -1,5 +1,5 @@
-// What the files of this folder share: they are compiled only where CUDA is, with USE_CUDA, which shows the stable ABI's
-// CUDA functions.
+// What the files of this folder share: they are compiled only where CUDA is, with USE_CUDA, which shows the stable
+// ABI's CUDA functions.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -19,8 +19,8 @@ inline void* current_stream(const Tensor& like) {
 
 // A kernel's launch returns why it failed, or null.
 inline void check_launch(const char* op, const char* error) {
-  STD_TORCH_CHECK(error == nullptr, "dgi_kernels, ", op, ": the CUDA kernel, or an earlier one whose error nobody read, could not be launched: ",
-                  error);
+  STD_TORCH_CHECK(error == nullptr, "dgi_kernels, ", op,
+                  ": the CUDA kernel, or an earlier one whose error nobody read, could not be launched: ", error);
 }
 
 }  // namespace dgi::registration

@@ -24,8 +24,11 @@ dgi::cuda::GumbelSoftmax softmax_inputs_cuda(const Tensor& logits, const Tensor&
       default: STD_TORCH_CHECK(false, kGumbel, "logits must be float32, bfloat16 or float16");
     }
   }();
-  return {logits.const_data_ptr(), dtype, {0, kStreamGumbelSoftmax, 0, logits.size(0), logits.size(1)},
-          seed.const_data_ptr<int64_t>(), tau.const_data_ptr<float>()};
+  return {logits.const_data_ptr(),
+          dtype,
+          {0, kStreamGumbelSoftmax, 0, logits.size(0), logits.size(1)},
+          seed.const_data_ptr<int64_t>(),
+          tau.const_data_ptr<float>()};
 }
 
 Tensor gumbel_softmax_cuda(const Tensor& logits, const Tensor& tau, const Tensor& seed, bool hard) {
@@ -47,9 +50,9 @@ std::tuple<Tensor, Tensor> gumbel_softmax_backward_cuda(const Tensor& dout, cons
   const DeviceGuard guard(logits.get_device_index());
   Tensor dlogits = torch::stable::empty_like(logits), dtau = torch::stable::empty_like(tau);
   Tensor row_dtau = torch::stable::empty({logits.size(0)}, ScalarType::Float, std::nullopt, logits.device());
-  const char* error = dgi::cuda::gumbel_softmax_backward(
-      inputs, dout.const_data_ptr(), dlogits.mutable_data_ptr(), row_dtau.mutable_data_ptr<float>(),
-      dtau.mutable_data_ptr<float>(), current_stream(logits));
+  const char* error = dgi::cuda::gumbel_softmax_backward(inputs, dout.const_data_ptr(), dlogits.mutable_data_ptr(),
+                                                         row_dtau.mutable_data_ptr<float>(),
+                                                         dtau.mutable_data_ptr<float>(), current_stream(logits));
   check_launch(kOp, error);
   if (wants_tau) return {dlogits, dtau};
   return {dlogits, torch::stable::empty({0}, ScalarType::Float, std::nullopt, logits.device())};

@@ -21,8 +21,6 @@ Tensor gumbel_noise_cuda(const Tensor& seed, int64_t level, int64_t stream, int6
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(dgi_kernels, CUDA, m) {
-  m.impl("gumbel_noise", TORCH_BOX(&gumbel_noise_cuda));
-}
+STABLE_TORCH_LIBRARY_IMPL(dgi_kernels, CUDA, m) { m.impl("gumbel_noise", TORCH_BOX(&gumbel_noise_cuda)); }
 
 }  // namespace dgi::registration

@@ -50,9 +50,7 @@ class SharedPointer {
   Element<T> operator*() const { return {array_, index_}; }
   SharedPointer operator+(int64_t i) const { return {array_, index_ + i}; }
 
-  T* atomic() const {
-    return reinterpret_cast<T*>(Block::current()->access(*array_, index_, Block::Access::kAtomic));
-  }
+  T* atomic() const { return reinterpret_cast<T*>(Block::current()->access(*array_, index_, Block::Access::kAtomic)); }
 
  private:
   SharedArray* array_;

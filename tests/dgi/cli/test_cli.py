@@ -32,10 +32,40 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     write_data(folder / "data", np.random.default_rng(1))
     (folder / "settings.json").write_text(json.dumps({**SETTINGS, "epochs": 1}))
-    assert main(["train", "--data", str(folder / "data"), "--output", str(folder / "model"), "--config",
-                 str(folder / "settings.json"), "--set", "epochs=2", "--set", "codebook_sizes=8,3", QUIET]) == 0
-    assert main(["index", "--model", str(folder / "model"), "--data", str(folder / "data"), "--output",
-                 str(folder / "new" / "index.safetensors"), QUIET]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "--data",
+                str(folder / "data"),
+                "--output",
+                str(folder / "model"),
+                "--config",
+                str(folder / "settings.json"),
+                "--set",
+                "epochs=2",
+                "--set",
+                "codebook_sizes=8,3",
+                QUIET,
+            ]
+        )
+        == 0
+    )
+    assert (
+        main(
+            [
+                "index",
+                "--model",
+                str(folder / "model"),
+                "--data",
+                str(folder / "data"),
+                "--output",
+                str(folder / "new" / "index.safetensors"),
+                QUIET,
+            ]
+        )
+        == 0
+    )
     (folder / "utf16.json").write_bytes("{}".encode("utf-16"))
     (folder / "deep.json").write_text("[" * 100_000)
     return folder
@@ -48,13 +78,39 @@ def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def search(run: Path, *arguments: str) -> int:
-    return main(["search", "--index", str(run / "new/index.safetensors"), "--model", str(run / "model"), "--data",
-                 str(run / "data"), *arguments])
+    return main(
+        [
+            "search",
+            "--index",
+            str(run / "new/index.safetensors"),
+            "--model",
+            str(run / "model"),
+            "--data",
+            str(run / "data"),
+            *arguments,
+        ]
+    )
 
 
 def evaluate(run: Path, output: Path, *arguments: str) -> dict[str, Any]:
-    assert main(["eval", "--model", str(run / "model"), "--index", str(run / "new/index.safetensors"), "--data",
-                 str(run / "data"), "--output", str(output), QUIET, *arguments]) == 0
+    assert (
+        main(
+            [
+                "eval",
+                "--model",
+                str(run / "model"),
+                "--index",
+                str(run / "new/index.safetensors"),
+                "--data",
+                str(run / "data"),
+                "--output",
+                str(output),
+                QUIET,
+                *arguments,
+            ]
+        )
+        == 0
+    )
     return json.loads((output / "metrics.json").read_text())
 
 
@@ -88,8 +144,9 @@ def test_search_prints_titles(run: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert line.split()[0] == str(result["rank"]) and line.endswith(f"{result['id']}  {result['text']}")
 
 
-def test_eval_counts_the_hits_that_searching_gives(run: Path, tmp_path: Path, no_picture: None,
-                                                   capsys: pytest.CaptureFixture[str]) -> None:
+def test_eval_counts_the_hits_that_searching_gives(
+    run: Path, tmp_path: Path, no_picture: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     results = evaluate(run, tmp_path / "out", "--max-queries", "10")
     test = sample(load_dataset(run / "data").test, 10)
     hits = []
@@ -106,7 +163,8 @@ def test_eval_counts_the_hits_that_searching_gives(run: Path, tmp_path: Path, no
 
 
 def test_eval_reports_index_judgments_and_a_sample_and_is_deterministic(
-        run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     judgments = write_judgments(tmp_path / "judgments.tsv")
     results = evaluate(run, tmp_path / "a", "--judgments", str(judgments), "--max-queries", "7")
     assert results["queries"] == 7 and results["systems"]["DGI"]["overall"]["queries"] == 7
@@ -119,8 +177,9 @@ def test_eval_reports_index_judgments_and_a_sample_and_is_deterministic(
     assert again == results
 
 
-def test_a_target_in_its_history_is_told_and_can_be_kept(run: Path, tmp_path: Path, no_picture: None,
-                                                         capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_target_in_its_history_is_told_and_can_be_kept(
+    run: Path, tmp_path: Path, no_picture: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Guards against clicks on known items that silently count as misses."""
     data = tmp_path / "data"
     data.mkdir()
@@ -128,16 +187,29 @@ def test_a_target_in_its_history_is_told_and_can_be_kept(run: Path, tmp_path: Pa
     rows = [{"history": ["film-1"], "item_id": "film-1"}, {"history": ["film-1"], "item_id": "film-2"}]
     for part in ("train", "test"):
         (data / f"interactions.{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    common = ["eval", "--model", str(run / "model"), "--index", str(run / "new/index.safetensors"), "--data", str(data),
-              "--output", str(tmp_path / "out"), "--num-beams", str(ITEMS), QUIET]
+    common = [
+        "eval",
+        "--model",
+        str(run / "model"),
+        "--index",
+        str(run / "new/index.safetensors"),
+        "--data",
+        str(data),
+        "--output",
+        str(tmp_path / "out"),
+        "--num-beams",
+        str(ITEMS),
+        QUIET,
+    ]
     assert main(common) == 0
     assert "1 of 2 test interactions choose an item of their own history" in capsys.readouterr().err
     assert main([*common, "--keep-history"]) == 0
     assert "own history" not in capsys.readouterr().err
 
 
-def test_resume_takes_the_settings_of_the_run(run: Path, monkeypatch: pytest.MonkeyPatch,
-                                              capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_takes_the_settings_of_the_run(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("dgi.training.curve.training_curve", lambda *_: None)
     model = (run / "model/model.safetensors").read_bytes()
     common = ["train", "--data", str(run / "data"), "--output", str(run / "model"), QUIET]
@@ -168,34 +240,40 @@ MISTAKES = {
     "train --data {run}/data --output {run}/x --config {run}/utf16.json": "utf16.json: not UTF-8",
     "train --data {run}/data --output {run}/x --config {run}/deep.json": "deep.json is not JSON",
     "train --data {run}/data --output {run}/x --set vocabulary_size=1": "vocabulary_size must be at least 2; got 1",
-    "train --data {run}/data --output {run}/x --set seed=99999999999999999999":
-        "seed must be at most 9223372036854775807",
+    "train --data {run}/data --output {run}/x --set seed=99999999999999999999": (
+        "seed must be at most 9223372036854775807"
+    ),
     "train --data {run}/data --output {run}/x --set dim=99999999999": "dim must be at most 2147483647",
-    "train --data {run}/data --output {run}/x --set codebook_sizes=16":
-        "must be a list of integers, such as [16]; got 16",
-    "train --data {run}/data --output {run}/x --set backbone_lr=NaN":
-        "backbone_lr must be positive and finite; got nan",
+    "train --data {run}/data --output {run}/x --set codebook_sizes=16": (
+        "must be a list of integers, such as [16]; got 16"
+    ),
+    "train --data {run}/data --output {run}/x --set backbone_lr=NaN": (
+        "backbone_lr must be positive and finite; got nan"
+    ),
     "train --data {run}/data --output {run}/x --set tau_end=Infinity": "tau_end must be positive and finite; got inf",
     'train --data {run}/data --output {run}/x --set loss_weights={{"ntp":null}}': "must map names to numbers",
     "train --data {run}/data --output {run}/x --set "
-    'loss_weights={{"ntp":0,"global":0,"local":0,"infonce":0,"diversity":0}}':
-        "loss_weights must not all be 0",
+    'loss_weights={{"ntp":0,"global":0,"local":0,"infonce":0,"diversity":0}}': "loss_weights must not all be 0",
     "train --data {run}/data --output {run}/settings.json": "settings.json is a file; a folder is needed",
     "train --data {run}/data --output {run}/settings.json/x": "settings.json/x cannot be written to",
     "train --data {run}/data --output {run}/x --set tokenizer={run}/none.json": "none.json: there is no such file",
     "train --data {run}/data --output {run}/x --device meta": "--device meta cannot be used: it holds no numbers",
     "index --model {run}/model --data {run}/data --output {run}/model": "model is a folder; a file of that name",
-    "eval --model {run}/none --index {run}/none --data {run}/none --output {run}/settings.json":
-        "settings.json is a file; a folder is needed",
+    "eval --model {run}/none --index {run}/none --data {run}/none --output {run}/settings.json": (
+        "settings.json is a file; a folder is needed"
+    ),
     "train --data {run}/data --output {run}/x --device warp": "--device warp cannot be used",
     "index --model {run}/data --data {run}/data --output {run}/x": "data/model.safetensors: there is no such file",
-    "search --index {run}/new/index.safetensors --model {run}/model --data {run}/data":
-        "give --query, --history or both",
+    "search --index {run}/new/index.safetensors --model {run}/model --data {run}/data": (
+        "give --query, --history or both"
+    ),
     "search --index {run}/x --model {run}/model --data {run}/data --query a": "dgi index --output",
-    "search --index {run}/model/model.safetensors --model {run}/model --data {run}/data --query a":
-        "holds a DGIModel; a DGIIndex is needed",
-    "search --index {run}/new/index.safetensors --model {run}/model --data {run}/data --history film-99":
-        "no item 'film-99'",
+    "search --index {run}/model/model.safetensors --model {run}/model --data {run}/data --query a": (
+        "holds a DGIModel; a DGIIndex is needed"
+    ),
+    "search --index {run}/new/index.safetensors --model {run}/model --data {run}/data --history film-99": (
+        "no item 'film-99'"
+    ),
     "eval --model {run}/model --index {run}/new/index.safetensors --data {run}/data --output {run}/x --judgments "
     "{run}/none.tsv": "none.tsv: there is no such file",
     "demo --data {run}/model --output {run}/x": "there is no items file",
@@ -215,8 +293,9 @@ def test_a_mistake_is_told_in_one_message(run: Path, capsys: pytest.CaptureFixtu
 
 def test_a_configuration_with_a_byte_order_mark_is_read(run: Path, tmp_path: Path) -> None:
     (tmp_path / "bom.json").write_bytes(b"\xef\xbb\xbf" + json.dumps({"epochs": 7}).encode())
-    arguments = build_parser().parse_args(["train", "--data", "d", "--output", str(tmp_path), "--config",
-                                           str(tmp_path / "bom.json")])
+    arguments = build_parser().parse_args(
+        ["train", "--data", "d", "--output", str(tmp_path), "--config", str(tmp_path / "bom.json")]
+    )
     assert _settings(arguments) == {"epochs": 7}
 
 
@@ -226,11 +305,21 @@ def test_a_run_of_version_0_1_0_goes_on_with_its_words(tmp_path: Path) -> None:
     assert _settings(arguments) == BEFORE | {"epochs": 7} and BEFORE["tokenizer"] == "words-1"
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 9 GiB."),
-                                   RuntimeError("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't "
-                                                "allocate memory: you tried to allocate 9 bytes.")], ids=str)
-def test_too_little_memory_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-                                   error: Exception) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("CUDA out of memory. Tried to allocate 9 GiB."),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't "
+            "allocate memory: you tried to allocate 9 bytes."
+        ),
+    ],
+    ids=str,
+)
+def test_too_little_memory_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
     def too_large(_: object) -> None:
         raise error
 
@@ -242,16 +331,26 @@ def test_too_little_memory_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 def test_what_the_terminal_cannot_show_ends_no_search(run: Path, tmp_path: Path) -> None:
     """Guards against a search that fails on an ASCII terminal, and against a closed pipe that ends in an error."""
     code = "import sys, dgi.cli; sys.exit(dgi.cli.main(sys.argv[1:]))"
-    arguments = ["search", "--index", str(run / "new/index.safetensors"), "--model", str(run / "model"), "--data",
-                 str(run / "data"), "--query", "genre0 é日"]
+    arguments = [
+        "search",
+        "--index",
+        str(run / "new/index.safetensors"),
+        "--model",
+        str(run / "model"),
+        "--data",
+        str(run / "data"),
+        "--query",
+        "genre0 é日",
+    ]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     command = [sys.executable, "-c", code, *arguments, "--json", "--k", "3"]
     found = subprocess.run(command, env=environment, capture_output=True, check=True)
     assert json.loads(found.stdout)["query"] == "genre0 é日"
     reader, writer = os.pipe()
     os.close(reader)
-    closed = subprocess.run([sys.executable, "-c", code, *arguments, "--k", "3"], stdout=writer, stderr=subprocess.PIPE,
-                            check=False)
+    closed = subprocess.run(
+        [sys.executable, "-c", code, *arguments, "--k", "3"], stdout=writer, stderr=subprocess.PIPE, check=False
+    )
     os.close(writer)
     assert (closed.returncode, closed.stderr) == (141, b"")
 
@@ -259,11 +358,23 @@ def test_what_the_terminal_cannot_show_ends_no_search(run: Path, tmp_path: Path)
 def test_commands_to_copy_are_quoted(capsys: pytest.CaptureFixture[str], run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "my $data"
     shutil.copytree(run / "data", folder)
-    assert main(["index", "--model", str(run / "model"), "--data", str(folder), "--output", str(tmp_path / "i"),
-                 QUIET]) == 0
+    assert (
+        main(["index", "--model", str(run / "model"), "--data", str(folder), "--output", str(tmp_path / "i"), QUIET])
+        == 0
+    )
     line = capsys.readouterr().out.splitlines()[-1]
-    assert shlex.split(line)[1:] == ["dgi", "search", "--index", str(tmp_path / "i"), "--model", str(run / "model"),
-                                     "--data", str(folder), "--query", "TEXT"]
+    assert shlex.split(line)[1:] == [
+        "dgi",
+        "search",
+        "--index",
+        str(tmp_path / "i"),
+        "--model",
+        str(run / "model"),
+        "--data",
+        str(folder),
+        "--query",
+        "TEXT",
+    ]
 
 
 def test_a_fault_that_is_no_mistake_of_the_user_is_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,8 +401,9 @@ def test_help_does_not_wait_for_torch() -> None:
     assert result.stdout.strip() == "False"
 
 
-def test_bench_passes_arguments_on_and_says_where_benchmarks_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
-                                                                 capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_passes_arguments_on_and_says_where_benchmarks_are(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     calls: list[list[str]] = []
     monkeypatch.setattr("dgi.cli.bench.FOLDER", tmp_path)
     monkeypatch.setattr("subprocess.call", lambda command: calls.append(command) or 0)

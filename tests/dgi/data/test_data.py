@@ -65,8 +65,9 @@ def test_catalog_reads_every_format(tmp_path: Path, suffix: str) -> None:
 def test_interactions_reads_every_format(tmp_path: Path, catalog: Catalog, suffix: str) -> None:
     vectors = np.random.randn(3, 4).astype(np.float16)
     np.save(tmp_path / "queries.npy", vectors)
-    loaded = load_interactions(write(tmp_path / f"clicks.{suffix}", CLICKS), catalog, max_history=3,
-                               query_vectors=tmp_path / "queries.npy")
+    loaded = load_interactions(
+        write(tmp_path / f"clicks.{suffix}", CLICKS), catalog, max_history=3, query_vectors=tmp_path / "queries.npy"
+    )
     assert loaded.queries == ("", "shoe", "hat")
     assert loaded.items.tolist() == [0, 1, 2]
     assert loaded.histories.tolist() == [[-1, -1, 2], [-1, -1, -1], [-1, 0, 1]]
@@ -134,8 +135,10 @@ def test_catalog_reports_every_problem_with_line_and_cure(tmp_path: Path) -> Non
 
 def test_catalog_reports_bad_json(tmp_path: Path) -> None:
     path = tmp_path / "items.jsonl"
-    path.write_text('{"id": "a", "text": "ok"}\n{"id": "b", "text"\n[1]\n{"id": true, "text": "x"}\n'
-                    '{"id": "c", "text": ["x"]}\n{"id": "d", "text": "  "}\n{"text": "x"}\n' + "[" * 100_000 + "\n")
+    path.write_text(
+        '{"id": "a", "text": "ok"}\n{"id": "b", "text"\n[1]\n{"id": true, "text": "x"}\n'
+        '{"id": "c", "text": ["x"]}\n{"id": "d", "text": "  "}\n{"text": "x"}\n' + "[" * 100_000 + "\n"
+    )
     message = problems_of(load_catalog, path)
     assert "7 problems" in message
     assert "line 2: not valid JSON (" in message and "write one JSON object per line" in message
@@ -226,8 +229,9 @@ def test_a_parquet_column_twice(tmp_path: Path) -> None:
 def test_half_a_character_is_told_where_it_stands(tmp_path: Path, catalog: Catalog) -> None:
     """Guards against ids and texts that are found after training to be such as no file can store."""
     items = tmp_path / "items.jsonl"
-    items.write_text('{"id": "x\\ud800", "text": "t"}\n{"id": "y", "text": "\\udc00"}\n'
-                     '{"id": "z", "text": "\\ud83c\\udfac"}\n')
+    items.write_text(
+        '{"id": "x\\ud800", "text": "t"}\n{"id": "y", "text": "\\udc00"}\n{"id": "z", "text": "\\ud83c\\udfac"}\n'
+    )
     message = problems_of(load_catalog, items)
     assert "2 problems" in message and "line 1: id holds half of a character" in message and "line 2: text" in message
     clicks = tmp_path / "clicks.jsonl"
@@ -302,8 +306,9 @@ def test_columns_must_be_aligned() -> None:
 
 def test_judgments(tmp_path: Path, catalog: Catalog) -> None:
     rows = [("shoe", "a", 3), ("hat", "c", 2), ("shoe", "c", 0), ("shoe", "b", "1")]
-    path = write(tmp_path / "ratings.tsv.gz",
-                 [dict(zip(("query", "item_id", "rating"), row, strict=True)) for row in rows])
+    path = write(
+        tmp_path / "ratings.tsv.gz", [dict(zip(("query", "item_id", "rating"), row, strict=True)) for row in rows]
+    )
     np.save(tmp_path / "q.npy", np.array([[1.0, 2.0], [3.0, 4.0]]))
     loaded = load_judgments(path, catalog, query_vectors=tmp_path / "q.npy")
     assert loaded.queries == ("hat", "shoe")  # sorted: the vectors' order does not depend on the file's
@@ -313,8 +318,9 @@ def test_judgments(tmp_path: Path, catalog: Catalog) -> None:
 
 def test_judgments_report_every_problem(tmp_path: Path, catalog: Catalog) -> None:
     path = tmp_path / "ratings.tsv"
-    path.write_text("query\titem_id\trating\nq\ta\t1\nq\ta\t2\nq\tzz\t1\nq\tb\t-1\nq\tb\t1.5\nq\tb\tgood\nq\tb\t\n"
-                    "q\tb\t31\n")
+    path.write_text(
+        "query\titem_id\trating\nq\ta\t1\nq\ta\t2\nq\tzz\t1\nq\tb\t-1\nq\tb\t1.5\nq\tb\tgood\nq\tb\t\nq\tb\t31\n"
+    )
     message = problems_of(load_judgments, path, catalog)
     assert "7 problems" in message
     assert "line 3: item 'a' is rated for query 'q' already; keep one rating" in message

@@ -29,8 +29,13 @@ def dataset(wheel: Path) -> Dataset:
 
 def test_next_films_by_hand() -> None:
     catalog = Catalog(("10", "20", "30"), ("x", "y", "z"))
-    ratings = [["u", "10", "5", "100"], ["v", "30", "1", "50"], ["u", "30", "2", "90"], ["v", "10", "3", "50"],
-               ["u", "20", "4", "100"]]
+    ratings = [
+        ["u", "10", "5", "100"],
+        ["v", "30", "1", "50"],
+        ["u", "30", "2", "90"],
+        ["v", "10", "3", "50"],
+        ["u", "20", "4", "100"],
+    ]
     made = movielens._next_films(ratings, catalog)
     # v: 30, then 10 (same second, order of the file); u: 30 at 90, then 10 and 20 at 100.
     assert made.items.tolist() == [0, 0, 1]
@@ -61,14 +66,16 @@ def test_each_history_is_what_this_user_saw_before(wheel: Path, dataset: Dataset
     """Guards against histories that look ahead or mix users: rebuilt the slow way for some users."""
     lines = zipfile.ZipFile(wheel).read("recbole/dataset_example/ml-100k/ml-100k.inter").decode().splitlines()[1:]
     ratings = [line.split("\t") for line in lines]
-    rows = Counter((tuple(h), i, t) for part in (dataset.train, dataset.test)
-                   for h, i, t in zip(part.histories.tolist(), part.items.tolist(), part.timestamps.tolist(),
-                                   strict=True))
+    rows = Counter(
+        (tuple(h), i, t)
+        for part in (dataset.train, dataset.test)
+        for h, i, t in zip(part.histories.tolist(), part.items.tolist(), part.timestamps.tolist(), strict=True)
+    )
     for user in np.random.choice(943, size=5, replace=False) + 1:
         mine = [(float(t), n, dataset.catalog.row(film)) for n, (u, film, _, t) in enumerate(ratings) if u == str(user)]
         films = [film for _, _, film in sorted(mine)]
         for place, (time, _, film) in enumerate(sorted(mine)):
-            before = films[max(0, place - 10):place]
+            before = films[max(0, place - 10) : place]
             if before:
                 assert rows[(*[-1] * (10 - len(before)), *before), film, time] >= 1
 
@@ -94,8 +101,9 @@ def test_offline_says_what_to_do_by_hand(tmp_path: Path, monkeypatch: pytest.Mon
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
 
 
-def test_a_damaged_cache_is_fetched_again_and_pip_is_asked_once(wheel: Path, tmp_path: Path,
-                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_cache_is_fetched_again_and_pip_is_asked_once(
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     cached = tmp_path / "dgi-kernels" / movielens.WHEEL
     cached.parent.mkdir()

@@ -29,8 +29,17 @@ def make_interactions(n: int) -> Interactions:
 def vector_searcher() -> Searcher:
     vectors = np.random.randn(ITEMS, 6).astype(np.float32)
     catalog = Catalog(tuple(map(str, range(ITEMS))), tuple(f"item {row}" for row in range(ITEMS)), vectors)
-    model = DGIModel(ModelConfig(encoder="vectors", vector_dim=6, dim=8, codebook_sizes=(5, 3), attention_heads=2,
-                                 history_layers=1, decoder_layers=1)).eval()
+    model = DGIModel(
+        ModelConfig(
+            encoder="vectors",
+            vector_dim=6,
+            dim=8,
+            codebook_sizes=(5, 3),
+            attention_heads=2,
+            history_layers=1,
+            decoder_layers=1,
+        )
+    ).eval()
     return Searcher(model, DGIIndex.build(model, catalog), catalog)
 
 
@@ -90,13 +99,17 @@ def test_index_measures_are_those_of_its_codes_and_vectors(vector_searcher: Sear
     sids = [tuple(code) for code in index.codes.tolist()]
     assert measured["items"] == ITEMS and measured["collisions"]["unique_sids"] == len(set(sids))
     assert [level["used"] for level in measured["codes"]] == [
-        len({sid[0] for sid in sids}) / 5, len({sid[1] for sid in sids}) / 3]
+        len({sid[0] for sid in sids}) / 5,
+        len({sid[1] for sid in sids}) / 3,
+    ]
     assert measured["isotropy"] == metrics.isotropy(index.vectors.numpy())
 
 
 def test_judged_queries_are_measured_for_the_index_and_for_both_kinds_of_cosine(vector_searcher: Searcher) -> None:
-    ratings = tuple({int(item): int(np.random.randint(0, 4)) for item in np.random.permutation(ITEMS)[:12]} | {0: 3}
-                    for _ in range(5))
+    ratings = tuple(
+        {int(item): int(np.random.randint(0, 4)) for item in np.random.permutation(ITEMS)[:12]} | {0: 3}
+        for _ in range(5)
+    )
     vectors = np.random.randn(5, 6).astype(np.float32)
     judgments = Judgments(tuple("abcde"), ratings, vectors)
     results = evaluate.evaluate_judgments(vector_searcher, judgments)
@@ -109,16 +122,20 @@ def test_judged_queries_are_measured_for_the_index_and_for_both_kinds_of_cosine(
     everything = vector_searcher.search_interactions(no_history, k=ITEMS, num_beams=ITEMS).items.numpy()
     requests = Requests.of(vector_searcher.model, no_history)
     with torch.no_grad():
-        (_, batch), = requests.batches(vector_searcher.item_features, 5)
+        ((_, batch),) = requests.batches(vector_searcher.item_features, 5)
         encoded = vector_searcher.model.encode_queries(batch).vector.numpy()
-    rankings = {"DGI": everything,
-                "exact cosine": np.argsort(-cosines(encoded, vector_searcher.index.vectors.numpy()), axis=1),
-                "plain cosine": np.argsort(-cosines(vectors, vector_searcher.catalog.vectors), axis=1)}
+    rankings = {
+        "DGI": everything,
+        "exact cosine": np.argsort(-cosines(encoded, vector_searcher.index.vectors.numpy()), axis=1),
+        "plain cosine": np.argsort(-cosines(vectors, vector_searcher.catalog.vectors), axis=1),
+    }
     assert list(results) == list(rankings)
     for name, ranked in rankings.items():
         for k in (10, 100):
-            shares = [len({i for i, r in given.items() if r > 0} & set(row[:k])) / sum(r > 0 for r in given.values())
-                      for given, row in zip(ratings, ranked.tolist(), strict=True)]
+            shares = [
+                len({i for i, r in given.items() if r > 0} & set(row[:k])) / sum(r > 0 for r in given.values())
+                for given, row in zip(ratings, ranked.tolist(), strict=True)
+            ]
             assert results[name][f"recall@{k}"] == pytest.approx(np.mean(shares))
         for measure, judged_only in (("ndcg@10", False), ("ndcg_judged@10", True)):
             values = []
@@ -147,8 +164,10 @@ def test_the_table_holds_every_system_and_bucket() -> None:
 def test_results_are_written_as_json_and_picture(vector_searcher: Searcher, tmp_path: Path) -> None:
     train, test = make_interactions(200), make_interactions(40)
     counts = evaluate.train_counts(train, ITEMS)
-    results = {"systems": evaluate.evaluate_systems({"popularity": rank_by_popularity(counts, 40, 20)}, test, counts),
-               "index": evaluate.evaluate_index(vector_searcher.index)}
+    results = {
+        "systems": evaluate.evaluate_systems({"popularity": rank_by_popularity(counts, 40, 20)}, test, counts),
+        "index": evaluate.evaluate_index(vector_searcher.index),
+    }
     evaluate.write_results(tmp_path / "new" / "folder", results)
     assert json.loads((tmp_path / "new/folder/metrics.json").read_text()) == results
     assert (tmp_path / "new/folder/buckets.png").read_bytes().startswith(b"\x89PNG")

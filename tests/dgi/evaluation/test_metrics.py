@@ -127,16 +127,21 @@ def test_graded_judgments_by_hand() -> None:
 def test_graded_judgments_equal_the_definition() -> None:
     pytest.importorskip("ir_measures")
     n, num_items = 30, 40
-    ratings = tuple({int(i): int(np.random.randint(4)) for i in np.random.permutation(num_items)[:15]} | {0: 2}
-                    for _ in range(n))
+    ratings = tuple(
+        {int(i): int(np.random.randint(4)) for i in np.random.permutation(num_items)[:15]} | {0: 2} for _ in range(n)
+    )
     ranked = rankings(n, num_items, 20)
     result = metrics.evaluate_judgments(ranked, Judgments(tuple(map(str, range(n))), ratings))
 
     def dcg(gains: list[int]) -> float:
         return sum((2**gain - 1) / math.log2(rank + 2) for rank, gain in enumerate(gains[:10]))
 
-    expected = np.mean([dcg([rated.get(item, 0) for item in row]) / dcg(sorted(rated.values(), reverse=True))
-                        for rated, row in zip(ratings, ranked.tolist(), strict=True)])
+    expected = np.mean(
+        [
+            dcg([rated.get(item, 0) for item in row]) / dcg(sorted(rated.values(), reverse=True))
+            for rated, row in zip(ratings, ranked.tolist(), strict=True)
+        ]
+    )
     assert result["ndcg@10"] == pytest.approx(expected, abs=1e-9)
 
 
@@ -151,8 +156,12 @@ def test_judgments_need_a_relevant_item() -> None:
 def test_hubness() -> None:
     ranked = np.array([[0, 1, 9], [0, 2, 9], [0, -1, 9], [0, 1, 9]])
     result = metrics.hubness(ranked, 5, k=2)  # occurrences 4 2 1 0 0; the third column is beyond k
-    assert result == {"k": 2, "skewness": pytest.approx(stats.skew([4, 2, 1, 0, 0])), "max_occurrence": 4,
-                      "never_returned": 0.4}
+    assert result == {
+        "k": 2,
+        "skewness": pytest.approx(stats.skew([4, 2, 1, 0, 0])),
+        "max_occurrence": 4,
+        "never_returned": 0.4,
+    }
     moments = np.array([4, 2, 1, 0, 0]) - 1.4
     assert result["skewness"] == pytest.approx(np.mean(moments**3) / np.mean(moments**2) ** 1.5)
     assert metrics.hubness(np.array([[0], [1]]), 2, k=1)["skewness"] == 0.0

@@ -40,15 +40,26 @@ DecoderOnly = ("gpt2", "qwen2", "mistral")
 def make_model(family: str, vocabulary: int) -> Any:
     """A tiny random model whose log-probabilities are far apart, so that rounding changes no order."""
     ids = {"vocab_size": vocabulary, "pad_token_id": PAD, "bos_token_id": 2, "eos_token_id": END}
-    decoder = {**ids, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-               "num_key_value_heads": 2}
-    bart = {f"{side}_{name}": value for side in ("encoder", "decoder")
-            for name, value in (("layers", 2), ("attention_heads", 2), ("ffn_dim", 32))}
+    decoder = {
+        **ids,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    bart = {
+        f"{side}_{name}": value
+        for side in ("encoder", "decoder")
+        for name, value in (("layers", 2), ("attention_heads", 2), ("ffn_dim", 32))
+    }
     model = {
-        "t5": lambda: T5ForConditionalGeneration(T5Config(
-            **ids, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=PAD)),
-        "bart": lambda: BartForConditionalGeneration(BartConfig(
-            **ids, d_model=32, **bart, decoder_start_token_id=2, forced_eos_token_id=None)),
+        "t5": lambda: T5ForConditionalGeneration(
+            T5Config(**ids, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=PAD)
+        ),
+        "bart": lambda: BartForConditionalGeneration(
+            BartConfig(**ids, d_model=32, **bart, decoder_start_token_id=2, forced_eos_token_id=None)
+        ),
         "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**ids, n_embd=32, n_layer=2, n_head=4, n_positions=64)),
         "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**decoder)),
         "mistral": lambda: MistralForCausalLM(MistralConfig(**decoder, sliding_window=4)),
@@ -87,10 +98,11 @@ class Case:
     def tokens(self, item: int) -> list[int]:
         return [offset + code for offset, code in zip(self.offsets, self.codes[item], strict=False)]
 
-    def allowed_tokens(self, end: int | None,
-                       subsets: list[Sequence[int]] | None = None) -> Callable[[int, Tensor], list[int]]:
-        """prefix_allowed_tokens_fn over a trie of dicts; the end token where nothing follows, so that it never raises.
-        """
+    def allowed_tokens(
+        self, end: int | None, subsets: list[Sequence[int]] | None = None
+    ) -> Callable[[int, Tensor], list[int]]:
+        """prefix_allowed_tokens_fn over a trie of dicts; the end token where nothing follows: it never raises."""
+
         def build(items: Sequence[int]) -> dict:
             root: dict = {}
             for item in items:
@@ -103,9 +115,10 @@ class Case:
 
         def allowed(request: int, ids: Tensor) -> list[int]:
             node = roots[request if subsets is not None else 0]
-            for token in ids[self.start:].tolist():
+            for token in ids[self.start :].tolist():
                 node = node.get(token, {})
             return list(node) or [END]
+
         return allowed
 
     def processor(self, end: int | None, **options: Any) -> TrieLogitsProcessor:
@@ -113,14 +126,28 @@ class Case:
 
     def generate(self, end: int | None, beams: int, **options: Any) -> Any:
         self.model.generation_config.eos_token_id = end
-        return self.model.generate(**self.prompts, max_new_tokens=self.trie.depth + (end is not None), num_beams=beams,
-                                   num_return_sequences=beams, return_dict_in_generate=True, output_scores=True,
-                                   do_sample=False, **options)
+        return self.model.generate(
+            **self.prompts,
+            max_new_tokens=self.trie.depth + (end is not None),
+            num_beams=beams,
+            num_return_sequences=beams,
+            return_dict_in_generate=True,
+            output_scores=True,
+            do_sample=False,
+            **options,
+        )
 
     def constrained(self, end: int | None, beams: int, **options: Any) -> Any:
         self.model.generation_config.eos_token_id = end
-        return constrained_generate(self.model, self.trie, **self.prompts, token_offsets=self.offsets, num_beams=beams,
-                                    eos_token_id=end, **options)
+        return constrained_generate(
+            self.model,
+            self.trie,
+            **self.prompts,
+            token_offsets=self.offsets,
+            num_beams=beams,
+            eos_token_id=end,
+            **options,
+        )
 
 
 def real_codes(name: str) -> np.ndarray:
@@ -133,8 +160,12 @@ def real_codes(name: str) -> np.ndarray:
         return np.loadtxt(lines, dtype=np.int64, skiprows=1)[:, 1:]
 
 
-REAL = ("sid_minionerec/Industrial_and_Scientific.items.jsonl.gz", "sid_minionerec/Office_Products.items.jsonl.gz",
-        "sid_letter/Instruments.sid.tsv.gz", "sid_letter/Yelp.sid.tsv.gz")
+REAL = (
+    "sid_minionerec/Industrial_and_Scientific.items.jsonl.gz",
+    "sid_minionerec/Office_Products.items.jsonl.gz",
+    "sid_letter/Instruments.sid.tsv.gz",
+    "sid_letter/Yelp.sid.tsv.gz",
+)
 
 
 def ragged_codes(items: int, sizes: Sequence[int]) -> list[list[int]]:

@@ -29,13 +29,23 @@ def assert_as_generate(case: Case, end: Any = END, beams: int = 5, model: Any = 
     model = case.model if model is None else model
     processors = [*options.pop("logits_processor", []), case.processor(end)]
     prompts = {**case.prompts, **options.pop("prompts", {})}
-    theirs = model.generate(**prompts, num_beams=beams, num_return_sequences=beams, do_sample=False, eos_token_id=end,
-                            max_new_tokens=case.trie.depth + (end is not None), logits_processor=processors,
-                            return_dict_in_generate=True, output_scores=True, **options)
+    theirs = model.generate(
+        **prompts,
+        num_beams=beams,
+        num_return_sequences=beams,
+        do_sample=False,
+        eos_token_id=end,
+        max_new_tokens=case.trie.depth + (end is not None),
+        logits_processor=processors,
+        return_dict_in_generate=True,
+        output_scores=True,
+        **options,
+    )
     if processors[:-1]:
         options["logits_processor"] = processors[:-1]
-    ours = constrained_generate(model, case.trie, **prompts, token_offsets=case.offsets, num_beams=beams,
-                                eos_token_id=end, **options)
+    ours = constrained_generate(
+        model, case.trie, **prompts, token_offsets=case.offsets, num_beams=beams, eos_token_id=end, **options
+    )
     assert_same(theirs, ours, len(case.prompts["input_ids"]), end if isinstance(end, list) else [END])
     return ours
 
@@ -82,8 +92,15 @@ def test_settings_of_a_configuration_are_followed(where: str) -> None:
     if where == "generation_config":
         config = GenerationConfig(**settings)
         before = copy.deepcopy(config)
-        ours = constrained_generate(case.model, case.trie, **case.prompts, token_offsets=case.offsets, num_beams=5,
-                                    eos_token_id=END, generation_config=config)
+        ours = constrained_generate(
+            case.model,
+            case.trie,
+            **case.prompts,
+            token_offsets=case.offsets,
+            num_beams=5,
+            eos_token_id=END,
+            generation_config=config,
+        )
         assert config == before
     else:
         case.model.generation_config.update(**settings, num_beams=7, max_new_tokens=50)
@@ -116,30 +133,33 @@ def test_decoder_prompts(family: str) -> None:
     assert_as_generate_behind(case, torch.tensor([[start, 9, 4], [start, 7, 4], [start, 8, 3]]))
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"do_sample": True}, "do_sample=True .* cannot be followed: .* give do_sample=False"),
-    ({"renormalize_logits": True}, "renormalize_logits=True"),
-    ({"guidance_scale": 1.5}, "guidance_scale=1.5"),
-    ({"token_healing": True}, "token_healing=True"),
-    ({"max_time": 3.0}, "max_time=3.0"),
-    ({"stop_strings": ["x"]}, "stop_strings="),
-    ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens=3"),
-    ({"cache_implementation": "static"}, "cache_implementation='static'"),
-    ({"output_hidden_states": True}, "output_hidden_states=True"),
-    ({"forced_eos_token_id": 2}, "forced_eos_token_id=2 cannot be followed"),
-    ({"min_length": 50}, "min_length=50 cannot be followed"),
-    ({"min_new_tokens": 4}, "min_new_tokens=4 cannot be followed"),
-    ({"max_new_tokens": 1}, "max_new_tokens must not be given to constrained_generate"),
-    ({"max_length": 10}, "max_length must not be given"),
-    ({"prefix_allowed_tokens_fn": lambda *_: [1]}, "prefix_allowed_tokens_fn must not be given"),
-    ({"generation_config": GenerationConfig(num_beams=7)}, "generation_config must not ask for num_beams=7"),
-    ({"generation_config": {"num_beams": 7}}, "generation_config must be a GenerationConfig"),
-    ({"repetition_penalty": 2.0, "normalize": "full"}, 'normalize must be "vocabulary" where .* RepetitionPenalty'),
-    ({"filter": None, "lenght_penalty": 0.0}, "lenght_penalty"),
-    ({"filter": 3}, "'filter'"),
-    ({"attention_maks": torch.ones(3, 9)}, "attention_maks"),
-    ({"decoder_input_ids": torch.ones(3, 1), "pixel_values": torch.ones(3, 1)}, "pixel_values"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"do_sample": True}, "do_sample=True .* cannot be followed: .* give do_sample=False"),
+        ({"renormalize_logits": True}, "renormalize_logits=True"),
+        ({"guidance_scale": 1.5}, "guidance_scale=1.5"),
+        ({"token_healing": True}, "token_healing=True"),
+        ({"max_time": 3.0}, "max_time=3.0"),
+        ({"stop_strings": ["x"]}, "stop_strings="),
+        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens=3"),
+        ({"cache_implementation": "static"}, "cache_implementation='static'"),
+        ({"output_hidden_states": True}, "output_hidden_states=True"),
+        ({"forced_eos_token_id": 2}, "forced_eos_token_id=2 cannot be followed"),
+        ({"min_length": 50}, "min_length=50 cannot be followed"),
+        ({"min_new_tokens": 4}, "min_new_tokens=4 cannot be followed"),
+        ({"max_new_tokens": 1}, "max_new_tokens must not be given to constrained_generate"),
+        ({"max_length": 10}, "max_length must not be given"),
+        ({"prefix_allowed_tokens_fn": lambda *_: [1]}, "prefix_allowed_tokens_fn must not be given"),
+        ({"generation_config": GenerationConfig(num_beams=7)}, "generation_config must not ask for num_beams=7"),
+        ({"generation_config": {"num_beams": 7}}, "generation_config must be a GenerationConfig"),
+        ({"repetition_penalty": 2.0, "normalize": "full"}, 'normalize must be "vocabulary" where .* RepetitionPenalty'),
+        ({"filter": None, "lenght_penalty": 0.0}, "lenght_penalty"),
+        ({"filter": 3}, "'filter'"),
+        ({"attention_maks": torch.ones(3, 9)}, "attention_maks"),
+        ({"decoder_input_ids": torch.ones(3, 1), "pixel_values": torch.ones(3, 1)}, "pixel_values"),
+    ],
+)
 @pytest.mark.parametrize("family", ["t5", "qwen2"])
 def test_what_is_refused(family: str, options: dict[str, Any], message: str) -> None:
     """By name, as generate refuses what it does not know."""
@@ -162,7 +182,7 @@ def test_several_end_tokens(family: str, ends: list[int]) -> None:
     case = make_case(family)
     ours = assert_as_generate(case, ends, beams=6)
     ended = ours.sequences.view(3, 6, -1)[ours.nodes >= 0]
-    assert all(sum(token in ends for token in row[case.start:].tolist()) == 1 for row in ended)
+    assert all(sum(token in ends for token in row[case.start :].tolist()) == 1 for row in ended)
     assert_as_generate(make_case(family), ends, beams=6, repetition_penalty=1.2)
 
 
@@ -217,9 +237,12 @@ class Adapter(nn.Module):
         return self.base_model.generate(*args, **kwargs)
 
 
-WRAPPERS = {"adapter": Adapter, "compiled": lambda model: torch.compile(model, backend="eager"),
-            "parallel": nn.DataParallel, "compiled parallel": lambda model: torch.compile(nn.DataParallel(model),
-                                                                                           backend="eager")}
+WRAPPERS = {
+    "adapter": Adapter,
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "parallel": nn.DataParallel,
+    "compiled parallel": lambda model: torch.compile(nn.DataParallel(model), backend="eager"),
+}
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
@@ -229,8 +252,9 @@ def test_wrapped_models(family: str, wrap: Any) -> None:
     case = make_case(family)
     expected = assert_as_generate(case)
     case.model = wrap(case.model)
-    ours = constrained_generate(case.model, case.trie, **case.prompts, token_offsets=case.offsets, num_beams=5,
-                                eos_token_id=END)
+    ours = constrained_generate(
+        case.model, case.trie, **case.prompts, token_offsets=case.offsets, num_beams=5, eos_token_id=END
+    )
     assert torch.equal(ours.sequences, expected.sequences)
     assert torch.equal(ours.sequences_scores, expected.sequences_scores)
 
@@ -241,8 +265,9 @@ def test_a_model_of_data_parallel_training() -> None:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         case.model = nn.parallel.DistributedDataParallel(case.model)
-        ours = constrained_generate(case.model, case.trie, **case.prompts, token_offsets=case.offsets, num_beams=5,
-                                    eos_token_id=END)
+        ours = constrained_generate(
+            case.model, case.trie, **case.prompts, token_offsets=case.offsets, num_beams=5, eos_token_id=END
+        )
     finally:
         torch.distributed.destroy_process_group()
     assert torch.equal(ours.sequences_scores, expected.sequences_scores)
@@ -291,8 +316,11 @@ def test_prompt_tuned_models(family: str) -> None:
 def test_models_of_peft(family: str, tuning: str) -> None:
     peft = pytest.importorskip("peft", reason="needs peft: pip install peft")
     case = make_case(family)
-    options = {"target_modules": {"gpt2": ["c_attn"], "qwen2": ["q_proj"], "t5": ["q"]}[family],
-               "init_lora_weights": False} if tuning == "LoraConfig" else {"num_virtual_tokens": 3}
+    options = (
+        {"target_modules": {"gpt2": ["c_attn"], "qwen2": ["q_proj"], "t5": ["q"]}[family], "init_lora_weights": False}
+        if tuning == "LoraConfig"
+        else {"num_virtual_tokens": 3}
+    )
     config = getattr(peft, tuning)(task_type="SEQ_2_SEQ_LM" if family == "t5" else "CAUSAL_LM", **options)
     assert_as_generate(case, model=peft.get_peft_model(case.model, config).eval())
 

@@ -24,11 +24,20 @@ from dgi.integrations.model_steps import ModelSteps  # noqa: E402
 from dgi_kernels import Trie  # noqa: E402
 
 TELLING = {
-    "gpt2": "learned positions", "llama": "rotary positions", "mistral": "a sliding window",
-    "gemma3_text": "windows and full attention by turns", "mixtral": "experts", "mamba2": "a state alone",
-    "qwen3_next": "states and attention by turns", "openai-gpt": "no cache", "xlnet": "a cache of its own kind",
-    "deepseek_v3": "latent attention", "t5": "relative positions behind an encoder", "bart": "a forced end",
-    "t5gemma": "encoder outputs by name", "qwen2_vl": "positions in three dimensions",
+    "gpt2": "learned positions",
+    "llama": "rotary positions",
+    "mistral": "a sliding window",
+    "gemma3_text": "windows and full attention by turns",
+    "mixtral": "experts",
+    "mamba2": "a state alone",
+    "qwen3_next": "states and attention by turns",
+    "openai-gpt": "no cache",
+    "xlnet": "a cache of its own kind",
+    "deepseek_v3": "latent attention",
+    "t5": "relative positions behind an encoder",
+    "bart": "a forced end",
+    "t5gemma": "encoder outputs by name",
+    "qwen2_vl": "positions in three dimensions",
 }
 
 
@@ -68,22 +77,33 @@ def test_prompts_with_images(family: str, use_cache: bool) -> None:
     """An image of 4 by 4 patches, four tokens, in each prompt; positions count it in three dimensions."""
     start, image, end = 6, 5, 7
     vision = {"vision_config": {"deepstack_visual_indexes": [0, 1]}} if family == "qwen3_vl" else {}
-    model = tiny_models.tiny_model(family, image_token_id=image, video_token_id=8, vision_start_token_id=start,
-                                   vision_end_token_id=end, **vision)
+    model = tiny_models.tiny_model(
+        family, image_token_id=image, video_token_id=8, vision_start_token_id=start, vision_end_token_id=end, **vision
+    )
     ids = torch.randint(families.FIRST_WORD, tiny_models.VOCABULARY, (3, 14))
     for row, padded in enumerate((3, 5, 2)):
         ids[row, :padded] = tiny_models.PAD
-        ids[row, padded + 1:padded + 7] = torch.tensor([start, *[image] * 4, end])
+        ids[row, padded + 1 : padded + 7] = torch.tensor([start, *[image] * 4, end])
     patch = model.config.vision_config.patch_size
     prompts: dict[str, Tensor] = {
-        "input_ids": ids, "attention_mask": (ids != tiny_models.PAD).long(),
-        "mm_token_type_ids": (ids == image).int(), "pixel_values": torch.randn(3 * 16, 3 * 2 * patch**2),
-        "image_grid_thw": torch.tensor([[1, 4, 4]] * 3)}
+        "input_ids": ids,
+        "attention_mask": (ids != tiny_models.PAD).long(),
+        "mm_token_type_ids": (ids == image).int(),
+        "pixel_values": torch.randn(3 * 16, 3 * 2 * patch**2),
+        "image_grid_thw": torch.tensor([[1, 4, 4]] * 3),
+    }
     trie = Trie.from_codes(families.catalog(ragged=False), codebook_sizes=families.SIZES)
     options = {"num_beams": 5, "num_return_sequences": families.RETURNED, "use_cache": use_cache}
-    theirs = model.generate(**prompts, **options, do_sample=False, eos_token_id=None, max_new_tokens=3,
-                            logits_processor=[TrieLogitsProcessor(trie, families.OFFSETS, start=14)],
-                            return_dict_in_generate=True, output_scores=True)
+    theirs = model.generate(
+        **prompts,
+        **options,
+        do_sample=False,
+        eos_token_id=None,
+        max_new_tokens=3,
+        logits_processor=[TrieLogitsProcessor(trie, families.OFFSETS, start=14)],
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
     ours = constrained_generate(model, trie, **prompts, **options, token_offsets=families.OFFSETS)
     outcome = families.agreement(ours.sequences, ours.sequences_scores, theirs.sequences, theirs.sequences_scores)
     assert outcome.result == "equal", outcome

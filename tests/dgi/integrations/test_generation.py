@@ -73,16 +73,19 @@ def assert_items(case: Case, ours: Any) -> None:
     ids, depth = ours.sequences.view(*ours.nodes.shape, -1), case.trie.depth
     for codes, node, tokens in zip(ours.codes.flatten(0, 1), ours.nodes.flatten(), ids.flatten(0, 1), strict=True):
         if node < 0:
-            assert (codes == -1).all() and (tokens[case.start:] == PAD).all()
+            assert (codes == -1).all() and (tokens[case.start :] == PAD).all()
             continue
         row = [code for code in codes.tolist() if code >= 0]
         items = case.trie.items(node, depth).item_ids.tolist()
         assert items == [item for item, own in enumerate(case.codes) if own == row]
-        assert tokens[case.start:].tolist()[: len(row) + 1] == [*case.tokens(items[0]), END]
+        assert tokens[case.start :].tolist()[: len(row) + 1] == [*case.tokens(items[0]), END]
 
 
-@pytest.mark.parametrize("strategy", [{"use_cache": False}, {"do_sample": True}, {"num_beams": 1},
-                                      {"num_beams": 1, "do_sample": True}], ids=str)
+@pytest.mark.parametrize(
+    "strategy",
+    [{"use_cache": False}, {"do_sample": True}, {"num_beams": 1}, {"num_beams": 1, "do_sample": True}],
+    ids=str,
+)
 def test_other_strategies(strategy: dict[str, Any]) -> None:
     """The same random numbers on the same scores; greedy search and sampling have one row per request."""
     case = Case("qwen2", ragged_codes(150, (6, 8, 5)), (6, 8, 5))
@@ -163,7 +166,7 @@ def test_shorter_semantic_ids_end_for_free_without_an_end_token() -> None:
     scores = dict(zip(map(tuple, ours.codes[0].tolist()), ours.sequences_scores.tolist(), strict=True))
     real = case.prompts["attention_mask"][0] == 1
     logits = case.model(case.prompts["input_ids"][:, real]).logits[0, -1]
-    first = logits[case.offsets[0]:case.offsets[0] + 2].log_softmax(0)
+    first = logits[case.offsets[0] : case.offsets[0] + 2].log_softmax(0)
     assert scores[0, -1, -1] == pytest.approx(first[0].item(), abs=1e-5)
 
 
@@ -174,16 +177,18 @@ def test_results_by_number() -> None:
     assert torch.equal(best.sequences.view(3, 4, -1), every.sequences.view(3, 9, -1)[:, :4])
     assert torch.equal(best.sequences_scores.view(3, 4), every.sequences_scores.view(3, 9)[:, :4])
     alone = case.constrained(END, 1)
-    greedy = case.model.generate(**case.prompts, max_new_tokens=4, num_beams=1, do_sample=False,
-                                 logits_processor=[case.processor(END)])
+    greedy = case.model.generate(
+        **case.prompts, max_new_tokens=4, num_beams=1, do_sample=False, logits_processor=[case.processor(END)]
+    )
     assert torch.equal(alone.sequences, greedy)
 
 
 def test_the_mask_is_told_from_padding() -> None:
     case = Case("qwen2", np.random.randint(0, 8, (100, 2)), (8, 8))
     given = case.constrained(END, 4)
-    told = constrained_generate(case.model, case.trie, case.prompts["input_ids"], token_offsets=case.offsets,
-                                num_beams=4, eos_token_id=END)
+    told = constrained_generate(
+        case.model, case.trie, case.prompts["input_ids"], token_offsets=case.offsets, num_beams=4, eos_token_id=END
+    )
     assert torch.equal(given.sequences_scores, told.sequences_scores)
 
 
@@ -203,8 +208,12 @@ def test_what_may_follow() -> None:
     assert allowed(constrained) == [[5, 6, 8]] * 4
     assert torch.equal(constrained[:, [5, 6, 8]], scores[:, [5, 6, 8]])
     assert allowed(process(torch.tensor([[0, 5], [0, 6], [0, 7], [0, 9]]), scores)) == [[1], [10, 12], [1], [1]]
-    assert allowed(process(torch.tensor([[0, 5, 1], [0, 6, 12], [0, 8, 13], [0, 8, 10]]), scores)) == \
-        [[1], [1], [21], [1]]
+    assert allowed(process(torch.tensor([[0, 5, 1], [0, 6, 12], [0, 8, 13], [0, 8, 10]]), scores)) == [
+        [1],
+        [1],
+        [21],
+        [1],
+    ]
     assert allowed(process(torch.tensor([[0, 8, 13, 21]] * 3 + [[0, 8, 13, 20]]), scores)) == [[1]] * 4
     assert allowed(process(torch.tensor([[0, 8, 13, 21, 1, 1]] * 4), scores)) == [[1]] * 4
 
@@ -219,8 +228,10 @@ def test_a_token_just_below_a_level_is_no_end() -> None:
 def test_a_prefix_with_no_continuation() -> None:
     """generate's own processor raises; ours ends the row, or leaves it as it is, as asked."""
     case = Case("t5", [[0, 1], [2, 3]], (4, 4))
+
     def nothing(request: int, ids: Tensor) -> list[int]:
         return [case.offsets[0]] if len(ids) == 1 else []
+
     with pytest.raises(ValueError, match="empty list"):
         case.generate(END, 2, prefix_allowed_tokens_fn=nothing)
 
@@ -269,19 +280,22 @@ def test_scores_of_any_dtype(dtype: torch.dtype) -> None:
     assert constrained[0, 12] == scores[0, 12]
 
 
-@pytest.mark.parametrize(("options", "error", "message"), [
-    ({"start": None}, ValueError, "exactly one of start and start_token_id"),
-    ({"start_token_id": 3}, ValueError, "exactly one of start and start_token_id"),
-    ({"start": -1}, ValueError, "start must be at least 0"),
-    ({"token_offsets": [5, 10]}, ValueError, "token_offsets must have one entry per level"),
-    ({"token_offsets": [5, 10, 2.5]}, TypeError, r"token_offsets\[2\] must be an integer"),
-    ({"token_offsets": 5}, TypeError, "token_offsets must be a sequence"),
-    ({"eos_token_id": 12}, ValueError, "eos_token_id must not be the token of a code; 12 is code 2 of level 1"),
-    ({"trie": [[1]]}, TypeError, "trie must be a Trie"),
-    ({"off_trie": "error"}, ValueError, "off_trie must be one of"),
-    ({"off_trie": "eos"}, ValueError, "needs an eos_token_id"),
-    ({"filters": Trie.from_codes([[1]]).filter(items=[0])}, ValueError, "filters belongs to another trie"),
-])
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"start": None}, ValueError, "exactly one of start and start_token_id"),
+        ({"start_token_id": 3}, ValueError, "exactly one of start and start_token_id"),
+        ({"start": -1}, ValueError, "start must be at least 0"),
+        ({"token_offsets": [5, 10]}, ValueError, "token_offsets must have one entry per level"),
+        ({"token_offsets": [5, 10, 2.5]}, TypeError, r"token_offsets\[2\] must be an integer"),
+        ({"token_offsets": 5}, TypeError, "token_offsets must be a sequence"),
+        ({"eos_token_id": 12}, ValueError, "eos_token_id must not be the token of a code; 12 is code 2 of level 1"),
+        ({"trie": [[1]]}, TypeError, "trie must be a Trie"),
+        ({"off_trie": "error"}, ValueError, "off_trie must be one of"),
+        ({"off_trie": "eos"}, ValueError, "needs an eos_token_id"),
+        ({"filters": Trie.from_codes([[1]]).filter(items=[0])}, ValueError, "filters belongs to another trie"),
+    ],
+)
 def test_wrong_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         TrieLogitsProcessor(**{"trie": TRIE, "token_offsets": OFFSETS, "start": 1, **options})
@@ -299,17 +313,24 @@ def test_wrong_calls() -> None:
         TrieLogitsProcessor(TRIE, OFFSETS, start=1, filters=[None] * 3)(ids, scores)
 
 
-@pytest.mark.parametrize(("options", "error", "message"), [
-    ({"num_beams": 0}, ValueError, "num_beams must be at least 1"),
-    ({"num_return_sequences": 9}, ValueError, "num_return_sequences must be at least 1 and at most 4"),
-    ({"normalize": "none"}, ValueError, "normalize must be one of"),
-    ({"early_stopping": 3}, ValueError, "early_stopping must be"),
-    ({"length_penalty": float("nan")}, ValueError, "length_penalty must be finite"),
-    ({"token_offsets": [5, 5000]}, ValueError, r"token_offsets\[1\] must leave room"),
-    ({"input_ids": torch.zeros(0, 3, dtype=torch.int64), "attention_mask": None}, ValueError, "at least one request"),
-    ({"attention_mask": torch.ones(1, 9)}, ValueError, "attention_mask must have shape"),
-    ({"filters": [None]}, ValueError, "filters must have one entry per request"),
-])
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"num_beams": 0}, ValueError, "num_beams must be at least 1"),
+        ({"num_return_sequences": 9}, ValueError, "num_return_sequences must be at least 1 and at most 4"),
+        ({"normalize": "none"}, ValueError, "normalize must be one of"),
+        ({"early_stopping": 3}, ValueError, "early_stopping must be"),
+        ({"length_penalty": float("nan")}, ValueError, "length_penalty must be finite"),
+        ({"token_offsets": [5, 5000]}, ValueError, r"token_offsets\[1\] must leave room"),
+        (
+            {"input_ids": torch.zeros(0, 3, dtype=torch.int64), "attention_mask": None},
+            ValueError,
+            "at least one request",
+        ),
+        ({"attention_mask": torch.ones(1, 9)}, ValueError, "attention_mask must have shape"),
+        ({"filters": [None]}, ValueError, "filters must have one entry per request"),
+    ],
+)
 def test_wrong_arguments_of_constrained_generate(options: dict[str, Any], error: type[Exception], message: str) -> None:
     case = Case("gpt2", [[0, 1], [2, 3]], (4, 4))
     given = {**case.prompts, "token_offsets": case.offsets, "num_beams": 4, **options}
@@ -320,15 +341,18 @@ def test_wrong_arguments_of_constrained_generate(options: dict[str, Any], error:
 def test_prompts_padded_on_the_right() -> None:
     case = Case("gpt2", [[0, 1], [2, 3]], (4, 4), batch=1)
     with pytest.raises(ValueError, match="padded on the left"):
-        constrained_generate(case.model, case.trie, torch.tensor([[7, 8, PAD]]), token_offsets=case.offsets,
-                             num_beams=2)
+        constrained_generate(
+            case.model, case.trie, torch.tensor([[7, 8, PAD]]), token_offsets=case.offsets, num_beams=2
+        )
 
 
 def test_without_transformers() -> None:
     """The package imports; the names that need transformers say what to install."""
-    code = ("import sys; sys.modules['transformers'] = None\n"
-            "import dgi.integrations\n"
-            "try: dgi.integrations.TrieLogitsProcessor\n"
-            "except ModuleNotFoundError as error: print(error)")
+    code = (
+        "import sys; sys.modules['transformers'] = None\n"
+        "import dgi.integrations\n"
+        "try: dgi.integrations.TrieLogitsProcessor\n"
+        "except ModuleNotFoundError as error: print(error)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pip install 'dgi-kernels[hf]'" in done.stdout

@@ -33,7 +33,7 @@ def test_gumbel_softmax_passes_gradients() -> None:
         torch.manual_seed(3)
         (F.gumbel_softmax(logits, 0.8) * weight).sum().backward()
     torch.manual_seed(3)
-    expected, = torch.autograd.grad((gumbel_softmax(logits, 0.8) * weight).sum(), logits)
+    (expected,) = torch.autograd.grad((gumbel_softmax(logits, 0.8) * weight).sum(), logits)
     assert torch.equal(logits.grad, expected)
 
 
@@ -47,14 +47,21 @@ def test_other_gumbel_softmax_calls_stay_torchs(shape: tuple[int, ...], options:
         assert torch.equal(F.gumbel_softmax(logits, **options), expected)
 
 
-@pytest.mark.parametrize("tau", [
-    pytest.param(torch.linspace(0.5, 1.5, 4).unsqueeze(1), id="one a row"),
-    pytest.param(torch.tensor(1), id="an integer"),
-    pytest.param(torch.tensor([[0.5]]).expand(1, 1), id="two dimensions"), 0.0, -1.0, float("inf"), True,
-    pytest.param(torch.tensor(0.0), id="a zero tensor"),
-    pytest.param(torch.tensor([0.5], dtype=torch.float64), id="another dtype"),
-    pytest.param(torch.linspace(0.5, 1.5, 6), id="one a column"),
-])
+@pytest.mark.parametrize(
+    "tau",
+    [
+        pytest.param(torch.linspace(0.5, 1.5, 4).unsqueeze(1), id="one a row"),
+        pytest.param(torch.tensor(1), id="an integer"),
+        pytest.param(torch.tensor([[0.5]]).expand(1, 1), id="two dimensions"),
+        0.0,
+        -1.0,
+        float("inf"),
+        True,
+        pytest.param(torch.tensor(0.0), id="a zero tensor"),
+        pytest.param(torch.tensor([0.5], dtype=torch.float64), id="another dtype"),
+        pytest.param(torch.linspace(0.5, 1.5, 6), id="one a column"),
+    ],
+)
 def test_temperatures_that_are_not_ours_stay_torchs(tau: Any) -> None:
     """Guards against calls that torch takes and that raise inside the block."""
     logits = torch.randn(4, 6) if not isinstance(tau, torch.Tensor) or tau.shape != (1, 1) else torch.randn(6)
@@ -120,8 +127,9 @@ def test_codes_of_a_residual_vq() -> None:
     with pytest.raises(ValueError, match="use_cosine_sim=True"):
         residual_quantizer_from(library.ResidualVQ(dim=16, num_quantizers=2, codebook_size=20))
     with pytest.raises(ValueError, match="no projections"):
-        residual_quantizer_from(library.ResidualVQ(dim=16, num_quantizers=2, codebook_size=20, use_cosine_sim=True,
-                                                   codebook_dim=8))
+        residual_quantizer_from(
+            library.ResidualVQ(dim=16, num_quantizers=2, codebook_size=20, use_cosine_sim=True, codebook_dim=8)
+        )
 
 
 class Layer(torch.nn.Module):
@@ -146,12 +154,15 @@ class Quantizer(torch.nn.Module):
             setattr(self, name, value)
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"beam_size": 4, "eval_beam_size": 4}, "with 4 beams"),
-    ({"beam_size": 1, "eval_beam_size": 3}, "with 3 beams"),
-    ({"initted": False}, "no codebook at level 1 yet"),
-    ({"norm": 1.5}, "vectors of norm 1"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beam_size": 4, "eval_beam_size": 4}, "with 4 beams"),
+        ({"beam_size": 1, "eval_beam_size": 3}, "with 3 beams"),
+        ({"initted": False}, "no codebook at level 1 yet"),
+        ({"norm": 1.5}, "vectors of norm 1"),
+    ],
+)
 def test_a_residual_vq_with_other_codes_is_refused(options: dict[str, Any], message: str) -> None:
     """Guards against codes that differ from the source's without a word."""
     assert len(residual_quantizer_from(Quantizer(beam_size=4, eval_beam_size=1)).codebooks) == 2
@@ -159,12 +170,15 @@ def test_a_residual_vq_with_other_codes_is_refused(options: dict[str, Any], mess
         residual_quantizer_from(Quantizer(**options))
 
 
-@pytest.mark.parametrize(("source", "error", "message"), [
-    ([], TypeError, "source must be a ResidualVQ or a sequence"),
-    (torch.nn.Linear(2, 3), TypeError, "source must be a ResidualVQ or a sequence.*got Linear"),
-    ([torch.randn(3, 4), torch.randn(3, 5)], ValueError, r"source\[1\] must have shape"),
-    ([torch.full((3, 4), torch.nan)], ValueError, r"source\[0\] must be finite"),
-])
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        ([], TypeError, "source must be a ResidualVQ or a sequence"),
+        (torch.nn.Linear(2, 3), TypeError, "source must be a ResidualVQ or a sequence.*got Linear"),
+        ([torch.randn(3, 4), torch.randn(3, 5)], ValueError, r"source\[1\] must have shape"),
+        ([torch.full((3, 4), torch.nan)], ValueError, r"source\[0\] must be finite"),
+    ],
+)
 def test_wrong_sources(source: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         residual_quantizer_from(source)

@@ -45,7 +45,7 @@ def test_tables_of_a_tokenizer_that_sorts_names(family: str, end: int | None) ->
     ours = constrained_generate(case.model, case.trie, **case.prompts, token_ids=tables, **options)
     torch.testing.assert_close(ours.sequences_scores, by_offsets.sequences_scores, rtol=1e-5, atol=1e-5)
     assert torch.equal(ours.nodes, by_offsets.nodes)
-    assert torch.equal(ours.sequences[:, case.start:], moved[by_offsets.sequences[:, case.start:]])
+    assert torch.equal(ours.sequences[:, case.start :], moved[by_offsets.sequences[:, case.start :]])
     processor = TrieLogitsProcessor(case.trie, token_ids=tables, start=case.start, eos_token_id=end)
     assert_same(case.generate(end, 6, logits_processor=[processor]), ours, 3)
 
@@ -100,16 +100,22 @@ def test_codes_that_are_token_ids() -> None:
     assert_same(expected, case.constrained(END, 5), 3)
 
 
-@pytest.mark.parametrize(("tables", "message"), [
-    (TABLES[:2], "token_ids must have one tensor per level of the trie, 3; got 2"),
-    (5, "token_ids must be a sequence of 3 integer tensors"),
-    ([*TABLES[:2], TABLES[2][:3]], r"token_ids\[2\] must have shape \(K_2,\)"),
-    ([*TABLES[:2], torch.tensor([23, 20, 23, 21])], r"token_ids\[2\] must not repeat a token; 23 is that of code"),
-    ([*TABLES[:2], torch.tensor([23, 20, -1, 21])], r"token_ids\[2\] must hold tokens of at least 0; got -1"),
-    ([*TABLES[:2], torch.tensor([23.0, 20, 22, 21])], r"token_ids\[2\] must have dtype"),
-    ([*TABLES[:2], ["a", "b", "c", "d"]], r"token_ids\[2\] must be an integer tensor"),
-    ([*TABLES[:2], torch.tensor([23, END, 22, 21])], "eos_token_id must not be the token of a code; 1 is code 1 of le"),
-])
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        (TABLES[:2], "token_ids must have one tensor per level of the trie, 3; got 2"),
+        (5, "token_ids must be a sequence of 3 integer tensors"),
+        ([*TABLES[:2], TABLES[2][:3]], r"token_ids\[2\] must have shape \(K_2,\)"),
+        ([*TABLES[:2], torch.tensor([23, 20, 23, 21])], r"token_ids\[2\] must not repeat a token; 23 is that of code"),
+        ([*TABLES[:2], torch.tensor([23, 20, -1, 21])], r"token_ids\[2\] must hold tokens of at least 0; got -1"),
+        ([*TABLES[:2], torch.tensor([23.0, 20, 22, 21])], r"token_ids\[2\] must have dtype"),
+        ([*TABLES[:2], ["a", "b", "c", "d"]], r"token_ids\[2\] must be an integer tensor"),
+        (
+            [*TABLES[:2], torch.tensor([23, END, 22, 21])],
+            "eos_token_id must not be the token of a code; 1 is code 1 of le",
+        ),
+    ],
+)
 def test_wrong_tables(tables: Any, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         TrieLogitsProcessor(TRIE, token_ids=tables, start=1, eos_token_id=END)
@@ -122,7 +128,12 @@ def test_wrong_tokens() -> None:
     process = TrieLogitsProcessor(TRIE, token_ids=TABLES, start=1)
     with pytest.raises(ValueError, match=r"token_ids\[2\] must be below the size of .* vocabulary, 23; got 23"):
         process(torch.tensor([[0]]), torch.randn(1, 23))
-    for ends, message in (([], "at least one"), ([1, 1], "must not repeat"), ([1, -2], r"eos_token_id\[1\] must be at"),
-                          ("1", "must be an integer"), (1.5, "must be an integer")):
+    for ends, message in (
+        ([], "at least one"),
+        ([1, 1], "must not repeat"),
+        ([1, -2], r"eos_token_id\[1\] must be at"),
+        ("1", "must be an integer"),
+        (1.5, "must be an integer"),
+    ):
         with pytest.raises((ValueError, TypeError), match=message):
             TrieLogitsProcessor(TRIE, [5, 10, 20], start=1, eos_token_id=ends)

@@ -17,8 +17,9 @@ def make_output(rows: int = 6, dim: int = 5) -> tuple[DGIOutput, list[CosineHead
     z = torch.randn(rows, dim, requires_grad=True)
     item_rows = torch.tensor([3, 1, 3, 0, 2, 1])[:rows]
     z = z[[int((item_rows == row).nonzero()[0]) for row in item_rows]]  # one item has one vector
-    output = DGIOutput(z, torch.randn(rows, dim), item_rows, quantizer(z, 0.8, seed=4), quantizer.assign(z),
-                       torch.randn(rows, 2, dim))
+    output = DGIOutput(
+        z, torch.randn(rows, dim), item_rows, quantizer(z, 0.8, seed=4), quantizer.assign(z), torch.randn(rows, 2, dim)
+    )
     heads = [CosineHead(codebook, quantizer.log_scale) for codebook in quantizer.codebooks]
     return output, heads, list(quantizer.codebooks)
 
@@ -29,12 +30,18 @@ def test_every_term_follows_its_formula() -> None:
     terms = DGILoss(weights, beta=0.3, contrastive_temperature=0.1)(output, heads, codebooks)
     q = output.quantization
     expected = {
-        "ntp": sum(F.cross_entropy(7.0 * F.normalize(output.hidden[:, j].double(), dim=-1)
-                                   @ F.normalize(E.double(), dim=-1).T, output.codes[:, j])
-                   for j, E in enumerate(codebooks)),
+        "ntp": sum(
+            F.cross_entropy(
+                7.0 * F.normalize(output.hidden[:, j].double(), dim=-1) @ F.normalize(E.double(), dim=-1).T,
+                output.codes[:, j],
+            )
+            for j, E in enumerate(codebooks)
+        ),
         "global": (1 - F.cosine_similarity(output.z.double(), q.quantized.double().sum(1))).mean(),
-        "local": sum(1.3 * (q.residuals[:, j] - E[q.codes[:, j]]).double().square().sum(1).mean()
-                     for j, E in enumerate(codebooks)),
+        "local": sum(
+            1.3 * (q.residuals[:, j] - E[q.codes[:, j]]).double().square().sum(1).mean()
+            for j, E in enumerate(codebooks)
+        ),
         "diversity": sum((usage.double() * (usage.double() + 1e-9).log()).sum() for usage in q.usage),
     }
     distinct = torch.stack([output.z[int((output.item_rows == row).nonzero()[0])] for row in range(4)]).double()
@@ -42,8 +49,9 @@ def test_every_term_follows_its_formula() -> None:
     expected["infonce"] = F.cross_entropy(cosines / 0.1, output.item_rows)
     for name, value in expected.items():
         torch.testing.assert_close(terms[name].double(), value, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(terms["loss"].double(), sum(weights[name] * value for name, value in expected.items()),
-                               rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        terms["loss"].double(), sum(weights[name] * value for name, value in expected.items()), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "inner_product"])
@@ -54,10 +62,16 @@ def test_infonce_over_its_candidates(contrastive: str, corrected: bool, similari
     output, _, _ = make_output()
     table, log_q = torch.randn(7, 5), torch.randn(7).log_softmax(0)
     rows = {"in_batch": None, "sampled": torch.tensor([5, 3, 3, 6, 0]), "all_items": torch.arange(7)}[contrastive]
-    output = DGIOutput(output.z, output.query, output.item_rows, candidates=None if rows is None else table[rows],
-                       candidate_rows=rows)
-    loss = DGILoss({"infonce": 1.0}, contrastive_temperature=0.2, similarity=similarity, contrastive=contrastive,
-                   item_log_q=log_q if corrected else None)(output)["infonce"]
+    output = DGIOutput(
+        output.z, output.query, output.item_rows, candidates=None if rows is None else table[rows], candidate_rows=rows
+    )
+    loss = DGILoss(
+        {"infonce": 1.0},
+        contrastive_temperature=0.2,
+        similarity=similarity,
+        contrastive=contrastive,
+        item_log_q=log_q if corrected else None,
+    )(output)["infonce"]
 
     def scores(items: torch.Tensor) -> torch.Tensor:
         if similarity == "inner_product":

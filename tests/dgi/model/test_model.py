@@ -14,8 +14,16 @@ SIZES = (7, 5, 3)
 
 
 def tiny_config(**changes: object) -> ModelConfig:
-    values: dict = {"encoder": "vectors", "vector_dim": 6, "dim": 8, "codebook_sizes": SIZES, "attention_heads": 2,
-                    "history_layers": 1, "decoder_layers": 1, "dropout": 0.0} | changes
+    values: dict = {
+        "encoder": "vectors",
+        "vector_dim": 6,
+        "dim": 8,
+        "codebook_sizes": SIZES,
+        "attention_heads": 2,
+        "history_layers": 1,
+        "decoder_layers": 1,
+        "dropout": 0.0,
+    } | changes
     return ModelConfig(**values)
 
 
@@ -23,8 +31,9 @@ def random_batch(rows: int = 5, items: int = 12, *, queries: bool = True) -> Bat
     histories = torch.randint(0, items, (rows, 4))
     histories[0] = -1
     histories[1, :2] = -1
-    return make_batch(torch.randn(items, 6), histories, torch.randint(0, items, (rows,)),
-                      torch.randn(rows, 6) if queries else None)
+    return make_batch(
+        torch.randn(items, 6), histories, torch.randint(0, items, (rows,)), torch.randn(rows, 6) if queries else None
+    )
 
 
 def ntp_gradients(model: DGIModel, batch: Batch) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
@@ -170,14 +179,17 @@ def test_batch_holds_each_item_once() -> None:
     assert batch.histories.tolist() == [[-1, 2, 1], [1, 1, 3]]
 
 
-@pytest.mark.parametrize("changes, named", [
-    ({"codebook_sizes": ()}, "codebook_sizes"),
-    ({"dim": 9}, "attention_heads"),
-    ({"vector_dim": 0}, "vector_dim"),
-    ({"initial_scale": 0.0}, "initial_scale"),
-    ({"dropout": 1.0}, "dropout"),
-    ({"encoder": "t5"}, "pretrained"),
-])
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"codebook_sizes": ()}, "codebook_sizes"),
+        ({"dim": 9}, "attention_heads"),
+        ({"vector_dim": 0}, "vector_dim"),
+        ({"initial_scale": 0.0}, "initial_scale"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"encoder": "t5"}, "pretrained"),
+    ],
+)
 def test_bad_configurations_are_named(changes: dict, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         tiny_config(**changes)

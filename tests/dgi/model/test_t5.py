@@ -73,11 +73,15 @@ def model(backbone: Path) -> DGIModel:
     return DGIModel(make_config(backbone)).eval()
 
 
-def make_test_batch(encoder: T5Encoder, histories: list[list[int]], queries: list[str] | None = None,
-                    targets: list[int] | None = None) -> Batch:
-    return make_batch(encoder.prepare_items(CATALOG), torch.tensor(histories),
-                      None if targets is None else torch.tensor(targets),
-                      None if queries is None else encoder.prepare_queries(queries))
+def make_test_batch(
+    encoder: T5Encoder, histories: list[list[int]], queries: list[str] | None = None, targets: list[int] | None = None
+) -> Batch:
+    return make_batch(
+        encoder.prepare_items(CATALOG),
+        torch.tensor(histories),
+        None if targets is None else torch.tensor(targets),
+        None if queries is None else encoder.prepare_queries(queries),
+    )
 
 
 def encode(encoder: T5Encoder, histories: list[list[int]], queries: list[str] | None = None) -> QueryEncoding:
@@ -167,10 +171,16 @@ def test_a_query_of_nothing_and_a_batch_of_none_are_finite(model: DGIModel) -> N
     query = model.encoder.encode_queries(empty, torch.empty(0, 16))
     assert query.vector.shape == (0, 16)
     assert model.decoder(torch.zeros(0, 2, 16), query.memory, query.mask).shape == (0, 3, 16)
-    no_history = make_batch(model.encoder.prepare_items(CATALOG), torch.empty(1, 0, dtype=torch.int64), None,
-                            model.encoder.prepare_queries(["w20"]))
-    torch.testing.assert_close(model.encoder.encode_queries(no_history, torch.empty(0, 16)).vector,
-                               encode(model.encoder, [[-1]], ["w20"]).vector)
+    no_history = make_batch(
+        model.encoder.prepare_items(CATALOG),
+        torch.empty(1, 0, dtype=torch.int64),
+        None,
+        model.encoder.prepare_queries(["w20"]),
+    )
+    torch.testing.assert_close(
+        model.encoder.encode_queries(no_history, torch.empty(0, 16)).vector,
+        encode(model.encoder, [[-1]], ["w20"]).vector,
+    )
 
 
 def test_decoder_is_causal_and_reads_every_code_before(model: DGIModel) -> None:
@@ -181,8 +191,9 @@ def test_decoder_is_causal_and_reads_every_code_before(model: DGIModel) -> None:
         (gradient,) = torch.autograd.grad(hidden[0, j].square().sum(), inputs, retain_graph=True)
         assert (gradient[0, j:] == 0).all()
         assert (gradient[0, :j].abs().sum(1) > 0).all()
-    torch.testing.assert_close(model.decoder(inputs[:, :1], query.memory, query.mask), hidden[:, :2],
-                               rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        model.decoder(inputs[:, :1], query.memory, query.mask), hidden[:, :2], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_decoder_computes_what_t5_computes() -> None:
@@ -192,8 +203,9 @@ def test_decoder_computes_what_t5_computes() -> None:
     codes = torch.randint(2, 48, (2, 3))
     with torch.no_grad():
         memory = reference.encoder(input_ids=tokens, attention_mask=mask).last_hidden_state
-        expected = reference(input_ids=tokens, attention_mask=mask,
-                             decoder_input_ids=torch.nn.functional.pad(codes, (1, 0))).last_hidden_state
+        expected = reference(
+            input_ids=tokens, attention_mask=mask, decoder_input_ids=torch.nn.functional.pad(codes, (1, 0))
+        ).last_hidden_state
         inputs = reference.shared(codes)
         decoder = T5Decoder(make_config(dim=32), reference).eval()
         decoder.output = torch.nn.Identity()
@@ -214,8 +226,9 @@ def test_next_token_loss_reaches_the_items_through_soft_teacher_forcing(backbone
 
 def test_a_few_steps_reduce_the_loss(backbone: Path) -> None:
     model = DGIModel(make_config(backbone))
-    batch = make_test_batch(model.encoder, [[0, 1], [2, -1], [5, 0], [-1, -1]], ["w20", "w21", "", "w22 w3"],
-                            targets=[3, 4, 2, 1])
+    batch = make_test_batch(
+        model.encoder, [[0, 1], [2, -1], [5, 0], [-1, -1]], ["w20", "w21", "", "w22 w3"], targets=[3, 4, 2, 1]
+    )
     objective, optimizer = DGILoss(), torch.optim.AdamW(model.parameters(), 2e-3)
     losses = []
     for step in range(40):
@@ -252,7 +265,10 @@ def test_backbone_and_weights_rebuild_the_model(model: DGIModel, tmp_path: Path)
     safetensors = pytest.importorskip("safetensors.torch")
     model.encoder.save_backbone(tmp_path / "backbone")
     assert {path.name for path in (tmp_path / "backbone").iterdir()} == {
-        "config.json", "tokenizer.json", "tokenizer_config.json"}
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     encoder = {name: value for name, value in model.state_dict().items() if not name.startswith("heads.")}
     safetensors.save_file(encoder, tmp_path / "model.safetensors")
 
@@ -263,8 +279,9 @@ def test_backbone_and_weights_rebuild_the_model(model: DGIModel, tmp_path: Path)
     ours, theirs = (encode(m.encoder, [[0, 1], [2, -1]], ["w20", "w21 w22"]) for m in (model, rebuilt))
     inputs = torch.randn(2, 2, 16)
     assert torch.equal(ours.vector, theirs.vector)
-    assert torch.equal(model.decoder(inputs, ours.memory, ours.mask),
-                       rebuilt.decoder(inputs, theirs.memory, theirs.mask))
+    assert torch.equal(
+        model.decoder(inputs, ours.memory, ours.mask), rebuilt.decoder(inputs, theirs.memory, theirs.mask)
+    )
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
@@ -273,8 +290,10 @@ def test_pretrained_weights_are_loaded_as_float32(backbone: Path, stored: str) -
     original = T5ForConditionalGeneration(T5Config(**SMALL)).to(getattr(torch, stored))
     original.save_pretrained(backbone)
     config = make_config(backbone)
-    for part, expected in ((T5Encoder.from_pretrained(config), original.encoder),
-                           (T5Decoder.from_pretrained(config), original.decoder)):
+    for part, expected in (
+        (T5Encoder.from_pretrained(config), original.encoder),
+        (T5Decoder.from_pretrained(config), original.decoder),
+    ):
         names = {name for name, _ in part.stack.named_parameters()}
         assert names and names <= {name for name, _ in expected.named_parameters()}
         assert all(module.training for module in part.modules())
@@ -355,7 +374,8 @@ def test_encoder_made_from_objects_saves_a_backbone_that_has_a_decoder(tmp_path:
     """T5EncoderModel marks its configuration as encoder-only; the decoder must be rebuilt all the same."""
     config = make_config(tmp_path / "saved")
     T5Encoder(config, T5EncoderModel(T5Config(**SMALL, num_decoder_layers=1)), make_tokenizer()).save_backbone(
-        tmp_path / "saved")
+        tmp_path / "saved"
+    )
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["num_decoder_layers"] == 1
     assert len(T5Decoder.from_pretrained(config).stack.block) == 1
 
@@ -365,4 +385,5 @@ def test_without_transformers_the_cure_is_named() -> None:
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert "ModuleNotFoundError: encoder \"t5\" needs the package transformers: pip install 'dgi-kernels[hf]'" in (
-        result.stderr)
+        result.stderr
+    )

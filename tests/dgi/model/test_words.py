@@ -25,19 +25,40 @@ def same_tokens(a: str, b: str, tokenizer: str = WORDS_2) -> bool:
     return torch.equal(hash_words([a], 16384, 8, tokenizer), hash_words([b], 16384, 8, tokenizer))
 
 
-@pytest.mark.parametrize(("a", "b"), [
-    ("பூ", "பு"), ("ไม่", "ไม"), ("किताब", "कतब"), ("C++", "C#"), ("C", "C#"), ("🎬", "$"), ("👍🏽", "👍"),
-    ("...", "!!!"), ("流浪地球", "流浪地图"), ("résumé", "resume"), ("שָׁלוֹם", "שלום"),
-])
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("பூ", "பு"),
+        ("ไม่", "ไม"),
+        ("किताब", "कतब"),
+        ("C++", "C#"),
+        ("C", "C#"),
+        ("🎬", "$"),
+        ("👍🏽", "👍"),
+        ("...", "!!!"),
+        ("流浪地球", "流浪地图"),
+        ("résumé", "resume"),
+        ("שָׁלוֹם", "שלום"),
+    ],
+)
 def test_other_words_have_other_tokens(a: str, b: str) -> None:
     """Guards against vowel signs, tones, accents and symbols that are taken for gaps."""
     assert not same_tokens(a, b)
 
 
-@pytest.mark.parametrize(("a", "b"), [
-    ("café", unicodedata.normalize("NFD", "café")), ("Straße", "STRASSE"), ("ＡＢＣ １２", "abc 12"), ("ﬁn", "fin"),
-    ("می‌خواهم", "میخواهم"), ("❤️", "❤"), ("a\u200eb", "ab"), ("Beauty, and: the Beast!", "beauty and the beast"),
-])
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("café", unicodedata.normalize("NFD", "café")),
+        ("Straße", "STRASSE"),
+        ("ＡＢＣ １２", "abc 12"),
+        ("ﬁn", "fin"),
+        ("می‌خواهم", "میخواهم"),
+        ("❤️", "❤"),
+        ("a\u200eb", "ab"),
+        ("Beauty, and: the Beast!", "beauty and the beast"),
+    ],
+)
 def test_one_text_in_two_spellings_has_one_list_of_tokens(a: str, b: str) -> None:
     assert same_tokens(a, b)
 
@@ -130,8 +151,9 @@ def test_a_tokenizer_of_ones_own_is_read_and_goes_with_the_model(tmp_path: Path,
     assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
 
 
-def test_a_tokenizer_that_cannot_be_had_is_told(tmp_path: Path, tokenizer_file: Path,
-                                                monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokenizer_that_cannot_be_had_is_told(
+    tmp_path: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "broken.json").write_text(json.dumps({"model": 1}))
     with pytest.raises(ValueError, match="broken.json' cannot be read: it must be a tokenizer.json"):
         SequenceEncoder(ModelConfig(tokenizer=str(tmp_path / "broken.json")))

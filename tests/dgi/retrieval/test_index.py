@@ -24,8 +24,17 @@ ITEMS = 40
 
 
 def make_model(**changes: Any) -> DGIModel:
-    sizes = {"dim": 16, "codebook_sizes": (6, 4), "attention_heads": 2, "history_layers": 1, "text_layers": 1,
-             "decoder_layers": 1, "vocabulary_size": 128, "max_tokens": 4, "max_history": 3}
+    sizes = {
+        "dim": 16,
+        "codebook_sizes": (6, 4),
+        "attention_heads": 2,
+        "history_layers": 1,
+        "text_layers": 1,
+        "decoder_layers": 1,
+        "vocabulary_size": 128,
+        "max_tokens": 4,
+        "max_history": 3,
+    }
     model = DGIModel(ModelConfig(**{**sizes, **changes}))
     with torch.no_grad():
         model.quantizer.log_scale.copy_(torch.tensor(5.0).log())  # soft enough for all items to have a score
@@ -74,8 +83,12 @@ def scores_one_by_one(searcher: Searcher, batch: Batch) -> tuple[Tensor, Tensor]
 
 
 def same_results(a: dgi.retrieval.index.SearchResult, b: dgi.retrieval.index.SearchResult) -> bool:
-    return (torch.equal(a.items, b.items) and torch.equal(a.scores, b.scores) and torch.equal(a.cosines, b.cosines)
-            and a.ids == b.ids)
+    return (
+        torch.equal(a.items, b.items)
+        and torch.equal(a.scores, b.scores)
+        and torch.equal(a.cosines, b.cosines)
+        and a.ids == b.ids
+    )
 
 
 def test_search_ranks_all_items_as_scoring_them_one_by_one_does(searcher: Searcher) -> None:
@@ -114,11 +127,11 @@ def test_excluded_items_are_left_out_and_nothing_else(searcher: Searcher) -> Non
     kept = searcher.search_interactions(requests, k=ITEMS - 4, num_beams=ITEMS, exclude_history=True)
     for row, history in enumerate(requests.histories.tolist()):
         expected = [item for item in everything.items[row].tolist() if item not in history]
-        expected = (expected + [-1] * ITEMS)[:ITEMS - 4]
+        expected = (expected + [-1] * ITEMS)[: ITEMS - 4]
         assert kept.items[row].tolist() == expected
         where = [everything.items[row].tolist().index(item) for item in expected if item >= 0]
-        assert torch.equal(kept.scores[row, :len(where)], everything.scores[row, where])
-        assert torch.equal(kept.cosines[row, :len(where)], everything.cosines[row, where])
+        assert torch.equal(kept.scores[row, : len(where)], everything.scores[row, where])
+        assert torch.equal(kept.cosines[row, : len(where)], everything.cosines[row, where])
 
 
 def test_an_item_far_back_in_the_history_is_excluded_too(searcher: Searcher) -> None:
@@ -138,7 +151,7 @@ def test_filters_restrict_each_request(searcher: Searcher) -> None:
     for row, rows in enumerate(allowed):
         if rows is not None:
             expected = [item for item in everything.items[row].tolist() if item in rows]
-            assert found.items[row].tolist()[:len(expected) + 1] == [*expected, -1]
+            assert found.items[row].tolist()[: len(expected) + 1] == [*expected, -1]
 
 
 def test_searching_in_parts_changes_nothing(searcher: Searcher, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,8 +166,7 @@ def test_searching_in_parts_changes_nothing(searcher: Searcher, monkeypatch: pyt
 def test_texts_and_ids_find_what_recorded_interactions_find(searcher: Searcher) -> None:
     requests = make_requests()
     histories = [[f"Ω-{row}" for row in rows if row >= 0] for rows in requests.histories.tolist()]
-    assert same_results(searcher.search(requests.queries, histories, k=5),
-                        searcher.search_interactions(requests, k=5))
+    assert same_results(searcher.search(requests.queries, histories, k=5), searcher.search_interactions(requests, k=5))
 
 
 def test_build_assigns_in_evaluation_mode_whatever_the_batch_size() -> None:
@@ -199,7 +211,7 @@ def test_a_damaged_index_is_refused(searcher: Searcher, tmp_path: Path) -> None:
     searcher.index.save(path)
     content = path.read_bytes()
     for place in [*np.random.randint(0, len(content), 60), 0, 8, len(content) - 1]:
-        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1:])
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
         with pytest.raises(IndexFormatError):
             DGIIndex.load(path)
     for length in (0, 7, len(content) // 2, len(content) - 1):
@@ -215,7 +227,8 @@ def test_a_damaged_index_is_refused(searcher: Searcher, tmp_path: Path) -> None:
 
 ALTERATIONS = {
     "an item left out of the trie": lambda t: t.update(
-        {"trie.item_ids": torch.zeros(len(t["vectors"]), dtype=torch.int64)}),
+        {"trie.item_ids": torch.zeros(len(t["vectors"]), dtype=torch.int64)}
+    ),
     "a code out of its codebook": lambda t: t.update({"trie.tokens.0": t["trie.tokens.0"] + 6}),
     "no vectors": lambda t: t.pop("vectors"),
     "too few vectors": lambda t: t.update({"vectors": t["vectors"][1:]}),
@@ -225,8 +238,9 @@ ALTERATIONS = {
     "an id cut in the middle of a character": lambda t: t["id_offsets"][1:-1].add_(1),
     "offsets beyond the ids": lambda t: t["id_offsets"][-1].add_(1),
     "offsets that go back": lambda t: t["id_offsets"][2].mul_(0),
-    "one id twice": lambda t: t["id_bytes"][t["id_offsets"][1]:t["id_offsets"][2]].copy_(
-        t["id_bytes"][:t["id_offsets"][1]]),
+    "one id twice": lambda t: t["id_bytes"][t["id_offsets"][1] : t["id_offsets"][2]].copy_(
+        t["id_bytes"][: t["id_offsets"][1]]
+    ),
 }
 
 

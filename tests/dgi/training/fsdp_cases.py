@@ -31,16 +31,20 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.body(x)
         target = torch.arange(len(x)) % 6
-        return (self.head(h).square().mean() + self.head.loss(h, target)
-                + self.contrast(h, h.flip(0), torch.arange(len(x))))
+        return (
+            self.head(h).square().mean() + self.head.loss(h, target) + self.contrast(h, h.flip(0), torch.arange(len(x)))
+        )
 
 
 def full(x: Tensor) -> Tensor:
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
-def assert_sharding_changes_nothing(make: Callable[[], nn.Module], loss_of: Callable[[nn.Module], Tensor],
-                                    shard: Callable[[nn.Module], Iterable[nn.Module]]) -> None:
+def assert_sharding_changes_nothing(
+    make: Callable[[], nn.Module],
+    loss_of: Callable[[nn.Module], Tensor],
+    shard: Callable[[nn.Module], Iterable[nn.Module]],
+) -> None:
     """Loss, gradients, averaged over the ranks, and the weights after a step are those of the plain module."""
     torch.manual_seed(5)
     plain = make()

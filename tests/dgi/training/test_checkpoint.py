@@ -36,8 +36,10 @@ TENSORS = {
 
 
 def bits(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...], list[int]]]:
-    return {name: (tensor.dtype, tuple(tensor.shape), tensor.contiguous().reshape(-1).view(torch.uint8).tolist())
-            for name, tensor in tensors.items()}
+    return {
+        name: (tensor.dtype, tuple(tensor.shape), tensor.contiguous().reshape(-1).view(torch.uint8).tolist())
+        for name, tensor in tensors.items()
+    }
 
 
 def tiny_model(**fields: object) -> DGIModel:
@@ -107,8 +109,9 @@ def test_a_model_whose_scale_was_0d_is_read(tmp_path: Path) -> None:
     write_tensors(tmp_path / "old.safetensors", older, {"kind": "DGIModel", "model_config": to_dict(model.config)})
     assert bits(unique_tensors(load_model(tmp_path / "old.safetensors"))) == bits(tensors)
     state = model.state_dict() | {"quantizer.log_scale": torch.tensor(3.0)}
-    model.quantizer.load_state_dict({name.removeprefix("quantizer."): x for name, x in state.items()
-                                     if name.startswith("quantizer.")})
+    model.quantizer.load_state_dict(
+        {name.removeprefix("quantizer."): x for name, x in state.items() if name.startswith("quantizer.")}
+    )
     assert model.quantizer.log_scale.tolist() == [3.0] and model.heads[0].scale.ndim == 0
 
 
@@ -120,12 +123,18 @@ def test_a_dual_encoder_is_not_taken_for_a_dgi_model(tmp_path: Path) -> None:
         load_model(tmp_path / "model.safetensors")
 
 
-@pytest.mark.parametrize(("source", "message"), [
-    ({"a": torch.zeros(2)}, "x.safetensors lacks 1 of the tensors: b"),
-    ({"a": torch.zeros(2), "b": torch.zeros(3), "c": torch.zeros(1)}, "has unexpected 1 of the tensors: c"),
-    ({"a": torch.zeros(2), "b": torch.zeros(1, 3)}, r"has b as torch.float32 \(1, 3\); torch.float32 \(3,\) is needed"),
-    ({"a": torch.zeros(2), "b": torch.zeros(3, dtype=torch.float64)}, "has b as torch.float64"),
-])
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"a": torch.zeros(2)}, "x.safetensors lacks 1 of the tensors: b"),
+        ({"a": torch.zeros(2), "b": torch.zeros(3), "c": torch.zeros(1)}, "has unexpected 1 of the tensors: c"),
+        (
+            {"a": torch.zeros(2), "b": torch.zeros(1, 3)},
+            r"has b as torch.float32 \(1, 3\); torch.float32 \(3,\) is needed",
+        ),
+        ({"a": torch.zeros(2), "b": torch.zeros(3, dtype=torch.float64)}, "has b as torch.float64"),
+    ],
+)
 def test_tensors_that_do_not_fit_change_nothing(source: dict[str, Tensor], message: str) -> None:
     target = {"a": torch.ones(2), "b": torch.ones(3)}
     with pytest.raises(CheckpointError, match=message):
@@ -141,7 +150,9 @@ def test_the_newest_two_checkpoints_are_kept(tmp_path: Path) -> None:
     (checkpoints.folder / "step-00000009.safetensors").write_bytes(b"damaged")
     checkpoints.save(8, {"w": torch.tensor(8.0)}, {})
     assert sorted(path.name for path in checkpoints.folder.iterdir()) == [
-        "step-00000006.safetensors", "step-00000008.safetensors"]
+        "step-00000006.safetensors",
+        "step-00000008.safetensors",
+    ]
     loaded = checkpoints.load()
     assert loaded is not None
     path, tensors, description = loaded

@@ -25,8 +25,17 @@ SEED = 20240229  # one for all tests of this file, which share a run; the number
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output of :func:`tiny_runs.main` under torchrun with two gloo processes."""
     output = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               "-m", "tests.dgi.tiny_runs", str(output), str(SEED)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "tests.dgi.tiny_runs",
+        str(output),
+        str(SEED),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
@@ -55,11 +64,13 @@ def test_two_processes_train_as_one_does(variant: str, two_processes: Path, one_
 
     In float64, since AdamW turns rounding errors of a gradient that should be 0 (a key's bias) into whole steps.
     """
-    for actual, expected in zip(*(metrics(folder / f"{variant}.0.json") for folder in (two_processes, one_process)),
-                                strict=True):
+    for actual, expected in zip(
+        *(metrics(folder / f"{variant}.0.json") for folder in (two_processes, one_process)), strict=True
+    ):
         assert actual == pytest.approx(expected, rel=1e-5)
-    actual, expected = (safetensors.torch.load_file(folder / f"{variant}.0.safetensors")
-                        for folder in (two_processes, one_process))
+    actual, expected = (
+        safetensors.torch.load_file(folder / f"{variant}.0.safetensors") for folder in (two_processes, one_process)
+    )
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
 
 

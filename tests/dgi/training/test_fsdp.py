@@ -22,8 +22,15 @@ ROOT = Path(__file__).parents[3]
 
 def test_modules_and_models_can_be_sharded() -> None:
     """Guards against parameters of 0 dimensions, which fully_shard refuses."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               "-m", "tests.dgi.training.fsdp_cases"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "tests.dgi.training.fsdp_cases",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stdout + finished.stderr

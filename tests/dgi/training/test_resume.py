@@ -30,8 +30,9 @@ def no_curve(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dgi.training.curve.training_curve", lambda *_: None)
 
 
-def start(output: Path, seed: int, train: dict[str, Any], function: str | None = None,
-          calls: int = 0) -> multiprocessing.process.BaseProcess:
+def start(
+    output: Path, seed: int, train: dict[str, Any], function: str | None = None, calls: int = 0
+) -> multiprocessing.process.BaseProcess:
     process = processes.Process(target=train_until_killed, args=(output, seed, train, function, calls))
     process.start()
     return process
@@ -51,7 +52,8 @@ def rows_without_time(output: Path) -> list[dict[str, Any]]:
 def assert_same_files(actual: Path, expected: Path) -> None:
     """Weights, optimizer state and metrics agree to the bit, and nothing else is left behind."""
     assert sorted(p.relative_to(actual) for p in actual.rglob("*")) == sorted(
-        p.relative_to(expected) for p in expected.rglob("*"))
+        p.relative_to(expected) for p in expected.rglob("*")
+    )
     for path in expected.rglob("*.safetensors"):
         assert (actual / path.relative_to(expected)).read_bytes() == path.read_bytes(), path.name
     assert rows_without_time(actual) == rows_without_time(expected)
@@ -99,8 +101,9 @@ def test_half_a_line_of_metrics_is_dropped(tmp_path: Path, seed: int) -> None:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
-def test_a_damaged_newest_checkpoint_is_passed_over(damage: str, tmp_path: Path, seed: int,
-                                                    caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_newest_checkpoint_is_passed_over(
+    damage: str, tmp_path: Path, seed: int, caplog: pytest.LogCaptureFixture
+) -> None:
     tiny_trainer(tmp_path / "whole", seed).fit()
     tiny_trainer(tmp_path / "damaged", seed).fit()
     newest = tmp_path / "damaged/checkpoints/step-00000006.safetensors"
@@ -121,8 +124,9 @@ def test_where_all_checkpoints_are_damaged_nothing_is_overwritten(tmp_path: Path
     assert len(rows_without_time(tmp_path)) == 6
 
 
-def test_without_a_checkpoint_training_starts_afresh_and_says_so(tmp_path: Path, seed: int,
-                                                                caplog: pytest.LogCaptureFixture) -> None:
+def test_without_a_checkpoint_training_starts_afresh_and_says_so(
+    tmp_path: Path, seed: int, caplog: pytest.LogCaptureFixture
+) -> None:
     tiny_trainer(tmp_path / "whole", seed).fit()
     tiny_trainer(tmp_path / "resumed", seed).fit(resume=True)
     assert "to resume from: training starts from the beginning" in caplog.text
@@ -140,13 +144,17 @@ def test_a_finished_run_resumes_to_its_end(tmp_path: Path, seed: int, caplog: py
     assert (tmp_path / "model.safetensors").read_bytes() == model
 
 
-@pytest.mark.parametrize(("field", "model", "train"), [
-    ("train_config.backbone_lr is 0.5 now and was 0.001", {}, {"backbone_lr": 0.5}),
-    ("train_config.loss_weights.ntp is 2.0 now and was None", {}, {"loss_weights": {"ntp": 2.0}}),
-    (r"model_config.codebook_sizes is \[5, 3\] now and was \[5, 4\]", {"codebook_sizes": [5, 3]}, {}),
-])
-def test_another_configuration_is_refused_by_field(field: str, model: dict[str, Any], train: dict[str, Any],
-                                                   tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize(
+    ("field", "model", "train"),
+    [
+        ("train_config.backbone_lr is 0.5 now and was 0.001", {}, {"backbone_lr": 0.5}),
+        ("train_config.loss_weights.ntp is 2.0 now and was None", {}, {"loss_weights": {"ntp": 2.0}}),
+        (r"model_config.codebook_sizes is \[5, 3\] now and was \[5, 4\]", {"codebook_sizes": [5, 3]}, {}),
+    ],
+)
+def test_another_configuration_is_refused_by_field(
+    field: str, model: dict[str, Any], train: dict[str, Any], tmp_path: Path, seed: int
+) -> None:
     tiny_trainer(tmp_path, seed).fit()
     with pytest.raises(ValueError, match=field):
         tiny_trainer(tmp_path, seed, model, train).fit(resume=True)
@@ -184,9 +192,11 @@ def test_a_run_of_a_version_without_tokenizers_goes_on(tmp_path: Path, seed: int
         tiny_trainer(tmp_path, seed).fit(resume=True)
 
 
-def test_the_model_is_there_whatever_happens_to_the_picture(tmp_path: Path, seed: int, caplog: pytest.LogCaptureFixture,
-                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_is_there_whatever_happens_to_the_picture(
+    tmp_path: Path, seed: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Guards against training that is lost to the picture drawn at its end."""
+
     def fails(*_: object) -> None:
         raise RuntimeError("no fonts")
 
@@ -196,8 +206,9 @@ def test_the_model_is_there_whatever_happens_to_the_picture(tmp_path: Path, seed
     assert "training_curve.png was not drawn: no fonts" in caplog.text
 
 
-def test_a_disk_without_room_is_told_before_training(tmp_path: Path, seed: int,
-                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_without_room_is_told_before_training(
+    tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = tiny_trainer(tmp_path, seed)
     state = sum(tensor.nbytes for tensor in trainer._state().values())
     usage = shutil.disk_usage(tmp_path)

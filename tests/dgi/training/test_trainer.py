@@ -29,8 +29,9 @@ def test_schedule_by_hand() -> None:
     assert [step for step in range(9) if schedule.revives(step)] == [1, 3, 5]  # step 7 lies in the last fifth
 
 
-@pytest.mark.parametrize(("warmup", "rates"), [(0, [1.0, 2 / 3, 1 / 3]), (3, [1 / 3, 2 / 3, 1.0]),
-                                               (6, [1 / 6, 2 / 6, 0.5])])
+@pytest.mark.parametrize(
+    ("warmup", "rates"), [(0, [1.0, 2 / 3, 1 / 3]), (3, [1 / 3, 2 / 3, 1.0]), (6, [1 / 6, 2 / 6, 0.5])]
+)
 def test_schedule_without_warm_up_and_with_nothing_else(warmup: int, rates: list[float]) -> None:
     schedule = Schedule(TrainConfig(warmup_steps=warmup, revive_every=0), total_steps=3)
     assert [schedule.rate(step) for step in range(3)] == pytest.approx(rates)
@@ -42,8 +43,11 @@ def test_schedule_without_warm_up_and_with_nothing_else(warmup: int, rates: list
 def test_every_parameter_has_its_learning_rate_and_decay(heads: str) -> None:
     model = DGIModel(from_dict(ModelConfig, MODEL | {"heads": heads}))
     optimizer = build_optimizer(model, TrainConfig(backbone_lr=0.1, quantizer_lr=0.2, weight_decay=0.3))
-    settings = {parameter: (group["peak_lr"], group["weight_decay"])
-                for group in optimizer.param_groups for parameter in group["params"]}
+    settings = {
+        parameter: (group["peak_lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
     for name, parameter in model.named_parameters():
         if name.startswith(("quantizer.", "heads.")):
             assert settings.pop(parameter) == (0.2, 0.0), name
@@ -72,7 +76,7 @@ def test_the_latest_items_of_a_history_are_read(seed: int) -> None:
     _, interactions = tiny_data(seed)
     for length in (0, 3, 9):
         histories = tiny_trainer(None, seed, {"max_history": length}).data.requests.histories
-        assert histories.tolist() == [row[len(row) - min(length, 5):].tolist() for row in interactions.histories]
+        assert histories.tolist() == [row[len(row) - min(length, 5) :].tolist() for row in interactions.histories]
 
 
 def test_codebooks_start_at_the_clusters_of_the_catalog(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,9 +154,12 @@ def test_a_loss_that_is_not_finite_stops_training_before_the_update(seed: int) -
             module.output.weight.data[0, 0] = float("nan")
 
     trainer.model.decoder.register_forward_pre_hook(poison)
-    with pytest.raises(FloatingPointError, match=r"stopped in step 2, before its update: ntp is nan, loss is nan, "
-                                                 r"grad_norm is nan; the learning rates were 0.02 \(backbone\) and "
-                                                 r"0.4 \(quantizer\)"):
+    with pytest.raises(
+        FloatingPointError,
+        match=r"stopped in step 2, before its update: ntp is nan, loss is nan, "
+        r"grad_norm is nan; the learning rates were 0.02 \(backbone\) and "
+        r"0.4 \(quantizer\)",
+    ):
         trainer.fit()
     assert trainer.steps_done == 1 and int(weights.isnan().sum()) == 1
 
@@ -182,13 +189,34 @@ def test_a_hundred_pairs_are_learnt_by_heart(seed: int) -> None:
     """Every query finds its own item first, by beam search over semantic IDs and then by cosine."""
     pairs, sizes = 100, (16, 8)
     catalog = Catalog(tuple(map(str, range(pairs))), tuple(f"item{i}" for i in range(pairs)))
-    clicks = Interactions(tuple(f"query{i}" for i in range(pairs)), np.empty((pairs, 0), dtype=np.int64),
-                          np.random.permutation(pairs), np.zeros(pairs))
+    clicks = Interactions(
+        tuple(f"query{i}" for i in range(pairs)),
+        np.empty((pairs, 0), dtype=np.int64),
+        np.random.permutation(pairs),
+        np.zeros(pairs),
+    )
     # With 10,000 buckets the two hundred words have one each, so that no two texts are the same to the model.
-    model = DGIModel(ModelConfig(dim=32, codebook_sizes=sizes, attention_heads=2, history_layers=1, text_layers=0,
-                                 decoder_layers=1, dropout=0.0, vocabulary_size=10_000, max_history=0))
-    trainer = Trainer(model, TrainConfig(epochs=100, batch_size=pairs, backbone_lr=1e-2, quantizer_lr=3e-3,
-                                         warmup_steps=10, seed=seed), catalog, clicks, None, progress=False)
+    model = DGIModel(
+        ModelConfig(
+            dim=32,
+            codebook_sizes=sizes,
+            attention_heads=2,
+            history_layers=1,
+            text_layers=0,
+            decoder_layers=1,
+            dropout=0.0,
+            vocabulary_size=10_000,
+            max_history=0,
+        )
+    )
+    trainer = Trainer(
+        model,
+        TrainConfig(epochs=100, batch_size=pairs, backbone_lr=1e-2, quantizer_lr=3e-3, warmup_steps=10, seed=seed),
+        catalog,
+        clicks,
+        None,
+        progress=False,
+    )
     trainer.fit()
     with torch.no_grad():
         items = model.encoder.encode_items(trainer.data.item_features)
