@@ -28,13 +28,15 @@ def checkout(ref: str | None) -> Path:
     """A folder with that version, built: a worktree for a git ref, the working tree itself for None."""
     folder = ROOT
     if ref is not None:
-        commit = subprocess.run(
+        found = subprocess.run(
             ["git", "rev-parse", "--short=12", "--verify", f"{ref}^{{commit}}"],
             cwd=ROOT,
-            check=True,
             capture_output=True,
             text=True,
-        ).stdout.strip()
+        )
+        if found.returncode:
+            raise SystemExit(f"git knows no commit {ref!r}; in a fresh clone try --base origin/{ref}")
+        commit = found.stdout.strip()
         folder = FOLDER / commit
         if not folder.exists():
             subprocess.run(["git", "worktree", "add", "--detach", folder, commit], cwd=ROOT, check=True)

@@ -23,11 +23,11 @@ import tiny_models
 import torch
 import transformers
 from torch import Tensor
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from dgi.integrations import TrieLogitsProcessor, constrained_generate  # noqa: E402
+from dgi.progress import Progress  # noqa: E402
 from dgi_kernels import Trie  # noqa: E402
 
 SIZES, OFFSETS, BEAMS, RETURNED = (7, 6, 7), (10, 20, 30), 5, 4
@@ -243,14 +243,12 @@ def main() -> None:
         torch.set_num_threads(options.threads)
         transformers.logging.set_verbosity_error()
         warnings.simplefilter("ignore")
-        results = {
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
-            "families": [
-                _within(family, options.seconds)
-                for family in tqdm(options.families or tiny_models.families(), disable=None, unit="family")
-            ],
-        }
+        families, told = options.families or tiny_models.families(), []
+        with Progress(len(families), "comparing", unit="families") as progress:
+            for family in families:
+                told.append(_within(family, options.seconds))
+                progress.update()
+        results = {"transformers": transformers.__version__, "torch": torch.__version__, "families": told}
     if options.json:
         rows = ",\n".join(json.dumps(row) for row in results["families"])
         head = json.dumps({name: value for name, value in results.items() if name != "families"})

@@ -189,7 +189,7 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
         return value
     if origin is tuple:
         if not isinstance(value, (list, tuple)) or any(type(item) is not int for item in value):
-            hint = f", such as [{value}]" if type(value) is int else ""
+            hint = f", such as [{value}]" if type(value) is int and value > 0 else ""
             raise ValueError(f"{name} must be a list of integers{hint}; got {value!r}")
         return tuple(value)
     if origin is dict:

@@ -30,11 +30,10 @@ settings=(
     --set batch_size=256
 )
 
-resume=("${settings[@]}")
-if [[ -d $output/checkpoints ]]; then resume=(--resume); fi
+if [[ -d $output/checkpoints ]]; then settings+=(--resume); fi  # refused where the settings are others
 
 # 1. Train: model.safetensors, config.json, metrics.jsonl, training_curve.png.
-"$python" -m dgi train --data "$data" --output "$output" "${resume[@]}" --no-progress
+"$python" -m dgi train --data "$data" --output "$output" "${settings[@]}" --no-progress
 
 # 2. Index: a semantic ID for every film, as a trie, with the films' vectors.
 "$python" -m dgi index --data "$data" --model "$output" --output "$output/index.safetensors" --no-progress

@@ -10,15 +10,17 @@
 # line (unknown id, empty text, duplicate) is reported with file, line and how to fix it before training starts.
 #
 # OUTPUT receives the model, the index, the metrics and two pictures. NAME=VALUE are settings over those below.
-# A run that was interrupted continues from its last checkpoint.
+# A run that was interrupted continues from its last checkpoint, with the settings that it began with; for other settings
+# choose a new OUTPUT.
 #
 # Cost: proportional to interactions x epochs. runs/movielens.sh (79,000 training interactions, 4 epochs, dim 64) takes
-# four minutes and 0.6 GB on two CPU cores. On a GPU the commands are the same; `torchrun --nproc-per-node 8 -m dgi
+# five minutes and 0.6 GB on two CPU cores. On a GPU the commands are the same; `torchrun --nproc-per-node 8 -m dgi
 # train ...` uses eight.
 #
 # Expect: the evaluation prints DGI beside popularity and beside exact cosine of the model's own vectors. If DGI is not
-# well above popularity, train longer first: the `ntp` column of metrics.jsonl is then still falling. If many items share
-# a semantic ID, use larger or more codebooks.
+# well above popularity, train longer first (more epochs, a new OUTPUT): the next-token loss, `ntp` in each line of
+# metrics.jsonl, is then still falling. With few interactions lower warmup_steps too: it should be a tenth of all steps
+# at most. If many items share a semantic ID, use larger or more codebooks.
 set -euo pipefail
 
 if [[ $# -lt 2 ]]; then sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0" >&2; exit 2; fi
@@ -31,20 +33,21 @@ settings=(
     --set codebook_sizes=256,128,64    # their product should exceed the number of items by a factor of 10 or more
     --set text_layers=1                # 0: item texts are bags of words, faster; 1 or 2: word order counts
     --set epochs=10
+    --set warmup_steps=100             # at most a tenth of all steps: epochs * interactions / batch_size
     --set batch_size=256
     --set backbone_lr=1e-3             # encoder and decoder; 5e-5 for a pretrained T5 (encoder=t5 pretrained=...)
     --set quantizer_lr=1e-3            # codebooks and logit scale
 )
 for setting in "$@"; do settings+=(--set "$setting"); done
 
-# What to search for in step 3: words, ids of items chosen before (--history ID ID), or both.
+# What to search for in step 3: words (QUERY="…" bash runs/your-data.sh …), ids of items chosen before, or both:
+# request=(--query "red shoes" --history ID ID).
 request=(--query "${QUERY:-red shoes}")
 
-resume=("${settings[@]}")
-if [[ -d $output/checkpoints ]]; then resume=(--resume); fi
+if [[ -d $output/checkpoints ]]; then settings+=(--resume); fi  # refused where the settings are others
 
 # 1. Train: model.safetensors, config.json, metrics.jsonl, training_curve.png.
-"$python" -m dgi train --data "$data" --output "$output" "${resume[@]}" --no-progress
+"$python" -m dgi train --data "$data" --output "$output" "${settings[@]}" --no-progress
 
 # 2. Index: a semantic ID for every item, as a trie, with the items' vectors. Only the items are read: run this step
 #    again when the catalog changes; the model stays.

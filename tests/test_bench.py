@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from .processes import outside_of_pytest
 
 pytest.importorskip("pytest_benchmark")
 pytestmark = pytest.mark.slow
@@ -22,7 +23,7 @@ def bench(*options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "pytest", "bench", "-v", "-p", "no:cacheprovider", *options],
         cwd=ROOT,
-        env=os.environ | WITHOUT_COMPILING,
+        env=outside_of_pytest() | WITHOUT_COMPILING,
         capture_output=True,
         text=True,
     )

@@ -17,6 +17,8 @@ import pytest
 
 from dgi_kernels import _extension
 
+from .processes import outside_of_pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("bench", "csrc", "dgi", "dgi_kernels", "tests", "setup.py", "pyproject.toml", "README.md")
 BROKEN_PEERS = {  # a package that breaks when it is imported, and one that breaks when it is called
@@ -48,7 +50,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rehearse(tree: Path, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {
+    environment = outside_of_pytest() | {
         "PYTHON": sys.executable,
         "PYTHONPATH": str(tree / "peers"),
         "OMP_NUM_THREADS": "1",
@@ -188,7 +190,7 @@ def script(text: str, folder: Path, *arguments: str, **environment: str) -> subp
     path = f"{ROOT}{os.pathsep}{ROOT / 'bench'}"
     return subprocess.run(
         [sys.executable, folder / "script.py", *arguments],
-        env=os.environ | {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(folder / "cache"), **environment},
+        env=outside_of_pytest() | {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(folder / "cache"), **environment},
         capture_output=True,
         text=True,
         check=False,
@@ -224,7 +226,7 @@ def test_every_file_with_tests_for_a_gpu_is_named() -> None:
     script = "from gpu import tests; print(*tests.NATIVE, *tests.TRITON)"
     named = subprocess.run(
         [sys.executable, "-c", script],
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/bench"},
+        env=outside_of_pytest() | {"PYTHONPATH": f"{ROOT}:{ROOT}/bench"},
         capture_output=True,
         text=True,
         check=True,
@@ -235,7 +237,7 @@ def test_every_file_with_tests_for_a_gpu_is_named() -> None:
 def test_the_plan_keeps_to_six_minutes() -> None:
     done = subprocess.run(
         [ROOT / "bench" / "gpu.sh", "--plan"],
-        env=os.environ | {"PYTHON": sys.executable},
+        env=outside_of_pytest() | {"PYTHON": sys.executable},
         capture_output=True,
         text=True,
         check=True,
