@@ -117,8 +117,8 @@ PLANTED = {
     ),
     "a name that Triton keeps": (
         "dgi_kernels/gumbel/triton_softmax.py",
-        "level=level, noise_stream=stream,",
-        "level=level, stream=stream,",
+        "noise_stream=stream,",
+        "stream=stream,",
         "check",
         "a name which Triton keeps",
     ),
