@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -26,6 +25,7 @@ from dgi_kernels.trie.arrays import TrieArrays
 from dgi_kernels.trie.filters import check_filters, filter_arguments
 
 from .oracles import Catalog, random_catalog
+from .sanitizers import assert_clean
 from .shapes import name_of
 from .test_beam import check_step, hurt, random_filters, strided
 from .tries import make
@@ -33,7 +33,6 @@ from .tries import make
 pytestmark = pytest.mark.skipif(_extension.load_error is not None, reason=str(_extension.load_error))
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-CSRC = Path(__file__).parents[2] / "csrc"
 
 
 def assert_same(got: Beams, expected: Beams, *, exact: bool) -> None:
@@ -445,28 +444,4 @@ def test_direct_callers_are_stopped_too() -> None:
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 def test_the_kernel_is_clean_under_sanitizers(tmp_path: Path, seed: int) -> None:
     """Random tries and beams through the same C++ with AddressSanitizer and UBSan, against a search of all children."""
-    binary = tmp_path / "beam"
-    compiled = subprocess.run(
-        [
-            "c++",
-            "-std=c++20",
-            "-O0",
-            "-g1",
-            "-fsanitize=address,undefined",
-            "-fno-sanitize-recover=all",
-            f"-I{CSRC / 'include'}",
-            f"-I{CSRC}",
-            str(Path(__file__).with_name("beam_driver.cpp")),
-            str(CSRC / "cpu/beam/beam.cpp"),
-            str(CSRC / "cpu/beam/cosine_beam.cpp"),
-            "-o",
-            str(binary),
-        ],
-        capture_output=True,
-        text=True,
-    )
-    if compiled.returncode and "sanitize" in compiled.stderr + compiled.stdout or "asan" in compiled.stderr:
-        pytest.skip(f"the compiler has no sanitizers: {compiled.stderr[-300:]}")
-    assert compiled.returncode == 0, compiled.stderr
-    done = subprocess.run([str(binary), str(seed), "700"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert_clean("beam_driver.cpp", ("cpu/beam/beam.cpp", "cpu/beam/cosine_beam.cpp"), tmp_path, seed, 700)

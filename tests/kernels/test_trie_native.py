@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +16,11 @@ from dgi_kernels.trie import native, reference, starts
 from dgi_kernels.trie.item_set import BLOCK_WORDS, ItemSet, num_words
 from dgi_kernels.trie.rows import packed_rows
 
+from .sanitizers import assert_clean
 from .shapes import name_of
 
 pytestmark = pytest.mark.skipif(_extension.load_error is not None, reason=str(_extension.load_error))
 
-CSRC = Path(__file__).parents[2] / "csrc"
 DTYPES = [torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64]
 
 
@@ -283,28 +282,4 @@ def test_the_ops_are_well_registered() -> None:
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 def test_construction_is_clean_under_sanitizers(tmp_path: Path, seed: int) -> None:
     """Random tables and sets through the same C++ with AddressSanitizer and UBSan, against their definitions."""
-    binary = tmp_path / "trie"
-    compiled = subprocess.run(
-        [
-            "c++",
-            "-std=c++20",
-            "-O0",
-            "-g1",
-            "-fsanitize=address,undefined",
-            "-fno-sanitize-recover=all",
-            f"-I{CSRC / 'include'}",
-            f"-I{CSRC}",
-            str(Path(__file__).with_name("trie_driver.cpp")),
-            str(CSRC / "cpu/trie/trie.cpp"),
-            str(CSRC / "cpu/trie/item_set.cpp"),
-            "-o",
-            str(binary),
-        ],
-        capture_output=True,
-        text=True,
-    )
-    if compiled.returncode and "sanitize" in compiled.stderr + compiled.stdout or "asan" in compiled.stderr:
-        pytest.skip(f"the compiler has no sanitizers: {compiled.stderr[-300:]}")
-    assert compiled.returncode == 0, compiled.stderr
-    done = subprocess.run([str(binary), str(seed), "100"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert_clean("trie_driver.cpp", ("cpu/trie/trie.cpp", "cpu/trie/item_set.cpp"), tmp_path, seed, 100)
