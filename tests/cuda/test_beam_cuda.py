@@ -3,37 +3,45 @@
 from __future__ import annotations
 
 import math
-import random
 
 import pytest
 import torch
 from torch import Tensor
 
-from dgi_kernels import Beams, Trie, beam_step, cosine_beam_step, cosine_logits
+from dgi_kernels import Beams, Trie, beam_step
 
-from ..kernels.oracles import random_catalog
-from ..kernels.test_beam_native import assert_same, check_consistent, walk
+from ..kernels.beam_cases import (
+    GPU_DTYPES,
+    NORMALIZE,
+    assert_exact_log_sum_exp,
+    assert_extremes,
+    assert_same,
+    cosine_walk,
+    fused_walk,
+    random_fused,
+    walk,
+)
+from ..kernels.shapes import name_of
+from ..kernels.tries import random_catalog
 from . import on_cpu
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-NORMALIZE = ["full", "children", "none"]
 OPS = ("beam_step", "cosine_beam_step")
 
 
 @pytest.mark.parametrize("normalize", NORMALIZE)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", GPU_DTYPES, ids=name_of)
 def test_steps_are_the_top_of_all_allowed_children(cuda_ops: on_cpu.Ops, dtype: torch.dtype, normalize: str) -> None:
     """Ragged, duplicate and updated catalogs, filters, NaN and -inf, strides, shuffled beams, more beams than items."""
     with cuda_ops.instead(*OPS):
         for _ in range(4):
-            walk(random_catalog(), dtype=dtype, normalize=normalize, exact=False)
+            walk(random_catalog(), dtype=dtype, normalize=normalize, exact=False, backend="native")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", GPU_DTYPES, ids=name_of)
 def test_ties_go_to_the_lower_parent_then_the_lower_token(cuda_ops: on_cpu.Ops, dtype: torch.dtype) -> None:
     with cuda_ops.instead(*OPS):
         for _ in range(4):
-            walk(random_catalog(max_items=40), dtype=dtype, normalize="none", exact=True)
+            walk(random_catalog(max_items=40), dtype=dtype, normalize="none", exact=True, backend="native")
 
 
 def both(cuda_ops: on_cpu.Ops, trie: Trie, logits: Tensor, beams: Beams, **options: object) -> tuple[Beams, Beams]:
@@ -82,22 +90,13 @@ def test_wide_tokens(cuda_ops: on_cpu.Ops) -> None:
 
 @pytest.mark.parametrize("normalize", NORMALIZE)
 def test_numbers_at_the_end_of_the_range(cuda_ops: on_cpu.Ops, normalize: str) -> None:
-    trie = Trie.from_codes(torch.arange(9).unsqueeze(1), codebook_sizes=[9])
-    huge = torch.finfo(torch.float32).max
-    values = torch.tensor([math.inf, huge, -huge, huge / 2, 0.0, -0.0, 1.0, -math.inf, math.nan, -1e30])
-    logits, scores = values[torch.randint(0, 10, (40, 1, 9))], values[torch.randint(0, 10, (40, 1))]
-    beams = trie.root(40)._replace(scores=scores)
-    assert_same(*both(cuda_ops, trie, logits, beams, num_beams=6, normalize=normalize), exact=normalize == "none")
+    with cuda_ops.instead(*OPS):
+        assert_extremes(40, torch.float32, normalize)
 
 
 def test_the_log_sum_exp_is_exact_to_rounding(cuda_ops: on_cpu.Ops) -> None:
-    trie = Trie.from_codes([[0]], codebook_sizes=[1])
-    for codes in (1, 255, 1025, 5000):
-        trie.codebook_sizes = (codes,)
-        logits = torch.randn(3, 1, codes) * torch.tensor([0.1, 3.0, 40.0]).view(3, 1, 1)
-        with cuda_ops.instead(*OPS):
-            scores = beam_step(trie, logits, trie.root(3), num_beams=1, backend="native").scores[:, 0]
-        torch.testing.assert_close(scores.double(), logits.double().log_softmax(-1)[:, 0, 0], rtol=4e-7, atol=1e-6)
+    with cuda_ops.instead(*OPS):
+        assert_exact_log_sum_exp((1, 255, 1025, 5000))
 
 
 def test_nodes_that_are_none_are_dead(cuda_ops: on_cpu.Ops) -> None:
@@ -123,32 +122,19 @@ def test_many_requests_with_filters_of_their_own(cuda_ops: on_cpu.Ops) -> None:
 
 
 @pytest.mark.parametrize("normalize", NORMALIZE)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", GPU_DTYPES, ids=name_of)
 def test_cosine_steps_match_the_reference(cuda_ops: on_cpu.Ops, dtype: torch.dtype, normalize: str) -> None:
     """300 products are made at a time here, so that the requests come in several parts."""
-    for _ in range(3):
-        size, dim, batch = random.choice([3, 40]), random.choice([1, 5, 40]), random.randint(0, 5)
-        trie = Trie.from_codes(torch.randint(0, size, (random.choice([1, 50, 300]), 2)), codebook_sizes=[size] * 2)
-        filters = trie.filter(items=range(0, trie.num_items, 2)) if random.random() < 0.5 else None
-        beams = trie.root(batch)
-        for _ in range(2):
-            shape = (batch, beams.nodes.shape[1])
-            h, codebook = torch.randn(*shape, 2 * dim).to(dtype)[..., ::2], torch.randn(size, dim).to(dtype)
-            h[torch.rand(shape) < 0.1] = random.choice([0, math.nan])
-            lse = torch.randn(shape).to(dtype) if normalize != "none" and random.random() < 0.3 else None
-            scale = random.choice([1.0, torch.tensor(1.0)])
-            options = {
-                "num_beams": random.choice([1, 5, 33]),
-                "normalize": normalize,
-                "log_normalizer": lse,
-                "filters": filters,
-            }
-            with cuda_ops.instead(*OPS):
-                got = cosine_beam_step(trie, h, codebook, scale, beams, backend="native", **options)
-            expected = cosine_beam_step(trie, h, codebook, scale, beams, backend="reference", **options)
-            assert_same(got, expected, exact=False)
-            check_consistent(trie, beams, got, cosine_logits(h.double(), codebook.double(), 1.0), normalize, lse)
-            beams = got
+    with cuda_ops.instead(*OPS):
+        for _ in range(3):
+            fused_walk(random_fused(small=True), depth=2, dtype=dtype, normalize=normalize, backend="native")
+
+
+@pytest.mark.parametrize("dtype", GPU_DTYPES, ids=name_of)
+def test_cosine_steps_are_steps_on_cosine_logits(cuda_ops: on_cpu.Ops, dtype: torch.dtype) -> None:
+    with cuda_ops.instead(*OPS):
+        for _ in range(4):
+            cosine_walk(random_catalog(), dtype=dtype, backend="native")
 
 
 def test_the_order_of_threads_does_not_matter(cuda_ops: on_cpu.Ops) -> None:

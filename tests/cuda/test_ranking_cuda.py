@@ -10,28 +10,16 @@ import torch
 
 from dgi_kernels import Beams, Trie, rank_candidates
 
-from ..kernels import oracles
-from ..kernels.oracles import random_catalog
-from ..kernels.test_ranking import assert_ranked, integer_vectors, random_beams
-from ..kernels.tries import make
+from ..kernels.ranking_cases import BOUND, GPU_DTYPES, assert_random_ranking
+from ..kernels.shapes import name_of
 from . import on_cpu
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", GPU_DTYPES, ids=name_of)
 def test_items_come_by_beam_score_then_cosine_then_id(cuda_ops: on_cpu.Ops, dtype: torch.dtype) -> None:
-    for _ in range(15):
-        catalog = random_catalog(max_items=20, max_size=3)
-        trie, batch, k = make(catalog), random.randint(0, 3), random.randint(1, 25)
-        beams, live = random_beams(trie, catalog, batch, random.randint(0, catalog.depth))
-        # 1 or 2 dimensions: equal directions give equal cosines bit for bit, others differ by far more than rounding
-        query, vectors = integer_vectors(batch, 2, dtype), integer_vectors(max(catalog.ids) + 1, 2, dtype)
-        items = None if random.random() < 0.5 else set(random.sample(catalog.ids, random.randint(0, len(catalog.ids))))
-        filters = None if items is None else trie.filter(items=items)
-        with cuda_ops.instead("rank_candidates"):
-            ranking = rank_candidates(query, vectors, trie, beams, k, filters=filters, backend="native")
-        for b in range(batch):
-            expected = oracles.rank(catalog, query[b].tolist(), vectors.tolist(), live[b], k, items)
-            assert_ranked(ranking, b, expected, k)
+    with cuda_ops.instead("rank_candidates"):
+        for _ in range(15):
+            assert_random_ranking(dtype, "native")
 
 
 @pytest.mark.parametrize("width, k", [(3, 5), (40, 300), (40, 600), (600, 20)])
@@ -53,7 +41,7 @@ def test_more_items_than_the_buffer_holds(cuda_ops: on_cpu.Ops, width: int, k: i
         )
         assert torch.equal(got.items, expected.items), depth
         assert torch.equal(got.scores, expected.scores)
-        torch.testing.assert_close(got.cosines.double(), expected.cosines, rtol=0, atol=1e-6)
+        torch.testing.assert_close(got.cosines.double(), expected.cosines, rtol=0, atol=BOUND)
 
 
 def test_vectors_that_are_not_finite_come_last(cuda_ops: on_cpu.Ops) -> None:

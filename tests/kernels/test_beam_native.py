@@ -24,68 +24,24 @@ from dgi_kernels import (
 from dgi_kernels.trie.arrays import TrieArrays
 from dgi_kernels.trie.filters import check_filters, filter_arguments
 
-from .oracles import Catalog, random_catalog
+from .beam_cases import (
+    DTYPES,
+    NORMALIZE,
+    assert_exact_log_sum_exp,
+    assert_extremes,
+    assert_same,
+    fused_walk,
+    random_fused,
+    steps,
+)
 from .sanitizers import assert_clean
 from .shapes import name_of
-from .test_beam import check_step, hurt, random_filters, strided
-from .tries import make
 
 pytestmark = pytest.mark.skipif(_extension.load_error is not None, reason=str(_extension.load_error))
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-
-
-def assert_same(got: Beams, expected: Beams, *, exact: bool) -> None:
-    """The same beams; without ``exact`` two whose scores differ by rounding alone may have changed places."""
-    assert got.depth == expected.depth
-    assert [part.dtype for part in got[:4]] == [part.dtype for part in expected[:4]]
-    assert torch.equal(got.scores == -math.inf, expected.scores == -math.inf)
-    torch.testing.assert_close(got.scores, expected.scores, rtol=1e-5, atol=1e-5)
-    if exact:
-        assert torch.equal(got.scores, expected.scores)
-        for name in ("nodes", "tokens", "parents"):
-            assert torch.equal(getattr(got, name), getattr(expected, name)), name
-
-
-def walk(catalog: Catalog, *, dtype: torch.dtype, normalize: str, exact: bool) -> None:
-    """Search one catalog step by step; each step from where the one before arrived."""
-    trie, batch = make(catalog), random.randint(0, 3)
-    filters, allowed = random_filters(catalog, trie, batch)
-    beams = trie.root(batch)
-    for depth in range(catalog.depth):
-        num_beams = random.choice([1, 2, 5, 17, 400])
-        shape = (batch, beams.nodes.shape[1], catalog.sizes[depth])
-        logits = torch.randint(-4, 4, shape).to(dtype) if exact else (3 * torch.randn(shape)).to(dtype)
-        logits = strided(hurt(logits)) if random.random() < 0.7 else logits
-        log_normalizer = torch.randn(shape[:2]).to(dtype) if normalize != "none" and random.random() < 0.3 else None
-        options = {"num_beams": num_beams, "normalize": normalize, "log_normalizer": log_normalizer, "filters": filters}
-        after = beam_step(trie, logits, beams, backend="native", **options)
-        check_step(trie, catalog, beams, logits, after, normalize, log_normalizer, allowed, exact=exact)
-        assert_same(after, beam_step(trie, logits, beams, backend="reference", **options), exact=exact)
-        beams = shuffled(after) if random.random() < 0.3 else after
-
-
-def shuffled(beams: Beams) -> Beams:
-    """The same beams in another order, as nobody promises that a caller keeps them sorted."""
-    order = torch.randperm(beams.nodes.shape[1])
-    return Beams(*(part[:, order] for part in beams[:4]), beams.depth)
-
-
-@pytest.mark.parametrize("normalize", ["full", "children", "none"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_steps_are_the_top_of_all_allowed_children(dtype: torch.dtype, normalize: str) -> None:
-    for _ in range(50):
-        walk(random_catalog(), dtype=dtype, normalize=normalize, exact=False)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_ties_go_to_the_lower_parent_then_the_lower_token(dtype: torch.dtype) -> None:
-    for _ in range(80):
-        walk(random_catalog(max_items=40), dtype=dtype, normalize="none", exact=True)
-
 
 @pytest.mark.parametrize("num_beams", [1, 7, 64, 65, 300])
-@pytest.mark.parametrize("normalize", ["full", "children", "none"])
+@pytest.mark.parametrize("normalize", NORMALIZE)
 def test_many_children_and_equal_scores(normalize: str, num_beams: int) -> None:
     """The threshold rises several times within a row, and most candidates tie with it."""
     codes = torch.randint(0, 700, (20000, 2))
@@ -93,10 +49,7 @@ def test_many_children_and_equal_scores(normalize: str, num_beams: int) -> None:
     beams = trie.root(2)
     for _ in range(2):
         logits = torch.randint(0, 3, (2, 1, 700)).float().expand(-1, beams.nodes.shape[1], -1)
-        got, expected = (
-            beam_step(trie, logits, beams, num_beams=num_beams, normalize=normalize, backend=backend)
-            for backend in ("native", "reference")
-        )
+        got, expected = steps(trie, logits, beams, num_beams=num_beams, normalize=normalize)
         assert_same(got, expected, exact=normalize == "none")
         beams = got
 
@@ -123,13 +76,8 @@ def test_nodes_of_many_children_with_filters(
         beams = beam_step(trie, torch.randn(3, 1, 40), root, num_beams=7, filters=filters)
         logits = torch.randint(-9, 9, (3, 7, 600)).float()
         logits[torch.rand(logits.shape) < 0.05] = random.choice([-math.inf, math.nan, math.inf, 1e30])
-        for normalize in ("none", "full", "children"):
-            got, expected = (
-                beam_step(
-                    trie, logits, beams, num_beams=num_beams, filters=filters, backend=backend, normalize=normalize
-                )
-                for backend in ("native", "reference")
-            )
+        for normalize in NORMALIZE:
+            got, expected = steps(trie, logits, beams, num_beams=num_beams, filters=filters, normalize=normalize)
             assert_same(got, expected, exact=normalize == "none")
 
 
@@ -141,9 +89,7 @@ def test_peaked_rows_and_hopeless_beams(dtype: torch.dtype) -> None:
         beams = trie.root(2)
         for _ in range(3):
             logits = (20 * torch.randn(2, beams.nodes.shape[1], 300)).to(dtype)
-            got, expected = (
-                beam_step(trie, logits, beams, num_beams=40, backend=backend) for backend in ("native", "reference")
-            )
+            got, expected = steps(trie, logits, beams, num_beams=40)
             torch.testing.assert_close(got.scores, expected.scores, rtol=1e-5, atol=1e-4)
             beams = got
 
@@ -214,33 +160,14 @@ def test_zeros_of_either_sign_tie() -> None:
         assert after.tokens.tolist() == [[0, 1, 2]]
 
 
-@pytest.mark.parametrize("normalize", ["full", "children", "none"])
+@pytest.mark.parametrize("normalize", NORMALIZE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
 def test_numbers_at_the_end_of_the_range(dtype: torch.dtype, normalize: str) -> None:
-    trie = Trie.from_codes(torch.arange(9).unsqueeze(1), codebook_sizes=[9])
-    huge = torch.finfo(dtype).max
-    values = torch.tensor([math.inf, huge, -huge, huge / 2, 0.0, 1.0, -math.inf, math.nan, -1e30], dtype=dtype)
-    for _ in range(200):
-        logits = values[torch.randint(0, 9, (1, 1, 9))]
-        scores = values[torch.randint(0, 9, (1, 1))]
-        got, expected = (
-            beam_step(
-                trie, logits, trie.root(1)._replace(scores=scores), num_beams=6, normalize=normalize, backend=backend
-            )
-            for backend in ("native", "reference")
-        )
-        assert_same(got, expected, exact=normalize == "none")
+    assert_extremes(200, dtype, normalize)
 
 
 def test_the_log_sum_exp_is_exact_to_rounding() -> None:
-    trie = Trie.from_codes([[0]], codebook_sizes=[1])
-    for codes in (1, 15, 16, 17, 2047, 2048, 2049, 5000):
-        trie.codebook_sizes = (codes,)
-        logits = torch.randn(3, 1, codes) * torch.tensor([0.1, 3.0, 40.0]).view(3, 1, 1)
-        logits += random.choice([0.0, 100.3, -700.7, -5e4, 9.9e5, 3e7])  # the quick way is for maxima up to 1e6
-        scores = beam_step(trie, logits, trie.root(3), num_beams=1, backend="native").scores[:, 0]
-        expected = logits.double().log_softmax(-1)[:, 0, 0]
-        torch.testing.assert_close(scores.double(), expected, rtol=4e-7, atol=1e-6)
+    assert_exact_log_sum_exp((1, 15, 16, 17, 2047, 2048, 2049, 5000))
 
 
 def test_a_search_is_the_same_on_any_number_of_threads() -> None:
@@ -268,66 +195,11 @@ def test_a_search_is_the_same_on_any_number_of_threads() -> None:
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-@pytest.mark.parametrize("normalize", ["full", "children", "none"])
+@pytest.mark.parametrize("normalize", NORMALIZE)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_cosine_steps_match_the_reference(dtype: torch.dtype, normalize: str) -> None:
-    """Wide and narrow requests, few and many children: tiles of all products, and products of children alone."""
     for _ in range(12):
-        size, dim, batch = random.choice([3, 40, 700]), random.choice([1, 5, 32]), random.randint(0, 12)
-        trie = Trie.from_codes(torch.randint(0, size, (random.choice([1, 50, 3000]), 3)), codebook_sizes=[size] * 3)
-        if random.random() < 0.5:
-            new = torch.randint(0, size, (random.choice([1, 50]), 3))
-            trie = trie.update(add=(new, range(5000, 5000 + len(new))), remove=range(0, trie.num_items, 3))
-        filters = trie.filter(items=trie.item_ids[::2]) if random.random() < 0.5 else None
-        beams = trie.root(batch)
-        for _ in range(3):
-            shape = (batch, beams.nodes.shape[1])
-            h, codebook = torch.randn(*shape, 2 * dim).to(dtype)[..., ::2], torch.randn(size, dim).to(dtype)
-            h[torch.rand(shape) < 0.05] = random.choice([0, math.nan])
-            lse = torch.randn(shape).to(dtype) if normalize != "none" and random.random() < 0.3 else None
-            got, expected = (
-                cosine_beam_step(
-                    trie,
-                    h,
-                    codebook,
-                    random.choice([1.0, torch.tensor(1.0)]),
-                    beams,
-                    num_beams=random_beams,
-                    normalize=normalize,
-                    log_normalizer=lse,
-                    filters=filters,
-                    backend=backend,
-                )
-                for random_beams in [random.choice([1, 5, 33, 200])]
-                for backend in ("native", "reference")
-            )
-            assert_same(got, expected, exact=False)
-            check_consistent(trie, beams, got, cosine_logits(h.double(), codebook.double(), 1.0), normalize, lse)
-            beams = got
-
-
-def check_consistent(
-    trie: Trie, before: Beams, after: Beams, logits: Tensor, normalize: str, log_normalizer: Tensor | None
-) -> None:
-    """Each live result is a child of its parent, once, and its score what this parent and code give."""
-    live = after.nodes >= 0
-    parents, tokens = after.parents.clamp(min=0), after.tokens.clamp(min=0)
-    for row, alive in zip(after.nodes, live, strict=True):
-        assert len(set(row[alive].tolist())) == int(alive.sum())
-    nodes = before.nodes.gather(1, parents)[live]
-    children, of_children, exists = trie.parts.children(nodes, before.depth)
-    is_it = exists & (children == after.nodes[live].unsqueeze(-1))
-    assert (is_it.sum(-1) == 1).all() and torch.equal(of_children[is_it], after.tokens[live])
-    if normalize == "children" and log_normalizer is None:
-        return
-    logp = logits.nan_to_num(-math.inf)
-    if log_normalizer is not None:
-        logp = logp - log_normalizer.double().unsqueeze(-1)
-    elif normalize == "full":
-        logp = logp.log_softmax(-1)
-    rows = logp.gather(1, parents.unsqueeze(-1).expand(-1, -1, logp.shape[2])).gather(2, tokens.unsqueeze(-1))
-    expected = before.scores.double().gather(1, parents) + rows.squeeze(-1)
-    torch.testing.assert_close(after.scores.double()[live], expected[live], rtol=1e-5, atol=1e-5)
+        fused_walk(random_fused(), depth=3, dtype=dtype, normalize=normalize, backend="native")
 
 
 def test_gradients_need_the_reference() -> None:

@@ -10,8 +10,7 @@ import torch
 
 from dgi_kernels import Trie, TrieFilter, beam_step
 
-from .oracles import Catalog, random_catalog
-from .tries import make
+from .tries import Catalog, make, random_catalog
 
 
 def subset(catalog: Catalog) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 
 import pytest
 import torch
@@ -13,72 +12,21 @@ from dgi_kernels import (
     BackendUnavailable,
     BeamResult,
     Beams,
-    Ranking,
     Trie,
-    backends,
     beam_search,
     debug,
     rank_candidates,
 )
 
-from . import oracles
-from .oracles import Catalog, random_catalog
+from .ranking_cases import BACKENDS, BOUND, DTYPES, assert_random_ranking
 from .shapes import name_of
-from .tries import make, names
-
-CASES = 100
-BACKENDS = ["reference", *(["native"] if backends()["native"].available else [])]
-
-
-def random_beams(
-    trie: Trie, catalog: Catalog, batch: int, depth: int
-) -> tuple[Beams, list[list[tuple[float, tuple[int, ...]]]]]:
-    """Beams with ties, dead ones among them, in any order; and the live ones as (score, prefix)."""
-    known = names(trie, catalog, depth)
-    width = random.randint(1, 6)
-    nodes = torch.full((batch, width), -1)
-    scores = torch.full((batch, width), -math.inf)
-    live: list[list[tuple[float, tuple[int, ...]]]] = [[] for _ in range(batch)]
-    for b in range(batch):
-        chosen = random.sample(sorted(known), random.randint(0, min(width, len(known))))
-        for place, node in zip(random.sample(range(width), len(chosen)), chosen, strict=True):
-            nodes[b, place], scores[b, place] = node, float(random.randint(-2, 0))
-            live[b].append((scores[b, place].item(), known[node]))
-    return Beams(nodes, nodes, nodes, scores, depth), live
-
-
-def integer_vectors(rows: int, dims: int, dtype: torch.dtype) -> Tensor:
-    """Vectors whose cosines tie often, with some zero vectors among them."""
-    return torch.randint(-1, 2, (rows, dims)).to(dtype)
-
-
-def assert_ranked(ranking: Ranking, b: int, expected: list[tuple[int, float, float]], k: int) -> None:
-    """Request ``b`` has the (id, beam score, cosine) of :func:`oracles.rank`, and padding up to ``k``."""
-    missing = k - len(expected)
-    assert ranking.items[b].tolist() == [item for item, _, _ in expected] + [-1] * missing
-    assert ranking.scores[b].tolist() == [score for _, score, _ in expected] + [-math.inf] * missing
-    cosines = [cosine for _, _, cosine in expected] + [-1.0] * missing
-    assert ranking.cosines[b].tolist() == pytest.approx(cosines, abs=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_items_come_by_beam_score_then_cosine_then_id(dtype: torch.dtype, backend: str) -> None:
-    for _ in range(CASES):
-        catalog = random_catalog(max_items=20, max_size=3)
-        trie, batch, k = make(catalog), random.randint(1, 3), random.randint(1, 25)
-        beams, live = random_beams(trie, catalog, batch, random.randint(0, catalog.depth))
-        # 1 or 2 dimensions: equal directions give equal cosines bit for bit, others differ by far more than rounding
-        rows = max(catalog.ids) + 1 + random.choice([0, 200])
-        query, vectors = integer_vectors(batch, 2, dtype), integer_vectors(rows, 2, dtype)
-        items = None if random.random() < 0.5 else set(random.sample(catalog.ids, random.randint(0, len(catalog.ids))))
-        filters = None if items is None else trie.filter(items=items)
-        ranking = rank_candidates(query, vectors, trie, beams, k, filters=filters, backend=backend)
-        assert ranking.scores.dtype == torch.float32
-        assert ranking.cosines.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        for b in range(batch):
-            expected = oracles.rank(catalog, query[b].tolist(), vectors.tolist(), live[b], k, items)
-            assert_ranked(ranking, b, expected, k)
+    for _ in range(100):
+        assert_random_ranking(dtype, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -96,7 +44,9 @@ def test_many_dimensions_against_the_formula(backend: str) -> None:
             leaf = trie.find(codes[found])
             assert sorted(found.tolist()) == sorted(trie.items(nodes[b], 2).item_ids.tolist())
             torch.testing.assert_close(ranking.scores[b, : len(found)], scores[b, leaf])
-            torch.testing.assert_close(ranking.cosines[b, : len(found)].double(), expected[b, found], atol=1e-6, rtol=0)
+            torch.testing.assert_close(
+                ranking.cosines[b, : len(found)].double(), expected[b, found], atol=BOUND, rtol=0
+            )
             keys = list(zip((-scores[b, leaf]).tolist(), (-ranking.cosines[b, : len(found)]).tolist(), strict=True))
             assert keys == sorted(keys)
 

@@ -13,7 +13,7 @@ import torch
 
 from dgi_kernels import Trie, backends, beam_search
 
-from .oracles import Catalog, random_catalog
+from .tries import Catalog, random_catalog
 
 CASES = 60
 BUILDERS = ["reference"] + (

@@ -15,7 +15,7 @@ import torch
 
 from dgi_kernels import Trie, TrieFormatError, beam_search, rank_candidates
 
-from .oracles import random_catalog
+from .tries import random_catalog
 
 DIGEST = 32
 MODES = pytest.mark.parametrize("mmap", [False, True], ids=["read", "mmap"])

@@ -1,16 +1,63 @@
-"""Tries of random catalogs, by one build or by a chain of updates that arrives at the same items in the same order."""
+"""Random catalogs, as pure Python looks at them, and their tries.
+
+A trie is made by one build, or by a chain of updates that arrives at the same items in the same order.
+"""
 
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 
 import torch
 
-from dgi_kernels import Trie
+from dgi_kernels import Trie, TrieFilter
 
-from .oracles import Catalog, Code
+Code = tuple[int, ...]
+STEPS = 3  # updates that make a trie
 
-STEPS = 3
+
+@dataclass
+class Catalog:
+    """Items as (codes, id) in the order given; ``sizes`` are the codebooks' sizes."""
+
+    codes: list[Code]
+    ids: list[int]
+    sizes: list[int]
+
+    @property
+    def depth(self) -> int:
+        return len(self.sizes)
+
+    def padded(self) -> list[Code]:
+        return [code + (-1,) * (self.depth - len(code)) for code in self.codes]
+
+    def prefixes(self, depth: int) -> list[Code]:
+        """All prefixes of one depth in order: the index of a prefix is its node."""
+        return sorted({code[:depth] for code in self.padded()})
+
+    def node(self, prefix: Code) -> int:
+        prefixes = self.prefixes(len(prefix)) if prefix else [()]
+        return prefixes.index(prefix) if prefix in prefixes else -1
+
+    def children(self, prefix: Code) -> list[int]:
+        return sorted({code[len(prefix)] for code in self.padded() if code[: len(prefix)] == prefix})
+
+    def items(self, prefix: Code) -> list[int]:
+        """Ids below a prefix, by code, equal codes in the order given."""
+        below = [(code, row) for row, code in enumerate(self.padded()) if code[: len(prefix)] == prefix]
+        return [self.ids[row] for _, row in sorted(below)]
+
+
+def random_catalog(*, max_items: int = 12, max_depth: int = 4, max_size: int = 6) -> Catalog:
+    """A small catalog in random order: often ragged, with duplicates, one item, one level or a codebook of one."""
+    depth = random.randint(1, max_depth)
+    sizes = [random.randint(1, max_size) for _ in range(depth)]
+    ragged = random.random() < 0.5
+    count = random.choice([1, random.randint(1, max_items)])
+    lengths = [random.randint(1, depth) if ragged else depth for _ in range(count)]
+    lengths[random.randrange(count)] = depth
+    codes = [tuple(random.randrange(size) for size in sizes[:length]) for length in lengths]
+    return Catalog(codes, random.sample(range(3 * count), count), sizes)
 
 
 def make(catalog: Catalog, *, updates: bool | None = None) -> Trie:
@@ -59,3 +106,19 @@ def names(trie: Trie, catalog: Catalog, depth: int) -> dict[int, Code]:
     nodes = trie.find(torch.tensor(prefixes).reshape(len(prefixes), depth)).tolist()
     assert -1 not in nodes and len(set(nodes)) == len(prefixes)
     return dict(zip(nodes, prefixes, strict=True))
+
+
+def random_filters(catalog: Catalog, trie: Trie, batch: int) -> tuple[object, list[set[int] | None]]:
+    """No filter, one for all, or one per request, with the ids that each request may have."""
+
+    def one() -> tuple[TrieFilter | None, set[int] | None]:
+        if random.random() < 0.3:
+            return None, None
+        items = random.sample(catalog.ids, random.randint(0, len(catalog.ids)))
+        return trie.filter(items=items), set(items)
+
+    if random.random() < 0.5:
+        chosen, items = one()
+        return chosen, [items] * batch
+    pairs = [one() for _ in range(batch)]
+    return [chosen for chosen, _ in pairs], [items for _, items in pairs]
