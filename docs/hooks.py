@@ -22,6 +22,7 @@ EXCERPT = re.compile(r'^<!-- code: (\S+?)(?: from "(.*?)" to "(.*?)")? -->$', re
 ROLE = re.compile(r":(?:func|class|meth|mod|data|attr):(<code>)(?:~[\w.]*\.)?")  # Sphinx's, which Markdown lacks
 INCLUDE = re.compile(r"^<!-- include: (\S+) -->$", re.MULTILINE)
 TABLE = re.compile(r"<table>.*?</table>", re.DOTALL)  # those of code have a class
+CELL_CODE = re.compile(r"(?<=<code>)[^<]+(?=</code>)")
 COLUMN_TITLE = re.compile(r"(?<=<th>)[^<]+|(?<=\">)[^<]+(?=</th>)|(?<=<strong>)[^<]+(?=</strong></th>)")
 
 
@@ -46,11 +47,12 @@ def _formula(tex: str) -> str:
 
 
 def _scrolling(table: str) -> str:
-    """A table in a box that scrolls, by keys too, and column titles that may break within a long name."""
+    """A table in a box that scrolls, by keys too; column titles and code may break between the words of a name."""
 
     def breakable(title: re.Match[str]) -> str:
         return re.sub(r"_(?=\w)|(?<=[a-z])(?=[A-Z])", r"\g<0><wbr>", title[0]).replace("÷ ", "÷&nbsp;")
 
+    table = CELL_CODE.sub(lambda code: re.sub(r"_(?=\w)", "_<wbr>", code[0]), table)
     return f'<div class="wide" tabindex="0">{COLUMN_TITLE.sub(breakable, table)}</div>'
 
 
