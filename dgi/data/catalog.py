@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -55,11 +57,17 @@ class Catalog:
         return self._rows[item_id]
 
 
-def load_catalog(path: str | os.PathLike[str], *, vectors: str | os.PathLike[str] | None = None) -> Catalog:
+def load_catalog(
+    path: str | os.PathLike[str],
+    *,
+    vectors: str | os.PathLike[str] | None = None,
+    text: Sequence[str] = ("text",),
+) -> Catalog:
     """Read a catalog from TSV, JSONL or Parquet with the columns ``id`` and ``text``; other columns are ignored.
 
     Args:
         path: ``*.tsv``, ``*.jsonl`` (both also ``.gz``) or ``*.parquet``.
+        text: the columns that make an item's text, joined by spaces. Of several, an item needs only one.
         vectors: an ``.npy`` file of (num_items, d) floats in the order of the file; kept as float32.
 
     Raises:
@@ -69,23 +77,33 @@ def load_catalog(path: str | os.PathLike[str], *, vectors: str | os.PathLike[str
     problems = Problems(path)
     lines: dict[str, int] = {}
     texts: list[str] = []
-    for number, row in read_rows(path, problems, required=("id", "text")):
-        item_id, text = as_id(row["id"]), row["text"]
+    required = ("id", *text) if len(text) == 1 else ("id",)
+    for number, row in read_rows(path, problems, required, () if len(text) == 1 else text):
+        item_id, item_text = as_id(row["id"]), _text(row, text)
         if item_id is None:
             problems.add(number, f"id is {row['id']!r}; it must be a non-empty string or an integer")
-        elif not isinstance(text, str) or not text.strip():
-            problems.add(number, f"the text of item {item_id!r} is {text!r}; give it a text or remove the item")
+        elif not isinstance(item_text, str) or not item_text.strip():
+            problems.add(number, f"the text of item {item_id!r} is {item_text!r}; give it a text or remove the item")
         elif item_id in lines:
             first = problems.place(lines[item_id])
             problems.add(number, f"id {item_id!r} is on {first} already; keep one of the two")
         else:
             lines[item_id] = number
-            texts.append(text.strip())
+            texts.append(item_text.strip())
     problems.raise_if_any()
     if not lines:
         raise DataError(f"{path}: holds no items; a catalog needs at least one")
     item_vectors = None if vectors is None else read_vectors(vectors, len(lines), f"items of {path.name}")
     return Catalog(tuple(lines), tuple(texts), item_vectors)
+
+
+def _text(row: Mapping[str, Any], columns: Sequence[str]) -> Any:
+    """The columns' values, joined; a value that is no text is returned as it is, to be reported."""
+    if len(columns) == 1:
+        return row[columns[0]]
+    values = [row[column] for column in columns if row.get(column) is not None]
+    wrong = [value for value in values if not isinstance(value, str)]
+    return wrong[0] if wrong else " ".join(value.strip() for value in values)
 
 
 def one_line(text: str) -> str:

@@ -2,87 +2,272 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeVar
+
+import numpy as np
 
 from dgi.data.catalog import Catalog, load_catalog
-from dgi.data.interactions import Interactions, load_interactions
-from dgi.data.readers import SUFFIXES, DataError
+from dgi.data.interactions import MAX_HISTORY, Interactions, load_interactions
+from dgi.data.judged import JudgedQueries, load_qrels, load_ratings
+from dgi.data.readers import SUFFIXES, DataError, Problems, as_id, read_rows
+from dgi.data.sequences import leave_one_out, load_sequences, next_items
 from dgi.data.split import time_split
+
+SplitKind = Literal["time", "leave_one_out", "given"]
+QUERIES_PER_ITEM = 16  # of an item without a text: its most frequent training queries
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """What a model is trained and evaluated on: histories and items are rows of ``catalog``."""
+    """What a model is trained and evaluated on: histories and items are rows of ``catalog``.
+
+    Attributes:
+        validation: what settings are chosen on, or None; see :func:`with_validation`.
+        relevant: for each row of ``test`` all its rated items, ``{catalog row: rating}``, or None where the item chosen
+            is the only relevant one.
+        split: how training and test were told apart.
+    """
 
     catalog: Catalog
     train: Interactions
     test: Interactions
     name: str
+    validation: Interactions | None = None
+    relevant: tuple[dict[int, int], ...] | None = None
+    split: SplitKind = "time"
 
 
-def load_dataset(folder: str | os.PathLike[str], *, test_fraction: float = 0.2) -> Dataset:
+def load_dataset(
+    folder: str | os.PathLike[str],
+    *,
+    test_fraction: float = 0.2,
+    split: SplitKind | None = None,
+    max_history: int = MAX_HISTORY,
+    text: Sequence[str] = ("text",),
+    vectors: str = "",
+) -> Dataset:
     """Load a dataset from a folder; its name is the folder's.
 
-    The folder holds ``items.*`` and either ``interactions.*``, of which the last ``test_fraction`` by time is the test
-    set, or ``interactions.train.*`` and ``interactions.test.*``; ``*`` is ``tsv``, ``jsonl`` (both also with ``.gz``)
-    or ``parquet``.  Optional vectors, one per row of the file they belong to: ``items.npy``, and ``queries.npy``, or
+    The folder holds ``items.*`` and one of the following, where ``*`` is ``tsv``, ``jsonl`` (both also with ``.gz``) or
+    ``parquet``:
+
+    * ``interactions.*`` (or ``clicks.*``), see :func:`load_interactions`; the last ``test_fraction`` by time is the
+      test set. Without ``items.*`` the items are those of the interactions, and an item's text is its most frequent
+      training queries.
+    * ``interactions.train.*``, ``interactions.test.*`` and, if it is there, ``interactions.validation.*``.
+    * ``sequences.*``, see :func:`load_sequences`: split by leave-one-out, or by time with ``split="time"``.
+    * ``queries.*`` with ``qrels.*``, or ``ratings.*``: see :mod:`dgi.data.judged`.
+
+    Optional vectors, one per row of the file they belong to: ``items.npy``, and ``queries.npy``, or
     ``queries.train.npy`` and ``queries.test.npy``.
+
+    Args:
+        test_fraction: share of the test set where the split is by time.
+        split: None for the usual one of the files, as above.
+        max_history: of a longer history the last ``max_history`` items are kept.
+        text: columns that make an item's text, joined by spaces.
+        vectors: name of the vectors where a folder has several: ``"minilm"`` for ``items.minilm.npy``.
 
     Raises:
         DataError: a file is missing or given twice, or its content is wrong, with file, line and how to fix it.
+        ValueError: ``split`` does not fit the files.
     """
     folder = Path(folder)
-    catalog = load_items(folder)
-    together = _find(folder, "interactions")
-    parts = {part: _find(folder, f"interactions.{part}") for part in ("train", "test")}
-    if together and any(parts.values()):
-        raise DataError(f"{folder}: has both {together.name} and interactions.train/test files; keep one or the other")
-    if not together and any(parts.values()):
-        train, test = (
-            load_interactions(
-                _need(folder, f"interactions.{part}"), catalog, query_vectors=_vectors(folder, f"queries.{part}")
+    if not folder.is_dir():
+        load_items(folder)  # which says what is missing
+    name = folder.resolve().name
+    files = _Files(folder, f".{vectors}" if vectors else "")
+    kinds = {stem: files.find(stem) for stem in ("interactions", "clicks", "sequences", "qrels", "ratings")}
+    parts = {part: files.find(f"interactions.{part}") for part in ("train", "validation", "test")}
+    present = [path.name for path in kinds.values() if path] + (
+        ["interactions.train/test files"] if any(parts.values()) else []
+    )
+    if len(present) > 1:
+        raise DataError(f"{folder}: has both {' and '.join(present[:2])}; keep one or the other")
+    together = kinds["interactions"] or kinds["clicks"]
+    if together and files.find("items") is None and together == kinds["clicks"]:
+        _check_split(split, "time")
+        return _from_clicks(together, name, test_fraction, max_history, files)
+    catalog = load_items(folder, text=text, vectors=vectors)
+    if kinds["sequences"]:
+        _check_split(split, "leave_one_out", "time")
+        sequences = load_sequences(kinds["sequences"], catalog)
+        if split == "time":
+            examples = next_items(sequences, max_history=max_history)
+            train, test = _by_time(kinds["sequences"], examples, test_fraction)
+            return Dataset(catalog, train, test, name)
+        train, validation, test = _told(kinds["sequences"], lambda: leave_one_out(sequences, max_history=max_history))
+        return Dataset(catalog, train, test, name, validation, split="leave_one_out")
+    if kinds["qrels"] or kinds["ratings"]:
+        _check_split(split, "given")
+        return _judged(_load_judged(kinds, files, catalog), catalog, name)
+    if any(parts.values()):
+        _check_split(split, "given")
+        loaded = {
+            part: load_interactions(
+                files.need(f"interactions.{part}"),
+                catalog,
+                max_history=max_history,
+                query_vectors=files.vectors(f"queries.{part}"),
             )
             for part in parts
-        )
-    else:
-        path = _need(folder, "interactions")
-        both = load_interactions(path, catalog, query_vectors=_vectors(folder, "queries"))
-        try:
-            train, test = time_split(both, test_fraction)
-        except DataError as error:
-            raise DataError(f"{path}: {error}") from None
-    return Dataset(catalog, train, test, folder.resolve().name)
+            if part != "validation" or parts[part]
+        }
+        return Dataset(catalog, loaded["train"], loaded["test"], name, loaded.get("validation"), split="given")
+    _check_split(split, "time")
+    path = together or files.need("interactions")
+    both = load_interactions(path, catalog, max_history=max_history, query_vectors=files.vectors("queries"))
+    train, test = _by_time(path, both, test_fraction)
+    return Dataset(catalog, train, test, name)
 
 
-def load_items(folder: str | os.PathLike[str]) -> Catalog:
+def load_items(folder: str | os.PathLike[str], *, text: Sequence[str] = ("text",), vectors: str = "") -> Catalog:
     """Load the catalog of a dataset's folder alone, without its interactions; see :func:`load_dataset`."""
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(
             f"{folder}: there is no such folder; it must hold items.* and interactions.* as tsv, jsonl or parquet"
         )
-    return load_catalog(_need(folder, "items"), vectors=_vectors(folder, "items"))
+    files = _Files(folder, f".{vectors}" if vectors else "")
+    return load_catalog(files.need("items"), vectors=files.vectors("items"), text=text)
 
 
-def _find(folder: Path, stem: str) -> Path | None:
-    """The one file ``stem`` + suffix of the folder, or None."""
-    found = [folder / f"{stem}{suffix}" for suffix in SUFFIXES if (folder / f"{stem}{suffix}").is_file()]
-    if len(found) > 1:
-        raise DataError(f"{folder}: has {' and '.join(path.name for path in found)}; keep one of them")
-    return found[0] if found else None
+def with_validation(data: Dataset, fraction: float = 0.1, *, seed: int = 0) -> Dataset:
+    """The dataset with a validation set, split off the end of the training interactions where it has none.
+
+    By time; where all training interactions have one time, at random, with all interactions of a query on one side.
+
+    Raises:
+        ValueError: ``fraction`` is not strictly between 0 and 1.
+    """
+    if data.validation is not None:
+        return data
+    times = data.train.timestamps
+    if len(times) and times.min() != times.max():
+        train, validation = time_split(data.train, fraction)
+    else:
+        if not 0 < fraction < 1:
+            raise ValueError(f"fraction must be strictly between 0 and 1; got {fraction}")
+        keys = {query: row for row, query in enumerate(dict.fromkeys(data.train.queries))}
+        chosen = np.random.default_rng(seed).random(len(keys)) < fraction
+        held = np.array([chosen[keys[query]] for query in data.train.queries], dtype=bool)
+        train, validation = data.train.take(np.flatnonzero(~held)), data.train.take(np.flatnonzero(held))
+    return dataclasses.replace(data, train=train, validation=validation)
 
 
-def _need(folder: Path, stem: str) -> Path:
-    path = _find(folder, stem)
-    if path is None:
-        raise DataError(
-            f"{folder}: there is no {stem} file; it must be one of {', '.join(stem + suffix for suffix in SUFFIXES)}"
-        )
-    return path
+def with_pseudo_queries(data: Dataset, per_item: int, *, words: tuple[int, int] = (1, 4), seed: int = 0) -> Dataset:
+    """The dataset with ``per_item`` more training interactions for each item: some words of its text as a query for it.
+
+    The words are a run of ``words[0]`` to ``words[1]`` of the text, at random. This is how a model of item texts is
+    trained where there are few queries, as document expansion has it. Query vectors are dropped, since there are none
+    for the new queries.
+    """
+    random = np.random.default_rng(seed)
+    queries, items = [], []
+    for row, text in enumerate(data.catalog.texts):
+        cut = text.split()
+        for _ in range(per_item if cut else 0):
+            length = min(len(cut), int(random.integers(words[0], words[1] + 1)))
+            first = int(random.integers(len(cut) - length + 1))
+            queries.append(" ".join(cut[first : first + length]))
+            items.append(row)
+    old = data.train
+    train = Interactions(
+        (*old.queries, *queries),
+        np.concatenate([old.histories, np.full((len(items), old.histories.shape[1]), -1, dtype=np.int64)]),
+        np.concatenate([old.items, np.array(items, dtype=np.int64)]),
+        np.concatenate([old.timestamps, np.zeros(len(items))]),
+    )
+    validation = None if data.validation is None else dataclasses.replace(data.validation, query_vectors=None)
+    return dataclasses.replace(
+        data, train=train, validation=validation, test=dataclasses.replace(data.test, query_vectors=None)
+    )
 
 
-def _vectors(folder: Path, stem: str) -> Path | None:
-    path = folder / f"{stem}.npy"
-    return path if path.is_file() else None
+@dataclass(frozen=True)
+class _Files:
+    """The files of a folder by their stem; ``suffix`` is what names of vectors have before ``.npy``."""
+
+    folder: Path
+    suffix: str
+
+    def find(self, stem: str) -> Path | None:
+        """The one file ``stem`` + suffix of the folder, or None."""
+        paths = [self.folder / f"{stem}{suffix}" for suffix in SUFFIXES]
+        found = [path for path in paths if path.is_file()]
+        if len(found) > 1:
+            raise DataError(f"{self.folder}: has {' and '.join(path.name for path in found)}; keep one of them")
+        return found[0] if found else None
+
+    def need(self, stem: str) -> Path:
+        path = self.find(stem)
+        if path is None:
+            names = ", ".join(stem + suffix for suffix in SUFFIXES)
+            raise DataError(f"{self.folder}: there is no {stem} file; it must be one of {names}")
+        return path
+
+    def vectors(self, stem: str) -> Path | None:
+        path = self.folder / f"{stem}{self.suffix}.npy"
+        if self.suffix and stem == "items" and not path.is_file():
+            raise DataError(f"{path}: there is no such file; vectors were asked for by that name")
+        return path if path.is_file() else None
+
+
+def _check_split(split: SplitKind | None, *possible: SplitKind) -> None:
+    if split is not None and split not in possible:
+        raise ValueError(f"split must be {' or '.join(map(repr, possible))} for these files; got {split!r}")
+
+
+def _told(path: Path, make: Callable[[], Part]) -> Part:
+    """What ``make`` returns; an error of the data names the file."""
+    try:
+        return make()
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+
+
+def _by_time(path: Path, both: Interactions, test_fraction: float) -> tuple[Interactions, Interactions]:
+    return _told(path, lambda: time_split(both, test_fraction))
+
+
+def _load_judged(kinds: dict[str, Path | None], files: _Files, catalog: Catalog) -> JudgedQueries:
+    vectors = files.vectors("queries")
+    if kinds["ratings"]:
+        return load_ratings(kinds["ratings"], catalog, query_vectors=vectors)
+    return load_qrels(files.need("queries"), files.need("qrels"), catalog, query_vectors=vectors)
+
+
+def _judged(judged: JudgedQueries, catalog: Catalog, name: str) -> Dataset:
+    test, relevant = judged.requests("test")
+    if not len(test):
+        raise DataError(f"{name}: no test query has an item rated above 0; at least one is needed")
+    validation = judged.requests("validation")[0]
+    return Dataset(
+        catalog, judged.clicks("train"), test, name, validation if len(validation) else None, relevant, "given"
+    )
+
+
+def _from_clicks(path: Path, name: str, test_fraction: float, max_history: int, files: _Files) -> Dataset:
+    """Clicks without a catalog: ids from the whole file, texts from the queries of the training part alone."""
+    problems = Problems(path)
+    ids: dict[str, None] = {}
+    for _, row in read_rows(path, problems, ("item_id",)):
+        item_id = as_id(row["item_id"])
+        if item_id is not None:
+            ids.setdefault(item_id)
+    nameless = Catalog(tuple(ids), tuple(ids))
+    both = load_interactions(path, nameless, max_history=max_history, query_vectors=files.vectors("queries"))
+    train, test = _by_time(path, both, test_fraction)
+    asked: list[Counter[str]] = [Counter() for _ in ids]
+    for query, item in zip(train.queries, train.items.tolist(), strict=True):
+        if query:
+            asked[item][query] += 1
+    texts = tuple(" ".join(query for query, _ in counts.most_common(QUERIES_PER_ITEM)) for counts in asked)
+    return Dataset(Catalog(tuple(ids), texts), train, test, name)

@@ -53,7 +53,7 @@ def load_judgments(
     for number, row in read_rows(path, problems, ("query", "item_id", "rating")):
         before = problems.count
         query, item = row["query"], catalog_row(row["item_id"], "item_id", catalog, problems, number)
-        rating = _rating(row["rating"])
+        rating = rating_of(row["rating"])
         if not isinstance(query, str) or not query.strip():
             problems.add(number, f"query is {query!r}; it must be a non-empty text")
         elif item in ratings.get(query.strip(), ()):
@@ -70,7 +70,7 @@ def load_judgments(
     return Judgments(queries, tuple(ratings[query] for query in queries), vectors)
 
 
-def _rating(value: object) -> int | None:
+def rating_of(value: object) -> int | None:
     """A rating as an integer; None where it is not one."""
     try:
         number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
