@@ -36,6 +36,11 @@ def positive(text: str) -> int:
     return value
 
 
+def widths(text: str) -> int | list[int]:
+    """An argument that is a whole number from 1, or several with commas between them."""
+    return [positive(part) for part in text.split(",")] if "," in text else positive(text)
+
+
 def next_command(*words: object) -> str:
     """A command to copy into a shell, whatever its arguments contain."""
     return "next: " + shlex.join(map(str, words))
@@ -57,9 +62,10 @@ def add_num_beams(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-beams",
         metavar="M",
-        type=positive,
+        type=widths,
         default=50,
-        help="semantic IDs that survive each level of the search (default: %(default)s)",
+        help="semantic IDs that survive each level of the search: one number, or one per level as in 10,50,80 "
+        "(default: %(default)s)",
     )
 
 

@@ -84,7 +84,7 @@ def targets_in_history(test: Interactions) -> int:
 
 
 def evaluate_judgments(
-    searcher: Searcher, judgments: Judgments, *, num_beams: int = 50, progress: bool = False
+    searcher: Searcher, judgments: Judgments, *, num_beams: int | Sequence[int] = 50, progress: bool = False
 ) -> dict[str, Json]:
     """Graded nDCG and recall of judged queries, for DGI, its vectors alone, and plain cosine of given vectors.
 
@@ -95,9 +95,13 @@ def evaluate_judgments(
     Args:
         searcher: model, index and catalog; plain cosine is added where the catalog and the judgments have vectors.
         judgments: the queries and their rated items.
-        num_beams: see :meth:`dgi.Searcher.search`; at least ``RECALL_DEPTH`` are used.
+        num_beams: see :meth:`dgi.Searcher.search`; at least ``RECALL_DEPTH`` are used, of several for the last level.
     """
-    beams, width = max(num_beams, RECALL_DEPTH), max(K, *map(len, judgments.ratings))
+    width = max(K, *map(len, judgments.ratings))
+    if isinstance(num_beams, Sequence):
+        beams: int | list[int] = [*num_beams[:-1], max(num_beams[-1], RECALL_DEPTH)]
+    else:
+        beams = max(num_beams, RECALL_DEPTH)
     request: dict[str, Any] = {
         "queries": judgments.queries,
         "query_vectors": judgments.query_vectors,

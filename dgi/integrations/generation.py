@@ -25,6 +25,7 @@ from dgi.integrations.settings import REFUSED_ARGUMENTS, Processing, check_given
 from dgi.integrations.tokens import CodeTokens, EndTokens
 from dgi_kernels import Trie, beam_search, checks
 from dgi_kernels.backend import checks_values
+from dgi_kernels.beam import beam_widths
 from dgi_kernels.trie.filters import Filters, check_filters
 from dgi_kernels.types import Backend, Normalize
 
@@ -58,7 +59,7 @@ def constrained_generate(
     *,
     token_offsets: Sequence[int] | None = None,
     token_ids: Sequence[Tensor] | None = None,
-    num_beams: int,
+    num_beams: int | Sequence[int],
     num_return_sequences: int | None = None,
     eos_token_id: EndTokens = None,
     attention_mask: Tensor | None = None,
@@ -84,7 +85,8 @@ def constrained_generate(
         input_ids: (B, T) the encoder's input, or the prompts, padded on the left.
         token_offsets: L integers; code c of level j is token ``token_offsets[j] + c``.
         token_ids: in place of offsets, L integer tensors (K_j,); code c of level j is token ``token_ids[j][c]``.
-        num_beams: beams per request M; the model's own setting is not read.
+        num_beams: beams per request M; the model's own setting is not read. Or L of them, how many run on behind each
+            level, such as ``[10, 50, 80]``; then M is the last.
         num_return_sequences: R, how many to return per request; default all M.
         eos_token_id: the token that follows a complete semantic ID; the model's own setting is not read. Its
             log-probability counts as ``generate`` counts it (with ``normalize="vocabulary"``): a semantic ID that ends
@@ -123,11 +125,11 @@ def constrained_generate(
     batch = len(input_ids)
     if batch == 0:
         raise ValueError(f"input_ids must hold at least one request; got shape {tuple(input_ids.shape)}")
-    checks.integer("num_beams", num_beams, low=1)
+    widths = beam_widths(num_beams, trie.depth)
     returned = (
-        num_beams
+        widths[-1]
         if num_return_sequences is None
-        else checks.integer("num_return_sequences", num_return_sequences, low=1, high=num_beams)
+        else checks.integer("num_return_sequences", num_return_sequences, low=1, high=widths[-1])
     )
     checks.choice("normalize", normalize, NORMALIZERS)
     if length_penalty is not None:
@@ -153,7 +155,7 @@ def constrained_generate(
         _check_model(model)
         _check_prompts(model, prompt, model_kwargs.get("attention_mask"))
         check_settings(generation_config, tokens, prompt.shape[1], trie.depth)
-        processing = Processing(logits_processor, num_beams, prompt.shape[1], trie.depth)
+        processing = Processing(logits_processor, widths, prompt.shape[1], trie.depth)
         if normalize != "vocabulary" and processing.processors:
             names = ", ".join(sorted({type(processor).__name__ for processor in processing.processors}))
             raise ValueError(f'normalize must be "vocabulary" where settings ask for {names}; got {normalize!r}')
@@ -173,15 +175,15 @@ def constrained_generate(
         penalty = 1.0 if penalty is None else penalty
         if normalize == "vocabulary" and tokens.ends:
             early = generation_config.early_stopping if early_stopping is None else early_stopping
-            found = Hypotheses(trie, tokens, batch, num_beams, penalty, early or False, filters, backend).run(step)
+            found = Hypotheses(trie, tokens, batch, widths, penalty, early or False, filters, backend).run(step)
         else:
-            found = _search(trie, tokens, step, batch, num_beams, normalize, penalty, filters, backend)
+            found = _search(trie, tokens, step, batch, widths, normalize, penalty, filters, backend)
         found = Found(*(value[:, :returned] for value in found))
         pad = generation_config.pad_token_id
         results.append(_result(trie, tokens, prompt, found, pad if isinstance(pad, int) else None))
         return results[0].sequences
 
-    arguments = _arguments(generate_arguments, num_beams, returned, eos_token_id, trie.depth + bool(tokens.ends))
+    arguments = _arguments(generate_arguments, widths[-1], returned, eos_token_id, trie.depth + bool(tokens.ends))
     _innermost(model).generate(input_ids=input_ids.long(), custom_generate=search, **arguments)
     if not results:
         raise TypeError(
@@ -269,7 +271,7 @@ def _search(
     tokens: CodeTokens,
     step: Any,
     batch: int,
-    num_beams: int,
+    widths: list[int],
     normalize: Normalize | Literal["vocabulary"],
     length_penalty: float,
     filters: Filters,
@@ -288,7 +290,7 @@ def _search(
         trie,
         level,
         batch_size=batch,
-        num_beams=num_beams,
+        num_beams=widths,
         filters=filters,
         backend=backend,
         normalize="none" if normalize == "vocabulary" else normalize,

@@ -53,15 +53,16 @@ class Found(NamedTuple):
 class Hypotheses:
     """Beams and hypotheses of all requests.
 
-    Each step ranks the continuations of the running beams, ends among them. An end among the first M becomes a
-    hypothesis, with its score penalised for length; the first M that are no ends run on. A request whose running beams
-    cannot, by the estimate of ``early_stopping``, beat its worst hypothesis takes no more.
+    Each step ranks the continuations of the running beams, ends among them. Where M_t beams survive its level, an end
+    among the first M_t becomes a hypothesis, with its score penalised for length; the first M_t that are no ends run
+    on. Of the hypotheses the best M are kept, as many as survive the last level. A request whose running beams cannot,
+    by the estimate of ``early_stopping``, beat its worst hypothesis takes no more.
 
     Args:
         trie: the trie.
         tokens: the spelling of its codes, with at least one end token.
         batch: requests B.
-        num_beams: beams M.
+        widths: M_t of each level, L numbers.
         length_penalty, early_stopping: as for ``generate``.
         filters, backend: of the beam steps.
     """
@@ -71,13 +72,14 @@ class Hypotheses:
         trie: Trie,
         tokens: CodeTokens,
         batch: int,
-        num_beams: int,
+        widths: list[int],
         length_penalty: float,
         early_stopping: bool | str,
         filters: Filters,
         backend: Backend,
     ) -> None:
-        self.trie, self.tokens, self.num_beams = trie, tokens, num_beams
+        self.trie, self.tokens, self.widths = trie, tokens, widths
+        num_beams = widths[-1]
         self.length_penalty, self.early_stopping = length_penalty, early_stopping
         self.filters, self.backend = filters, backend
         self.running = trie.root(batch)
@@ -104,14 +106,15 @@ class Hypotheses:
         end_scores = (self.tokens.of_ends(logits) - normalizer.unsqueeze(-1)).nan_to_num(nan=-torch.inf).float()
         if depth == self.trie.depth:
             return self._with_ends(self._all_end(), end_scores)
-        # With an end as good as its parent, so no less than it will be, twice the beams hold all that can count: there
-        # is at most one end of the trie per parent, and behind M better candidates it is none of the first M.
+        # With an end as good as its parent, so no less than it will be, as many as there are parents and survivors hold
+        # all that can count: there is at most one end of the trie per parent, and behind M_t better candidates it is
+        # none of the first M_t.
         return self._with_ends(
             beam_step(
                 self.trie,
                 self.tokens.level(logits, depth),
                 self.running,
-                num_beams=2 * self.num_beams,
+                num_beams=self.widths[depth] + self.running.nodes.shape[1],
                 log_normalizer=normalizer,
                 filters=self.filters,
                 backend=self.backend,
@@ -137,7 +140,7 @@ class Hypotheses:
                 backend=self.backend,
             )
             for values, count in (
-                (level, 2 * self.num_beams + width),
+                (level, 2 * self.widths[depth] + width),
                 (torch.full_like(level[:1, :1], -torch.inf).expand_as(level), width),
             )
         )
@@ -189,10 +192,14 @@ class Hypotheses:
             number[order],
         )
 
+    def _width(self, depth: int) -> int:
+        """M_t of the step behind ``depth`` codes; behind the last code all end."""
+        return self.widths[min(depth, self.trie.depth - 1)]
+
     def _extend(self, candidates: _Candidates) -> None:
         depth = self.running.depth
         self._finish(candidates, depth)
-        runs = candidates.is_end.to(torch.uint8).argsort(dim=1, stable=True)[:, : self.num_beams]
+        runs = candidates.is_end.to(torch.uint8).argsort(dim=1, stable=True)[:, : self._width(depth)]
         self.running = Beams(
             candidates.nodes.gather(1, runs),
             candidates.tokens.gather(1, runs),
@@ -205,14 +212,14 @@ class Hypotheses:
 
     def _finish(self, candidates: _Candidates, depth: int) -> None:
         """Take the ends among the first M candidates into the hypotheses."""
-        first = torch.arange(candidates.is_end.shape[1], device=self.trie.device) < self.num_beams
+        first = torch.arange(candidates.is_end.shape[1], device=self.trie.device) < self._width(depth)
         taken = candidates.is_end & first & self.improving
         if self.early_stopping is True:
             taken &= self.found.scores[:, -1:] == -torch.inf
         codes = torch.nn.functional.pad(candidates.codes, (0, self.trie.depth - candidates.codes.shape[2]), value=END)
         penalised = (candidates.scores / (depth + 1) ** self.length_penalty).masked_fill(~taken, -torch.inf)
         scores, order = torch.cat([self.found.scores, penalised], 1).sort(dim=1, descending=True, stable=True)
-        scores, order = scores[:, : self.num_beams], order[:, : self.num_beams]
+        scores, order = scores[:, : self.widths[-1]], order[:, : self.widths[-1]]
         codes = _rows(torch.cat([self.found.codes, codes[..., : self.trie.depth]], 1), order)
         codes = codes.masked_fill((scores == -torch.inf).unsqueeze(2), END)
         self.found = Found(codes, scores, torch.cat([self.found.ends, candidates.end_number], 1).gather(1, order))

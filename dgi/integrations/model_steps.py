@@ -32,6 +32,7 @@ class ModelSteps:
         self.model, self.prompt, self.kwargs = model, prompt, dict(model_kwargs)
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
         self.sequences = prompt  # (rows, T + t) the prompts and what has been chosen since
+        self.width: int | None = None  # beams per request; None before there are any
         self.shared: list[int] = []  # per layer of the cache, how many positions the beams of a request share
         if self.kwargs.get("use_cache") and any(hasattr(type(part), "_setup_cache") for part in model.modules()):
             raise _not_reordered(model, "keeps states in its modules, which follow no beams")
@@ -48,10 +49,13 @@ class ModelSteps:
         batch, width = tokens.shape
         before = len(self.sequences) // batch
         rows = _flat_rows(parents, before)
-        if before != width:  # from one row per request to one per beam
+        if self.width is None:  # from one row per request to one per beam
             self._expand(rows, width)
+        elif before != width:
+            self._resize(rows, before * batch)
         elif width > 1:
             self._reorder(rows)
+        self.width = width
         self.sequences = torch.cat([self.sequences.index_select(0, rows), tokens.reshape(-1, 1)], dim=1)
         options = {}
         if "next_sequence_length" in _PREPARATION:
@@ -74,6 +78,21 @@ class ModelSteps:
         cache = self._own_cache()
         if cache is not None:
             self.shared = [layer.get_seq_length() if type(layer) is DynamicLayer else 0 for layer in cache.layers]
+        self._reorder_all(rows)
+
+    def _resize(self, rows: Tensor, count: int) -> None:
+        """From ``count`` rows to those of other beams, more or fewer: of the inputs, and of what the model keeps."""
+
+        def of_rows(value: Any) -> Any:
+            own = isinstance(value, Tensor) and value.ndim > 0 and len(value) == count
+            return value.index_select(0, rows) if own else value
+
+        for name, value in self.kwargs.items():
+            if name in CACHE_NAMES or name == "cache_position":
+                continue
+            if isinstance(value, transformers.utils.ModelOutput):
+                value = type(value)(**{key: of_rows(part) for key, part in value.items()})
+            self.kwargs[name] = of_rows(value)
         self._reorder_all(rows)
 
     def _reorder(self, rows: Tensor) -> None:

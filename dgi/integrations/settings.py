@@ -104,29 +104,35 @@ class Processing:
 
     Args:
         processors: those of ``generate``, made for one row per request.
-        num_beams: M; a processor sees B * M rows, as in ``generate``.
+        widths: M of each level; a processor sees B * M rows, as in ``generate``, M of the level before (in the first
+            step that of the first).
         prompt_length: the number of tokens before the semantic ID.
         depth: that of the trie.
     """
 
-    def __init__(self, processors: Sequence[Any], num_beams: int, prompt_length: int, depth: int) -> None:
-        self.num_beams, self.prompt_length, self.depth = num_beams, prompt_length, depth
-        self.processors = [_for_beams(processor, num_beams) for processor in processors]
+    def __init__(self, processors: Sequence[Any], widths: Sequence[int], prompt_length: int, depth: int) -> None:
+        self.widths, self.prompt_length, self.depth = widths, prompt_length, depth
+        self.processors = list(processors)
+        self._by_width = {width: [_for_beams(processor, width) for processor in processors] for width in {*widths}}
 
     def at(self, depth: int) -> list[Any]:
         """The processors that change anything in the step that chooses the token behind ``depth`` codes."""
         return [
             processor
-            for processor in self.processors
+            for processor in self._by_width[self._rows(depth)]
             if (depth == self.depth or not isinstance(processor, logits_process.ForcedEOSTokenLogitsProcessor))
             and (depth == 0 or not isinstance(processor, logits_process.ForcedBOSTokenLogitsProcessor))
         ]
+
+    def _rows(self, depth: int) -> int:
+        """How many rows of a request a processor sees behind ``depth`` codes."""
+        return self.widths[max(0, depth - 1)]
 
     def __call__(self, depth: int, sequences: Tensor, logits: Tensor) -> Tensor:
         """Processed log-probabilities (B, W, V) float32 of ``logits`` (B, W, V) behind ``sequences`` (B * W, t)."""
         batch, width = logits.shape[:2]
         scores = logits.float().log_softmax(dim=-1).flatten(0, 1)
-        repeats = self.num_beams // width  # the first step has one row per request
+        repeats = self._rows(depth) // width  # the first step has one row per request
         if repeats > 1:
             sequences, scores = (value.repeat_interleave(repeats, dim=0) for value in (sequences, scores))
         for processor in self.at(depth):

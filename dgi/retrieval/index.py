@@ -23,6 +23,7 @@ from dgi.model.encoders import QueryEncoding
 from dgi.model.encoding import device_of, encode_items, evaluating
 from dgi.training.checkpoint import CheckpointError, read_tensors, write_tensors
 from dgi_kernels import Ranking, Trie, TrieFilter, beam_search, rank_candidates
+from dgi_kernels.beam import beam_widths
 
 KIND = "DGIIndex"
 # The decoder reads every request's memory once per beam; requests are searched in parts that keep it below this.
@@ -168,7 +169,7 @@ class DGIIndex:
         batch: Batch,
         k: int = 10,
         *,
-        num_beams: int = 50,
+        num_beams: int | Sequence[int] = 50,
         exclude: Tensor | None = None,
         filters: Sequence[TrieFilter | None] | TrieFilter | None = None,
     ) -> SearchResult:
@@ -178,7 +179,8 @@ class DGIIndex:
             model: the model that the index was built with, on the index's device.
             batch: B requests; their items are rows of the catalog, their targets are not read.
             k: items per request.
-            num_beams: semantic IDs that survive each level; every item below a surviving one is a candidate.
+            num_beams: semantic IDs that survive each level, one number or one per level; every item below a surviving
+                one is a candidate.
             exclude: (B, E) int64 catalog rows to leave out of each ranking, -1 for none.  They are dropped after the
                 search, which therefore looks for k + E items; let ``num_beams`` leave room for them.
             filters: restrict the search to a subset of the items, for all requests or for each.
@@ -189,7 +191,8 @@ class DGIIndex:
         self._check_fit(model, batch, exclude)
         with evaluating(model):
             query = model.encode_queries(batch)
-            at_once = max(1, MEMORY_FLOATS // (num_beams * max(1, query.memory[0].numel()))) if len(batch) else 1
+            widest = max(beam_widths(num_beams, self.trie.depth))
+            at_once = max(1, MEMORY_FLOATS // (widest * max(1, query.memory[0].numel()))) if len(batch) else 1
             parts = []
             for start in range(0, max(1, len(batch)), at_once):
                 rows = slice(start, start + at_once)
@@ -204,7 +207,7 @@ class DGIIndex:
         model: DGIModel,
         query: QueryEncoding,
         k: int,
-        num_beams: int,
+        num_beams: int | Sequence[int],
         exclude: Tensor | None,
         filters: list[TrieFilter | None] | TrieFilter | None,
     ) -> Ranking:

@@ -65,7 +65,7 @@ class Searcher:
         *,
         query_vectors: np.ndarray | None = None,
         k: int = 10,
-        num_beams: int = 50,
+        num_beams: int | Sequence[int] = 50,
         exclude_history: bool = False,
         filters: Sequence[TrieFilter | None] | TrieFilter | None = None,
         progress: bool = False,
@@ -77,7 +77,7 @@ class Searcher:
             histories: for each request the ids of items chosen before, oldest first; the model reads the last ones.
             query_vectors: (n, vector_dim), for a model that reads vectors.
             k: items per request.
-            num_beams: semantic IDs that survive each level of the search.
+            num_beams: semantic IDs that survive each level of the search, one number or one per level.
             exclude_history: leave the items of a request's history out of its results.
             filters: see :meth:`dgi.DGIIndex.search`.
             progress: show a progress bar.
@@ -103,7 +103,7 @@ class Searcher:
         interactions: Interactions,
         *,
         k: int = 10,
-        num_beams: int = 50,
+        num_beams: int | Sequence[int] = 50,
         exclude_history: bool = False,
         progress: bool = False,
     ) -> SearchResult:
@@ -116,7 +116,7 @@ class Searcher:
         requests: Requests,
         exclude: Tensor | None,
         k: int,
-        num_beams: int,
+        num_beams: int | Sequence[int],
         filters: Sequence[TrieFilter | None] | TrieFilter | None,
         progress: bool,
     ) -> SearchResult:

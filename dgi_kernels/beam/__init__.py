@@ -7,7 +7,7 @@ Paper eq. 13; ``docs/method.md``, "Search, coarse to fine".
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -231,7 +231,7 @@ def beam_search(
     step: Step,
     *,
     batch_size: int,
-    num_beams: int,
+    num_beams: int | Sequence[int],
     normalize: Normalize = "full",
     filters: Filters = None,
     backend: Backend = "auto",
@@ -241,13 +241,15 @@ def beam_search(
     Args:
         trie: the trie, on the device of the logits.
         step: the model's side, ``step(depth, tokens, parents) -> logits``. At depth 0 tokens and parents are None and
-            the logits (B, 1, K_0). Later tokens and parents are (B, num_beams) int64, -1 where dead: the code that each
-            beam has just got, and the beam of the step before that it continues (reorder a key-value cache by it); the
-            logits are (B, num_beams, K_depth). In a live beam token -1 says that its sequence has ended. A cosine head
-            may return :class:`HiddenStates`, so that its logits are never formed. Once all sequences of all requests
-            have ended or are dead it is not called again, but on CUDA, where to see that would take a host sync.
+            the logits (B, 1, K_0). Later tokens and parents are (B, M) int64, M the width of the level before, -1 where
+            dead: the code that each beam has just got, and the beam of the step before that it continues (reorder a
+            key-value cache by it); the logits are (B, M, K_depth). In a live beam token -1 says that its sequence has
+            ended. A cosine head may return :class:`HiddenStates`, so that its logits are never formed. Once all
+            sequences of all requests have ended or are dead it is not called again, but on CUDA, where to see that
+            would take a host sync.
         batch_size: the number of requests B.
-        num_beams: beams per request M, any number from 1.
+        num_beams: beams per request M, any number from 1; or L such numbers, how many survive each level, such as
+            ``[10, 50, 80]``. The last is the M of the result.
         normalize, filters, backend: as in :func:`beam_step`.
 
     Returns:
@@ -271,7 +273,8 @@ def beam_search(
     if not callable(step):
         raise TypeError(f"step must be callable as step(depth, tokens, parents); got {type(step).__name__}")
     beams = trie.root(batch_size)
-    _check_options(beams, num_beams, normalize, None)
+    widths = beam_widths(num_beams, trie.depth)
+    checks.choice("normalize", normalize, NORMALIZERS)
     filters = check_filters(filters, trie, batch_size)
     history: list[Beams] = []
     chosen = "reference"  # or what runs, for logits of `dtype`: asked for once, where no gradient is in play
@@ -288,7 +291,7 @@ def beam_search(
                 logits.codebook,
                 logits.scale,
                 beams,
-                num_beams=num_beams,
+                num_beams=widths[depth],
                 normalize=normalize,
                 filters=filters,
                 eps=logits.eps,
@@ -299,9 +302,22 @@ def beam_search(
             if logits.dtype is not dtype or logits.requires_grad:
                 chosen = choose_without_gradient("beam_step", backend, logits, beams.scores)
                 dtype = logits.dtype
-            beams = _beam_step(trie, logits, beams, num_beams, normalize, None, filters, chosen)
+            beams = _beam_step(trie, logits, beams, widths[depth], normalize, None, filters, chosen)
         history.append(beams)
     return BeamResult(_codes(history, backend), beams.scores, beams.nodes)
+
+
+def beam_widths(num_beams: object, depth: int) -> list[int]:
+    """How many beams survive each of ``depth`` levels: ``num_beams`` is one number for all of them, or one for each.
+
+    Raises:
+        ValueError, TypeError: it is neither.
+    """
+    if isinstance(num_beams, str) or not isinstance(num_beams, Sequence):
+        return [checks.integer("num_beams", num_beams, low=1, high=MAX_COUNT)] * depth
+    if len(num_beams) != depth:
+        raise ValueError(f"num_beams must be an integer, or have one per level of the trie, {depth}; got {num_beams}")
+    return [checks.integer(f"num_beams[{t}]", width, low=1, high=MAX_COUNT) for t, width in enumerate(num_beams)]
 
 
 def _all_ended(beams: Beams, chosen: str) -> bool:

@@ -67,7 +67,7 @@ def capture_search(
     inputs: Sequence[Tensor],
     *,
     batch_size: int,
-    num_beams: int,
+    num_beams: int | Sequence[int],
     normalize: Normalize = "full",
     filters: Filters = None,
     backend: Backend = "auto",

@@ -137,7 +137,7 @@ class Case:
             **options,
         )
 
-    def constrained(self, end: int | None, beams: int, **options: Any) -> Any:
+    def constrained(self, end: int | None, beams: int | Sequence[int], **options: Any) -> Any:
         self.model.generation_config.eos_token_id = end
         return constrained_generate(
             self.model,
