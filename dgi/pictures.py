@@ -6,13 +6,13 @@ matplotlib is imported when a picture is drawn: it takes a second, and may be mi
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
 import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from dgi.extras import require
 from dgi_kernels.files import atomic_write
 
 if TYPE_CHECKING:
@@ -58,12 +58,12 @@ def _matplotlib(module: str) -> Any:
     if "matplotlib" not in sys.modules and "MPLBACKEND" in os.environ:
         backend = os.environ.pop("MPLBACKEND")
         try:
-            matplotlib = importlib.import_module("matplotlib")
+            matplotlib = require("matplotlib")
         finally:
             os.environ["MPLBACKEND"] = backend
         with contextlib.suppress(ValueError):  # for who else draws in this process
             matplotlib.rcParams["backend"] = backend
-    return importlib.import_module(module)
+    return require(module)
 
 
 def dress(panel: Axes, title: str, y_label: str) -> None:

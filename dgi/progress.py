@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
-from tqdm import tqdm
+from dgi.extras import require
 
 QUIET = 10.0  # seconds between two lines, and before the first: shorter work writes none
 LONGEST = 60.0  # seconds without a line, where a tenth of the work takes longer
@@ -46,7 +46,9 @@ class Progress:
         self._tenth = self._tenths()
         self._written = done
         self._bar = (
-            tqdm(total=total, desc=title, initial=done, unit=f" {unit}", file=self.file, dynamic_ncols=True)
+            require("tqdm").tqdm(
+                total=total, desc=title, initial=done, unit=f" {unit}", file=self.file, dynamic_ncols=True
+            )
             if shown and self.file.isatty()
             else None
         )

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from dgi.data.judgments import Judgments
+from dgi.extras import require
 
 CUTOFFS = (1, 5, 10, 20)
 Json = dict[str, Any]
@@ -134,10 +135,7 @@ def evaluate_judgments(ranked_items: np.ndarray, judgments: Judgments, *, cutoff
     Raises:
         ImportError: ir-measures is not installed.
     """
-    try:
-        import ir_measures
-    except ImportError:
-        raise ImportError('graded judgments need ir-measures; run: pip install "dgi-kernels[eval]"') from None
+    ir_measures = require("ir_measures", "eval")
     ranked_items = np.asarray(ranked_items)
     if ranked_items.ndim != 2 or len(ranked_items) != len(judgments):
         raise ValueError(
@@ -185,7 +183,7 @@ def hubness(ranked_items: np.ndarray, num_items: int, k: int = 10) -> Json:
     occurrences = np.bincount(top[top >= 0], minlength=num_items)
     if len(occurrences) != num_items:
         raise ValueError(f"ranked_items must be below num_items = {num_items}; got {len(occurrences) - 1}")
-    from scipy import stats  # takes a while to import, and nothing else needs it
+    stats = require("scipy.stats")  # takes a while to import, and nothing else needs it
 
     uneven = occurrences.min() != occurrences.max()
     return {
@@ -228,7 +226,7 @@ def code_usage(codes: np.ndarray, codebook_sizes: Sequence[int]) -> list[Json]:
         raise ValueError(
             f"codes must have shape (N, m) with N at least 1 and m = {len(codebook_sizes)}; got {codes.shape}"
         )
-    from scipy import stats
+    stats = require("scipy.stats")
 
     levels = []
     for level, size in enumerate(codebook_sizes):

@@ -15,16 +15,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from dgi.config import ModelConfig, from_file, to_dict
+from dgi.extras import require
 from dgi.model.dgi_model import DGIModel, DualEncoder
 from dgi.model.encoders import SequenceEncoder
 from dgi.model.tokenizer import Tokenizer
 from dgi_kernels.files import atomic_write, check_output
+
+safetensors, safetensors_torch = require("safetensors"), require("safetensors.torch")
 
 FORMAT_VERSION = 1
 METADATA_KEY = "dgi"
@@ -54,7 +55,7 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], d
     description = {"version": FORMAT_VERSION, **description}
     # One entry, since several would come in an order that differs from run to run.
     metadata = {METADATA_KEY: json.dumps({"description": description, "sha256": _digest(description, stored)})}
-    content = safetensors.torch.save(stored, metadata)
+    content = safetensors_torch.save(stored, metadata)
     with atomic_write(path) as file:
         file.write(content)
 

@@ -15,6 +15,7 @@ from dgi._moved import MOVED
 ROOT = Path(dgi.__file__).parent
 # From the ground up: a room imports from itself and from what stands before it.
 ROOMS = (
+    "extras",
     "config",
     "pictures",
     "progress",
