@@ -82,11 +82,12 @@ def best(found: dict[Candidate, float], num_beams: int) -> list[tuple[float, Can
 
 
 def search(
-    catalog: Catalog, logits: list[list[float]], num_beams: int, allowed: set[int] | None
+    catalog: Catalog, logits: list[list[float]], num_beams: int | list[int], allowed: set[int] | None
 ) -> list[tuple[float, Code]]:
     """A whole search of one request whose logits, log-probabilities already, depend on the level alone."""
     beams: list[tuple[float, Code]] = [(0.0, ())]
-    for row in logits:
+    widths = num_beams if isinstance(num_beams, list) else [num_beams] * len(logits)
+    for row, width in zip(logits, widths, strict=True):
         found = candidates(
             catalog,
             [row] * len(beams),
@@ -94,7 +95,7 @@ def search(
             [score for score, _ in beams],
             allowed=allowed,
         )
-        beams = [(score, (*beams[parent][1], token)) for score, (parent, token) in best(found, num_beams)]
+        beams = [(score, (*beams[parent][1], token)) for score, (parent, token) in best(found, width)]
     return beams
 
 

@@ -9,23 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dgi_kernels import HiddenStates, Trie, backends, beam_search
+from dgi_kernels import HiddenStates, Trie, beam_search
 
-from . import oracles
-from .oracles import Catalog, random_catalog
-from .tries import make
-
-BACKENDS = ["reference", *(["native"] if backends()["native"].available else [])]
-
-
-def brute_force(catalog: Catalog, levels: list[list[float]], widths: list[int]) -> list[tuple[float, tuple[int, ...]]]:
-    """The search of one request whose log-probabilities depend on the level alone."""
-    beams: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
-    for row, width in zip(levels, widths, strict=True):
-        prefixes, scores = [prefix for _, prefix in beams], [score for score, _ in beams]
-        found = oracles.step_candidates(catalog, [row] * len(beams), prefixes, scores, "none", None, None)
-        beams = [(score, (*prefixes[parent], token)) for score, (parent, token) in oracles.best(found, width)]
-    return beams
+from . import beam_cases
+from .beam_cases import BACKENDS
+from .tries import make, random_catalog
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -54,7 +42,7 @@ def test_each_level_keeps_its_own_number(backend: str) -> None:
         assert asked == [(batch, width) for width in widths[: len(asked)]]
         assert result.codes.shape == (batch, widths[-1], catalog.depth)
         for b in range(batch):
-            expected = brute_force(catalog, [level[b, 0].tolist() for level in levels], widths)
+            expected = beam_cases.search(catalog, [level[b, 0].tolist() for level in levels], widths, None)
             dead = widths[-1] - len(expected)
             assert result.scores[b].tolist() == [score for score, _ in expected] + [-math.inf] * dead
             assert list(map(tuple, result.codes[b].tolist())) == (
