@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 from dgi_kernels import tiles
 from dgi_kernels import triton_common as common
 from dgi_kernels.cosine import triton as cosine
-from dgi_kernels.cosine.options import LossOptions
+from dgi_kernels.cosine.options import Columns, LossOptions
 from dgi_kernels.gumbel import triton_softmax as softmax
 from dgi_kernels.quantize import triton as quantize
 from dgi_kernels.quantize.options import QuantizeOptions
@@ -135,15 +135,14 @@ def cosine_launches() -> Iterator[Launch]:
                 h = torch.randn(rows, dim).to(dtype).requires_grad_()
                 weight = torch.randn(codes, dim).to(dtype).requires_grad_()
                 target, scale = torch.zeros(rows, dtype=torch.int64), torch.tensor(30.0, requires_grad=True)
-                bias = torch.randn(codes, requires_grad=True) if columns else None
-                same_as = torch.arange(codes) if columns else None
+                given = Columns.neutral(weight) if columns else Columns()
                 # With columns left out, smoothing is for chunks.
                 smoothing = 0.0 if columns and cosine.uses_flash(dim, dtype) and dim <= cosine.COLUMNS_LARGEST else 0.1
                 options = LossOptions(label_smoothing=smoothing, return_log_normalizer=columns)
-                loss, lse = cosine.cosine_cross_entropy(h, weight, target, scale, bias, same_as, options)
+                loss, lse = cosine.cosine_cross_entropy(h, weight, target, scale, given, options)
                 (loss if lse is None else loss + lse.sum()).backward()
                 with torch.no_grad():
-                    cosine.cosine_cross_entropy(h, weight, target, scale, bias, same_as, options)
+                    cosine.cosine_cross_entropy(h, weight, target, scale, given, options)
 
             label = f"{str(dtype).removeprefix('torch.')} D={dim}{' columns' * columns}"
             yield from launches_of(label, call)

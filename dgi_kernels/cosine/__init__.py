@@ -16,7 +16,7 @@ from torch import Tensor
 from dgi_kernels import checks
 from dgi_kernels.backend import choose
 from dgi_kernels.cosine import native, reference
-from dgi_kernels.cosine.options import LossOptions
+from dgi_kernels.cosine.options import Columns, LossOptions
 from dgi_kernels.enums import REDUCTIONS
 from dgi_kernels.types import Backend, Reduction
 
@@ -161,13 +161,13 @@ def cosine_cross_entropy(
     """
     h, weight, scale, eps = check_operands(h, weight, scale, eps)
     options = check_loss(h, target, ignore_index, reduction, label_smoothing, eps, return_log_normalizer)
-    bias, same_as = check_columns(weight, bias, same_as)
+    columns = Columns.check(weight, bias=bias, same_as=same_as)
     target = checks.index("target", target.long(), 0, weight.shape[0], also=options.ignore_index)
     dtype = torch.promote_types(h.dtype, weight.dtype)
     chosen = choose("cosine_cross_entropy", backend, h.device, dtype)
     if chosen == "native":
         loss, log_normalizer = native.cosine_cross_entropy(
-            h, weight, target, scale, bias, same_as, options, reference.cosine_cross_entropy
+            h, weight, target, scale, columns, options, reference.cosine_cross_entropy
         )
         return loss if log_normalizer is None else (loss, log_normalizer)
     shape, compute = target.shape, checks.compute_dtype(dtype)
@@ -177,13 +177,15 @@ def cosine_cross_entropy(
         if chosen == "triton":
             from dgi_kernels.cosine import triton
 
-            loss, log_normalizer = triton.cosine_cross_entropy(h, weight, target, scale, bias, same_as, options)
+            loss, log_normalizer = triton.cosine_cross_entropy(h, weight, target, scale, columns, options)
         else:
-            columns = None if bias is None else bias.to(compute)
-            if columns is not None and factor is not None:
-                columns = columns / factor
             loss, log_normalizer = reference.cosine_cross_entropy(
-                h.to(compute), weight.to(compute), target, checks.to_dtype(scale, compute), columns, same_as, options
+                h.to(compute),
+                weight.to(compute),
+                target,
+                checks.to_dtype(scale, compute),
+                columns.within(compute, factor),
+                options,
             )
         if factor is not None:
             loss, log_normalizer = loss * factor, None if log_normalizer is None else log_normalizer * factor
@@ -242,15 +244,3 @@ def check_loss(
         eps,
         return_log_normalizer,
     )
-
-
-def check_columns(weight: Tensor, bias: Tensor | None, same_as: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """What there may be for every row of ``weight``: checked."""
-    if bias is not None:
-        checks.float_tensor("bias", bias, like=weight)
-        checks.shape("bias", bias, (weight.shape[0],), "(K,)")
-    if same_as is not None:
-        checks.tensor("same_as", same_as, dtypes=checks.INDEX_DTYPES, like=weight)
-        checks.shape("same_as", same_as, (weight.shape[0],), "(K,)")
-        same_as = same_as.long()
-    return bias, same_as

@@ -11,18 +11,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dgi_kernels import checks
 from dgi_kernels.collectives import Group, all_gather, gather_rows, rank, world_size
 from dgi_kernels.cosine import cosine_cross_entropy, left_out
-from dgi_kernels.cosine.modules import check_max_scale, log_scale_parameter, read_0d_log_scale, scale_of, scale_repr
-from dgi_kernels.enums import REDUCTIONS
+from dgi_kernels.cosine.modules import ScaledLoss, scale_repr
 from dgi_kernels.types import Backend, Reduction
 
 
-class _ContrastiveLoss(nn.Module):
-    """What both losses keep: the scale, and the options of the op."""
+class _ContrastiveLoss(ScaledLoss):
+    """What both losses keep beside the scale: whose candidates count."""
 
     def __init__(
         self,
@@ -38,21 +37,9 @@ class _ContrastiveLoss(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.max_scale = check_max_scale(max_scale)
-        self.log_scale = log_scale_parameter(scale, learnable_scale, device, dtype)
-        self.register_load_state_dict_pre_hook(read_0d_log_scale)
-        checks.choice("reduction", reduction, REDUCTIONS)
-        self.reduction: Reduction = reduction
+        super().__init__(scale, learnable_scale, max_scale, reduction, eps, backend, device, dtype)
         self.across_ranks = across_ranks
         self.group = group
-        self.eps = checks.number("eps", eps, positive=True)
-        self.backend = backend
-
-    @property
-    def scale(self) -> Tensor:
-        """0-d gamma, with its gradient."""
-        return scale_of(self.log_scale, self.max_scale)
 
     @property
     def ranks(self) -> int:

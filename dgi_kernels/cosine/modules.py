@@ -7,7 +7,7 @@ one element and not a 0-d one, which FSDP cannot shard.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,11 @@ from dgi_kernels import checks
 from dgi_kernels.cosine import cosine_cross_entropy, cosine_logits
 from dgi_kernels.enums import REDUCTIONS
 from dgi_kernels.types import Backend, Reduction
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from dgi_kernels.cosine.options import ColumnOptions
 
 
 class CosineLinear(nn.Module):
@@ -104,35 +109,62 @@ class CosineLinear(nn.Module):
         h: Tensor,
         target: Tensor,
         *,
-        bias: Tensor | None = None,
-        same_as: Tensor | None = None,
         return_log_normalizer: bool = False,
         ignore_index: int = -100,
         reduction: Reduction = "mean",
         label_smoothing: float = 0.0,
+        **columns: Unpack[ColumnOptions],
     ) -> Any:
         """``F.cross_entropy(self(h) + bias, target, ...)`` that never forms the logits; see
-        :func:`dgi_kernels.cosine_cross_entropy`."""
+        :func:`dgi_kernels.cosine_cross_entropy`, whose ``bias`` and ``same_as`` are ``columns`` here."""
         return cosine_cross_entropy(
             h,
             self.vectors,
             target,
             self.scale,
-            bias=bias,
-            same_as=same_as,
             return_log_normalizer=return_log_normalizer,
             ignore_index=ignore_index,
             reduction=reduction,
             label_smoothing=label_smoothing,
             eps=self.eps,
             backend=self.backend,
+            **columns,
         )
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {scale_repr(self.log_scale)}"
 
 
-class CosineCrossEntropyLoss(nn.Module):
+class ScaledLoss(nn.Module):
+    """What the modules of losses share: the scale, its bound, the reduction, and how the op is called."""
+
+    def __init__(
+        self,
+        scale: float,
+        learnable_scale: bool,
+        max_scale: float | None,
+        reduction: Reduction,
+        eps: float,
+        backend: Backend,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.max_scale = check_max_scale(max_scale)
+        self.log_scale = log_scale_parameter(scale, learnable_scale, device, dtype)
+        self.register_load_state_dict_pre_hook(read_0d_log_scale)
+        checks.choice("reduction", reduction, REDUCTIONS)
+        self.reduction: Reduction = reduction
+        self.eps = checks.number("eps", eps, positive=True)
+        self.backend = backend
+
+    @property
+    def scale(self) -> Tensor:
+        """0-d gamma, with its gradient."""
+        return scale_of(self.log_scale, self.max_scale)
+
+
+class CosineCrossEntropyLoss(ScaledLoss):
     """Cross-entropy of scaled cosine logits against vectors given with every call, such as a batch's items (InfoNCE).
 
     For a fixed set of vectors that are parameters, use :meth:`CosineLinear.loss`.
@@ -174,21 +206,9 @@ class CosineCrossEntropyLoss(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.max_scale = check_max_scale(max_scale)
-        self.log_scale = log_scale_parameter(scale, learnable_scale, device, dtype)
-        self.register_load_state_dict_pre_hook(read_0d_log_scale)
+        super().__init__(scale, learnable_scale, max_scale, reduction, eps, backend, device, dtype)
         self.ignore_index = checks.integer("ignore_index", ignore_index)
-        checks.choice("reduction", reduction, REDUCTIONS)
-        self.reduction: Reduction = reduction
         self.label_smoothing = checks.number("label_smoothing", label_smoothing, low=0.0, high=1.0)
-        self.eps = checks.number("eps", eps, positive=True)
-        self.backend = backend
-
-    @property
-    def scale(self) -> Tensor:
-        """0-d gamma, with its gradient."""
-        return scale_of(self.log_scale, self.max_scale)
 
     def forward(
         self,
@@ -196,27 +216,25 @@ class CosineCrossEntropyLoss(nn.Module):
         weight: Tensor,
         target: Tensor,
         *,
-        bias: Tensor | None = None,
-        same_as: Tensor | None = None,
         return_log_normalizer: bool = False,
+        **columns: Unpack[ColumnOptions],
     ) -> Any:
         """The loss of ``h`` (..., D) against ``weight`` (K, D) with ``target`` (...).
 
-        The options are those of :func:`dgi_kernels.cosine_cross_entropy`.
+        The options are those of :func:`dgi_kernels.cosine_cross_entropy`, ``columns`` its ``bias`` and ``same_as``.
         """
         return cosine_cross_entropy(
             h,
             weight,
             target,
             self.scale,
-            bias=bias,
-            same_as=same_as,
             return_log_normalizer=return_log_normalizer,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
             eps=self.eps,
             backend=self.backend,
+            **columns,
         )
 
     def extra_repr(self) -> str:

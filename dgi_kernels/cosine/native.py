@@ -17,7 +17,7 @@ from torch import Tensor
 from dgi_kernels import checks
 from dgi_kernels._extension import fake_kernel
 from dgi_kernels.backend import tracing
-from dgi_kernels.cosine.options import LossOptions
+from dgi_kernels.cosine.options import Columns, LossOptions
 from dgi_kernels.enums import REDUCTIONS
 from dgi_kernels.native_common import create_graph, gradients_of, wants_gradients
 
@@ -38,8 +38,7 @@ def cosine_cross_entropy(
     weight: Tensor,
     target: Tensor,
     scale: float | Tensor,
-    bias: Tensor | None,
-    same_as: Tensor | None,
+    columns: Columns,
     options: LossOptions,
     reference: Reference,
 ) -> tuple[Tensor, Tensor | None]:
@@ -48,8 +47,8 @@ def cosine_cross_entropy(
     A target out of range gives NaN for its row.
     """
     scale = checks.scalar_tensor(scale, checks.compute_dtype(h.dtype), h.device)
-    if bias is not None:
-        bias = bias.to(scale.dtype)
+    columns = columns.within(scale.dtype)
+    bias, same_as = columns.bias, columns.same_as
     by_row = options.per_row() if options.return_log_normalizer else options
     if wants_gradients(h, weight, scale, *(() if bias is None else (bias,))):
         loss, log_normalizer = _CosineCrossEntropy.apply(h, weight, scale, bias, target, same_as, by_row, reference)
@@ -196,7 +195,8 @@ class _CosineCrossEntropy(torch.autograd.Function):
         if create_graph():
 
             def outputs(h: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> list[Tensor]:
-                both = ctx.reference(_rows(h), weight, target.reshape(-1), scale, bias, same_as, ctx.options)
+                columns = Columns(bias, same_as)
+                both = ctx.reference(_rows(h), weight, target.reshape(-1), scale, columns, ctx.options)
                 by_row = ctx.options.reduction == "none"
                 return [x.view(target.shape) if by_row else x for x in both if x is not None]
 

@@ -27,13 +27,13 @@ from dgi_kernels import checks
 from dgi_kernels.backend import checks_values
 from dgi_kernels.collectives import Group, all_gather, all_reduce, gather_rows, rank, sum_gradients, world_size
 from dgi_kernels.cosine import (
-    check_columns,
     check_loss,
     check_operands,
     cosine_cross_entropy,
     cosine_logits,
     left_out,
 )
+from dgi_kernels.cosine.options import Columns
 from dgi_kernels.types import Backend, Reduction, Rows
 
 ROWS: tuple[str, ...] = get_args(Rows)
@@ -150,12 +150,11 @@ def vocabulary_parallel_cosine_cross_entropy(
         )
     h, weight, scale, eps = check_operands(h, weight, scale, eps)
     options = check_loss(h, target, ignore_index, reduction, label_smoothing, eps, return_log_normalizer)
-    bias, same_as = check_columns(weight, bias, same_as)
+    own = Columns.check(weight, bias=bias, same_as=same_as)
     sharded, shape, ignore_index = rows == "sharded", target.shape, options.ignore_index
     h, target = h.reshape(target.numel(), h.shape[-1]), target.flatten().long()
 
-    given = 2 * (bias is not None) + (same_as is not None)
-    sizes = _shard_sizes(h, weight, sharded, given, group)
+    sizes = _shard_sizes(h, weight, sharded, own.given, group)
     if sharded:
         h, target = gather_rows(h, group), all_gather(target, group)
     else:
@@ -169,9 +168,9 @@ def vocabulary_parallel_cosine_cross_entropy(
     h = h.masked_fill(ignored.unsqueeze(-1), 0)  # padding may be anything, NaN too
     place = target - sizes[: rank(group)].sum()
     owned = ~ignored & (place >= 0) & (place < weight.shape[0])
-    shard = _Shard(weight, bias, scale, eps, backend)
-    columns = None if same_as is None else left_out.find(_items(same_as, place, owned, group), same_as)
-    if bias is None and columns is None:
+    shard = _Shard(weight, own.bias, scale, eps, backend)
+    columns = None if own.same_as is None else left_out.find(_items(own.same_as, place, owned, group), own.same_as)
+    if own.bias is None and columns is None:
         nll, logit, lse = shard.part(h, place, owned, ignored)
     else:
         nll, logit, lse = shard.part_of_columns(h, place, owned, ignored, columns)
@@ -197,18 +196,19 @@ def vocabulary_parallel_cosine_cross_entropy(
     return loss, log_normalizer.masked_fill(ignored, 0).masked_fill(wild, torch.nan).reshape(shape)
 
 
-def _shard_sizes(h: Tensor, weight: Tensor, sharded: bool, given: int, group: Group) -> Tensor:
+def _shard_sizes(h: Tensor, weight: Tensor, sharded: bool, given: dict[str, bool], group: Group) -> Tensor:
     """(R,) int64: every rank's number of rows of the weight.  What must be the same on all ranks is, or all raise."""
-    values = (*weight.shape, h.shape[0], 2 * given + sharded)
+    flags = sum(2**i for i, there in enumerate((sharded, *given.values())) if there)
+    values = (*weight.shape, h.shape[0], flags)
     own = torch.stack([torch.full((), value, device=h.device) for value in values])
     everyone = all_gather(own[None], group)
     if checks_values(h.device):
-        _, dim, rows, flags = everyone.unbind(1)
+        _, dim, rows, all_flags = everyone.unbind(1)
         for what, numbers in (
             ("D of weight", dim),
             ("number of rows of h", rows),
-            ("rows", flags % 2),
-            ("which of bias and same_as are given", flags // 2),
+            ("rows", all_flags % 2),
+            (f"which of {' and '.join(given)} are given", all_flags // 2),
         ):
             seen = numbers.tolist()
             if len(set(seen)) > 1:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dgi_kernels.cosine.options import LossOptions
+from dgi_kernels.cosine.options import Columns, LossOptions
 
 
 def cosine_logits(h: Tensor, weight: Tensor, scale: float | Tensor, eps: float) -> Tensor:
@@ -25,25 +25,24 @@ def cosine_cross_entropy(
     weight: Tensor,
     target: Tensor,
     scale: float | Tensor,
-    bias: Tensor | None,
-    same_as: Tensor | None,
+    columns: Columns,
     options: LossOptions,
 ) -> tuple[Tensor, Tensor | None]:
-    """(N, D), (K, D), (N,) int64, bias (K,), same_as (K,) int64 -> loss () or (N,), log normalizer (N,) if wanted.
+    """(N, D), (K, D), (N,) int64 -> loss () or (N,), log normalizer (N,) if wanted.
 
     A target out of range gives NaN for its row.
     """
     logits = cosine_logits(h, weight, scale, options.eps)
-    if bias is not None:
-        logits = logits + bias
+    if columns.bias is not None:
+        logits = logits + columns.bias
     ignored = target == options.ignore_index
     wild = ~ignored & ((target < 0) | (target >= weight.shape[0]))
     label = target.masked_fill(ignored | wild, -100)
     smoothing = options.label_smoothing
-    if same_as is None or weight.shape[0] == 0:
+    if columns.same_as is None or weight.shape[0] == 0:
         loss = F.cross_entropy(logits, label, ignore_index=-100, reduction="none", label_smoothing=smoothing)
     else:
-        repeated = repeated_columns(label, same_as)
+        repeated = repeated_columns(label, columns.same_as)
         logits = logits.masked_fill(repeated, -torch.inf)
         loss = F.cross_entropy(logits, label, ignore_index=-100, reduction="none")
         if smoothing:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 import triton
@@ -20,84 +19,48 @@ from dgi_kernels import tiles as measured
 from dgi_kernels import triton_common as common
 from dgi_kernels.cosine import triton_chunks as chunks
 from dgi_kernels.cosine import triton_kernels as kernels
-from dgi_kernels.cosine.options import LossOptions
+from dgi_kernels.cosine.options import Columns, LossOptions
+from dgi_kernels.cosine.triton_launch import (
+    COLUMNS_LARGEST,
+    chunk_gain,
+    finish,
+    flash_config,
+    flash_forward,
+    flash_hidden,
+    meet_targets,
+    tiled,
+    tiled_dim,
+    uses_flash,
+    weighted_sum,
+    with_columns,
+)
+from dgi_kernels.cosine.triton_launch import (
+    FLASH as FLASH,
+)
+from dgi_kernels.cosine.triton_launch import (
+    FlashConfig as FlashConfig,
+)
 from dgi_kernels.triton_common import (
     CHUNK_BYTES,
     HALF,
     LN2,
-    NORM_BLOCK,
     ORDER_FROM,
-    Tiles,
     add_product,
-    finish_block,
     gain_of,
     multiprocessors,
     norms,
     or_one,
     product,
 )
+from dgi_kernels.triton_common import (
+    Tiles as Tiles,
+)
 
 # Base-2 logarithm of the part of its row's mass below which a weight needs no product: what float32 sums drop, and for
 # 16-bit operands the square of the rounding (2^-9 in bfloat16, 2^-11 in float16) that every weight suffers anyway.
 LOG2_SKIP = {torch.float32: -24.0, torch.float16: -22.0, torch.bfloat16: -18.0}
-
-
-class FlashConfig(NamedTuple):
-    """Tiles of the pass that keeps a mean of w for every row, and of the two others: for dw, and for the loss alone."""
-
-    forward: Tiles
-    weight: Tiles
-
-
-# Architecture -> dimensions up to -> tiles: all that the launchers can choose, each compiled by bench/gpu_code.py. They
-# are the largest tried that spill no registers; which are the fastest is to be measured, and is then kept by GPU model
-# in dgi_kernels/tiles. Others than 9 and 10 take those of 8, which need at most 99 KB of shared memory.
-FLASH = {
-    8: {
-        64: FlashConfig(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3)),
-        128: FlashConfig(Tiles(128, 32, 8, 3), Tiles(128, 64, 8, 2)),
-        256: FlashConfig(Tiles(64, 64, 8, 2), Tiles(128, 32, 8, 2)),
-    },
-    9: {
-        64: FlashConfig(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3)),
-        128: FlashConfig(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3)),
-        256: FlashConfig(Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2)),
-    },
-    10: {
-        64: FlashConfig(Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 3)),
-        128: FlashConfig(Tiles(128, 32, 8, 3), Tiles(64, 64, 8, 3)),
-        256: FlashConfig(Tiles(64, 64, 8, 2), Tiles(128, 32, 8, 2)),
-    },
-}
-FLASH_LARGEST = 256
-COLUMNS_LARGEST = 128  # where columns have more than their vectors, or log-normalizers a gradient: both take registers
 CHUNK_STEP = 2048  # columns of one pass of the chunked epilogues
-SUM_BLOCK = (32, 64)
-SUM_PROGRAMS = 64
 BIAS_BLOCK = (32, 64)  # rows, columns
-
-
-def uses_flash(dim: int, dtype: torch.dtype) -> bool:
-    """Flash or chunked form: the one place that chooses.
-
-    float32 is chunked: Triton's exact float32 product does not reach cuBLAS's. Beyond D = 256 the float32 accumulators
-    of a tile of whole rows do not fit the registers. Both crossovers are to be measured on a GPU.
-    """
-    return dtype in HALF and dim <= FLASH_LARGEST
-
-
-def flash_config(dim: int, device: torch.device) -> tuple[int, FlashConfig]:
-    """Dimensions of a tile, and the tiles, for vectors of ``dim`` dimensions."""
-    table = FLASH.get(common.architecture(device), FLASH[8])
-    b_d = min(largest for largest in table if dim <= largest)
-    return b_d, FlashConfig(
-        *(measured.pick(f"cosine.{name}", b_d, tiles, device) for name, tiles in table[b_d]._asdict().items())
-    )
-
-
-def with_columns(tiles: Tiles, b_d: int) -> Tiles:
-    """Those of a pass whose columns have a bias or a group, or whose rows have two gradients: smaller, not to spill."""
-    return tiles if b_d <= 64 else tiles._replace(step=max(16, tiles.step // 2))
 
 
 def cosine_cross_entropy(
@@ -105,12 +68,13 @@ def cosine_cross_entropy(
     weight: Tensor,
     target: Tensor,
     scale: float | Tensor,
-    bias: Tensor | None,
-    same_as: Tensor | None,
+    columns: Columns,
     options: LossOptions,
 ) -> tuple[Tensor, Tensor | None]:
-    """(N, D), (K, D), (N,) int64, bias (K,), same_as (K,) int64 -> loss () or (N,) float32, log normalizer (N,) float32
-    if wanted; a target out of range gives NaN for its row."""
+    """(N, D), (K, D), (N,) int64 -> loss () or (N,) float32, log normalizer (N,) float32 if wanted.
+
+    A target out of range gives NaN for its row.
+    """
     scale = checks.scalar_tensor(scale, torch.float32, h.device)
     keep_mean = torch.is_grad_enabled() and h.requires_grad
     loss, lse, *_ = _forward(
@@ -118,8 +82,8 @@ def cosine_cross_entropy(
         weight,
         target,
         scale,
-        None if bias is None else bias.float(),
-        None if same_as is None else _groups(same_as),
+        columns.within(torch.float32).bias,
+        None if columns.same_as is None else _groups(columns.same_as),
         options.ignore_index,
         options.label_smoothing,
         options.eps,
@@ -163,43 +127,27 @@ def _forward(
     loss, lse, residue, mean, centre, rnorm_h, rnorm_w, label, order = outputs
     if h.shape[0] == 0:
         return outputs
-    h, weight = _tiled(h), _tiled(weight)
+    h, weight = tiled(h), tiled(weight)
     bias = None if bias is None else bias.contiguous()
     (rows, dim), codes = h.shape, weight.shape[0]
     smooth_apart = groups is not None and smoothing > 0  # the chunks' epilogue adds up the scores that count itself
     with torch.cuda.device_of(h):
         norms(weight, eps, rnorm_w)
-        _weighted_sum(weight, rnorm_w, 0.0 if smooth_apart else smoothing / max(codes, 1), centre)
+        weighted_sum(weight, rnorm_w, 0.0 if smooth_apart else smoothing / max(codes, 1), centre)
         bias_centre = None
         if bias is not None and smoothing > 0:
             bias_centre = bias.new_zeros(()) if smooth_apart else bias.mean() * smoothing
         logit, extra = torch.empty_like(loss), torch.empty_like(loss)
         key = torch.empty_like(label)
-        b_n, b_d = NORM_BLOCK
-        kernels.target_kernel[(triton.cdiv(rows, b_n),)](
+        meet_targets(
             h,
             weight,
-            p_target=target.contiguous(),
-            p_scale=scale,
-            p_bias=bias,
-            p_centre=centre,
-            p_bias_centre=bias_centre,
-            p_rnorm=rnorm_h,
-            p_logit=logit,
-            p_extra=extra,
-            p_label=label,
-            p_key=key,
-            N=rows,
-            K=codes,
-            D=dim,
-            stride_h=h.stride(0),
-            stride_w=weight.stride(0),
-            ignore_index=ignore_index,
-            eps=eps,
-            smoothing=smoothing,
-            b_n=b_n,
-            b_d=b_d,
-            num_warps=4,
+            {"p_target": target.contiguous(), "p_scale": scale, "p_centre": centre},
+            {"p_bias": bias, "p_bias_centre": bias_centre},
+            {"p_rnorm": rnorm_h, "p_logit": logit, "p_extra": extra, "p_label": label, "p_key": key},
+            ignore_index,
+            eps,
+            smoothing,
         )
         terms = _terms(bias, groups)
         if not len(order):
@@ -232,36 +180,10 @@ def _forward(
         tiles = config.forward if keep_mean else config.weight
         if bias is not None or groups is not None:
             tiles = with_columns(tiles, b_d)
-        kernels.flash_forward_kernel[(triton.cdiv(rows, tiles.owned),)](
-            h,
-            weight,
-            p_rnorm_h=rnorm_h,
-            p_rnorm_w=rnorm_w,
-            **terms,
-            p_logit=logit,
-            p_extra=extra,
-            p_label=label,
-            p_order=order,
-            p_scale=scale,
-            p_gain=gain,
-            p_loss=loss,
-            p_lse=lse,
-            p_residue=residue,
-            p_mean=mean,
-            N=rows,
-            K=codes,
-            D=dim,
-            stride_h=h.stride(0),
-            stride_w=weight.stride(0),
-            smoothing=smoothing,
-            log2_skip=LOG2_SKIP[h.dtype],
-            with_mean=keep_mean,
-            b_n=tiles.owned,
-            b_k=tiles.step,
-            b_d=b_d,
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
-        )
+        rows_of = {"p_rnorm_h": rnorm_h, "p_logit": logit, "p_extra": extra, "p_label": label, "p_order": order}
+        results = {"p_loss": loss, "p_lse": lse, "p_residue": residue, "p_mean": mean}
+        shared = {"p_rnorm_w": rnorm_w, **terms, "p_scale": scale, "p_gain": gain}
+        flash_forward(h, weight, {**rows_of, **shared, **results}, smoothing, LOG2_SKIP[h.dtype], keep_mean, tiles, b_d)
     return outputs
 
 
@@ -287,7 +209,7 @@ def _empty_outputs(
     keep_mean: bool,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows, codes, dim = h.shape[0], weight.shape[0], _tiled_dim(h.shape[1])
+    rows, codes, dim = h.shape[0], weight.shape[0], tiled_dim(h.shape[1])
     flash = _is_flash(dim, h.dtype, bias, groups, smoothing, with_lse)
     loss, lse, residue, rnorm_h = (h.new_empty(rows, dtype=torch.float32) for _ in range(4))
     return (
@@ -399,32 +321,12 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    of_loss,
-    of_lse,
-    h,
-    weight,
-    scale,
-    bias,
-    groups,
-    lse,
-    residue,
-    mean,
-    centre,
-    rnorm_h,
-    rnorm_w,
-    label,
-    order,
-    smoothing,
-    eps,
-    need_h,
-    need_weight,
-    need_bias,
-):
+def _(of_loss, of_lse, h, weight, scale, *others):
+    need_h, need_weight, need_bias = others[-3:]
     return (
         h.new_empty(h.shape if need_h else (0, 0)),
         weight.new_empty(weight.shape if need_weight else (0, 0)),
-        rnorm_w.new_empty(len(weight) if need_bias else 0),
+        h.new_empty(len(weight) if need_bias else 0, dtype=torch.float32),
         torch.empty_like(scale),
     )
 
@@ -440,7 +342,7 @@ def _gradients(
         return dh, dweight.zero_(), dbias, torch.zeros_like(saved.scale)
     upstream = _upstream(of_loss, of_lse, saved, need_bias)
     saved = replace(
-        saved, h=_tiled(h), weight=_tiled(weight), bias=None if saved.bias is None else saved.bias.contiguous()
+        saved, h=tiled(h), weight=tiled(weight), bias=None if saved.bias is None else saved.bias.contiguous()
     )
     with torch.cuda.device_of(h):
         if not len(saved.order):
@@ -450,7 +352,19 @@ def _gradients(
         if need_weight or need_bias or not by_row:
             radial = _flash_weight(upstream, saved, dweight, dbias)
         if by_row:
-            radial = _flash_hidden(upstream, saved, dh)
+            rows = {
+                "p_rnorm_h": saved.rnorm_h,
+                "p_rnorm_w": saved.rnorm_w,
+                "p_residue": saved.residue,
+                "p_upstream": upstream.loss,
+                "p_both": upstream.both,
+                "p_own": upstream.own,
+                "p_label": saved.label,
+            }
+            h, weight = saved.h, saved.weight
+            radial = flash_hidden(
+                h, weight, saved.mean, saved.centre, saved.scale, rows, saved.smoothing, saved.eps, dh
+            )
     return dh, dweight, dbias, radial.sum()
 
 
@@ -490,50 +404,11 @@ def _differentiate(ctx, of_loss: Tensor | None, of_lse: Tensor | None, *_):
         None,
         dscale if need_scale else None,
         dbias if need_bias else None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
+        *(None,) * 6,
     )
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
-
-
-def _flash_hidden(upstream: Upstream, saved: Saved, dh: Tensor) -> Tensor:
-    """Fill dh where it has elements; return each row's part of dscale."""
-    h, weight = saved.h, saved.weight
-    radial = torch.empty_like(upstream.loss)
-    b_n, b_d = finish_block(h.shape[1])
-    kernels.flash_hidden_kernel[(triton.cdiv(len(h), b_n),)](
-        saved.mean,
-        h,
-        weight,
-        p_rnorm_h=saved.rnorm_h,
-        p_rnorm_w=saved.rnorm_w,
-        p_residue=saved.residue,
-        p_upstream=upstream.loss,
-        p_both=upstream.both,
-        p_own=upstream.own,
-        p_label=saved.label,
-        p_scale=saved.scale,
-        p_centre=saved.centre,
-        p_out=dh,
-        p_radial=radial,
-        N=len(h),
-        D=h.shape[1],
-        width=dh.shape[1],
-        stride_h=h.stride(0),
-        stride_w=weight.stride(0),
-        smoothing=saved.smoothing,
-        eps=saved.eps,
-        b_n=b_n,
-        b_d=b_d,
-        num_warps=4,
-    )
-    return radial
 
 
 def _flash_weight(upstream: Upstream, saved: Saved, dweight: Tensor, dbias: Tensor) -> Tensor:
@@ -544,7 +419,7 @@ def _flash_weight(upstream: Upstream, saved: Saved, dweight: Tensor, dbias: Tens
         return saved.rnorm_w
     radial = torch.empty_like(saved.rnorm_w)
     centre = torch.empty_like(h[0], dtype=torch.float32)
-    _weighted_sum(h, upstream.loss * saved.rnorm_h, saved.smoothing / codes, centre)
+    weighted_sum(h, upstream.loss * saved.rnorm_h, saved.smoothing / codes, centre)
     gain = gain_of((upstream.largest() * saved.rnorm_h).abs(), h.dtype)
     per_row = upstream.loss * saved.rnorm_h if upstream.both is None else None
     b_d, (_, tiles) = flash_config(dim, h.device)
@@ -587,15 +462,16 @@ def _flash_weight(upstream: Upstream, saved: Saved, dweight: Tensor, dbias: Tens
     if of_bias is not None:
         torch.sum(of_bias, 0, out=dbias)
         dbias -= upstream.loss.sum() * (saved.smoothing / codes)
-    _finish(partial, largest, weight, saved.rnorm_w, saved, gain, centre, False, dweight, radial)
+    finish(partial, largest, weight, saved.rnorm_w, gain, centre, saved.scale, saved.eps, False, dweight, radial)
     return radial.mul_(saved.rnorm_w)
 
 
 def _chunked_gradients(upstream: Upstream, saved: Saved, dh: Tensor, dweight: Tensor, dbias: Tensor) -> Tensor:
     """Fill dh, dweight and dbias where they have elements; return each row's part of dscale."""
     h, weight, rnorm_h, rnorm_w = saved.h, saved.weight, saved.rnorm_h, saved.rnorm_w
+    scale, eps = saved.scale, saved.eps
     (_, dim), codes = h.shape, weight.shape[0]
-    gain = _chunk_gain(upstream.largest() * or_one(rnorm_h), rnorm_w, h.dtype)
+    gain = chunk_gain(upstream.largest() * or_one(rnorm_h), rnorm_w, h.dtype)
     per_row = (upstream.loss if upstream.both is None else 1.0) * or_one(rnorm_h)
     if gain is not None:
         per_row = per_row * gain
@@ -636,20 +512,12 @@ def _chunked_gradients(upstream: Upstream, saved: Saved, dh: Tensor, dweight: Te
             add_product(g.T, h[own], total)
         row_total = s.new_empty(1, len(s), dim)
         product(g, weight, row_total[0])
-        _finish(row_total, None, h[own], rnorm_h[own], saved, gain, nothing, True, dh[own], radial[own])
+        finish(row_total, None, h[own], rnorm_h[own], gain, nothing, scale, eps, True, dh[own], radial[own])
     if dweight.numel():
-        _finish(total[None], None, weight, rnorm_w, saved, gain, nothing, True, dweight, None)
+        finish(total[None], None, weight, rnorm_w, gain, nothing, scale, eps, True, dweight, None)
     if of_bias is not None:
         torch.sum(of_bias, 0, out=dbias)
     return radial
-
-
-def _chunk_gain(per_row: Tensor, rnorm_w: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """For weights of up to per_row (N,) times the reciprocal norm of the column."""
-    if dtype != torch.float16 or per_row.numel() == 0:
-        return None
-    largest = per_row.abs().amax()
-    return gain_of(largest * or_one(rnorm_w).amax() if rnorm_w.numel() else largest, dtype)
 
 
 def _chunks(h: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -660,79 +528,3 @@ def _chunks(h: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
         if buffer is None:
             buffer = h.new_empty(own.stop, len(weight), dtype=torch.float32)
         yield own, buffer[: own.stop - own.start]
-
-
-def _weighted_sum(x: Tensor, weight: Tensor, factor: float, out: Tensor) -> None:
-    """out (D,) = factor sum_n weight_n x_n; no pass over x for the factor 0 of a loss without smoothing."""
-    rows, dim = x.shape
-    if factor == 0 or rows == 0:
-        out.zero_()
-        return
-    b_n, b_d = SUM_BLOCK
-    rows_each = triton.cdiv(triton.cdiv(rows, SUM_PROGRAMS), b_n) * b_n
-    partial = x.new_empty(triton.cdiv(rows, rows_each), dim, dtype=torch.float32)
-    kernels.weighted_sum_kernel[(len(partial), triton.cdiv(dim, b_d))](
-        x,
-        p_weight=weight,
-        p_partial=partial,
-        N=rows,
-        D=dim,
-        stride=x.stride(0),
-        rows_each=rows_each,
-        b_n=b_n,
-        b_d=b_d,
-        num_warps=4,
-    )
-    torch.mul(partial.sum(0), factor, out=out)
-
-
-def _finish(
-    partial: Tensor,
-    largest: Tensor | None,
-    x: Tensor,
-    rnorm: Tensor,
-    saved: Saved,
-    gain: Tensor | None,
-    centre: Tensor,
-    scaled: bool,
-    out: Tensor,
-    product: Tensor | None,
-) -> None:
-    """out (rows, width), or nothing at all, from partial (splits, rows, dim), times largest (splits, rows)."""
-    splits, rows, dim = partial.shape
-    width = out.shape[1] if out.numel() else 0
-    b_n, b_d = finish_block(dim)
-    kernels.finish_kernel[(triton.cdiv(rows, b_n),)](
-        partial,
-        p_largest=largest,
-        p_x=x,
-        p_rnorm=rnorm,
-        p_scale=saved.scale,
-        p_gain=gain,
-        p_centre=centre,
-        p_out=out,
-        p_product=product,
-        splits=splits,
-        N=rows,
-        D=dim,
-        width=width,
-        stride=x.stride(0),
-        eps=saved.eps,
-        scaled=scaled,
-        b_n=b_n,
-        b_d=b_d,
-        num_warps=4,
-    )
-
-
-def _tiled(x: Tensor) -> Tensor:
-    """x (rows, D), padded with zeros to a multiple of 16 dimensions where rows cannot be read 16 bytes at a time."""
-    if x.stride(1) == 1 and x.shape[1] and x.shape[1] % 16 == 0 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0:
-        return x
-    padded = x.new_zeros(len(x), _tiled_dim(x.shape[1]))
-    padded[:, : x.shape[1]] = x
-    return padded
-
-
-def _tiled_dim(dim: int) -> int:
-    return max(16, (dim + 15) // 16 * 16)

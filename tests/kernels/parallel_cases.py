@@ -18,6 +18,8 @@ from torch import Tensor
 import dgi_kernels
 from dgi_kernels import collectives
 
+from .cosine_cases import random_columns
+
 DIM, ROWS = 7, 6  # rows of every rank
 SHARDS = ([5, 3, 9], [4, 0, 2], [0, 1, 1])  # rows of the weight on each rank
 
@@ -138,10 +140,10 @@ def column_loss(
     reduction: str,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Log normalizers, and loss and log normalizers as one number; ``inputs`` h of ``part``, weight, scale, bias."""
-    h, weight, scale, bias = inputs
+    """Log normalizers, and loss and log normalizers as one number; ``inputs`` h of ``part``, weight and scale."""
+    h, weight, scale = inputs
     loss, lse = function(
-        h, weight, case.target[part], scale, bias=bias, reduction=reduction, return_log_normalizer=True, **options
+        h, weight, case.target[part], scale, reduction=reduction, return_log_normalizer=True, **options
     )
     value = (loss * case.upstream[part]).sum() if reduction == "none" else loss
     return lse.detach(), value + (lse * of_lse[part]).sum()
@@ -149,59 +151,61 @@ def column_loss(
 
 def test_options_of_columns_are_those_of_one_process() -> None:
     """A bias, items that have columns on several ranks, and the log normalizers, with all gradients."""
-    for sizes, rows, reduction, smoothing, ids in itertools.product(
-        SHARDS, ("replicated", "sharded"), ("mean", "none"), (0.0, 0.2), ("none", "few", "distinct")
+    for sizes, rows, reduction, smoothing, few in itertools.product(
+        SHARDS, ("replicated", "sharded"), ("mean", "none"), (0.0, 0.2), (False, True, True)
     ):
         case = make_case(sizes)
         codes = len(case.weight)
-        bias, of_lse = torch.randn(codes, dtype=torch.float64), torch.randn(len(case.h), dtype=torch.float64)
-        same_as = {"none": None, "few": torch.randint(3, (codes,)), "distinct": torch.arange(codes)}[ids]
+        columns, of_lse = random_columns(codes, few=few), torch.randn(len(case.h), dtype=torch.float64)
+        names = [name for name, x in columns.items() if x.is_floating_point()]
+        rest = {name: x for name, x in columns.items() if name not in names}
         case.h[2] = case.weight[case.target[2]]  # a row that its target has nearly all of
         part = slice(None) if rows == "replicated" else case.own_rows
         parts = [part] if rows == "replicated" else [slice(r * ROWS, (r + 1) * ROWS) for r in range(world_size())]
 
-        h, *others = leaves(case.h, case.weight, case.scale, bias)
+        h, *others = leaves(case.h, case.weight, case.scale, *(columns[name] for name in names))
         whole = [
             column_loss(
                 dgi_kernels.cosine_cross_entropy,
-                [h[p], *others],
+                [h[p], *others[:2]],
                 case,
                 p,
                 of_lse,
                 reduction,
-                same_as=same_as,
                 label_smoothing=smoothing,
+                **rest,
+                **dict(zip(names, others[2:], strict=True)),
             )
             for p in parts
         ]
         expected = torch.autograd.grad(torch.stack([value for _, value in whole]).sum(), (h, *others))
-        own = leaves(case.h[part], case.weight[case.own_codes], case.scale, bias[case.own_codes])
+        mine = {name: x[case.own_codes] for name, x in columns.items()}
+        own = leaves(case.h[part], case.weight[case.own_codes], case.scale, *(mine[name] for name in names))
         lse, value = column_loss(
             parallel_loss,
-            own,
+            own[:3],
             case,
             part,
             of_lse,
             reduction,
             rows=rows,
-            same_as=None if same_as is None else same_as[case.own_codes],
             label_smoothing=smoothing,
+            **{**mine, **dict(zip(names, own[3:], strict=True))},
         )
         actual = list(torch.autograd.grad(value, own))
         if rows == "sharded":
             dist.all_reduce(actual[2], group=group)
 
-        about = (sizes, rows, reduction, smoothing, ids)
+        about = (sizes, rows, reduction, smoothing, list(columns))
         right = (
             torch.cat([x for x, _ in whole])[part if rows == "sharded" else slice(None)],
             expected[0][part],
             expected[1][case.own_codes],
             expected[2],
-            expected[3][case.own_codes],
+            *(gradient[case.own_codes] for gradient in expected[3:]),
         )
-        for name, a, e in zip(
-            ("log normalizer", "dh", "dweight", "dscale", "dbias"), (lse, *actual), right, strict=True
-        ):
+        gradients = ("dh", "dweight", "dscale", *(f"d{name}" for name in names))
+        for name, a, e in zip(("log normalizer", *gradients), (lse, *actual), right, strict=True):
             torch.testing.assert_close(a, e, rtol=1e-8, atol=1e-8, msg=lambda text, c=(name, *about): f"{c}: {text}")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dgi_kernels import BackendUnavailable, backends, cosine_cross_entropy, cosine_logits
 from dgi_kernels.cosine import reference
-from dgi_kernels.cosine.options import LossOptions
+from dgi_kernels.cosine.options import Columns, LossOptions
 
 from .cosine_cases import GRADIENTS, true_loss
 from .near import ROUNDING, assert_all_near, assert_near, gradients
@@ -255,7 +255,7 @@ def test_wild_target_gives_nan_for_its_row_where_values_are_not_checked() -> Non
     """What CUDA does outside of debug(): the public op checks on the CPU, so the reference is asked directly."""
     h, weight, target, scale = inputs(Cosine(n=5, d=4, k=6))
     target[1], target[3], target[4] = 6, -1, -100
-    operands = (h, weight, target, scale, None, None)
+    operands = (h, weight, target, scale, Columns())
     loss, lse = reference.cosine_cross_entropy(*operands, LossOptions(reduction="none", return_log_normalizer=True))
     assert loss.isnan().tolist() == [False, True, False, True, False]
     assert lse is not None and lse.isnan().tolist() == loss.isnan().tolist()

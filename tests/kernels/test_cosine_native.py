@@ -15,10 +15,12 @@ from torch import Tensor, library
 from dgi_kernels import cosine_cross_entropy, cosine_logits
 
 from .cosine_cases import (
+    all_columns,
     exact,
     loss_and_gradients,
     native,
     native_loss,
+    op_arguments,
     peaked_inputs,
     random_inputs,
 )
@@ -140,16 +142,14 @@ def test_ops_are_well_registered() -> None:
     scale, ops = torch.tensor(9.0), torch.ops.dgi_kernels
     library.opcheck(ops.cosine_logits.default, (h, weight, scale, 1e-12))
     library.opcheck(ops.cosine_logits_backward.default, (torch.randn(5, 7), h, weight, scale, 1e-12, True, False, True))
-    bias, same_as = torch.randn(7), torch.arange(7) % 3
-    for columns, upstream, reduction, wanted in (
-        ((None, None), (None, None), 1, (False, True, True, True, False)),
-        ((bias, same_as), (torch.rand(5), torch.rand(5)), 0, (True, True, False, True, True)),
-        ((bias, None), (None, None), 0, (True, False, False, False, False)),
+    every = all_columns(7, torch.float32)
+    by_row = {"upstream": torch.rand(5), "upstream_log_normalizer": torch.rand(5)}
+    for change in (
+        {"reduction": 1, "wants_log_normalizer": False, "wants_bias": False},
+        {**every, **by_row, "label_smoothing": 0.1, "wants_weight": False},
+        {"bias": every["bias"], "wants_h": False, "wants_weight": False, "wants_scale": False, "wants_bias": False},
     ):
-        library.opcheck(
-            ops.cosine_cross_entropy.default,
-            (h, weight, target, scale, *columns, *upstream, -100, reduction, 0.1, 1e-12, *wanted),
-        )
+        library.opcheck(ops.cosine_cross_entropy.default, (), {**op_arguments(), **change})
 
 
 @native
@@ -202,34 +202,14 @@ def test_autocast_multiplies_what_linear_would() -> None:
     ],
 )
 def test_direct_callers_are_stopped_too(change: dict[str, object], message: str) -> None:
-    arguments = {
-        "h": torch.randn(5, 3),
-        "weight": torch.randn(7, 3),
-        "target": torch.zeros(5, dtype=torch.int64),
-        "scale": torch.tensor(2.0),
-        "bias": None,
-        "same_as": None,
-        "upstream": None,
-        "upstream_log_normalizer": None,
-        "ignore_index": -100,
-        "reduction": 0,
-        "label_smoothing": 0.0,
-        "eps": 1e-12,
-        "wants_log_normalizer": True,
-        "wants_h": True,
-        "wants_weight": True,
-        "wants_scale": True,
-        "wants_bias": True,
-    }
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.dgi_kernels.cosine_cross_entropy(**{**arguments, **change})
+        torch.ops.dgi_kernels.cosine_cross_entropy(**{**op_arguments(), **change})
 
 
 @native
 def test_direct_callers_get_nan_for_a_wild_target() -> None:
     h, weight, _ = random_inputs(4, 3, 5)
     target = torch.tensor([0, 5, -1, -100])
-    loss, lse, *_ = torch.ops.dgi_kernels.cosine_cross_entropy(
-        h, weight, target, torch.tensor(2.0), None, None, None, None, -100, 0, 0.0, 1e-12, *(True,) * 5
-    )
+    arguments = {**op_arguments(), "h": h, "weight": weight, "target": target}
+    loss, lse, *_ = torch.ops.dgi_kernels.cosine_cross_entropy(**arguments)
     assert loss.isnan().tolist() == lse.isnan().tolist() == [False, True, True, False]

@@ -12,7 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library
 
-from .cosine_cases import GRADIENTS, eager
+from .cosine_cases import (
+    GRADIENTS,
+    all_columns,
+    eager,
+    exact_by_columns,
+    random_columns,
+    results_by_columns,
+    true_loss_by_columns,
+)
 from .interpreter import (
     DEVICE,
     DTYPES,
@@ -31,7 +39,7 @@ from .shapes import name_of
 if TRITON and (GPU or INTERPRETED):
     from dgi_kernels import cosine_cross_entropy
     from dgi_kernels.cosine import triton
-    from dgi_kernels.cosine.options import LossOptions
+    from dgi_kernels.cosine.options import Columns, LossOptions
 
 
 @launcher
@@ -62,7 +70,7 @@ def ours(
 ) -> Tensor:
     """Below the public op, which would check the values of CPU tensors."""
     options = LossOptions(ignore_index, reduction, label_smoothing, eps)
-    return triton.cosine_cross_entropy(h, weight, target, scale, None, None, options)[0]
+    return triton.cosine_cross_entropy(h, weight, target, scale, Columns(), options)[0]
 
 
 def loss_and_gradients(
@@ -139,99 +147,41 @@ def test_every_option(form: str, shape: tuple[int, int, int], dtype: torch.dtype
     )
 
 
-def loss_by_columns(
-    h: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    same_as: Tensor | None,
-    smoothing: float,
-) -> tuple[Tensor, Tensor]:
-    """The losses of the rows and their log-normalizers, 0 where ignored, over the columns that each row keeps."""
-    logits = scale * F.normalize(h, dim=-1) @ F.normalize(weight, dim=-1).T
-    logits = logits if bias is None else logits + bias
-    label = target.clamp(min=0)
-    own = F.one_hot(label, len(weight)).bool()
-    keep = torch.ones_like(own) if same_as is None else own | (same_as != same_as[label, None])
-    lse = logits.masked_fill(~keep, -torch.inf).logsumexp(-1)
-    wanted = own * (1 - smoothing) + keep * (smoothing / keep.sum(-1, keepdim=True))
-    terms = torch.where(wanted > 0, wanted * (lse[:, None] - logits), 0.0)
-    ignored = target == -100
-    return terms.sum(-1).masked_fill(ignored, 0.0), lse.masked_fill(ignored, 0.0)
-
-
-def results_by_columns(
-    function,
-    leaves: list[Tensor],
-    target: Tensor,
-    same_as: Tensor | None,
-    smoothing: float,
-    weights: tuple[float, float],
-) -> list[Tensor]:
-    """Losses, log-normalizers, and the gradients of a sum of both."""
-    h, weight, scale, *bias = (x.detach().requires_grad_() for x in leaves)
-    outputs = function(h, weight, target, scale, bias[0] if bias else None, same_as, smoothing)
-    total = sum(
-        (
-            share * (x * torch.linspace(-1, 2, len(x), device=DEVICE, dtype=x.dtype)).sum()
-            for share, x in zip(weights, outputs, strict=True)
-            if share
-        ),
-        torch.tensor(0.0),
-    )
-    gradients = torch.autograd.grad(total, [h, weight, scale, *bias], allow_unused=True, materialize_grads=True)
-    return [*(x.detach() for x in outputs), *gradients]
-
-
 def ours_by_columns(
-    h: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    same_as: Tensor | None,
-    smoothing: float,
+    h: Tensor, weight: Tensor, target: Tensor, scale: Tensor, *, label_smoothing: float = 0.0, **columns: Tensor
 ) -> tuple[Tensor, Tensor]:
-    options = LossOptions(reduction="none", label_smoothing=smoothing, return_log_normalizer=True)
-    return triton.cosine_cross_entropy(h, weight, target, scale, bias, same_as, options)
+    options = LossOptions(reduction="none", label_smoothing=label_smoothing, return_log_normalizer=True)
+    return triton.cosine_cross_entropy(h, weight, target, scale, Columns(**columns), options)
 
 
 @runs
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
-@pytest.mark.parametrize("has_groups", [False, True], ids=["", "same_as"])
+@pytest.mark.parametrize("columns", ["none", "some", "all"])
 @pytest.mark.parametrize("weights", [(1, 0), (0, 1), (1, 2)], ids=["loss", "log_normalizer", "both"])
-def test_bias_repeated_columns_and_log_normalizer(
-    form: str,
-    dtype: torch.dtype,
-    has_bias: bool,
-    has_groups: bool,
-    weights: tuple[float, float],
-    monkeypatch: pytest.MonkeyPatch,
+def test_options_of_columns_and_log_normalizers(
+    form: str, dtype: torch.dtype, columns: str, weights: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(triton, "ORDER_FROM", random.choice([(1, 1), (10**9, 1)]))
-    h, weight, target = inputs(*random.choice([(33, 17, 65), (7, 3, 5)]), dtype)
-    target[2] = -100
-    columns = len(weight)
-    leaves = [h, weight, torch.tensor(random.choice([-20.0, 5.0, 30.0]), device=DEVICE)]
-    if has_bias:
-        leaves.append(random.choice([3.0, 60.0]) * torch.randn(columns, device=DEVICE))
-    same_as = torch.randint(-columns // 3, 1, (columns,), device=DEVICE) if has_groups else None
-    smoothing = random.choice([0.0, 0.1])
-    actual = results_by_columns(ours_by_columns, leaves, target, same_as, smoothing, weights)
-    expected = results_by_columns(loss_by_columns, [x.double() for x in leaves], target, same_as, smoothing, weights)
-    # Where a result cancels, what it is summed from is still rounded, and so is every logit.
-    rows, gamma = len(h) ** 0.5, abs(leaves[2].item())
-    largest = 0.1 * max(truth.norm().item() for truth in expected[2:4])
-    assert_all_near(("loss", "log_normalizer"), actual[:2], expected[:2], sizes=[rows * (1 + gamma / 20)] * 2)
-    assert_all_near(
-        (*GRADIENTS, "gradient of bias")[: len(leaves)],
-        actual[2:],
-        expected[2:],
-        dtype=dtype,
-        sizes=[largest, largest, rows, rows][: len(leaves)],
-    )
+    for _ in range(2):
+        h, weight, target = inputs(*random.choice([(33, 17, 65), (7, 3, 5)]), dtype)
+        target[2] = -100
+        rows = len(h)
+        draw = {"none": lambda *_: {}, "some": random_columns, "all": all_columns}[columns]
+        given = {name: x.to(DEVICE) for name, x in draw(len(weight), torch.float32).items()}
+        leaves = (h, weight, torch.tensor(random.choice([-20.0, 5.0, 30.0]), device=DEVICE))
+        smoothing = random.choice([0.0, 0.1])
+        ramp = torch.linspace(-1, 2, rows, device=DEVICE)
+        upstream = tuple(ramp * share if share else None for share in weights)
+        arguments = (leaves, target, given, upstream)
+        actual = results_by_columns(ours_by_columns, *arguments, label_smoothing=smoothing)
+        expected = exact_by_columns(*arguments, reduction="none", label_smoothing=smoothing)
+        # Where a result cancels, what it is summed from is still rounded, and so is every logit.
+        gamma, largest = abs(leaves[2].item()), 0.1 * max(expected[name].norm().item() for name in ("dh", "dweight"))
+        sizes = dict.fromkeys(("loss", "log_normalizer"), rows**0.5 * (1 + gamma / 20))
+        sizes |= dict.fromkeys(("dh", "dweight"), largest)
+        for name, want in expected.items():
+            of_input = dtype if name.startswith("d") else torch.float32
+            assert_near(name, actual[name], want, dtype=of_input, size=sizes.get(name, rows**0.5))
 
 
 @runs
@@ -243,16 +193,15 @@ def test_a_bias_may_take_columns_out(form: str) -> None:
     bias[[3, 20]] = -torch.inf
     target[target == 20] = 21
     target[4] = 20
-    loss, lse = ours_by_columns(h, weight, target, torch.tensor(20.0, device=DEVICE), bias, None, 0.0)
+    loss, lse = ours_by_columns(h, weight, target, torch.tensor(20.0, device=DEVICE), bias=bias)
     assert loss[4] == torch.inf and loss.isfinite().sum() >= 11 - (target == 3).sum()
     kept = [k for k in range(33) if k not in (3, 20)]
     logits = 20 * F.normalize(h.double(), dim=-1) @ F.normalize(weight.double(), dim=-1).T + bias
     assert error(lse, logits[:, kept].logsumexp(-1)) < 1e-6
     others = [n for n in range(12) if target[n] not in (3, 20)]
     leaves = [x.detach().requires_grad_() for x in (h[others], weight, bias)]
-    total = ours_by_columns(
-        leaves[0], leaves[1], target[others], torch.tensor(20.0, device=DEVICE), leaves[2], None, 0.0
-    )[0].sum()
+    gamma = torch.tensor(20.0, device=DEVICE)
+    total = ours_by_columns(leaves[0], leaves[1], target[others], gamma, bias=leaves[2])[0].sum()
     dh, dweight, dbias = torch.autograd.grad(total, leaves)
     assert not dweight[[3, 20]].any() and not dbias[[3, 20]].any()
     assert dh.isfinite().all() and dweight.isfinite().all() and abs(dbias.sum().item()) < 1e-4
@@ -265,12 +214,11 @@ def test_columns_of_the_target_alone(form: str) -> None:
     same_as = torch.full((20,), 7, device=DEVICE)
     bias = torch.randn(20, device=DEVICE)
     scale = torch.tensor(20.0, device=DEVICE)
-    loss, lse, *gradients = results_by_columns(ours_by_columns, [h, weight, scale, bias], target, same_as, 0.1, (1, 0))
-    assert loss.abs().max() < 1e-5 and all(gradient.abs().max() < 1e-5 for gradient in gradients)
-    assert (
-        error(lse, loss_by_columns(h.double(), weight.double(), target, scale.double(), bias.double(), same_as, 0.1)[1])
-        < 1e-6
-    )
+    arguments = ((h, weight, scale), target, {"bias": bias, "same_as": same_as}, (torch.ones(9, device=DEVICE), None))
+    actual = results_by_columns(ours_by_columns, *arguments, label_smoothing=0.1)
+    lse, expected = actual.pop("log_normalizer"), exact_by_columns(*arguments, reduction="none", label_smoothing=0.1)
+    assert all(value.abs().max() < 1e-5 for value in actual.values())
+    assert error(lse, expected["log_normalizer"]) < 1e-6
 
 
 @runs
@@ -521,7 +469,8 @@ def test_public_op_autocast_and_leading_dimensions(form: str) -> None:
         reduction="sum",
         backend="triton",
     )
-    by_row = loss_by_columns(h.double(), weight.double(), target, torch.tensor(20.0), bias.double(), None, 0.0)
+    gamma = torch.tensor(20.0, dtype=torch.float64, device=DEVICE)
+    by_row = true_loss_by_columns(h.double(), weight.double(), target, gamma, bias=bias.double(), reduction="none")
     assert error(loss, by_row[0].sum()) < 2e-5 and lse.shape == (2, 3, 4) and error(lse.flatten(), by_row[1]) < 2e-5
     with torch.autocast(DEVICE, torch.float16):
         cast = cosine_cross_entropy(h.requires_grad_(), weight, target, 20.0, backend="triton")

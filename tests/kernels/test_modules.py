@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from dgi_kernels import CosineCrossEntropyLoss, CosineLinear
 
+from .cosine_cases import all_columns, true_loss_by_columns
+
 
 def true_logits(h: Tensor, weight: Tensor, scale: float | Tensor) -> Tensor:
     return scale * F.normalize(h.double(), dim=-1) @ F.normalize(weight.double(), dim=-1).T
@@ -73,15 +75,15 @@ def test_the_scale_is_bounded_and_not_stuck_there() -> None:
 
 def test_columns_options_reach_the_op() -> None:
     head, criterion = CosineLinear(6, 9), CosineCrossEntropyLoss(30.0)
-    h, target, bias, ids = torch.randn(5, 6), torch.randint(9, (5,)), torch.randn(9), torch.arange(9) % 4
-    pair = head.loss(h, target, bias=bias, same_as=ids, return_log_normalizer=True)
-    other = criterion(h, head.weight, target, bias=bias, same_as=ids, return_log_normalizer=True)
+    h, target, columns = torch.randn(5, 6), torch.randint(9, (5,)), all_columns(9)
+    pair = head.loss(h, target, return_log_normalizer=True, **columns)
+    other = criterion(h, head.weight, target, return_log_normalizer=True, **columns)
     torch.testing.assert_close(pair, other)
-    logits = true_logits(h, head.weight, 30.0) + bias
-    left_out = (ids[target][:, None] == ids) & (target[:, None] != torch.arange(9))
-    logits = logits.masked_fill(left_out, -torch.inf)
-    torch.testing.assert_close(pair[0].double(), F.cross_entropy(logits, target), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(pair[1].double(), logits.logsumexp(1), rtol=1e-5, atol=1e-5)
+    truth = true_loss_by_columns(h.double(), head.weight.double(), target, head.scale.double(), **columns)
+    for actual, expected in zip(pair, truth, strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(TypeError, match=r"cosine_cross_entropy\(\) got an unexpected keyword argument 'biass'"):
+        head.loss(h, target, biass=columns["bias"])
 
 
 def test_a_fixed_scale_is_not_trained() -> None:
