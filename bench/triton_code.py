@@ -28,7 +28,7 @@ from dgi_kernels.cosine import triton as cosine
 from dgi_kernels.cosine.options import Columns, LossOptions
 from dgi_kernels.gumbel import triton_softmax as softmax
 from dgi_kernels.quantize import triton as quantize
-from dgi_kernels.quantize.options import QuantizeOptions
+from dgi_kernels.quantize.options import Operands, QuantizeOptions
 
 MODULES = (common, cosine.kernels, cosine.chunks, softmax.kernels, quantize.kernels, quantize.chunks)
 TYPES = {
@@ -170,7 +170,8 @@ def quantize_launches() -> Iterator[Launch]:
                 z, *codebooks = (torch.randn(rows, dim).to(dtype).requires_grad_() for rows in (32, codes, codes))
                 with torch.set_grad_enabled(mode != "hard"):
                     options = QuantizeOptions(mode, metric, 0, 1e-12)
-                    result = quantize.residual_quantize(z, codebooks, torch.tensor(30.0), tau, noise, options)
+                    operands = Operands(z, codebooks, torch.tensor(30.0), tau, seed=noise)
+                    result = quantize.residual_quantize(operands, options)
                 if mode != "hard":
                     loss = result.quantized.sum()
                     if noise is not None:

@@ -11,6 +11,7 @@ from typing import get_args
 from dgi_kernels.types import Metric, Mode, Normalize, Reduction
 
 METRICS: tuple[str, ...] = get_args(Metric)
-MODES: tuple[str, ...] = get_args(Mode)
+# Kernels have no "rotation": it is "hard", with a gradient that needs no kernel.
+MODES: tuple[str, ...] = tuple(mode for mode in get_args(Mode) if mode != "rotation")
 NORMALIZERS: tuple[str, ...] = get_args(Normalize)
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)

@@ -18,11 +18,14 @@ def create_graph() -> bool:
 
 
 def gradients_of(
-    outputs: Sequence[Tensor], upstream: Sequence[Tensor | None], inputs: Sequence[Tensor], wanted: Sequence[bool]
+    outputs: Sequence[Tensor],
+    upstream: Sequence[Tensor | None],
+    inputs: Sequence[Tensor | None],
+    wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients that can be differentiated themselves."""
+    """Gradients that can be differentiated themselves; inputs that are None are not wanted."""
     pairs = [(output, g) for output, g in zip(outputs, upstream, strict=True) if g is not None and output.requires_grad]
-    leaves = [x for x, want in zip(inputs, wanted, strict=True) if want]
+    leaves = [x for x, want in zip(inputs, wanted, strict=True) if want and x is not None]
     gradients = iter(
         torch.autograd.grad([o for o, _ in pairs], leaves, [g for _, g in pairs], create_graph=True, allow_unused=True)
         if pairs

@@ -14,8 +14,9 @@ Backend: TypeAlias = Literal["auto", "reference", "triton", "native"]
 Metric: TypeAlias = Literal["cosine", "dot", "euclidean"]
 """How residual quantization compares a residual with a code: scaled cosine, inner product, or squared distance."""
 
-Mode: TypeAlias = Literal["soft", "straight_through", "hard"]
-"""What residual quantization emits at each level: a mixture, a sampled row with the soft gradient, or the best row."""
+Mode: TypeAlias = Literal["soft", "straight_through", "hard", "rotation"]
+"""What residual quantization emits at each level: a mixture, a sampled row with the soft gradient, or the best row
+without a gradient or with that of a rotation."""
 
 Reduction: TypeAlias = Literal["none", "mean", "sum"]
 """What a loss does with the losses of its rows, as in ``F.cross_entropy``."""

@@ -8,15 +8,16 @@ from torch import Tensor
 
 
 class ResidualQuantization(NamedTuple):
-    """Result of :func:`dgi_kernels.residual_quantize` for N vectors and m levels; j counts levels.
+    """Result of :func:`dgi_kernels.residual_quantize` for vectors (..., D) and m levels; j counts levels.
 
     Attributes:
-        quantized: (N, m, D) the quantized vectors z~_j, in the dtype of ``z``.
-        codes: (N, m) int64 argmax of s_j, without noise, on the path that the mode takes.
-        sampled: (N, m) int64 argmax of s_j + g_j; equal to ``codes`` without noise.
-        usage: m tensors (K_j,), the batch mean of p_j; in hard mode the frequency of the codes.
-        residuals: (N, m, D) the residual r_{j-1} that level j saw, in the dtype of ``quantized``.
-        log_normalizer: (N, m) logsumexp over k of (s_j + g_j) / tau.
+        quantized: (..., m, D) the quantized vectors z~_j, in the dtype of ``z``.
+        codes: (..., m) int64 argmax of s_j, without noise, on the path that the mode takes; -1 for padding.
+        sampled: (..., m) int64 argmax of s_j + sigma g_j; equal to ``codes`` without noise.
+        usage: m tensors (K_j,), the mean of p_j over the rows that are no padding; in hard mode the frequency of codes.
+        residuals: (..., m, D) the residual r_{j-1} that level j saw, in the dtype of ``quantized``.
+        log_normalizer: (..., m) logsumexp over k of (s_j + sigma g_j) / tau.
+        mixtures: (..., m, V) p_j V_j, in hard mode the code's row of V_j; None without ``values``.
     """
 
     quantized: Tensor
@@ -25,3 +26,4 @@ class ResidualQuantization(NamedTuple):
     usage: list[Tensor]
     residuals: Tensor
     log_normalizer: Tensor
+    mixtures: Tensor | None = None

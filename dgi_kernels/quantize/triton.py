@@ -22,7 +22,7 @@ from dgi_kernels import triton_common as common
 from dgi_kernels.enums import METRICS, MODES
 from dgi_kernels.quantize import triton_chunks as chunks
 from dgi_kernels.quantize import triton_kernels as kernels
-from dgi_kernels.quantize.options import QuantizeOptions
+from dgi_kernels.quantize.options import Operands, QuantizeOptions
 from dgi_kernels.quantize.result import ResidualQuantization
 from dgi_kernels.triton_common import (
     CHUNK_BYTES,
@@ -101,22 +101,13 @@ def flash_config(dim: int, device: torch.device) -> tuple[int, FlashConfig]:
     return b_d, config
 
 
-def residual_quantize(
-    z: Tensor,
-    codebooks: Sequence[Tensor],
-    scale: float | Tensor,
-    tau: float | Tensor,
-    seed: Tensor | None,
-    options: QuantizeOptions,
-) -> ResidualQuantization:
-    """(N, D), m of (K_j, D), all of one dtype -> ResidualQuantization, by the metric "cosine" or "dot".
-
-    ``seed`` None: no noise.
-    """
+def residual_quantize(operands: Operands, options: QuantizeOptions) -> ResidualQuantization:
+    """All of one dtype -> ResidualQuantization, by the metric "cosine" or "dot", without values and a noise scale."""
+    z, codebooks, scale, tau, _, _, seed, padding = operands
     sizes = [len(codebook) for codebook in codebooks]
     dim = z.shape[1]
-    padding = max(16, (dim + 15) // 16 * 16) - dim  # rows are read 16 bytes at a time
-    z, weight = F.pad(z, (0, padding)), F.pad(torch.cat(list(codebooks)), (0, padding))
+    more = max(16, (dim + 15) // 16 * 16) - dim  # rows are read 16 bytes at a time
+    z, weight = F.pad(z, (0, more)), F.pad(torch.cat(list(codebooks)), (0, more))
     scale, tau = (checks.scalar_tensor(value, torch.float32, z.device) for value in (scale, tau))
     with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (z, weight, scale, tau))
     noisy = seed is not None
@@ -128,6 +119,7 @@ def residual_quantize(
         scale,
         tau,
         seed,
+        padding,
         options.row_offset,
         options.eps,
         options.mode_number,
@@ -163,6 +155,7 @@ class Sampling:
     scale: Tensor
     tau: Tensor
     seed: Tensor
+    padding: Tensor | None  # (N,) bool
     row_offset: int
     eps: float
     mode: int
@@ -173,6 +166,10 @@ class Sampling:
     def dot(self) -> bool:
         """Whether scores are dot products: a row's and a code's factors are 1, and have no gradients."""
         return self.metric == DOT
+
+    def counted(self, rows: int) -> int | Tensor:
+        """Rows that usage is the mean of."""
+        return rows if self.padding is None else rows - self.padding.sum().clamp(max=rows - 1)
 
     def arguments(self, level: Level) -> dict[str, Tensor | int | bool]:
         """Those that all kernels have, flash or chunked, but for the residual's and the rows' numbers."""
@@ -245,6 +242,7 @@ def _forward(
     scale: Tensor,
     tau: Tensor,
     seed: Tensor,
+    padding: Tensor | None,
     row_offset: int,
     eps: float,
     mode: int,
@@ -260,7 +258,7 @@ def _forward(
         usage.zero_()
         return outputs
     weight = weight.contiguous()
-    sampling = Sampling(scale, tau, seed, row_offset, eps, mode, metric, noisy)
+    sampling = Sampling(scale, tau, seed, padding, row_offset, eps, mode, metric, noisy)
     rest = torch.empty_like(z, dtype=torch.float32, memory_format=torch.contiguous_format).copy_(z)
     usages = usage.split(sizes)
     with torch.cuda.device_of(z):
@@ -275,9 +273,9 @@ def _forward(
             mean = run(level, sampling, usages[level.index], with_grad)
             _emit(rest, mean, level, quantized[:, level.index], after, sampling)
             if mode == HARD:
-                ones = torch.ones_like(level.codes)
-                usages[level.index].copy_(ones.new_zeros(len(level.e)).index_add_(0, level.codes, ones))
-    usage.div_(rows)
+                uses = torch.ones_like(level.codes) if padding is None else (~padding).long()
+                usages[level.index].copy_(uses.new_zeros(len(level.e)).index_add_(0, level.codes, uses))
+    usage.div_(sampling.counted(rows))
     return outputs
 
 
@@ -304,7 +302,7 @@ def _empty_outputs(
 
 
 @_forward.register_fake
-def _(z, weight, sizes, scale, tau, seed, row_offset, eps, mode, metric, noisy, with_grad):
+def _(z, weight, sizes, scale, tau, seed, padding, row_offset, eps, mode, metric, noisy, with_grad):
     return _empty_outputs(z, weight, sizes)
 
 
@@ -372,6 +370,7 @@ def _flash_level(level: Level, sampling: Sampling, usage: Tensor, with_grad: boo
     )
     if sampling.mode == HARD:
         return None
+    _leave_out_padding(level, sampling)
     if with_grad and rows >= ORDER_FROM[0] and codes >= ORDER_FROM[1]:
         level.order.copy_(torch.sort(level.sampled, stable=True).indices)
     else:
@@ -391,6 +390,12 @@ def _flash_level(level: Level, sampling: Sampling, usage: Tensor, with_grad: boo
     )
     torch.sum(partial, 0, out=usage)
     return mean
+
+
+def _leave_out_padding(level: Level, sampling: Sampling) -> None:
+    """Padding has p = 0 for all that comes after: it is not counted, and its rows pass on no gradient."""
+    if sampling.padding is not None:
+        level.lse.masked_fill_(sampling.padding, float("inf"))
 
 
 def _splits(tiles: Tiles, level: Level) -> tuple[int, int]:
@@ -422,9 +427,13 @@ def _chunked_level(level: Level, sampling: Sampling, usage: Tensor, with_grad: b
             num_warps=4,
         )
         if p is not None:
+            if sampling.padding is not None:
+                p.masked_fill_(sampling.padding[own].unsqueeze(1), 0.0)
             usage.add_(p.sum(0, dtype=torch.float32), alpha=2.0**-log2_gain)
         if mean is not None and p is not None:
             product(p, e, mean[own])
+    if weights:
+        _leave_out_padding(level, sampling)
     return None if mean is None else mean.mul_(2.0**-log2_gain)
 
 
@@ -453,6 +462,7 @@ def _backward(
     scale: Tensor,
     tau: Tensor,
     seed: Tensor,
+    padding: Tensor | None,
     codes: Tensor,
     sampled: Tensor,
     residuals: Tensor,
@@ -476,9 +486,9 @@ def _backward(
     if rows == 0:
         return flow.to(residuals.dtype), dweight, dscale, dtau
     weight = weight.contiguous()
-    sampling = Sampling(scale, tau, seed, row_offset, eps, mode, metric, noisy)
+    sampling = Sampling(scale, tau, seed, padding, row_offset, eps, mode, metric, noisy)
     parts = dweight.split(sizes)
-    dusages = (dusage.float() / rows).split(sizes) if dusage is not None else [None] * len(sizes)
+    dusages = (dusage.float() / sampling.counted(rows)).split(sizes) if dusage is not None else [None] * len(sizes)
     run = _flash_gradients if uses_flash(dim, weight.dtype) else _chunked_gradients
     with torch.cuda.device_of(residuals):
         levels = list(_levels(sizes, weight, rnorm_e, residuals, codes, sampled, lse, rnorm, order, largest))
@@ -511,6 +521,7 @@ def _(
     scale,
     tau,
     seed,
+    padding,
     codes,
     sampled,
     residuals,
@@ -536,9 +547,10 @@ def _(
 
 
 def _save(ctx, inputs, output) -> None:
-    _, weight, ctx.sizes, scale, tau, seed, *ctx.options, _ = inputs
+    _, weight, ctx.sizes, scale, tau, seed, padding, *ctx.options, _ = inputs
     _, codes, sampled, _, residuals, lse, rnorm, rnorm_e, order, largest = output
-    ctx.save_for_backward(weight, scale, tau, seed, codes, sampled, residuals, lse, rnorm, rnorm_e, order, largest)
+    saved = (codes, sampled, residuals, lse, rnorm, rnorm_e, order, largest)
+    ctx.save_for_backward(weight, scale, tau, seed, padding, *saved)
     ctx.mark_non_differentiable(codes, sampled, rnorm, rnorm_e, order, largest)
     ctx.set_materialize_grads(False)
 
@@ -547,7 +559,7 @@ def _differentiate(ctx, dquantized, _codes, _sampled, dusage, dresiduals, dlse, 
     dz, dweight, dscale, dtau = _backward(
         dquantized, dusage, dresiduals, dlse, *ctx.saved_tensors, ctx.sizes, *ctx.options
     )
-    return dz, dweight, None, dscale, dtau, None, None, None, None, None, None, None
+    return dz, dweight, None, dscale, dtau, *([None] * 8)
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -136,7 +136,7 @@ def chunk_gradient_kernel(
         mass += tl.sum(p, axis=0)
         tl.store(p_s + o_k, log_p, mask=m_k)
     tl.debug_barrier()
-    shift = mean / mass
+    shift = tl.where(mass == 0.0, 0.0, mean / mass)  # of padding
     if p_dlse is not None:
         shift -= tl.load(p_dlse + i_n * stride_m)
     sampled = tl.load(p_sampled + i_n * stride_m)

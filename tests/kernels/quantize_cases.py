@@ -67,15 +67,22 @@ def oracle(
     row_offset: int = 0,
     eps: float = 1e-12,
     metric: str = "cosine",
+    *,
+    sigma: Tensor | None = None,
+    values: list[Tensor] | None = None,
+    padding: Tensor | None = None,
 ) -> ResidualQuantization:
     """docs/method.md in float64, one level after the other, with an explicit one-hot where the mode has one.
 
     The one-hot follows the codes of ``result``, which must be as good as the best: at a near-tie rounding decides.
+    ``sigma`` (N,) multiplies the noise; ``padding`` (N,) is left out of the usage alone.
     """
     # Products of 16-bit vectors on a GPU are rounded as their factors are.
     near_tie = max(1e-4, ROUNDING[result.quantized.dtype] * inputs.scale.abs().max().item() * result.codes.is_cuda)
     residual, scale, tau = inputs.z.double(), inputs.scale.double(), inputs.tau.double()
-    columns: list[list[Tensor]] = [[] for _ in range(6)]
+    columns: list[list[Tensor]] = [[] for _ in range(7)]
+    counted = residual.new_ones(len(residual)) if padding is None else (~padding).double()
+    counted = counted / counted.sum().clamp(min=1)
     for level, codebook in enumerate(codebook.double() for codebook in inputs.codebooks):
         s = scores(metric, residual, codebook, scale, eps)
         g = torch.zeros_like(s)
@@ -83,24 +90,30 @@ def oracle(
             g = gumbel_noise(
                 seed, level, *s.shape, row_offset=row_offset, device=s.device, backend="reference"
             ).double()
+        if sigma is not None:
+            g = sigma.double().unsqueeze(1) * g
         p = ((s + g) / tau).softmax(-1)
         codes, sampled = result.codes[:, level], result.sampled[:, level]
-        for name, values, chosen in (("codes", s, codes), ("sampled", s + g, sampled)):
-            lost = values.amax(1) - values.gather(1, chosen.unsqueeze(1)).squeeze(1)
+        for name, seen, chosen in (("codes", s, codes), ("sampled", s + g, sampled)):
+            lost = seen.amax(1) - seen.gather(1, chosen.unsqueeze(1)).squeeze(1)
             assert (lost <= near_tie).all(), f"{name} of level {level} are worse than the best by {lost.max():.3g}"
         one_hot = F.one_hot(codes if mode == "hard" else sampled, len(codebook)).double()
         assignment = {"soft": p, "straight_through": one_hot + p - p.detach(), "hard": one_hot}[mode]
         quantized = assignment @ codebook
-        usage = (one_hot if mode == "hard" else p).mean(0)
+        usage = counted @ (one_hot if mode == "hard" else p)
         normalizer = ((s + g) / tau).exp().sum(-1).log()
-        for column, value in zip(columns, (quantized, codes, sampled, usage, residual, normalizer), strict=True):
+        mixture = assignment @ (codebook if values is None else values[level].double())
+        found = (quantized, codes, sampled, usage, residual, normalizer, mixture)
+        for column, value in zip(columns, found, strict=True):
             column.append(value)
         residual = residual - quantized
-    return ResidualQuantization(*(c if i == 3 else torch.stack(c, 1) for i, c in enumerate(columns)))
+    result = ResidualQuantization(*(c if i == 3 else torch.stack(c, 1) for i, c in enumerate(columns)))
+    return result if values is not None else result._replace(mixtures=None)
 
 
 def differentiable(result: ResidualQuantization) -> list[Tensor]:
-    return [result.quantized, *result.usage, result.residuals, result.log_normalizer]
+    mixtures = [] if result.mixtures is None else [result.mixtures]
+    return [result.quantized, *result.usage, result.residuals, result.log_normalizer, *mixtures]
 
 
 def result_names(inputs: Inputs) -> list[str]:

@@ -100,6 +100,26 @@ def test_residual_quantize(mode: str, kind: str) -> None:
         assert_same(quantize, arguments, run)
 
 
+@pytest.mark.parametrize("mode", ["soft", "straight_through", "rotation"])
+def test_options_of_residual_quantize(mode: str) -> None:
+    def run(
+        z: Tensor, codebooks: Sequence[Tensor], values: Sequence[Tensor], sigma: Tensor, rows: Tensor
+    ) -> list[Tensor]:
+        r = residual_quantize(
+            z, codebooks, 2.0, metric="euclidean", values=values, noise_scale=sigma, noise_rows=rows, mask=~rows,
+            mode=mode, seed=1,
+        )  # fmt: skip
+        return [r.quantized, *r.usage, r.residuals, r.log_normalizer, r.mixtures, r.codes]
+
+    codebooks, values = ([torch.randn(size, 4, requires_grad=True) for size in (5, 3)] for _ in range(2))
+    compiled_run = compiled(run)
+    for leading in ((6,), (2, 3)):
+        rows, sigma = torch.rand(leading) < 0.6, torch.tensor(0.4, requires_grad=True)
+        rows.view(-1)[0] = True
+        arguments = [torch.randn(*leading, 4, requires_grad=True), codebooks, values, sigma, rows]
+        assert_same(run, arguments, compiled_run)
+
+
 @pytest.mark.parametrize("mode", ["soft", "straight_through", "hard"])
 def test_residual_quantize_traces_the_reference_of_the_noise(mode: str) -> None:
     codebooks = [torch.randn(5, 4, requires_grad=True)]

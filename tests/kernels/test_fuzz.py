@@ -107,13 +107,21 @@ def gumbel_softmax_call() -> dict[str, Any]:
 
 
 def residual_quantize_call() -> dict[str, Any]:
-    dtype, dim = random.choice(DTYPES), size()
+    dtype, dim, leading = random.choice(DTYPES), size(), random.choice([(), (0,), (size(),), (2, size())])
+    codebooks = [floats(size(), dim, dtype=dtype) for _ in range(random.randint(1, 4))]
+    marked = [random.choice([None, torch.rand(leading) < 0.5]) for _ in range(2)]
+    width = random.choice([None, 0, size()])
     return {
-        "z": floats(random.choice((0, *SIZES)), dim, dtype=dtype),
-        "codebooks": [floats(size(), dim, dtype=dtype) for _ in range(random.randint(1, 4))],
+        "z": floats(*leading, dim, dtype=dtype),
+        "codebooks": codebooks,
+        "metric": random.choice(["cosine", "dot", "euclidean"]),
+        "values": None if width is None else [floats(len(c), width, dtype=dtype) for c in codebooks],
+        "noise_scale": random.choice([None, random.uniform(-1, 2)]),
+        "noise_rows": marked[0],
+        "mask": marked[1],
         "scale": scale(),
         "tau": random.uniform(0.2, 2.0),
-        "mode": random.choice(["soft", "straight_through", "hard"]),
+        "mode": random.choice(["soft", "straight_through", "hard", "rotation"]),
         "noise": random.random() < 0.7,
         "seed": random.randrange(2**40),
         "row_offset": random.randint(0, 100),
@@ -251,7 +259,7 @@ def wrong(value: Any) -> Any:
             value[..., :0] if value.ndim else None,
             value.double(),
             value + 1000,
-            -value,
+            ~value if value.dtype == torch.bool else -value,
             value.tolist(),
             None if value.dtype == torch.bfloat16 else value.numpy(),
             value.to(torch.complex64),

@@ -304,8 +304,18 @@ def test_no_grad() -> None:
     ("name", "value", "error"),
     [
         ("z", [[1.0]], TypeError),
-        ("z", torch.randn(3), ValueError),
-        ("z", torch.randn(2, 2, 3), ValueError),
+        ("z", torch.tensor(3.0), ValueError),
+        ("values", torch.randn(5, 2), TypeError),
+        ("values", [], ValueError),
+        (r"values\[0\]", [torch.randn(4, 2)], ValueError),
+        (r"values\[0\]", [torch.randn(5, 2).double()], TypeError),
+        (r"values\[0\]", [torch.randn(5)], ValueError),
+        ("noise_scale", float("nan"), ValueError),
+        ("noise_scale", torch.ones(2), ValueError),
+        ("noise_rows", torch.ones(2), TypeError),
+        ("noise_rows", torch.ones(3, dtype=torch.bool), ValueError),
+        ("mask", [True, False], TypeError),
+        ("mask", torch.ones(2, 1, dtype=torch.bool), ValueError),
         ("z", torch.ones(2, 3, dtype=torch.int32), TypeError),
         ("codebooks", torch.randn(5, 3), TypeError),
         ("codebooks", 3, TypeError),
@@ -335,7 +345,6 @@ def test_bad_quantize_arguments_are_named(name: str, value: object, error: type[
     arguments = {
         "z": torch.randn(2, 3),
         "codebooks": [torch.randn(5, 3)],
-        "scale": 30.0,
         name.removesuffix(r"\[0\]").removesuffix(r"\[1\]"): value,
     }
     with pytest.raises(error, match=rf"^{name} must"):

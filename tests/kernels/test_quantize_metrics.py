@@ -198,3 +198,8 @@ def test_what_triton_lacks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         assert f"cannot run {op} here: {op} has no triton kernel for metric=euclidean: " in str(caught.value)
         assert backend.why_not(op, "triton", z.device, z.dtype, {"metric": "euclidean"}) in str(caught.value)
         assert backend.why_not(op, "triton", z.device, z.dtype, {"metric": "cosine"}) is None
+    lacking = {"values": [codebook], "noise_scale": 0.5, "noise_rows": torch.ones(2, dtype=torch.bool)}
+    for option, value in lacking.items():
+        reason = "values=True: its" if option == "values" else "noise_scale=True: its"
+        with pytest.raises(BackendUnavailable, match=reason):
+            residual_quantize(z, [codebook], backend="triton", **{option: value})

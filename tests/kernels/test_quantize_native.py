@@ -196,35 +196,40 @@ def test_memory_stays_far_below_one_assignment_matrix(assignments: str, tau: flo
 def test_ops_are_well_registered(seeded: bool) -> None:
     ops = torch.ops.dgi_kernels
     z, books, scale, tau = torch.randn(5, 3), torch.randn(9, 3), torch.tensor(9.0), torch.tensor(0.8)
-    seed = torch.tensor([3]) if seeded else None
-    options = ([4, 5], scale, tau, seed, 7, 0, 0, 1e-12, 2)
+    seed, sigma, values, padding = None, None, None, None
+    if seeded:
+        seed, sigma, values, padding = torch.tensor([3]), torch.rand(5), torch.randn(9, 2), torch.rand(5) < 0.5
+    options = ([4, 5], scale, tau, seed, sigma, values, padding, 7, 0, 0, 1e-12, 0 if seeded else 2)
     library.opcheck(ops.residual_quantize.default, (z, books, *options[:-1], 0))  # room is left as it was
     result = ops.residual_quantize(z, books, *options)
-    upstream = (torch.randn(5, 2, 3), None, None, torch.randn(5, 2))
+    upstream = (torch.randn(5, 2, 3), None, None, torch.randn(5, 2), torch.randn(5, 2, 2) if seeded else None)
+    wanted = (True, seeded, True, not seeded, seeded, seeded)
     library.opcheck(
         ops.residual_quantize_backward.default,
-        (*upstream, result[4], result[2], *result[5:], books, *options[:-1], True, seeded, True, not seeded),
+        (*upstream, result[4], result[2], result[5], *result[7:], books, *options[:-1], *wanted),
     )
 
 
 def test_direct_callers_are_stopped_too() -> None:
     ops = torch.ops.dgi_kernels
-    z, books, one = torch.randn(5, 3), torch.randn(9, 3), torch.tensor(1.0)
+    z, books, one, none = torch.randn(5, 3), torch.randn(9, 3), torch.tensor(1.0), (None,) * 4
     with pytest.raises(RuntimeError, match="sizes must add up"):
-        ops.residual_quantize(z, books, [4, 4], one, one, None, 0, 0, 0, 1e-12, 0)
+        ops.residual_quantize(z, books, [4, 4], one, one, *none, 0, 0, 0, 1e-12, 0)
     with pytest.raises(RuntimeError, match="mode must be"):
-        ops.residual_quantize(z, books, [9], one, one, None, 0, 3, 0, 1e-12, 0)
+        ops.residual_quantize(z, books, [9], one, one, *none, 0, 3, 0, 1e-12, 0)
     with pytest.raises(RuntimeError, match="metric must be"):
-        ops.residual_quantize(z, books, [9], one, one, None, 0, 0, 9, 1e-12, 0)
+        ops.residual_quantize(z, books, [9], one, one, *none, 0, 0, 9, 1e-12, 0)
+    for name, i, wrong in (("noise_scale", 1, torch.ones(4)), ("values", 2, torch.ones(8, 2)), ("padding", 3, one)):
+        given = [*none]
+        given[i] = wrong
+        with pytest.raises(RuntimeError, match=f"{name} must be"):
+            ops.residual_quantize(z, books, [9], one, one, *given, 0, 0, 0, 1e-12, 0)
     with pytest.raises(RuntimeError, match="metric must be"):
         ops.assign_codes(z, books, [9], -1, 1e-12)
 
-    def backward(sampled: Tensor, *lists: Tensor) -> None:
+    def backward(sampled: Tensor, *lists: Tensor, wants_sigma: bool = False) -> None:
         ops.residual_quantize_backward(
-            None,
-            None,
-            None,
-            None,
+            *[None] * 5,
             torch.randn(2, 1, 3),
             sampled,
             torch.randn(2, 1),
@@ -233,15 +238,14 @@ def test_direct_callers_are_stopped_too() -> None:
             [9],
             one,
             one,
-            None,
+            *none,
             0,
             1,
             0,
             1e-12,
-            True,
-            True,
-            True,
-            True,
+            *[True] * 4,
+            wants_sigma,
+            False,
         )
 
     def lists(ranges: list[int], codes: list[int]) -> tuple[Tensor, ...]:
@@ -250,6 +254,8 @@ def test_direct_callers_are_stopped_too() -> None:
 
     fine = torch.zeros(2, 1, dtype=torch.int64)
     backward(fine, *lists([0, 2, 2, 4], [1, 8, 0, 3]))
+    with pytest.raises(RuntimeError, match="needs a forward without lists"):
+        backward(fine, *lists([0, 2, 2, 4], [1, 8, 0, 3]), wants_sigma=True)
     with pytest.raises(RuntimeError, match="sampled must hold codes"):
         backward(torch.full((2, 1), 9), *lists([0, 2, 2, 4], [1, 8, 0, 3]))
     for ranges, codes in (

@@ -239,6 +239,32 @@ def test_views_empty_batches_and_repeats(form: str) -> None:
 
 
 @runs
+@pytest.mark.parametrize("mode", ["soft", "straight_through", "hard"])
+def test_padding_and_leading_dimensions(form: str, mode: str) -> None:
+    """Results and gradients are the reference's, and rows that are padding may hold anything."""
+    leaves, mask = inputs(Quantize(30, 16, (33, 7)), torch.float32), torch.rand(2, 15, device=DEVICE) < 0.4
+    with torch.no_grad():
+        leaves[0][mask.flatten()] = torch.nan
+    found = []
+    for backend in ("triton", "reference"):
+        z, *codebooks = leaves
+        result = residual_quantize(
+            z.reshape(2, 15, 16), codebooks, 3.0, mode=mode, mask=mask, seed=4, backend=backend
+        )  # fmt: skip
+        assert not torch.cat([x[mask].flatten() for x in (result.quantized, result.log_normalizer)]).any()
+        assert (result.codes[mask] == -1).all() and (result.sampled[mask] == -1).all()
+        tensors = [result.quantized, result.residuals, result.log_normalizer, *result.usage]
+        if mode != "hard":
+            weighted = [x * torch.linspace(-1, 2, x.numel(), device=DEVICE).view(x.shape) for x in tensors]
+            loss = sum((x.sum() for x in weighted), z.new_zeros(()))
+            tensors += torch.autograd.grad(loss, leaves)
+        found.append((tensors, result.codes, result.sampled))
+    (ours, *our_codes), (theirs, *their_codes) = found
+    assert all(torch.equal(a, b) for a, b in zip(our_codes, their_codes, strict=True))
+    assert_all_near([str(i) for i in range(len(ours))], ours, [x.double() for x in theirs], sizes=[1.0] * len(ours))
+
+
+@runs
 def test_ranks_draw_what_one_process_would(form: str) -> None:
     z, codebook = torch.randn(9, 16, device=DEVICE), torch.randn(7, 16, device=DEVICE)
     whole = residual_quantize(z, [codebook], 3.0, seed=4, backend="triton")

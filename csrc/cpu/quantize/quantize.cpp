@@ -2,7 +2,8 @@
 //
 //   s_nk = a_n S_nk f_k + b_k,   S = r . e,   p = softmax((s + g) / tau),   z~ = P E,   r' = r - z~
 //
-// with the a, f and b of the metric (quantize_metric.h).
+// with the a, f and b of the metric (quantize_metric.h); g times the row's sigma, where it has one. Values V are mixed
+// as the codes are, P V, by products of their own with the same tile: backward adds dM V^T to dP.
 //
 // Rows are processed in blocks through all levels, so that residuals stay in the cache; of a tile (a block of rows x K)
 // only sums of its rows and columns are kept. With X = a r the tile is X E^T, times the codes' f, plus b (dgi/terms.h).
@@ -66,9 +67,10 @@ class Forward {
           int64_t first_entry, int64_t last_entry)
       : in_(in), out_(out), codebooks_(codebooks), usage_(codebooks_.codes(), 0.0),
         residual_(make_buffer<Real>(block * in.dim)), x_(make_buffer<Real>(block * in.dim)),
-        emitted_(make_buffer<Real>(block * in.dim)), own_(block), weight_(block), slot_(block), order_(block),
-        tile_(make_buffer<Real>(block * in.widest())), columns_(block, in.widest()),
-        lists_(block, list_limit<Real>(in.widest())), remembered_(first_entry), last_entry_(last_entry) {}
+        emitted_(make_buffer<Real>(block * in.dim)), mixed_(make_buffer<Real>(block * in.width)), own_(block),
+        weight_(block), slot_(block), order_(block), tile_(make_buffer<Real>(block * in.widest())),
+        columns_(block, in.widest()), lists_(block, list_limit<Real>(in.widest())), remembered_(first_entry),
+        last_entry_(last_entry) {}
 
   void run_block(int64_t begin, int64_t count) {
     std::copy_n(in_.z + begin * in_.dim, count * in_.dim, residual_.get());
@@ -104,21 +106,26 @@ class Forward {
             nearest.take(s, 0, level.codes, maximum);
             if (nearest.code() >= 0) code = nearest.code();
           }
-          const GumbelSums row = soften<fused.value, kAs>(s, level.codes, maximum, in_.tau,
-                                                          noise_of(in_, level.number, begin + i), s);
+          const GumbelSums row = soften_row<fused.value, kAs>(in_, level.number, begin + i, s, level.codes, maximum, s);
           if (row.sum != row.sum) code = row.sampled;
           out_.codes[to] = code;
-          out_.sampled[to] = kAs == NoiseAs::kNone ? code : row.sampled;
+          out_.sampled[to] = is_noisy<kAs>(begin + i) ? row.sampled : code;
           out_.log_normalizer[to] = static_cast<Real>(row.log_normalizer + own_[i] / static_cast<double>(in_.tau));
           const Real weight = static_cast<Real>(1 / row.sum);
           weight_[i] = weight;
           lists_.take(i, s, level.codes, row.sum, list_limit<Real>(level.codes));
+          if (!in_.is_counted(begin + i)) continue;
 #pragma omp simd
           for (int64_t k = 0; k < level.codes; ++k) sums[k] = multiply_add<fused.value>(weight, s[k], sums[k]);
         }
       });
     });
     columns_.add_to(usage_.data() + level.first, groups_of(count), level.codes);
+  }
+
+  template <NoiseAs kAs>
+  bool is_noisy(int64_t row) const {
+    return kAs != NoiseAs::kNone && (in_.noise.scale == nullptr || in_.noise.scale[row] != 0);
   }
 
   void remember_lists(const Level<Real>& level, int64_t begin, int64_t count) {
@@ -133,7 +140,7 @@ class Forward {
     }
   }
 
-  // P E of the rows that are not peaked, which move up in the tile.
+  // P E and P V of the rows that are not peaked, which move up in the tile.
   void multiply_dense_rows(const Level<Real>& level, int64_t count) {
     int64_t dense = 0;
     for (int64_t i = 0; i < count; ++i) {
@@ -143,6 +150,10 @@ class Forward {
     }
     matrix_product({tile_.get(), dense, level.codes}, level.vectors, {emitted_.get(), dense, in_.dim},
                    Into::kOverwrite);
+    if (in_.width > 0) {
+      matrix_product({tile_.get(), dense, level.codes}, level.values, {mixed_.get(), dense, in_.width},
+                     Into::kOverwrite);
+    }
   }
 
   void emit(const Level<Real>& level, int64_t begin, int64_t count) {
@@ -177,16 +188,33 @@ class Forward {
             quantized[d] = value;
             r[d] -= value;
           }
+          if (in_.width > 0) emit_mixture<fused.value>(level, i, to);
         }
       });
     });
+  }
+
+  // What emit() does with E, with V.
+  template <bool kFused>
+  DGI_HOST_DEVICE void emit_mixture(const Level<Real>& level, int64_t i, int64_t to) {
+    Real* const mixture = out_.mixtures + to * in_.width;
+    const bool soft = in_.mode == QuantizeMode::kSoft;
+    if (soft && lists_.count(i) > 0) {
+      std::fill_n(mixture, in_.width, Real{0});
+      add_rows<kFused>(lists_.code(i), lists_.p(i), lists_.count(i), level.values.data, in_.width, mixture);
+      return;
+    }
+    const Real* const from = soft ? mixed_.get() + slot_[i] * in_.width
+                                  : level.values.data + out_.sampled[to] * in_.width;
+    const Real weight = weight_[i], factor = soft || weight != weight ? weight : Real{1};
+    for (int64_t d = 0; d < in_.width; ++d) mixture[d] = factor * from[d];
   }
 
   const Quantize<Real>& in_;
   const Quantized<Real>& out_;
   const Codebooks<Real>& codebooks_;
   std::vector<double> usage_;
-  Buffer<Real> residual_, x_, emitted_;
+  Buffer<Real> residual_, x_, emitted_, mixed_;
   std::vector<double> own_;
   std::vector<Real> weight_;
   std::vector<int64_t> slot_;  // of a dense row in the tile and in `emitted_`
@@ -207,7 +235,7 @@ void residual_quantize(const Quantize<Real>& in, const Quantized<Real>& out) {
     return std::make_unique<Forward<Real>>(in, out, codebooks, block, share * room / shares,
                                            (share + 1) * room / shares);
   });
-  const double rows = static_cast<double>(std::max<int64_t>(1, in.rows));
+  const double rows = in.counted();
   for (int64_t k = 0; k < codebooks.codes(); ++k) {
     double usage = 0;
     for (const auto& share : shares) usage += share->usage(k);

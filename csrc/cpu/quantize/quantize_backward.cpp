@@ -12,9 +12,11 @@ class Backward {
            const QuantizeGradients<Real>& out, const Codebooks<Real>& codebooks, int64_t block, bool is_first_share)
       : in_(in), saved_(saved), upstream_(upstream), out_(out), codebooks_(codebooks), sum_(codebooks_.codes(), 0.0),
         own_de_(make_buffer<Real>(is_first_share || out.codebooks == nullptr ? 0 : codebooks_.codes() * in.dim)),
-        de_(is_first_share ? out.codebooks : own_de_.get()), dr_(make_buffer<Real>(block * in.dim)),
-        x_(make_buffer<Real>(2 * block * in.dim)), u_(make_buffer<Real>(block * in.dim)), row_(block), entry_(block),
-        terms_(block), along_(block), dtau_(block), tile_(make_buffer<Real>(2 * block * in.widest())),
+        own_dv_(make_buffer<Real>(is_first_share || out.values == nullptr ? 0 : codebooks_.codes() * in.width)),
+        de_(is_first_share ? out.codebooks : own_de_.get()), dv_(is_first_share ? out.values : own_dv_.get()),
+        dr_(make_buffer<Real>(block * in.dim)), x_(make_buffer<Real>(2 * block * in.dim)),
+        dm_(make_buffer<Real>(mixes() ? block * in.width : 0)), u_(make_buffer<Real>(block * in.dim)), row_(block),
+        entry_(block), terms_(block), along_(block), dtau_(block), tile_(make_buffer<Real>(2 * block * in.widest())),
         columns_(block, in.widest()) {}
 
   void run_block(int64_t begin, int64_t count) {
@@ -24,6 +26,10 @@ class Backward {
       start_level(level, begin, count);
       matrix_product({x_.get(), 2 * dense_, in_.dim}, level.keys.transposed(), {tile_.get(), 2 * dense_, level.codes},
                      Into::kOverwrite);
+      if (mixes()) {
+        matrix_product({dm_.get(), dense_, in_.width}, level.values.transposed(),
+                       {tile_.get() + dense_ * level.codes, dense_, level.codes}, Into::kAdd);
+      }
       with_noise(in_, out_.tau != nullptr, [&](auto as) { differentiate_dense<as.value>(level, begin); });
       differentiate_lists(level, begin, count);
       if (out_.tau != nullptr) {
@@ -31,6 +37,7 @@ class Backward {
       }
       add_to_rows(level, begin, count);
       if (out_.codebooks != nullptr) add_to_codes(level, begin, count);
+      if (out_.values != nullptr) add_to_values(level, begin, count);
     }
     if (out_.z != nullptr) std::copy_n(dr_.get(), count * in_.dim, out_.z + begin * in_.dim);
     is_first_ = false;
@@ -40,6 +47,7 @@ class Backward {
   double dtau() const { return dtau_sum_; }
   double sum(int64_t code) const { return sum_[code]; }
   const Real* de(int64_t code) const { return de_ + code * in_.dim; }
+  const Real* dv(int64_t code) const { return dv_ + code * in_.width; }
 
  private:
   int64_t at(const Level<Real>& level, int64_t row) const { return in_.at(row, level.number); }
@@ -49,6 +57,9 @@ class Backward {
   Real* dz(int64_t place, int64_t count) {
     return x_.get() + (place < dense_ ? dense_ + place : count + place) * in_.dim;
   }
+
+  // Whether mixtures have a gradient; its rows by place are dm_.
+  bool mixes() const { return upstream_.mixtures != nullptr && in_.width > 0; }
 
   // What forward remembered of a row, by its place, and room for T and what goes into the sums over rows, of the same
   // entries.
@@ -95,6 +106,10 @@ class Backward {
           for (int64_t d = 0; d < in_.dim; ++d) {
             to[d] = (upstream_.quantized != nullptr ? upstream_.quantized[from + d] : Real{0}) - dr[d];
           }
+          if (mixes()) {
+            std::copy_n(upstream_.mixtures + at(level, begin + row_[place]) * in_.width, in_.width,
+                        dm_.get() + place * in_.width);
+          }
         }
       });
     });
@@ -115,10 +130,10 @@ class Backward {
           Real *const s = tile_.get() + place * codes, *const dp = tile_.get() + (dense_ + place) * codes;
           const Real maximum = score_row<fused.value>(s, level.terms, codes, s);
           const int64_t row = begin + row_[place];
-          const GumbelSums sum = soften<fused.value, kAs>(s, codes, maximum, in_.tau, noise_of(in_, level.number, row),
-                                                          e.get(), wants_tau ? noisy.get() : nullptr);
-          if (dusage != nullptr) {
-            const Real share = Real{1} / static_cast<Real>(in_.rows);
+          const GumbelSums sum = soften_row<fused.value, kAs>(in_, level.number, row, s, codes, maximum, e.get(),
+                                                              wants_tau ? noisy.get() : nullptr);
+          if (dusage != nullptr && in_.is_counted(row)) {
+            const Real share = Real{1} / static_cast<Real>(counted_);
 #pragma omp simd
             for (int64_t k = 0; k < codes; ++k) dp[k] = multiply_add<fused.value>(share, dusage[k], dp[k]);
           }
@@ -131,6 +146,9 @@ class Backward {
             for (int64_t k = 0; k < codes; ++k) along += weight * e[k] * (dp[k] - shift) * noisy[k];
             dtau_[place] = -(static_cast<double>(along) + dnormalizer(level, row) * terms_[place].own) * inverse
                            * inverse;
+          }
+          if (out_.noise_scale != nullptr) {
+            out_.noise_scale[row] += inverse * weight * along_noise<fused.value>(level, row, e.get(), dp, shift);
           }
           const Real* const factor = level.terms.factor;
           with_bias(level.terms, [&](auto has_bias) DGI_ALWAYS_INLINE {
@@ -148,6 +166,20 @@ class Backward {
     columns_.add_to(sum_.data() + level.first, groups_of(dense_), codes);
   }
 
+  // sum_k e_k (dp_k - shift) g_k
+  template <bool kFused>
+  DGI_HOST_DEVICE Real along_noise(const Level<Real>& level, int64_t row, const Real* e, const Real* dp, Real shift) {
+    if (!in_.noise.present) return 0;
+    Real g[kNoiseChunk], along = 0;
+    for (int64_t first = 0; first < level.codes; first += kNoiseChunk) {
+      const int64_t count = std::min(kNoiseChunk, level.codes - first);
+      noise_of(in_, level.number, row).template fill<kFused, NoiseAs::kGumbel>(first, count, g);
+#pragma omp simd reduction(+ : along)
+      for (int64_t k = 0; k < count; ++k) along += e[first + k] * (dp[first + k] - shift) * g[k];
+    }
+    return along;
+  }
+
   // The same for the rows that forward listed: s and dP at their codes alone, T as a list, and T E.
   void differentiate_lists(const Level<Real>& level, int64_t begin, int64_t count) {
     if (dense_ == count) return;
@@ -159,13 +191,17 @@ class Backward {
           const List row = list(level, begin, place);
           const Real *const key = x(place), *const value = dz(place, count);
           const int64_t to = at(level, begin + row_[place]);
+          const bool is_counted = in_.is_counted(begin + row_[place]);
           double mean = 0;
           for (int64_t j = 0; j < row.count; ++j) {
             const int64_t k = row.code[j];
             const Real* const e = level.keys.data + k * dim;
             row.tilt[j] = level.terms.bias != nullptr ? Real{1} : level.terms.factor[k] * dot<fused.value>(e, key, dim);
             row.t[j] = dot<fused.value>(e, value, dim);
-            if (dusage != nullptr) row.t[j] += dusage[k] / static_cast<Real>(in_.rows);
+            if (mixes()) {
+              row.t[j] += dot<fused.value>(level.values.data + k * in_.width, dm_.get() + place * in_.width, in_.width);
+            }
+            if (dusage != nullptr && is_counted) row.t[j] += dusage[k] / static_cast<Real>(counted_);
             mean += static_cast<double>(row.p[j]) * row.t[j];
           }
           const Real shift = static_cast<Real>(mean) - dnormalizer(level, begin + row_[place]), inverse = 1 / in_.tau;
@@ -253,16 +289,44 @@ class Backward {
     });
   }
 
+  // dV = P^T dM, or of a straight-through row its sampled code's.
+  void add_to_values(const Level<Real>& level, int64_t begin, int64_t count) {
+    const bool soft = in_.mode == QuantizeMode::kSoft;
+    const int64_t width = in_.width;
+    Real* const dv = dv_ + level.first * width;
+    if (mixes() && soft && dense_ > 0) {
+      matrix_product(Matrix<Real>{tile_.get() + dense_ * level.codes, dense_, level.codes}.transposed(),
+                     {dm_.get(), dense_, width}, {dv, level.codes, width}, is_first_ ? Into::kOverwrite : Into::kAdd);
+    } else if (is_first_) {
+      std::fill_n(dv, level.codes * width, Real{0});
+    }
+    if (!mixes()) return;
+    for (int64_t place = soft ? dense_ : 0; place < count; ++place) {
+      const Real* const dm = dm_.get() + place * width;
+      if (soft) {
+        const List row = list(level, begin, place);
+        for (int64_t j = 0; j < row.count; ++j) add_scaled(row.p[j], dm, dv + row.code[j] * width);
+      } else {
+        add_scaled(Real{1}, dm, dv + saved_.sampled[at(level, begin + row_[place])] * width);
+      }
+    }
+  }
+
+  void add_scaled(Real factor, const Real* dm, Real* to) const {
+    for (int64_t d = 0; d < in_.width; ++d) to[d] += factor * dm[d];
+  }
+
   const Quantize<Real>& in_;
   const QuantizeSaved<Real>& saved_;
   const QuantizeUpstream<Real>& upstream_;
   const QuantizeGradients<Real>& out_;
   const Codebooks<Real>& codebooks_;
+  const double counted_ = in_.counted();
   std::vector<double> sum_;  // over all rows, of every code: of ds where it has a bias, else of ds s
-  Buffer<Real> own_de_;
-  Real* de_;  // dE with its radial part
+  Buffer<Real> own_de_, own_dv_;
+  Real *de_, *dv_;  // dE with its radial part, dV
   Buffer<Real> dr_;             // of the residual that the level leaves, then of the one it saw
-  Buffer<Real> x_, u_;
+  Buffer<Real> x_, dm_, u_;
   std::vector<int64_t> row_;    // of the block, by place
   std::vector<int64_t> entry_;  // the first of a listed row, by place
   int64_t dense_ = 0;           // rows that are not listed
@@ -288,6 +352,13 @@ void finish(const Quantize<Real>& in, const QuantizeGradients<Real>& out, const 
   }
   if (out.scale != nullptr) *out.scale = static_cast<Real>(dscale);
   if (out.tau != nullptr) *out.tau = static_cast<Real>(dtau);
+  if (out.values != nullptr) {
+    if (in.rows == 0) std::fill_n(out.values, codebooks.codes() * in.width, Real{0});
+    for (size_t i = 1; i < shares.size(); ++i) {
+      const Real* const more = shares[i]->dv(0);
+      for (int64_t d = 0; d < codebooks.codes() * in.width; ++d) out.values[d] += more[d];
+    }
+  }
   if (out.codebooks == nullptr) return;
   if (in.rows == 0) std::fill_n(out.codebooks, codebooks.codes() * in.dim, Real{0});
   parallel_for(codebooks.codes(), grain(in.dim), [&](int64_t first, int64_t last) {
@@ -312,6 +383,7 @@ template <class Real>
 void residual_quantize_backward(const Quantize<Real>& in, const QuantizeSaved<Real>& saved,
                                 const QuantizeUpstream<Real>& upstream, const QuantizeGradients<Real>& out) {
   const Codebooks<Real> codebooks(in);
+  if (out.noise_scale != nullptr) std::fill_n(out.noise_scale, in.rows, Real{0});
   const auto shares = run<Backward<Real>>(in, [&](int64_t share, int64_t, int64_t block) {
     return std::make_unique<Backward<Real>>(in, saved, upstream, out, codebooks, block, share == 0);
   });

@@ -126,9 +126,10 @@ class Hard {
             Real maximum = row_[i].chosen.take(x, here, width);
             if (!nearest_.empty()) nearest_[i].take(x, here, width, maximum);
             if constexpr (kAs == NoiseAs::kGumbel) {
+              const Real scale = in_.noise.scale == nullptr ? Real{1} : in_.noise.scale[begin + i];
               noise_of(in_, level.number, begin + i).template fill<fused.value, kAs>(here, width, noise);
 #pragma omp simd
-              for (int64_t k = 0; k < width; ++k) x[k] += noise[k];
+              for (int64_t k = 0; k < width; ++k) x[k] += scale * noise[k];
               maximum = row_[i].sampled.take(x, here, width);
             }
             if (wants_sum) row_[i].log_sum.template take<fused.value>(x, width, maximum, inverse_tau);
@@ -145,7 +146,8 @@ class Hard {
         const Real* const e = level.vectors.data + code * in_.dim;
         Real* const r = residual_.get() + i * in_.dim;
         out_.codes[to] = code;
-        if (out_.sampled != nullptr) out_.sampled[to] = in_.noise.present ? row_[i].sampled.code : code;
+        const bool is_noisy = in_.noise.present && (in_.noise.scale == nullptr || in_.noise.scale[begin + i] != 0);
+        if (out_.sampled != nullptr) out_.sampled[to] = is_noisy ? row_[i].sampled.code : code;
         if (out_.log_normalizer != nullptr) {
           out_.log_normalizer[to] = row_[i].chosen.is_nan ? std::numeric_limits<Real>::quiet_NaN()
                                                           : static_cast<Real>(row_[i].log_sum.log(1 / in_.tau)
@@ -155,7 +157,7 @@ class Hard {
         for (int64_t d = 0; d < in_.dim; ++d) r[d] -= e[d];
       }
     });
-    for (int64_t i = 0; i < count; ++i) ++counts_[level.first + code_of(i)];
+    for (int64_t i = 0; i < count; ++i) counts_[level.first + code_of(i)] += in_.is_counted(begin + i);
   }
 
   const Quantize<Real>& in_;
@@ -177,7 +179,7 @@ void residual_quantize_hard(const Quantize<Real>& in, const HardQuantized<Real>&
     return std::make_unique<Hard<Real>>(in, out, codebooks, block);
   });
   if (out.usage == nullptr) return;
-  const double rows = static_cast<double>(std::max<int64_t>(1, in.rows));
+  const double rows = in.counted();
   for (int64_t k = 0; k < codebooks.codes(); ++k) {
     int64_t uses = 0;
     for (const auto& share : shares) uses += share->uses(k);

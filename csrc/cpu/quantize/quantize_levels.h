@@ -43,6 +43,35 @@ RowNoise noise_of(const Quantize<Real>& in, int64_t level, int64_t row) {
           static_cast<uint32_t>(in.noise.row_offset + row)};
 }
 
+// The noise of a row, times sigma.
+template <class Real>
+struct ScaledNoise {
+  RowNoise noise;
+  Real scale;
+
+  template <bool kFused, NoiseAs kAs>
+  DGI_HOST_DEVICE void fill(int64_t first, int64_t count, Real* out) const {
+    noise.template fill<kFused, kAs>(first, count, out);
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) out[i] *= scale;
+  }
+};
+
+// soften() of one row, with the row's own sigma. kExponential is for sigma = 1 alone: E^sigma would be a power.
+template <bool kFused, NoiseAs kAs, class Real>
+DGI_HOST_DEVICE GumbelSums soften_row(const Quantize<Real>& in, int64_t level, int64_t row, const Real* s,
+                                      int64_t codes, Real maximum, Real* out, Real* noisy = nullptr) {
+  const RowNoise noise = noise_of(in, level, row);
+  if constexpr (kAs != NoiseAs::kNone) {
+    const Real scale = in.noise.scale == nullptr ? Real{1} : in.noise.scale[row];
+    if (scale == 0) return soften<kFused, NoiseAs::kNone>(s, codes, maximum, in.tau, noise, out, noisy);
+    if (scale != 1) {
+      return soften<kFused, NoiseAs::kGumbel>(s, codes, maximum, in.tau, ScaledNoise<Real>{noise, scale}, out, noisy);
+    }
+  }
+  return soften<kFused, kAs>(s, codes, maximum, in.tau, noise, out, noisy);
+}
+
 // Sums over columns of a tile: each group of rows has its own, which are then added in order.
 template <class Real>
 class ColumnSums {

@@ -31,6 +31,7 @@ struct Level {
   int64_t number, first, codes;  // first: of all codes
   Matrix<Real> vectors;          // E, what is emitted
   Matrix<Real> keys;             // E as rows are compared with it
+  Matrix<Real> values;           // V, mixed as E is; its width may be 0
   const Real* centre;            // what keys are relative to; null: 0
   CodeTerms<Real> terms;
   double longest;  // the largest ||e||^2 of the keys, where the metric needs it
@@ -48,7 +49,8 @@ class Codebooks {
     for (int64_t number = 0; number < in.levels(); ++number) {
       const int64_t codes = in.sizes[number];
       const Matrix<Real> vectors{const_cast<Real*>(in.codebooks) + first * in.dim, codes, in.dim};
-      levels_.push_back({number, first, codes, vectors, vectors, nullptr, {factor_.get() + first}, 0});
+      const Matrix<Real> values{const_cast<Real*>(in.values) + first * in.width, codes, in.width};
+      levels_.push_back({number, first, codes, vectors, vectors, values, nullptr, {factor_.get() + first}, 0});
       if (is_relative_) make_relative(in, levels_.back());
       first += codes;
     }
