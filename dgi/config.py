@@ -12,6 +12,7 @@ EncoderKind = Literal["text", "vectors", "t5"]
 GradientKind = Literal["soft", "straight_through", "detached"]
 HeadKind = Literal["shared", "separate"]
 SimilarityKind = Literal["cosine", "inner_product"]
+MetricKind = Literal["", "cosine", "dot", "euclidean"]  # "": that of the similarity
 ContrastiveKind = Literal["in_batch", "sampled", "all_items"]
 
 WORDS_1, WORDS_2 = "words-1", "words-2"  # tokenizers of the package itself
@@ -28,10 +29,10 @@ LOSS_TERMS = ("ntp", "global", "local", "infonce", "diversity")
 class ModelConfig:
     """What the model is made of.
 
-    The last three fields are the paper's ablations: ``gradient`` is how the next-token loss reaches the quantizer
-    (``soft``: through p; ``straight_through``: one-hot forward, soft Jacobian backward; ``detached``: not at all, the
-    two-stage setting), ``heads`` whether level j's output head is the codebook E_j itself, ``similarity`` whether
-    logits are scaled cosines or plain inner products.
+    ``gradient``, ``heads`` and ``similarity`` are the paper's ablations: ``gradient`` is how the next-token loss
+    reaches the quantizer (``soft``: through p; ``straight_through``: one-hot forward, soft Jacobian backward;
+    ``detached``: not at all, the two-stage setting), ``heads`` whether level j's output head is the
+    codebook E_j itself, ``similarity`` whether logits are scaled cosines or plain inner products.
 
     Attributes:
         encoder: ``text`` (built-in transformer over hashed words), ``vectors`` (precomputed item and query vectors) or
@@ -50,6 +51,8 @@ class ModelConfig:
         vector_dim: width of precomputed vectors (``vectors``).
         pretrained: name or folder of a T5-family model (``t5``).
         initial_scale: starting value of the learnable logit scale γ.
+        metric: how the quantizer compares residuals with codes, as in :func:`dgi_kernels.residual_quantize`, whose
+            logits γ scales; empty: scaled cosines, or plain inner products where ``similarity`` says so.
     """
 
     encoder: EncoderKind = "text"
@@ -70,6 +73,7 @@ class ModelConfig:
     gradient: GradientKind = "soft"
     heads: HeadKind = "shared"
     similarity: SimilarityKind = "cosine"
+    metric: MetricKind = ""
 
     def __post_init__(self) -> None:
         for name in ("dim", "attention_heads", "history_layers", "decoder_layers", "max_tokens"):

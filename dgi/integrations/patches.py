@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,8 @@ from torch.overrides import has_torch_function
 from dgi.model.quantizer import ResidualQuantizer
 from dgi_kernels import checks, gumbel_softmax
 from dgi_kernels.backend import checks_values
-from dgi_kernels.types import Backend
+from dgi_kernels.enums import METRICS
+from dgi_kernels.types import Backend, Metric
 
 _FLOAT32 = torch.finfo(torch.float32)
 UNIT_TOLERANCE = 1e-3  # of the norms of a codebook that is compared with by cosine
@@ -80,15 +82,21 @@ def _takes_tau(tau: object, logits: Tensor) -> bool:
 
 @torch.no_grad()
 def residual_quantizer_from(
-    source: nn.Module | Sequence[Tensor], *, initial_scale: float = 30.0, backend: Backend = "auto"
+    source: nn.Module | Sequence[Tensor],
+    *,
+    metric: Metric | None = None,
+    initial_scale: float = 30.0,
+    backend: Backend = "auto",
 ) -> ResidualQuantizer:
     """Make our residual quantizer of codebooks trained elsewhere; they are copied.
 
     Its :meth:`~dgi.ResidualQuantizer.assign` gives the codes that ``source`` gives in evaluation mode, but for ties.
 
     Args:
-        source: a ``ResidualVQ`` of vector-quantize-pytorch with ``use_cosine_sim=True`` and without projections, or m
-            tensors (K_j, D) of a quantizer that goes by the cosine of the residual, subtracting what it chose.
+        source: a ``ResidualVQ`` of vector-quantize-pytorch without projections, Euclidean or with
+            ``use_cosine_sim=True``, or m tensors (K_j, D) of a quantizer that goes by ``metric``, subtracting what it
+            chose.
+        metric: of :func:`dgi_kernels.residual_quantize`; None: that of the ``ResidualVQ``, or the cosine for tensors.
         initial_scale: the logit scale to start with, for training; it changes no code.
         backend: of the quantizer.
 
@@ -97,7 +105,14 @@ def residual_quantizer_from(
             would give other codes, or that has no codebooks yet (``kmeans_init`` before its first batch); or tensors
             that are no codebooks of one width.
     """
-    codebooks = _codebooks_of(source) if isinstance(source, nn.Module) else source
+    if metric is not None:
+        checks.choice("metric", metric, METRICS)
+    codebooks: Any = source
+    if isinstance(source, nn.Module):
+        codebooks, own = _codebooks_of(source)
+        if metric not in (None, own):
+            raise ValueError(f"metric must be that of source, {own!r}, or its codes differ; got {metric!r}")
+        metric = own
     if isinstance(codebooks, str) or not isinstance(codebooks, Sequence) or len(codebooks) == 0:
         raise TypeError(f"source must be a ResidualVQ or a sequence of codebooks; got {type(source).__name__}")
     for level, codebook in enumerate(codebooks):
@@ -109,6 +124,7 @@ def residual_quantizer_from(
         codebooks[0].shape[1],
         [len(codebook) for codebook in codebooks],
         initial_scale=initial_scale,
+        metric=metric or "cosine",
         eps=1e-12,
         backend=backend,
     )
@@ -117,12 +133,13 @@ def residual_quantizer_from(
     return quantizer.to(codebooks[0].device)
 
 
-def _codebooks_of(module: nn.Module) -> list[Tensor]:
+def _codebooks_of(module: nn.Module) -> tuple[list[Tensor], Metric]:
     layers, codebooks = getattr(module, "layers", None), getattr(module, "codebooks", None)
     if layers is None or codebooks is None:
         raise TypeError(f"source must be a ResidualVQ or a sequence of codebooks; got {type(module).__name__}")
-    if not all(getattr(layer, "use_cosine_sim", False) for layer in layers):
-        raise ValueError("source must have use_cosine_sim=True: with Euclidean distances it gives other codes")
+    by_cosine = [bool(getattr(layer, "use_cosine_sim", False)) for layer in layers]
+    if len(set(by_cosine)) > 1:
+        raise ValueError("source must have use_cosine_sim the same at all levels")
     if getattr(module, "has_projections", False) or any(getattr(layer, "has_projections", False) for layer in layers):
         raise ValueError(
             "source must have no projections (codebook_dim = dim); apply its project_in yourself and give its codebooks"
@@ -136,8 +153,16 @@ def _codebooks_of(module: nn.Module) -> list[Tensor]:
             f"{beams} beams (eval_beam_size), and so gives other codes"
         )
     for level, layer in enumerate(layers):
-        if not bool(getattr(getattr(layer, "_codebook", None), "initted", True)):
+        own = getattr(layer, "_codebook", None)
+        if not bool(getattr(own, "initted", True)):
             raise ValueError(f"source has no codebook at level {level} yet (kmeans_init): give it a batch first")
+        if getattr(own, "affine_param", False) or getattr(own, "vq_bridge", None) is not None:
+            raise ValueError(
+                f"source must compare residuals with its codebooks as they are; that of level {level} is transformed "
+                f"first (affine_param or vq_bridge)"
+            )
+    if not by_cosine[0]:
+        return [codebook.float() for codebook in codebooks], "euclidean"
     for level, codebook in enumerate(codebooks):
         norms = torch.linalg.vector_norm(codebook.float(), dim=-1)
         if not bool((((norms - 1).abs() < UNIT_TOLERANCE) | (norms == 0)).all()):
@@ -146,4 +171,4 @@ def _codebooks_of(module: nn.Module) -> list[Tensor]:
                 f"those of level {level} have norms from {norms.min():.4g} to {norms.max():.4g} (was it "
                 f"trained with orthogonal_reg_weight?)"
             )
-    return [codebook.float() for codebook in codebooks]
+    return [codebook.float() for codebook in codebooks], "cosine"

@@ -1,4 +1,4 @@
-"""K-means on the sphere's directions, for codebooks that start where the residuals are."""
+"""K-means under the quantizer's own rule, for codebooks that start where the residuals are."""
 
 from __future__ import annotations
 
@@ -6,23 +6,27 @@ import torch
 from torch import Tensor
 
 from dgi_kernels import assign_codes
+from dgi_kernels.types import Metric
 
 
 def cosine_kmeans(
     points: Tensor,
     clusters: int,
     *,
+    metric: Metric = "cosine",
     iterations: int = 20,
     generator: torch.Generator | None = None,
     batch_size: int = 65536,
 ) -> Tensor:
-    """Lloyd's algorithm under the quantizer's own rule: assign by cosine, move each centre to the mean of its points.
+    """Lloyd's algorithm under the quantizer's own rule: assign by cosine (or another metric), move each centre to the
+    mean of its points.
 
     Centres keep the length of that mean, since the quantizer subtracts them from residuals.  A cluster that loses
     all its points restarts at a random one, so every centre is used where there are enough distinct points.
 
     Args:
         points: (N, D) floating-point, N >= 1.
+        metric: of :func:`dgi_kernels.assign_codes`.
         clusters: number of centres K; may exceed N (the surplus are perturbed copies of random points).
         iterations: rounds of assignment and update.
         generator: source of the random choices.
@@ -35,7 +39,7 @@ def cosine_kmeans(
         raise ValueError("points must hold at least one row; got none")
     centres = _random_points(points, clusters, generator)
     for _ in range(iterations):
-        labels = torch.cat([assign_codes(batch, [centres])[:, 0] for batch in points.split(batch_size)])
+        labels = torch.cat([assign_codes(batch, [centres], metric=metric)[:, 0] for batch in points.split(batch_size)])
         counts = torch.bincount(labels, minlength=clusters)
         sums = torch.zeros_like(centres).index_add_(0, labels, points)
         centres = sums / counts.clamp(min=1).unsqueeze(1)

@@ -113,7 +113,11 @@ class DGIModel(DualEncoder):
         super().__init__(config, encoder)
         self.decoder = decoder if decoder is not None else build_decoder(config, self.encoder)
         self.quantizer = ResidualQuantizer(
-            config.dim, config.codebook_sizes, initial_scale=config.initial_scale, similarity=config.similarity
+            config.dim,
+            config.codebook_sizes,
+            initial_scale=config.initial_scale,
+            similarity=config.similarity,
+            metric=config.metric or None,
         )
         head = CosineHead if config.similarity == "cosine" else InnerProductHead
         detached = config.gradient == "detached" and config.heads == "shared"

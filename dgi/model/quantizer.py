@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from dgi.config import SimilarityKind
-from dgi.model.ablations import inner_product_residual_quantize
 from dgi.model.clustering import cosine_kmeans
-from dgi_kernels import ResidualQuantization, assign_codes, residual_quantize
+from dgi_kernels import ResidualQuantization, assign_codes, checks, residual_quantize
 from dgi_kernels.cosine.modules import read_0d_log_scale
+from dgi_kernels.enums import METRICS
 from dgi_kernels.types import Backend, Metric, Mode
 
 # A code is dead when its decayed count is below this; with the decay of ResidualQuantizer.count, one use fades to it in
@@ -27,13 +27,16 @@ class ResidualQuantizer(nn.Module):
         dim: width D of the vectors.
         codebook_sizes: K_j of every level.
         initial_scale: starting γ; it is learnt as log γ and so stays positive.
-        similarity: ``cosine``, or ``inner_product`` for the paper's ablation.
+        similarity: ``cosine``, or ``inner_product`` for the paper's ablation, which has no γ.
+        metric: ``cosine``, ``dot`` or ``euclidean``, of :func:`dgi_kernels.residual_quantize`, with γ; None: that of
+            ``similarity``.
         eps: lower bound of the norms.  An item that K-means leaves alone in a cluster has a residual of almost nothing,
             and the cosine's gradient there is γ / max(‖r‖, eps): with the ops' own 1e-12 it drowns all others.
         backend: backend of the op.
 
     Attributes:
         codebooks: m parameters (K_j, D).
+        metric: how residuals are compared with codes.
         log_scale: parameter of shape (1,), log γ. Files in which it is 0-d can be loaded.
         code_counts: m float buffers (K_j,): decayed counts of hard codes seen in training, for :meth:`revive`.
     """
@@ -45,6 +48,7 @@ class ResidualQuantizer(nn.Module):
         *,
         initial_scale: float = 30.0,
         similarity: SimilarityKind = "cosine",
+        metric: Metric | None = None,
         eps: float = 0.1,
         backend: Backend = "auto",
     ) -> None:
@@ -52,7 +56,11 @@ class ResidualQuantizer(nn.Module):
         self.codebooks = nn.ParameterList(nn.Parameter(torch.randn(size, dim) / dim**0.5) for size in codebook_sizes)
         self.log_scale = nn.Parameter(torch.tensor([math.log(initial_scale)]))
         self.register_load_state_dict_pre_hook(read_0d_log_scale)
+        if metric is not None:
+            checks.choice("metric", metric, METRICS)
         self.similarity = similarity
+        self.metric: Metric = metric or ("dot" if similarity == "inner_product" else "cosine")
+        self.is_scaled = metric is not None or similarity == "cosine"
         self.eps = eps
         self.backend = backend
         for level, size in enumerate(codebook_sizes):
@@ -67,11 +75,6 @@ class ResidualQuantizer(nn.Module):
         """0-d γ, with its gradient."""
         return self.log_scale.exp().squeeze(0)
 
-    @property
-    def metric(self) -> Metric:
-        """Of :func:`dgi_kernels.residual_quantize`."""
-        return "dot" if self.similarity == "inner_product" else "cosine"
-
     def forward(
         self,
         z: Tensor,
@@ -82,24 +85,14 @@ class ResidualQuantizer(nn.Module):
         seed: int | Tensor | None = None,
         row_offset: int = 0,
     ) -> ResidualQuantization:
-        """Quantize ``z`` (N, D); see :func:`dgi_kernels.residual_quantize`."""
-        if self.similarity == "inner_product":
-            return inner_product_residual_quantize(
-                z,
-                list(self.codebooks),
-                tau,
-                mode=mode,
-                noise=noise,
-                seed=seed,
-                row_offset=row_offset,
-                backend=self.backend,
-            )
+        """Quantize ``z`` (..., D); see :func:`dgi_kernels.residual_quantize`."""
         return residual_quantize(
             z,
             list(self.codebooks),
-            self.scale,
+            self.scale if self.is_scaled else 1.0,
             tau,
             mode=mode,
+            metric=self.metric,
             noise=noise,
             seed=seed,
             row_offset=row_offset,
@@ -128,12 +121,15 @@ class ResidualQuantizer(nn.Module):
     def initialize(self, z: Tensor, *, generator: torch.Generator | None = None, iterations: int = 20) -> None:
         """Set every codebook to the K-means centres of what the levels before it leave of ``z`` (N, D).
 
-        What a level leaves goes by the quantizer's own similarity. The centres are those of the cosine for both: by
-        inner products the longest centre would take most points.
+        What a level leaves goes by the quantizer's own metric, and so do the centres, but for ``dot``, whose centres
+        are those of the cosine: by inner products the longest centre would take most points.
         """
+        metric: Metric = "euclidean" if self.metric == "euclidean" else "cosine"
         residual = z.detach().to(self.codebooks[0].dtype)
         for codebook in self.codebooks:
-            codebook.copy_(cosine_kmeans(residual, len(codebook), iterations=iterations, generator=generator))
+            codebook.copy_(
+                cosine_kmeans(residual, len(codebook), metric=metric, iterations=iterations, generator=generator)
+            )
             chosen = residual_quantize(
                 residual, [codebook.detach()], 1.0, mode="hard", metric=self.metric, eps=self.eps, backend=self.backend
             )

@@ -93,6 +93,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], type[DualEncoder]]] = 
     "straight-through, separate heads": ({"gradient": "straight_through", "heads": "separate"}, {}, DGIModel),
     "detached": ({"gradient": "detached"}, {}, DGIModel),
     "inner product, no use of γ": ({"similarity": "inner_product"}, {}, DGIModel),
+    "euclidean": ({"metric": "euclidean"}, {}, DGIModel),
     "no use of the decoder": ({}, {"loss_weights": {"ntp": 0}}, DGIModel),
     "dual encoder": ({}, {}, DualEncoder),
 }

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from dgi.integrations import gumbel_softmax_patch, residual_quantizer_from
-from dgi_kernels import gumbel_softmax
+from dgi_kernels import assign_codes, gumbel_softmax, residual_quantize
+from dgi_kernels.enums import METRICS
+from dgi_kernels.types import Metric
 
 
 def test_gumbel_softmax_is_ours_inside_the_block() -> None:
@@ -124,31 +126,65 @@ def test_codes_of_a_residual_vq() -> None:
     quantizer = residual_quantizer_from(source)
     assert torch.equal(quantizer.assign(z), source(z)[1])
     assert len(quantizer.assign(z).unique(dim=0)) > 100
-    with pytest.raises(ValueError, match="use_cosine_sim=True"):
-        residual_quantizer_from(library.ResidualVQ(dim=16, num_quantizers=2, codebook_size=20))
+    with pytest.raises(ValueError, match="metric must be that of source, 'cosine'"):
+        residual_quantizer_from(source, metric="euclidean")
     with pytest.raises(ValueError, match="no projections"):
         residual_quantizer_from(
             library.ResidualVQ(dim=16, num_quantizers=2, codebook_size=20, use_cosine_sim=True, codebook_dim=8)
         )
 
 
+def test_codes_of_a_euclidean_residual_vq() -> None:
+    """The default of vector-quantize-pytorch, far from 0."""
+    library = pytest.importorskip("vector_quantize_pytorch")
+    source = library.ResidualVQ(dim=16, num_quantizers=3, codebook_size=20, kmeans_init=True)
+    z = torch.randn(500, 16) + 5
+    for _ in range(5):
+        source(z)
+    source.eval()
+    quantizer = residual_quantizer_from(source)
+    assert quantizer.metric == "euclidean"
+    assert torch.equal(quantizer.assign(z), source(z)[1])
+    with pytest.raises(ValueError, match="affine_param"):
+        residual_quantizer_from(library.ResidualVQ(dim=16, num_quantizers=2, codebook_size=20, affine_param=True))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_codes_of_given_codebooks_by_a_metric(metric: Metric) -> None:
+    codebooks, z = [torch.randn(9, 12), torch.randn(7, 12)], torch.randn(100, 12)
+    quantizer = residual_quantizer_from(codebooks, metric=metric)
+    assert torch.equal(quantizer.assign(z), assign_codes(z, codebooks, metric=metric))
+    soft = residual_quantize(z, codebooks, quantizer.scale, metric=metric, noise=False)
+    torch.testing.assert_close(quantizer(z, noise=False).quantized, soft.quantized)
+
+
 class Layer(torch.nn.Module):
     """As much of a VectorQuantize of vector-quantize-pytorch as is looked at."""
 
-    use_cosine_sim, has_projections = True, False
+    has_projections = False
 
-    def __init__(self, initted: bool) -> None:
+    def __init__(self, initted: bool, cosine: bool = True, affine: bool = False) -> None:
         super().__init__()
+        self.use_cosine_sim = cosine
         self._codebook = torch.nn.Module()
         self._codebook.register_buffer("initted", torch.tensor(initted))
+        self._codebook.affine_param = affine
 
 
 class Quantizer(torch.nn.Module):
     """As much of a ResidualVQ."""
 
-    def __init__(self, *, norm: float = 1.0, initted: bool = True, **options: int | None) -> None:
+    def __init__(
+        self,
+        *,
+        norm: float = 1.0,
+        initted: bool = True,
+        cosine: tuple[bool, bool] = (True, True),
+        affine: bool = False,
+        **options: int | None,
+    ) -> None:
         super().__init__()
-        self.layers = torch.nn.ModuleList([Layer(True), Layer(initted)])
+        self.layers = torch.nn.ModuleList([Layer(True, cosine[0]), Layer(initted, cosine[1], affine)])
         self.codebooks = norm * F.normalize(torch.randn(2, 5, 8), dim=-1)
         for name, value in options.items():
             setattr(self, name, value)
@@ -161,11 +197,17 @@ class Quantizer(torch.nn.Module):
         ({"beam_size": 1, "eval_beam_size": 3}, "with 3 beams"),
         ({"initted": False}, "no codebook at level 1 yet"),
         ({"norm": 1.5}, "vectors of norm 1"),
+        ({"cosine": (False, True)}, "the same at all levels"),
+        ({"cosine": (False, False), "affine": True}, "that of level 1 is transformed first"),
     ],
 )
 def test_a_residual_vq_with_other_codes_is_refused(options: dict[str, Any], message: str) -> None:
     """Guards against codes that differ from the source's without a word."""
     assert len(residual_quantizer_from(Quantizer(beam_size=4, eval_beam_size=1)).codebooks) == 2
+    euclidean = Quantizer(norm=1.5, cosine=(False, False))
+    z = torch.randn(40, 8)
+    expected = assign_codes(z, list(euclidean.codebooks), metric="euclidean")
+    assert torch.equal(residual_quantizer_from(euclidean).assign(z), expected)
     with pytest.raises(ValueError, match=message):
         residual_quantizer_from(Quantizer(**options))
 

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from dgi.model.ablations import inner_product_residual_quantize
 from dgi.model.clustering import cosine_kmeans
 from dgi.model.quantizer import ResidualQuantizer
-from dgi_kernels import gumbel_noise
+from dgi_kernels import assign_codes, gumbel_noise, residual_quantize
+from dgi_kernels.enums import METRICS
+from dgi_kernels.types import Metric
 
 
 def clustered(rows: int, clusters: int, dim: int, spread: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -112,6 +114,26 @@ def test_initial_residuals_of_the_ablation_are_those_of_its_own_codes() -> None:
     left = z - quantizer.codebooks[0][quantizer.assign(z)[:, 0]]
     apart = torch.cdist(quantizer.codebooks[1], left, compute_mode="donot_use_mm_for_euclid_dist").amin(1)
     assert (apart < 1e-5).all()  # without an iteration the centres are residuals
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_quantizer_by_a_metric(metric: Metric) -> None:
+    """Its logits, codes and first centres go by the metric, and γ scales all of them."""
+    quantizer = ResidualQuantizer(4, (6, 5), metric=metric, initial_scale=3.0, eps=1e-12)
+    z = torch.randn(2, 30, 4) + 5
+    quantizer.initialize(z.flatten(0, 1), generator=torch.Generator().manual_seed(1), iterations=60)
+    result = quantizer(z, 0.7, seed=3)
+    expected = residual_quantize(z, list(quantizer.codebooks), 3.0, 0.7, metric=metric, seed=3)
+    torch.testing.assert_close(result.quantized, expected.quantized)
+    result.quantized.square().sum().backward()
+    assert quantizer.log_scale.grad is not None and quantizer.log_scale.grad.abs() > 0
+    assert torch.equal(quantizer.assign(z), assign_codes(z, list(quantizer.codebooks), metric=metric))
+    if metric == "euclidean":  # a fixed point of Lloyd's algorithm by distances
+        nearest = torch.cdist(z.flatten(0, 1), quantizer.codebooks[0]).argmin(1)
+        means = torch.stack([z.flatten(0, 1)[nearest == k].mean(0) for k in range(6)])
+        torch.testing.assert_close(quantizer.codebooks[0].detach(), means, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="^metric must be one of"):
+        ResidualQuantizer(4, (6, 5), metric="hamming")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("mode", ["soft", "straight_through", "hard"])
