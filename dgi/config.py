@@ -18,7 +18,13 @@ ContrastiveKind = Literal["in_batch", "sampled", "all_items"]
 WORDS_1, WORDS_2 = "words-1", "words-2"  # tokenizers of the package itself
 
 # What fields that were added since version 0.1.0 stood for in the models and runs before them.
-BEFORE: dict[str, Any] = {"tokenizer": WORDS_1, "contrastive": "in_batch", "contrastive_samples": 1024, "log_q": False}
+BEFORE: dict[str, Any] = {
+    "tokenizer": WORDS_1,
+    "contrastive": "in_batch",
+    "contrastive_samples": 1024,
+    "log_q": False,
+    "steps": 0,
+}
 
 MAX_INT, MAX_SEED = 2**31 - 1, 2**63 - 1
 
@@ -104,6 +110,7 @@ class TrainConfig:
 
     Attributes:
         epochs: passes over the training interactions.
+        steps: steps to train for, in place of ``epochs``; 0 for ``epochs``.
         batch_size: interactions per step, over all processes.
         backbone_lr, quantizer_lr: peak learning rates of encoder and decoder, and of codebooks, heads and γ.
         warmup_steps: linear warm-up, then linear decay to zero at the last step.
@@ -123,6 +130,7 @@ class TrainConfig:
     """
 
     epochs: int = 10
+    steps: int = 0
     batch_size: int = 128
     backbone_lr: float = 1e-3
     quantizer_lr: float = 1e-3
@@ -145,7 +153,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "contrastive_samples", "log_every", "checkpoint_every"):
             _within(self, name, 1)
-        for name in ("warmup_steps", "revive_every"):
+        for name in ("steps", "warmup_steps", "revive_every"):
             _within(self, name, 0)
         _within(self, "seed", 0, MAX_SEED)
         for name in ("backbone_lr", "quantizer_lr", "clip_norm", "tau_start", "tau_end", "contrastive_temperature"):

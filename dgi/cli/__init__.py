@@ -1,4 +1,4 @@
-"""The command line: ``dgi train | index | search | eval | bench | demo``, one file each.
+"""The command line: ``dgi train | index | search | eval | compare | bench | demo``, one file each.
 
 A subcommand's module has ``HELP``, ``EPILOG``, ``add_arguments(parser)`` and ``run(args)``.  What takes torch is
 imported in ``run`` only, so that ``--help`` answers at once.
@@ -14,13 +14,14 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from dgi.cli import bench, demo, evaluate, index, search, train
+from dgi.cli import bench, compare, demo, evaluate, index, search, train
 
 COMMANDS: dict[str, ModuleType] = {
     "train": train,
     "index": index,
     "search": search,
     "eval": evaluate,
+    "compare": compare,
     "bench": bench,
     "demo": demo,
 }

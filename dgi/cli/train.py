@@ -47,6 +47,16 @@ The output folder receives {MODEL_FILE}, {CONFIG_FILE}, metrics.jsonl, training_
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data(parser)
     parser.add_argument("--output", metavar="DIR", required=True, type=Path, help="folder of the run")
+    add_settings(parser)
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help=f"continue the run in --output from its last checkpoint, with its {CONFIG_FILE}",
+    )
+    add_run_options(parser)
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", type=Path, help="settings as a JSON file")
     parser.add_argument(
         "--set",
@@ -56,12 +66,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="settings",
         help="one setting, over those of --config; may be repeated",
     )
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help=f"continue the run in --output from its last checkpoint, with its {CONFIG_FILE}",
-    )
-    add_run_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -135,8 +139,12 @@ def configs(settings: dict[str, Any], vector_dim: int) -> tuple[ModelConfig, Tra
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     stored = args.output / CONFIG_FILE
     settings = BEFORE | _read_config(stored) if args.resume and stored.is_file() else {}
-    if args.config is not None:
-        settings |= _read_config(args.config)
+    return settings | read_settings(args)
+
+
+def read_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What ``--config`` and ``--set`` say, as flat settings."""
+    settings = {} if args.config is None else _read_config(args.config)
     for text in args.settings:
         name, equals, value = text.partition("=")
         if not equals:

@@ -120,7 +120,7 @@ def load_interactions(
     return loaded.take(np.argsort(loaded.timestamps, kind="stable"))
 
 
-def pad_histories(histories: Sequence[Sequence[int]], max_history: int) -> np.ndarray:
+def pad_histories(histories: Sequence[Sequence[int] | np.ndarray], max_history: int) -> np.ndarray:
     """Histories of at most ``max_history`` rows as (n, max_history) int64, padded with -1 on the left."""
     padded = np.full((len(histories), max_history), -1, dtype=np.int64)
     for row, history in zip(padded, histories, strict=True):

@@ -29,6 +29,7 @@ class DGIOutput(NamedTuple):
         hidden: (B, m, d) decoder states h_j, or None.
         candidates: (C, d) vectors of the batch's candidates, or None.
         candidate_rows: (C,) their catalog rows, or None.
+        item_bias: (num_items,) a bias of every item, added to its logits of InfoNCE, or None.
     """
 
     z: Tensor
@@ -39,6 +40,7 @@ class DGIOutput(NamedTuple):
     hidden: Tensor | None = None
     candidates: Tensor | None = None
     candidate_rows: Tensor | None = None
+    item_bias: Tensor | None = None
 
 
 class DualEncoder(nn.Module):
@@ -157,6 +159,11 @@ class DGIModel(DualEncoder):
             inputs = quantization.quantized
         hidden = self.decoder(inputs[:, :-1], query.memory, query.mask)
         return output._replace(quantization=quantization, codes=codes, hidden=hidden)
+
+    @torch.no_grad()
+    def initialize(self, z: Tensor, *, generator: torch.Generator | None = None) -> None:
+        """Set what training starts from by the vectors ``z`` (N, d) of all items: codebooks to K-means centres."""
+        self.quantizer.initialize(z, generator=generator)
 
     def beam_step_function(
         self, query: QueryEncoding

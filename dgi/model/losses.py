@@ -72,14 +72,15 @@ class DGILoss(nn.Module):
         """Every computed term by name, 0-d float32, and ``loss``, their weighted sum.
 
         Args:
-            output: of :class:`dgi.DGIModel`, or of a :class:`dgi.DualEncoder` (then InfoNCE alone).
+            output: of :class:`dgi.DGIModel`, or of a :class:`dgi.DualEncoder` (then InfoNCE alone). Its ``item_bias``
+                is read with ``all_items`` only.
             heads, codebooks: the model's, one per level.
         """
         terms: dict[str, Tensor] = {}
         quantization, hidden, codes = output.quantization, output.hidden, output.codes
-        if quantization is not None and hidden is not None and codes is not None:
-            if self.weights["ntp"]:
-                terms["ntp"] = torch.stack([head.loss(hidden[:, j], codes[:, j]) for j, head in enumerate(heads)]).sum()
+        if hidden is not None and codes is not None and self.weights["ntp"]:
+            terms["ntp"] = torch.stack([head.loss(hidden[:, j], codes[:, j]) for j, head in enumerate(heads)]).sum()
+        if quantization is not None:
             if self.weights["global"]:
                 terms["global"] = reconstruction_loss(output.z, quantization)
             if self.weights["local"]:
@@ -99,7 +100,8 @@ class DGILoss(nn.Module):
         if output.candidates is None or output.candidate_rows is None:
             raise ValueError(f"output must have candidates where contrastive is {self.contrastive!r}; it has none")
         if self.contrastive == "all_items":
-            return self._softmax(output.query, output.candidates, output.item_rows, None)
+            bias = None if output.item_bias is None else output.item_bias[output.candidate_rows]
+            return self._softmax(output.query, output.candidates, output.item_rows, bias)
         if self.similarity == "inner_product":
             return self._sampled_inner_products(output)
         rows = output.candidate_rows

@@ -15,7 +15,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ from dgi.config import LOSS_TERMS, TrainConfig, from_file, to_dict
 from dgi.data import Catalog, Interactions
 from dgi.data.batches import Batch, make_batch
 from dgi.model.dgi_model import DGIModel, DualEncoder
-from dgi.model.encoding import Requests, encode_items
+from dgi.model.encoding import Requests, encode_items, evaluating
 from dgi.model.losses import DGILoss
 from dgi.progress import Progress
 from dgi.training.candidates import Candidates
@@ -157,7 +157,8 @@ class LossStep(nn.Module):
         if not isinstance(self.model, DGIModel):
             return StepResult(self.loss(output), output.item_rows, None, None)
         terms = self.loss(output, list(self.model.heads), list(self.model.quantizer.codebooks))
-        return StepResult(terms, output.item_rows, output.codes, output.quantization.residuals.detach())
+        residuals = None if output.quantization is None else output.quantization.residuals.detach()
+        return StepResult(terms, output.item_rows, output.codes, residuals)
 
 
 def build_optimizer(model: DualEncoder, config: TrainConfig) -> torch.optim.AdamW:
@@ -214,6 +215,8 @@ class Trainer:
             resuming, ``checkpoints/``.
         device: None for this process's GPU, or the CPU where there is none.
         progress: show a progress bar (rank 0).
+        validate: measures the model, in evaluation mode, every ``validate_every`` steps and at the end; its values join
+            the row of metrics of that step (rank 0).
 
     Raises:
         ValueError: no interactions, or ``batch_size`` is no multiple of the number of processes.
@@ -229,6 +232,8 @@ class Trainer:
         *,
         device: torch.device | str | None = None,
         progress: bool = True,
+        validate: Callable[[], Mapping[str, float]] | None = None,
+        validate_every: int = 0,
     ) -> None:
         if config.batch_size % world_size():
             raise ValueError(f"batch_size must be a multiple of the {world_size()} processes; got {config.batch_size}")
@@ -243,7 +248,7 @@ class Trainer:
         # Fewer interactions than a batch make one batch; of more, an epoch leaves the last incomplete batch out.
         self.rank_batch = min(config.batch_size, len(self.data)) // world_size()
         self.epoch_steps = len(self.data) // (self.rank_batch * world_size())
-        self.schedule = Schedule(config, config.epochs * self.epoch_steps)
+        self.schedule = Schedule(config, config.steps or config.epochs * self.epoch_steps)
         self.candidates = Candidates(
             config.contrastive,
             self.data.targets,
@@ -254,6 +259,8 @@ class Trainer:
         self.optimizer = build_optimizer(model, config)
         self.steps_done = torch.zeros((), dtype=torch.int64)
         self.progress = progress and rank() == 0
+        self.validate = validate if rank() == 0 else None
+        self.validate_every = validate_every
         self.folder = RunFolder(Path(output)) if output is not None and rank() == 0 else None
 
     def fit(self, resume: bool = False) -> dict[str, Any]:
@@ -284,8 +291,10 @@ class Trainer:
                 self._tend_codes(step, result)
                 self.steps_done += 1
                 bar.update()
-                if self._is_due(step, self.config.log_every):
+                measured = self._validated(step)
+                if measured or self._is_due(step, self.config.log_every):
                     row = {**self._metrics(step, result, values), "seconds": round(time.perf_counter() - started, 3)}
+                    row |= measured
                     bar.note(_summary(row))
                     if self.folder is not None:
                         self.folder.metrics.append(row)
@@ -311,7 +320,7 @@ class Trainer:
             )
         broadcast([self.steps_done])
         if self.steps_done == 0 and isinstance(self.model, DGIModel):
-            self.model.quantizer.initialize(
+            self.model.initialize(
                 encode_items(self.model, self.data.item_features), generator=generator(self.config.seed, CLUSTERING)
             )
         broadcast(self._state().values())
@@ -385,6 +394,12 @@ class Trainer:
         if self.schedule.revives(step):
             source = generator(self.config.seed, REVIVAL, step)
             self.model.quantizer.revive(gather_rows(result.residuals), generator=source)
+
+    def _validated(self, step: int) -> Mapping[str, float]:
+        if self.validate is None or not (self.validate_every and self._is_due(step, self.validate_every)):
+            return {}
+        with evaluating(self.model):
+            return self.validate()
 
     def _is_due(self, step: int, every: int) -> bool:
         return (step + 1) % every == 0 or step + 1 == self.schedule.total_steps

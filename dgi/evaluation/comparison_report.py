@@ -1,0 +1,181 @@
+"""Tables and pictures of a comparison's results."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dgi.evaluation.evaluate import K
+from dgi.evaluation.names import DESCRIPTIONS
+from dgi.pictures import COLOURS, attempt, dress, figure, save
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Json = Mapping[str, Any]
+
+
+def markdown(results: Json) -> str:
+    """One section for each data set: how it was measured, quality with intervals, and geometry with cost."""
+    return "\n\n".join(data_markdown(data) for data in results["data"].values()) + "\n"
+
+
+def data_markdown(data: Json, heading: str = "##") -> str:
+    """The section of one data set."""
+    return "\n\n".join(
+        [f"{heading} {data['data']}", _protocol(data), _quality(data), _cost(data)],
+    )
+
+
+def _protocol(data: Json) -> str:
+    split = {
+        "time": "split by time",
+        "leave_one_out": "leave-one-out, the last item of each user is the test",
+        "given": "split as given",
+    }[data["split"]]
+    seen = "left out of" if data["history_excluded"] else "kept in"
+    which = (
+        f"all {data['queries']:,}" if data["queries"] == data["test"] else f"{data['queries']:,} of {data['test']:,}"
+    )
+    minutes = f" (the dense system's in {data['minutes']:g} minutes)" if data["minutes"] else ""
+    return (
+        f"{data['items']:,} items, {data['train']:,} training, {data['validation']:,} validation and {which} test "
+        f"requests, {split}; all items are ranked, items of the history are {seen} the rankings. Budget of every "
+        f"trained system: {data['steps']:,} steps{minutes} of {data['training']['batch_size']} interactions, "
+        f"{data['epochs']:.1f} epochs; generative systems spend {data['encoder_share']:.0%} of it on the encoder that "
+        f"they start from. Width {data['model']['dim']}. In brackets: 95 % intervals, bootstrap over requests; "
+        f"Δ: paired, against `{data['best_baseline']}`, the best baseline."
+    )
+
+
+def _quality(data: Json) -> str:
+    systems = data["systems"]
+    buckets = list(next(iter(systems.values()))["buckets"])
+    recall = f"R@{K}"
+    header = ["system", "seeds", recall, f"NDCG@{K}", "Δ NDCG", *(f"{recall}, {bucket}" for bucket in buckets), "never"]
+    rows = []
+    for name, of_system in systems.items():
+        measures = of_system["measures"]
+        difference = of_system["difference"]
+        rows.append(
+            [
+                f"`{name}`",
+                str(len(of_system["seeds"])),
+                _interval(measures[f"recall@{K}"]),
+                _interval(measures[f"ndcg@{K}"]),
+                "" if difference is None else _interval(difference[f"ndcg@{K}"], signed=True),
+                *(_number(of_system["buckets"][bucket]) for bucket in buckets),
+                f"{of_system['hubness']['never_returned']:.0%}",
+            ]
+        )
+    return _table(header, rows)
+
+
+def _cost(data: Json) -> str:
+    header = [
+        "system",
+        "what",
+        "hubness",
+        "IsoScore",
+        "norm ~ clicks",
+        "grad norm",
+        "chosen",
+        "parameters",
+        "s",
+        "s, search",
+    ]
+    rows = []
+    for name, of_system in data["systems"].items():
+        geometry = of_system["geometry"] or {}
+        norms = sorted(row["grad_norm"] for row in of_system["curve"] if "grad_norm" in row)
+        chosen = {
+            key: "/".join(dict.fromkeys(f"{setting[key]:g}" for setting in of_system["settings"] if key in setting))
+            for key in of_system["settings"][0]
+        }
+        rows.append(
+            [
+                f"`{name}`",
+                DESCRIPTIONS[name],
+                f"{of_system['hubness']['skewness']:.1f}",
+                _number(geometry.get("iso_score"), 2),
+                _number(geometry.get("norm_popularity"), 2),
+                f"{norms[len(norms) // 2]:.2g}, {norms[-1]:.2g}" if norms else "–",
+                ", ".join(f"{key} {value}" for key, value in chosen.items()) or "–",
+                f"{of_system['parameters']:,}" if of_system["parameters"] else "–",
+                f"{of_system['seconds']['fit']:,.0f}",
+                f"{of_system['seconds']['search']:,.0f}",
+            ]
+        )
+    return _table(header, rows)
+
+
+def _interval(value: Json, signed: bool = False) -> str:
+    sign = "+" if signed else ""
+    texts = [_bare(f"{value[key]:{sign}.4f}") for key in ("mean", "low", "high")]
+    return f"{texts[0]} [{texts[1]}, {texts[2]}]"
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else _bare(f"{value:.{digits}f}")
+
+
+def _bare(number: str) -> str:
+    """Without the zero before the point."""
+    return re.sub(r"^([+-]?)0\.", r"\1.", number)
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    aligned = ["---"] + ["--:"] * (len(header) - 1)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, aligned, *rows])
+
+
+def pictures(results: Json, folder: str | os.PathLike[str]) -> list[Path]:
+    """Draw each data set's ``NAME.png``: quality, popularity buckets, validation and gradient norm over training.
+
+    Returns:
+        The pictures that could be drawn.
+    """
+    drawn = []
+    for name, data in results["data"].items():
+        path = Path(folder) / f"{name}.png"
+        if attempt(lambda data=data, path=path: comparison_picture(data, path), path):  # type: ignore[misc]
+            drawn.append(path)
+    return drawn
+
+
+def comparison_picture(data: Json, png_path: str | os.PathLike[str]) -> None:
+    """Four panels: NDCG with intervals, recall by bucket, and over the steps validation and gradient norm."""
+    systems = data["systems"]
+    colours = {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(systems)}
+    styles = {name: ("-", "--", ":", "-.")[place // len(COLOURS) % 4] for place, name in enumerate(systems)}
+    picture = figure(figsize=(13, 9))
+    ((quality, buckets), (validation, gradients)) = picture.subplots(2, 2)
+    for place, (name, of_system) in enumerate(systems.items()):
+        value = of_system["measures"][f"ndcg@{K}"]
+        errors = [[value["mean"] - value["low"]], [value["high"] - value["mean"]]]
+        quality.errorbar(value["mean"], -place, xerr=errors, fmt="o", color=colours[name], capsize=3)
+        line = {"color": colours[name], "linestyle": styles[name], "linewidth": 1.4}
+        known = [(key, mean) for key, mean in of_system["buckets"].items() if mean is not None]
+        buckets.plot(*zip(*known, strict=True), label=name, marker=".", **line)
+        _curve(validation, of_system["curve"], f"validation_hit_rate@{K}", marker=".", **line)
+        _curve(gradients, of_system["curve"], "grad_norm", **line)
+    quality.set_yticks([-place for place in range(len(systems))], list(systems), fontsize=9)
+    quality.grid(axis="x", color="0.9")
+    dress(quality, f"NDCG@{K} on {data['data']}, 95 % intervals", "")
+    dress(buckets, f"Recall@{K} by popularity of the target, head to tail", "")
+    buckets.legend(frameon=False, fontsize=8, ncols=2)
+    dress(validation, f"Hit rate at {K} on validation requests", "")
+    dress(gradients, "Gradient norm", "")
+    gradients.set_yscale("log")
+    for panel in (validation, gradients):
+        panel.set_xlabel("step")
+    save(picture, png_path)
+
+
+def _curve(panel: Axes, rows: list[Json], key: str, **line: Any) -> None:
+    points = [(row["step"], row[key]) for row in rows if key in row]
+    if points:
+        panel.plot(*zip(*points, strict=True), **line)

@@ -1,0 +1,181 @@
+"""Comparisons: a broken system comes last, measures are the library's, intervals cover, cells are resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dgi.cli import main
+from dgi.data import Dataset, Judgments, load_dataset
+from dgi.evaluation import compare as comparing
+from dgi.evaluation import metrics
+from dgi.evaluation.compare import Comparison, compare
+from dgi.evaluation.comparison_report import _bare, comparison_picture, data_markdown
+from dgi.evaluation.per_query import MEASURES, bucket_means, interval, measure_queries
+from tests.dgi.retrieval.test_baselines import PLAN
+from tests.dgi.tiny_folder import write_data
+
+SYSTEMS = ("random", "popularity", "dense", "two_stage")
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dgi.training.curve.training_curve", lambda *_: None)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Dataset:
+    return load_dataset(write_data(tmp_path / "clicks", np.random.default_rng(3)))
+
+
+def test_measures_of_one_target_are_those_of_metrics() -> None:
+    ranked = np.stack([np.random.permutation(40)[:25] for _ in range(60)])
+    targets = np.random.randint(0, 40, 60)
+    values = dict(zip(MEASURES, measure_queries(ranked, targets).mean(axis=1), strict=True))
+    ranks = metrics.target_ranks(ranked, targets)
+    for k in metrics.CUTOFFS:
+        assert values[f"recall@{k}"] == pytest.approx(metrics.hit_rate(ranks, k))
+        assert values[f"ndcg@{k}"] == pytest.approx(metrics.ndcg(ranks, k))
+
+
+def test_graded_measures_are_those_of_the_library() -> None:
+    pytest.importorskip("ir_measures")
+    ranked = np.stack([np.random.permutation(60)[:25] for _ in range(40)])
+    ranked[3, 5:] = -1
+    ratings = []
+    for _ in range(40):
+        items = np.random.choice(60, np.random.randint(1, 30), replace=False)
+        ratings.append({int(item): int(np.random.randint(0, 4)) for item in items} | {int(items[0]): 2})
+    values = dict(zip(MEASURES, measure_queries(ranked, np.zeros(40, int), ratings).mean(axis=1), strict=True))
+    judged = Judgments(tuple(map(str, range(40))), tuple(ratings))
+    expected = metrics.evaluate_judgments(ranked, judged)
+    for k in metrics.CUTOFFS:
+        assert values[f"ndcg@{k}"] == pytest.approx(expected[f"ndcg@{k}"], rel=1e-5)
+        relevant = [{item for item, rating in row.items() if rating} for row in ratings]
+        shares = [len(want & set(row[:k].tolist())) / len(want) for want, row in zip(relevant, ranked, strict=True)]
+        assert values[f"recall@{k}"] == pytest.approx(np.mean(shares), rel=1e-5)
+
+
+def test_buckets_add_up_to_the_whole() -> None:
+    counts, targets, values = np.random.poisson(2, 50), np.random.randint(0, 50, 300), np.random.rand(300)
+    means = bucket_means(values, targets, counts)
+    buckets = metrics.popularity_buckets(counts)[targets]
+    sizes = {name: (buckets == (-1 if name == "unseen" else int(name) - 1)).sum() for name in means}
+    assert sum(sizes.values()) == 300
+    assert sum((mean or 0) * sizes[name] for name, mean in means.items()) / 300 == pytest.approx(values.mean())
+
+
+def test_the_interval_covers_the_mean_as_often_as_it_says() -> None:
+    random = np.random.default_rng(0)
+    covered = 0
+    for _ in range(60):
+        found = interval(random.random(200) < 0.3)
+        covered += found["low"] <= 0.3 <= found["high"]
+        assert found["low"] < found["mean"] < found["high"]
+    assert 50 <= covered <= 60
+    assert interval(np.ones(5)) == {"mean": 1.0, "low": 1.0, "high": 1.0}
+
+
+def test_a_paired_interval_is_narrower_than_its_parts() -> None:
+    random = np.random.default_rng(1)
+    base = random.random(500)
+    better = base + 0.02 + 0.01 * random.standard_normal(500)
+    paired, alone = interval(better - base), interval(better)
+    assert paired["low"] > 0 and paired["high"] - paired["low"] < 0.2 * (alone["high"] - alone["low"])
+
+
+def test_a_broken_system_comes_last_and_cells_are_kept(
+    data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random vectors are planted: by NDCG they are at the bottom, and significantly below the best."""
+    comparison = Comparison(PLAN, SYSTEMS, seeds=(0, 1), exclude_history=True)
+    results = compare(data, comparison, tmp_path / "out")
+    of_data = results["data"]["clicks"]
+    systems = of_data["systems"]
+    assert list(systems) == list(SYSTEMS)
+    ndcgs = {name: system["measures"]["ndcg@10"]["mean"] for name, system in systems.items()}
+    assert min(ndcgs, key=ndcgs.__getitem__) in ("random", "popularity")
+    assert max(ndcgs["random"], ndcgs["popularity"]) < 0.7 * min(ndcgs["dense"], ndcgs["two_stage"])
+    assert of_data["best_baseline"] == "dense" and systems["dense"]["difference"] is None
+    assert systems["random"]["difference"]["ndcg@10"]["high"] < 0
+    assert systems["random"]["seeds"] == [0, 1] and systems["popularity"]["seeds"] == [0]
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == json.loads(json.dumps(results))
+    for name, value in systems["dense"]["measures"].items():
+        if "seeds" in value:
+            assert value["mean"] == pytest.approx(np.mean(value["seeds"])), name
+    assert any("validation_hit_rate@10" in row for row in systems["dense"]["curve"])
+    assert systems["two_stage"]["curve"][-1]["step"] == 120 and systems["dense"]["curve"][-1]["step"] == 120
+
+    text = data_markdown(of_data)
+    for name, ndcg in ndcgs.items():
+        assert f"`{name}`" in text and _bare(f"{ndcg:.4f}") in text
+    assert "left out of the rankings" in text and "120 steps" in text
+    comparison_picture(of_data, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+    # What is there is not made again; what is missing is.
+    made: list[str] = []
+    run_cell = comparing._run_cell
+    monkeypatch.setattr(
+        comparing, "_run_cell", lambda system, name, *rest: (made.append(name), run_cell(system, name, *rest))
+    )
+    (tmp_path / "out" / "cells" / "clicks" / "popularity-0.json").unlink()
+    again = compare(data, comparison, tmp_path / "out")
+    assert made == ["popularity"]
+    assert again["data"]["clicks"]["systems"]["dense"] == systems["dense"]
+
+    other = dataclasses.replace(comparison, max_queries=10)
+    with pytest.raises(ValueError, match=r"was made with queries = 40, now it is 10; choose another output"):
+        compare(data, other, tmp_path / "out")
+
+
+def test_minutes_become_steps_once(data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparing, "_step_seconds", lambda *_: 0.5)
+    comparison = Comparison(PLAN, ("popularity",), minutes=0.25)
+    assert compare(data, comparison, tmp_path / "out")["data"]["clicks"]["steps"] == 30
+    monkeypatch.setattr(comparing, "_step_seconds", lambda *_: 0.1)
+    assert compare(data, comparison, tmp_path / "out")["data"]["clicks"]["steps"] == 30, "as when it began"
+    with pytest.raises(ValueError, match="is of 0.25 minutes"):
+        compare(data, dataclasses.replace(comparison, minutes=1.0), tmp_path / "out")
+
+
+def test_a_step_takes_time(data: Dataset) -> None:
+    assert 1e-4 < comparing._step_seconds(PLAN, data) < 10
+
+
+def test_unknown_systems_are_named() -> None:
+    with pytest.raises(ValueError, match="got 'nonsense'"):
+        Comparison(PLAN, ("nonsense",))
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Judged queries, with pseudo-queries in training, from the command line to the files."""
+    folder, output = tmp_path / "judged", tmp_path / "out"
+    folder.mkdir()
+    (folder / "items.tsv").write_text("id\ttitle\n" + "".join(f"{i}\tname{i} kind{i % 3}\n" for i in range(25)))
+    lines = [f"name{i}\t{i}\t{i % 3 + 1}\t{'train' if i < 12 else 'test'}" for i in range(25)]
+    (folder / "ratings.tsv").write_text("query\titem_id\trating\tsplit\n" + "\n".join(lines) + "\n")
+    arguments = ["compare", "--data", str(folder), "--text", "title", "--systems", "popularity,dense", "--seeds", "1"]
+    arguments += ["--pseudo-queries", "6", "--budget", "60", "--output", str(output), "--no-progress"]
+    for setting in ("dim=16", "batch_size=32", "backbone_lr=0.01", "vocabulary_size=128"):
+        arguments += ["--set", setting]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    results = json.loads((output / "results.json").read_text())["data"]["judged"]
+    assert results["judged"] and results["steps"] == 60 and results["split"] == "given"
+    assert results["systems"]["dense"]["measures"]["ndcg@10"]["mean"] > 0.7
+    assert (output / "results.md").read_text() in printed and (output / "judged.png").exists()
+    assert "results.json, results.md, judged.png" in printed
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"), [("0", "must be positive"), ("x", "must be steps"), ("-3m", "positive")]
+)
+def test_a_wrong_budget_is_told(budget: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["compare", "--data", "d", "--output", "o", f"--budget={budget}"])
+    assert expected in capsys.readouterr().err
