@@ -20,13 +20,14 @@ FAMILIES = {
     "cosine_beam_step": "beam",
     "beam_codes": "beam",
     "rank_candidates": "ranking",
+    "decoder_step": "decoder",
 }
 # Files that are not called as their family is.
 REFERENCES = {"gumbel_noise": "dgi_kernels/noise.py"}
 CUDA_FILES = {"gumbel_noise": "noise", "cosine_beam_step": "cosine_beam"}
 TESTS = {"gumbel_noise": "noise"}
-BENCHES = {"ranking": "beam"}
-PAGES = {"trie": "search", "beam": "search", "ranking": "search"}
+BENCHES = {"ranking": "beam", "decoder": "search"}
+PAGES = {"trie": "search", "beam": "search", "ranking": "search", "decoder": "search"}
 
 
 def op_table(kernels: dict) -> str:

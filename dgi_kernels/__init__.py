@@ -13,6 +13,7 @@ from dgi_kernels.cosine.contrastive import InfoNCELoss, SampledSoftmaxLoss
 from dgi_kernels.cosine.frequency import FrequencyEstimator
 from dgi_kernels.cosine.modules import CosineCrossEntropyLoss, CosineLinear
 from dgi_kernels.cosine.parallel import vocabulary_parallel_cosine_cross_entropy
+from dgi_kernels.decoder import DecoderLayer, decoder_step
 from dgi_kernels.gumbel import gumbel_noise, gumbel_softmax
 from dgi_kernels.quantize import ResidualQuantization, assign_codes, residual_quantize
 from dgi_kernels.ranking import Ranking, rank_candidates
@@ -28,6 +29,7 @@ __all__ = [
     "CapturedSearch",
     "CosineCrossEntropyLoss",
     "CosineLinear",
+    "DecoderLayer",
     "FrequencyEstimator",
     "HiddenStates",
     "InfoNCELoss",
@@ -47,6 +49,7 @@ __all__ = [
     "cosine_cross_entropy",
     "cosine_logits",
     "debug",
+    "decoder_step",
     "gumbel_noise",
     "gumbel_softmax",
     "rank_candidates",

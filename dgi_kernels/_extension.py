@@ -27,6 +27,7 @@ OPS = (
     "cosine_logits",
     "cosine_logits_backward",
     "count_outside",
+    "decoder_step",
     "find_children",
     "gumbel_noise",
     "gumbel_softmax",

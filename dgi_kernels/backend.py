@@ -58,6 +58,7 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     "cosine_beam_step": {"native": _CPP_AND_CUDA},
     "beam_codes": {"native": {"cpu": None}},
     "rank_candidates": {"native": _CPP_AND_CUDA},
+    "decoder_step": {"native": {"cpu": frozenset({torch.float32})}},
 }
 
 # Ops whose reference forms a tensor of rows x codes that is neither an input nor an output.

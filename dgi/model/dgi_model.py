@@ -10,11 +10,14 @@ from torch import Tensor, nn
 
 from dgi.config import ModelConfig
 from dgi.data.batches import Batch
-from dgi.model.decoders import TransformerDecoder
+from dgi.model.decoders import CachedDecoder, TransformerDecoder, caches
 from dgi.model.encoders import Encoder, QueryEncoding, SequenceEncoder
 from dgi.model.heads import CosineHead, InnerProductHead
 from dgi.model.quantizer import ResidualQuantizer
 from dgi_kernels import HiddenStates, ResidualQuantization
+
+# (B, M, d) vectors of the codes just chosen and (B, M) parents, None in the first step -> hidden states (B, M, d)
+_HiddenStep = Callable[[Tensor | None, Tensor | None], Tensor]
 
 
 class DGIOutput(NamedTuple):
@@ -104,7 +107,8 @@ class DGIModel(DualEncoder):
     Args:
         config: the model's configuration, ablation switches included.
         encoder: any module that is an :class:`dgi.model.encoders.Encoder`; built from ``config`` if None.
-        decoder: any module ``(inputs (B, t, d), memory, mask) -> (B, t + 1, d)``; built from ``config`` if None.
+        decoder: any module ``(inputs (B, t, d), memory, mask) -> (B, t + 1, d)``; built from ``config`` if None. With
+            the methods of :class:`dgi.model.decoders.CachedDecoder` it is searched one position at a time.
 
     Attributes:
         quantizer: :class:`dgi.ResidualQuantizer`, owner of the codebooks and of γ.
@@ -172,21 +176,42 @@ class DGIModel(DualEncoder):
 
         The decoder reads the selected codes' vectors ``e_{j, c_j}`` (hard codes, as search has them).
         """
+        step = self._cached_step(query) if caches(self.decoder) else self._whole_step(query)
+
+        def logits(depth: int, tokens: Tensor | None, parents: Tensor | None) -> Tensor | HiddenStates:
+            chosen = None if tokens is None else self.quantizer.embed(tokens, depth - 1)
+            hidden = step(chosen, None if parents is None else parents.clamp(min=0))
+            return cast(CosineHead, self.heads[depth]).for_search(hidden)
+
+        return logits
+
+    def _cached_step(self, query: QueryEncoding) -> _HiddenStep:
+        """One position of every beam at a time, from what the decoder keeps of those before."""
+        decoder = cast(CachedDecoder, self.decoder)
+        cache = decoder.start_search(query.memory, query.mask)
+
+        def step(chosen: Tensor | None, parents: Tensor | None) -> Tensor:
+            nonlocal cache
+            hidden, cache = decoder.search_step(cache, chosen, parents)
+            return hidden
+
+        return step
+
+    def _whole_step(self, query: QueryEncoding) -> _HiddenStep:
+        """Every beam's whole prefix, and its request's memory, through the decoder in each step."""
         batch = len(query.vector)
         prefix = query.vector.new_empty(batch, 1, 0, self.config.dim)
 
-        def step(depth: int, tokens: Tensor | None, parents: Tensor | None) -> Tensor | HiddenStates:
+        def step(chosen: Tensor | None, parents: Tensor | None) -> Tensor:
             nonlocal prefix
-            if tokens is not None and parents is not None:
-                survivors = parents.clamp(min=0)[..., None, None].expand(-1, -1, *prefix.shape[2:])
-                chosen = self.quantizer.embed(tokens, depth - 1).to(prefix.dtype)
-                prefix = torch.cat([prefix.gather(1, survivors), chosen.unsqueeze(2)], 2)
+            if chosen is not None and parents is not None:
+                survivors = parents[..., None, None].expand(-1, -1, *prefix.shape[2:])
+                prefix = torch.cat([prefix.gather(1, survivors), chosen.to(prefix.dtype).unsqueeze(2)], 2)
             beams = prefix.shape[1]
             hidden = self.decoder(
                 prefix.flatten(0, 1), query.memory.repeat_interleave(beams, 0), query.mask.repeat_interleave(beams, 0)
-            )[:, -1]
-            head = cast(CosineHead, self.heads[depth])
-            return head.for_search(hidden.unflatten(0, (batch, beams)))
+            )
+            return hidden[:, -1].unflatten(0, (batch, beams))
 
         return step
 

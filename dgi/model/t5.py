@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from dgi.config import ModelConfig
 from dgi.data import Catalog
 from dgi.data.batches import Batch
+from dgi.model import t5_steps
 from dgi.model.encoders import QueryEncoding
 from dgi_kernels.files import atomic_write
 
@@ -177,6 +178,7 @@ class T5Decoder(nn.Module):
         stack: Any = transformer.decoder
         stack.embed_tokens = None
         self.stack: Any = stack.train()
+        self.floats_per_position = 2 * backbone.num_heads * backbone.d_kv * len(stack.block)
         self.output = nn.Linear(backbone.d_model, config.dim)
 
     @classmethod
@@ -189,6 +191,16 @@ class T5Decoder(nn.Module):
         return self.output(
             _run(self.stack, states, encoder_hidden_states=memory, encoder_attention_mask=mask, use_cache=False)
         )
+
+    def start_search(self, memory: Tensor, mask: Tensor) -> t5_steps.T5Cache:
+        return t5_steps.start(self.stack, memory, mask)
+
+    def search_step(
+        self, cache: t5_steps.T5Cache, inputs: Tensor | None, parents: Tensor | None
+    ) -> tuple[Tensor, t5_steps.T5Cache]:
+        states = self.bos.expand(len(cache.mask), 1, -1) if inputs is None else self.input(inputs)
+        states, cache = t5_steps.step(self.stack, cache, states, parents)
+        return self.output(states), cache
 
 
 def _run(stack: Any, embedded: Tensor, **context: Any) -> Tensor:

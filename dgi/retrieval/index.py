@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from dgi.data import Catalog
 from dgi.data.batches import Batch
+from dgi.model.decoders import CachedDecoder, caches
 from dgi.model.dgi_model import DGIModel
 from dgi.model.encoders import QueryEncoding
 from dgi.model.encoding import device_of, encode_items, evaluating
@@ -26,7 +28,8 @@ from dgi_kernels import Ranking, Trie, TrieFilter, beam_search, rank_candidates
 from dgi_kernels.beam import beam_widths
 
 KIND = "DGIIndex"
-# The decoder reads every request's memory once per beam; requests are searched in parts that keep it below this.
+# What a search keeps of each beam; requests are searched in parts that keep it below this. A decoder with a cache keeps
+# keys and values of every level, any other reads the request's memory once per beam.
 MEMORY_FLOATS = 2**26
 UNIT_TOLERANCE = 1e-3
 
@@ -192,7 +195,7 @@ class DGIIndex:
         with evaluating(model):
             query = model.encode_queries(batch)
             widest = max(beam_widths(num_beams, self.trie.depth))
-            at_once = max(1, MEMORY_FLOATS // (widest * max(1, query.memory[0].numel()))) if len(batch) else 1
+            at_once = max(1, MEMORY_FLOATS // (widest * self._floats_per_beam(model, query)))
             parts = []
             for start in range(0, max(1, len(batch)), at_once):
                 rows = slice(start, start + at_once)
@@ -201,6 +204,12 @@ class DGIIndex:
                 parts.append(self._rank(model, part, k, num_beams, None if exclude is None else exclude[rows], own))
         items, scores, cosines = map(torch.cat, zip(*parts, strict=True))
         return SearchResult(items, scores, cosines, item_ids(self.ids, items))
+
+    @staticmethod
+    def _floats_per_beam(model: DGIModel, query: QueryEncoding) -> int:
+        if caches(model.decoder):
+            return max(1, model.depth * cast(CachedDecoder, model.decoder).floats_per_position)
+        return max(1, query.memory.shape[1] * query.memory.shape[2])
 
     def _rank(
         self,

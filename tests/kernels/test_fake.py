@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dgi_kernels import (
     BeamResult,
     CosineLinear,
+    DecoderLayer,
     Trie,
     assign_codes,
     beam_search,
@@ -19,6 +20,7 @@ from dgi_kernels import (
     cosine_beam_step,
     cosine_cross_entropy,
     cosine_logits,
+    decoder_step,
     gumbel_noise,
     gumbel_softmax,
     rank_candidates,
@@ -53,6 +55,17 @@ def search(trie: Trie, i: Inputs) -> BeamResult:
     )
 
 
+def decoded(i: Inputs) -> Tensor:
+    """A beam's step after a first one, with the weight (4, 8) as every parameter."""
+    wide, vector = i["weight"].detach().repeat(6, 2)[:, :DIM], i["weight"].detach()[0]
+    norm, square = (vector, vector), (wide[:DIM], vector)
+    layer = DecoderLayer(norm, (wide, wide[:, 0]), square, norm, square, square, norm, square, square)
+    memory, mask = [i["h"].detach().repeat(1, 2)[:, None]], torch.ones(ROWS, 1, dtype=torch.bool)
+    first, left = decoder_step(i["h"].detach()[:, None], [layer], memory, mask, heads=2)
+    parents = torch.zeros(ROWS, 1, dtype=torch.int64)
+    return decoder_step(first, [layer], memory, mask, [left], [parents], heads=2)[0]
+
+
 WITH_GRADIENTS: dict[str, Callable[[Inputs], Tensor]] = {
     "cosine_logits": lambda i: cosine_logits(i["h"], i["weight"], i["scale"]),
     "cosine_cross_entropy": lambda i: cosine_cross_entropy(i["h"], i["weight"], i["target"], i["scale"]),
@@ -69,6 +82,7 @@ OPS: dict[str, Callable[[Trie, Inputs], Tensor]] = {
     "cosine_beam_step": lambda trie, i: (
         cosine_beam_step(trie, i["h"].detach()[:, None], i["weight"].detach(), 9.0, trie.root(ROWS), num_beams=3).scores
     ),
+    "decoder_step": lambda _, i: decoded(i),
     "beam_search": lambda trie, i: search(trie, i).codes,
     "rank_candidates": lambda trie, i: rank_candidates(i["h"].detach(), i["vectors"], trie, search(trie, i), 5).items,
 }

@@ -186,6 +186,32 @@ def rank_candidates_call() -> dict[str, Any]:
     }
 
 
+def decoder_step_call() -> dict[str, Any]:
+    heads = random.choice((1, 2, 3))
+    dim, hidden, layers = heads * random.choice((1, 4, 5)), size(), random.choice((1, 2))
+    requests, slots = random.choice((0, *SIZES)), size()
+    beams = (1, size())
+
+    def pair(out: int, *inside: int) -> tuple[Tensor, Tensor]:
+        return torch.randn(out, *inside), torch.randn(out)
+
+    def layer() -> dgi_kernels.DecoderLayer:
+        norm, square = pair(dim), pair(dim, dim)
+        return dgi_kernels.DecoderLayer(
+            norm, pair(3 * dim, dim), square, norm, square, square, norm, pair(hidden, dim), pair(dim, hidden)
+        )
+
+    return {
+        "states": torch.randn(requests, beams[1], dim),
+        "layers": [layer() for _ in range(layers)],
+        "memory": [torch.randn(requests, slots, 2 * dim) for _ in range(layers)],
+        "mask": torch.rand(requests, slots) < 0.5,
+        "past": [torch.randn(layers, requests, beams[0], 2 * dim)],
+        "ancestors": [torch.zeros(requests, beams[1], dtype=torch.int64)],
+        "heads": heads,
+    }
+
+
 OPS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     "cosine_logits": (dgi_kernels.cosine_logits, cosine_logits_call),
     "cosine_cross_entropy": (dgi_kernels.cosine_cross_entropy, cosine_cross_entropy_call),
@@ -197,6 +223,7 @@ OPS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     "cosine_beam_step": (dgi_kernels.cosine_beam_step, cosine_beam_step_call),
     "beam_search": (dgi_kernels.beam_search, beam_search_call),
     "rank_candidates": (dgi_kernels.rank_candidates, rank_candidates_call),
+    "decoder_step": (dgi_kernels.decoder_step, decoder_step_call),
     "Trie.find": (
         lambda trie, prefixes: trie.find(prefixes),
         lambda: {"trie": trie(3), "prefixes": torch.randint(-1, 6, (size(), 1))},

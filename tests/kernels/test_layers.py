@@ -19,7 +19,7 @@ LAYERS = (
     {"backend"},
     {"checks"},
     {"noise"},
-    {"cosine", "gumbel", "trie"},
+    {"cosine", "decoder", "gumbel", "trie"},
     {"beam", "quantize"},
     {"ranking"},
     {""},  # dgi_kernels itself

@@ -316,6 +316,32 @@ def test_the_whole_family_makes_a_model_from_one_transformer(kind: type) -> None
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("kind", [T5Config, MT5Config, UMT5Config], ids=lambda kind: kind.model_type)
+@pytest.mark.parametrize("projection", ["relu", "gated-gelu"])
+@torch.no_grad()
+def test_steps_with_a_cache_compute_what_t5_computes(kind: type, projection: str, trie_depth: int = 3) -> None:
+    """Three beams of two requests, reordered twice, against T5's decoder over whole prefixes."""
+    transformer = AutoModel.from_config(kind(**SMALL, feed_forward_proj=projection))
+    for parameter in transformer.parameters():  # position biases must matter
+        torch.nn.init.normal_(parameter, std=0.5)
+    decoder = T5Decoder(make_config(), transformer).eval()
+    width = transformer.config.d_model
+    memory, mask = torch.randn(2, 6, width), torch.tensor([[True] * 6, [True] * 3 + [False] * 3])
+    cache, prefix = decoder.start_search(memory, mask), torch.empty(2, 1, 0, make_config().dim)
+    inputs = parents = None
+    for _ in range(trie_depth):
+        hidden, cache = decoder.search_step(cache, inputs, parents)
+        if inputs is not None:
+            rows = parents[..., None, None].expand(-1, -1, *prefix.shape[2:])
+            prefix = torch.cat([prefix.gather(1, rows), inputs.unsqueeze(2)], 2)
+        beams = prefix.shape[1]
+        whole = decoder(prefix.flatten(0, 1), memory.repeat_interleave(beams, 0), mask.repeat_interleave(beams, 0))[
+            :, -1
+        ]
+        torch.testing.assert_close(hidden.flatten(0, 1), whole, rtol=1e-4, atol=1e-4)
+        inputs, parents = torch.randn(2, 3, prefix.shape[3]), torch.randint(beams, (2, 3))
+
+
 def test_a_dense_dual_encoder_holds_no_decoder(backbone: Path) -> None:
     names = [name for name, _ in DualEncoder(make_config(backbone)).named_parameters()]
     assert not [name for name in names if "EncDec" in name or "decoder" in name]
