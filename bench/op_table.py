@@ -10,6 +10,7 @@ FAMILIES = {
     "cosine_logits": "cosine",
     "cosine_cross_entropy": "cosine",
     "gumbel_softmax": "gumbel",
+    "kmeans": "clustering",
     "gumbel_noise": "gumbel",
     "residual_quantize": "quantize",
     "assign_codes": "quantize",
@@ -26,7 +27,7 @@ FAMILIES = {
 REFERENCES = {"gumbel_noise": "dgi_kernels/noise.py"}
 CUDA_FILES = {"gumbel_noise": "noise", "cosine_beam_step": "cosine_beam"}
 TESTS = {"gumbel_noise": "noise"}
-BENCHES = {"ranking": "beam", "decoder": "search"}
+BENCHES = {"clustering": "kmeans", "decoder": "search", "ranking": "beam"}
 PAGES = {"trie": "search", "beam": "search", "ranking": "search", "decoder": "search"}
 
 

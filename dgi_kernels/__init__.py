@@ -8,6 +8,7 @@ takes ``backend="auto" | "reference" | "triton" | "native"``; :func:`backends` s
 from dgi_kernels.backend import BackendStatus, BackendUnavailable, backends, debug, why_not
 from dgi_kernels.beam import BeamResult, Beams, HiddenStates, beam_search, beam_step, cosine_beam_step
 from dgi_kernels.beam.graph import CapturedSearch, capture_search
+from dgi_kernels.clustering import KMeans, kmeans, residual_kmeans
 from dgi_kernels.cosine import cosine_cross_entropy, cosine_logits
 from dgi_kernels.cosine.contrastive import InfoNCELoss, SampledSoftmaxLoss
 from dgi_kernels.cosine.frequency import FrequencyEstimator
@@ -34,6 +35,7 @@ __all__ = [
     "HiddenStates",
     "InfoNCELoss",
     "ItemRanges",
+    "KMeans",
     "Ranking",
     "ResidualQuantization",
     "SampledSoftmaxLoss",
@@ -52,7 +54,9 @@ __all__ = [
     "decoder_step",
     "gumbel_noise",
     "gumbel_softmax",
+    "kmeans",
     "rank_candidates",
+    "residual_kmeans",
     "residual_quantize",
     "vocabulary_parallel_cosine_cross_entropy",
     "why_not",

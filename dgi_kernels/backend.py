@@ -50,6 +50,7 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     "gumbel_softmax": {"native": _CPP_AND_CUDA, "triton": _TRITON},
     "residual_quantize": {"native": _CPP, "triton": _TRITON},
     "assign_codes": {"native": _CPP, "triton": _TRITON},
+    "kmeans": {"native": _CPP},
     "gumbel_noise": {"native": dict.fromkeys(_CPP_AND_CUDA), "triton": dict.fromkeys(_TRITON)},
     "trie_build": {"native": {"cpu": None}},
     "trie_find": {"native": {"cpu": None}},

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "dgi_kernels"
 # What a module imports stands in an earlier layer than itself, or in its own folder.
 LAYERS = (
-    {"_extension", "collectives", "files", "native_common", "tiles", "types"},  # they know nothing of ours
+    {"_extension", "collectives", "files", "native_common", "progress", "tiles", "types"},  # they know nothing of ours
     {"enums"},
     {"triton_common"},
     {"backend"},
@@ -21,7 +21,7 @@ LAYERS = (
     {"noise"},
     {"cosine", "decoder", "gumbel", "trie"},
     {"beam", "quantize"},
-    {"ranking"},
+    {"clustering", "ranking"},
     {""},  # dgi_kernels itself
     {"info"},
 )

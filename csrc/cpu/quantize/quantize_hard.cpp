@@ -154,6 +154,7 @@ class Hard {
                                                                               + own_[i] / static_cast<double>(in_.tau));
         }
         if (out_.quantized != nullptr) std::copy_n(e, in_.dim, out_.quantized + to * in_.dim);
+        if (level.number + 1 == in_.levels()) continue;  // no level sees what is left
         for (int64_t d = 0; d < in_.dim; ++d) r[d] -= e[d];
       }
     });

@@ -121,6 +121,7 @@ DGI_HOST_DEVICE RowTerms<Real> start_row(const Quantize<Real>& in, const Level<R
   const Real scale = in.scale;
   if (in.metric == Metric::kEuclidean) {
     double square = 0;
+#pragma omp simd reduction(+ : square)
     for (int64_t d = 0; d < in.dim; ++d) {
       const Real x = r[d] - level.centre[d];
       out[d] = scale * (2 * x);
@@ -190,22 +191,42 @@ class Nearest {
              * (2 * row * length + length * length);
   }
 
-  // Scores x of `count` codes from `first` on, and their maximum.
-  void take(const Real* x, int64_t first, int64_t count, Real maximum) {
+  // Scores x of `count` codes from `first` on, and their maximum. A distance is taken only of two codes that are within
+  // rounding of each other.
+  DGI_HOST_DEVICE void take(const Real* x, int64_t first, int64_t count, Real maximum) {
+    constexpr int64_t kCompared = 64;  // at once
     best_score_ = std::max(best_score_, static_cast<double>(maximum));
     const Real cut = static_cast<Real>(best_score_ - slack_);
     if (!(maximum >= cut)) return;
-    const double sign = in_->scale < 0 ? -1 : 1;
-    for (int64_t k = 0; k < count; ++k) {
-      if (!(x[k] >= cut)) continue;
-      const double distance = in_->scale == 0 ? 0 : sign * square_distance(first + k);
-      if (distance < distance_ || code_ < 0) distance_ = distance, code_ = first + k;
+    if (!(score_ >= cut)) code_ = -1;  // what was best before is not near it
+    for (int64_t begin = 0; begin < count; begin += kCompared) {
+      const int64_t end = std::min(count, begin + kCompared);
+      int any = 0;
+#pragma omp simd reduction(| : any)
+      for (int64_t k = begin; k < end; ++k) any |= x[k] >= cut;
+      for (int64_t k = begin; any && k < end; ++k) {
+        if (x[k] >= cut) consider(first + k, x[k]);
+      }
     }
   }
 
   int64_t code() const { return code_; }
 
  private:
+  DGI_NEVER_INLINE void consider(int64_t code, Real score) {
+    if (code_ >= 0) {
+      const double sign = in_->scale == 0 ? 0 : in_->scale < 0 ? -1 : 1;
+      if (!is_measured_) distance_ = sign * square_distance(code_);
+      is_measured_ = true;
+      const double distance = sign * square_distance(code);
+      if (!(distance < distance_)) return;
+      distance_ = distance;
+    } else {
+      is_measured_ = false;
+    }
+    code_ = code, score_ = score;
+  }
+
   double square_distance(int64_t code) const {
     const Real* const e = level_->vectors.data + code * in_->dim;
     double sum = 0;
@@ -220,7 +241,9 @@ class Nearest {
   const Level<Real>* level_ = nullptr;
   const Real* r_ = nullptr;
   double slack_ = 0, best_score_ = -std::numeric_limits<double>::infinity();
-  double distance_ = std::numeric_limits<double>::infinity();
+  double distance_ = 0;  // of code_, if is_measured_
+  Real score_ = -std::numeric_limits<Real>::infinity();
+  bool is_measured_ = false;
   int64_t code_ = -1;
 };
 

@@ -1,0 +1,94 @@
+// Clustering, as torch sees it: schemas, argument checks, calls into the code that knows no torch.
+#include "cpu/clustering/clustering_cpu.h"
+
+#include "register/tensors.h"
+
+namespace dgi::registration {
+namespace {
+
+constexpr const char* kClustering = "dgi_kernels, clustering: ";
+
+template <class Stored>
+dgi::cpu::Points<Stored> points_of(const Tensor& x, const std::optional<Tensor>& weights) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), kClustering, "x must be contiguous (N, D)");
+  if (weights) {
+    STD_TORCH_CHECK(weights->is_contiguous() && weights->scalar_type() == ScalarType::Double
+                        && weights->numel() == x.size(0),
+                    kClustering, "weights must be contiguous float64 (N,)");
+  }
+  return {data_of<Stored>(x), weights ? data_of<double>(*weights) : nullptr, x.size(0), x.size(1)};
+}
+
+const int64_t* codes_of(const Tensor& codes, int64_t rows, int64_t clusters) {
+  STD_TORCH_CHECK(codes.is_contiguous() && codes.scalar_type() == ScalarType::Long && codes.numel() == rows,
+                  kClustering, "codes must be contiguous int64 (N,)");
+  const int64_t* const code = data_of<int64_t>(codes);
+  for (int64_t row = 0; row < rows; ++row) {
+    STD_TORCH_CHECK(0 <= code[row] && code[row] < clusters, kClustering, "codes must be in [0, ", clusters, "); got ",
+                    code[row]);
+  }
+  return code;
+}
+
+std::tuple<Tensor, Tensor> cluster_sums_cpu(const Tensor& x, const Tensor& codes, const std::optional<Tensor>& weights,
+                                            int64_t clusters) {
+  STD_TORCH_CHECK(clusters >= 1, kClustering, "clusters must be at least 1; got ", clusters);
+  return for_dtype(x, [&](auto stored) -> std::tuple<Tensor, Tensor> {
+    const auto points = points_of<decltype(stored)>(x, weights);
+    const int64_t* const code = codes_of(codes, points.rows, clusters);
+    Tensor sums = torch::stable::empty({clusters, points.dim}, ScalarType::Double);
+    Tensor mass = torch::stable::empty({clusters}, ScalarType::Double);
+    dgi::cpu::cluster_sums(points, code, clusters, sums.mutable_data_ptr<double>(), mass.mutable_data_ptr<double>());
+    return {sums, mass};
+  });
+}
+
+std::tuple<Tensor, Tensor> cluster_costs_cpu(const Tensor& x, const Tensor& codes, const std::optional<Tensor>& weights,
+                                             const Tensor& centroids, int64_t metric, double eps) {
+  STD_TORCH_CHECK(0 <= metric && metric < dgi::cpu::kMetrics, kClustering, "metric must be in [0, ", dgi::cpu::kMetrics,
+                  "); got ", metric);
+  STD_TORCH_CHECK(centroids.dim() == 2 && centroids.is_contiguous() && centroids.scalar_type() == compute_dtype(x)
+                      && x.dim() == 2 && centroids.size(1) == x.size(1),
+                  kClustering, "centroids must be contiguous (K, D), float32 (float64 for float64 x)");
+  return for_dtype(x, [&](auto stored) -> std::tuple<Tensor, Tensor> {
+    using Stored = decltype(stored);
+    const auto points = points_of<Stored>(x, weights);
+    const int64_t* const code = codes_of(codes, points.rows, centroids.size(0));
+    Tensor costs = torch::stable::empty({points.rows}, ScalarType::Double);
+    Tensor total = torch::stable::empty({}, ScalarType::Double);
+    *total.mutable_data_ptr<double>() = dgi::cpu::cluster_costs(points, code, data_of<dgi::Compute<Stored>>(centroids),
+                                                                static_cast<dgi::cpu::Metric>(metric), eps,
+                                                                costs.mutable_data_ptr<double>());
+    return {costs, total};
+  });
+}
+
+Tensor kmeans_seeds_cpu(const Tensor& x, const std::optional<Tensor>& weights, const Tensor& uniform) {
+  STD_TORCH_CHECK(uniform.is_contiguous() && uniform.scalar_type() == ScalarType::Double, kClustering,
+                  "uniform must be contiguous float64");
+  Tensor rows = torch::stable::empty({uniform.numel()}, ScalarType::Long);
+  const auto draw = [&](auto real) {
+    dgi::cpu::kmeans_seeds(points_of<decltype(real)>(x, weights), data_of<double>(uniform), uniform.numel(),
+                           rows.mutable_data_ptr<int64_t>());
+  };
+  STD_TORCH_CHECK(x.scalar_type() == compute_dtype(x), kClustering, "x must be float32 or float64");
+  x.scalar_type() == ScalarType::Double ? draw(double{}) : draw(float{});
+  return rows;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dgi_kernels, m) {
+  m.def("cluster_sums(Tensor x, Tensor codes, Tensor? weights, int clusters) -> (Tensor sums, Tensor mass)");
+  m.def("cluster_costs(Tensor x, Tensor codes, Tensor? weights, Tensor centroids, int metric, float eps) -> "
+        "(Tensor costs, Tensor total)");
+  m.def("kmeans_seeds(Tensor x, Tensor? weights, Tensor uniform) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dgi_kernels, CPU, m) {
+  m.impl("cluster_sums", TORCH_BOX(&cluster_sums_cpu));
+  m.impl("cluster_costs", TORCH_BOX(&cluster_costs_cpu));
+  m.impl("kmeans_seeds", TORCH_BOX(&kmeans_seeds_cpu));
+}
+
+}  // namespace dgi::registration

@@ -1,0 +1,43 @@
+"""Calls into the compiled extension: clustering in C++ (``csrc/cpu/clustering``)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dgi_kernels._extension import fake_kernel
+from dgi_kernels.clustering.options import KMeansOptions
+
+
+def cluster_sums(x: Tensor, codes: Tensor, weights: Tensor | None, clusters: int) -> tuple[Tensor, Tensor]:
+    """(N, D), (N,), (N,) -> (K, D) sums of w x and (K,) sums of w in each cluster, float64."""
+    return torch.ops.dgi_kernels.cluster_sums(x, codes, weights, clusters)
+
+
+def cluster_costs(
+    x: Tensor, codes: Tensor, weights: Tensor | None, centroids: Tensor, options: KMeansOptions
+) -> tuple[Tensor, Tensor]:
+    """(N, D), (N,), (N,), (K, D) -> the costs (N,) of the points under their codes and their weighted sum, float64."""
+    return torch.ops.dgi_kernels.cluster_costs(x, codes, weights, centroids, options.metric_number, options.eps)
+
+
+def kmeans_seeds(x: Tensor, weights: Tensor | None, uniform: Tensor) -> Tensor:
+    """K-means++: (N, D), (N,), (K,) in (0, 1) -> (K,) rows, -1 once no point is away from those drawn."""
+    return torch.ops.dgi_kernels.kmeans_seeds(x.contiguous(), weights, uniform)
+
+
+@fake_kernel("cluster_sums")
+def _(x: Tensor, codes: Tensor, weights: Tensor | None, clusters: int) -> tuple[Tensor, Tensor]:
+    return x.new_empty((clusters, x.shape[1]), dtype=torch.float64), x.new_empty(clusters, dtype=torch.float64)
+
+
+@fake_kernel("cluster_costs")
+def _(
+    x: Tensor, codes: Tensor, weights: Tensor | None, centroids: Tensor, metric: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], dtype=torch.float64), x.new_empty((), dtype=torch.float64)
+
+
+@fake_kernel("kmeans_seeds")
+def _(x: Tensor, weights: Tensor | None, uniform: Tensor) -> Tensor:
+    return uniform.new_empty(uniform.shape[0], dtype=torch.int64)
