@@ -13,10 +13,9 @@ examples:
   dgi demo
   dgi demo --data my-data --output my-demo
 
-From the last 10 films watched, find the next one. Trains a dense dual encoder and DGI with the same encoder and
-budget, compares them with popularity on what was watched later, and shows five searches. The dense model learns from
-in-batch negatives without correction for their popularity, which makes it a weak baseline: docs/limits.md has a fair
-one. The output folder receives metrics.json, index.safetensors, model.safetensors, training_curve.png and buckets.png.
+From the last 10 films watched, find the next one. Trains a dense dual encoder and DGI with the same encoder, epochs
+and softmax over all items, compares them with popularity on what was watched later, and shows five searches. The
+output folder receives metrics.json, index.safetensors, model.safetensors, training_curve.png and buckets.png.
 Run again, an interrupted demo continues where it was.
 
 {DATA_FORMAT}

@@ -11,6 +11,7 @@ import pytest
 import dgi.demo
 from dgi.cli import main
 from dgi.data import load_dataset
+from dgi.demo import verdict
 from dgi.evaluation.evaluate import sample
 from dgi.retrieval.index import DGIIndex
 from dgi.retrieval.search import Searcher
@@ -34,6 +35,10 @@ def test_the_demo_leaves_what_it_prints_and_can_be_run_again(
     for system in metrics["systems"].values():
         assert f"{system['overall']['hit_rate@10']:.4f}" in printed and f"{system['overall']['ndcg@10']:.4f}" in printed
 
+    ours, dense = (metrics["systems"][name]["overall"]["hit_rate@10"] for name in ("DGI", "dense"))
+    assert metrics["difference"]["mean"] == pytest.approx(ours - dense) and f"difference {ours - dense:+.3f}" in printed
+    assert metrics["training"]["contrastive"] == "all_items", "the fair dense baseline"
+
     data = load_dataset(folder)
     model, index = load_model(output / "model.safetensors"), DGIIndex.load(output / "index.safetensors")
     searcher, test = Searcher(model, index, data.catalog), sample(data.test, 30)
@@ -47,3 +52,12 @@ def test_the_demo_leaves_what_it_prints_and_can_be_run_again(
     assert main(["demo", "--data", str(folder), "--output", str(output), "--no-progress", "--full"]) == 0
     assert "all 40 test interactions" in capsys.readouterr().out
     assert json.loads((output / "metrics.json").read_text())["index"] == metrics["index"], "nothing was trained again"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0.01, 0.03, "DGI is ahead of"), (-0.02, -0.01, "DGI is behind"), (-0.01, 0.01, "cannot be told apart from")],
+)
+def test_the_verdict_follows_the_interval(low: float, high: float, expected: str) -> None:
+    systems = {"DGI": {"overall": {"hit_rate@10": 0.1}}, "dense": {"overall": {"hit_rate@10": 0.1}}}
+    assert expected in verdict({"systems": systems, "difference": {"low": low, "high": high}})
