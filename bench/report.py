@@ -13,6 +13,8 @@ A page says what it shows between markers, and everything between them is replac
     <!-- /kernels -->                                              say what dgi_kernels.backend knows
     <!-- ops -->                                                  where the code of each op is
     <!-- /ops -->
+    <!-- comparison:compare-movielens -->                          the tables of a comparison by "dgi compare"
+    <!-- /comparison -->
     <!-- summary -->                                               one table over all ops: the rows of SUMMARY
     <!-- /summary -->
 
@@ -45,6 +47,7 @@ RESULTS, ASSETS = ROOT / "bench" / "results", ROOT / "docs" / "assets"
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
 MARKER = re.compile(r"(<!-- (report|picture):(\S+)((?: [^=\s]+=\S+)*) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 KERNELS = re.compile(r"(?<=<!-- kernels -->\n).*?(?=<!-- /kernels -->)", re.DOTALL)
+COMPARISON = re.compile(r"(<!-- comparison:(\S+) -->\n).*?(<!-- /comparison -->)", re.DOTALL)
 SUMMARY_PLACE = re.compile(r"(?<=<!-- summary -->\n).*?(?=<!-- /summary -->)", re.DOTALL)
 OPS = re.compile(r"(?<=<!-- ops -->\n).*?(?=<!-- /ops -->)", re.DOTALL)
 COLUMNS = {"C++": ("native", "cpu"), "Triton": ("triton", "cuda"), "CUDA C++": ("native", "cuda")}
@@ -358,8 +361,24 @@ def rendered(page: Path, text: str) -> tuple[str, list[tuple[Run, dict[str, str]
         return start + "\n" + "\n\n".join(table(run, op, rows) for op, rows in by_op.items()) + "\n\n" + end
 
     text = SUMMARY_PLACE.sub(lambda match: summary(), MARKER.sub(replace, text))
+    text = COMPARISON.sub(lambda match: f"{match[1]}\n{comparison(match[2])}\n\n{match[3]}", text)
     text = OPS.sub(lambda match: op_table(available()), text)
     return KERNELS.sub(lambda match: kernels(match[0]), text), shown
+
+
+def comparison(name: str) -> str:
+    """The tables of ``dgi compare``, with the machine that they were made on."""
+    from dgi.evaluation.comparison_report import data_markdown
+
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return "*Not measured yet, so nothing is claimed: the command above makes it.*"
+    results = json.loads(path.read_text())
+    machine = results["machine"]
+    sections = [data_markdown(data, "###") for data in results["data"].values()]
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
+    source = f"<sub>{machine['cpu']}, {threads}, torch {machine['torch']}: `bench/results/{name}.json`</sub>"
+    return "\n\n".join([*sections, source])
 
 
 def summary() -> str:

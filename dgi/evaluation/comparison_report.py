@@ -81,19 +81,23 @@ def _cost(data: Json) -> str:
         "hubness",
         "IsoScore",
         "norm ~ clicks",
-        "grad norm",
+        "gradient norm: median, largest",
+        f"hit rate at {K} on validation requests, over training",
         "chosen",
         "parameters",
         "s",
         "s, search",
     ]
+    key = f"validation_hit_rate@{K}"
     rows = []
     for name, of_system in data["systems"].items():
         geometry = of_system["geometry"] or {}
-        norms = sorted(row["grad_norm"] for row in of_system["curve"] if "grad_norm" in row)
+        logged = [row for row in of_system["curve"] if "grad_norm" in row]
+        # Of a generative system, while its decoder was trained: other systems share what came before.
+        norms = sorted(row["grad_norm"] for row in [row for row in logged if "ntp" in row] or logged)
         chosen = {
-            key: "/".join(dict.fromkeys(f"{setting[key]:g}" for setting in of_system["settings"] if key in setting))
-            for key in of_system["settings"][0]
+            setting: "/".join(dict.fromkeys(f"{seed[setting]:g}" for seed in of_system["settings"]))
+            for setting in of_system["settings"][0]
         }
         rows.append(
             [
@@ -103,7 +107,8 @@ def _cost(data: Json) -> str:
                 _number(geometry.get("iso_score"), 2),
                 _number(geometry.get("norm_popularity"), 2),
                 f"{norms[len(norms) // 2]:.2g}, {norms[-1]:.2g}" if norms else "–",
-                ", ".join(f"{key} {value}" for key, value in chosen.items()) or "–",
+                " ".join(_number(row[key]) for row in of_system["curve"] if key in row) or "–",
+                ", ".join(f"{setting.replace('_', ' ')} {value}" for setting, value in chosen.items()) or "–",
                 f"{of_system['parameters']:,}" if of_system["parameters"] else "–",
                 f"{of_system['seconds']['fit']:,.0f}",
                 f"{of_system['seconds']['search']:,.0f}",
