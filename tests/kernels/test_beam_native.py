@@ -202,6 +202,35 @@ def test_cosine_steps_match_the_reference(dtype: torch.dtype, normalize: str) ->
         fused_walk(random_fused(), depth=3, dtype=dtype, normalize=normalize, backend="native")
 
 
+@pytest.mark.parametrize("normalize", NORMALIZE)
+@pytest.mark.parametrize("scale", [1e25, -1e33, 3e37])
+def test_scales_whose_products_leave_float32(scale: float, normalize: str) -> None:
+    """Guards against an overflow of scale h^ . e before 1 / norm brings it back: by tiles, and by children alone."""
+    for size, items in ((300, 4000), (40, 60)):
+        trie = Trie.from_codes(torch.randint(0, size, (items, 2)), codebook_sizes=[size] * 2)
+        beams = trie.root(3)
+        for _ in range(2):
+            h, codebook = 1e4 * torch.randn(3, beams.nodes.shape[1], 16), 1e12 * torch.randn(size, 16)
+            got = cosine_beam_step(trie, h, codebook, scale, beams, num_beams=20, normalize=normalize, backend="native")
+            expected = cosine_beam_step(
+                trie,
+                h.double(),
+                codebook.double(),
+                scale,
+                beams,
+                num_beams=20,
+                normalize=normalize,
+                backend="reference",
+            )
+            assert torch.equal(got.nodes < 0, expected.nodes < 0)
+            live = expected.nodes >= 0
+            torch.testing.assert_close(
+                got.scores.double()[live] / abs(scale), expected.scores.double()[live] / abs(scale), rtol=0, atol=1e-5
+            )
+            beams = trie.root(3)._replace(depth=1, nodes=expected.nodes, scores=torch.zeros_like(expected.scores))
+            beams = beams._replace(tokens=expected.nodes, parents=expected.nodes)
+
+
 def test_gradients_need_the_reference() -> None:
     trie = Trie.from_codes([[0], [2]], codebook_sizes=[3])
     logits = torch.randn(1, 1, 3, requires_grad=True)

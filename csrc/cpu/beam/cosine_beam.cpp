@@ -15,16 +15,18 @@
 #include "cpu/beam/head_tile.h"
 #include "cpu/shared/host.h"
 #include "cpu/shared/isa.h"
+#include "cpu/shared/scale.h"
 #include "dgi/log_sum_exp.h"
 #include "dgi/vector.h"
 
 namespace dgi::cpu {
 namespace {
 
-// scale h^ of one beam.
+// scale h^ of one beam, without the scale's gain.
 template <bool kFused, class Stored>
 DGI_ALWAYS_INLINE inline void scaled_row(const CosineLogits<Stored>& in, const Stored* h, Compute<Stored>* out) {
-  const Compute<Stored> factor = in.scale, rnorm = reciprocal_norm<kFused>(h, in.dim, in.eps);
+  const Compute<Stored> factor = SplitScale<Compute<Stored>>(in.scale).scale,
+                        rnorm = reciprocal_norm<kFused>(h, in.dim, in.eps);
 #pragma omp simd
   for (int64_t d = 0; d < in.dim; ++d) out[d] = factor * (rnorm * load(h[d]));
 }
@@ -35,28 +37,30 @@ bool step_by_children(const BeamStep<Compute<Stored>, Token>& step, const Cosine
                       const BeamOutput& out, int64_t children) {
   using Real = Compute<Stored>;
   std::atomic<bool> fits{true};
-  parallel_for(
-      step.requests, grain(children * in.dim / std::max<int64_t>(1, step.requests)), [&](int64_t first, int64_t last) {
-        Request<Real, Token> worker(step);
-        const Buffer<Real> x = make_buffer<Real>(in.dim);
-        with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
-          for (int64_t request = first; request < last; ++request) {
-            if (!worker.start(request)) fits = false;
-            for (const Parent<Real>& parent : worker.parents()) {
-              if (worker.is_done(parent)) break;
-              scaled_row<fused.value>(in, in.h + (request * step.width + parent.beam) * in.dim, x.get());
-              worker.template extend<fused.value>(
-                  parent,
-                  [&](int32_t token) DGI_ALWAYS_INLINE {
-                    const Stored* const code = in.codebook + token * in.dim;
-                    return dot<fused.value>(code, x.get(), in.dim) * reciprocal_norm<fused.value>(code, in.dim, in.eps);
-                  },
-                  [] { return LogSumExp<Real>{}; }, [] { return static_cast<const Real*>(nullptr); });
-            }
-            worker.write(out);
-          }
-        });
-      });
+  const Real gain = static_cast<Real>(SplitScale<Real>(in.scale).gain);
+  parallel_for(step.requests, grain(children * in.dim / std::max<int64_t>(1, step.requests)),
+               [&](int64_t first, int64_t last) {
+                 Request<Real, Token> worker(step);
+                 const Buffer<Real> x = make_buffer<Real>(in.dim);
+                 with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
+                   for (int64_t request = first; request < last; ++request) {
+                     if (!worker.start(request)) fits = false;
+                     for (const Parent<Real>& parent : worker.parents()) {
+                       if (worker.is_done(parent)) break;
+                       scaled_row<fused.value>(in, in.h + (request * step.width + parent.beam) * in.dim, x.get());
+                       worker.template extend<fused.value>(
+                           parent,
+                           [&](int32_t token) DGI_ALWAYS_INLINE {
+                             const Stored* const code = in.codebook + token * in.dim;
+                             const Real factor = gain * reciprocal_norm<fused.value>(code, in.dim, in.eps);
+                             return dot<fused.value>(code, x.get(), in.dim) * factor;
+                           },
+                           [] { return LogSumExp<Real>{}; }, [] { return static_cast<const Real*>(nullptr); });
+                     }
+                     worker.write(out);
+                   }
+                 });
+               });
   return fits;
 }
 

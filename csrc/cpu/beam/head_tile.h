@@ -2,6 +2,8 @@
 //
 //   logit(row, k) = scale h^_row . e^_k
 //
+// A scale beyond 2^64 is split: rows take part of it, and the codes' factors a power of two.
+//
 // Rows stand side by side in panels, one to a lane, so that a code's element is multiplied with all rows of a panel at
 // once, the codebook is read where it lies, and nothing is ever summed across lanes. The products of a few codes with a
 // panel stay in registers over the whole dimension. A block of codes stays in the second-level cache while all panels
@@ -26,6 +28,7 @@
 #include "cpu/beam/beam_cpu.h"
 #include "cpu/shared/host.h"
 #include "cpu/shared/isa.h"
+#include "cpu/shared/scale.h"
 #include "dgi/log_sum_exp.h"
 #include "dgi/terms.h"
 #include "dgi/vector.h"
@@ -123,7 +126,8 @@ class HeadTile {
   using Real = Compute<Stored>;
 
   HeadTile(const CosineLogits<Stored>& head, int64_t max_rows, bool wants_means)
-      : head_(head), blocks_((head.codes + kBlock - 1) / kBlock), factor_(make_buffer<Real>(head.codes)) {
+      : head_(head), scale_(head.scale), blocks_((head.codes + kBlock - 1) / kBlock),
+        factor_(make_buffer<Real>(head.codes)) {
     with_best_instructions([&](auto fused)
                                DGI_ALWAYS_INLINE { lanes_ = 2 * fused.kVectorBytes / static_cast<int>(sizeof(Real)); });
     const int64_t panels = (max_rows + lanes_ - 1) / lanes_;
@@ -182,7 +186,7 @@ class HeadTile {
     with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
       const int64_t panel = row / lanes_, lanes = lanes_of(panel), dim = head_.dim;
       Real* const out = rows_.get() + panel * lanes_ * dim + row % lanes_;
-      const Real factor = head_.scale;
+      const Real factor = scale_.scale;
       Real rnorm[kRowsAtOnce];
       for (int64_t i = 0; i < count; ++i) rnorm[i] = reciprocal_norm<fused.value>(h[i], dim, head_.eps);
       int64_t d = 0;
@@ -256,7 +260,7 @@ class HeadTile {
   static constexpr int64_t kRowsAtOnce = 4;
   static constexpr int64_t kBlock = 96;  // codes; a multiple of what is multiplied at once
 
-  // (codes, dim), and what its rows' products are multiplied with: reciprocal norms
+  // (codes, dim), and what its rows' products are multiplied with: reciprocal norms, times the scale's gain
   const Real* codebook() const { return kInPlace ? reinterpret_cast<const Real*>(head_.codebook) : converted_.get(); }
   CodeTerms<Real> terms() const { return {factor_.get()}; }
 
@@ -269,11 +273,12 @@ class HeadTile {
     constexpr int64_t kAtOnce = 4;  // codes, which are added up while they are in the first-level cache
     constexpr int32_t kAll[kAtOnce] = {0, 1, 2, 3};
     const int64_t dim = head_.dim, last = std::min(head_.codes, (block + 1) * kBlock);
+    const Real gain = static_cast<Real>(scale_.gain);
     if (sum != nullptr) std::fill(sum, sum + dim, Real{0});
     for (int64_t from = block * kBlock; from < last; from += kAtOnce) {
       const int64_t count = std::min(kAtOnce, last - from);
       for (int64_t k = from; k < from + count; ++k) {
-        factor_[k] = reciprocal_norm<kFused>(head_.codebook + k * dim, dim, head_.eps);
+        factor_[k] = gain * reciprocal_norm<kFused>(head_.codebook + k * dim, dim, head_.eps);
         if constexpr (!kInPlace) {
           for (int64_t d = 0; d < dim; ++d) converted_[k * dim + d] = load(head_.codebook[k * dim + d]);
         }
@@ -316,6 +321,7 @@ class HeadTile {
   };
 
   const CosineLogits<Stored>& head_;
+  const SplitScale<Real> scale_;
   std::vector<Wanted> wanted_;
   std::vector<int64_t> first_wanted_;  // (panels, blocks)
   std::vector<char> keeps_;  // (panels)

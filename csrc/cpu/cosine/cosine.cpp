@@ -97,8 +97,8 @@ class Share {
         limit_(out.any() && std::abs(static_cast<double>(in.scale)) > kLeastScaleOfLists
                    ? list_limit_of<Real>(in.rows, in.codes, in.dim)
                    : 0),
-        tile_(in, sizes.rows), backward_(in, codebook, out, sizes, in_place),
-        columns_(in.codes, out.dbias != nullptr ? sizes.rows : 0), rows_(sizes.rows), numbers_(sizes.rows) {}
+        tile_(in, sizes.rows), backward_(in, codebook, out, sizes, in_place), columns_(out, in.codes, sizes.rows),
+        rows_(sizes.rows), numbers_(sizes.rows) {}
 
   // Takes `count` rows that are active, from row `n` on. Their losses are added up, and go to `out` by row where there
   // is room for them.
@@ -337,11 +337,9 @@ void cosine_cross_entropy(const Cosine<Stored>& in, const CrossEntropy<Compute<S
     *out.loss = static_cast<Real>(options.reduction == Reduction::kMean ? total / static_cast<double>(counted) : total);
   }
   if (gradients.any()) finish<Stored>(in, codebook, gradients, backwards);
-  for (int64_t k = 0; gradients.dbias != nullptr && k < in.codes; ++k) {
-    double sum = 0;
-    for (const auto& share : shares) sum += share->columns().of(k);
-    gradients.dbias[k] = static_cast<Real>(sum);
-  }
+  std::vector<const ColumnSums<Real>*> columns;
+  for (const auto& share : shares) columns.push_back(&share->columns());
+  ColumnSums<Real>::finish(columns, gradients);
 }
 
 #define DGI_INSTANTIATE(Stored)                                                                               \

@@ -1,15 +1,59 @@
-// What a loss keeps of columns: which stand for the same item, and the sums of their gradients. cosine.cpp has the
-// symbols.
+// What columns have beside their vectors: their terms of the scores, which of them are the same item, and the sums of
+// their gradients. cosine.cpp has the symbols. An option of columns is a member of Cosine or CrossEntropy, and is
+// worked off here.
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <limits>
 #include <numeric>
 #include <vector>
 
+#include "cpu/cosine/cosine_cpu.h"
 #include "cpu/shared/host.h"
+#include "dgi/softmax_row.h"
+#include "dgi/terms.h"
 
 namespace dgi::cpu::cosine {
+
+// The terms of scores that `gain` is still to be multiplied with. A bias of zeros is made for scales that need the
+// scores of one (dgi/softmax_row.h).
+template <class Stored>
+class ColumnTerms {
+ public:
+  using Real = Compute<Stored>;
+
+  ColumnTerms(const Cosine<Stored>& in, double gain)
+      : bias_(in.bias), largest_score_(std::abs(static_cast<double>(in.scale))) {
+    if (bias_ == nullptr) {
+      if (largest_score_ > kMaxScoreWithoutBias) own_bias_.assign(in.codes, Real{0});
+      return;
+    }
+    Real largest = 0;
+    for (int64_t k = 0; k < in.codes; ++k) {
+      const Real size = std::abs(bias_[k]);
+      if (std::isfinite(size))
+        largest = std::max(largest, size);
+      else if (bias_[k] > 0)
+        largest = std::numeric_limits<Real>::infinity();
+    }
+    largest_score_ += static_cast<double>(largest);
+    if (gain == 1) return;
+    own_bias_.resize(in.codes);
+    for (int64_t k = 0; k < in.codes; ++k) own_bias_[k] = static_cast<Real>(bias_[k] / gain);
+  }
+
+  CodeTerms<Real> terms(const Real* factor) const { return {factor, own_bias_.empty() ? bias_ : own_bias_.data()}; }
+
+  // A bound of all |s|, but for biases that are infinite.
+  double largest_score() const { return largest_score_; }
+
+ private:
+  const Real* bias_;
+  double largest_score_;
+  std::vector<Real> own_bias_;
+};
 
 // The columns of every item. An item's columns lie side by side, ascending.
 class ItemColumns {
@@ -42,9 +86,10 @@ class ColumnSums {
  public:
   static constexpr int64_t kRows = 16;  // of a group
 
-  // Without rows nothing is summed.
-  ColumnSums(int64_t codes, int64_t rows)
-      : codes_(rows > 0 ? codes : 0), groups_(make_buffer<Real>((rows + kRows - 1) / kRows * codes_)),
+  // Of so many rows at a time; nothing is summed that has no place in `out`.
+  template <class Stored>
+  ColumnSums(const CosineGradients<Stored>& out, int64_t codes, int64_t rows)
+      : codes_(out.dbias != nullptr ? codes : 0), groups_(make_buffer<Real>((rows + kRows - 1) / kRows * codes_)),
         total_(codes_, 0.0) {}
 
   bool is_wanted() const { return codes_ > 0; }
@@ -70,7 +115,15 @@ class ColumnSums {
     });
   }
 
-  double of(int64_t column) const { return total_[column] + even_; }
+  // The sums over the rows of all `shares` go to `out`.
+  template <class Stored>
+  static void finish(const std::vector<const ColumnSums*>& shares, const CosineGradients<Stored>& out) {
+    for (int64_t k = 0; k < shares[0]->codes_; ++k) {
+      double sum = 0;
+      for (const ColumnSums* share : shares) sum += share->total_[k] + share->even_;
+      out.dbias[k] = static_cast<Real>(sum);
+    }
+  }
 
  private:
   const int64_t codes_;

@@ -4,14 +4,15 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <limits>
 #include <mutex>
 #include <type_traits>
 #include <vector>
 
+#include "cpu/cosine/cosine_columns.h"
 #include "cpu/cosine/cosine_cpu.h"
 #include "cpu/shared/host.h"
 #include "cpu/shared/isa.h"
+#include "cpu/shared/scale.h"
 #include "dgi/softmax_row.h"
 #include "dgi/terms.h"
 #include "dgi/vector.h"
@@ -32,29 +33,15 @@ void for_each_run_of_codes(int64_t codes, int64_t at_once, const Body& body) {
   for (int64_t first = 0; first < codes; first += at_once) body(first, std::min(at_once, codes - first));
 }
 
-// Of a scale beyond 2^64 the tile takes part, `scale`, and the rest is a power of two: products of float32 stay finite.
-template <class Real>
-struct SplitScale {
-  Real scale;
-  double gain = 1;
-
-  explicit SplitScale(Real whole) : scale(whole) {
-    constexpr int kMost = 64;
-    if (!(std::abs(static_cast<double>(whole)) > 0x1p64)) return;
-    gain = std::ldexp(1.0, std::ilogb(whole) - kMost);
-    scale = static_cast<Real>(whole / gain);
-  }
-};
-
-// E in the compute dtype, and the terms of its rows: reciprocal norms and biases. A bias of zeros is made for scales
-// that need the scores of one (dgi/softmax_row.h).
+// E in the compute dtype, and the terms of its rows: reciprocal norms, and what else columns have.
 template <class Stored>
 class Codebook {
  public:
   using Real = Compute<Stored>;
 
   explicit Codebook(const Cosine<Stored>& in)
-      : codes(in.codes), dim(in.dim), stored_(in.weight), bias_(in.bias), factor_(make_buffer<Real>(codes)) {
+      : codes(in.codes), dim(in.dim), stored_(in.weight), factor_(make_buffer<Real>(codes)),
+        columns_(in, SplitScale<Real>(in.scale).gain) {
     if constexpr (!std::is_same_v<Stored, Real>) converted_ = make_buffer<Real>(codes * dim);
     parallel_for(codes, grain(dim), [&](int64_t first, int64_t last) {
       with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
@@ -66,18 +53,15 @@ class Codebook {
         }
       });
     });
-    largest_score_ = std::abs(static_cast<double>(in.scale));
-    if (bias_ == nullptr && largest_score_ > kMaxScoreWithoutBias) own_bias_.assign(codes, Real{0});
-    if (bias_ != nullptr) take_bias(SplitScale<Real>(in.scale).gain);
   }
 
   const Real* factor() const { return factor_.get(); }
 
   // Of scores that `gain` is still to be multiplied with.
-  CodeTerms<Real> terms() const { return {factor(), own_bias_.empty() ? bias_ : own_bias_.data()}; }
+  CodeTerms<Real> terms() const { return columns_.terms(factor()); }
 
-  // A bound of all |s|, but for biases that are infinite.
-  double largest_score() const { return largest_score_; }
+  // A bound of all |s| that are finite.
+  double largest_score() const { return columns_.largest_score(); }
 
   const Real* vectors() const {
     if constexpr (std::is_same_v<Stored, Real>) {
@@ -98,21 +82,6 @@ class Codebook {
   const int64_t codes, dim;
 
  private:
-  void take_bias(double gain) {
-    Real largest = 0;
-    for (int64_t k = 0; k < codes; ++k) {
-      const Real size = std::abs(bias_[k]);
-      if (std::isfinite(size))
-        largest = std::max(largest, size);
-      else if (bias_[k] > 0)
-        largest = std::numeric_limits<Real>::infinity();
-    }
-    largest_score_ += static_cast<double>(largest);
-    if (gain == 1) return;
-    own_bias_.resize(codes);
-    for (int64_t k = 0; k < codes; ++k) own_bias_[k] = static_cast<Real>(bias_[k] / gain);
-  }
-
   // Whatever the number of threads in the same order.
   std::vector<Real> make_sum_of_unit_vectors() const {
     constexpr int64_t kRun = 64;
@@ -135,10 +104,8 @@ class Codebook {
   }
 
   const Stored* stored_;
-  const Real* bias_;
   Buffer<Real> factor_, converted_;
-  std::vector<Real> own_bias_;
-  double largest_score_;
+  const ColumnTerms<Stored> columns_;
   mutable std::once_flag unit_sum_is_made_;
   mutable std::vector<Real> unit_sum_;
 };

@@ -35,8 +35,8 @@ DGI_HOST_DEVICE int place_of_one(uint64_t word, int before) {
   constexpr uint64_t kEach = 0x0101010101010101;  // a byte each
   uint64_t sums = word - (word >> 1 & 0x5555555555555555);
   sums = (sums & 0x3333333333333333) + (sums >> 2 & 0x3333333333333333);
-  sums = (sums + (sums >> 4) & 0x0F0F0F0F0F0F0F0F) * kEach;  // of all bytes up to each
-  const uint64_t short_of = (static_cast<uint64_t>(before) * kEach | 0x80 * kEach) - sums & 0x80 * kEach;
+  sums = ((sums + (sums >> 4)) & 0x0F0F0F0F0F0F0F0F) * kEach;  // of all bytes up to each
+  const uint64_t short_of = ((static_cast<uint64_t>(before) * kEach | 0x80 * kEach) - sums) & 0x80 * kEach;
   const int shift = 8 * count_ones(short_of);  // the bytes that do not reach so far
   before -= static_cast<int>(sums << 8 >> shift & 0xFF);
   uint64_t rest = word >> shift;
