@@ -14,6 +14,7 @@ from dgi_kernels.cosine.triton_kernels import (
     first_maximum,
     group_of_column,
     group_of_target,
+    with_target,
 )
 from dgi_kernels.triton_common import LN2, LOG2E, code_bias, scores
 
@@ -77,6 +78,7 @@ def chunk_loss_kernel(
     extra = tl.load(p_extra + i_n)
     if p_group is not None:
         extra -= tl.where((smoothing > 0.0) & (logit > float("-inf")), smoothing * LN2 * (total / count), 0.0)
+    top, others = with_target(top, others, logit, p_bias)
     loss, lse, residue = finish_loss(top, others, logit, extra, label, smoothing)
     tl.store(p_loss + i_n, loss)
     tl.store(p_lse + i_n, lse)

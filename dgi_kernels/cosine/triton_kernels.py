@@ -56,6 +56,8 @@ from dgi_kernels.triton_common import (
 
 IGNORED = tl.constexpr(-1)
 WILD = tl.constexpr(-2)
+UNSET = tl.constexpr(-1e38)  # a running maximum that has met no score yet
+FAR = tl.constexpr(-256.0)  # a target's logit below it is no start for a running maximum
 
 
 @triton.jit(do_not_specialize=["N", "rows_each"])
@@ -178,8 +180,20 @@ def group_of_target(p_group, label):
 
 @triton.jit
 def first_maximum(logit, p_bias):
-    """Where a row's running maximum starts: at its target, but not at one that a bias of -inf takes out."""
-    return logit if p_bias is None else tl.where(logit > float("-inf"), logit, tl.where(logit != logit, logit, 0.0))
+    """Where a row's running maximum starts: at its target, but not at one that its bias takes out or far down.
+
+    All that a difference of a score and the maximum has of the score is what the maximum's size leaves.
+    """
+    return logit if p_bias is None else tl.where(logit < FAR, UNSET, logit)
+
+
+@triton.jit
+def with_target(top, others, logit, p_bias):
+    """Maximum and sum of the others' weights, where the maximum may have started without the target."""
+    if p_bias is None:
+        return top, others
+    raised = tl.where(logit > top, logit, top)
+    return raised, others * tl.exp2(top - raised)
 
 
 @triton.jit(do_not_specialize=["N", "K"])
@@ -232,6 +246,7 @@ def flash_forward_kernel(
     group = group_of_target(p_group, label)
     # A row without a target has no weights, and asks for no product.
     top = tl.where(label >= 0, first_maximum(logit, p_bias), 1e30)
+    waiting = 0 if p_bias is None else (tl.min(top) == UNSET).to(tl.int32)
     others = tl.zeros((b_n,), tl.float32)
     mean = tl.zeros((b_n, b_d), tl.float32)
     o_tile = tl.arange(0, b_k)[:, None] * stride_w + o_d[None, :]
@@ -243,9 +258,13 @@ def flash_forward_kernel(
         rnorm_w = tl.load(p_rnorm_w + o_k, mask=m_k, other=0.0)
         s = tl.dot(h, tl.trans(w), input_precision="ieee")
         bias = code_bias(p_bias, o_k[None, :], m_k[None, :])
-        s = scores(s, rnorm_w[None, :], scale_h[:, None], bias) - top[:, None]
-        apart = group_of_column(p_group, o_k, m_k)[None, :] == group[:, None]
-        s = tl.where(apart | (o_k >= K)[None, :], float("-inf"), s)
+        s = scores(s, rnorm_w[None, :], scale_h[:, None], bias)
+        apart = (group_of_column(p_group, o_k, m_k)[None, :] == group[:, None]) | (o_k >= K)[None, :]
+        if p_bias is not None:
+            if waiting != 0:
+                top = tl.where(top == UNSET, tl.maximum(tl.max(tl.where(apart, UNSET, s), axis=1), UNSET), top)
+                waiting = (tl.min(top) == UNSET).to(tl.int32)
+        s = tl.where(apart, float("-inf"), s - top[:, None])
         highest = tl.max(s)
         if highest > SLACK:
             rise = tl.maximum(tl.max(s, axis=1), 0.0)
@@ -261,7 +280,8 @@ def flash_forward_kernel(
                 mean = tl.dot((p * (rnorm_w * gain)[None, :]).to(w.dtype), w, mean, input_precision="ieee")
 
     extra = tl.load(p_extra + o_n, mask=m_n, other=0.0)
-    loss, lse, residue = finish_loss(top, others, logit, extra, label, smoothing)
+    highest_of_row, others_by_it = with_target(top, others, logit, p_bias)
+    loss, lse, residue = finish_loss(highest_of_row, others_by_it, logit, extra, label, smoothing)
     tl.store(p_loss + o_n, loss, mask=m_n)
     tl.store(p_lse + o_n, lse, mask=m_n)
     tl.store(p_residue + o_n, residue, mask=m_n)

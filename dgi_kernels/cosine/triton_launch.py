@@ -66,7 +66,7 @@ def flash_config(dim: int, device: torch.device) -> tuple[int, FlashConfig]:
 
 
 def with_columns(tiles: Tiles, b_d: int) -> Tiles:
-    """Those of a pass whose columns have a bias or a group, or whose rows have two gradients: smaller, not to spill."""
+    """Those of a pass whose columns have options, or whose rows have two gradients: smaller, not to spill."""
     return tiles if b_d <= 64 else tiles._replace(step=max(16, tiles.step // 2))
 
 

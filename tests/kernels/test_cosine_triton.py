@@ -207,6 +207,36 @@ def test_a_bias_may_take_columns_out(form: str) -> None:
     assert dh.isfinite().all() and dweight.isfinite().all() and abs(dbias.sum().item()) < 1e-4
 
 
+FAR_BELOW = {
+    "out-beside-200": lambda bias: torch.full_like(bias, -200.0).index_fill(0, torch.tensor([20]), -torch.inf),
+    "least": lambda bias: bias.index_fill(0, torch.tensor([20]), -1e30),
+    "300-below": lambda bias: bias.index_fill(0, torch.tensor([20]), -300.0),
+    "first-tiles-out": lambda bias: bias.index_fill(0, torch.arange(40), -torch.inf) - 200,
+    "nothing-else": lambda bias: torch.full_like(bias, -torch.inf).index_fill(0, torch.tensor([20]), -400.0),
+}
+
+
+@runs
+@pytest.mark.parametrize("bias", FAR_BELOW)
+def test_a_target_far_below_the_other_columns(form: str, bias: str, dtype: torch.dtype = torch.float16) -> None:
+    """Guards against a running maximum that starts where the others underflow, or where float32 cannot tell scores
+    apart: the loss was NaN and not inf, and log-normalizers of rows whose target is the column of -1e30 were wrong."""
+    h, weight, target = inputs(33, 17, 70, dtype)
+    target[::2] = 20
+    given = {"bias": FAR_BELOW[bias](torch.randn(70)).to(DEVICE)}
+    leaves = (h, weight, torch.tensor(20.0, device=DEVICE))
+    known = given["bias"][target] > -torch.inf
+    upstream = (torch.where(known, 1.0, 0.0), torch.linspace(-1, 2, 33, device=DEVICE))
+    actual = results_by_columns(ours_by_columns, leaves, target, given, upstream)
+    expected = exact_by_columns(leaves, target, given, upstream, reduction="none")
+    assert torch.equal(actual["loss"].isinf(), ~known) and torch.equal(expected["loss"].isinf(), ~known)
+    for name, want in expected.items():
+        got = actual[name]
+        if name == "loss":
+            got, want = got[known], want[known]
+        assert_near(name, got, want, dtype=dtype if name.startswith("d") else torch.float32, size=10.0)
+
+
 @runs
 def test_columns_of_the_target_alone(form: str) -> None:
     """Nothing is left to lose against: the loss is 0 and so are its gradients."""
