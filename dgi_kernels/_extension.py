@@ -1,11 +1,14 @@
 """Loads the compiled extension, or remembers why it could not be loaded.
 
 The extension registers its ops under ``torch.ops.dgi_kernels``. Beside the calls of an op, in its folder's
-``native.py``, stands its fake kernel, which tells ``torch.compile`` the shapes and dtypes of what it returns.
+``native.py``, is its fake kernel, which tells ``torch.compile`` the shapes and dtypes of what it returns. What a fake
+kernel takes is what the calls beside it give, so that a library whose op takes something else is of another version.
 """
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -63,13 +66,17 @@ def _load() -> str | None:
         reason = f": {error.__cause__}" if error.__cause__ is not None else ""
         return f"{LIBRARY} was found but could not be loaded by torch {torch.__version__}: {error}{reason}"
     missing = [op for op in OPS if not hasattr(torch.ops.dgi_kernels, op)]
-    if missing:
-        return (
-            f"{LIBRARY} is of another version of dgi-kernels than the Python files around it (it has no "
-            f"{', '.join(missing)}); install dgi-kernels again: `pip install .`, or `pip install -e .` in a source "
-            "tree"
-        )
-    return None
+    return _of_another_version(f"it has no {', '.join(missing)}") if missing else None
+
+
+def _of_another_version(difference: str) -> str:
+    """The reason, which is told at once too: the reference would do the work, many times as slowly."""
+    reason = (
+        f"{LIBRARY} is of another version of dgi-kernels than the Python files around it ({difference}); build it "
+        "again: `pip install .`, or in a source tree `pip install -e .` or `python setup.py build_ext --inplace`"
+    )
+    warnings.warn(f"no compiled kernel is used: {reason}", RuntimeWarning, stacklevel=2)
+    return reason
 
 
 load_error: str | None = _load()
@@ -79,11 +86,24 @@ def fake_kernel(op: str) -> Callable[[Function], Function]:
     """Decorator of the fake kernel of an op; without the extension there is no op to have one."""
 
     def register(function: Function) -> Function:
+        global load_error
+        if load_error is None and (difference := _difference(op, function)):
+            load_error = _of_another_version(difference)
         if load_error is None:
             library.register_fake(f"dgi_kernels::{op}", function)
         return function
 
     return register
+
+
+def _difference(op: str, function: Callable) -> str:
+    """What the library's op takes, where it is not what its fake kernel takes; else empty."""
+    taken = [argument.name for argument in getattr(torch.ops.dgi_kernels, op).default._schema.arguments]
+    parameters = inspect.signature(function).parameters.values()
+    given = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_POSITIONAL]
+    if len(given) == len(taken) or (len(given) < len(taken) and len(given) < len(parameters)):
+        return ""
+    return f"its {op} takes {len(taken)} arguments ({', '.join(taken)}), not {len(given)}"
 
 
 # Whether CUDA kernels are in it; without a GPU too.

@@ -97,7 +97,7 @@ def _why_no_triton() -> str | None:
 _BACKEND_PROBLEM: dict[str, str | None] = {
     "reference": None,
     "triton": _why_no_triton(),
-    "native": _extension.load_error,
+    "native": None,  # the extension says itself, once all calls into it are known
 }
 _to_import = set() if _BACKEND_PROBLEM["triton"] else {"triton"}
 
@@ -111,7 +111,11 @@ def _backend_problem(backend: str) -> str | None:
                 importlib.import_module(f"dgi_kernels.{module}")
         except Exception as error:  # whatever a broken Triton raises: the other backends run without it
             _BACKEND_PROBLEM[backend] = f"the package triton cannot be imported ({type(error).__name__}: {error})"
-    return _BACKEND_PROBLEM[backend]
+    return _known_problem(backend)
+
+
+def _known_problem(backend: str) -> str | None:
+    return _BACKEND_PROBLEM[backend] or (_extension.load_error if backend == "native" else None)
 
 
 # torch.compile calls it and does not trace it. torch.compiler.assume_constant_result says so by this attribute too, but
@@ -186,7 +190,7 @@ def _problem(
     kernel = KERNELS[op].get(backend)
     if kernel is None:
         return f"{op} has no {backend} kernel in this version"
-    problem = _backend_problem(backend) if device.type in kernel else _BACKEND_PROBLEM[backend]
+    problem = _backend_problem(backend) if device.type in kernel else _known_problem(backend)
     if problem is not None:
         return f"the {backend} backend is not available: {problem}"
     if device.type not in kernel:

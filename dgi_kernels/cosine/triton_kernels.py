@@ -260,7 +260,7 @@ def flash_forward_kernel(
         bias = code_bias(p_bias, o_k[None, :], m_k[None, :])
         s = scores(s, rnorm_w[None, :], scale_h[:, None], bias)
         apart = (group_of_column(p_group, o_k, m_k)[None, :] == group[:, None]) | (o_k >= K)[None, :]
-        if p_bias is not None:
+        if p_bias is not None:  # noqa: SIM102 (the first is decided when the kernel is compiled)
             if waiting != 0:
                 top = tl.where(top == UNSET, tl.maximum(tl.max(tl.where(apart, UNSET, s), axis=1), UNSET), top)
                 waiting = (tl.min(top) == UNSET).to(tl.int32)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import dgi_kernels
 from dgi_kernels import _extension
@@ -93,8 +94,31 @@ def test_a_library_of_another_version_is_told(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("torch.ops.load_library", lambda _: None)
     monkeypatch.setattr(_extension, "OPS", (*_extension.OPS, "of_tomorrow"))
     monkeypatch.setattr(_extension, "LIBRARY", Path(dgi_kernels.__file__))
-    reason = _extension._load()
+    with pytest.warns(RuntimeWarning, match="has no of_tomorrow.* build it again"):
+        reason = _extension._load()
     assert reason is not None and "is of another version of dgi-kernels" in reason and "has no of_tomorrow" in reason
+
+
+@pytest.mark.skipif(_extension.load_error is not None, reason=str(_extension.load_error))
+def test_a_library_whose_ops_take_something_else_is_told_at_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a TypeError of torch in the first call, deep below the public op."""
+    monkeypatch.setattr(_extension, "load_error", None)
+    with pytest.warns(
+        RuntimeWarning, match=r"its run_starts takes 2 arguments \(starts, runs\), not 3.* build it again"
+    ):
+        _extension.fake_kernel("run_starts")(lambda starts, runs, of_tomorrow: runs)
+    status = dgi_kernels.backends()["native"]
+    assert not status.available and "run_starts takes 2 arguments" in status.reason
+    dgi_kernels.cosine_logits(torch.ones(2, 3), torch.ones(4, 3), 1.0)  # by the reference
+    with pytest.raises(dgi_kernels.BackendUnavailable, match="run_starts takes 2 arguments"):
+        dgi_kernels.cosine_logits(torch.ones(2, 3), torch.ones(4, 3), 1.0, backend="native")
+
+
+def test_every_fake_kernel_takes_what_its_op_takes() -> None:
+    """By number, or all that its own parameters leave as one."""
+    assert _extension._difference("cosine_logits", lambda h, weight, scale, eps: h) == ""
+    assert _extension._difference("cosine_logits", lambda h, *others: h) == ""
+    assert "takes 4 arguments" in _extension._difference("cosine_logits", lambda h: h)
 
 
 def test_bfloat16_is_not_for_the_interpreter() -> None:
