@@ -18,7 +18,7 @@ from dgi.retrieval.baselines.codes import CodeKind, FixedCodesModel, fixed_codes
 from dgi.retrieval.baselines.dense import K, count_parameters, hit_rate_and_ndcg
 from dgi.retrieval.baselines.plan import Plan, Training, train, validation_sample
 from dgi.retrieval.baselines.protocol import Found, Retriever
-from dgi.retrieval.index import DGIIndex
+from dgi.retrieval.index import DGIIndex, SearchResult
 from dgi.retrieval.search import Searcher
 from dgi.training.trainer import CLUSTERING, generator
 from dgi_kernels import Trie
@@ -26,11 +26,17 @@ from dgi_kernels import Trie
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+COSINE_WEIGHTS = (0.0, 5.0, 10.0, 20.0, 40.0)
+CANDIDATES = 100  # items of a search that are ranked by the weighted sum
 CURVE_SAMPLE = 500  # validation requests searched while training: a beam search takes longer than an exact one
 
 
 class Generative(Retriever):
     """Beam search over semantic IDs.
+
+    The items that the beams hold are ranked as the paper has it, by the beam's score and then by cosine; or by the sum
+    ``score + λ · cosine − log(items that share the semantic ID)``, if a weight λ above 0 is better on the validation
+    set.
 
     Args:
         plan: encoder, codebooks and budget.
@@ -58,6 +64,7 @@ class Generative(Retriever):
         self.plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, **model))
         self.codes, self.from_encoder, self.num_beams, self.name = codes, from_encoder, num_beams, name
         self.seconds = 0.0
+        self.cosine_weight = 0.0
 
     def fit(self, data: Dataset) -> Self:
         steps = self.plan.steps(data)
@@ -78,7 +85,18 @@ class Generative(Retriever):
         self.curve = [*stage.curve, *({**row, "step": row["step"] + first} for row in trained.curve)]
         self.seconds = stage.seconds + trained.seconds
         self.searcher = self._index(data)
+        self._choose(validation)
         return self
+
+    def _choose(self, validation: Interactions) -> None:
+        candidates = self._candidates(validation, CANDIDATES, self.plan.exclude_history)
+        targets = torch.from_numpy(validation.items)
+        ndcgs = {
+            weight: hit_rate_and_ndcg(self._ranked(candidates, K, weight).items, targets)[1]
+            for weight in COSINE_WEIGHTS
+        }
+        self.cosine_weight = max(ndcgs, key=ndcgs.__getitem__)  # the first of equals
+        self.settings = {"cosine_weight": self.cosine_weight}
 
     def _train_encoder(self, data: Dataset, steps: int) -> tuple[DualEncoder, Training]:
         similarity = self.plan.model.similarity
@@ -109,10 +127,22 @@ class Generative(Retriever):
         return Searcher(model, DGIIndex(trie, F.normalize(z.float(), dim=1), data.catalog.ids), data.catalog)
 
     def search(self, queries: Interactions, k: int, *, exclude_history: bool = False) -> Found:
-        found = self.searcher.search_interactions(
+        candidates = self._candidates(queries, max(k, CANDIDATES if self.cosine_weight else 0), exclude_history)
+        return self._ranked(candidates, k, self.cosine_weight)
+
+    def _candidates(self, queries: Interactions, k: int, exclude_history: bool) -> SearchResult:
+        return self.searcher.search_interactions(
             queries, k=k, num_beams=self.num_beams, exclude_history=exclude_history, progress=self.plan.progress
         )
-        return Found(found.items, found.scores)
+
+    def _ranked(self, candidates: SearchResult, k: int, weight: float) -> Found:
+        if not weight:
+            return Found(candidates.items[:, :k], candidates.scores[:, :k])
+        _, group, sizes = torch.unique(self.searcher.index.codes.cpu(), dim=0, return_inverse=True, return_counts=True)
+        share = sizes[group].float().log()[candidates.items.clamp(min=0)]
+        scores = candidates.scores + weight * candidates.cosines - share  # padding stays at -inf
+        best = scores.topk(k, dim=1)
+        return Found(candidates.items.gather(1, best.indices), best.values)
 
     @property
     def parameters(self) -> int:

@@ -26,6 +26,7 @@ from dgi.retrieval.baselines import (
     hierarchical_codes,
     rank_by_popularity,
 )
+from dgi.retrieval.baselines.dense import hit_rate_and_ndcg
 from dgi.retrieval.baselines.protocol import best_items, request_texts
 from tests.dgi.tiny_folder import ITEMS, write_data
 
@@ -224,6 +225,38 @@ def test_fixed_codes_do_not_move(data: Dataset) -> None:
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run's picture takes longer than a run so small."""
     monkeypatch.setattr("dgi.training.curve.training_curve", lambda *_: None)
+
+
+def test_the_cosine_weight_is_chosen_on_the_validation_set(data: Dataset) -> None:
+    """The sum ranks as counted by hand, and the chosen weight is the best of all on the validation set."""
+    plan = dataclasses.replace(PLAN, training=dataclasses.replace(PLAN.training, steps=40))
+    system = Generative(plan, num_beams=6).fit(data)
+    chosen = system.cosine_weight
+    assert system.settings == {"cosine_weight": chosen} and data.validation is not None
+    targets, ndcgs = torch.from_numpy(data.validation.items), {}
+    for weight in (0.0, 5.0, 10.0, 20.0, 40.0):
+        system.cosine_weight = weight
+        ndcgs[weight] = hit_rate_and_ndcg(system.search(data.validation, 10, exclude_history=True).items, targets)[1]
+    assert ndcgs[chosen] == max(ndcgs.values())
+    system.cosine_weight = 7.0
+    found = system.search(data.test, 5)
+    every = system.searcher.search_interactions(data.test, k=ITEMS, num_beams=6)
+    codes = [tuple(code) for code in system.searcher.index.codes.tolist()]
+    for row in range(len(data.test)):
+        scores = {
+            item: score + 7.0 * cosine - np.log(codes.count(codes[item]))
+            for item, score, cosine in zip(
+                *(part[row].tolist() for part in (every.items, every.scores, every.cosines)), strict=True
+            )
+            if item >= 0
+        }
+        expected = sorted(scores.values(), reverse=True)[:5]
+        np.testing.assert_allclose(found.scores[row, : len(expected)], expected, rtol=1e-4, atol=1e-4)
+        assert all(
+            abs(scores[item] - score) < 1e-3
+            for item, score in zip(*(x[row].tolist() for x in found), strict=True)
+            if item >= 0
+        )
 
 
 def test_systems_of_one_seed_share_the_encoder(data: Dataset, tmp_path: Path, no_pictures: None) -> None:
