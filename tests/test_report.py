@@ -219,3 +219,27 @@ def test_an_alternative_text_says_what_the_picture_shows(name: str) -> None:
 def test_a_new_picture_has_a_bar_and_a_label_for_every_system(run: report.Run) -> None:
     for svg in dict(report.draw(run, {"op": "op"})).values():
         check_bars(svg, Counter({"floor  0.80": 2, "ours  1.00": 2, "eager  3.00": 2}))
+
+
+def test_a_page_shows_a_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``dgi compare`` wrote becomes tables between the markers; without it nothing is claimed."""
+    pytest.importorskip("scipy")
+    import numpy as np
+
+    from dgi.config import ModelConfig, TrainConfig
+    from dgi.data import load_dataset
+    from dgi.evaluation.compare import Comparison, compare
+    from dgi.retrieval.baselines import Plan
+    from tests.dgi.tiny_folder import write_data
+
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    page, text = tmp_path / "page.md", "before\n<!-- comparison:compare-x -->\nold\n<!-- /comparison -->\nafter\n"
+    assert "nothing is claimed" in report.rendered(page, text)[0]
+    data = load_dataset(write_data(tmp_path / "shop", np.random.default_rng(0)))
+    results = compare(data, Comparison(Plan(ModelConfig(), TrainConfig()), ("random", "popularity")), tmp_path / "out")
+    (tmp_path / "compare-x.json").write_text(json.dumps(results))
+    shown = report.rendered(page, text)[0]
+    assert shown.startswith("before\n<!-- comparison") and shown.endswith("<!-- /comparison -->\nafter\n")
+    assert "### shop" in shown and "old" not in shown
+    recall = results["data"]["shop"]["systems"]["popularity"]["measures"]["recall@10"]["mean"]
+    assert f"{recall:.4f}".removeprefix("0") in shown
