@@ -11,6 +11,8 @@ FAMILIES = {
     "cosine_cross_entropy": "cosine",
     "gumbel_softmax": "gumbel",
     "kmeans": "clustering",
+    "balanced_codes": "clustering",
+    "unique_codes": "clustering",
     "gumbel_noise": "gumbel",
     "residual_quantize": "quantize",
     "assign_codes": "quantize",

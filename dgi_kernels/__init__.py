@@ -8,7 +8,8 @@ takes ``backend="auto" | "reference" | "triton" | "native"``; :func:`backends` s
 from dgi_kernels.backend import BackendStatus, BackendUnavailable, backends, debug, why_not
 from dgi_kernels.beam import BeamResult, Beams, HiddenStates, beam_search, beam_step, cosine_beam_step
 from dgi_kernels.beam.graph import CapturedSearch, capture_search
-from dgi_kernels.clustering import KMeans, kmeans, residual_kmeans
+from dgi_kernels.clustering import KMeans, balanced_codes, kmeans, residual_kmeans, unique_codes
+from dgi_kernels.clustering.modules import ResidualVectorQuantizer, VectorQuantizer
 from dgi_kernels.cosine import cosine_cross_entropy, cosine_logits
 from dgi_kernels.cosine.contrastive import InfoNCELoss, SampledSoftmaxLoss
 from dgi_kernels.cosine.frequency import FrequencyEstimator
@@ -38,12 +39,15 @@ __all__ = [
     "KMeans",
     "Ranking",
     "ResidualQuantization",
+    "ResidualVectorQuantizer",
     "SampledSoftmaxLoss",
     "Trie",
     "TrieFilter",
     "TrieFormatError",
+    "VectorQuantizer",
     "assign_codes",
     "backends",
+    "balanced_codes",
     "beam_search",
     "beam_step",
     "capture_search",
@@ -58,6 +62,7 @@ __all__ = [
     "rank_candidates",
     "residual_kmeans",
     "residual_quantize",
+    "unique_codes",
     "vocabulary_parallel_cosine_cross_entropy",
     "why_not",
 ]

@@ -21,6 +21,7 @@ Function = TypeVar("Function", bound=Callable)
 # What the Python files call.
 OPS = (
     "assign_codes",
+    "balanced_codes",
     "beam_codes",
     "beam_step",
     "child_masks",
@@ -46,6 +47,7 @@ OPS = (
     "run_marks",
     "run_starts",
     "trie_arrays",
+    "unique_codes",
 )
 
 LIBRARY = Path(__file__).with_name("_C.abi3.so")

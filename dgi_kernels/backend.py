@@ -51,6 +51,8 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     "residual_quantize": {"native": _CPP, "triton": _TRITON},
     "assign_codes": {"native": _CPP, "triton": _TRITON},
     "kmeans": {"native": _CPP},
+    "balanced_codes": {"native": _CPP},
+    "unique_codes": {"native": _CPP},
     "gumbel_noise": {"native": dict.fromkeys(_CPP_AND_CUDA), "triton": dict.fromkeys(_TRITON)},
     "trie_build": {"native": {"cpu": None}},
     "trie_find": {"native": {"cpu": None}},
@@ -63,7 +65,9 @@ KERNELS: dict[str, dict[str, Kernel]] = {
 }
 
 # Ops whose reference forms a tensor of rows x codes that is neither an input nor an output.
-FORMS_LOGITS = frozenset({"cosine_cross_entropy", "residual_quantize", "assign_codes", "cosine_beam_step"})
+FORMS_LOGITS = frozenset(
+    {"balanced_codes", "cosine_cross_entropy", "residual_quantize", "assign_codes", "cosine_beam_step"}
+)
 
 # Options of an op that one of its kernels lacks, "name=value" -> why: what the other backends have, it may get later.
 _NO_BIAS = {"metric=euclidean": "its kernels add nothing of the code's own to a score"}

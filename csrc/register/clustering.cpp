@@ -1,6 +1,9 @@
 // Clustering, as torch sees it: schemas, argument checks, calls into the code that knows no torch.
-#include "cpu/clustering/clustering_cpu.h"
+#include <numeric>
 
+#include "cpu/clustering/balanced_cpu.h"
+#include "cpu/clustering/clustering_cpu.h"
+#include "cpu/clustering/unique_cpu.h"
 #include "register/tensors.h"
 
 namespace dgi::registration {
@@ -76,18 +79,77 @@ Tensor kmeans_seeds_cpu(const Tensor& x, const std::optional<Tensor>& weights, c
   return rows;
 }
 
+// `x` and the codebooks, as clustering takes them besides codes: contiguous, of one dtype, float32 or float64.
+void check_vectors(const Tensor& x, const Tensor& codebooks, const std::vector<int64_t>& sizes, int64_t metric) {
+  STD_TORCH_CHECK(x.dim() == 2 && codebooks.dim() == 2 && x.is_contiguous() && codebooks.is_contiguous()
+                      && x.size(1) == codebooks.size(1) && x.scalar_type() == codebooks.scalar_type()
+                      && x.scalar_type() == compute_dtype(x),
+                  kClustering, "vectors and codebooks must be contiguous, of one length, float32 or float64 alike");
+  for (int64_t size : sizes) STD_TORCH_CHECK(0 < size && size <= INT32_MAX, kClustering, "sizes must be positive");
+  STD_TORCH_CHECK(!sizes.empty() && std::accumulate(sizes.begin(), sizes.end(), int64_t{0}) == codebooks.size(0),
+                  kClustering, "sizes must add up to the rows of codebooks");
+  STD_TORCH_CHECK(0 <= metric && metric < dgi::cpu::kMetrics, kClustering, "metric must be in [0, ", dgi::cpu::kMetrics,
+                  "); got ", metric);
+}
+
+Tensor unique_codes_cpu(const Tensor& codes, const Tensor& z, const Tensor& codebooks, std::vector<int64_t> sizes,
+                        int64_t metric, double eps) {
+  check_vectors(z, codebooks, sizes, metric);
+  const int64_t rows = z.size(0), levels = static_cast<int64_t>(sizes.size());
+  STD_TORCH_CHECK(codes.is_contiguous() && codes.scalar_type() == ScalarType::Long && codes.numel() == rows * levels,
+                  kClustering, "codes must be contiguous int64 (N, m)");
+  const int64_t* const code = data_of<int64_t>(codes);
+  for (int64_t i = 0; i < codes.numel(); ++i) {
+    STD_TORCH_CHECK(0 <= code[i] && code[i] < sizes[i % levels], kClustering, "codes must be in their codebooks; got ",
+                    code[i]);
+  }
+  double ids = 1;
+  for (int64_t size : sizes) ids *= static_cast<double>(size);
+  STD_TORCH_CHECK(ids >= static_cast<double>(rows), kClustering, "there must be as many semantic IDs as rows");
+  Tensor out = torch::stable::empty({rows, levels}, ScalarType::Long);
+  const auto make = [&](auto real) {
+    using Real = decltype(real);
+    dgi::cpu::unique_codes<Real>({data_of<Real>(z), data_of<Real>(codebooks), sizes, rows, z.size(1),
+                                  static_cast<dgi::cpu::Metric>(metric), eps, code},
+                                 out.mutable_data_ptr<int64_t>());
+  };
+  z.scalar_type() == ScalarType::Double ? make(double{}) : make(float{});
+  return out;
+}
+
+Tensor balanced_codes_cpu(const Tensor& x, const Tensor& codebook, int64_t metric, double eps, double epsilon,
+                          int64_t iterations) {
+  check_vectors(x, codebook, {codebook.size(0)}, metric);
+  STD_TORCH_CHECK(epsilon > 0 && iterations >= 0, kClustering, "epsilon must be positive, iterations at least 0");
+  Tensor codes = torch::stable::empty({x.size(0)}, ScalarType::Long);
+  const auto make = [&](auto real) {
+    using Real = decltype(real);
+    dgi::cpu::Quantize<Real> in{};
+    in.z = data_of<Real>(x), in.codebooks = data_of<Real>(codebook), in.sizes = {codebook.size(0)};
+    in.rows = x.size(0), in.dim = x.size(1), in.scale = 1, in.tau = 1, in.eps = static_cast<Real>(eps);
+    in.mode = dgi::cpu::QuantizeMode::kHard, in.metric = static_cast<dgi::cpu::Metric>(metric);
+    dgi::cpu::balanced_codes<Real>(in, epsilon, iterations, codes.mutable_data_ptr<int64_t>());
+  };
+  x.scalar_type() == ScalarType::Double ? make(double{}) : make(float{});
+  return codes;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dgi_kernels, m) {
   m.def("cluster_sums(Tensor x, Tensor codes, Tensor? weights, int clusters) -> (Tensor sums, Tensor mass)");
   m.def("cluster_costs(Tensor x, Tensor codes, Tensor? weights, Tensor centroids, int metric, float eps) -> "
         "(Tensor costs, Tensor total)");
+  m.def("unique_codes(Tensor codes, Tensor z, Tensor codebooks, int[] sizes, int metric, float eps) -> Tensor");
+  m.def("balanced_codes(Tensor x, Tensor codebook, int metric, float eps, float epsilon, int iterations) -> Tensor");
   m.def("kmeans_seeds(Tensor x, Tensor? weights, Tensor uniform) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dgi_kernels, CPU, m) {
   m.impl("cluster_sums", TORCH_BOX(&cluster_sums_cpu));
   m.impl("cluster_costs", TORCH_BOX(&cluster_costs_cpu));
+  m.impl("unique_codes", TORCH_BOX(&unique_codes_cpu));
+  m.impl("balanced_codes", TORCH_BOX(&balanced_codes_cpu));
   m.impl("kmeans_seeds", TORCH_BOX(&kmeans_seeds_cpu));
 }
 

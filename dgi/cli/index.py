@@ -34,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", metavar="N", type=positive, default=1024, help="items encoded at once (default: %(default)s)"
     )
+    parser.add_argument(
+        "--unique",
+        action=argparse.BooleanOptionalAction,
+        help="give every item a semantic ID that no other has (default: wherever there are as many IDs as items)",
+    )
     add_run_options(parser)
 
 
@@ -44,7 +49,9 @@ def run(args: argparse.Namespace) -> None:
 
     check_output(args.output.parent, [args.output])
     model = load_trained(args.model, device(args.device))
-    index = DGIIndex.build(model, load_catalog(args.data), batch_size=args.batch_size, progress=args.progress)
+    index = DGIIndex.build(
+        model, load_catalog(args.data), unique=args.unique, batch_size=args.batch_size, progress=args.progress
+    )
     index.save(args.output)
     shared = collisions(index.codes.cpu().numpy())
     print(

@@ -7,6 +7,7 @@ first, then ``ẑ_q · ẑ_item`` (paper, inference).
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from dgi.model.dgi_model import DGIModel
 from dgi.model.encoders import QueryEncoding
 from dgi.model.encoding import device_of, encode_items, evaluating
 from dgi.training.checkpoint import CheckpointError, read_tensors, write_tensors
-from dgi_kernels import Ranking, Trie, TrieFilter, beam_search, rank_candidates
+from dgi_kernels import Ranking, Trie, TrieFilter, beam_search, rank_candidates, unique_codes
 from dgi_kernels.beam import beam_widths
 
 KIND = "DGIIndex"
@@ -88,12 +89,23 @@ class DGIIndex:
             raise ValueError("vectors must have norm 1, or 0 for an item without a direction")
 
     @classmethod
-    def build(cls, model: DGIModel, catalog: Catalog, *, batch_size: int = 1024, progress: bool = False) -> DGIIndex:
+    def build(
+        cls,
+        model: DGIModel,
+        catalog: Catalog,
+        *,
+        unique: bool | None = None,
+        batch_size: int = 1024,
+        progress: bool = False,
+    ) -> DGIIndex:
         """Encode and hard-quantize a catalog in batches, on the model's device.
 
         Args:
             model: the trained model.
             catalog: the items.
+            unique: give every item a semantic ID that no other has: of items that share one the nearest keeps it, the
+                others move (:func:`dgi_kernels.unique_codes`). None: wherever there are as many IDs as items. False:
+                items may share theirs.
             batch_size: items encoded at once.
             progress: show a progress bar.
 
@@ -101,7 +113,8 @@ class DGIIndex:
             The index, on the model's device.
 
         Raises:
-            ValueError: the catalog is empty, or the model gives an item a vector that is not finite.
+            ValueError: the catalog is empty, the model gives an item a vector that is not finite, or ``unique`` is True
+                and there are fewer semantic IDs than items.
         """
         if not isinstance(model, DGIModel):
             raise TypeError(f"model must be a DGIModel; got {type(model).__name__}")
@@ -113,7 +126,11 @@ class DGIIndex:
                 f"the model gives {int((~finite).sum())} items a vector that is not finite, first "
                 f"{catalog.ids[row]!r}; it cannot be indexed"
             )
-        trie = Trie.from_codes(model.quantizer.assign(z), codebook_sizes=_codebook_sizes(model))
+        sizes, codes = _codebook_sizes(model), model.quantizer.assign(z)
+        if unique or (unique is None and math.prod(sizes) >= len(z)):
+            quantizer = model.quantizer
+            codes = unique_codes(codes, z, list(quantizer.codebooks), metric=quantizer.metric, eps=quantizer.eps)
+        trie = Trie.from_codes(codes, codebook_sizes=sizes)
         return cls(trie, F.normalize(z.float(), dim=1), catalog.ids)
 
     def __len__(self) -> int:

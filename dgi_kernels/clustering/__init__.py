@@ -1,4 +1,4 @@
-"""Codebooks and codes from data: K-means, residual K-means.
+"""Codebooks and codes from data: K-means, residual K-means, balanced codes, and codes that no two items share.
 
     code_n = argmin_k cost(x_n, c_k)        c_k = sum_{n: code_n = k} w_n x_n / sum_{n: code_n = k} w_n
 
@@ -7,9 +7,11 @@ with the metrics of :func:`dgi_kernels.assign_codes`. Nothing here has gradients
 
 from __future__ import annotations
 
+import functools
 import importlib
+import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,9 +24,10 @@ from dgi_kernels.clustering.options import KMeansOptions
 from dgi_kernels.clustering.result import KMeans
 from dgi_kernels.enums import METRICS
 from dgi_kernels.progress import Progress
+from dgi_kernels.quantize import check_codebooks
 from dgi_kernels.types import Backend, Metric
 
-__all__ = ["KMeans", "kmeans", "residual_kmeans"]
+__all__ = ["KMeans", "balanced_codes", "kmeans", "residual_kmeans", "unique_codes"]
 
 Init = Literal["kmeans++", "random"]
 
@@ -96,7 +99,7 @@ def kmeans(
     start = _check_init(init, x, options.clusters)
     chosen = choose("kmeans", backend, x.device, x.dtype)
     with Progress(options.iterations, "clustering", unit="rounds", delay=1.0, shown=progress) as bar:
-        return lloyd.run(x, start, weights, seed, options, _kernels(chosen), backend, bar)
+        return lloyd.run(x, start, weights, seed, options, implementation(chosen), backend, bar)
 
 
 @torch.no_grad()
@@ -150,7 +153,7 @@ def residual_kmeans(
     if not levels:
         raise ValueError("sizes must hold at least one number of codes; got none")
     checks.choice("init", init, ("kmeans++", "random"))
-    kernels = _kernels(choose("kmeans", backend, x.device, x.dtype))
+    kernels = implementation(choose("kmeans", backend, x.device, x.dtype))
     codebooks, codes = [], []
     residual = x.to(checks.compute_dtype(x.dtype))
     with Progress(sum(o.iterations for o in levels), "clustering", unit="rounds", delay=1.0, shown=progress) as bar:
@@ -164,7 +167,138 @@ def residual_kmeans(
     return codebooks, torch.stack(codes, dim=1)
 
 
-def _kernels(chosen: str) -> lloyd.Kernels:
+@torch.no_grad()
+def balanced_codes(
+    x: Tensor,
+    codebook: Tensor,
+    *,
+    metric: Metric = "euclidean",
+    epsilon: float = 0.003,
+    iterations: int = 50,
+    eps: float = 1e-12,
+    backend: Backend = "auto",
+) -> Tensor:
+    """The codes of vectors such that all codes are used about equally: entropic optimal transport by Sinkhorn.
+
+    With the cost d_nk of a vector under a code, as in :func:`kmeans`, and half its range as the unit,
+    ``amplitude = (max d - min d) / 2 + 1e-5``:
+
+        s = -d / (epsilon * amplitude)
+        repeat: f_n = -log sum_k exp(s_nk + g_k),  g_k = -log sum_n exp(s_nk + f_n)
+        code_n = argmax_k s_nk + g_k
+
+    These are the steps of LETTER, LC-Rec, MiniOneRec and OpenOneRec, whose loop over the N x K matrix in float64 gives
+    the same codes but for ties. Here nothing of that size is kept: memory is O(N + K).
+
+    Args:
+        x: (N, D) float32, bfloat16, float16 or float64, finite; any strides; N may be 0.
+        codebook: (K, D), K >= 1, in the dtype of ``x``.
+        metric: ``"euclidean"``, ``"cosine"`` or ``"dot"``.
+        epsilon: how soft the transport is, positive: smaller is nearer to the cheapest balanced codes, and slower to
+            become balanced.
+        iterations: rounds, >= 0; 0 gives the codes of :func:`dgi_kernels.assign_codes`.
+        eps: lower bound of the norms. Of the cosine alone.
+        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"``.
+
+    Returns:
+        (N,) int64.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, type or device, or is out of range; it is named.
+        BackendUnavailable: ``backend``, asked for by name, cannot run here.
+
+    Examples:
+        >>> x = torch.tensor([[0.0], [0.1], [0.2], [0.9]])  # three of the four are nearest to the first code
+        >>> dgi_kernels.balanced_codes(x, torch.tensor([[0.0], [1.0]]))
+        tensor([0, 0, 1, 1])
+    """
+    checks.float_tensor("x", x, ndim=2)
+    checks.float_tensor("codebook", codebook, ndim=2, like=x)
+    checks.shape("codebook", codebook, (None, x.shape[1]), "(K, D)")
+    checks.same_dtype("codebook", codebook, "x", x)
+    if len(codebook) == 0:
+        raise ValueError(f"codebook must have at least one row; got shape {tuple(codebook.shape)}")
+    _check_finite("x", x)
+    _check_finite("codebook", codebook)
+    checks.choice("metric", metric, METRICS)
+    epsilon = checks.number("epsilon", epsilon, positive=True)
+    iterations = checks.integer("iterations", iterations, low=0)
+    eps = checks.number("eps", eps, positive=True)
+    dtype = torch.promote_types(x.dtype, codebook.dtype)
+    compute = checks.compute_dtype(dtype)
+    kernels = implementation(choose("balanced_codes", backend, x.device, dtype))
+    return kernels.balanced_codes(x.to(compute), codebook.to(compute), metric, eps, epsilon, iterations)
+
+
+@torch.no_grad()
+def unique_codes(
+    codes: Tensor,
+    z: Tensor,
+    codebooks: Iterable[Tensor],
+    *,
+    metric: Metric = "cosine",
+    eps: float = 1e-12,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Give each item a semantic ID that no other item has, by as few and as small moves as its prefix allows.
+
+    Of items that share an ID the nearest to its last code keeps it; all others move, and no more than these. They move
+    to free codes of the last level: within a prefix the nearest pair of an item and a free code comes first, then the
+    next nearest of those left. Items whose prefix has no free code move in the last two levels, to the nearest code of
+    the last level but one below which there is room, and there to the nearest free code; then in the last three, and so
+    on. Distances are those of the metric to what the levels before leave of the item, in float64; of equal ones the
+    lower row, then the lower code, comes first. Which IDs are taken does not depend on anything but the arguments.
+
+    Args:
+        codes: (N, m) integers, the code of each item at each level, as :func:`dgi_kernels.assign_codes` gives them.
+        z: (N, D) float32, bfloat16, float16 or float64, finite: the items; any strides; N may be 0.
+        codebooks: m tensors (K_j, D) in the dtype of ``z``, the product of the K_j at least N.
+        metric: ``"cosine"``, ``"dot"`` or ``"euclidean"``: that of the codes.
+        eps: lower bound of the norms. Of the cosine alone.
+        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"``. ``"auto"`` works on the CPU, wherever the
+            tensors are.
+
+    Returns:
+        (N, m) int64 on the device of ``codes``, no two rows alike.
+
+    Raises:
+        ValueError: there are fewer semantic IDs than items, or an argument has a wrong shape or is out of range; it is
+            named.
+        TypeError: an argument has the wrong type.
+        BackendUnavailable: ``backend``, asked for by name, cannot run here.
+
+    Examples:
+        >>> z, codebook = torch.tensor([[0.1], [0.0], [2.0]]), torch.tensor([[0.0], [1.0], [2.0]])
+        >>> codes = dgi_kernels.assign_codes(z, [codebook], metric="euclidean")
+        >>> codes.T, dgi_kernels.unique_codes(codes, z, [codebook], metric="euclidean").T
+        (tensor([[0, 0, 2]]), tensor([[1, 0, 2]]))
+    """
+    checks.float_tensor("z", z, ndim=2)
+    codebooks = check_codebooks(codebooks, z)
+    checks.tensor("codes", codes, dtypes=checks.INDEX_DTYPES, ndim=2, like=z)
+    checks.shape("codes", codes, (len(z), len(codebooks)), "(N, m)")
+    checks.choice("metric", metric, METRICS)
+    eps = checks.number("eps", eps, positive=True)
+    _check_finite("z", z)
+    sizes = [len(codebook) for codebook in codebooks]
+    for level, (codebook, size) in enumerate(zip(codebooks, sizes, strict=True)):
+        _check_finite(f"codebooks[{level}]", codebook)
+        if len(codes) and not 0 <= int(codes[:, level].min()) <= int(codes[:, level].max()) < size:
+            raise ValueError(f"codes[:, {level}] must be in [0, {size}), the codes of codebooks[{level}]")
+    if math.prod(sizes) < len(z):
+        raise ValueError(
+            f"codebooks must have at least as many semantic IDs as there are items; sizes {sizes} give "
+            f"{math.prod(sizes)}, for {len(z)} items"
+        )
+    where = torch.device("cpu") if backend == "auto" else z.device
+    compute = functools.reduce(torch.promote_types, (c.dtype for c in codebooks), checks.compute_dtype(z.dtype))
+    kernels = implementation(choose("unique_codes", backend, where, compute))
+    books = [codebook.to(where, compute) for codebook in codebooks]
+    return kernels.unique_codes(codes.to(where, torch.int64), z.to(where, compute), books, metric, eps).to(codes.device)
+
+
+def implementation(chosen: str) -> Any:
+    """The implementation of a backend."""
     return importlib.import_module(f"dgi_kernels.clustering.{chosen}")
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from dgi_kernels._extension import fake_kernel
 from dgi_kernels.clustering.options import KMeansOptions
+from dgi_kernels.enums import METRICS
+from dgi_kernels.types import Metric
 
 
 def cluster_sums(x: Tensor, codes: Tensor, weights: Tensor | None, clusters: int) -> tuple[Tensor, Tensor]:
@@ -41,3 +45,29 @@ def _(
 @fake_kernel("kmeans_seeds")
 def _(x: Tensor, weights: Tensor | None, uniform: Tensor) -> Tensor:
     return uniform.new_empty(uniform.shape[0], dtype=torch.int64)
+
+
+def unique_codes(codes: Tensor, z: Tensor, codebooks: Sequence[Tensor], metric: Metric, eps: float) -> Tensor:
+    """(N, m), (N, D), m of (K_j, D), all float32 or all float64 -> (N, m) int64."""
+    joined = torch.cat(list(codebooks))
+    sizes = [len(codebook) for codebook in codebooks]
+    return torch.ops.dgi_kernels.unique_codes(
+        codes.contiguous(), z.contiguous(), joined, sizes, METRICS.index(metric), eps
+    )
+
+
+def balanced_codes(x: Tensor, codebook: Tensor, metric: Metric, eps: float, epsilon: float, iterations: int) -> Tensor:
+    """(N, D), (K, D), both float32 or both float64 -> (N,) int64."""
+    return torch.ops.dgi_kernels.balanced_codes(
+        x.contiguous(), codebook.contiguous(), METRICS.index(metric), eps, epsilon, iterations
+    )
+
+
+@fake_kernel("unique_codes")
+def _(codes: Tensor, z: Tensor, codebooks: Tensor, sizes: list[int], metric: int, eps: float) -> Tensor:
+    return torch.empty_like(codes)
+
+
+@fake_kernel("balanced_codes")
+def _(x: Tensor, codebook: Tensor, metric: int, eps: float, epsilon: float, iterations: int) -> Tensor:
+    return x.new_empty(x.shape[0], dtype=torch.int64)

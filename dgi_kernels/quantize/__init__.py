@@ -121,7 +121,7 @@ def residual_quantize(
         (tensor([[0, 0]]), tensor([[5., 0.]]))
     """
     checks.float_tensor("z", z, min_ndim=1)
-    codebooks = _check_codebooks(codebooks, z)
+    codebooks = check_codebooks(codebooks, z)
     values = None if values is None else _check_values(values, codebooks, z)
     scale, tau = checks.scalar("scale", scale, z), checks.scalar("tau", tau, z, positive=True)
     checks.choice("mode", mode, _MODES)
@@ -212,7 +212,7 @@ def assign_codes(
                 [1, 0]])
     """
     checks.float_tensor("z", z, min_ndim=1)
-    codebooks = _check_codebooks(codebooks, z)
+    codebooks = check_codebooks(codebooks, z)
     checks.choice("metric", metric, METRICS)
     options = QuantizeOptions("hard", metric, 0, checks.number("eps", eps, positive=True))
     dtype = _common_dtype(z, codebooks)
@@ -230,7 +230,7 @@ def _common_dtype(z: Tensor, codebooks: Sequence[Tensor]) -> torch.dtype:
     return functools.reduce(torch.promote_types, (codebook.dtype for codebook in codebooks), z.dtype)
 
 
-def _check_codebooks(codebooks: Iterable[Tensor], z: Tensor) -> list[Tensor]:
+def check_codebooks(codebooks: Iterable[Tensor], z: Tensor) -> list[Tensor]:
     codebooks = _check_list("codebooks", codebooks, "(K_j, D)")
     if not codebooks:
         raise ValueError("codebooks must hold at least one (K_j, D) tensor; got none")

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import dgi
 from dgi.cli import COMMANDS, build_parser, main
@@ -160,6 +161,14 @@ def test_eval_counts_the_hits_that_searching_gives(
     assert set(results["systems"]) == {"popularity", "exact cosine", "DGI"}
     assert results["systems"]["DGI"]["overall"]["queries"] == results["queries"] == 10
     assert results["systems"]["DGI"]["overall"]["hit_rate@5"] == pytest.approx(np.mean(hits))
+
+
+def test_index_leaves_shared_ids_where_asked(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["index", "--model", str(run / "model"), "--data", str(run / "data"), QUIET, "--output"]
+    main([*arguments, str(tmp_path / "unique.safetensors")])
+    assert "0.0% of the items share theirs" in capsys.readouterr().out
+    main([*arguments, str(tmp_path / "shared.safetensors"), "--no-unique"])
+    assert not torch.equal(*(DGIIndex.load(tmp_path / f"{name}.safetensors").codes for name in ("unique", "shared")))
 
 
 def test_eval_reports_index_judgments_and_a_sample_and_is_deterministic(

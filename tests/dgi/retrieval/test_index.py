@@ -181,6 +181,23 @@ def test_build_assigns_in_evaluation_mode_whatever_the_batch_size() -> None:
     assert index.ids == catalog.ids and index.trie.codebook_sizes == (6, 4)
 
 
+def test_every_item_has_an_id_of_its_own_where_there_are_as_many_ids() -> None:
+    model, catalog = make_model(codebook_sizes=(8, 8)), make_catalog()
+    shared, unique, default = (DGIIndex.build(model, catalog, unique=choice) for choice in (False, True, None))
+    assert len(shared.codes.unique(dim=0)) < ITEMS, "twins have one text, and so one ID"
+    assert len(unique.codes.unique(dim=0)) == ITEMS and torch.equal(unique.codes, default.codes)
+    moved = (shared.codes != unique.codes).any(1)
+    assert int(moved.sum()) == ITEMS - len(shared.codes.unique(dim=0))
+    assert torch.equal(shared.vectors, unique.vectors) and unique.trie.num_items == ITEMS
+    found = Searcher(model, unique, catalog).search(["twin1"], k=ITEMS, num_beams=64)
+    assert sorted(found.items[0].tolist()) == list(range(ITEMS))
+    with pytest.raises(ValueError, match="at least as many semantic IDs"):
+        DGIIndex.build(make_model(), catalog, unique=True)
+    assert torch.equal(
+        DGIIndex.build(make_model(), catalog).codes, DGIIndex.build(make_model(), catalog, unique=False).codes
+    )
+
+
 def test_what_cannot_be_indexed_is_named() -> None:
     model, catalog = make_model(), make_catalog()
     with pytest.raises(ValueError, match="at least one item"):
