@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import dgi
 from dgi.cli import COMMANDS, build_parser, main
@@ -163,12 +162,16 @@ def test_eval_counts_the_hits_that_searching_gives(
     assert results["systems"]["DGI"]["overall"]["hit_rate@5"] == pytest.approx(np.mean(hits))
 
 
-def test_index_leaves_shared_ids_where_asked(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_index_says_where_there_are_too_few_ids_for_all_items(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """8 x 3 codes for 30 items: they share IDs, unless each is to have its own."""
     arguments = ["index", "--model", str(run / "model"), "--data", str(run / "data"), QUIET, "--output"]
-    main([*arguments, str(tmp_path / "unique.safetensors")])
-    assert "0.0% of the items share theirs" in capsys.readouterr().out
-    main([*arguments, str(tmp_path / "shared.safetensors"), "--no-unique"])
-    assert not torch.equal(*(DGIIndex.load(tmp_path / f"{name}.safetensors").codes for name in ("unique", "shared")))
+    for choice in ([], ["--no-unique"]):
+        assert main([*arguments, str(tmp_path / "shared"), *choice]) == 0
+        assert "indexed 30 items under" in capsys.readouterr().out
+    assert main([*arguments, str(tmp_path / "unique"), "--unique"]) == 2
+    assert "give 24, for 30 items" in capsys.readouterr().err
 
 
 def test_eval_reports_index_judgments_and_a_sample_and_is_deterministic(
