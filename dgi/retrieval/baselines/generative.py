@@ -26,7 +26,7 @@ from dgi_kernels import Trie
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-COSINE_WEIGHTS = (0.0, 5.0, 10.0, 20.0, 40.0)
+COSINE_WEIGHTS = (0.0, 5.0, 10.0, 20.0, 40.0, 80.0)
 CANDIDATES = 100  # items of a search that are ranked by the weighted sum
 CURVE_SAMPLE = 500  # validation requests searched while training: a beam search takes longer than an exact one
 

@@ -234,7 +234,7 @@ def test_the_cosine_weight_is_chosen_on_the_validation_set(data: Dataset) -> Non
     chosen = system.cosine_weight
     assert system.settings == {"cosine_weight": chosen} and data.validation is not None
     targets, ndcgs = torch.from_numpy(data.validation.items), {}
-    for weight in (0.0, 5.0, 10.0, 20.0, 40.0):
+    for weight in (0.0, 5.0, 10.0, 20.0, 40.0, 80.0):
         system.cosine_weight = weight
         ndcgs[weight] = hit_rate_and_ndcg(system.search(data.validation, 10, exclude_history=True).items, targets)[1]
     assert ndcgs[chosen] == max(ndcgs.values())
