@@ -150,7 +150,7 @@ def _run_cell(
         "parameters": system.parameters,
         # Training that was interrupted, or is shared with another system, counts in full.
         "seconds": {"fit": max(getattr(system, "seconds", 0.0), fitted - started), "search": searched - fitted},
-        "curve": [{key: row[key] for key in CURVE_KEYS if key in row} for row in system.curve],
+        "curve": [{key: float(f"{row[key]:.6g}") for key in CURVE_KEYS if key in row} for row in system.curve],
     }
     with atomic_write(path.with_suffix(".npy")) as file:
         np.save(file, values, allow_pickle=False)
