@@ -79,22 +79,32 @@ class Codebooks {
   void make_relative(const Quantize<Real>& in, Level<Real>& level) {
     const Real* const e = level.vectors.data;
     Real *const centre = centres_.get() + level.number * dim_, *const keys = keys_.get() + level.first * dim_;
-    std::vector<double> sum(dim_, 0.0);
-    for (int64_t k = 0; k < level.codes; ++k) {
-      for (int64_t d = 0; d < dim_; ++d) sum[d] += static_cast<double>(e[k * dim_ + d]);
-    }
+    std::vector<double> sums(dim_, 0.0);
+    double* const sum = sums.data();
+    with_best_instructions([&](auto) DGI_ALWAYS_INLINE {
+      for (int64_t k = 0; k < level.codes; ++k) {
+        const Real* const from = e + k * dim_;
+#pragma omp simd
+        for (int64_t d = 0; d < dim_; ++d) sum[d] += static_cast<double>(from[d]);
+      }
+    });
     for (int64_t d = 0; d < dim_; ++d) centre[d] = static_cast<Real>(sum[d] / static_cast<double>(level.codes));
     parallel_for(level.codes, grain(dim_), [&](int64_t first, int64_t last) {
-      for (int64_t k = first; k < last; ++k) {
-        double square = 0;
-        for (int64_t d = 0; d < dim_; ++d) {
-          const Real key = e[k * dim_ + d] - centre[d];
-          keys[k * dim_ + d] = key;
-          square += static_cast<double>(key) * static_cast<double>(key);
+      with_best_instructions([&](auto) DGI_ALWAYS_INLINE {
+        for (int64_t k = first; k < last; ++k) {
+          const Real* const from = e + k * dim_;
+          Real* const to = keys + k * dim_;
+          double square = 0;
+#pragma omp simd reduction(+ : square)
+          for (int64_t d = 0; d < dim_; ++d) {
+            const Real key = from[d] - centre[d];
+            to[d] = key;
+            square += static_cast<double>(key) * static_cast<double>(key);
+          }
+          square_[level.first + k] = square;
+          bias_[level.first + k] = static_cast<Real>(-static_cast<double>(in.scale) * square);
         }
-        square_[level.first + k] = square;
-        bias_[level.first + k] = static_cast<Real>(-static_cast<double>(in.scale) * square);
-      }
+      });
     });
     level.longest = *std::max_element(square_.begin() + level.first, square_.begin() + level.first + level.codes);
     level.keys.data = keys, level.centre = centre, level.terms.bias = bias_.get() + level.first;
@@ -120,10 +130,11 @@ template <bool kFused, class Real>
 DGI_HOST_DEVICE RowTerms<Real> start_row(const Quantize<Real>& in, const Level<Real>& level, const Real* r, Real* out) {
   const Real scale = in.scale;
   if (in.metric == Metric::kEuclidean) {
+    const Real* const centre = level.centre;
     double square = 0;
 #pragma omp simd reduction(+ : square)
     for (int64_t d = 0; d < in.dim; ++d) {
-      const Real x = r[d] - level.centre[d];
+      const Real x = r[d] - centre[d];
       out[d] = scale * (2 * x);
       square += static_cast<double>(x) * static_cast<double>(x);
     }
@@ -141,12 +152,15 @@ template <bool kFused, class Real>
 DGI_HOST_DEVICE double finish_row(const Quantize<Real>& in, const Level<Real>& level, const Real* r, Real factor,
                                   double dlog, Real* u) {
   if (in.metric == Metric::kEuclidean) {
+    const Real* const centre = level.centre;
+    const double twice = 2 * static_cast<double>(in.scale);
     double along = 0, square = 0;
+#pragma omp simd reduction(+ : along, square)
     for (int64_t d = 0; d < in.dim; ++d) {
-      const double x = static_cast<double>(r[d] - level.centre[d]), ud = static_cast<double>(u[d]);
+      const double x = static_cast<double>(r[d] - centre[d]), ud = static_cast<double>(u[d]);
       along += x * ud;
       square += x * x;
-      u[d] = static_cast<Real>(2 * static_cast<double>(in.scale) * (ud - dlog * x));
+      u[d] = static_cast<Real>(twice * (ud - dlog * x));
     }
     return 2 * along - dlog * square;
   }
@@ -228,10 +242,11 @@ class Nearest {
   }
 
   double square_distance(int64_t code) const {
-    const Real* const e = level_->vectors.data + code * in_->dim;
+    const Real *const r = r_, *const e = level_->vectors.data + code * in_->dim;
     double sum = 0;
+#pragma omp simd reduction(+ : sum)
     for (int64_t d = 0; d < in_->dim; ++d) {
-      const double difference = static_cast<double>(r_[d]) - static_cast<double>(e[d]);
+      const double difference = static_cast<double>(r[d]) - static_cast<double>(e[d]);
       sum += difference * difference;
     }
     return sum;
