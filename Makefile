@@ -27,6 +27,9 @@ bench: $(BENCHMARKS:%=bench-%)  ## run the benchmarks on this CPU; figures go to
 bench-%: $(INSTALLED)  ## run one of them: bench-cosine, bench-gumbel, bench-trie, …
 	$(BIN)/python bench/bench_$*.py --json bench/results/cpu-$*.json
 
+bench-metrics: $(INSTALLED)  ## residual quantization by each metric
+	$(BIN)/python bench/bench_quantize.py --metrics --json bench/results/cpu-metrics.json
+
 bench-catalog: $(INSTALLED)  ## assign codes to 10 million items, which takes minutes
 	$(BIN)/python bench/bench_quantize.py --catalog 10000000 --json bench/results/cpu-catalog.json
 

@@ -8,10 +8,14 @@ beyond the inputs of one call, gradients included. Flat: random rows and codes. 
 codebooks in families of 64 codes at cosine 0.8 and rows near a path of codes, so that about 60 of 4096 entries of a row
 count at tau = 0.5 and 3 at tau = 0.1.
 
+By metric: the Euclidean one beside the others on the same inputs, and beside what its users write,
+``-cdist(z, e) ** 2`` and ``F.gumbel_softmax``; at the sizes above, and at the 3 x 256 codes of RQ-VAE (D = 32).
+
 Assignment gives items their codes, without gradient, noise or softmax; its floor is one product per level.
 
 Run: make bench; python bench/bench_quantize.py prints tables of every shape, pytest bench -k quantize times the target
      case;
+     python bench/bench_quantize.py --metrics compares the metrics instead;
      python bench/bench_quantize.py --catalog 10000000 assigns codes to so many items instead, once.
 """
 
@@ -29,9 +33,12 @@ from torch import Tensor
 
 from dgi.progress import Progress
 from dgi_kernels import assign_codes, residual_quantize
+from dgi_kernels.types import Metric
 
 ROWS, SIZES, SCALE = 2048, (4096, 1024, 256), 30.0
 SHAPES = [(d, tau) for d in (64, 256, 768) for tau in (1.0, 0.5, 0.1)]
+SMALL = (256, 256, 256)  # the codebooks of RQ-VAE
+BY_METRIC = [(2048, 64, SIZES), (2048, 256, SIZES), *((n, 32, SMALL) for n in (256, 1024, 4096))]
 QUICK = [(64, 1.0), (256, 1.0), (256, 0.5)]  # what `make bench` runs
 SEED = torch.tensor([42])
 
@@ -66,6 +73,24 @@ def eager(z: Tensor, codebooks: list[Tensor], scale: Tensor, tau: float) -> tupl
     return torch.stack(quantized, 1), usage
 
 
+def eager_euclidean(z: Tensor, codebooks: list[Tensor], scale: Tensor, tau: float) -> tuple[Tensor, list[Tensor]]:
+    quantized, usage = [], []
+    for codebook in codebooks:
+        p = F.gumbel_softmax(-scale * torch.cdist(z, codebook).pow(2), tau)
+        quantized.append(p @ codebook)
+        usage.append(p.mean(0))
+        z = z - quantized[-1]
+    return torch.stack(quantized, 1), usage
+
+
+def by_metric(metric: Metric) -> Callable[..., tuple[Tensor, list[Tensor]]]:
+    def run(z: Tensor, codebooks: list[Tensor], scale: Tensor, tau: float) -> tuple[Tensor, list[Tensor]]:
+        result = residual_quantize(z, codebooks, scale, tau, metric=metric, seed=SEED)
+        return result.quantized, result.usage
+
+    return run
+
+
 def ours(z: Tensor, codebooks: list[Tensor], scale: Tensor, tau: float) -> tuple[Tensor, list[Tensor]]:
     result = residual_quantize(z, codebooks, scale, tau, seed=SEED)
     return result.quantized, result.usage
@@ -73,6 +98,13 @@ def ours(z: Tensor, codebooks: list[Tensor], scale: Tensor, tau: float) -> tuple
 
 compiled = torch.compile(eager, dynamic=False)
 SYSTEMS = {"eager": eager, "compile": compiled, "ours": ours}
+METRIC_SYSTEMS = {
+    "eager": eager_euclidean,
+    "compile": torch.compile(eager_euclidean, dynamic=False),
+    "ours": by_metric("euclidean"),
+    "ours, cosine": by_metric("cosine"),
+    "ours, dot": by_metric("dot"),
+}
 
 
 def step(
@@ -200,6 +232,25 @@ def table(shapes: list[tuple[int, float]], rounds: int, results: Results) -> Non
         )
 
 
+def metric_table(rounds: int, results: Results) -> None:
+    print(f"{title()}; flat, tau = 1; ms (ratio to the floor), MB at the peak; medians of interleaved rounds\n")
+    print_header("N, D, K; by the Euclidean metric", "floor", *METRIC_SYSTEMS)
+    for n, d, sizes in BY_METRIC:
+        arguments = inputs(d, False, n, sizes)
+        systems = {"floor": floor(*arguments[:2])}
+        systems |= {name: step(quantize, *arguments, 1.0) for name, quantize in METRIC_SYSTEMS.items()}
+        codes = "x".join(map(str, sizes))
+        shape = {"N": n, "D": d, "K": codes, "metric": "euclidean"}
+        add_row(
+            "residual_quantize",
+            shape,
+            (n, d, codes),
+            systems,
+            rounds if n * sum(sizes) > 2**23 else 9 * rounds,
+            results,
+        )
+
+
 def assignment_table(rounds: int, results: Results) -> None:
     print_header("D, assignment", *assignments(64))
     for d in (64, 256):
@@ -234,12 +285,15 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="only the shapes that make bench runs")
     parser.add_argument("--rounds", type=int, default=7, help="rounds per shape (default 7)")
+    parser.add_argument("--metrics", action="store_true", help="compare the metrics, and no more")
     parser.add_argument("--catalog", type=int, metavar="ITEMS", help="assign codes to so many items, and no more")
     parser.add_argument("--json", metavar="FILE", help="write the figures there, as pytest-benchmark writes them")
     options = parser.parse_args()
     measured = Results()
     if options.catalog:
         assign_catalog(options.catalog, measured)
+    elif options.metrics:
+        metric_table(options.rounds, measured)
     else:
         torch._dynamo.config.cache_size_limit = 4 * len(SHAPES)
         table(QUICK if options.quick else SHAPES, options.rounds, measured)

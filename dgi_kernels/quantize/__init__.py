@@ -8,6 +8,7 @@ One seed gives one sample on every backend and any tiling, see :mod:`dgi_kernels
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -145,14 +146,13 @@ def residual_quantize(
     asked["noise_scale"] = seed is not None and (noise_scale is not None or noise_rows is not None)
     chosen = choose("residual_quantize", backend, z.device, dtype, asked)
     compute = dtype if chosen == "triton" else checks.compute_dtype(dtype)
-    gradients = torch.is_grad_enabled() and not is_hard
 
     def in_pytorch(operands: Operands) -> ResidualQuantization:
         z, codebooks, scale, tau, noise_scale, values, seed, padding = operands
         level_noise = None if seed is None else _level_noise(seed, rows, noise_scale, options.row_offset, backend)
         return reference.residual_quantize(z, codebooks, scale, tau, level_noise, options, values, padding)
 
-    with torch.autocast(z.device.type, enabled=False):
+    with _without_autocast(z.device.type):
         if z.ndim != 2:
             z = z.reshape(rows, z.shape[-1])
         if mask is not None:
@@ -168,7 +168,7 @@ def residual_quantize(
             seed,
             mask,
         )
-        with torch.set_grad_enabled(gradients):
+        with torch.no_grad() if is_hard else contextlib.nullcontext():
             if chosen == "triton":
                 from dgi_kernels.quantize import triton
 
@@ -224,6 +224,12 @@ def assign_codes(
     return residual_quantize(
         z, codebooks, 1.0, mode="hard", metric=metric, noise=False, eps=options.eps, backend=backend
     ).codes
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()  # which costs nothing
 
 
 def _common_dtype(z: Tensor, codebooks: Sequence[Tensor]) -> torch.dtype:
