@@ -166,6 +166,8 @@ def quantize_launches() -> Iterator[Launch]:
             ]
             # By the metric "dot" only the kernels without products differ, which are short: one dtype stands for all.
             modes += [("soft", None, "dot")] * (dtype == torch.bfloat16 and dim != 128)
+            # By the Euclidean one all kernels have a bias: noise and modes change nothing of that.
+            modes += [("straight_through", seed, "euclidean")]
             for mode, noise, metric in modes:
                 z, *codebooks = (torch.randn(rows, dim).to(dtype).requires_grad_() for rows in (32, codes, codes))
                 with torch.set_grad_enabled(mode != "hard"):

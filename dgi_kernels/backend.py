@@ -70,14 +70,11 @@ FORMS_LOGITS = frozenset(
 )
 
 # Options of an op that one of its kernels lacks, "name=value" -> why: what the other backends have, it may get later.
-_NO_BIAS = {"metric=euclidean": "its kernels add nothing of the code's own to a score"}
 LACKS: dict[tuple[str, str], dict[str, str]] = {
     ("residual_quantize", "triton"): {
-        **_NO_BIAS,
         "values=True": "its kernels mix the codebooks alone",
-        "noise_scale=True": "its noise is that of the contract, for all rows",
+        "noise_scale=True": "its noise has one scale for all rows",
     },
-    ("assign_codes", "triton"): _NO_BIAS,
 }
 
 # Which of an op's kernels ``auto`` tries first.  On GPUs Triton's noise takes fewer instructions per element: hardware

@@ -40,7 +40,7 @@ from dgi_kernels.triton_common import (
 )
 
 SOFT, STRAIGHT_THROUGH, HARD = map(MODES.index, ("soft", "straight_through", "hard"))
-DOT = METRICS.index("dot")
+COSINE, DOT, EUCLIDEAN = map(METRICS.index, ("cosine", "dot", "euclidean"))
 
 # Tiles of codes whose p are all below this part of their row are left out: what is lost of a row's mass, at most K
 # times as much, stays below the rounding of 16-bit weights.
@@ -102,14 +102,21 @@ def flash_config(dim: int, device: torch.device) -> tuple[int, FlashConfig]:
 
 
 def residual_quantize(operands: Operands, options: QuantizeOptions) -> ResidualQuantization:
-    """All of one dtype -> ResidualQuantization, by the metric "cosine" or "dot", without values and a noise scale."""
+    """All of one dtype -> ResidualQuantization, without values and a noise scale."""
     z, codebooks, scale, tau, _, _, seed, padding = operands
     sizes = [len(codebook) for codebook in codebooks]
     dim = z.shape[1]
     more = max(16, (dim + 15) // 16 * 16) - dim  # rows are read 16 bytes at a time
     z, weight = F.pad(z, (0, more)), F.pad(torch.cat(list(codebooks)), (0, more))
     scale, tau = (checks.scalar_tensor(value, torch.float32, z.device) for value in (scale, tau))
-    with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (z, weight, scale, tau))
+    bias = centres = vectors = None
+    if options.metric == "euclidean":
+        vectors = weight.detach()
+        centres = torch.stack([part.float().mean(0) for part in vectors.split(sizes)])
+        weight = torch.cat([part.float() - own for part, own in zip(weight.split(sizes), centres, strict=True)])
+        weight = weight.to(z.dtype)
+        bias = -scale * weight.float().square().sum(1)
+    with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (z, weight, scale, tau))  # bias: of the others
     noisy = seed is not None
     seed = torch.zeros(1, dtype=torch.int64, device=z.device) if seed is None else seed
     quantized, codes, sampled, usage, residuals, log_normalizer, *_ = _forward(
@@ -120,6 +127,9 @@ def residual_quantize(operands: Operands, options: QuantizeOptions) -> ResidualQ
         tau,
         seed,
         padding,
+        bias,
+        centres,
+        vectors,
         options.row_offset,
         options.eps,
         options.mode_number,
@@ -127,6 +137,10 @@ def residual_quantize(operands: Operands, options: QuantizeOptions) -> ResidualQ
         noisy,
         with_grad,
     )
+    if centres is not None:
+        squares = residuals.float().square().sum(-1)
+        log_normalizer = log_normalizer - scale * squares / tau  # the row's own part of its scores
+        residuals = (residuals.float() + centres).to(z.dtype)
     return ResidualQuantization(
         quantized[..., :dim], codes, sampled, list(usage.split(sizes)), residuals[..., :dim], log_normalizer
     )
@@ -137,8 +151,11 @@ class Level:
     """One level's share of what the operators take and keep: views, each kernel's common arguments."""
 
     index: int
-    e: Tensor  # (K, D)
+    e: Tensor  # (K, D), of the Euclidean metric relative to the centre
+    vectors: Tensor  # (K, D), what is emitted
+    centre: Tensor | None  # (D,)
     rnorm_e: Tensor  # (K,)
+    bias: Tensor | None  # (K,)
     residual: Tensor  # (N, D), its rows m D apart; the others' elements m apart
     codes: Tensor
     sampled: Tensor
@@ -163,18 +180,24 @@ class Sampling:
     noisy: bool
 
     @property
-    def dot(self) -> bool:
-        """Whether scores are dot products: a row's and a code's factors are 1, and have no gradients."""
-        return self.metric == DOT
+    def row_factor(self) -> float:
+        """rr where it is a constant, as are the codes' factors then, without gradients; 0: 1 / ||r||."""
+        return {COSINE: 0.0, DOT: 1.0, EUCLIDEAN: 2.0}[self.metric]
+
+    @property
+    def plain(self) -> bool:
+        """Whether the factors of rows and codes are constants."""
+        return self.metric != COSINE
 
     def counted(self, rows: int) -> int | Tensor:
         """Rows that usage is the mean of."""
         return rows if self.padding is None else rows - self.padding.sum().clamp(max=rows - 1)
 
-    def arguments(self, level: Level) -> dict[str, Tensor | int | bool]:
+    def arguments(self, level: Level) -> dict[str, Tensor | int | bool | None]:
         """Those that all kernels have, flash or chunked, but for the residual's and the rows' numbers."""
         return {
             "p_rnorm_e": level.rnorm_e,
+            "p_bias": level.bias,
             "p_seed": self.seed,
             "p_scale": self.scale,
             "p_tau": self.tau,
@@ -184,7 +207,7 @@ class Sampling:
             "noisy": self.noisy,
         }
 
-    def flash_arguments(self, level: Level) -> dict[str, Tensor | int | bool]:
+    def flash_arguments(self, level: Level) -> dict[str, Tensor | int | bool | None]:
         rows, dim = level.residual.shape
         return {
             **self.arguments(level),
@@ -199,6 +222,9 @@ class Sampling:
 def _levels(
     sizes: Sequence[int],
     weight: Tensor,
+    bias: Tensor | None,
+    centres: Tensor | None,
+    vectors: Tensor | None,
     rnorm_e: Tensor,
     residuals: Tensor,
     codes: Tensor,
@@ -215,7 +241,10 @@ def _levels(
         yield Level(
             j,
             weight[own],
+            (weight if vectors is None else vectors)[own],
+            None if centres is None else centres[j],
             rnorm_e[own],
+            None if bias is None else bias[own],
             residuals[:, j],
             codes[:, j],
             sampled[:, j],
@@ -243,6 +272,9 @@ def _forward(
     tau: Tensor,
     seed: Tensor,
     padding: Tensor | None,
+    bias: Tensor | None,
+    centres: Tensor | None,
+    vectors: Tensor | None,
     row_offset: int,
     eps: float,
     mode: int,
@@ -250,7 +282,11 @@ def _forward(
     noisy: bool,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> quantized, codes, sampled, usage, residuals, log_normalizer; for backward rnorm, rnorm_e, order, largest."""
+    """-> quantized, codes, sampled, usage, residuals, log_normalizer; for backward rnorm, rnorm_e, order, largest.
+
+    ``weight`` (sum K_j, D) is relative to ``centres`` (m, D), where there are any, and ``vectors`` (sum K_j, D) are the
+    codebooks; so are the residuals, and log_normalizer lacks the row's own part of the scores.
+    """
     outputs = _empty_outputs(z, weight, sizes)
     quantized, codes, sampled, usage, residuals, lse, rnorm, rnorm_e, order, largest = outputs
     rows = z.shape[0]
@@ -262,15 +298,16 @@ def _forward(
     rest = torch.empty_like(z, dtype=torch.float32, memory_format=torch.contiguous_format).copy_(z)
     usages = usage.split(sizes)
     with torch.cuda.device_of(z):
-        if sampling.dot:
+        if sampling.plain:
             rnorm_e.fill_(1.0)
         else:
             norms(weight, eps, rnorm_e)
-        levels = list(_levels(sizes, weight, rnorm_e, residuals, codes, sampled, lse, rnorm, order, largest))
+        shared = (sizes, weight, bias, centres, vectors, rnorm_e)
+        levels = list(_levels(*shared, residuals, codes, sampled, lse, rnorm, order, largest))
         _emit(rest, None, None, None, levels[0], sampling)
         for level, after in zip(levels, [*levels[1:], None], strict=True):
             run = _flash_level if uses_flash(weight.shape[1], weight.dtype) else _chunked_level
-            mean = run(level, sampling, usages[level.index], with_grad)
+            mean = run(level, sampling, rest, usages[level.index], with_grad)
             _emit(rest, mean, level, quantized[:, level.index], after, sampling)
             if mode == HARD:
                 uses = torch.ones_like(level.codes) if padding is None else (~padding).long()
@@ -302,7 +339,9 @@ def _empty_outputs(
 
 
 @_forward.register_fake
-def _(z, weight, sizes, scale, tau, seed, padding, row_offset, eps, mode, metric, noisy, with_grad):
+def _(
+    z, weight, sizes, scale, tau, seed, padding, bias, centres, vectors, row_offset, eps, mode, metric, noisy, with_grad
+):
     return _empty_outputs(z, weight, sizes)
 
 
@@ -316,12 +355,13 @@ def _emit(
 ) -> None:
     """From ``level``, None before the first, to the one after, None after the last."""
     rows, dim = rest.shape
-    e = index = lse = residual = rnorm = None
+    e = index = lse = residual = rnorm = centre = next_centre = None
     if level is not None:
-        e, index = level.e, level.codes if sampling.mode == HARD else level.sampled
+        centre = level.centre
+        e, index = level.vectors, level.codes if sampling.mode == HARD else level.sampled
         lse = level.lse if sampling.mode == STRAIGHT_THROUGH else None
     if after is not None:
-        residual, rnorm = after.residual, after.rnorm
+        residual, rnorm, next_centre = after.residual, after.rnorm, after.centre
     near = after or level
     assert near is not None
     b_n, b_d = finish_block(dim)
@@ -334,12 +374,14 @@ def _emit(
         p_quantized=quantized,
         p_residual=residual,
         p_rnorm=rnorm,
+        p_centre=centre,
+        p_next_centre=next_centre,
         N=rows,
         D=dim,
         stride_d=near.residual.stride(0),
         stride_m=near.lse.stride(0),
         eps=sampling.eps,
-        dot=sampling.dot,
+        constant=sampling.row_factor,
         b_n=b_n,
         b_d=b_d,
         num_warps=4,
@@ -350,8 +392,8 @@ def _blocks(b_d: int, tiles: Tiles, *, own: str, step: str) -> dict[str, int]:
     return {own: tiles.owned, step: tiles.step, "b_d": b_d, "num_warps": tiles.warps, "num_stages": tiles.stages}
 
 
-def _flash_level(level: Level, sampling: Sampling, usage: Tensor, with_grad: bool) -> Tensor | None:
-    """Fill codes, sampled, lse and ``usage``, a sum still; return p E in soft mode."""
+def _flash_level(level: Level, sampling: Sampling, rest: Tensor, usage: Tensor, with_grad: bool) -> Tensor | None:
+    """Fill codes, sampled, lse and ``usage``, a sum still; return p E in soft mode. ``rest`` is the residual."""
     (rows, dim), codes, soft = level.residual.shape, len(level.e), sampling.mode == SOFT
     b_d, config = flash_config(dim, level.e.device)
     shared = sampling.flash_arguments(level)
@@ -368,6 +410,15 @@ def _flash_level(level: Level, sampling: Sampling, usage: Tensor, with_grad: boo
         soft=soft,
         **_blocks(b_d, config.forward, own="b_n", step="b_k"),
     )
+    if level.bias is not None:
+        kernels.nearest_kernel[(triton.cdiv(rows, config.gradient.owned),)](
+            level.residual,
+            level.e,
+            **_near_arguments(level, sampling, rest),
+            N=rows,
+            **_blocks(b_d, config.gradient, own="b_n", step="b_k"),
+        )
+        _sample_the_nearest(level, sampling)
     if sampling.mode == HARD:
         return None
     _leave_out_padding(level, sampling)
@@ -392,6 +443,33 @@ def _flash_level(level: Level, sampling: Sampling, usage: Tensor, with_grad: boo
     return mean
 
 
+def _near_arguments(level: Level, sampling: Sampling, rest: Tensor) -> dict[str, Tensor | int | float | None]:
+    """What both kernels that look for the nearest code have."""
+    dim = rest.shape[1]
+    unit = {torch.float32: 0.0, torch.float16: 2.0**-12, torch.bfloat16: 2.0**-9}[level.e.dtype]
+    if level.e.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        unit = 2.0**-11
+    return {
+        "p_bias": level.bias,
+        "p_scale": sampling.scale,
+        "p_rest": rest,
+        "p_vectors": level.vectors,
+        "p_longest": torch.linalg.vector_norm(level.e, dim=1, dtype=torch.float32).amax(),
+        "p_codes": level.codes,
+        "K": len(level.e),
+        "D": dim,
+        "stride_d": level.residual.stride(0),
+        "stride_m": level.codes.stride(0),
+        # ||r - e||^2 of rounded vectors, twice, and the rounding of its sums
+        "slack": 4 * unit + (4 + dim**0.5) * 2.0**-22,
+    }
+
+
+def _sample_the_nearest(level: Level, sampling: Sampling) -> None:
+    if not sampling.noisy:
+        level.sampled.copy_(level.codes)
+
+
 def _leave_out_padding(level: Level, sampling: Sampling) -> None:
     """Padding has p = 0 for all that comes after: it is not counted, and its rows pass on no gradient."""
     if sampling.padding is not None:
@@ -404,7 +482,7 @@ def _splits(tiles: Tiles, level: Level) -> tuple[int, int]:
     return count, max(1, min(triton.cdiv(len(level.residual), tiles.step), 2 * multiprocessors(level.e) // count))
 
 
-def _chunked_level(level: Level, sampling: Sampling, usage: Tensor, with_grad: bool) -> Tensor | None:
+def _chunked_level(level: Level, sampling: Sampling, rest: Tensor, usage: Tensor, with_grad: bool) -> Tensor | None:
     """What :func:`_flash_level` does."""
     e, weights = level.e, sampling.mode != HARD
     log2_gain = 10.0 if e.dtype == torch.float16 else 0.0  # small p stay normal numbers
@@ -413,6 +491,17 @@ def _chunked_level(level: Level, sampling: Sampling, usage: Tensor, with_grad: b
     for own, s in _chunks(level, 1):
         p = _weights(s, e) if weights else None
         product(level.residual[own], e.T, s)
+        nearest = level.codes.new_empty(len(s)) if level.bias is not None else None
+        if nearest is not None:
+            near = _near_arguments(level, sampling, rest[own])
+            chunks.chunk_nearest_kernel[(len(s),)](
+                s,
+                level.residual[own],
+                **{**near, "p_codes": nearest, "stride_m": 1},
+                b_k=CHUNK_STEP,
+                b_d=finish_block(rest.shape[1])[1],
+                num_warps=4,
+            )
         chunks.chunk_level_kernel[(len(s),)](
             s,
             p,
@@ -426,12 +515,16 @@ def _chunked_level(level: Level, sampling: Sampling, usage: Tensor, with_grad: b
             b_k=CHUNK_STEP,
             num_warps=4,
         )
+        if nearest is not None:
+            level.codes[own] = nearest
         if p is not None:
             if sampling.padding is not None:
                 p.masked_fill_(sampling.padding[own].unsqueeze(1), 0.0)
             usage.add_(p.sum(0, dtype=torch.float32), alpha=2.0**-log2_gain)
         if mean is not None and p is not None:
             product(p, e, mean[own])
+    if level.bias is not None:
+        _sample_the_nearest(level, sampling)
     if weights:
         _leave_out_padding(level, sampling)
     return None if mean is None else mean.mul_(2.0**-log2_gain)
@@ -463,6 +556,7 @@ def _backward(
     tau: Tensor,
     seed: Tensor,
     padding: Tensor | None,
+    bias: Tensor | None,
     codes: Tensor,
     sampled: Tensor,
     residuals: Tensor,
@@ -477,21 +571,24 @@ def _backward(
     mode: int,
     metric: int,
     noisy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> dz, dweight, dscale, dtau."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> dz, dweight, dscale, dtau, dbias, which is empty without a bias."""
     rows, _, dim = residuals.shape
     flow = residuals.new_zeros(rows, dim, dtype=torch.float32)  # the gradient of r_j, then of r_{j-1}
     dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
     dscale, dtau = torch.zeros_like(scale), torch.zeros_like(tau)
+    dbias = scale.new_zeros(0 if bias is None else len(weight))
     if rows == 0:
-        return flow.to(residuals.dtype), dweight, dscale, dtau
+        return flow.to(residuals.dtype), dweight, dscale, dtau, dbias
     weight = weight.contiguous()
     sampling = Sampling(scale, tau, seed, padding, row_offset, eps, mode, metric, noisy)
     parts = dweight.split(sizes)
     dusages = (dusage.float() / sampling.counted(rows)).split(sizes) if dusage is not None else [None] * len(sizes)
     run = _flash_gradients if uses_flash(dim, weight.dtype) else _chunked_gradients
     with torch.cuda.device_of(residuals):
-        levels = list(_levels(sizes, weight, rnorm_e, residuals, codes, sampled, lse, rnorm, order, largest))
+        shared = (sizes, weight, bias, None, None, rnorm_e)
+        levels = list(_levels(*shared, residuals, codes, sampled, lse, rnorm, order, largest))
+        bias_parts = [None] * len(sizes) if bias is None else dbias.split(sizes)
         for j, level in reversed(list(enumerate(levels))):
             upstream = _upstream(
                 level,
@@ -503,12 +600,12 @@ def _backward(
             )
             if dresiduals is not None:
                 flow.add_(dresiduals[:, j])
-            radial, of_tau = run(level, sampling, upstream, flow, parts[j])
+            radial, of_tau = run(level, sampling, upstream, flow, parts[j], bias_parts[j])
             dscale += radial.sum()
             dtau -= of_tau.sum() * LN2.value
             if upstream.dlse is not None:
                 dtau -= torch.where(upstream.dlse == 0, 0.0, level.lse * upstream.dlse).sum()
-    return flow.to(residuals.dtype), dweight, dscale / tau, dtau / tau
+    return flow.to(residuals.dtype), dweight, dscale / tau, dtau / tau, dbias.div_(tau)
 
 
 @_backward.register_fake
@@ -522,6 +619,7 @@ def _(
     tau,
     seed,
     padding,
+    bias,
     codes,
     sampled,
     residuals,
@@ -543,23 +641,25 @@ def _(
         weight.new_empty(weight.shape),
         torch.empty_like(scale),
         torch.empty_like(tau),
+        scale.new_empty(0 if bias is None else len(weight)),
     )
 
 
 def _save(ctx, inputs, output) -> None:
-    _, weight, ctx.sizes, scale, tau, seed, padding, *ctx.options, _ = inputs
+    _, weight, ctx.sizes, scale, tau, seed, padding, bias, _, _, *ctx.options, _ = inputs
     _, codes, sampled, _, residuals, lse, rnorm, rnorm_e, order, largest = output
     saved = (codes, sampled, residuals, lse, rnorm, rnorm_e, order, largest)
-    ctx.save_for_backward(weight, scale, tau, seed, padding, *saved)
+    ctx.save_for_backward(weight, scale, tau, seed, padding, bias, *saved)
+    ctx.has_bias = bias is not None
     ctx.mark_non_differentiable(codes, sampled, rnorm, rnorm_e, order, largest)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, dquantized, _codes, _sampled, dusage, dresiduals, dlse, *_):
-    dz, dweight, dscale, dtau = _backward(
+    dz, dweight, dscale, dtau, dbias = _backward(
         dquantized, dusage, dresiduals, dlse, *ctx.saved_tensors, ctx.sizes, *ctx.options
     )
-    return dz, dweight, None, dscale, dtau, *([None] * 8)
+    return dz, dweight, None, dscale, dtau, None, None, dbias if ctx.has_bias else None, *([None] * 8)
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -586,7 +686,7 @@ def _upstream(
     gradient = -flow if dquantized is None else dquantized.float() - flow  # r_j = r_{j-1} - z~_j
     norm = torch.linalg.vector_norm(gradient, dim=1)
     unit = (gradient / norm.clamp(min=1e-30)[:, None]).to(level.e.dtype)
-    if sampling.dot:
+    if sampling.plain:
         largest = torch.linalg.vector_norm(level.e, dim=1, dtype=torch.float32).amax()
     else:
         largest = torch.where(level.rnorm_e > 0, 1 / level.rnorm_e, 0.0).amax()
@@ -599,9 +699,10 @@ def _upstream(
 
 
 def _flash_gradients(
-    level: Level, sampling: Sampling, upstream: Upstream, flow: Tensor, de: Tensor
+    level: Level, sampling: Sampling, upstream: Upstream, flow: Tensor, de: Tensor, dbias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Add a level's gradient of r to ``flow``, fill ``de``; return each row's parts of those of the scale and tau."""
+    """Add a level's gradient of r to ``flow``, fill ``de`` and ``dbias``, which lacks 1 / tau; return each row's parts
+    of those of the scale and tau."""
     (rows, dim), codes, dtype = flow.shape, len(level.e), level.e.dtype
     b_d, config = flash_config(dim, flow.device)
     shared = {
@@ -661,11 +762,13 @@ def _flash_gradients(
         K=codes,
         D=dim,
         eps=sampling.eps,
-        dot=sampling.dot,
+        plain=sampling.plain,
         b_k=b_k,
         b_d=b_d,
         num_warps=4,
     )
+    if dbias is not None:
+        torch.sum(radial_e, 0, out=dbias)
 
     radial = torch.empty_like(upstream.norm)
     _finish(total, level.residual, level.rnorm, level.order, sampling, None, flow, None, flow, radial)
@@ -673,7 +776,7 @@ def _flash_gradients(
 
 
 def _chunked_gradients(
-    level: Level, sampling: Sampling, upstream: Upstream, flow: Tensor, de: Tensor
+    level: Level, sampling: Sampling, upstream: Upstream, flow: Tensor, de: Tensor, dbias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """What :func:`_flash_gradients` does. Products of a chunk are made again, not kept."""
     e, dtype = level.e, level.e.dtype
@@ -706,6 +809,8 @@ def _chunked_gradients(
             b_k=CHUNK_STEP,
             num_warps=4,
         )
+        if dbias is not None:
+            dbias.add_(w.sum(0, dtype=torch.float32))
         add_product(w.T, level.residual[own], key)
         add_product(y.T, upstream.unit[own], value)
         total = torch.empty_like(flow[own])
@@ -722,6 +827,8 @@ def _chunked_gradients(
             flow[own],
             radial[own],
         )
+    if dbias is not None:
+        dbias.div_(sampling.row_factor if key_gain is None else sampling.row_factor * key_gain)
     _finish(key, e, level.rnorm_e, None, sampling, key_gain, value, value_gain, de, None)
     return radial, of_tau
 
@@ -756,7 +863,7 @@ def _finish(
         stride_d=x.stride(0),
         stride_m=rnorm.stride(0),
         eps=sampling.eps,
-        dot=sampling.dot,
+        plain=sampling.plain,
         b_n=b_n,
         b_d=b_d,
         num_warps=4,

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from dgi_kernels.gumbel.triton_noise import noise_tile
-from dgi_kernels.quantize.triton_kernels import PER_ROW, STREAM, VARYING
-from dgi_kernels.triton_common import LN2, LOG2E, scores
+from dgi_kernels.quantize.triton_kernels import NONE, PER_ROW, STREAM, VARYING, rounding_of_scores
+from dgi_kernels.triton_common import LN2, LOG2E, code_bias, scores
 
 
 @triton.jit
@@ -28,6 +28,7 @@ def chunk_level_kernel(
     p_p,  # (rows, K) out: p 2^log2_gain, maybe in place of s, or None
     p_rnorm,  # (rows,) rr, elements stride_m apart
     p_rnorm_e,  # (K,) re
+    p_bias,  # (K,) b, or None where it is 0
     p_seed,  # (1,) int64
     p_scale,  # ()
     p_tau,  # ()
@@ -56,7 +57,7 @@ def chunk_level_kernel(
         o_k = first + tl.arange(0, b_k)
         m_k = o_k < K
         rnorm_e = tl.load(p_rnorm_e + o_k, mask=m_k, other=0.0)
-        y = scores(tl.load(p_s + o_k, mask=m_k, other=0.0), scale_r, rnorm_e, None)
+        y = scores(tl.load(p_s + o_k, mask=m_k, other=0.0), scale_r, rnorm_e, code_bias(p_bias, o_k, m_k))
         y = tl.where(m_k, y, float("-inf"))
         highest, where = tl.max(y, axis=0, return_indices=True)
         code = tl.where(highest > best, first + where, code)
@@ -82,6 +83,55 @@ def chunk_level_kernel(
             tl.store(p_p + i_n * K + o_k, p.to(p_p.dtype.element_ty), mask=o_k < K)
 
 
+@triton.jit(do_not_specialize_on_alignment=PER_ROW)
+def chunk_nearest_kernel(
+    p_s,  # (rows, K) float32: products, of what is relative to the centre
+    p_r,  # (rows, D), rows stride_d apart: the residual, relative to the centre
+    p_bias,  # (K,) b
+    p_scale,  # ()
+    p_rest,  # (rows, D) float32: the residual itself
+    p_vectors,  # (K, D): the codebook itself
+    p_longest,  # () the largest ||e||
+    p_codes,  # (rows,) int64 out, elements stride_m apart: the nearest code
+    K,
+    D,
+    stride_d,
+    stride_m,
+    slack,
+    b_k: tl.constexpr,
+    b_d: tl.constexpr,
+):
+    """The nearest code of every row, by exact differences with all codes whose scores are within rounding of the best.
+    b_d >= D."""
+    i_n = tl.program_id(0).to(tl.int64)
+    o_d = tl.arange(0, b_d)
+    m_d = o_d < D
+    r = tl.load(p_r + i_n * stride_d + o_d, mask=m_d, other=0.0).to(tl.float32)
+    rest = tl.load(p_rest + i_n * D + o_d, mask=m_d, other=0.0)
+    scale = tl.load(p_scale)
+    within = rounding_of_scores(tl.sum(r * r, axis=0), tl.load(p_longest), scale, slack)
+    p_s += i_n * K
+    code = tl.full((), 0, tl.int32)
+    distance = tl.full((), float("inf"), tl.float32)
+    best = tl.full((), float("-inf"), tl.float32)
+    for first in range(0, K, b_k):
+        o_k = first + tl.arange(0, b_k)
+        m_k = o_k < K
+        y = tl.load(p_s + o_k, mask=m_k, other=0.0) * (2.0 * LOG2E * scale) + code_bias(p_bias, o_k, m_k)
+        best = tl.maximum(best, tl.max(y, axis=0))
+        candidate = tl.where(y >= best - within, o_k, NONE)
+        k = tl.min(candidate, axis=0)
+        while k < NONE:
+            difference = rest - tl.load(p_vectors + k.to(tl.int64) * D + o_d, mask=m_d, other=0.0).to(tl.float32)
+            squares = tl.sum(difference * difference, axis=0)
+            squares = tl.where(scale < 0.0, -squares, squares)
+            code = tl.where(squares < distance, k, code)
+            distance = tl.minimum(distance, squares)
+            candidate = tl.where(o_k == k, NONE, candidate)
+            k = tl.min(candidate, axis=0)
+    tl.store(p_codes + i_n * stride_m, code.to(tl.int64))
+
+
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=PER_ROW)
 def chunk_gradient_kernel(
     p_s,  # (rows, K) float32: products r . e
@@ -90,6 +140,7 @@ def chunk_gradient_kernel(
     p_y,  # (rows, K) out: y |z_n| value_gain, maybe c itself; y is p, or the one-hot of ``sampled``
     p_rnorm,  # (rows,) rr, elements stride_m apart
     p_rnorm_e,  # (K,) re
+    p_bias,  # (K,) b, or None where it is 0
     p_seed,  # (1,) int64
     p_scale,  # ()
     p_tau,  # ()
@@ -124,7 +175,7 @@ def chunk_gradient_kernel(
         o_k = first + tl.arange(0, b_k)
         m_k = o_k < K
         rnorm_e = tl.load(p_rnorm_e + o_k, mask=m_k, other=0.0)
-        y = scores(tl.load(p_s + o_k, mask=m_k, other=0.0), scale_r, rnorm_e, None)
+        y = scores(tl.load(p_s + o_k, mask=m_k, other=0.0), scale_r, rnorm_e, code_bias(p_bias, o_k, m_k))
         if noisy:
             y += row_noise(p_seed, i_n, row_offset, level, first, b_k)
         log_p = y * inv_tau - lse

@@ -1,12 +1,16 @@
 """Triton kernels of soft residual quantization: flash form for D <= 128, epilogues of the chunked form beyond.
 
     l_nk = (s_nk + g_nk) / tau,    p = softmax(l),    z~_n = sum_k p_nk e_k,    r'_n = r_n - z~_n
-    s_nk = scale r^_n . e^_k,  x^ = rx x   (rx = 1 / ||x||; a dot product's rx is 1, and it has no projections below)
+    s_nk = scale r^_n . e^_k + b_k,  x^ = rx x   (rx = 1 / ||x||, b = 0)
     c_nk = z_n . e_k + v_k   (z: gradient of z~ at the row, v: gradient of usage / N)
     w_nk = p_nk (c_nk - sum_k p_nk c_nk + L_n) = dl_nk   (L: gradient of the log-normalizer)
     dr_n = scale / tau rr_n (I - r^ r^T) sum_k w_nk e^_k
     de_k = scale / tau re_k (I - e^ e^T) sum_n w_nk r^_n + sum_n p_nk z_n
     dscale = sum_n r^_n . (sum_k w_nk e^_k) / tau,    dtau = -sum_nk w_nk l_nk / tau
+
+A dot product has rx = 1 and none of the projections (I - x^ x^T). The Euclidean metric has rr = 2, re = 1 and
+b = -scale ||e||^2, with r and e relative to the mean of the codes; -scale ||r||^2 is the same for all codes, and not in
+the softmax. The gradient of b, sum_n w_nk / tau, is a separate result, and torch differentiates what b is made of.
 
 This is attention with the residual as query and the codebook as key and as value, with noise made inside.
 
@@ -36,9 +40,10 @@ import triton.language as tl
 
 from dgi_kernels.gumbel.triton_noise import noise_tile, noise_tile_by_code
 from dgi_kernels.noise import STREAM_RESIDUAL_QUANTIZE
-from dgi_kernels.triton_common import LN2, LOG2E, SLACK, radial_part, reciprocal_norm, scores
+from dgi_kernels.triton_common import LN2, LOG2E, SLACK, code_bias, radial_part, reciprocal_norm, scores
 
 STREAM = tl.constexpr(STREAM_RESIDUAL_QUANTIZE)
+NONE = tl.constexpr(0x7FFFFFFF)  # no code
 # No code of their own for the value 1 or a multiple of 16: it would be no faster, and each level would wait for one.
 VARYING = ["N", "level", "row_offset"]
 PER_ROW = ["p_rnorm", "p_codes", "p_sampled", "p_index", "p_lse", "p_dlse", "p_norm", "p_dtau", "p_order", "p_largest"]
@@ -53,17 +58,19 @@ def emit_kernel(
     p_lse,  # (N,), elements stride_m apart, or None; where it is NaN, z~ is
     p_quantized,  # (N, D) out, rows stride_d apart: z~, or None before the first level
     p_residual,  # (N, D) out, rows stride_d apart: rest, rounded for the next level, or None after the last
-    p_rnorm,  # (N,) out, elements stride_m apart: 1 / ||rest||, or 1 (dot)
+    p_rnorm,  # (N,) out, elements stride_m apart: 1 / ||rest||, or a constant
+    p_centre,  # (D,) of the level that ends, or None: what its p_mean is relative to
+    p_next_centre,  # (D,) of the next level, or None: what p_residual is made relative to
     N,
     D,
     stride_d,
     stride_m,
     eps,
-    dot: tl.constexpr,
+    constant: tl.constexpr,  # the rows' factor, or 0: 1 / ||rest||
     b_n: tl.constexpr,
     b_d: tl.constexpr,
 ):
-    """The seam of two levels: rest -= z~, and its rounding and norm for the next level. b_d >= D."""
+    """The seam of two levels: rest -= z~, and its rounding and factor for the next level. b_d >= D."""
     o_n = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
     o_d = tl.arange(0, b_d)
     m_n = o_n < N
@@ -72,6 +79,8 @@ def emit_kernel(
     if p_quantized is not None:
         if p_mean is not None:
             quantized = tl.load(p_mean + o_n[:, None] * D + o_d[None, :], mask=m_nd, other=0.0)
+            if p_centre is not None:
+                quantized += tl.load(p_centre + o_d, mask=o_d < D, other=0.0)[None, :]
         else:
             index = tl.load(p_index + o_n * stride_m, mask=m_n, other=0)
             quantized = tl.load(p_e + index[:, None] * D + o_d[None, :], mask=m_nd, other=0.0).to(tl.float32)
@@ -84,8 +93,13 @@ def emit_kernel(
         rest -= quantized
         tl.store(p_rest + o_n[:, None] * D + o_d[None, :], rest, mask=m_nd)
     if p_residual is not None:
+        if p_next_centre is not None:
+            rest -= tl.load(p_next_centre + o_d, mask=o_d < D, other=0.0)[None, :]
         tl.store(p_residual + o_n[:, None] * stride_d + o_d[None, :], rest.to(p_residual.dtype.element_ty), mask=m_nd)
-        rnorm = tl.full((b_n,), 1.0, tl.float32) if dot else reciprocal_norm(tl.sum(rest * rest, axis=1), eps)
+        if constant == 0.0:
+            rnorm = reciprocal_norm(tl.sum(rest * rest, axis=1), eps)
+        else:
+            rnorm = tl.full((b_n,), constant, tl.float32)
         tl.store(p_rnorm + o_n * stride_m, rnorm, mask=m_n)
 
 
@@ -102,6 +116,7 @@ def level_kernel(
     p_e,  # (K, D): the codebook
     p_rnorm,  # (N,) rr, elements stride_m apart
     p_rnorm_e,  # (K,) re
+    p_bias,  # (K,) b, or None where it is 0
     p_seed,  # (1,) int64
     p_scale,  # ()
     p_tau,  # ()
@@ -151,7 +166,7 @@ def level_kernel(
         e = tl.load(p_e + o_tile, mask=m_k[:, None] & m_d[None, :], other=0.0)
         p_e += b_k * D
         rnorm_e = tl.load(p_rnorm_e + o_k, mask=m_k, other=0.0)
-        beyond = tl.where(m_k, 0.0, float("-inf"))
+        beyond = tl.where(m_k, 0.0, float("-inf")) if p_bias is None else code_bias(p_bias, o_k, m_k)
         products = tl.dot(r, tl.trans(e), input_precision="ieee")
         y = scores(products, scale_r[:, None], rnorm_e[None, :], beyond[None, :])
         highest, where = best_of(y, o_k)
@@ -186,12 +201,82 @@ def level_kernel(
         tl.store(p_mean + o_n[:, None] * D + o_d[None, :], mean / total[:, None], mask=m_n[:, None] & m_d[None, :])
 
 
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=PER_ROW)
+def nearest_kernel(
+    p_r,  # (N, D), rows stride_d apart: the residual, relative to the centre
+    p_e,  # (K, D): the codebook, relative to the centre
+    p_bias,  # (K,) b
+    p_scale,  # ()
+    p_rest,  # (N, D) float32: the residual itself
+    p_vectors,  # (K, D): the codebook itself
+    p_longest,  # () the largest ||e||
+    p_codes,  # (N,) int64 out, elements stride_m apart: the nearest code
+    N,
+    K,
+    D,
+    stride_d,
+    stride_m,
+    slack,
+    b_n: tl.constexpr,
+    b_k: tl.constexpr,
+    b_d: tl.constexpr,
+):
+    """The nearest code of every row, by exact differences with all codes whose scores are within rounding of the best.
+
+    A program owns b_n rows and takes, tile by tile, the candidates of all its rows side by side.
+    """
+    o_n = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
+    m_n = o_n < N
+    o_d = tl.arange(0, b_d)
+    m_d = o_d < D
+    m_nd = m_n[:, None] & m_d[None, :]
+    r = tl.load(p_r + o_n[:, None] * stride_d + o_d[None, :], mask=m_nd, other=0.0)
+    scale = tl.load(p_scale)
+    scale_r = tl.full((b_n,), 2.0 * LOG2E, tl.float32) * scale
+    within = rounding_of_scores(tl.sum(r.to(tl.float32) * r.to(tl.float32), axis=1), tl.load(p_longest), scale, slack)
+    code = tl.zeros((b_n,), tl.int32)
+    distance = tl.full((b_n,), float("inf"), tl.float32)
+    best = tl.full((b_n,), float("-inf"), tl.float32)
+    o_tile = tl.arange(0, b_k)[:, None] * D + o_d[None, :]
+    for first in range(0, K, b_k):
+        o_k = first + tl.arange(0, b_k)
+        m_k = o_k < K
+        e = tl.load(p_e + tl.cast(first, tl.int64) * D + o_tile, mask=m_k[:, None] & m_d[None, :], other=0.0)
+        products = tl.dot(r, tl.trans(e), input_precision="ieee")
+        y = products * scale_r[:, None] + code_bias(p_bias, o_k, m_k)[None, :]
+        best = tl.maximum(best, tl.max(y, axis=1))
+        cut = tl.where(m_n, best - within, float("inf"))
+        candidate = tl.where(y >= cut[:, None], o_k[None, :], NONE)
+        k = tl.min(candidate, axis=1)
+        while tl.min(k, axis=0) < NONE:
+            m_near = (k < NONE)[:, None] & m_d[None, :]
+            own = tl.load(p_vectors + k.to(tl.int64)[:, None] * D + o_d[None, :], mask=m_near, other=0.0).to(tl.float32)
+            difference = tl.load(p_rest + o_n[:, None] * D + o_d[None, :], mask=m_near, other=0.0) - own
+            squares = tl.sum(difference * difference, axis=1)
+            squares = tl.where(scale < 0.0, -squares, squares)
+            squares = tl.where(k < NONE, squares, float("inf"))
+            code = tl.where(squares < distance, k, code)
+            distance = tl.minimum(distance, squares)
+            candidate = tl.where(o_k[None, :] == k[:, None], NONE, candidate)
+            k = tl.min(candidate, axis=1)
+    tl.store(p_codes + o_n * stride_m, code.to(tl.int64), mask=m_n)
+
+
+@triton.jit
+def rounding_of_scores(squares, longest, scale, slack):
+    """What rounding may make of the difference of two scores of a row with ||r||^2 = squares, in base 2."""
+    reach = tl.sqrt(squares) + longest
+    within = slack * LOG2E * tl.abs(scale) * reach * reach
+    return tl.where(scale == 0.0, float("-inf"), within)  # all alike: there are no candidates, and code 0 is left
+
+
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=PER_ROW)
 def usage_kernel(
     p_r,  # (N, D), rows stride_d apart: the residual
     p_e,  # (K, D): the codebook
     p_rnorm,  # (N,) rr, elements stride_m apart
     p_rnorm_e,  # (K,) re
+    p_bias,  # (K,) b, or None where it is 0
     p_seed,  # (1,) int64
     p_scale,  # ()
     p_tau,  # ()
@@ -222,6 +307,7 @@ def usage_kernel(
     scale_e = tl.load(p_rnorm_e + o_k, mask=m_k, other=0.0) * (tl.load(p_scale) * LOG2E)
     inv_tau = 1.0 / tl.load(p_tau)
     seed = tl.load(p_seed)
+    bias = code_bias(p_bias, o_k, m_k)
     usage = tl.zeros((b_k,), tl.float32)
     for first in range(tl.program_id(1) * b_n, N, tl.num_programs(1) * b_n):
         o_slot = first + tl.arange(0, b_n)
@@ -231,7 +317,12 @@ def usage_kernel(
         rnorm = tl.load(p_rnorm + o_n * stride_m, mask=m_n, other=0.0)
         lse = tl.load(p_lse + o_n * stride_m, mask=m_n, other=float("inf"))
         sampled = tl.load(p_sampled + o_n * stride_m, mask=m_n, other=-1).to(tl.int32)
-        y = scores(tl.dot(e, tl.trans(r), input_precision="ieee"), scale_e[:, None], rnorm[None, :], None)
+        y = scores(
+            tl.dot(e, tl.trans(r), input_precision="ieee"),
+            scale_e[:, None],
+            rnorm[None, :],
+            None if p_bias is None else bias[:, None],
+        )
         if noisy:
             y += noise_tile_by_code(seed, i_k * b_k, (o_n + row_offset).to(tl.uint32), level, STREAM, b_k)
         p = tl.exp2(y * inv_tau - (lse * LOG2E)[None, :])
@@ -251,6 +342,7 @@ def gradient_tile(
     lse,  # (b_n,) in base 2
     norm,  # (b_n,)
     p_rnorm_e,  # (K,)
+    p_bias,  # (K,) or None
     p_dusage,  # (K,) or None
     seed,
     inv_tau,
@@ -265,7 +357,12 @@ def gradient_tile(
     o_k = first + tl.arange(0, b_k)
     m_k = o_k < K
     rnorm_e = tl.load(p_rnorm_e + o_k, mask=m_k, other=0.0)
-    y = scores(tl.dot(r, tl.trans(e), input_precision="ieee"), scale_r[:, None], rnorm_e[None, :], None)
+    y = scores(
+        tl.dot(r, tl.trans(e), input_precision="ieee"),
+        scale_r[:, None],
+        rnorm_e[None, :],
+        None if p_bias is None else code_bias(p_bias, o_k, m_k)[None, :],
+    )
     if noisy:
         y += noise_tile(seed, first, o_row, level, STREAM, b_k)
     log_p = tl.where(m_k[None, :], y * inv_tau - lse[:, None], float("-inf"))
@@ -288,6 +385,7 @@ def row_gradient_kernel(
     p_e,  # (K, D): the codebook
     p_rnorm,  # (N,) rr, elements stride_m apart
     p_rnorm_e,  # (K,) re
+    p_bias,  # (K,) b, or None where it is 0
     p_seed,  # (1,) int64
     p_scale,  # ()
     p_tau,  # ()
@@ -346,7 +444,23 @@ def row_gradient_kernel(
             m_e = (first + tl.arange(0, b_k) < K)[:, None] & m_d[None, :]
             e = tl.load(p_e + tl.cast(first, tl.int64) * D + o_tile, mask=m_e, other=0.0)
             log_p, c, _ = gradient_tile(
-                r, unit, e, scale_r, lse, norm, p_rnorm_e, p_dusage, seed, inv_tau, o_row, first, K, level, noisy, b_k
+                r,
+                unit,
+                e,
+                scale_r,
+                lse,
+                norm,
+                p_rnorm_e,
+                p_bias,
+                p_dusage,
+                seed,
+                inv_tau,
+                o_row,
+                first,
+                K,
+                level,
+                noisy,
+                b_k,
             )
             p = tl.exp2(log_p)
             mean += tl.sum(p * c, axis=1)
@@ -369,7 +483,23 @@ def row_gradient_kernel(
             m_e = (first + tl.arange(0, b_k) < K)[:, None] & m_d[None, :]
             e = tl.load(p_e + tl.cast(first, tl.int64) * D + o_tile, mask=m_e, other=0.0)
             log_p, c, rnorm_e = gradient_tile(
-                r, unit, e, scale_r, lse, norm, p_rnorm_e, p_dusage, seed, inv_tau, o_row, first, K, level, noisy, b_k
+                r,
+                unit,
+                e,
+                scale_r,
+                lse,
+                norm,
+                p_rnorm_e,
+                p_bias,
+                p_dusage,
+                seed,
+                inv_tau,
+                o_row,
+                first,
+                K,
+                level,
+                noisy,
+                b_k,
             )
             p = tl.exp2(log_p)
             w = p * (c - mean[:, None])
@@ -387,6 +517,7 @@ def code_gradient_kernel(
     p_e,  # (K, D): the codebook
     p_rnorm,  # (N,) rr, elements stride_m apart
     p_rnorm_e,  # (K,) re
+    p_bias,  # (K,) b, or None where it is 0
     p_seed,  # (1,) int64
     p_scale,  # ()
     p_tau,  # ()
@@ -400,7 +531,7 @@ def code_gradient_kernel(
     p_shift,  # (N,) mean - L
     p_gain,  # () or None: keeps float16 in range, and is left in the results
     p_partial,  # (splits, K, D) out: scale / tau re_k sum_n w r^_n + sum_n y z_n
-    p_radial,  # (splits, K) out: e . the first part of it
+    p_radial,  # (splits, K) out: e . the first part of it; where there is a bias sum_n w
     N,
     K,
     D,
@@ -432,6 +563,7 @@ def code_gradient_kernel(
     factor = tl.where(rnorm_e == 0.0, 1.0 / eps, rnorm_e) * (scale * inv_tau)
     gain = 1.0 if p_gain is None else tl.load(p_gain)
     seed = tl.load(p_seed)
+    bias = code_bias(p_bias, o_k, m_k)
     total = tl.zeros((b_k, b_d), tl.float32)
     radial = tl.zeros((b_k,), tl.float32)
     for first in range(i_split * b_n, N, tl.num_programs(1) * b_n):
@@ -444,7 +576,7 @@ def code_gradient_kernel(
             rnorm = tl.load(p_rnorm + o_n * stride_m, mask=m_n, other=0.0)
             lse = tl.load(p_lse + o_n * stride_m, mask=m_n, other=float("inf")) * LOG2E
             products = tl.dot(e, tl.trans(r), input_precision="ieee")
-            y = scores(products, scale_e[:, None], rnorm[None, :], None)
+            y = scores(products, scale_e[:, None], rnorm[None, :], None if p_bias is None else bias[:, None])
             if noisy:
                 y += noise_tile_by_code(seed, i_k * b_k, (o_n + row_offset).to(tl.uint32), level, STREAM, b_k)
             p = tl.exp2(y * inv_tau - lse[None, :])
@@ -455,7 +587,11 @@ def code_gradient_kernel(
             if p_dusage is not None:
                 c += tl.load(p_dusage + o_k, mask=m_k, other=0.0)[:, None]
             w = (p * c * factor[:, None] * (rnorm * gain)[None, :]).to(r.dtype)
-            radial += tl.sum(w.to(tl.float32) * products, axis=1)
+            if p_bias is None:
+                radial += tl.sum(w.to(tl.float32) * products, axis=1)
+            else:  # rounded as in the products, from which it is nearly taken off again where a code is near its rows
+                made_of = factor[:, None] * (rnorm * gain)[None, :]
+                radial += tl.sum(tl.where(made_of == 0.0, p * c, w.to(tl.float32) / made_of), axis=1)
             total = tl.dot(w, r, total, input_precision="ieee")
             if straight_through:
                 sampled = tl.load(p_sampled + o_n * stride_m, mask=m_n, other=-1).to(tl.int32)
@@ -477,7 +613,7 @@ def finish_codes_kernel(
     K,
     D,
     eps,
-    dot: tl.constexpr,
+    plain: tl.constexpr,
     b_k: tl.constexpr,
     b_d: tl.constexpr,
 ):
@@ -495,7 +631,7 @@ def finish_codes_kernel(
         p_partial += K * D
     e = tl.load(p_e + o_kd, mask=m_kd, other=0.0).to(tl.float32)
     rnorm_e = tl.load(p_rnorm_e + o_k, mask=m_k, other=0.0)
-    if not dot:
+    if not plain:
         total -= radial_part(radial, rnorm_e, eps)[:, None] * e
     if p_gain is not None:
         total /= tl.load(p_gain)
@@ -519,7 +655,7 @@ def finish_kernel(
     stride_d,
     stride_m,
     eps,
-    dot: tl.constexpr,
+    plain: tl.constexpr,
     b_n: tl.constexpr,
     b_d: tl.constexpr,
 ):
@@ -539,7 +675,7 @@ def finish_kernel(
     x = tl.load(p_x + o_n[:, None] * stride_d + o_d[None, :], mask=m_nd, other=0.0).to(tl.float32)
     rnorm = tl.load(p_rnorm + o_n * stride_m, mask=m_n, other=0.0)
     radial = tl.sum(total * x, axis=1)
-    if not dot:
+    if not plain:
         total -= radial_part(radial, rnorm, eps)[:, None] * x
     factor = tl.where(rnorm == 0.0, 1.0 / eps, 1.0) * tl.load(p_factor)
     tl.store(p_out + o_nd, (added + total * factor[:, None]).to(p_out.dtype.element_ty), mask=m_nd)

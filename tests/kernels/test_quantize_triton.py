@@ -27,7 +27,7 @@ from .quantize_cases import Inputs, oracle
 from .shapes import Quantize, name_of
 
 if TRITON and (GPU or INTERPRETED):
-    from dgi_kernels import ResidualQuantization, residual_quantize
+    from dgi_kernels import ResidualQuantization, assign_codes, residual_quantize
     from dgi_kernels import tiles as measured
     from dgi_kernels.quantize import triton
 
@@ -183,6 +183,43 @@ def test_dot_products(form: str, mode: str) -> None:
 
 
 @runs
+@pytest.mark.parametrize("mode", ["soft", "straight_through", "hard"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_distances(form: str, dtype: torch.dtype, mode: str) -> None:
+    leaves, scale = inputs(random.choice(SHAPES), dtype), random.choice([-0.3, 0.3, 0.9])
+    result = assert_exact(
+        leaves, *scalars(scale, random.uniform(0.6, 1.5)), mode, noise=random.random() < 0.5, metric="euclidean"
+    )
+    chosen = {"straight_through": result.sampled, "hard": result.codes}.get(mode)
+    if chosen is not None:  # exactly one row of the codebook
+        for level, codebook in enumerate(leaves[1:]):
+            assert torch.equal(result.quantized[:, level], codebook[chosen[:, level]])
+
+
+@runs
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("offset", [0.0, 1e3] if GPU else [300.0])
+def test_nearest_codes_far_from_zero_and_near_each_other(form: str, offset: float, dtype: torch.dtype) -> None:
+    """Codes are those of float64 wherever the two nearest differ by more than 1e-5 of the distance.
+
+    Pairs of codes near each other, rows near them. Guards against products that cancel and operands that are rounded.
+    """
+    centre = offset * torch.randn(16, device=DEVICE)
+    codebook = torch.randn(35, 16, device=DEVICE).repeat_interleave(2, 0)
+    codebook = (codebook + 1e-3 * torch.randn(70, 16, device=DEVICE) + centre).to(dtype)
+    z = (codebook[torch.arange(40, device=DEVICE)] + 3e-4 * torch.randn(40, 16, device=DEVICE)).to(dtype)
+    nearest, order = (z.double().unsqueeze(1) - codebook.double()).square().sum(-1).sqrt().sort(dim=1, stable=True)
+    clear = nearest[:, 1] - nearest[:, 0] > 1e-5 * nearest[:, 0]
+    assert dtype == torch.float16 or clear.float().mean() > 0.9
+    for mode in random.choice([("soft", "hard"), ("straight_through", "hard")]):
+        result = residual_quantize(z, [codebook], 9.0, mode=mode, metric="euclidean", noise=False, backend="triton")
+        assert torch.equal(result.codes[clear, 0], order[clear, 0]) and torch.equal(result.sampled, result.codes)
+    assert torch.equal(assign_codes(z, [codebook], metric="euclidean", backend="triton"), result.codes)
+    none = residual_quantize(z, [codebook], 0.0, metric="euclidean", noise=False, backend="triton")
+    assert not none.codes.any()
+
+
+@runs
 @pytest.mark.parametrize("only", range(4), ids=["quantized", "residuals", "log_normalizer", "usage"])
 def test_gradient_of_one_result_alone(form: str, only: int) -> None:
     weights, mode = [float(only == i) for i in range(4)], random.choice(["soft", "straight_through"])
@@ -239,9 +276,10 @@ def test_views_empty_batches_and_repeats(form: str) -> None:
 
 
 @runs
-@pytest.mark.parametrize("mode", ["soft", "straight_through", "hard"])
-def test_padding_and_leading_dimensions(form: str, mode: str) -> None:
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_padding_and_leading_dimensions(form: str, metric: str) -> None:
     """Results and gradients are the reference's, and rows that are padding may hold anything."""
+    mode = random.choice(["soft", "straight_through", "hard"])
     leaves, mask = inputs(Quantize(30, 16, (33, 7)), torch.float32), torch.rand(2, 15, device=DEVICE) < 0.4
     with torch.no_grad():
         leaves[0][mask.flatten()] = torch.nan
@@ -249,7 +287,7 @@ def test_padding_and_leading_dimensions(form: str, mode: str) -> None:
     for backend in ("triton", "reference"):
         z, *codebooks = leaves
         result = residual_quantize(
-            z.reshape(2, 15, 16), codebooks, 3.0, mode=mode, mask=mask, seed=4, backend=backend
+            z.reshape(2, 15, 16), codebooks, 0.5, metric=metric, mode=mode, mask=mask, seed=4, backend=backend
         )  # fmt: skip
         assert not torch.cat([x[mask].flatten() for x in (result.quantized, result.log_normalizer)]).any()
         assert (result.codes[mask] == -1).all() and (result.sampled[mask] == -1).all()
