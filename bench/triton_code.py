@@ -7,6 +7,7 @@ Launches that Triton makes one code of are one.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import time
@@ -155,19 +156,20 @@ def quantize_launches() -> Iterator[Launch]:
     cases = [(dtype, dim, 48) for dtype in quantize.HALF for dim in (*quantize.FLASH[9], 768)]
     cases += [(torch.float32, 64, 48), (torch.bfloat16, 128, 47), (torch.bfloat16, 768, 47)]
     for dtype, dim, codes in cases:
+        by_cosine = [
+            ("soft", seed, "cosine"),
+            ("soft", None, "cosine"),
+            ("straight_through", seed, "cosine"),
+            ("straight_through", None, "cosine"),
+            ("hard", None, "cosine"),
+        ]
+        # By the metric "dot" only the kernels without products differ, which are short: one dtype stands for all.
+        by_cosine += [("soft", None, "dot")] * (dtype == torch.bfloat16 and dim != 128)
+        by_distance = [("straight_through", seed, "euclidean")]  # a bias, whatever the mode and the noise
 
-        def step(dtype: torch.dtype = dtype, dim: int = dim, codes: int = codes) -> None:
-            modes = [
-                ("soft", seed, "cosine"),
-                ("soft", None, "cosine"),
-                ("straight_through", seed, "cosine"),
-                ("straight_through", None, "cosine"),
-                ("hard", None, "cosine"),
-            ]
-            # By the metric "dot" only the kernels without products differ, which are short: one dtype stands for all.
-            modes += [("soft", None, "dot")] * (dtype == torch.bfloat16 and dim != 128)
-            # By the Euclidean one all kernels have a bias: noise and modes change nothing of that.
-            modes += [("straight_through", seed, "euclidean")]
+        def step(
+            modes: list[tuple[str, Any, str]], dtype: torch.dtype = dtype, dim: int = dim, codes: int = codes
+        ) -> None:
             for mode, noise, metric in modes:
                 z, *codebooks = (torch.randn(rows, dim).to(dtype).requires_grad_() for rows in (32, codes, codes))
                 with torch.set_grad_enabled(mode != "hard"):
@@ -180,7 +182,9 @@ def quantize_launches() -> Iterator[Launch]:
                         loss = loss + result.usage[0].sum() + result.log_normalizer.sum()
                     loss.backward()
 
-        yield from launches_of(f"{str(dtype).removeprefix('torch.')} D={dim}", step)
+        label = f"{str(dtype).removeprefix('torch.')} D={dim}"
+        yield from launches_of(label, functools.partial(step, by_cosine))
+        yield from launches_of(f"{label} euclidean", functools.partial(step, by_distance))
 
 
 def gumbel_launches() -> Iterator[Launch]:
