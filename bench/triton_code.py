@@ -165,7 +165,7 @@ def quantize_launches() -> Iterator[Launch]:
         ]
         # By the metric "dot" only the kernels without products differ, which are short: one dtype stands for all.
         by_cosine += [("soft", None, "dot")] * (dtype == torch.bfloat16 and dim != 128)
-        by_distance = [("straight_through", seed, "euclidean")]  # a bias, whatever the mode and the noise
+        by_distance = [("straight_through", seed, "euclidean")]  # with a bias, and noise of a scale: all options
 
         def step(
             modes: list[tuple[str, Any, str]], dtype: torch.dtype = dtype, dim: int = dim, codes: int = codes
@@ -174,7 +174,8 @@ def quantize_launches() -> Iterator[Launch]:
                 z, *codebooks = (torch.randn(rows, dim).to(dtype).requires_grad_() for rows in (32, codes, codes))
                 with torch.set_grad_enabled(mode != "hard"):
                     options = QuantizeOptions(mode, metric, 0, 1e-12)
-                    operands = Operands(z, codebooks, torch.tensor(30.0), tau, seed=noise)
+                    sigma = torch.ones(32, requires_grad=True) if metric == "euclidean" else None
+                    operands = Operands(z, codebooks, torch.tensor(30.0), tau, sigma, seed=noise)
                     result = quantize.residual_quantize(operands, options)
                 if mode != "hard":
                     loss = result.quantized.sum()

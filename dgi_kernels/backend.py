@@ -73,7 +73,6 @@ FORMS_LOGITS = frozenset(
 LACKS: dict[tuple[str, str], dict[str, str]] = {
     ("residual_quantize", "triton"): {
         "values=True": "its kernels mix the codebooks alone",
-        "noise_scale=True": "its noise has one scale for all rows",
     },
 }
 

@@ -142,9 +142,7 @@ def residual_quantize(
         seed = reference_noise.resolve_seed(seed, z.device)
     seed = seed if noise else None
     dtype = _common_dtype(z, codebooks if values is None else [*codebooks, *values])
-    asked = {"metric": metric, "values": values is not None}
-    asked["noise_scale"] = seed is not None and (noise_scale is not None or noise_rows is not None)
-    chosen = choose("residual_quantize", backend, z.device, dtype, asked)
+    chosen = choose("residual_quantize", backend, z.device, dtype, {"values": values is not None and not is_hard})
     compute = dtype if chosen == "triton" else checks.compute_dtype(dtype)
 
     def in_pytorch(operands: Operands) -> ResidualQuantization:

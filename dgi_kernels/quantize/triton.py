@@ -8,7 +8,7 @@ a step.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -102,8 +102,8 @@ def flash_config(dim: int, device: torch.device) -> tuple[int, FlashConfig]:
 
 
 def residual_quantize(operands: Operands, options: QuantizeOptions) -> ResidualQuantization:
-    """All of one dtype -> ResidualQuantization, without values and a noise scale."""
-    z, codebooks, scale, tau, _, _, seed, padding = operands
+    """All of one dtype -> ResidualQuantization, without values."""
+    z, codebooks, scale, tau, sigma, _, seed, padding = operands
     sizes = [len(codebook) for codebook in codebooks]
     dim = z.shape[1]
     more = max(16, (dim + 15) // 16 * 16) - dim  # rows are read 16 bytes at a time
@@ -116,7 +116,10 @@ def residual_quantize(operands: Operands, options: QuantizeOptions) -> ResidualQ
         weight = torch.cat([part.float() - own for part, own in zip(weight.split(sizes), centres, strict=True)])
         weight = weight.to(z.dtype)
         bias = -scale * weight.float().square().sum(1)
-    with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (z, weight, scale, tau))  # bias: of the others
+    with_grad = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad
+        for x in (z, weight, scale, tau, sigma)  # bias: of the others
+    )
     noisy = seed is not None
     seed = torch.zeros(1, dtype=torch.int64, device=z.device) if seed is None else seed
     quantized, codes, sampled, usage, residuals, log_normalizer, *_ = _forward(
@@ -127,6 +130,7 @@ def residual_quantize(operands: Operands, options: QuantizeOptions) -> ResidualQ
         tau,
         seed,
         padding,
+        None if sigma is None else sigma.contiguous(),
         bias,
         centres,
         vectors,
@@ -173,6 +177,7 @@ class Sampling:
     tau: Tensor
     seed: Tensor
     padding: Tensor | None  # (N,) bool
+    sigma: Tensor | None  # (N,)
     row_offset: int
     eps: float
     mode: int
@@ -193,11 +198,15 @@ class Sampling:
         """Rows that usage is the mean of."""
         return rows if self.padding is None else rows - self.padding.sum().clamp(max=rows - 1)
 
+    def of_rows(self, own: slice) -> Sampling:
+        return self if self.sigma is None else replace(self, sigma=self.sigma[own])
+
     def arguments(self, level: Level) -> dict[str, Tensor | int | bool | None]:
         """Those that all kernels have, flash or chunked, but for the residual's and the rows' numbers."""
         return {
             "p_rnorm_e": level.rnorm_e,
             "p_bias": level.bias,
+            "p_sigma": self.sigma,
             "p_seed": self.seed,
             "p_scale": self.scale,
             "p_tau": self.tau,
@@ -272,6 +281,7 @@ def _forward(
     tau: Tensor,
     seed: Tensor,
     padding: Tensor | None,
+    sigma: Tensor | None,
     bias: Tensor | None,
     centres: Tensor | None,
     vectors: Tensor | None,
@@ -294,7 +304,7 @@ def _forward(
         usage.zero_()
         return outputs
     weight = weight.contiguous()
-    sampling = Sampling(scale, tau, seed, padding, row_offset, eps, mode, metric, noisy)
+    sampling = Sampling(scale, tau, seed, padding, sigma, row_offset, eps, mode, metric, noisy)
     rest = torch.empty_like(z, dtype=torch.float32, memory_format=torch.contiguous_format).copy_(z)
     usages = usage.split(sizes)
     with torch.cuda.device_of(z):
@@ -339,9 +349,7 @@ def _empty_outputs(
 
 
 @_forward.register_fake
-def _(
-    z, weight, sizes, scale, tau, seed, padding, bias, centres, vectors, row_offset, eps, mode, metric, noisy, with_grad
-):
+def _(z, weight, sizes, *_):
     return _empty_outputs(z, weight, sizes)
 
 
@@ -466,8 +474,11 @@ def _near_arguments(level: Level, sampling: Sampling, rest: Tensor) -> dict[str,
 
 
 def _sample_the_nearest(level: Level, sampling: Sampling) -> None:
+    """Where there is no noise."""
     if not sampling.noisy:
         level.sampled.copy_(level.codes)
+    elif sampling.sigma is not None:
+        level.sampled.copy_(torch.where(sampling.sigma == 0, level.codes, level.sampled))
 
 
 def _leave_out_padding(level: Level, sampling: Sampling) -> None:
@@ -505,7 +516,7 @@ def _chunked_level(level: Level, sampling: Sampling, rest: Tensor, usage: Tensor
         chunks.chunk_level_kernel[(len(s),)](
             s,
             p,
-            **sampling.arguments(level),
+            **sampling.of_rows(own).arguments(level),
             p_rnorm=level.rnorm[own],
             p_codes=level.codes[own],
             p_sampled=level.sampled[own],
@@ -556,6 +567,7 @@ def _backward(
     tau: Tensor,
     seed: Tensor,
     padding: Tensor | None,
+    sigma: Tensor | None,
     bias: Tensor | None,
     codes: Tensor,
     sampled: Tensor,
@@ -571,17 +583,19 @@ def _backward(
     mode: int,
     metric: int,
     noisy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> dz, dweight, dscale, dtau, dbias, which is empty without a bias."""
+    wants_sigma: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> dz, dweight, dscale, dtau; dsigma and dbias, which are empty where they are not wanted."""
     rows, _, dim = residuals.shape
     flow = residuals.new_zeros(rows, dim, dtype=torch.float32)  # the gradient of r_j, then of r_{j-1}
     dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
     dscale, dtau = torch.zeros_like(scale), torch.zeros_like(tau)
     dbias = scale.new_zeros(0 if bias is None else len(weight))
+    dsigma = scale.new_zeros(rows if wants_sigma else 0)
     if rows == 0:
-        return flow.to(residuals.dtype), dweight, dscale, dtau, dbias
+        return flow.to(residuals.dtype), dweight, dscale, dtau, dsigma, dbias
     weight = weight.contiguous()
-    sampling = Sampling(scale, tau, seed, padding, row_offset, eps, mode, metric, noisy)
+    sampling = Sampling(scale, tau, seed, padding, sigma, row_offset, eps, mode, metric, noisy)
     parts = dweight.split(sizes)
     dusages = (dusage.float() / sampling.counted(rows)).split(sizes) if dusage is not None else [None] * len(sizes)
     run = _flash_gradients if uses_flash(dim, weight.dtype) else _chunked_gradients
@@ -600,12 +614,15 @@ def _backward(
             )
             if dresiduals is not None:
                 flow.add_(dresiduals[:, j])
-            radial, of_tau = run(level, sampling, upstream, flow, parts[j], bias_parts[j])
+            of_sigma = torch.empty_like(dsigma) if wants_sigma else None
+            radial, of_tau = run(level, sampling, upstream, flow, parts[j], bias_parts[j], of_sigma)
+            if of_sigma is not None:
+                dsigma.add_(of_sigma, alpha=LN2.value)
             dscale += radial.sum()
             dtau -= of_tau.sum() * LN2.value
             if upstream.dlse is not None:
                 dtau -= torch.where(upstream.dlse == 0, 0.0, level.lse * upstream.dlse).sum()
-    return flow.to(residuals.dtype), dweight, dscale / tau, dtau / tau, dbias.div_(tau)
+    return flow.to(residuals.dtype), dweight, dscale / tau, dtau / tau, dsigma.div_(tau), dbias.div_(tau)
 
 
 @_backward.register_fake
@@ -619,6 +636,7 @@ def _(
     tau,
     seed,
     padding,
+    sigma,
     bias,
     codes,
     sampled,
@@ -634,6 +652,7 @@ def _(
     mode,
     metric,
     noisy,
+    wants_sigma,
 ):
     rows, _, dim = residuals.shape
     return (
@@ -641,25 +660,28 @@ def _(
         weight.new_empty(weight.shape),
         torch.empty_like(scale),
         torch.empty_like(tau),
+        scale.new_empty(rows if wants_sigma else 0),
         scale.new_empty(0 if bias is None else len(weight)),
     )
 
 
 def _save(ctx, inputs, output) -> None:
-    _, weight, ctx.sizes, scale, tau, seed, padding, bias, _, _, *ctx.options, _ = inputs
+    _, weight, ctx.sizes, scale, tau, seed, padding, sigma, bias, _, _, *ctx.options, _ = inputs
     _, codes, sampled, _, residuals, lse, rnorm, rnorm_e, order, largest = output
     saved = (codes, sampled, residuals, lse, rnorm, rnorm_e, order, largest)
-    ctx.save_for_backward(weight, scale, tau, seed, padding, bias, *saved)
+    ctx.save_for_backward(weight, scale, tau, seed, padding, sigma, bias, *saved)
     ctx.has_bias = bias is not None
     ctx.mark_non_differentiable(codes, sampled, rnorm, rnorm_e, order, largest)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, dquantized, _codes, _sampled, dusage, dresiduals, dlse, *_):
-    dz, dweight, dscale, dtau, dbias = _backward(
-        dquantized, dusage, dresiduals, dlse, *ctx.saved_tensors, ctx.sizes, *ctx.options
+    wants_sigma = ctx.needs_input_grad[7]
+    dz, dweight, dscale, dtau, dsigma, dbias = _backward(
+        dquantized, dusage, dresiduals, dlse, *ctx.saved_tensors, ctx.sizes, *ctx.options, wants_sigma
     )
-    return dz, dweight, None, dscale, dtau, None, None, dbias if ctx.has_bias else None, *([None] * 8)
+    dsigma, dbias = dsigma if wants_sigma else None, dbias if ctx.has_bias else None
+    return dz, dweight, None, dscale, dtau, None, None, dsigma, dbias, *([None] * 8)
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -699,7 +721,13 @@ def _upstream(
 
 
 def _flash_gradients(
-    level: Level, sampling: Sampling, upstream: Upstream, flow: Tensor, de: Tensor, dbias: Tensor | None
+    level: Level,
+    sampling: Sampling,
+    upstream: Upstream,
+    flow: Tensor,
+    de: Tensor,
+    dbias: Tensor | None,
+    dsigma: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Add a level's gradient of r to ``flow``, fill ``de`` and ``dbias``, which lacks 1 / tau; return each row's parts
     of those of the scale and tau."""
@@ -726,6 +754,7 @@ def _flash_gradients(
         p_mean=mean,
         p_out=total,
         p_dtau=of_tau,
+        p_dsigma=dsigma,
         g_n=config.codes.step,
         g_k=config.codes.owned,
         **_blocks(b_d, config.gradient, own="b_n", step="b_k"),
@@ -776,7 +805,13 @@ def _flash_gradients(
 
 
 def _chunked_gradients(
-    level: Level, sampling: Sampling, upstream: Upstream, flow: Tensor, de: Tensor, dbias: Tensor | None
+    level: Level,
+    sampling: Sampling,
+    upstream: Upstream,
+    flow: Tensor,
+    de: Tensor,
+    dbias: Tensor | None,
+    dsigma: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """What :func:`_flash_gradients` does. Products of a chunk are made again, not kept."""
     e, dtype = level.e, level.e.dtype
@@ -794,7 +829,7 @@ def _chunked_gradients(
             c,
             w,
             y,
-            **sampling.arguments(level),
+            **sampling.of_rows(own).arguments(level),
             p_rnorm=level.rnorm[own],
             p_lse=level.lse[own],
             p_sampled=level.sampled[own],
@@ -804,6 +839,7 @@ def _chunked_gradients(
             p_gain=key_gain,
             p_value_gain=value_gain,
             p_dtau=of_tau[own],
+            p_dsigma=None if dsigma is None else dsigma[own],
             row_offset=sampling.row_offset + own.start,
             straight_through=sampling.mode == STRAIGHT_THROUGH,
             b_k=CHUNK_STEP,

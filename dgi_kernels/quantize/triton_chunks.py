@@ -29,6 +29,7 @@ def chunk_level_kernel(
     p_rnorm,  # (rows,) rr, elements stride_m apart
     p_rnorm_e,  # (K,) re
     p_bias,  # (K,) b, or None where it is 0
+    p_sigma,  # (rows,) what multiplies a row's noise, or None: 1
     p_seed,  # (1,) int64
     p_scale,  # ()
     p_tau,  # ()
@@ -47,6 +48,7 @@ def chunk_level_kernel(
     i_n = tl.program_id(0).to(tl.int64)
     scale_r = tl.load(p_rnorm + i_n * stride_m) * (tl.load(p_scale) * LOG2E)
     inv_tau = 1.0 / tl.load(p_tau)
+    sigma = 1.0 if p_sigma is None else tl.load(p_sigma + i_n)
     p_s += i_n * K
     code = tl.full((), 0, tl.int32)
     sampled = tl.full((), 0, tl.int32)
@@ -63,7 +65,7 @@ def chunk_level_kernel(
         code = tl.where(highest > best, first + where, code)
         best = tl.maximum(best, highest)
         if noisy:
-            y += row_noise(p_seed, i_n, row_offset, level, first, b_k)
+            y += row_noise(p_seed, i_n, row_offset, level, first, b_k) * sigma
             highest, where = tl.max(y, axis=0, return_indices=True)
         sampled = tl.where(highest > top, first + where, sampled)
         raised = tl.maximum(top, highest)
@@ -141,6 +143,7 @@ def chunk_gradient_kernel(
     p_rnorm,  # (rows,) rr, elements stride_m apart
     p_rnorm_e,  # (K,) re
     p_bias,  # (K,) b, or None where it is 0
+    p_sigma,  # (rows,) what multiplies a row's noise, or None: 1
     p_seed,  # (1,) int64
     p_scale,  # ()
     p_tau,  # ()
@@ -152,6 +155,7 @@ def chunk_gradient_kernel(
     p_gain,  # () or None
     p_value_gain,  # () or None
     p_dtau,  # (rows,) out: sum_k w log2 p
+    p_dsigma,  # (rows,) out: sum_k w g, in base 2, or None
     K,
     stride_m,
     level,
@@ -165,6 +169,7 @@ def chunk_gradient_kernel(
     rnorm = tl.load(p_rnorm + i_n * stride_m)
     scale_r = rnorm * (tl.load(p_scale) * LOG2E)
     inv_tau = 1.0 / tl.load(p_tau)
+    sigma = 1.0 if p_sigma is None else tl.load(p_sigma + i_n)
     lse = tl.load(p_lse + i_n * stride_m) * LOG2E
     norm = tl.load(p_norm + i_n)
     p_s += i_n * K
@@ -177,7 +182,7 @@ def chunk_gradient_kernel(
         rnorm_e = tl.load(p_rnorm_e + o_k, mask=m_k, other=0.0)
         y = scores(tl.load(p_s + o_k, mask=m_k, other=0.0), scale_r, rnorm_e, code_bias(p_bias, o_k, m_k))
         if noisy:
-            y += row_noise(p_seed, i_n, row_offset, level, first, b_k)
+            y += row_noise(p_seed, i_n, row_offset, level, first, b_k) * sigma
         log_p = y * inv_tau - lse
         c = tl.load(p_c + o_k, mask=m_k, other=0.0) * norm
         if p_dusage is not None:
@@ -194,6 +199,7 @@ def chunk_gradient_kernel(
     gain = tl.where(rnorm == 0.0, 1.0, rnorm) * (1.0 if p_gain is None else tl.load(p_gain))
     value_gain = norm * (1.0 if p_value_gain is None else tl.load(p_value_gain))
     dtau = tl.full((), 0.0, tl.float32)
+    dsigma = tl.full((), 0.0, tl.float32)
     for first in range(0, K, b_k):
         o_k = first + tl.arange(0, b_k)
         m_k = o_k < K
@@ -205,9 +211,13 @@ def chunk_gradient_kernel(
         p = tl.where(m_k, tl.exp2(log_p), 0.0)
         w = p * (c - shift)
         dtau += tl.sum(tl.where(p > 0.0, w * log_p, p), axis=0)
+        if p_dsigma is not None:
+            dsigma += tl.sum(w * row_noise(p_seed, i_n, row_offset, level, first, b_k), axis=0)
         w *= gain * tl.where(rnorm_e == 0.0, 1.0, rnorm_e)
         tl.store(p_w + i_n * K + o_k, w.to(p_w.dtype.element_ty), mask=m_k)
         if straight_through:
             p = (o_k == sampled).to(tl.float32)
         tl.store(p_y + i_n * K + o_k, (p * value_gain).to(p_y.dtype.element_ty), mask=m_k)
     tl.store(p_dtau + i_n, dtau)
+    if p_dsigma is not None:
+        tl.store(p_dsigma + i_n, dsigma)

@@ -1,6 +1,6 @@
 """Triton kernels of soft residual quantization: flash form for D <= 128, epilogues of the chunked form beyond.
 
-    l_nk = (s_nk + g_nk) / tau,    p = softmax(l),    z~_n = sum_k p_nk e_k,    r'_n = r_n - z~_n
+    l_nk = (s_nk + sigma_n g_nk) / tau,    p = softmax(l),    z~_n = sum_k p_nk e_k,    r'_n = r_n - z~_n
     s_nk = scale r^_n . e^_k + b_k,  x^ = rx x   (rx = 1 / ||x||, b = 0)
     c_nk = z_n . e_k + v_k   (z: gradient of z~ at the row, v: gradient of usage / N)
     w_nk = p_nk (c_nk - sum_k p_nk c_nk + L_n) = dl_nk   (L: gradient of the log-normalizer)
@@ -47,6 +47,7 @@ NONE = tl.constexpr(0x7FFFFFFF)  # no code
 # No code of their own for the value 1 or a multiple of 16: it would be no faster, and each level would wait for one.
 VARYING = ["N", "level", "row_offset"]
 PER_ROW = ["p_rnorm", "p_codes", "p_sampled", "p_index", "p_lse", "p_dlse", "p_norm", "p_dtau", "p_order", "p_largest"]
+PER_ROW += ["p_sigma", "p_dsigma"]
 
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=PER_ROW)
@@ -104,6 +105,14 @@ def emit_kernel(
 
 
 @triton.jit
+def scaled(noise, p_sigma, o_n, m_n, axis: tl.constexpr):
+    """The noise of a tile, times its rows' sigma; ``axis`` is that of the codes. None costs nothing."""
+    if p_sigma is not None:
+        noise *= tl.expand_dims(tl.load(p_sigma + o_n, mask=m_n, other=0.0), axis)
+    return noise
+
+
+@triton.jit
 def best_of(y, o_k):
     """Maximum of every row, and the first of the codes ``o_k`` (b_k,) that reaches it."""
     highest = tl.max(y, axis=1)
@@ -117,6 +126,7 @@ def level_kernel(
     p_rnorm,  # (N,) rr, elements stride_m apart
     p_rnorm_e,  # (K,) re
     p_bias,  # (K,) b, or None where it is 0
+    p_sigma,  # (N,) what multiplies a row's noise, or None: 1
     p_seed,  # (1,) int64
     p_scale,  # ()
     p_tau,  # ()
@@ -173,7 +183,7 @@ def level_kernel(
         code = tl.where(highest > best, where, code)
         best = tl.maximum(best, highest)
         if noisy:
-            y += noise_tile(seed, first, o_row, level, STREAM, b_k)
+            y += scaled(noise_tile(seed, first, o_row, level, STREAM, b_k), p_sigma, o_n, m_n, 1)
             highest, where = best_of(y, o_k)
             sampled = tl.where(highest > best_noisy, where, sampled)
             best_noisy = tl.maximum(best_noisy, highest)
@@ -277,6 +287,7 @@ def usage_kernel(
     p_rnorm,  # (N,) rr, elements stride_m apart
     p_rnorm_e,  # (K,) re
     p_bias,  # (K,) b, or None where it is 0
+    p_sigma,  # (N,) what multiplies a row's noise, or None: 1
     p_seed,  # (1,) int64
     p_scale,  # ()
     p_tau,  # ()
@@ -324,7 +335,8 @@ def usage_kernel(
             None if p_bias is None else bias[:, None],
         )
         if noisy:
-            y += noise_tile_by_code(seed, i_k * b_k, (o_n + row_offset).to(tl.uint32), level, STREAM, b_k)
+            g = noise_tile_by_code(seed, i_k * b_k, (o_n + row_offset).to(tl.uint32), level, STREAM, b_k)
+            y += scaled(g, p_sigma, o_n, m_n, 0)
         p = tl.exp2(y * inv_tau - (lse * LOG2E)[None, :])
         usage += tl.sum(p, axis=1)
         known = tl.where((o_k[:, None] == sampled[None, :]) | (p != p), 1.0, p)  # NaN must reach the gradients
@@ -344,16 +356,20 @@ def gradient_tile(
     p_rnorm_e,  # (K,)
     p_bias,  # (K,) or None
     p_dusage,  # (K,) or None
+    p_sigma,  # (N,) or None
     seed,
     inv_tau,
     o_row,
+    o_n,
+    m_n,
     first,
     K,
     level,
     noisy: tl.constexpr,
     b_k: tl.constexpr,
 ):
-    """log2 p (-inf beyond K) and c of the codes first ... first + b_k - 1, (b_n, b_k), and their rnorm (b_k,)."""
+    """log2 p (-inf beyond K) and c of the codes first ... first + b_k - 1, (b_n, b_k), their rnorm (b_k,), and the
+    noise, where there is any."""
     o_k = first + tl.arange(0, b_k)
     m_k = o_k < K
     rnorm_e = tl.load(p_rnorm_e + o_k, mask=m_k, other=0.0)
@@ -363,13 +379,15 @@ def gradient_tile(
         rnorm_e[None, :],
         None if p_bias is None else code_bias(p_bias, o_k, m_k)[None, :],
     )
+    g = y
     if noisy:
-        y += noise_tile(seed, first, o_row, level, STREAM, b_k)
+        g = noise_tile(seed, first, o_row, level, STREAM, b_k)
+        y += scaled(g, p_sigma, o_n, m_n, 1)
     log_p = tl.where(m_k[None, :], y * inv_tau - lse[:, None], float("-inf"))
     c = tl.dot(unit, tl.trans(e), input_precision="ieee") * norm[:, None]
     if p_dusage is not None:
         c += tl.load(p_dusage + o_k, mask=m_k, other=0.0)[None, :]
-    return log_p, c, rnorm_e
+    return log_p, c, rnorm_e, g
 
 
 @triton.jit
@@ -386,6 +404,7 @@ def row_gradient_kernel(
     p_rnorm,  # (N,) rr, elements stride_m apart
     p_rnorm_e,  # (K,) re
     p_bias,  # (K,) b, or None where it is 0
+    p_sigma,  # (N,) what multiplies a row's noise, or None: 1
     p_seed,  # (1,) int64
     p_scale,  # ()
     p_tau,  # ()
@@ -401,6 +420,7 @@ def row_gradient_kernel(
     p_mean,  # (N,) out, by row: sum_k p c
     p_out,  # (N, D) out, by slot: rr_n sum_k w e^_k
     p_dtau,  # (N,) out, by slot: sum_k w log2 p
+    p_dsigma,  # (N,) out, by row: sum_k w g, in base 2, or None
     N,
     K,
     D,
@@ -443,25 +463,10 @@ def row_gradient_kernel(
         if matters(p_largest, i_n * (b_n // g_n), b_n // g_n, row_tiles, code_tiles, first // g_k, skip):
             m_e = (first + tl.arange(0, b_k) < K)[:, None] & m_d[None, :]
             e = tl.load(p_e + tl.cast(first, tl.int64) * D + o_tile, mask=m_e, other=0.0)
-            log_p, c, _ = gradient_tile(
-                r,
-                unit,
-                e,
-                scale_r,
-                lse,
-                norm,
-                p_rnorm_e,
-                p_bias,
-                p_dusage,
-                seed,
-                inv_tau,
-                o_row,
-                first,
-                K,
-                level,
-                noisy,
-                b_k,
-            )
+            log_p, c, _, _ = gradient_tile(
+                r, unit, e, scale_r, lse, norm, p_rnorm_e, p_bias, p_dusage, p_sigma, seed, inv_tau, o_row, o_n, m_n,
+                first, K, level, noisy, b_k
+            )  # fmt: skip
             p = tl.exp2(log_p)
             mean += tl.sum(p * c, axis=1)
             mass += tl.sum(p, axis=1)
@@ -477,38 +482,28 @@ def row_gradient_kernel(
         bound /= tl.load(p_gain)
     inv_bound = 1.0 / bound
     dtau = tl.zeros((b_n,), tl.float32)
+    dsigma = tl.zeros((b_n,), tl.float32)
     out = tl.zeros((b_n, b_d), tl.float32)
     for first in range(0, K, b_k):
         if matters(p_largest, i_n * (b_n // g_n), b_n // g_n, row_tiles, code_tiles, first // g_k, skip):
             m_e = (first + tl.arange(0, b_k) < K)[:, None] & m_d[None, :]
             e = tl.load(p_e + tl.cast(first, tl.int64) * D + o_tile, mask=m_e, other=0.0)
-            log_p, c, rnorm_e = gradient_tile(
-                r,
-                unit,
-                e,
-                scale_r,
-                lse,
-                norm,
-                p_rnorm_e,
-                p_bias,
-                p_dusage,
-                seed,
-                inv_tau,
-                o_row,
-                first,
-                K,
-                level,
-                noisy,
-                b_k,
-            )
+            log_p, c, rnorm_e, g = gradient_tile(
+                r, unit, e, scale_r, lse, norm, p_rnorm_e, p_bias, p_dusage, p_sigma, seed, inv_tau, o_row, o_n, m_n,
+                first, K, level, noisy, b_k
+            )  # fmt: skip
             p = tl.exp2(log_p)
             w = p * (c - mean[:, None])
             dtau += tl.sum(tl.where(p > 0.0, w * log_p, p), axis=1)
+            if p_dsigma is not None:
+                dsigma += tl.sum(w * g, axis=1)
             w = w * inv_bound[:, None] * rnorm_e[None, :]
             out = tl.dot(w.to(e.dtype), e, out, input_precision="ieee")
     out *= (tl.where(rnorm == 0.0, 1.0, rnorm) * bound)[:, None]
     tl.store(p_out + o_slot.to(tl.int64)[:, None] * D + o_d[None, :], out, mask=m_nd)
     tl.store(p_dtau + o_slot, dtau, mask=m_n)
+    if p_dsigma is not None:
+        tl.store(p_dsigma + o_n, dsigma, mask=m_n)
 
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=PER_ROW)
@@ -518,6 +513,7 @@ def code_gradient_kernel(
     p_rnorm,  # (N,) rr, elements stride_m apart
     p_rnorm_e,  # (K,) re
     p_bias,  # (K,) b, or None where it is 0
+    p_sigma,  # (N,) what multiplies a row's noise, or None: 1
     p_seed,  # (1,) int64
     p_scale,  # ()
     p_tau,  # ()
@@ -578,7 +574,8 @@ def code_gradient_kernel(
             products = tl.dot(e, tl.trans(r), input_precision="ieee")
             y = scores(products, scale_e[:, None], rnorm[None, :], None if p_bias is None else bias[:, None])
             if noisy:
-                y += noise_tile_by_code(seed, i_k * b_k, (o_n + row_offset).to(tl.uint32), level, STREAM, b_k)
+                g = noise_tile_by_code(seed, i_k * b_k, (o_n + row_offset).to(tl.uint32), level, STREAM, b_k)
+                y += scaled(g, p_sigma, o_n, m_n, 0)
             p = tl.exp2(y * inv_tau - lse[None, :])
             unit = tl.load(p_unit + o_n[:, None] * D + o_d[None, :], mask=m_nd, other=0.0)
             norm = tl.load(p_norm + o_n, mask=m_n, other=0.0)

@@ -76,13 +76,15 @@ def assert_exact(
     noise: bool = True,
     eps: float = 1e-12,
     metric: str = "cosine",
+    sigma: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> ResidualQuantization:
     """Every result and every gradient, for gradients of every result (``weights``: 0 for none), against float64."""
     dtype = leaves[0].dtype
     seed, row_offset = seed_tensor(), random.choice([0, 5, 2**32 - len(leaves[0])])
 
     def quantize(values: Sequence[Tensor], backend: str) -> ResidualQuantization:
-        z, *codebooks, scale, tau = values
+        z, *codebooks, scale, tau = values if sigma is None else values[:-1]
         return residual_quantize(
             z,
             codebooks,
@@ -94,14 +96,25 @@ def assert_exact(
             seed=seed,
             row_offset=row_offset,
             eps=eps,
+            noise_scale=None if sigma is None else values[-1],
+            noise_rows=rows,
             backend=backend,
         )
 
-    values = [*leaves, scale, tau]
+    values = [*leaves, scale, tau, *([] if sigma is None else [sigma])]
     exact = [x.detach().double().requires_grad_() for x in values]
     actual, usual = quantize(values, "triton"), quantize(values, "reference")
+    z, *codebooks = exact[: len(leaves)]
+    of_rows = torch.ones_like(z[:, 0]) if rows is None else rows.double()
     truth = oracle(
-        Inputs(exact[0], exact[1:-2], *exact[-2:]), mode, seed if noise else None, actual, row_offset, eps, metric
+        Inputs(z, codebooks, *exact[len(leaves) : len(leaves) + 2]),
+        mode,
+        seed if noise else None,
+        actual,
+        row_offset,
+        eps,
+        metric,
+        sigma=of_rows if sigma is None else of_rows * exact[-1],
     )
     same_path = torch.equal(actual.codes, usual.codes) and torch.equal(actual.sampled, usual.sampled)
     assert actual.quantized.dtype == actual.residuals.dtype == dtype
@@ -137,7 +150,7 @@ def assert_exact(
         )
 
     wanted, found = gradients(loss(truth), exact), gradients(loss(actual), values)
-    names = ["z", *(f"codebooks[{j}]" for j in range(len(leaves) - 1)), "scale", "tau"]
+    names = ["z", *(f"codebooks[{j}]" for j in range(len(leaves) - 1)), "scale", "tau", "noise_scale"][: len(values)]
     # Where a gradient cancels to nothing, what it is summed from is still rounded.
     largest = max(x.norm().item() for x in wanted)
     assert_all_near(
@@ -184,9 +197,8 @@ def test_dot_products(form: str, mode: str) -> None:
 
 @runs
 @pytest.mark.parametrize("mode", ["soft", "straight_through", "hard"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_distances(form: str, dtype: torch.dtype, mode: str) -> None:
-    leaves, scale = inputs(random.choice(SHAPES), dtype), random.choice([-0.3, 0.3, 0.9])
+def test_distances(form: str, mode: str) -> None:
+    leaves, scale = inputs(random.choice(SHAPES), random.choice(DTYPES)), random.choice([-0.3, 0.3, 0.9])
     result = assert_exact(
         leaves, *scalars(scale, random.uniform(0.6, 1.5)), mode, noise=random.random() < 0.5, metric="euclidean"
     )
@@ -194,6 +206,16 @@ def test_distances(form: str, dtype: torch.dtype, mode: str) -> None:
     if chosen is not None:  # exactly one row of the codebook
         for level, codebook in enumerate(leaves[1:]):
             assert torch.equal(result.quantized[:, level], codebook[chosen[:, level]])
+
+
+@runs
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_scale_of_the_noise_and_its_rows(form: str, metric: str) -> None:
+    mode = random.choice(["soft", "straight_through", "hard"])
+    leaves = inputs(random.choice(SHAPES), random.choice(DTYPES))
+    sigma = torch.tensor(random.choice([0.4, 1.6]), device=DEVICE, requires_grad=True)
+    rows = random.choice([None, torch.rand(len(leaves[0]), device=DEVICE) < 0.6])
+    assert_exact(leaves, *scalars(0.8, random.uniform(0.6, 1.5)), mode, metric=metric, sigma=sigma, rows=rows)
 
 
 @runs
@@ -280,14 +302,14 @@ def test_views_empty_batches_and_repeats(form: str) -> None:
 def test_padding_and_leading_dimensions(form: str, metric: str) -> None:
     """Results and gradients are the reference's, and rows that are padding may hold anything."""
     mode = random.choice(["soft", "straight_through", "hard"])
-    leaves, mask = inputs(Quantize(30, 16, (33, 7)), torch.float32), torch.rand(2, 15, device=DEVICE) < 0.4
+    leaves, mask = inputs(Quantize(12, 5, (9, 4)), torch.float32), torch.rand(2, 6, device=DEVICE) < 0.4
     with torch.no_grad():
         leaves[0][mask.flatten()] = torch.nan
     found = []
     for backend in ("triton", "reference"):
         z, *codebooks = leaves
         result = residual_quantize(
-            z.reshape(2, 15, 16), codebooks, 0.5, metric=metric, mode=mode, mask=mask, seed=4, backend=backend
+            z.reshape(2, 6, 5), codebooks, 0.5, metric=metric, mode=mode, mask=mask, seed=4, backend=backend
         )  # fmt: skip
         assert not torch.cat([x[mask].flatten() for x in (result.quantized, result.log_normalizer)]).any()
         assert (result.codes[mask] == -1).all() and (result.sampled[mask] == -1).all()
