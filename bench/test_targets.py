@@ -28,9 +28,11 @@ from pytest_benchmark.fixture import BenchmarkFixture  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tests" / "kernels")]
 
+import bench_assign  # noqa: E402
 import bench_beam  # noqa: E402
 import bench_cosine  # noqa: E402
 import bench_gumbel  # noqa: E402
+import bench_kmeans  # noqa: E402
 import bench_quantize  # noqa: E402
 import bench_train  # noqa: E402
 import bench_trie  # noqa: E402
@@ -60,6 +62,18 @@ def quantize(assignments: str) -> Make:
 def assign(small: bool, folder: Path) -> dict[str, Step]:
     rows, dim, sizes = shapes.QUANTIZE[-1] if small else (bench_quantize.ROWS, 256, bench_quantize.SIZES)
     return bench_quantize.assignments(dim, rows, sizes)
+
+
+def kmeans(small: bool, folder: Path) -> dict[str, Step]:
+    return dict(bench_kmeans.systems(*((300, 8, 5) if small else (100_000, 64, 1024)))[1])
+
+
+def balanced_codes(small: bool, folder: Path) -> dict[str, Step]:
+    return bench_assign.balances(*((100, 8, 5) if small else bench_assign.BALANCED))
+
+
+def unique_codes(small: bool, folder: Path) -> dict[str, Step]:
+    return bench_assign.unique(*((100, 8, (6, 6, 6)) if small else (500_000, 64, (256, 256, 256))))
 
 
 def gumbel_noise(small: bool, folder: Path) -> dict[str, Step]:
@@ -126,6 +140,9 @@ TARGETS: dict[str, tuple[Make, tuple[str, ...]]] = {
     "residual_quantize-flat": (quantize("flat"), ("floor", "eager", "compile", "ours")),
     "residual_quantize-peaked": (quantize("peaked"), ("floor", "eager", "compile", "ours")),
     "assign_codes": (assign, ("floor", "eager", "ours")),
+    "kmeans": (kmeans, ("floor", "ours")),
+    "balanced_codes": (balanced_codes, ("floor", "float64 loop", "ours")),
+    "unique_codes": (unique_codes, ("torch.unique", "ours")),
     "gumbel_noise": (gumbel_noise, ("exponential_", "ours")),
     "gumbel_softmax": (softmax, ("eager", "ours")),
     "trie_build": (trie("build"), ("native",)),

@@ -67,12 +67,13 @@ std::tuple<Tensor, Tensor> cluster_costs_cpu(const Tensor& x, const Tensor& code
 }
 
 Tensor kmeans_seeds_cpu(const Tensor& x, const std::optional<Tensor>& weights, const Tensor& uniform) {
-  STD_TORCH_CHECK(uniform.is_contiguous() && uniform.scalar_type() == ScalarType::Double, kClustering,
-                  "uniform must be contiguous float64");
-  Tensor rows = torch::stable::empty({uniform.numel()}, ScalarType::Long);
+  STD_TORCH_CHECK(uniform.is_contiguous() && uniform.scalar_type() == ScalarType::Double && uniform.dim() == 2
+                      && uniform.size(1) >= 1,
+                  kClustering, "uniform must be contiguous float64 (K, trials)");
+  Tensor rows = torch::stable::empty({uniform.size(0)}, ScalarType::Long);
   const auto draw = [&](auto real) {
-    dgi::cpu::kmeans_seeds(points_of<decltype(real)>(x, weights), data_of<double>(uniform), uniform.numel(),
-                           rows.mutable_data_ptr<int64_t>());
+    dgi::cpu::kmeans_seeds(points_of<decltype(real)>(x, weights), data_of<double>(uniform), uniform.size(0),
+                           uniform.size(1), rows.mutable_data_ptr<int64_t>());
   };
   STD_TORCH_CHECK(x.scalar_type() == compute_dtype(x), kClustering, "x must be float32 or float64");
   x.scalar_type() == ScalarType::Double ? draw(double{}) : draw(float{});

@@ -65,8 +65,8 @@ def kmeans(
         clusters: K >= 1, which may exceed N: the surplus begins as copies of points, moved by 1 % of their norm.
         metric: ``"euclidean"``, ``"cosine"`` or ``"dot"``.
         iterations: at most so many rounds, >= 0. It ends earlier once no code changes.
-        init: ``"kmeans++"`` (Arthur and Vassilvitskii 2007; with many points, from a random sample of 16 K of them, at
-            least 8192), ``"random"`` points, or the first centroids (K, D).
+        init: ``"kmeans++"`` (Arthur and Vassilvitskii 2007; greedy: the best of 2 + log K draws; with many points, from
+            a random sample of 16 K of them, at least 8192), ``"random"`` points, or the first centroids (K, D).
         weights: (N,) floating-point, >= 0, not all 0: how much each point counts. None: 1 each.
         seed: of the start, as in :func:`dgi_kernels.gumbel_noise`, whose stream 2 this is.
         tol: a round that moves the centroids by at most ``tol`` times the mean variance of the columns of x, as a sum

@@ -8,6 +8,7 @@ bits are converted a batch at a time.
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -98,7 +99,8 @@ def start(
         points = F.normalize(sample, dim=1, eps=options.eps) if options.metric == "cosine" else sample
         is_whole = weights is not None and len(sample) == int((weights > 0).sum())
         own = weights[chosen] if weights is not None and is_whole else None  # a sample is drawn by weight
-        words = noise.random_words(seed, 2 * options.level + 1, 1, clusters, noise.STREAM_KMEANS, 0)[0]
+        trials = 2 + int(math.log(clusters))
+        words = noise.random_words(seed, 2 * options.level + 1, clusters, trials, noise.STREAM_KMEANS, 0)
         rows = kernels.kmeans_seeds(points, own, (words.double() + 0.5) * 2.0**-32)
         rows = rows[rows >= 0]
     else:
@@ -110,7 +112,13 @@ def start(
         order = torch.cat([is_left.nonzero()[:, 0], torch.arange(len(sample), device=x.device)])
         copied = sample[order[torch.arange(missing, device=x.device) % len(order)]]
         away = gumbel_noise(
-            seed, 2 * options.level + 1, missing, x.shape[1], stream=noise.STREAM_KMEANS, row_offset=1, device=x.device
+            seed,
+            2 * options.level + 1,
+            missing,
+            x.shape[1],
+            stream=noise.STREAM_KMEANS,
+            row_offset=clusters,
+            device=x.device,
         ).to(copied.dtype)
         length = torch.linalg.vector_norm(copied, dim=1, keepdim=True).clamp(min=options.eps)
         centroids = torch.cat([centroids, copied + APART * length * away / x.shape[1] ** 0.5])

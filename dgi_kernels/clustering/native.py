@@ -26,7 +26,7 @@ def cluster_costs(
 
 
 def kmeans_seeds(x: Tensor, weights: Tensor | None, uniform: Tensor) -> Tensor:
-    """K-means++: (N, D), (N,), (K,) in (0, 1) -> (K,) rows, -1 once no point is away from those drawn."""
+    """K-means++: (N, D), (N,), (K, trials) in (0, 1) -> (K,) rows, -1 once no point is away from those chosen."""
     return torch.ops.dgi_kernels.kmeans_seeds(x.contiguous(), weights, uniform)
 
 

@@ -49,18 +49,24 @@ def cluster_costs(
 
 
 def kmeans_seeds(x: Tensor, weights: Tensor | None, uniform: Tensor) -> Tensor:
-    """K-means++: (N, D), (N,), (K,) in (0, 1) -> (K,) rows, -1 once no point is away from those drawn."""
+    """K-means++: (N, D), (N,), (K, trials) in (0, 1) -> (K,) rows, -1 once no point is away from those chosen.
+
+    Of each round's draws the one that leaves the smallest sum of costs is chosen (greedy, as in scikit-learn).
+    """
     x = x.double()
     weights = x.new_ones(len(x)) if weights is None else weights
     cost, rows = weights, []
-    for i, u in enumerate(uniform):
+    for i, draws in enumerate(uniform):
         sums = cost.cumsum(0)
         if not sums[-1] > 0:
             break
-        row = torch.searchsorted(sums, u * sums[-1], right=True).clamp(max=int(cost.nonzero()[-1]))
-        rows.append(row)
-        distance = weights * (x - x[row]).square().sum(dim=1)
-        cost = distance if i == 0 else torch.minimum(cost, distance)
+        drawn = torch.searchsorted(sums, (draws if i > 0 else draws[:1]) * sums[-1], right=True)
+        drawn = drawn.clamp(max=int(cost.nonzero()[-1]))
+        distances = [weights * (x - x[row]).square().sum(dim=1) for row in drawn]
+        left = [torch.minimum(cost, distance) if i > 0 else distance for distance in distances]
+        best = int(torch.stack([costs.sum() for costs in left]).argmin())
+        rows.append(drawn[best])
+        cost = left[best]
     found = torch.stack(rows) if rows else x.new_empty(0, dtype=torch.int64)
     return F.pad(found, (0, len(uniform) - len(found)), value=-1)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dgi_kernels import KMeans, assign_codes, kmeans, residual_kmeans, why_not
+from dgi_kernels.clustering import implementation
 
 from .clustering_cases import METRICS, clustered, costs, lloyd
 from .near import assert_near
@@ -109,17 +110,16 @@ def test_the_start_finds_clusters_that_are_far_apart(metric: str, backend: str) 
 
 
 def test_seeds_are_drawn_by_weighted_squared_distance(backend: str) -> None:
-    """The second of two seeds, over many draws, against the probabilities of K-means++."""
-    x = torch.tensor([[0.0], [1.0], [3.0], [3.0]])
-    weights = torch.tensor([1.0, 2.0, 0.0, 1.0])
-    chosen = [
-        tuple(kmeans(x, 2, iterations=0, weights=weights, seed=seed, backend=backend).centroids[:, 0].tolist())
-        for seed in range(600)
-    ]
-    first = np.bincount([int(a) for a, _ in chosen], minlength=4) / len(chosen)
-    assert np.abs(first - [0.25, 0.5, 0, 0.25]).max() < 0.08
-    second = [b for a, b in chosen if a == 0]
-    assert 0.66 < np.mean(np.array(second) == 3.0) < 0.95  # 9 / (9 + 2)
+    """The first two seeds, over many draws, against the probabilities of K-means++; then the best of two draws."""
+    x, weights = torch.tensor([[0.0], [1.0], [3.0], [3.0]]), torch.tensor([1.0, 2.0, 0.0, 1.0], dtype=torch.float64)
+    for trials, odds in ((1, 9 / 11), (2, 1 - (2 / 11) ** 2)):  # of the row at 3 after the one at 0
+        uniform = torch.rand(800, 2, trials, dtype=torch.float64)
+        seeds = torch.stack([implementation(backend).kmeans_seeds(x, weights, each) for each in uniform])
+        first = seeds[:, 0].bincount(minlength=4) / len(seeds)
+        torch.testing.assert_close(first, torch.tensor([0.25, 0.5, 0.0, 0.25]), atol=0.08, rtol=0)
+        second = seeds[seeds[:, 0] == 0, 1]
+        assert abs(float((second == 3).double().mean()) - odds) < 0.1 * (2 - trials) + 0.05
+    assert implementation(backend).kmeans_seeds(x[:1], None, uniform[0]).tolist() == [0, -1]
 
 
 def test_a_weight_counts_as_copies(backend: str) -> None:

@@ -26,9 +26,10 @@ template <class Stored>
 double cluster_costs(const Points<Stored>& points, const int64_t* codes, const Compute<Stored>* centroids,
                      Metric metric, double eps, double* costs);
 
-// K-means++: rows (count) of the points, each drawn with a probability that grows as w times the squared distance to
-// the nearest row drawn before; uniform (count) in (0, 1). -1 once no row is away from those drawn.
+// K-means++, greedy: rows (count) of the points. Of as many draws as `trials`, with a probability in proportion to w
+// times the squared distance to the nearest row chosen before, the one that leaves the smallest sum of these; uniform
+// (count, trials) in (0, 1). -1 once no row is away from those chosen.
 template <class Real>
-void kmeans_seeds(const Points<Real>& points, const double* uniform, int64_t count, int64_t* rows);
+void kmeans_seeds(const Points<Real>& points, const double* uniform, int64_t count, int64_t trials, int64_t* rows);
 
 }  // namespace dgi::cpu

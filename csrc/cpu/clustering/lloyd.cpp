@@ -108,37 +108,59 @@ double cluster_costs(const Points<Stored>& points, const int64_t* codes, const C
   });
 }
 
+namespace {
+
+// Draws rows in proportion to `nearest`, whose sums over chunks are `partial`, their sum `total`.
+int64_t draw_row(const std::vector<double>& nearest, const std::vector<double>& partial, double total, double uniform) {
+  const int64_t rows = static_cast<int64_t>(nearest.size()), chunks = static_cast<int64_t>(partial.size());
+  double left = uniform * total;
+  int64_t chunk = 0;
+  while (chunk + 1 < chunks && left >= partial[chunk]) left -= partial[chunk++];
+  int64_t drawn = -1;
+  for (int64_t row = chunk * kChunk; row < std::min(rows, (chunk + 1) * kChunk); ++row) {
+    if (!(nearest[row] > 0)) continue;
+    drawn = row;  // the last one that may be drawn, where rounding leaves something over
+    if (left < nearest[row]) break;
+    left -= nearest[row];
+  }
+  for (int64_t row = 0; drawn < 0; ++row) drawn = nearest[row] > 0 ? row : -1;  // rounding chose a chunk of nothing
+  return drawn;
+}
+
+}  // namespace
+
 template <class Real>
-void kmeans_seeds(const Points<Real>& points, const double* uniform, int64_t count, int64_t* rows) {
+void kmeans_seeds(const Points<Real>& points, const double* uniform, int64_t count, int64_t trials, int64_t* rows) {
   const int64_t dim = points.dim;
   std::vector<double> partial, nearest(points.rows);
   // The first row by its weight alone.
   double total = chunked_sum(points.rows, 1, partial,
                              [&](auto, int64_t row) DGI_ALWAYS_INLINE { return nearest[row] = points.weight(row); });
+  std::vector<std::vector<double>> cost(trials, std::vector<double>(points.rows)), sums(trials);
   for (int64_t i = 0; i < count; ++i) {
     if (!(total > 0)) {
       rows[i] = -1;
       continue;
     }
-    double left = uniform[i] * total;
-    int64_t chunk = 0;
-    while (chunk + 1 < static_cast<int64_t>(partial.size()) && left >= partial[chunk]) left -= partial[chunk++];
-    int64_t row = chunk * kChunk;
-    const int64_t end = std::min(points.rows, row + kChunk);
-    int64_t drawn = -1;
-    for (; row < end; ++row) {
-      if (!(nearest[row] > 0)) continue;
-      drawn = row;  // the last one that may be drawn, where rounding leaves something over
-      if (left < nearest[row]) break;
-      left -= nearest[row];
+    double lowest = std::numeric_limits<double>::infinity();
+    int64_t best = 0;
+    for (int64_t trial = 0; trial < (i == 0 ? 1 : trials); ++trial) {
+      const int64_t drawn = draw_row(nearest, partial, total, uniform[i * trials + trial]);
+      const Real* const chosen = points.x + drawn * dim;
+      double* const found = cost[trial].data();
+      const double left = chunked_sum(points.rows, dim, sums[trial], [&](auto, int64_t row) DGI_ALWAYS_INLINE {
+        const Real* const x = points.x + row * dim;
+        Real distance = 0;
+#pragma omp simd reduction(+ : distance)
+        for (int64_t d = 0; d < dim; ++d) distance += (x[d] - chosen[d]) * (x[d] - chosen[d]);
+        const double weighted = points.weight(row) * static_cast<double>(distance);
+        return found[row] = i == 0 ? weighted : std::min(nearest[row], weighted);
+      });
+      if (left < lowest) lowest = left, best = trial, rows[i] = drawn;
     }
-    for (row = 0; drawn < 0; ++row) drawn = nearest[row] > 0 ? row : -1;  // rounding chose a chunk of nothing
-    rows[i] = drawn;
-    const Real* const chosen = points.x + drawn * dim;
-    total = chunked_sum(points.rows, dim, partial, [&](auto, int64_t row) DGI_ALWAYS_INLINE {
-      const double cost = points.weight(row) * square_distance(points.x + row * dim, chosen, dim);
-      return nearest[row] = i == 0 ? cost : std::min(nearest[row], cost);
-    });
+    total = lowest;
+    nearest.swap(cost[best]);
+    partial.swap(sums[best]);
   }
 }
 
@@ -150,7 +172,7 @@ DGI_FOR(double)
 DGI_FOR(BFloat16)
 DGI_FOR(Float16)
 #undef DGI_FOR
-template void kmeans_seeds(const Points<float>&, const double*, int64_t, int64_t*);
-template void kmeans_seeds(const Points<double>&, const double*, int64_t, int64_t*);
+template void kmeans_seeds(const Points<float>&, const double*, int64_t, int64_t, int64_t*);
+template void kmeans_seeds(const Points<double>&, const double*, int64_t, int64_t, int64_t*);
 
 }  // namespace dgi::cpu
