@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import logging
 import math
 import platform
 import time
@@ -39,8 +38,6 @@ Json = dict[str, Any]
 VERSION = 1
 PROBE_STEPS = 10  # of the dense system, to turn minutes into steps
 CURVE_KEYS = ("step", "loss", "ntp", "infonce", "grad_norm", f"validation_hit_rate@{K}")
-
-logger = logging.getLogger("dgi")
 
 
 @dataclass(frozen=True)

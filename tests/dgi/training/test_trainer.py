@@ -225,3 +225,24 @@ def test_a_hundred_pairs_are_learnt_by_heart(seed: int) -> None:
         beams = beam_search(trie, model.beam_step_function(queries), batch_size=pairs, num_beams=5)
         found = rank_candidates(queries.vector, items, trie, beams, 1).items[:, 0]
     assert found.tolist() == clicks.items.tolist()
+
+
+def test_validation_while_training_changes_no_bit_of_it(tmp_path: Path) -> None:
+    """Measured every few steps and at the end, in evaluation mode, and noted in the metrics of those steps."""
+    plain = tiny_trainer(None, 0, train={"steps": 5})
+    plain.fit()
+    seen: list[bool] = []
+    measured = tiny_trainer(tmp_path / "run", 0, train={"steps": 5, "log_every": 100})
+
+    def validate() -> dict[str, float]:
+        seen.append(measured.model.training)
+        torch.rand(3)  # validation may draw random numbers
+        return {"measure": float(len(seen))}
+
+    measured.validate, measured.validate_every = validate, 2
+    last = measured.fit()
+    assert seen == [False] * 3 and last["step"] == 5 and last["measure"] == 3.0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["measure"]) for row in rows] == [(2, 1.0), (4, 2.0), (5, 3.0)]
+    for first, second in zip(plain.model.parameters(), measured.model.parameters(), strict=True):
+        assert torch.equal(first, second)
