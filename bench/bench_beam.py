@@ -5,7 +5,7 @@ each round; the tables have medians, of the whole search and of its steps, and h
 finds. The floor is a copy of the same logits. A second table has the last step from hidden states: the fused one, and
 the head's product, then the step; its floor is the raw product. A third has the ranking of the items that were found.
 ``filtered`` is our search of half of the items, taken at random, ``updated`` that of a trie from which 1,000 items were
-taken and to which 1,000 others were added.
+taken and to which 1,000 others were added, ``weighted`` one that prefers items by clicks, which follow Zipf's law.
 
 Run: python bench/bench_beam.py [CASE ...] [--only SYSTEM ...] [--json FILE]
      CASE is one of CASES below (default: those of DEFAULT), or --items, --codes, --levels, --batch, --beams, --dim,
@@ -54,6 +54,7 @@ SYSTEMS = (
     "native",
     "filtered",
     "updated",
+    "weighted",
     "reference",
     "STATIC",
     "STATIC compiled",
@@ -63,7 +64,7 @@ SYSTEMS = (
     "heads",
     "ranking",
 )
-OTHER_ITEMS = "filtered", "updated"  # what they find need not be what the others do
+OTHER_ITEMS = "filtered", "updated", "weighted"  # what they find need not be what the others do
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,21 @@ def updated(sids: np.ndarray, model: Model, case: Case, changes: int = 1000) -> 
     return lambda: (
         beam_search(
             trie, lambda depth, tokens, parents: model(depth), batch_size=case.batch, num_beams=case.beams
+        ).codes
+    )
+
+
+def weighted(sids: np.ndarray, model: Model, case: Case) -> Search:
+    trie = trie_of(sids, case)
+    scores = trie.node_scores(1 / (1 + torch.randperm(case.items, device=DEVICE)))
+    return lambda: (
+        beam_search(
+            trie,
+            lambda depth, tokens, parents: model(depth),
+            batch_size=case.batch,
+            num_beams=case.beams,
+            node_scores=scores,
+            strength=0.5,
         ).codes
     )
 
@@ -369,7 +385,7 @@ def systems(case: Case) -> dict[str, Callable[[np.ndarray, Model, Case], Search]
     if case.batch * case.beams * case.codes > 10**7:
         found.pop("reference")  # seconds a search
     if "native" in found:
-        found |= {"filtered": filtered, "updated": updated}
+        found |= {"filtered": filtered, "updated": updated, "weighted": weighted}
     if "STATIC_SRC" in os.environ and case.beams <= case.codes:
         found |= {"STATIC": static, "STATIC compiled": static_compiled}
     if case.items <= 10**6 and case.levels <= 4:

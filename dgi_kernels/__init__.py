@@ -17,9 +17,10 @@ from dgi_kernels.cosine.modules import CosineCrossEntropyLoss, CosineLinear
 from dgi_kernels.cosine.parallel import vocabulary_parallel_cosine_cross_entropy
 from dgi_kernels.decoder import DecoderLayer, decoder_step
 from dgi_kernels.gumbel import gumbel_noise, gumbel_softmax
+from dgi_kernels.log_normalizer import log_normalizer
 from dgi_kernels.quantize import ResidualQuantization, assign_codes, residual_quantize
 from dgi_kernels.ranking import Ranking, rank_candidates
-from dgi_kernels.trie import ItemRanges, Trie, TrieFilter, TrieFormatError
+from dgi_kernels.trie import ItemRanges, NodeScores, Trie, TrieFilter, TrieFormatError
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,7 @@ __all__ = [
     "InfoNCELoss",
     "ItemRanges",
     "KMeans",
+    "NodeScores",
     "Ranking",
     "ResidualQuantization",
     "ResidualVectorQuantizer",

@@ -22,6 +22,7 @@ struct BeamStep {
   View<float> scores;
   View<float> log_normalizer;  // data null where not given
   Normalize normalize;
+  NodeScores<float> node_scores;
 
   // That of `count` requests from `first` on.
   BeamStep part(int64_t first, int64_t count) const {
@@ -30,6 +31,7 @@ struct BeamStep {
     step.nodes.data += first * nodes.row_stride, step.scores.data += first * scores.row_stride;
     if (log_normalizer.data != nullptr) step.log_normalizer.data += first * log_normalizer.row_stride;
     if (allowed != nullptr) step.allowed += first;
+    if (node_scores.strengths != nullptr) step.node_scores.strengths += first * node_scores.stride;
     return step;
   }
 };

@@ -79,6 +79,7 @@ struct StepView {
   View<int64_t> nodes;
   View<float> scores, log_normalizer;
   Normalize normalize;
+  NodeScores<float> node_scores;
   Parent* parents;  // (requests, width), all of them
 
   // A beam but for its normaliser; without children where it is dead.
@@ -226,6 +227,7 @@ struct Candidates {
   const TrieDepth<Token>& trie;
   const Rows& logits;
   const Sets& sets;
+  const NodeScores<float>& node_scores;
   const Parent* parents;
   int64_t request, width;
   Starts starts;
@@ -241,12 +243,13 @@ struct Candidates {
     const int64_t child = (in_delta ? parent.delta_first : parent.base_first) + place;
     if (in_delta && trie.children.has_twin(child)) return kNoKey;
     const int32_t token = (in_delta ? trie.delta : trie.base).tokens[child];
-    float score = parent.score;
+    float added = node_scores.of(request, child, in_delta);
     if (token != kEndToken) {
       const float logit = logits.row(request, beam).at(token);
       if (logit == kDead) return kNoKey;
-      score = parent.normalizer.score(score, logit);
+      added = parent.normalizer.log_probability(logit) + added;
     }
+    const float score = finite_or_dead(parent.score + added);
     if (score == kDead || !is_allowed(trie, sets, blockIdx.x, child, in_delta)) return kNoKey;
     return Candidate::of(score, start + place + before(parent, token, in_delta));
   }
@@ -311,7 +314,8 @@ __device__ void select_children(const StepView<Token>& step, const Rows& logits,
                                 Buffer buffer, uint32_t room, const BeamOutput& out) {
   const int64_t request = step.first + blockIdx.x;
   using Children = Candidates<Rows, Token, Sets, Starts>;
-  const Children candidates{step.trie, logits, sets, step.parents + request * step.width, request, step.width, starts};
+  const Children candidates{step.trie, logits,     sets,  step.node_scores, step.parents + request * step.width,
+                            request,   step.width, starts};
   list_starts(candidates.parents, step.width, starts);
   const uint32_t wanted = static_cast<uint32_t>(step.num_beams);
   const uint32_t count = select_keys(
@@ -363,15 +367,11 @@ inline unsigned row_threads(Normalize normalize, bool is_given, int64_t codes) {
 
 template <class Token>
 StepView<Token> view_of(const BeamStep<Token>& step, void* scratch) {
-  return {step.trie,
-          0,
-          step.width,
-          step.num_beams,
-          step.nodes,
-          step.scores,
-          step.log_normalizer,
-          step.normalize,
-          static_cast<Parent*>(scratch)};
+  return {step.trie,           0,
+          step.width,          step.num_beams,
+          step.nodes,          step.scores,
+          step.log_normalizer, step.normalize,
+          step.node_scores,    static_cast<Parent*>(scratch)};
 }
 
 // Why a step cannot be done; null where it can.

@@ -50,6 +50,7 @@ struct BeamArguments {
   const Tensor &nodes, &scores;
   const std::optional<Tensor>& log_normalizer;
   int64_t num_beams, normalize;
+  const NodeScoreArguments& node_scores;
 
   template <class Real, class Token>
   dgi::cpu::BeamStep<Real, Token> step(int64_t requests, int64_t width) const {
@@ -63,6 +64,7 @@ struct BeamArguments {
     step.scores = view_of<Real>("scores", scores, requests, width);
     if (log_normalizer) step.log_normalizer = view_of<Real>("log_normalizer", *log_normalizer, requests, width);
     step.normalize = static_cast<dgi::Normalize>(normalize);
+    step.node_scores = node_scores.of<Real>(step.trie, requests);
     check_nodes(step.nodes, requests, width, step.trie.end());
     return step;
   }
@@ -77,12 +79,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> beam_step_cpu(
     const Tensor& tokens, const Tensor& child_start, const std::vector<Tensor>& delta,
     const std::vector<Tensor>& anchors, const std::vector<Tensor>& sets, const std::vector<int64_t>& set_of,
     const Tensor& logits, const Tensor& nodes, const Tensor& scores, const std::optional<Tensor>& log_normalizer,
-    int64_t num_beams, int64_t normalize, const std::optional<Tensor>& child_masks, int64_t /*max_degree*/) {
+    int64_t num_beams, int64_t normalize, const std::optional<Tensor>& child_masks, int64_t /*max_degree*/,
+    const std::optional<Tensor>& base_scores, const std::optional<Tensor>& delta_scores,
+    const std::optional<Tensor>& strengths, double strength) {
   STD_TORCH_CHECK(logits.dim() == 3, kBeam, "logits must be (B, M, K)");
   const int64_t requests = logits.size(0), width = logits.size(1), codes = logits.size(2);
   const DepthArguments depth(tokens, child_start, delta, anchors);
   const Allowed allowed = depth.allowed(sets, set_of, requests);
-  const BeamArguments arguments{depth, allowed, nodes, scores, log_normalizer, num_beams, normalize};
+  const NodeScoreArguments node_scores{base_scores, delta_scores, strengths, strength};
+  const BeamArguments arguments{depth, allowed, nodes, scores, log_normalizer, num_beams, normalize, node_scores};
   return depth.for_token([&](auto token) {
     return for_dtype(logits, [&](auto stored) {
       using Stored = decltype(stored);
@@ -106,12 +111,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cosine_beam_step_cpu(
     const Tensor& tokens, const Tensor& child_start, const std::vector<Tensor>& delta,
     const std::vector<Tensor>& anchors, const std::vector<Tensor>& sets, const std::vector<int64_t>& set_of,
     const Tensor& h, const Tensor& codebook, const Tensor& scale, double eps, const Tensor& nodes, const Tensor& scores,
-    const std::optional<Tensor>& log_normalizer, int64_t num_beams, int64_t normalize, int64_t /*max_degree*/) {
+    const std::optional<Tensor>& log_normalizer, int64_t num_beams, int64_t normalize, int64_t /*max_degree*/,
+    const std::optional<Tensor>& base_scores, const std::optional<Tensor>& delta_scores,
+    const std::optional<Tensor>& strengths, double strength) {
   check_head(h, codebook);
   const int64_t requests = h.size(0), width = h.size(1);
   const DepthArguments depth(tokens, child_start, delta, anchors);
   const Allowed allowed = depth.allowed(sets, set_of, requests);
-  const BeamArguments arguments{depth, allowed, nodes, scores, log_normalizer, num_beams, normalize};
+  const NodeScoreArguments node_scores{base_scores, delta_scores, strengths, strength};
+  const BeamArguments arguments{depth, allowed, nodes, scores, log_normalizer, num_beams, normalize, node_scores};
   return depth.for_token([&](auto token) {
     return for_dtype(h, [&](auto stored) {
       using Stored = decltype(stored);
@@ -195,11 +203,14 @@ std::tuple<Tensor, Tensor, Tensor> rank_candidates_cpu(
 STABLE_TORCH_LIBRARY_FRAGMENT(dgi_kernels, m) {
   m.def("beam_step(Tensor tokens, Tensor child_start, Tensor[] delta, Tensor[] anchors, Tensor[] sets, int[] set_of, "
         "Tensor logits, Tensor nodes, Tensor scores, Tensor? log_normalizer, int num_beams, int normalize, "
-        "Tensor? child_masks=None, int max_degree=-1) -> (Tensor nodes, Tensor tokens, Tensor parents, Tensor scores)");
+        "Tensor? child_masks=None, int max_degree=-1, Tensor? base_scores=None, Tensor? delta_scores=None, "
+        "Tensor? strengths=None, float strength=1.0) -> (Tensor nodes, Tensor tokens, Tensor parents, Tensor scores)");
   m.def("cosine_beam_step(Tensor tokens, Tensor child_start, Tensor[] delta, Tensor[] anchors, Tensor[] sets, "
         "int[] set_of, Tensor h, Tensor codebook, Tensor scale, float eps, Tensor nodes, Tensor scores, "
-        "Tensor? log_normalizer, int num_beams, int normalize, int max_degree=-1) -> (Tensor nodes, Tensor tokens, "
-        "Tensor parents, Tensor scores)");
+        "Tensor? log_normalizer, int num_beams, int normalize, int max_degree=-1, Tensor? base_scores=None, "
+        "Tensor? delta_scores=None, Tensor? strengths=None, float strength=1.0) -> (Tensor nodes, Tensor tokens, "
+        "Tensor parents, "
+        "Tensor scores)");
   m.def("beam_codes(Tensor[] tokens, Tensor[] parents) -> Tensor");
   m.def("rank_candidates(Tensor query, Tensor item_vectors, int num_nodes, Tensor[] below, Tensor? item_order, "
         "Tensor? item_ids, Tensor[] delta_below, Tensor? delta_order, Tensor? delta_ids, Tensor? delta_anchors, "

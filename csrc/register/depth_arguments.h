@@ -1,6 +1,7 @@
 // What the steps of a search take and leave on every device: one depth of a trie, hidden states, beams.
 #pragma once
 
+#include "dgi/beam.h"
 #include "register/tensors.h"
 #include "register/trie_arguments.h"
 
@@ -50,6 +51,36 @@ class DepthArguments {
  private:
   const Tensor &tokens_, &child_start_;
   const std::vector<Tensor>&delta_, &anchors_;
+};
+
+// What the children of the nodes of a depth add to their scores, in tensors: float32 for each part that there is, as
+// dgi/beam.h says, and a strength for each request (B,), of the step's dtype, or one for all.
+struct NodeScoreArguments {
+  const std::optional<Tensor>&base, &delta, &strengths;
+  double strength;
+
+  template <class Real, class Token>
+  dgi::NodeScores<Real> of(const dgi::TrieDepth<Token>& depth, int64_t requests) const {
+    if (!base || depth.end() == 0) return {};
+    STD_TORCH_CHECK(depth.delta.nodes == 0 || delta, kBeam, "node scores of a part of the trie are missing");
+    dgi::NodeScores<Real> scores{array("base_scores", *base, depth.base_children + 2 * depth.base.nodes)};
+    if (depth.delta.nodes > 0)
+      scores.delta = array("delta_scores", *delta, depth.children.count + 2 * depth.delta.nodes);
+    scores.strength = static_cast<Real>(strength);
+    if (!strengths) return scores;
+    constexpr ScalarType kStrength = std::is_same_v<Real, double> ? ScalarType::Double : ScalarType::Float;
+    STD_TORCH_CHECK(strengths->dim() == 1 && strengths->size(0) == requests && strengths->scalar_type() == kStrength,
+                    kBeam, "strengths must be (B,), of the compute dtype");
+    scores.strengths = data_of<Real>(*strengths), scores.stride = strengths->stride(0);
+    return scores;
+  }
+
+ private:
+  static const float* array(const char* name, const Tensor& x, int64_t numbers) {
+    check_array(name, x, ScalarType::Float);
+    STD_TORCH_CHECK(x.numel() == numbers, kBeam, name, " must have a number for each child, and two for each node");
+    return data_of<float>(x);
+  }
 };
 
 // The hidden states and the codebook of a step that makes its own logits.

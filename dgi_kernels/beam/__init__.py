@@ -20,6 +20,7 @@ from dgi_kernels.cosine import cosine_logits
 from dgi_kernels.enums import NORMALIZERS
 from dgi_kernels.trie import MAX_COUNT, Beams, Trie
 from dgi_kernels.trie.filters import Filters, TrieFilter, check_filters
+from dgi_kernels.trie.node_scores import Bonus, NodeScores, check_node_scores
 from dgi_kernels.types import Backend, Normalize
 
 __all__ = ["BeamResult", "Beams", "HiddenStates", "beam_search", "beam_step", "cosine_beam_step"]
@@ -71,6 +72,8 @@ def beam_step(
     normalize: Normalize = "full",
     log_normalizer: Tensor | None = None,
     filters: Filters = None,
+    node_scores: NodeScores | None = None,
+    strength: float | Tensor = 1.0,
     backend: Backend = "auto",
 ) -> Beams:
     """Extend every live beam by every code that the trie allows, and keep the ``num_beams`` best.
@@ -92,6 +95,9 @@ def beam_step(
             a value that is not finite.
         filters: one :class:`TrieFilter` for all requests, or a list with one (or None) per request. A child is allowed
             only while it leads to an allowed item.
+        node_scores: from :meth:`Trie.node_scores`, by the weights of items: each child's, times ``strength``, is added
+            to its score after any normalisation, that of the end of a sequence too.
+        strength: what node scores are multiplied with, a finite float or one per request, (B,).
         backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"``. Only the reference passes gradients on
             to the scores; ``"auto"`` takes it where an input requires one.
 
@@ -116,14 +122,13 @@ def beam_step(
     _check_logits("logits", logits, trie, beams)
     _check_options(beams, num_beams, normalize, log_normalizer)
     filters = check_filters(filters, trie, beams.nodes.shape[0])
-    chosen = choose_without_gradient("beam_step", backend, logits, beams.scores, log_normalizer)
-    if chosen == "native":
-        return _native_step(
-            trie,
-            beams,
-            lambda beams: _beam_step(trie, logits, beams, num_beams, normalize, log_normalizer, filters, chosen),
-        )
-    return _beam_step(trie, logits, _check_nodes(trie, beams), num_beams, normalize, log_normalizer, filters, chosen)
+    bonus = check_node_scores(node_scores, strength, trie, beams.nodes.shape[0])
+    chosen = choose_without_gradient("beam_step", backend, logits, beams.scores, log_normalizer, strength)
+
+    def step(beams: Beams) -> Beams:
+        return _beam_step(trie, logits, beams, num_beams, normalize, log_normalizer, filters, bonus, chosen)
+
+    return _native_step(trie, beams, step) if chosen == "native" else step(_check_nodes(trie, beams))
 
 
 def _beam_step(
@@ -134,17 +139,17 @@ def _beam_step(
     normalize: str,
     log_normalizer: Tensor | None,
     filters: TrieFilter | list[TrieFilter | None] | None,
+    bonus: Bonus | None,
     chosen: str,
 ) -> Beams:
     """:func:`beam_step` on arguments that are checked, by the implementation that is chosen."""
     if log_normalizer is not None:
         log_normalizer = log_normalizer.to(checks.compute_dtype(logits.dtype))
     if chosen == "native":
-        return native.beam_step(trie, logits, beams, num_beams, normalize, log_normalizer, filters)
+        return native.beam_step(trie, logits, beams, num_beams, normalize, log_normalizer, filters, bonus)
+    logits = logits.to(checks.compute_dtype(logits.dtype))
     with torch.autocast(logits.device.type, enabled=False):
-        return reference.beam_step(
-            trie, logits.to(checks.compute_dtype(logits.dtype)), beams, num_beams, normalize, log_normalizer, filters
-        )
+        return reference.beam_step(trie, logits, beams, num_beams, normalize, log_normalizer, filters, bonus)
 
 
 def cosine_beam_step(
@@ -158,6 +163,8 @@ def cosine_beam_step(
     normalize: Normalize = "full",
     log_normalizer: Tensor | None = None,
     filters: Filters = None,
+    node_scores: NodeScores | None = None,
+    strength: float | Tensor = 1.0,
     eps: float = 1e-12,
     backend: Backend = "auto",
 ) -> Beams:
@@ -170,7 +177,8 @@ def cosine_beam_step(
         codebook: (K, D), the dtype of ``h`` (under autocast they may differ), K as for the logits of ``beam_step``.
         scale: the logit scale (gamma), a finite float or a 0-d tensor.
         eps: lower bound of the norms; a zero vector has cosine 0 with everything.
-        trie, beams, num_beams, normalize, log_normalizer, filters, backend: as in :func:`beam_step`.
+        trie, beams, num_beams, normalize, log_normalizer, filters, node_scores, strength, backend: as in
+            :func:`beam_step`.
 
     Returns:
         Beams (B, num_beams) of depth ``beams.depth + 1``.
@@ -195,12 +203,15 @@ def cosine_beam_step(
     eps = checks.number("eps", eps, positive=True)
     _check_options(beams, num_beams, normalize, log_normalizer)
     filters = check_filters(filters, trie, beams.nodes.shape[0])
+    bonus = check_node_scores(node_scores, strength, trie, beams.nodes.shape[0])
     h, codebook = checks.autocast_operand(h), checks.autocast_operand(codebook)
     common = torch.promote_types(h.dtype, codebook.dtype)
     compute = checks.compute_dtype(common)
     if log_normalizer is not None:
         log_normalizer = log_normalizer.to(compute)
-    chosen = choose_without_gradient("cosine_beam_step", backend, h, codebook, scale, beams.scores, log_normalizer)
+    chosen = choose_without_gradient(
+        "cosine_beam_step", backend, h, codebook, scale, beams.scores, log_normalizer, strength
+    )
     if chosen == "native":
         return _native_step(
             trie,
@@ -216,6 +227,7 @@ def cosine_beam_step(
                 normalize,
                 log_normalizer,
                 filters,
+                bonus,
             ),
         )
     beams = _check_nodes(trie, beams)
@@ -223,7 +235,7 @@ def cosine_beam_step(
         logits = cosine_logits(
             h.to(compute), codebook.to(compute), checks.to_dtype(scale, compute), eps=eps, backend="reference"
         )
-        return reference.beam_step(trie, logits, beams, num_beams, normalize, log_normalizer, filters)
+        return reference.beam_step(trie, logits, beams, num_beams, normalize, log_normalizer, filters, bonus)
 
 
 def beam_search(
@@ -234,6 +246,8 @@ def beam_search(
     num_beams: int | Sequence[int],
     normalize: Normalize = "full",
     filters: Filters = None,
+    node_scores: NodeScores | None = None,
+    strength: float | Tensor = 1.0,
     backend: Backend = "auto",
 ) -> BeamResult:
     """Search the whole depth of a trie for the best semantic IDs of each request.
@@ -250,7 +264,7 @@ def beam_search(
         batch_size: the number of requests B.
         num_beams: beams per request M, any number from 1; or L such numbers, how many survive each level, such as
             ``[10, 50, 80]``. The last is the M of the result.
-        normalize, filters, backend: as in :func:`beam_step`.
+        normalize, filters, node_scores, strength, backend: as in :func:`beam_step`.
 
     Returns:
         BeamResult: codes (B, M, L), scores (B, M), nodes (B, M), best first. A dead row, where the catalog has fewer
@@ -276,6 +290,7 @@ def beam_search(
     widths = beam_widths(num_beams, trie.depth)
     checks.choice("normalize", normalize, NORMALIZERS)
     filters = check_filters(filters, trie, batch_size)
+    bonus = check_node_scores(node_scores, strength, trie, batch_size)
     history: list[Beams] = []
     chosen = "reference"  # or what runs, for logits of `dtype`: asked for once, where no gradient is in play
     dtype: torch.dtype | None = None
@@ -294,15 +309,17 @@ def beam_search(
                 num_beams=widths[depth],
                 normalize=normalize,
                 filters=filters,
+                node_scores=node_scores,
+                strength=strength,
                 eps=logits.eps,
                 backend=backend,
             )
         else:
             _check_logits(f"logits of step(depth={depth})", logits, trie, beams)
             if logits.dtype is not dtype or logits.requires_grad:
-                chosen = choose_without_gradient("beam_step", backend, logits, beams.scores)
+                chosen = choose_without_gradient("beam_step", backend, logits, beams.scores, strength)
                 dtype = logits.dtype
-            beams = _beam_step(trie, logits, beams, widths[depth], normalize, None, filters, chosen)
+            beams = _beam_step(trie, logits, beams, widths[depth], normalize, None, filters, bonus, chosen)
         history.append(beams)
     return BeamResult(_codes(history, backend), beams.scores, beams.nodes)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dgi_kernels import checks
 from dgi_kernels.beam import BeamResult, Step, beam_search
-from dgi_kernels.trie import Trie
+from dgi_kernels.trie import NodeScores, Trie
 from dgi_kernels.trie.filters import Filters
 from dgi_kernels.types import Backend, Normalize
 
@@ -70,6 +70,8 @@ def capture_search(
     num_beams: int | Sequence[int],
     normalize: Normalize = "full",
     filters: Filters = None,
+    node_scores: NodeScores | None = None,
+    strength: float | Tensor = 1.0,
     backend: Backend = "auto",
 ) -> CapturedSearch:
     """Capture a :func:`beam_search`, the model's steps included, in one CUDA graph.
@@ -80,8 +82,8 @@ def capture_search(
             cannot take (no host sync, no new shapes).
         inputs: the tensors that differ from call to call, e.g. the hidden states of a batch of queries. They are kept,
             and written to by calls.
-        batch_size, num_beams, normalize, filters, backend: as in :func:`beam_search`; fixed from here on, the filters
-            with what they allow.
+        batch_size, num_beams, normalize, filters, node_scores, strength, backend: as in :func:`beam_search`; fixed from
+            here on, the filters with what they allow (a tensor ``strength`` is read again by each call).
 
     Returns:
         CapturedSearch, to be called with new inputs.
@@ -113,12 +115,14 @@ def capture_search(
                 num_beams=num_beams,
                 normalize=normalize,
                 filters=filters,
+                node_scores=node_scores,
+                strength=strength,
                 backend=backend,
             )
 
     with torch.cuda.device(trie.device):
         graph, result = _capture(search)
-    return CapturedSearch(graph, kept, result, (trie, step, filters))
+    return CapturedSearch(graph, kept, result, (trie, step, filters, node_scores, strength))
 
 
 def _capture(search: Callable[[], BeamResult]) -> tuple[torch.cuda.CUDAGraph, BeamResult]:

@@ -14,6 +14,7 @@ from dgi_kernels.backend import tracing
 from dgi_kernels.enums import NORMALIZERS
 from dgi_kernels.trie import Beams, Trie
 from dgi_kernels.trie.filters import TrieFilter, filter_arguments
+from dgi_kernels.trie.node_scores import Bonus
 
 
 def beam_step(
@@ -24,6 +25,7 @@ def beam_step(
     normalize: str,
     log_normalizer: Tensor | None,
     filters: TrieFilter | list[TrieFilter | None] | None,
+    bonus: Bonus | None = None,
 ) -> Beams:
     """``logits`` (B, M, K) of any float dtype and strides; ``log_normalizer`` (B, M) float64 for float64 logits, else
     float32.
@@ -39,6 +41,7 @@ def beam_step(
         trie,
         beams,
         filters,
+        bonus,
         (logits,),
         num_beams,
         normalize,
@@ -59,6 +62,7 @@ def cosine_beam_step(
     normalize: str,
     log_normalizer: Tensor | None,
     filters: TrieFilter | list[TrieFilter | None] | None,
+    bonus: Bonus | None = None,
 ) -> Beams:
     """``h`` (B, M, D) and ``codebook`` (K, D) of one float dtype; the rest as in :func:`beam_step`."""
     compute = _compute_dtype(h)
@@ -68,6 +72,7 @@ def cosine_beam_step(
         trie,
         beams,
         filters,
+        bonus,
         (h.contiguous(), codebook.contiguous(), scale, eps),
         num_beams,
         normalize,
@@ -93,6 +98,7 @@ def _step(
     trie: Trie,
     beams: Beams,
     filters: TrieFilter | list[TrieFilter | None] | None,
+    bonus: Bonus | None,
     source: tuple[Any, ...],
     num_beams: int,
     normalize: str,
@@ -109,6 +115,15 @@ def _step(
     nodes, scores, compute = beams.nodes, beams.scores, _compute_dtype(source[0])
     if nodes.dtype is not torch.int64 or scores.dtype is not compute:
         nodes, scores = nodes.long(), scores.to(compute)
+    scored: tuple[Tensor | float | None, ...] = ()
+    if bonus is not None:
+        own, strength = bonus
+        of_added = None if own.delta is None else own.delta[depth]
+        scored = (
+            own.base[depth],
+            of_added,
+            *((strength.to(compute),) if isinstance(strength, Tensor) else (None, strength)),
+        )
     nodes, tokens, parents, scores = op(
         base.tokens[depth],
         base.child_start[depth],
@@ -123,6 +138,7 @@ def _step(
         num_beams,
         NORMALIZERS.index(normalize),
         *more,
+        *scored,
     )
     return Beams(nodes, tokens, parents, scores, depth + 1)
 
@@ -157,6 +173,10 @@ def _(
     normalize: int,
     child_masks: Tensor | None = None,
     max_degree: int = -1,
+    base_scores: Tensor | None = None,
+    delta_scores: Tensor | None = None,
+    strengths: Tensor | None = None,
+    strength: float = 1.0,
 ) -> tuple[Tensor, ...]:
     return _fake_beams(logits, num_beams)
 
@@ -179,5 +199,9 @@ def _(
     num_beams: int,
     normalize: int,
     max_degree: int = -1,
+    base_scores: Tensor | None = None,
+    delta_scores: Tensor | None = None,
+    strengths: Tensor | None = None,
+    strength: float = 1.0,
 ) -> tuple[Tensor, ...]:
     return _fake_beams(h, num_beams)

@@ -1,6 +1,6 @@
 """One step of a trie-constrained beam search in plain PyTorch, with static shapes.
 
-    score(m, k) = scores[m] + logp[m, k]   over all allowed children k of all live beams m
+    score(m, k) = scores[m] + (logp[m, k] + strength node_score[k])   over all allowed children k of all live beams m
     result      = the num_beams best, ties to the lower parent, then the lower token
 
 Every beam is given as many candidate slots as the widest node of its depth has children; the slots follow each other
@@ -16,6 +16,7 @@ from torch import Tensor
 from dgi_kernels.trie import Beams, Trie
 from dgi_kernels.trie.arrays import END
 from dgi_kernels.trie.filters import TrieFilter, allowed_nodes
+from dgi_kernels.trie.node_scores import Bonus
 
 DEAD = -torch.inf
 
@@ -28,6 +29,7 @@ def beam_step(
     normalize: str,
     log_normalizer: Tensor | None,
     filters: TrieFilter | list[TrieFilter | None] | None,
+    bonus: Bonus | None = None,
 ) -> Beams:
     """``logits`` (B, M, K) and ``log_normalizer`` (B, M) arrive in the compute dtype, float32 or float64."""
     depth, slots = beams.depth, trie.max_degree[beams.depth]
@@ -42,6 +44,12 @@ def beam_step(
     allowed = live.unsqueeze(-1) & exists & allowed_nodes(filters, children.masked_fill(~exists, -1), depth + 1)
 
     logp = _log_probabilities(_finite_or_dead(logits), tokens, allowed, normalize, log_normalizer)
+    if bonus is not None:
+        of_nodes = bonus.scores.at(children.masked_fill(~exists, 0), depth + 1).to(logits.dtype)
+        strength = bonus.strength
+        if isinstance(strength, Tensor):
+            strength = strength.to(logits.dtype)[:, None, None]
+        logp = logp + strength * of_nodes
     candidates = torch.where(allowed, _finite_or_dead(scores.unsqueeze(-1) + logp), DEAD).flatten(1)
     candidates = F.pad(candidates, (0, max(0, num_beams - width * slots)), value=DEAD)
     best, place = candidates.sort(dim=-1, descending=True, stable=True)

@@ -17,16 +17,17 @@ import torch
 from torch import Tensor
 
 from dgi_kernels import checks
-from dgi_kernels.trie import build, format
+from dgi_kernels.trie import build, format, node_scores
 from dgi_kernels.trie.arrays import token_dtype
 from dgi_kernels.trie.delta import Delta
 from dgi_kernels.trie.filters import TrieFilter
 from dgi_kernels.trie.format import TrieFormatError
 from dgi_kernels.trie.item_set import ItemSet
+from dgi_kernels.trie.node_scores import NodeScores
 from dgi_kernels.trie.parts import TrieParts
 from dgi_kernels.types import Backend, IntegersLike
 
-__all__ = ["Beams", "ItemRanges", "Trie", "TrieFilter", "TrieFormatError"]
+__all__ = ["Beams", "ItemRanges", "NodeScores", "Trie", "TrieFilter", "TrieFormatError"]
 
 
 MAX_COUNT = 2**31 - 1  # of requests, beams and results
@@ -257,6 +258,27 @@ class Trie:
             ItemSet.of_rows(in_base, base.item_order),
             None if added is None else ItemSet.of_rows(in_delta, added.item_order),
         )
+
+    def node_scores(self, item_weights: Tensor | np.ndarray | Sequence[float]) -> NodeScores:
+        """Make scores of all nodes from weights of the items, for ``node_scores=`` of the searches.
+
+        A node has the weight W(n), the sum over the items below it, in float64. A child adds ``strength * (log W(child)
+        - log W(parent))`` to its score; along a path that is ``strength * log (W(leaf) / W(root))``. With clicks as
+        weights a positive strength prefers what is popular and a negative one takes popularity off; business weights
+        boost. Filters do not change the weights, and items that are gone have none.
+
+        Args:
+            item_weights: (num_items,) positive and finite numbers, in the order given at build (that of ``item_ids``).
+
+        Raises:
+            ValueError, TypeError: weights of another shape, or that are not positive, finite numbers.
+
+        Examples:
+            >>> trie = dgi_kernels.Trie.from_codes([[0], [1], [1]])
+            >>> trie.node_scores([6.0, 1.0, 1.0]).at(trie.find([[0], [1]]), depth=1).exp()
+            tensor([0.7500, 0.2500])
+        """
+        return node_scores.make(self, item_weights)
 
     def _mask(self, mask: object) -> Tensor:
         try:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dgi_kernels import Beams, Trie, beam_step
+from dgi_kernels import Beams, Trie, beam_step, cosine_beam_step
 
 from ..kernels.beam_cases import (
     GPU_DTYPES,
@@ -144,3 +144,28 @@ def test_the_order_of_threads_does_not_matter(cuda_ops: on_cpu.Ops) -> None:
         first, second = (beam_step(trie, logits, beams, num_beams=50, backend="native") for _ in range(2))
     for a, b in zip(first[:4], second[:4], strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("normalize", NORMALIZE)
+def test_node_scores(cuda_ops: on_cpu.Ops, normalize: str) -> None:
+    """Of both parts of a trie, ends of sequences among them, one strength or several."""
+    with cuda_ops.instead(*OPS):
+        for _ in range(6):
+            catalog = random_catalog(max_items=30)
+            walk(catalog, dtype=torch.float32, normalize=normalize, exact=False, backend="native", weights=True)
+            cosine_walk(random_catalog(), dtype=torch.float32, backend="native", weights=True)
+
+
+def test_node_scores_of_requests_in_several_parts(cuda_ops: on_cpu.Ops) -> None:
+    """300 products are made at a time here: the strengths of a part are those of its requests."""
+    trie = Trie.from_codes(torch.randint(0, 40, (200, 1)), codebook_sizes=[40])
+    options = {
+        "num_beams": 5,
+        "node_scores": trie.node_scores(torch.rand(200) + 0.01),
+        "strength": torch.linspace(-3, 3, 40)[::2],
+    }
+    h, codebook = torch.randn(20, 1, 8), torch.randn(40, 8)
+    with cuda_ops.instead(*OPS):
+        got = cosine_beam_step(trie, h, codebook, 5.0, trie.root(20), backend="native", **options)
+    expected = cosine_beam_step(trie, h, codebook, 5.0, trie.root(20), backend="reference", **options)
+    assert_same(got, expected, exact=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dgi_kernels import Beams, Trie, TrieFilter, backends, beam_step, cosine_beam_step, cosine_logits
+from dgi_kernels import Beams, NodeScores, Trie, TrieFilter, backends, beam_step, cosine_beam_step, cosine_logits
 
 from .tries import Catalog, Code, make, names, random_filters
 
@@ -26,6 +27,8 @@ BACKENDS = ("reference", *(["native"] if backends()["native"].available else [])
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BOUND = 1e-5  # of scores, absolute and relative: sums of log-probabilities of a few units in float32
+
+STRENGTHS = (0.0, 1.0, -1.0, 0.3, -2.5)
 
 Candidate = tuple[int, int]  # parent, token
 
@@ -48,8 +51,10 @@ def candidates(
     normalize: str = "none",
     log_normalizer: list[float] | None = None,
     allowed: set[int] | None = None,
+    bonus: Callable[[Code], float] = lambda prefix: 0.0,
 ) -> dict[Candidate, float]:
-    """The score of every allowed child of every live beam of one request; ``prefixes`` has None for a dead beam."""
+    """The score of every allowed child of every live beam of one request; ``prefixes`` has None for a dead beam, and
+    ``bonus`` is what a prefix adds."""
     found: dict[Candidate, float] = {}
     for parent, prefix in enumerate(prefixes):
         if prefix is None or not scores[parent] > -math.inf:
@@ -70,7 +75,7 @@ def candidates(
             logp = dict(zip(codes, log_softmax([row[token] for token in codes]), strict=True))
         else:
             logp = {token: row[token] for token in codes}
-        found |= {(parent, token): scores[parent] + logp.get(token, 0.0) for token in tokens}
+        found |= {(parent, token): scores[parent] + logp.get(token, 0.0) + bonus((*prefix, token)) for token in tokens}
     return {candidate: score for candidate, score in found.items() if score > -math.inf}
 
 
@@ -101,17 +106,21 @@ def search(
 
 @dataclass
 class Options:
-    """The options of one step, for the ops and for the oracle; ``allowed`` are the ids that ``filters`` let pass."""
+    """The options of one step, for the ops and for the oracle; ``allowed`` are the ids that ``filters`` let pass, and
+    ``bonuses`` what prefixes add."""
 
     num_beams: int
     normalize: str = "full"
     log_normalizer: Tensor | None = None
     filters: TrieFilter | list[TrieFilter | None] | None = None
     allowed: list[set[int] | None] | None = None
+    node_scores: NodeScores | None = None
+    strength: float | Tensor = 1.0
+    bonuses: list[Callable[[Code], float]] | None = None
 
     def of_op(self) -> dict[str, object]:
         """Keywords of ``beam_step`` and ``cosine_beam_step``."""
-        return {name: value for name, value in vars(self).items() if name != "allowed"}
+        return {name: value for name, value in vars(self).items() if name not in ("allowed", "bonuses")}
 
     def of_oracle(self, request: int) -> dict[str, object]:
         """Keywords of :func:`candidates`."""
@@ -119,7 +128,33 @@ class Options:
             "normalize": self.normalize,
             "log_normalizer": None if self.log_normalizer is None else self.log_normalizer[request].tolist(),
             "allowed": None if self.allowed is None else self.allowed[request],
+            **({} if self.bonuses is None else {"bonus": self.bonuses[request]}),
         }
+
+
+def weighted(trie: Trie, catalog: Catalog, batch: int) -> dict[str, object]:
+    """Node scores by clicks that are equal, follow a law or differ by many orders of magnitude, for :class:`Options`;
+    with one strength for all requests or one for each."""
+    spread = random.choice([0.0, 1.0, 3.0, 20.0])
+    weights = {item: math.exp(spread * random.gauss(0, 1)) for item in catalog.ids}
+    strengths = [random.choice(STRENGTHS)] * batch
+    strength: float | Tensor = strengths[0] if strengths else 1.0
+    if random.random() < 0.5:
+        strengths = [random.choice(STRENGTHS) for _ in range(batch)]
+        strength = torch.tensor(strengths, dtype=random.choice([torch.float32, torch.float64]))
+
+    def bonus_of(strength: float) -> Callable[[Code], float]:
+        def bonus(prefix: Code) -> float:
+            child, parent = (math.fsum(weights[item] for item in catalog.items(code)) for code in (prefix, prefix[:-1]))
+            return strength * (math.log(child) - math.log(parent))
+
+        return bonus
+
+    return {
+        "node_scores": trie.node_scores([weights[item] for item in trie.item_ids.tolist()]),
+        "strength": strength,
+        "bonuses": list(map(bonus_of, strengths)),
+    }
 
 
 def random_normalizer(shape: tuple[int, int], dtype: torch.dtype, normalize: str) -> Tensor | None:
@@ -253,10 +288,14 @@ def steps(trie: Trie, logits: Tensor, beams: Beams, **options: object) -> tuple[
     return got, expected
 
 
-def walk(catalog: Catalog, *, dtype: torch.dtype, normalize: str, exact: bool, backend: str) -> None:
-    """Steps from given logits over one random catalog, its filters included. ``exact``: logits are small integers."""
+def walk(
+    catalog: Catalog, *, dtype: torch.dtype, normalize: str, exact: bool, backend: str, weights: bool = False
+) -> None:
+    """Steps from given logits over one random catalog, its filters included. ``exact``: logits are small integers;
+    ``weights``: with node scores."""
     trie, batch = make(catalog), random.randint(0, 3)
     filters, allowed = random_filters(catalog, trie, batch)
+    own = weighted(trie, catalog, batch) if weights else {}
     beams = trie.root(batch)
     for size in catalog.sizes:
         shape = (batch, beams.nodes.shape[1])
@@ -268,6 +307,7 @@ def walk(catalog: Catalog, *, dtype: torch.dtype, normalize: str, exact: bool, b
             log_normalizer=random_normalizer(shape, dtype, normalize),
             filters=filters,
             allowed=allowed,
+            **own,
         )
         after = beam_step(trie, logits, beams, backend=backend, **options.of_op())
         assert_step(trie, catalog, beams, logits, after, options, exact=exact)
@@ -277,15 +317,16 @@ def walk(catalog: Catalog, *, dtype: torch.dtype, normalize: str, exact: bool, b
         beams = shuffled(after) if random.random() < 0.3 else after
 
 
-def cosine_walk(catalog: Catalog, *, dtype: torch.dtype, backend: str) -> None:
+def cosine_walk(catalog: Catalog, *, dtype: torch.dtype, backend: str, weights: bool = False) -> None:
     """Steps from hidden states over one random catalog, against the oracle on logits in float64."""
     trie = make(catalog)
+    own = weighted(trie, catalog, 2) if weights else {}
     beams = trie.root(2)
     filters, allowed = random_filters(catalog, trie, 2)
     for size in catalog.sizes:
         h, codebook = torch.randn(2, beams.nodes.shape[1], 5).to(dtype), torch.randn(size, 5).to(dtype)
         scale = torch.tensor(7.0) if random.random() < 0.5 else 7.0
-        options = Options(4, random.choice(NORMALIZE), filters=filters, allowed=allowed)
+        options = Options(4, random.choice(NORMALIZE), filters=filters, allowed=allowed, **own)
         after = cosine_beam_step(trie, h, codebook, scale, beams, backend=backend, **options.of_op())
         logits = 7.0 * F.normalize(h.double(), dim=-1) @ F.normalize(codebook.double(), dim=-1).T
         assert_step(trie, catalog, beams, logits, after, options, exact=False)

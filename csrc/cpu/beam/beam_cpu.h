@@ -30,6 +30,7 @@ struct BeamStep {
   View<Real> scores;
   View<Real> log_normalizer;  // data null where not given
   Normalize normalize;
+  NodeScores<Real> node_scores;
 
   // Whether log-probabilities are normalised here, and so at most 0.
   bool normalizes() const { return normalize != Normalize::kNone && log_normalizer.data == nullptr; }

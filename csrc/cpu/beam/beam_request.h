@@ -9,6 +9,9 @@
 // Where a node has many of the codes between its first and its last (a root, or most nodes of a small codebook), all
 // these codes are compared, 32 at a time and without a gather. Which of those few that pass are children, and which, a
 // mask of the node's codes says; without one they are looked up among the tokens.
+//
+// With node scores a child's own number decides too, so that all children of a beam are scored before they are
+// compared. The largest of these numbers (the least, for a negative strength) bounds what a beam's children may add.
 #pragma once
 
 #include <algorithm>
@@ -108,6 +111,7 @@ struct Parent {
   Real peak;  // nor, with a log-sum-exp yet to be taken off, more than this
   int64_t beam, first_run, end_run;
   int64_t held = -1;  // where the logits of its children are held, if they are
+  Real bonus = 0;  // no child adds more to its score by its node score
 };
 
 // One request at a time: its parents, its candidates, its result. Knows nothing of where logits come from.
@@ -125,6 +129,7 @@ class Request {
     runs_.clear();
     held_.clear();
     slots_ = 0;
+    scan_pays_ = true;
     for (int64_t m = 0; m < step_.width; ++m) {
       const int64_t node = step_.nodes.at(request_, m);
       const Real score = finite_or_dead(step_.scores.at(request_, m));
@@ -132,7 +137,8 @@ class Request {
       const int64_t first_run = static_cast<int64_t>(runs_.size());
       list_runs(m, step_.trie.children_of(node));
       if (static_cast<int64_t>(runs_.size()) > first_run) {
-        parents_.push_back({score, score, -kDead, m, first_run, static_cast<int64_t>(runs_.size())});
+        const Real bonus = largest_bonus(node);
+        parents_.push_back({score, score + bonus, -kDead, m, first_run, static_cast<int64_t>(runs_.size()), -1, bonus});
       }
     }
     sort_by_bound();
@@ -206,14 +212,19 @@ class Request {
     }
     Normalizer<Real> normalizer;
     if (!find_normalizer(parent, log_sum_exp, normalizer)) return;
+    const bool scored = step_.node_scores.are_given();
     for (int64_t r = parent.first_run; r < parent.end_run; ++r) {
       const Run& run = runs_[r];
       const Token* const tokens = tokens_of(run);
       const int64_t first = first_code(run, ends);
       const bool whole = parent.end_run - parent.first_run == 1 && !run.in_delta;  // all children of a node of the base
-      add_children({first, run.end}, run, parent.score, normalizer, allowed_, row(), tokens + first,
-                   whole ? step_.masks.of(step_.nodes.at(request_, parent.beam)) : nullptr,
-                   [=](int64_t i) DGI_ALWAYS_INLINE { return logit(tokens[i]); });
+      const uint32_t* const mask = whole ? step_.masks.of(step_.nodes.at(request_, parent.beam)) : nullptr;
+      if (scored) {
+        add_scored({first, run.end}, run, parent, normalizer, row(), mask, logit);
+      } else {
+        add_children({first, run.end}, run, parent.score, normalizer, allowed_, row(), tokens + first, mask,
+                     [=](int64_t i) DGI_ALWAYS_INLINE { return logit(tokens[i]); });
+      }
     }
   }
 
@@ -222,10 +233,10 @@ class Request {
   DGI_ALWAYS_INLINE inline void extend_held(const Parent<Real>& parent, const Sum& log_sum_exp) {
     Normalizer<Real> normalizer;
     if (!find_normalizer(parent, log_sum_exp, normalizer)) return;
-    const Real* values = held_.data() + parent.held;
+    Real* values = held_.data() + parent.held;
     for (int64_t r = parent.first_run; r < parent.end_run; ++r) {
       const Run& run = runs_[r];
-      add_values({run.first, run.end}, run, parent.score, normalizer, allowed_, values);
+      add_normalized({run.first, run.end}, run, parent.score, normalizer, allowed_, values);
       values += run.end - run.first;
     }
   }
@@ -278,6 +289,26 @@ class Request {
 
   static constexpr Real kDead = -std::numeric_limits<Real>::infinity();
 
+  // No child of a node adds more to its score than this.
+  Real largest_bonus(int64_t node) const {
+    const NodeScores<Real>& scores = step_.node_scores;
+    if (!scores.are_given()) return 0;
+    const TrieDepth<Token>& trie = step_.trie;
+    const Real strength = scores.strength_of(request_);
+    const bool wants_largest = strength >= 0;
+    const auto bound = [&](const float* part, int64_t children, int64_t nodes, int64_t i) {
+      return strength * part[children + (wants_largest ? nodes : 0) + i];
+    };
+    int64_t in_delta = node - trie.base.nodes;
+    Real largest = kDead;
+    if (in_delta < 0) {
+      largest = bound(scores.base, trie.base_children, trie.base.nodes, node);
+      in_delta = trie.nodes.twin_of(node);
+    }
+    if (in_delta < 0) return largest;
+    return std::max(largest, bound(scores.delta, trie.children.count, trie.delta.nodes, in_delta));
+  }
+
   const Token* tokens_of(const Run& run) const {
     return run.in_delta ? step_.trie.delta.tokens : step_.trie.base.tokens;
   }
@@ -307,7 +338,8 @@ class Request {
   bool add_end(const Parent<Real>& parent) {
     const Run& run = runs_[parent.first_run];
     if (tokens_of(run)[run.first] != kEndToken) return false;
-    if (step_.trie.is_allowed(allowed_, run.first, run.in_delta)) best_.add(parent.score, run.slot);
+    const Real score = finite_or_dead(parent.score + step_.node_scores.of(request_, run.first, run.in_delta));
+    if (step_.trie.is_allowed(allowed_, run.first, run.in_delta)) best_.add(score, run.slot);
     return true;
   }
 
@@ -333,13 +365,90 @@ class Request {
       sum.template add<kFused>(log_sum_exp_of(values_.data() + i, std::min(kChunk, count - i)));
     }
     if (sum.empty()) return;
-    const Real* values = values_.data();
+    Real* values = values_.data();
     for (int64_t r = parent.first_run; r < parent.end_run; ++r) {
       const Run& run = runs_[r];
       const int64_t first = first_code(run, ends);
-      add_values({first, run.end}, run, parent.score, {sum.maximum, sum.log_sum()}, nullptr, values);
+      add_normalized({first, run.end}, run, parent.score, {sum.maximum, sum.log_sum()}, nullptr, values);
       values += run.end - first;
     }
+  }
+
+  // Adds the children of a run by their logits and node scores; `row` and `mask` as for add_children.
+  //
+  // Once there is a threshold, and where whole rows are compared with it, it is taken lower by the largest node score
+  // of the children: only those that pass are scored. Where too many do, or else, all are scored before a comparison.
+  template <class Logit>
+  DGI_ALWAYS_INLINE inline void add_scored(const Range& children, const Run& run, const Parent<Real>& parent,
+                                           const Normalizer<Real>& normalizer, const Real* row, const uint32_t* mask,
+                                           const Logit& logit) {
+    if (children.size() <= 0) return;
+    const Token* const tokens = tokens_of(run) + children.first;
+    int64_t done = 0;
+    if (row != nullptr && mask != nullptr && best_.full() && scan_pays_) {
+      done = scan_scored(children, run, parent, normalizer, row, tokens[children.size() - 1] + 1, mask);
+    }
+    const int64_t count = children.size() - done;
+    if (count <= 0) return;
+    values_.resize(static_cast<size_t>(count));
+    Real* const values = values_.data();
+    if (row == nullptr) {
+      for (int64_t i = 0; i < count; ++i) values[i] = logit(tokens[done + i]);
+    } else if (tokens[done + count - 1] - tokens[done] == count - 1) {
+      std::copy_n(row + tokens[done], count, values);
+    } else {
+      const Token* const of_values = tokens + done;
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) values[i] = row[of_values[i]];
+    }
+    add_normalized({children.first + done, children.end}, run, parent.score, normalizer, allowed_, values);
+  }
+
+  // Scans the codes up to `span` of a node whose children `mask` tells; returns how many children are done with.
+  DGI_ALWAYS_INLINE inline int64_t scan_scored(const Range& children, const Run& run, const Parent<Real>& parent,
+                                               const Normalizer<Real>& normalizer, const Real* row, int64_t span,
+                                               const uint32_t* mask) {
+    constexpr int64_t kLeast = 16, kMost = 32;  // so many, and one in so many of the children, may be scored
+    const int64_t count = children.size();
+    if (span > kSparseMasked * count) return 0;
+    const float* const own = (run.in_delta ? step_.node_scores.delta : step_.node_scores.base) + children.first;
+    const Real strength = step_.node_scores.strength_of(request_), upper = parent.score + parent.bonus;
+    const auto current_cut = [&] { return normalizer.cut(upper, best_.threshold()); };
+    Real cut = current_cut();
+    int64_t word = 0, before = 0, scored = 0, done = 0;
+    const bool through = scan_row(row, span, cut, mask, [&](int64_t k) DGI_ALWAYS_INLINE {
+      for (; word < k / ChildMasks::kWordBits; ++word) before += std::popcount(mask[word]);
+      const uint32_t below = mask[word] & ((uint32_t{1} << k % ChildMasks::kWordBits) - 1);
+      done = before + std::popcount(below);
+      if (kMost * ++scored > count + kMost * kLeast) return false;
+      const Real score = finite_or_dead(parent.score + (normalizer.log_probability(row[k]) + strength * own[done]));
+      if (score >= best_.threshold() && add_child(run, children.first + done, score, allowed_)) cut = current_cut();
+      return true;
+    });
+    scan_pays_ = through;
+    return through ? count : done;
+  }
+
+  // Adds the children of a run whose logits are `values`; with node scores these are overwritten.
+  DGI_ALWAYS_INLINE inline void add_normalized(const Range& children, const Run& run, Real parent,
+                                               const Normalizer<Real>& normalizer, const AllowedItems* allowed,
+                                               Real* values) {
+    const NodeScores<Real> scores = step_.node_scores;
+    if (!scores.are_given()) {
+      add_values(children, run, parent, normalizer, allowed, values);
+      return;
+    }
+    const float* const own = (run.in_delta ? scores.delta : scores.base) + children.first;
+    const Real strength = scores.strength_of(request_);
+    const int64_t count = children.size();
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) values[i] = log_probability(normalizer, values[i]) + strength * own[i];
+    add_values(children, run, parent, Normalizer<Real>{}, allowed, values);
+  }
+
+  // By value, or it is not vectorised.
+  DGI_ALWAYS_INLINE static inline Real log_probability(Normalizer<Real> normalizer, Real logit) {
+    return normalizer.log_probability(logit);
   }
 
   // Adds the children of a run whose logits are `values`.
@@ -481,6 +590,7 @@ class Request {
 
   const BeamStep<Real, Token>& step_;
   int64_t request_ = 0, slots_ = 0;
+  bool scan_pays_ = true;  // comparing whole rows with a threshold, for all that node scores may add
   const AllowedItems* allowed_ = nullptr;
   std::vector<Run> runs_;  // of all parents, by slot
   std::vector<Parent<Real>> parents_;

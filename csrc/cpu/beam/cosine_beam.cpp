@@ -92,7 +92,8 @@ class ChildBounds {
           const Real logit = tile_.terms().template score<fused.value, false>(product, token);
           best = logit > best ? logit : best;
         });
-        const Real peak = parent.score + best + margin_ + 16 * kEpsilon * std::abs(parent.score);
+        const Real peak = parent.score + parent.bonus + best + margin_
+                          + 16 * kEpsilon * (std::abs(parent.score) + std::abs(parent.bonus));
         return std::pair{peak, least_from<fused.value>(0, x)};
       });
     });

@@ -3,6 +3,8 @@
 //
 //   score(m, k) = scores[m] + logp[m, k],   logp = (logit - offset) - log_sum,   0 for the end of a sequence
 //
+// With node scores, scores[m] + (logp[m, k] + strength node_score[k]).
+//
 // The candidates of a request are numbered by parent, then by token (their slot), so that the order (score descending,
 // slot ascending) settles ties as docs/method.md says. Score and slot make one unsigned key, less is better.
 #pragma once
@@ -30,9 +32,8 @@ template <class Real>
 struct Normalizer {
   Real offset = 0, log_sum = 0;
 
-  DGI_HOST_DEVICE Real score(Real parent, Real logit) const {
-    return finite_or_dead(parent + ((finite_or_dead(logit) - offset) - log_sum));
-  }
+  DGI_HOST_DEVICE Real log_probability(Real logit) const { return (finite_or_dead(logit) - offset) - log_sum; }
+  DGI_HOST_DEVICE Real score(Real parent, Real logit) const { return finite_or_dead(parent + log_probability(logit)); }
 
   // A logit less than this scores less than `score`: the exact bound less a margin for the rounding of either. At least
   // the lowest finite number, so that NaN and -inf always fail the test `logit >= cut`.
@@ -44,6 +45,25 @@ struct Normalizer {
                           * (magnitude(score) + magnitude(parent) + magnitude(offset) + magnitude(log_sum));
     const double bound = exact - margin;
     return bound > kLowest && bound < std::numeric_limits<Real>::max() ? static_cast<Real>(bound) : kLowest;
+  }
+};
+
+// What children add to their scores: a number of each, by its place in its part of the trie, times the strength of the
+// request.
+template <class Real>
+struct NodeScores {
+  // (children), then of each node the least and the largest number of its children, (nodes) each; null: nothing
+  const float *base = nullptr, *delta = nullptr;
+  const Real* strengths = nullptr;  // (requests); null: one for all
+  int64_t stride = 0;
+  Real strength = 0;
+
+  DGI_HOST_DEVICE bool are_given() const { return base != nullptr || delta != nullptr; }  // a part may have no node
+  DGI_HOST_DEVICE Real strength_of(int64_t request) const {
+    return strengths == nullptr ? strength : strengths[request * stride];
+  }
+  DGI_HOST_DEVICE Real of(int64_t request, int64_t child, bool in_delta) const {
+    return are_given() ? strength_of(request) * (in_delta ? delta : base)[child] : Real{0};
   }
 };
 

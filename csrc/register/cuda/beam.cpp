@@ -66,6 +66,7 @@ struct StepArguments {
   const Tensor &nodes, &scores;
   const std::optional<Tensor>& log_normalizer;
   int64_t num_beams, normalize, max_degree;
+  const NodeScoreArguments& node_scores;
 
   template <class Token>
   dgi::cuda::BeamStep<Token> step(int64_t requests, int64_t width) const {
@@ -81,6 +82,7 @@ struct StepArguments {
       step.log_normalizer = view_of<float>(kBeam, "log_normalizer", *log_normalizer, requests, width);
     }
     step.normalize = static_cast<dgi::Normalize>(normalize);
+    step.node_scores = node_scores.of<float>(step.trie, requests);
     return step;
   }
 };
@@ -95,13 +97,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> beam_step_cuda(
     const std::vector<Tensor>& anchors, const std::vector<Tensor>& sets, const std::vector<int64_t>& set_of,
     const Tensor& logits, const Tensor& nodes, const Tensor& scores, const std::optional<Tensor>& log_normalizer,
     int64_t num_beams, int64_t normalize, const std::optional<Tensor>& /*child_masks*/,  // no gain: real children only
-    int64_t max_degree) {
+    int64_t max_degree, const std::optional<Tensor>& base_scores, const std::optional<Tensor>& delta_scores,
+    const std::optional<Tensor>& strengths, double strength) {
   STD_TORCH_CHECK(logits.dim() == 3, kBeam, "logits must be (B, M, K)");
-  check_devices(kStep, logits, tokens, child_start, delta, anchors, sets, nodes, scores, log_normalizer);
+  check_devices(kStep, logits, tokens, child_start, delta, anchors, sets, nodes, scores, log_normalizer, base_scores,
+                delta_scores, strengths);
   const int64_t requests = logits.size(0), width = logits.size(1);
   const DepthArguments depth(tokens, child_start, delta, anchors);
   const Allowed allowed = depth.allowed(sets, set_of, requests);
-  const StepArguments arguments{depth, allowed, nodes, scores, log_normalizer, num_beams, normalize, max_degree};
+  const NodeScoreArguments node_scores{base_scores, delta_scores, strengths, strength};
+  const StepArguments arguments{depth,     allowed,   nodes,      scores,     log_normalizer,
+                                num_beams, normalize, max_degree, node_scores};
   const dgi::cuda::Logits view{logits.const_data_ptr(), float_of(logits), logits.size(2),
                                logits.stride(0),        logits.stride(1), logits.stride(2)};
   const DeviceGuard guard(logits.get_device_index());
@@ -140,14 +146,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cosine_beam_step_cuda(
     const Tensor& tokens, const Tensor& child_start, const std::vector<Tensor>& delta,
     const std::vector<Tensor>& anchors, const std::vector<Tensor>& sets, const std::vector<int64_t>& set_of,
     const Tensor& h, const Tensor& codebook, const Tensor& scale, double eps, const Tensor& nodes, const Tensor& scores,
-    const std::optional<Tensor>& log_normalizer, int64_t num_beams, int64_t normalize, int64_t max_degree) {
+    const std::optional<Tensor>& log_normalizer, int64_t num_beams, int64_t normalize, int64_t max_degree,
+    const std::optional<Tensor>& base_scores, const std::optional<Tensor>& delta_scores,
+    const std::optional<Tensor>& strengths, double strength) {
   check_head(h, codebook);
   STD_TORCH_CHECK(scale.numel() == 1 && scale.scalar_type() == ScalarType::Float, kBeam, "scale must hold one float32");
-  check_devices(kStep, h, tokens, child_start, delta, anchors, sets, codebook, scale, nodes, scores, log_normalizer);
+  check_devices(kStep, h, tokens, child_start, delta, anchors, sets, codebook, scale, nodes, scores, log_normalizer,
+                base_scores, delta_scores, strengths);
   const int64_t requests = h.size(0), width = h.size(1), codes = codebook.size(0), dim = h.size(2);
   const DepthArguments depth(tokens, child_start, delta, anchors);
   const Allowed allowed = depth.allowed(sets, set_of, requests);
-  const StepArguments arguments{depth, allowed, nodes, scores, log_normalizer, num_beams, normalize, max_degree};
+  const NodeScoreArguments node_scores{base_scores, delta_scores, strengths, strength};
+  const StepArguments arguments{depth,     allowed,   nodes,      scores,     log_normalizer,
+                                num_beams, normalize, max_degree, node_scores};
   const DeviceGuard guard(h.get_device_index());
   return depth.for_token([&](auto token) {
     const auto step = arguments.step<decltype(token)>(requests, width);
