@@ -22,6 +22,7 @@ FAMILIES = {
     "beam_step": "beam",
     "cosine_beam_step": "beam",
     "beam_codes": "beam",
+    "log_normalizer": "log_normalizer",
     "rank_candidates": "ranking",
     "decoder_step": "decoder",
 }
@@ -29,8 +30,8 @@ FAMILIES = {
 REFERENCES = {"gumbel_noise": "dgi_kernels/noise.py"}
 CUDA_FILES = {"gumbel_noise": "noise", "cosine_beam_step": "cosine_beam"}
 TESTS = {"gumbel_noise": "noise"}
-BENCHES = {"clustering": "kmeans", "decoder": "search", "ranking": "beam"}
-PAGES = {"trie": "search", "beam": "search", "ranking": "search", "decoder": "search"}
+BENCHES = {"clustering": "kmeans", "decoder": "search", "ranking": "beam", "log_normalizer": "vocabulary"}
+PAGES = {"trie": "search", "beam": "search", "ranking": "search", "decoder": "search", "log_normalizer": "search"}
 
 
 def op_table(kernels: dict) -> str:

@@ -28,10 +28,19 @@ from dgi_kernels import triton_common as common
 from dgi_kernels.cosine import triton as cosine
 from dgi_kernels.cosine.options import Columns, LossOptions
 from dgi_kernels.gumbel import triton_softmax as softmax
+from dgi_kernels.log_normalizer import triton as log_normalizer
 from dgi_kernels.quantize import triton as quantize
 from dgi_kernels.quantize.options import Operands, QuantizeOptions
 
-MODULES = (common, cosine.kernels, cosine.chunks, softmax.kernels, quantize.kernels, quantize.chunks)
+MODULES = (
+    common,
+    cosine.kernels,
+    cosine.chunks,
+    softmax.kernels,
+    quantize.kernels,
+    quantize.chunks,
+    log_normalizer.kernels,
+)
 TYPES = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -205,9 +214,21 @@ def gumbel_launches() -> Iterator[Launch]:
     )
 
 
+def log_normalizer_launches() -> Iterator[Launch]:
+    """Each dtype, of rows that are one part and rows that are several, and once with a stride between logits."""
+    for dtype in (torch.float32, *common.HALF):
+
+        def read(dtype: torch.dtype = dtype) -> None:
+            for logits in (torch.randn(4096, 1024), torch.randn(2, 2, 151_936), torch.randn(2, 151_936, 2).mT):
+                log_normalizer.log_normalizer(logits.to(dtype))
+
+        yield from launches_of(str(dtype).removeprefix("torch."), read)
+
+
 def all_launches() -> Iterator[Launch]:
     yield from quantize_launches()
     yield from gumbel_launches()
+    yield from log_normalizer_launches()
     yield from cosine_launches()
 
 

@@ -61,6 +61,7 @@ __all__ = [
     "gumbel_noise",
     "gumbel_softmax",
     "kmeans",
+    "log_normalizer",
     "rank_candidates",
     "residual_kmeans",
     "residual_quantize",

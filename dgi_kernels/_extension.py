@@ -40,6 +40,7 @@ OPS = (
     "gumbel_softmax_backward",
     "item_set",
     "kmeans_seeds",
+    "log_normalizer",
     "parent_set",
     "rank_candidates",
     "residual_quantize",

@@ -60,13 +60,21 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     "beam_step": {"native": _CPP_AND_CUDA},
     "cosine_beam_step": {"native": _CPP_AND_CUDA},
     "beam_codes": {"native": {"cpu": None}},
+    "log_normalizer": {"native": _CPP, "triton": _TRITON},
     "rank_candidates": {"native": _CPP_AND_CUDA},
     "decoder_step": {"native": {"cpu": frozenset({torch.float32})}},
 }
 
 # Ops whose reference forms a tensor of rows x codes that is neither an input nor an output.
 FORMS_LOGITS = frozenset(
-    {"balanced_codes", "cosine_cross_entropy", "residual_quantize", "assign_codes", "cosine_beam_step"}
+    {
+        "assign_codes",
+        "balanced_codes",
+        "cosine_beam_step",
+        "cosine_cross_entropy",
+        "log_normalizer",
+        "residual_quantize",
+    }
 )
 
 # Options of an op that one of its kernels lacks, "name=value" -> why: what the other backends have, it may get later.
@@ -107,7 +115,7 @@ def _backend_problem(backend: str) -> str | None:
     if backend in _to_import:
         _to_import.discard(backend)
         try:
-            for module in ("cosine.triton", "gumbel.triton_softmax", "quantize.triton"):
+            for module in ("cosine.triton", "gumbel.triton_softmax", "quantize.triton", "log_normalizer.triton"):
                 importlib.import_module(f"dgi_kernels.{module}")
         except Exception as error:  # whatever a broken Triton raises: the other backends run without it
             _BACKEND_PROBLEM[backend] = f"the package triton cannot be imported ({type(error).__name__}: {error})"

@@ -19,14 +19,15 @@ import transformers
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
-from dgi.integrations.hypotheses import Found, Hypotheses, StepScores, log_normalizer
+from dgi.integrations.hypotheses import Found, Hypotheses, StepScores
 from dgi.integrations.model_steps import ModelSteps
 from dgi.integrations.settings import REFUSED_ARGUMENTS, Processing, check_given, check_settings
 from dgi.integrations.tokens import CodeTokens, EndTokens
-from dgi_kernels import Trie, beam_search, checks
+from dgi_kernels import NodeScores, Trie, beam_search, checks, log_normalizer
 from dgi_kernels.backend import checks_values
 from dgi_kernels.beam import beam_widths
 from dgi_kernels.trie.filters import Filters, check_filters
+from dgi_kernels.trie.node_scores import check_node_scores
 from dgi_kernels.types import Backend, Normalize
 
 NORMALIZERS = ("vocabulary", "full", "children")
@@ -67,6 +68,8 @@ def constrained_generate(
     length_penalty: float | None = None,
     early_stopping: bool | Literal["never"] | None = None,
     filters: Filters = None,
+    node_scores: NodeScores | None = None,
+    strength: float | Tensor = 1.0,
     backend: Backend = "auto",
     **generate_arguments: Any,
 ) -> ConstrainedGeneration:
@@ -103,6 +106,8 @@ def constrained_generate(
             semantic IDs; with ``eos_token_id`` and ``normalize="vocabulary"`` only. Default: the model's setting, else
             False.
         filters: one TrieFilter for all requests, or one (or None) per request.
+        node_scores, strength: what semantic IDs add by the weights of their items, as in
+            :func:`dgi_kernels.beam_step`; it is part of the scores, length penalty included.
         backend: of the beam steps.
         **generate_arguments: what ``generate`` takes too: inputs of the model (``token_type_ids``,
             ``decoder_input_ids``, ``encoder_outputs``, images and so on), ``generation_config``, ``logits_processor``,
@@ -137,6 +142,8 @@ def constrained_generate(
     if early_stopping not in (None, False, True, "never"):
         raise ValueError(f"early_stopping must be False, True or 'never'; got {early_stopping!r}")
     filters = check_filters(filters, trie, batch)
+    check_node_scores(node_scores, strength, trie, batch)
+    options: dict[str, Any] = {"filters": filters, "node_scores": node_scores, "strength": strength, "backend": backend}
     if attention_mask is not None:
         checks.tensor("attention_mask", attention_mask, like=input_ids)
         checks.shape("attention_mask", attention_mask, tuple(input_ids.shape), "that of input_ids")
@@ -175,9 +182,9 @@ def constrained_generate(
         penalty = 1.0 if penalty is None else penalty
         if normalize == "vocabulary" and tokens.ends:
             early = generation_config.early_stopping if early_stopping is None else early_stopping
-            found = Hypotheses(trie, tokens, batch, widths, penalty, early or False, filters, backend).run(step)
+            found = Hypotheses(trie, tokens, batch, widths, penalty, early or False, **options).run(step)
         else:
-            found = _search(trie, tokens, step, batch, widths, normalize, penalty, filters, backend)
+            found = _search(trie, tokens, step, batch, widths, normalize, penalty, options)
         found = Found(*(value[:, :returned] for value in found))
         pad = generation_config.pad_token_id
         results.append(_result(trie, tokens, prompt, found, pad if isinstance(pad, int) else None))
@@ -274,8 +281,7 @@ def _search(
     widths: list[int],
     normalize: Normalize | Literal["vocabulary"],
     length_penalty: float,
-    filters: Filters,
-    backend: Backend,
+    options: dict[str, Any],
 ) -> Found:
     """The best semantic IDs where ending costs nothing: :func:`dgi_kernels.beam_search`."""
 
@@ -291,8 +297,7 @@ def _search(
         level,
         batch_size=batch,
         num_beams=widths,
-        filters=filters,
-        backend=backend,
+        **options,
         normalize="none" if normalize == "vocabulary" else normalize,
     )
     lengths = (found.codes >= 0).sum(dim=2) + bool(tokens.ends)

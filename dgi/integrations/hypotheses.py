@@ -6,18 +6,16 @@ Nothing is as large as beams x vocabulary but the logits: of those one log-sum-e
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dgi.integrations.tokens import CodeTokens
-from dgi_kernels import Beams, Trie, beam_step, checks
+from dgi_kernels import Beams, NodeScores, Trie, beam_step, log_normalizer
 from dgi_kernels.trie.arrays import END
 from dgi_kernels.trie.filters import Filters
 from dgi_kernels.types import Backend
-
-_CHUNK = 2**21  # logits whose exponentials are held at once; larger temporaries cost page faults
 
 
 class StepScores(NamedTuple):
@@ -64,7 +62,8 @@ class Hypotheses:
         batch: requests B.
         widths: M_t of each level, L numbers.
         length_penalty, early_stopping: as for ``generate``.
-        filters, backend: of the beam steps.
+        filters, backend, node_scores, strength: of the beam steps. With a strength below 0 scores may rise, so that no
+            request is closed.
     """
 
     def __init__(
@@ -77,11 +76,20 @@ class Hypotheses:
         early_stopping: bool | str,
         filters: Filters,
         backend: Backend,
+        node_scores: NodeScores | None = None,
+        strength: float | Tensor = 1.0,
     ) -> None:
         self.trie, self.tokens, self.widths = trie, tokens, widths
         num_beams = widths[-1]
         self.length_penalty, self.early_stopping = length_penalty, early_stopping
-        self.filters, self.backend = filters, backend
+        self.options: dict[str, Any] = {
+            "filters": filters,
+            "backend": backend,
+            "node_scores": node_scores,
+            "strength": strength,
+        }
+        rises = torch.as_tensor(strength, device=trie.device) < 0 if node_scores is not None else torch.tensor(False)
+        self.may_rise = rises.to(trie.device).expand(batch).unsqueeze(1)
         self.running = trie.root(batch)
         self.running_codes = torch.empty(batch, 1, 0, dtype=torch.int64, device=trie.device)
         self.found = Found(
@@ -116,8 +124,7 @@ class Hypotheses:
                 self.running,
                 num_beams=self.widths[depth] + self.running.nodes.shape[1],
                 log_normalizer=normalizer,
-                filters=self.filters,
-                backend=self.backend,
+                **self.options,
             ),
             end_scores,
         )
@@ -136,8 +143,7 @@ class Hypotheses:
                 self.running,
                 num_beams=count,
                 normalize="none",
-                filters=self.filters,
-                backend=self.backend,
+                **self.options,
             )
             for values, count in (
                 (level, 2 * self.widths[depth] + width),
@@ -229,7 +235,7 @@ class Hypotheses:
         longest = self.early_stopping == "never" and self.length_penalty > 0
         length = self.trie.depth + 1 if longest else depth
         best = self.running.scores[:, :1] / length**self.length_penalty
-        self.improving = self.improving & (best > self.found.scores[:, -1:])
+        self.improving = self.improving & ((best > self.found.scores[:, -1:]) | self.may_rise)
 
 
 class _Candidates(NamedTuple):
@@ -248,22 +254,6 @@ class _Candidates(NamedTuple):
     codes: Tensor
     is_end: Tensor
     end_number: Tensor
-
-
-def log_normalizer(logits: Tensor) -> Tensor:
-    """Log-sum-exp (B, W) of ``logits`` (B, W, V) over the vocabulary, in float32 or better."""
-    rows = logits.flatten(0, 1).split(max(1, _CHUNK // max(1, logits.shape[2])))
-    return torch.cat([_log_sum_exp(part) for part in rows]).view(logits.shape[:2])
-
-
-def _log_sum_exp(logits: Tensor) -> Tensor:
-    """Log-sum-exp (n,) of ``logits`` (n, V).
-
-    exp is taken of nothing below -80: what it would add is lost in rounding anyway, and its denormal results made
-    torch.logsumexp 15 times slower on peaked logits.
-    """
-    best = logits.amax(dim=1, keepdim=True).to(checks.compute_dtype(logits.dtype))
-    return (logits - best).clamp_(min=-80).exp_().sum(dim=1).log_() + best.squeeze(1)
 
 
 def _rows(values: Tensor, place: Tensor) -> Tensor:

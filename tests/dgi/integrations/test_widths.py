@@ -78,3 +78,34 @@ def test_as_many_are_returned_as_survive_the_last_level() -> None:
     assert case.constrained(None, [8, 3], num_return_sequences=2).codes.shape == (3, 2, 2)
     with pytest.raises(ValueError, match="num_beams must be an integer, or have one per level of the trie, 2"):
         case.constrained(None, [8, 3, 2])
+
+
+@pytest.mark.parametrize("end", [END, None], ids=["end", "no end"])
+@pytest.mark.parametrize("normalize", ["vocabulary", "full"])
+def test_node_scores_are_part_of_the_scores(end: int | None, normalize: str) -> None:
+    """With as many beams as semantic IDs, each has its own score and the share of its items' weight on top."""
+    case = Case("t5", np.random.randint(0, (4, 5), (30, 2)), (4, 5), batch=2)
+    weights = torch.rand(30) + 0.01
+    strength = torch.tensor([0.7, -1.3])
+    options = {"normalize": normalize, "length_penalty": 0.0, "early_stopping": False}
+    plain = case.constrained(end, 20, **options)
+    ours = case.constrained(end, 20, node_scores=case.trie.node_scores(weights), strength=strength, **options)
+    shares = {
+        tuple(code): float(sum(weights[i] for i, own in enumerate(case.codes) if own == code) / weights.sum())
+        for code in case.codes
+    }
+    for request in range(2):
+        scores = {
+            tuple(code): score
+            for code, score in zip(
+                plain.codes[request].tolist(), plain.sequences_scores.view(2, 20)[request].tolist(), strict=True
+            )
+            if score > -math.inf
+        }
+        assert scores.keys() == shares.keys()
+        expected = {code: score + float(strength[request]) * math.log(shares[code]) for code, score in scores.items()}
+        found = ours.sequences_scores.view(2, 20)[request]
+        live = found > -math.inf
+        assert found[live].tolist() == sorted(found[live].tolist(), reverse=True)
+        codes = map(tuple, ours.codes[request][live].tolist())
+        assert dict(zip(codes, found[live].tolist(), strict=True)) == pytest.approx(expected, abs=1e-4)
