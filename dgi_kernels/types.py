@@ -24,6 +24,9 @@ Reduction: TypeAlias = Literal["none", "mean", "sum"]
 Normalize: TypeAlias = Literal["full", "children", "none"]
 """What a beam step subtracts from logits: log-sum-exp over the codebook, over the allowed children, or nothing."""
 
+Order: TypeAlias = Literal["lexicographic", "sum"]
+"""What items are ranked by: beam score and then cosine, or their weighted sum."""
+
 Rows: TypeAlias = Literal["replicated", "sharded"]
 """Whether the rows of a vocabulary-parallel loss are the same on all ranks, or each rank has different ones."""
 

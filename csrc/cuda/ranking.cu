@@ -4,6 +4,7 @@
 // how many of those are allowed: after the beam with the k-th, and those that tie with it, no item can count. Of the
 // others a warp takes one at a time, makes its cosine (D multiply-adds, twice: the norm comes with the product) and
 // adds its key to a buffer, unless k better ones are known; a full buffer is sorted and cut to the best k.
+// By a sum every item below the beams may count.
 //
 // Bytes: D elements for each item that may count, about k of them whatever the number of beams.
 //
@@ -33,7 +34,7 @@ constexpr float kDead = -std::numeric_limits<float>::infinity();
 
 using Descending = CandidateKey<float>;
 
-// Less is better: score and cosine descending, then the id.
+// Less is better: score (or sum) and cosine descending, then the id.
 struct RankKey {
   uint64_t score_and_cosine;
   int64_t id;
@@ -70,6 +71,7 @@ struct RankingView {
   View<float> scores;
   int64_t query_stride, item_stride;
   float eps;
+  RankOrder<float> order;
   RankingOutput out;
 };
 
@@ -147,6 +149,7 @@ __device__ uint32_t list_items(const RankingView& in, const RankedSets& sets, co
   if (threadIdx.x == 0) starts[beams] = items;
   __syncthreads();
   if (beams == 0) return 0;
+  if (in.order.by_sum) return items;  // any may be the best
   uint32_t end = last[0];
   const uint32_t score = static_cast<uint32_t>(uint64_t{keys[end]} >> 32);
   while (end < beams && static_cast<uint32_t>(uint64_t{keys[end]} >> 32) == score) ++end;
@@ -202,7 +205,17 @@ __device__ void rank(const RankingView& in, const RankedSets& sets, const Stored
     if (id < 0 || id >= in.rows) return;
     const Products products = warp_products(query, vectors + id * in.item_stride, in.dim);
     const float cosine = products.cross * query_factor * reciprocal_norm(products.square, in.eps);
-    const RankKey key{(beam & ~uint64_t{0xFFFFFFFF}) | descending_bits(cosine == cosine ? cosine : -1), id};
+    const float known = cosine == cosine ? cosine : -1;
+    uint64_t rank = beam & ~uint64_t{0xFFFFFFFF};
+    if (in.order.by_sum) {
+      float logs = 0;
+      if (in.order.shares) {
+        logs = logf(
+            static_cast<float>(count_allowed(allowed.base, found.base) + count_allowed(allowed.delta, found.delta)));
+      }
+      rank = uint64_t{descending_bits(in.order.sum(Descending::score(beam), known, logs))} << 32;
+    }
+    const RankKey key{rank | descending_bits(known), id};
     if (threadIdx.x % kWarp == 0 && key < worst) buffer[atomicAdd(held + 0, 1u)] = key;
   };
 
@@ -263,7 +276,7 @@ uint32_t width_for(int64_t width) { return std::bit_ceil(static_cast<uint32_t>(s
 template <class Stored>
 void launch_on(const Ranking& in, const RankingOutput& out, void* scratch, void* stream) {
   RankingView view{in.base,   in.delta,        in.anchors,     0,      in.width, in.k, in.dim, in.rows, in.nodes,
-                   in.scores, in.query_stride, in.item_stride, in.eps, out};
+                   in.scores, in.query_stride, in.item_stride, in.eps, in.order, out};
   const auto* const query = static_cast<const Stored*>(in.query);
   const auto* const vectors = static_cast<const Stored*>(in.items);
   RankedSets ranked(in.base.below, in.delta.below);

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cuda/search.h"
+#include "dgi/ranking.h"
 #include "dgi/trie.h"
 
 namespace dgi::cuda {
@@ -30,6 +31,7 @@ struct Ranking {
   Float dtype;
   int64_t query_stride, item_stride;
   float eps;
+  RankOrder<float> order;
 };
 
 // (B, k) each

@@ -172,14 +172,15 @@ std::tuple<Tensor, Tensor, Tensor> rank_candidates_cpu(
     const std::optional<Tensor>& item_order, const std::optional<Tensor>& item_ids,
     const std::vector<Tensor>& delta_below, const std::optional<Tensor>& delta_order,
     const std::optional<Tensor>& delta_ids, const std::optional<Tensor>& delta_anchors, const std::vector<Tensor>& sets,
-    const std::vector<int64_t>& set_of, const Tensor& nodes, const Tensor& scores, int64_t k, double eps) {
+    const std::vector<int64_t>& set_of, const Tensor& nodes, const Tensor& scores, int64_t k, double eps, bool by_sum,
+    double cosine_weight, bool share) {
   const RankingArguments arguments(query, item_vectors, num_nodes, below, item_order, item_ids, delta_below,
                                    delta_order, delta_ids, delta_anchors, sets, set_of, nodes, k);
   const int64_t requests = arguments.requests, width = arguments.width;
   return for_dtype(query, [&](auto stored) -> std::tuple<Tensor, Tensor, Tensor> {
     using Stored = decltype(stored);
     using Real = dgi::Compute<Stored>;
-    auto in = arguments.input<dgi::cpu::RankingInput<Stored>>(eps);
+    auto in = arguments.input<dgi::cpu::RankingInput<Stored>>(eps, by_sum, cosine_weight, share);
     in.nodes = view_of<int64_t>("nodes", nodes, requests, width);
     in.scores = view_of<float>("scores", scores, requests, width);
     check_nodes(in.nodes, requests, width, in.base.nodes + in.delta.nodes);
@@ -214,8 +215,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dgi_kernels, m) {
   m.def("beam_codes(Tensor[] tokens, Tensor[] parents) -> Tensor");
   m.def("rank_candidates(Tensor query, Tensor item_vectors, int num_nodes, Tensor[] below, Tensor? item_order, "
         "Tensor? item_ids, Tensor[] delta_below, Tensor? delta_order, Tensor? delta_ids, Tensor? delta_anchors, "
-        "Tensor[] sets, int[] set_of, Tensor nodes, Tensor scores, int k, float eps) -> (Tensor items, Tensor scores, "
-        "Tensor cosines)");
+        "Tensor[] sets, int[] set_of, Tensor nodes, Tensor scores, int k, float eps, bool by_sum=False, "
+        "float cosine_weight=1.0, bool share=False) -> (Tensor items, Tensor scores, Tensor cosines)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dgi_kernels, CPU, m) {

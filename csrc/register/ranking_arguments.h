@@ -41,8 +41,9 @@ class RankingArguments {
 
   // dgi::cpu::RankingInput or dgi::cuda::Ranking, but for the views of the beams. It points into this.
   template <class Input>
-  Input input(double eps) const {
+  Input input(double eps, bool by_sum, double cosine_weight, bool share) const {
     Input in{};
+    in.order = {by_sum, share, static_cast<decltype(in.eps)>(cosine_weight)};
     in.base = {num_nodes_, below_->levels(), rows_of("item_order", item_order_), offsets_of("item_ids", item_ids_)};
     if (delta_anchors_) {
       in.anchors = anchors_of(*delta_anchors_);

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dgi.cli.common import (
     DATA_FORMAT,
@@ -12,18 +14,24 @@ from dgi.cli.common import (
     add_run_options,
     device,
     load_catalog,
+    load_data,
     load_trained,
     next_command,
     positive,
 )
 
+if TYPE_CHECKING:
+    from dgi.model.dgi_model import DGIModel
+    from dgi.retrieval.index import DGIIndex
+
 HELP = "give every item of a catalog its semantic ID and store them as an index"
 EPILOG = f"""\
-example:
+examples:
   dgi index --model run --data my-data --output run/index.safetensors
+  dgi index --model run --data my-data --output run/index.safetensors --tune
 
 {DATA_FORMAT}
-  Of the folder only the items are read.
+  Of the folder only the items are read, with --tune the interactions too.
 """
 
 
@@ -39,6 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="give every item a semantic ID that no other has (default: wherever there are as many IDs as items)",
     )
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="choose on validation data what the cosine counts when results are ranked by a sum (dgi search --order "
+        "sum), and store it with the index",
+    )
     add_run_options(parser)
 
 
@@ -49,9 +63,10 @@ def run(args: argparse.Namespace) -> None:
 
     check_output(args.output.parent, [args.output])
     model = load_trained(args.model, device(args.device))
-    index = DGIIndex.build(
-        model, load_catalog(args.data), unique=args.unique, batch_size=args.batch_size, progress=args.progress
-    )
+    catalog = load_catalog(args.data)
+    index = DGIIndex.build(model, catalog, unique=args.unique, batch_size=args.batch_size, progress=args.progress)
+    if args.tune:
+        index = _tuned(index, model, args)
     index.save(args.output)
     shared = collisions(index.codes.cpu().numpy())
     print(
@@ -64,3 +79,17 @@ def run(args: argparse.Namespace) -> None:
             "dgi", "search", "--index", args.output, "--model", args.model, "--data", args.data, "--query", "TEXT"
         )
     )
+
+
+def _tuned(index: DGIIndex, model: DGIModel, args: argparse.Namespace) -> DGIIndex:
+    from dgi.data.dataset import with_validation
+    from dgi.evaluation.tuning import K, tune_cosine_weight
+    from dgi.retrieval.search import Searcher
+
+    data = with_validation(load_data(args.data))
+    assert data.validation is not None
+    best, found = tune_cosine_weight(Searcher(model, index, data.catalog), data.validation, progress=args.progress)
+    print(f"weight of the cosine, ndcg@{K} of {len(data.validation):,} validation interactions:")
+    for weight, measure in found.items():
+        print(f"  {weight:>6g}  {measure:.4f}{'  (chosen)' if weight == best else ''}")
+    return dataclasses.replace(index, cosine_weight=best)

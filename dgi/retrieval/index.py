@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,8 +25,18 @@ from dgi.model.dgi_model import DGIModel
 from dgi.model.encoders import QueryEncoding
 from dgi.model.encoding import device_of, encode_items, evaluating
 from dgi.training.checkpoint import CheckpointError, read_tensors, write_tensors
-from dgi_kernels import Ranking, Trie, TrieFilter, beam_search, rank_candidates, unique_codes
+from dgi_kernels import (
+    BeamResult,
+    NodeScores,
+    Ranking,
+    Trie,
+    TrieFilter,
+    beam_search,
+    rank_candidates,
+    unique_codes,
+)
 from dgi_kernels.beam import beam_widths
+from dgi_kernels.types import Order
 
 KIND = "DGIIndex"
 # What a search keeps of each beam; requests are searched in parts that keep it below this. A decoder with a cache keeps
@@ -45,7 +55,8 @@ class SearchResult:
 
     Attributes:
         items: (B, k) int64 catalog rows, -1 where there are fewer.
-        scores: (B, k) float32 log-probability of the item's semantic ID, -inf where there is none.
+        scores: (B, k) float32 log-probability of the item's semantic ID, with its node scores if any; with
+            ``order="sum"`` the sum that ranks the item. -inf where there is none.
         cosines: (B, k) float32 cosine of query and item, -1 where there is none.
         ids: for each request the ids of its items, without padding.
     """
@@ -64,6 +75,8 @@ class DGIIndex:
         trie: semantic IDs of all items; the trie's item ids are catalog rows.
         vectors: (N, d) float32, z of every item divided by its norm.
         ids: one distinct id per item, in row order.
+        cosine_weight: what the cosine counts in a ranking by a sum, as learnt on validation data; None where nobody
+            has.
 
     Raises:
         ValueError: the parts do not fit each other.
@@ -72,6 +85,7 @@ class DGIIndex:
     trie: Trie
     vectors: Tensor
     ids: tuple[str, ...]
+    cosine_weight: float | None = None
 
     def __post_init__(self) -> None:
         size = len(self.ids)
@@ -144,7 +158,7 @@ class DGIIndex:
 
     def to(self, device: torch.device | str) -> DGIIndex:
         """The index on ``device``."""
-        return DGIIndex(self.trie.to(device), self.vectors.to(device), self.ids)
+        return DGIIndex(self.trie.to(device), self.vectors.to(device), self.ids, self.cosine_weight)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file: whole or not at all, versioned, with a checksum."""
@@ -156,7 +170,10 @@ class DGIIndex:
             "id_bytes": torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8),
             "id_offsets": torch.tensor([0, *map(len, texts)]).cumsum(0),
         }
-        write_tensors(path, tensors, {"kind": KIND, "trie": trie_meta})
+        description: dict[str, Any] = {"kind": KIND, "trie": trie_meta}
+        if self.cosine_weight is not None:
+            description["cosine_weight"] = self.cosine_weight
+        write_tensors(path, tensors, description)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> DGIIndex:
@@ -176,10 +193,11 @@ class DGIIndex:
                 {name.removeprefix("trie."): array for name, array in tensors.items()}, description["trie"]
             )
             ids = _decode_ids(parts["id_bytes"], parts["id_offsets"])
-            return cls(trie, parts["vectors"], ids)
+            weight = description.get("cosine_weight")  # files of before have none
+            return cls(trie, parts["vectors"], ids, None if weight is None else float(weight))
         except KeyError as error:
             raise IndexFormatError(f"{path} describes no index: it has no {error}") from error
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise IndexFormatError(f"{path} describes no index: {error}") from error
 
     @torch.no_grad()
@@ -192,6 +210,11 @@ class DGIIndex:
         num_beams: int | Sequence[int] = 50,
         exclude: Tensor | None = None,
         filters: Sequence[TrieFilter | None] | TrieFilter | None = None,
+        node_scores: NodeScores | None = None,
+        strength: float | Tensor = 1.0,
+        order: Order = "lexicographic",
+        cosine_weight: float | None = None,
+        share: bool = True,
     ) -> SearchResult:
         """Search for a batch of requests; :class:`dgi.Searcher` makes batches from texts and ids.
 
@@ -204,11 +227,17 @@ class DGIIndex:
             exclude: (B, E) int64 catalog rows to leave out of each ranking, -1 for none.  They are dropped after the
                 search, which therefore looks for k + E items; let ``num_beams`` leave room for them.
             filters: restrict the search to a subset of the items, for all requests or for each.
+            node_scores, strength: prefer or avoid items by weights such as their clicks, by
+                ``index.trie.node_scores(weights)`` with a weight per catalog row; see :func:`dgi_kernels.beam_step`.
+            order, cosine_weight, share: how the items found are ranked, see :func:`dgi_kernels.rank_candidates`; by
+                default with the index's own weight, or 1.
 
         Raises:
             ValueError: the index and the model, or the batch, do not fit.
         """
         self._check_fit(model, batch, exclude)
+        weight = self.cosine_weight if cosine_weight is None else cosine_weight
+        ranked_by = {"order": order, "cosine_weight": 1.0 if weight is None else weight, "share": share}
         with evaluating(model):
             query = model.encode_queries(batch)
             widest = max(beam_widths(num_beams, self.trie.depth))
@@ -218,7 +247,18 @@ class DGIIndex:
                 rows = slice(start, start + at_once)
                 part = QueryEncoding(*(value[rows] for value in query))
                 own = list(filters[rows]) if isinstance(filters, Sequence) else filters
-                parts.append(self._rank(model, part, k, num_beams, None if exclude is None else exclude[rows], own))
+                per_request = isinstance(strength, Tensor) and strength.ndim == 1
+                beams = beam_search(
+                    self.trie,
+                    model.beam_step_function(part),
+                    batch_size=len(part.vector),
+                    num_beams=num_beams,
+                    filters=own,
+                    node_scores=node_scores,
+                    strength=cast(Tensor, strength)[rows] if per_request else strength,
+                )
+                left_out = None if exclude is None else exclude[rows]
+                parts.append(self._rank(part, beams, k, left_out, own, ranked_by))
         items, scores, cosines = map(torch.cat, zip(*parts, strict=True))
         return SearchResult(items, scores, cosines, item_ids(self.ids, items))
 
@@ -230,22 +270,17 @@ class DGIIndex:
 
     def _rank(
         self,
-        model: DGIModel,
         query: QueryEncoding,
+        beams: BeamResult,
         k: int,
-        num_beams: int | Sequence[int],
         exclude: Tensor | None,
         filters: list[TrieFilter | None] | TrieFilter | None,
+        ranked_by: dict[str, Any],
     ) -> Ranking:
-        beams = beam_search(
-            self.trie,
-            model.beam_step_function(query),
-            batch_size=len(query.vector),
-            num_beams=num_beams,
-            filters=filters,
-        )
         wanted = k if exclude is None else k + exclude.shape[1]
-        ranking = rank_candidates(query.vector.float(), self.vectors, self.trie, beams, wanted, filters=filters)
+        ranking = rank_candidates(
+            query.vector.float(), self.vectors, self.trie, beams, wanted, filters=filters, **ranked_by
+        )
         if exclude is None:
             return ranking
         places, exist = first_allowed(ranking.items, exclude, k)

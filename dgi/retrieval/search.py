@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,6 +70,7 @@ class Searcher:
         exclude_history: bool = False,
         filters: Sequence[TrieFilter | None] | TrieFilter | None = None,
         progress: bool = False,
+        **scoring: Any,
     ) -> SearchResult:
         """Search for n requests, each a query, a history, or both.
 
@@ -81,6 +83,8 @@ class Searcher:
             exclude_history: leave the items of a request's history out of its results.
             filters: see :meth:`dgi.DGIIndex.search`.
             progress: show a progress bar.
+            **scoring: ``node_scores``, ``strength`` (one for all requests), ``order``, ``cosine_weight`` and ``share``
+                of :meth:`dgi.DGIIndex.search`.
 
         Returns:
             The results in the order of the requests, on the CPU.
@@ -96,7 +100,7 @@ class Searcher:
         rows = self._rows(histories or [[]] * n)
         requests = Requests.prepare(self.model, queries or [""] * n, rows, query_vectors)
         exclude = torch.from_numpy(rows) if exclude_history else None
-        return self._search(requests, exclude, k, num_beams, filters, progress)
+        return self._search(requests, exclude, k, num_beams, filters, progress, scoring)
 
     def search_interactions(
         self,
@@ -106,10 +110,11 @@ class Searcher:
         num_beams: int | Sequence[int] = 50,
         exclude_history: bool = False,
         progress: bool = False,
+        **scoring: Any,
     ) -> SearchResult:
         """Search with the queries and histories of recorded interactions; see :meth:`search`."""
         exclude = torch.from_numpy(interactions.histories) if exclude_history else None
-        return self._search(Requests.of(self.model, interactions), exclude, k, num_beams, None, progress)
+        return self._search(Requests.of(self.model, interactions), exclude, k, num_beams, None, progress, scoring)
 
     def _search(
         self,
@@ -119,6 +124,7 @@ class Searcher:
         num_beams: int | Sequence[int],
         filters: Sequence[TrieFilter | None] | TrieFilter | None,
         progress: bool,
+        scoring: dict[str, Any],
     ) -> SearchResult:
         device = device_of(self.model)
         parts = []
@@ -127,7 +133,7 @@ class Searcher:
                 own = filters[rows] if isinstance(filters, Sequence) else filters
                 left_out = None if exclude is None else exclude[rows].to(device)
                 result = self.index.search(
-                    self.model, batch.to(device), k, num_beams=num_beams, exclude=left_out, filters=own
+                    self.model, batch.to(device), k, num_beams=num_beams, exclude=left_out, filters=own, **scoring
                 )
                 parts.append((result.items.cpu(), result.scores.cpu(), result.cosines.cpu()))
                 bar.update(len(batch))

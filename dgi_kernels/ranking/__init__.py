@@ -1,4 +1,4 @@
-"""The coarse-to-fine end of the search: the items of the surviving beams, by beam score, then by cosine.
+"""The coarse-to-fine end of the search: the items of the surviving beams, by beam score, then by cosine, or by a sum.
 
 The beam score orders the semantic IDs; items that share one (or lie below one prefix) are told apart by
 ``cos(z_q, z_item)`` (``docs/method.md``, "Search, coarse to fine").
@@ -6,7 +6,7 @@ The beam score orders the semantic IDs; items that share one (or lie below one p
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from dgi_kernels.beam import BeamResult
 from dgi_kernels.ranking import native, reference
 from dgi_kernels.trie import MAX_COUNT, Beams, Trie
 from dgi_kernels.trie.filters import Filters, check_filters
-from dgi_kernels.types import Backend
+from dgi_kernels.types import Backend, Order
 
 __all__ = ["Ranking", "rank_candidates"]
 
@@ -27,7 +27,8 @@ class Ranking(NamedTuple):
 
     Attributes:
         items: (B, k) int64 item ids, -1 if there are fewer than k.
-        scores: (B, k) float32 score of the beam that the item is below, -inf where there is no item.
+        scores: (B, k) float32 score of the beam that the item is below, with ``order="sum"`` the sum; -inf where there
+            is no item.
         cosines: (B, k) cosine of query and item, -1 where there is no item; float32 (float64 for float64 inputs).
     """
 
@@ -44,9 +45,16 @@ def rank_candidates(
     k: int,
     *,
     filters: Filters = None,
+    order: Order = "lexicographic",
+    cosine_weight: float = 1.0,
+    share: bool = True,
     backend: Backend = "auto",
 ) -> Ranking:
-    """Rank the items below beams lexicographically: beam score first, then cosine with the query, then lower item id.
+    """Rank the items below beams: by beam score first, then cosine with the query, or by a sum of both.
+
+    ``order="sum"`` ranks by ``beam score + cosine_weight * cosine``, minus the log of the number of items below the
+    beam's node that the request may find if they ``share`` its probability: then a semantic ID of many items does not
+    fill the list. Equal sums are ranked by cosine. Either way the lower item id comes first of those that are equal.
 
     Args:
         query: (B, D) float32, bfloat16, float16 or float64, of any length; the cosine is computed in float32 (float64
@@ -58,6 +66,9 @@ def rank_candidates(
         k: the number of items to return, from 1.
         filters: as given to the search. Items that share a semantic ID with an allowed one are found by it too; this
             leaves out those that are not allowed.
+        order: ``"lexicographic"`` or ``"sum"``.
+        cosine_weight: what the cosine counts in a sum, a finite number; read with ``order="sum"`` only.
+        share: whether items share their node's probability in a sum; read with ``order="sum"`` only.
         backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"``.
 
     Returns:
@@ -87,15 +98,23 @@ def rank_candidates(
     nodes, scores, depth = _check_beams(trie, beams, query)
     checks.integer("k", k, low=1, high=MAX_COUNT)
     filters = check_filters(filters, trie, query.shape[0])
+    checks.choice("order", order, get_args(Order))
+    ranked_by = (order == "sum", checks.number("cosine_weight", cosine_weight), share)
+    if not isinstance(share, bool):
+        raise TypeError(f"share must be a bool; got {type(share).__name__}")
     common = torch.promote_types(query.dtype, item_vectors.dtype)
     if choose_without_gradient("rank_candidates", backend, query, item_vectors) == "native":
         return Ranking(
-            *native.rank_candidates(query.to(common), item_vectors.to(common), trie, nodes, scores, depth, k, filters)
+            *native.rank_candidates(
+                query.to(common), item_vectors.to(common), trie, nodes, scores, depth, k, filters, *ranked_by
+            )
         )
     compute = checks.compute_dtype(common)
     with torch.autocast(query.device.type, enabled=False):
         return Ranking(
-            *reference.rank_candidates(query.to(compute), item_vectors, trie, nodes, scores, depth, k, filters)
+            *reference.rank_candidates(
+                query.to(compute), item_vectors, trie, nodes, scores, depth, k, filters, *ranked_by
+            )
         )
 
 

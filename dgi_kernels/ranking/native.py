@@ -1,4 +1,4 @@
-"""Calls into the compiled extension: lexicographic ranking in C++ and CUDA."""
+"""Calls into the compiled extension: ranking in C++ and CUDA."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ def rank_candidates(
     depth: int,
     k: int,
     filters: TrieFilter | list[TrieFilter | None] | None,
+    by_sum: bool = False,
+    cosine_weight: float = 1.0,
+    share: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``query`` (B, D) and ``item_vectors`` (rows, D) of one dtype; ``nodes`` int64 and ``scores`` float32 (B, M).
 
@@ -46,6 +49,9 @@ def rank_candidates(
         scores,
         k,
         EPS,
+        by_sum,
+        cosine_weight,
+        share,
     )
 
 
@@ -72,6 +78,9 @@ def _(
     scores: Tensor,
     k: int,
     eps: float,
+    by_sum: bool = False,
+    cosine_weight: float = 1.0,
+    share: bool = False,
 ) -> tuple[Tensor, ...]:
     shape, compute = (query.shape[0], k), torch.float64 if query.dtype == torch.float64 else torch.float32
     return (

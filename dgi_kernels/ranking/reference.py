@@ -1,6 +1,7 @@
-"""Lexicographic ranking of the items below beams, in plain PyTorch.
+"""Ranking of the items below beams, in plain PyTorch.
 
     rank items by (beam score, cos(query, item)), both descending, ties to the lower item id
+    or by (beam score + weight cos(query, item) - log(items below the node), cos(query, item))
 
 Shapes are static where they must be: the candidates of a request fill the first of a fixed number of slots.
 """
@@ -27,12 +28,21 @@ def rank_candidates(
     depth: int,
     k: int,
     filters: TrieFilter | list[TrieFilter | None] | None,
+    by_sum: bool = False,
+    cosine_weight: float = 1.0,
+    share: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return item ids, beam scores and cosines (B, k), padded with -1, -inf and -1."""
-    places, candidate_scores = _candidates(trie, nodes, scores, depth)
+    """Return item ids, beam scores (or sums) and cosines (B, k), padded with -1, -inf and -1."""
+    places, candidate_scores, owners = _candidates(trie, nodes, scores, depth)
     candidate_scores = candidate_scores.masked_fill(~allowed_items(filters, places), -torch.inf)
     items = trie.parts.ids_at(places).masked_fill(candidate_scores == -torch.inf, 0)  # (B, C); no vector of one gone
     cosines = _cosines(query, item_vectors, items)
+    if by_sum:
+        candidate_scores = candidate_scores.to(cosines.dtype) + cosine_weight * cosines
+        if share:
+            found = (candidate_scores > -torch.inf).to(cosines.dtype)
+            below = found.new_zeros(nodes.shape).scatter_add_(1, owners, found)  # items, of each beam
+            candidate_scores = candidate_scores - below.gather(1, owners).clamp(min=1).log()
 
     order = items.argsort(dim=-1, stable=True)
     for key in (cosines, candidate_scores):
@@ -43,15 +53,16 @@ def rank_candidates(
     missing = (0, k - order.shape[1])
     return (
         F.pad(items.gather(-1, order).masked_fill(none, -1), missing, value=-1),
-        F.pad(ranked_scores, missing, value=-torch.inf),
+        F.pad(ranked_scores.float(), missing, value=-torch.inf),
         F.pad(cosines.gather(-1, order).masked_fill(none, -1), missing, value=-1),
     )
 
 
-def _candidates(trie: Trie, nodes: Tensor, scores: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-    """The items below all live beams of a request, each once: places of the leaf order and beam scores (B, C)."""
+def _candidates(trie: Trie, nodes: Tensor, scores: Tensor, depth: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The items below all live beams of a request, each once: places of the leaf order, beam scores, and numbers that
+    those of one node share (B, C)."""
     if trie.parts.num_places == 0:
-        return nodes[:, :0], scores[:, :0]
+        return nodes[:, :0], scores[:, :0], nodes[:, :0]
     live = (nodes >= 0) & (nodes < trie.num_nodes_at(depth)) & (scores > -torch.inf)
     scores, order = scores.masked_fill(~live, -torch.inf).sort(dim=-1, descending=True, stable=True)
     nodes, live = nodes.gather(-1, order), live.gather(-1, order)
@@ -68,7 +79,8 @@ def _candidates(trie: Trie, nodes: Tensor, scores: Tensor, depth: int) -> tuple[
     filled = of_slot < first.shape[1]
     of_slot = of_slot.clamp(max=first.shape[1] - 1)
     places = first.gather(-1, of_slot) + slot - (stop - lengths).gather(-1, of_slot)
-    return places.masked_fill(~filled, 0), scores.gather(-1, of_slot).masked_fill(~filled, -torch.inf)
+    owners = of_slot // max(1, first.shape[1] // max(1, nodes.shape[1]))
+    return places.masked_fill(~filled, 0), scores.gather(-1, of_slot).masked_fill(~filled, -torch.inf), owners
 
 
 def _slots(trie: Trie, stop: Tensor, beams: int, depth: int) -> int:

@@ -10,7 +10,7 @@ import torch
 
 from dgi_kernels import Beams, Trie, rank_candidates
 
-from ..kernels.ranking_cases import BOUND, GPU_DTYPES, assert_random_ranking
+from ..kernels.ranking_cases import BOUND, GPU_DTYPES, assert_random_ranking, assert_random_sums
 from ..kernels.shapes import name_of
 from . import on_cpu
 
@@ -78,3 +78,10 @@ def test_rows_of_any_distance_and_nodes_that_are_none(cuda_ops: on_cpu.Ops) -> N
             1e-12,
         )
     assert items.tolist() == [[1, -1], [-1, -1]] and scores[0].tolist() == [-1.0, -math.inf]
+
+
+@pytest.mark.parametrize("dtype", GPU_DTYPES, ids=name_of)
+def test_items_come_by_the_sum(cuda_ops: on_cpu.Ops, dtype: torch.dtype) -> None:
+    with cuda_ops.instead("rank_candidates"):
+        for _ in range(15):
+            assert_random_sums(dtype, "native")

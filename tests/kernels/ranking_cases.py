@@ -86,3 +86,39 @@ def assert_random_ranking(dtype: torch.dtype, backend: str) -> None:
     assert ranking.cosines.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     for b in range(batch):
         assert_ranked(ranking, b, rank(catalog, query[b].tolist(), vectors.tolist(), live[b], k, items), k)
+
+
+def assert_random_sums(dtype: torch.dtype, backend: str) -> None:
+    """The same by ``order="sum"``: the sums are those of the best items, each has its own, and none comes twice."""
+    catalog = random_catalog(max_items=20, max_size=3)
+    trie, batch, k = make(catalog), random.randint(0, 3), random.randint(1, 25)
+    beams, live = random_beams(trie, catalog, batch, random.randint(0, catalog.depth))
+    query, vectors = integer_vectors(batch, 2, dtype), integer_vectors(max(catalog.ids) + 1, 2, dtype)
+    items = None if random.random() < 0.5 else set(random.sample(catalog.ids, random.randint(0, len(catalog.ids))))
+    weight, share = random.choice([0.0, 0.7, -1.3, 9.0]), random.random() < 0.5
+    ranking = rank_candidates(
+        query,
+        vectors,
+        trie,
+        beams,
+        k,
+        filters=None if items is None else trie.filter(items=items),
+        order="sum",
+        cosine_weight=weight,
+        share=share,
+        backend=backend,
+    )
+    for b in range(batch):
+        sums: dict[int, float] = {}
+        for score, prefix in live[b]:
+            below = [item for item in catalog.items(prefix) if items is None or item in items]
+            for item in below:
+                similarity = cosine(query[b].tolist(), vectors[item].tolist())
+                sums[item] = score + weight * similarity - (math.log(len(below)) if share else 0.0)
+        expected = sorted(sums.values(), reverse=True)[:k]
+        missing = k - len(expected)
+        found = ranking.items[b].tolist()
+        assert found[len(expected) :] == [-1] * missing and len(set(found[: len(expected)])) == len(expected)
+        assert ranking.scores[b].tolist() == pytest.approx([*expected, *[-math.inf] * missing], abs=BOUND * 10)
+        own = [sums[item] for item in found[: len(expected)]]
+        assert own == pytest.approx(expected, abs=BOUND * 10)

@@ -1,10 +1,12 @@
 // Lexicographic ranking on the CPU: beams by score, and of beams with equal scores all items by cosine.
 //
 // Beams are taken in order of their scores and no item is looked at once k are found, so that the cost is that of about
-// k vectors, whatever the number of beams.
+// k vectors, whatever the number of beams. By a sum, all items below the beams count until a beam's score, with the
+// largest cosine, lies below the k-th sum.
 #include "cpu/ranking/ranking_cpu.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <vector>
 
@@ -23,6 +25,13 @@ template <class Real>
 struct Candidate {
   int64_t item;
   Real cosine;
+  Real sum = 0;  // 0 where items are not ranked by one
+
+  // Whether it comes before another of the same beam score.
+  bool operator<(const Candidate& other) const {
+    if (sum != other.sum) return sum > other.sum;
+    return cosine != other.cosine ? cosine > other.cosine : item < other.item;
+  }
 };
 
 // The live beams by score, a node that occurs twice only with its better score.
@@ -75,22 +84,54 @@ bool rank_candidates(const RankingInput<Stored>& in, int64_t first_request, int6
         }
       };
 
+      const auto add_both = [&](int64_t node) DGI_ALWAYS_INLINE {
+        if (node < in.base.nodes) add(in.base, allowed.base, node);
+        const int64_t in_delta = node < in.base.nodes ? in.anchors.twin_of(node) : node - in.base.nodes;
+        if (in_delta >= 0) add(in.delta, allowed.delta, in_delta);
+      };
+
       int64_t found = 0;
       const int64_t begin = request * in.k;
+      if (in.order.by_sum) {
+        const Real largest = std::abs(in.order.weight) * Real{1.0001};  // rounding included
+        group.clear();
+        size_t kept = 0;
+        for (const Beam& beam : beams) {
+          if (static_cast<int64_t>(kept) == in.k && beam.score + largest < group.front().sum) break;
+          add_both(beam.node);
+          const int64_t count = static_cast<int64_t>(group.size() - kept);
+          const Real logs = in.order.shares && count > 0 ? std::log(static_cast<Real>(count)) : Real{0};
+          for (size_t i = kept; i < group.size(); ++i) group[i].sum = in.order.sum(beam.score, group[i].cosine, logs);
+          while (kept < group.size()) {  // the best k, as a heap with the worst of them in front
+            if (static_cast<int64_t>(kept) < in.k) {
+              std::push_heap(group.begin(), group.begin() + ++kept);
+              continue;
+            }
+            if (group.back() < group.front()) {
+              std::pop_heap(group.begin(), group.begin() + kept);
+              std::swap(group[kept - 1], group.back());
+              std::push_heap(group.begin(), group.begin() + kept);
+            }
+            group.pop_back();
+          }
+        }
+        std::sort(group.begin(), group.end());
+        for (const Candidate<Real>& item : group) {
+          out.items[begin + found] = item.item;
+          out.scores[begin + found] = static_cast<float>(item.sum);
+          out.cosines[begin + found] = item.cosine;
+          ++found;
+        }
+        beams.clear();
+      }
       for (size_t b = 0; b < beams.size() && found < in.k;) {
         const float score = beams[b].score;
         group.clear();
         for (; b < beams.size() && beams[b].score == score; ++b) {
-          const int64_t node = beams[b].node;
-          if (node < in.base.nodes) add(in.base, allowed.base, node);
-          const int64_t in_delta = node < in.base.nodes ? in.anchors.twin_of(node) : node - in.base.nodes;
-          if (in_delta >= 0) add(in.delta, allowed.delta, in_delta);
+          add_both(beams[b].node);
         }
         const int64_t take = std::min<int64_t>(in.k - found, static_cast<int64_t>(group.size()));
-        std::partial_sort(group.begin(), group.begin() + take, group.end(),
-                          [](const Candidate<Real>& x, const Candidate<Real>& y) {
-                            return x.cosine != y.cosine ? x.cosine > y.cosine : x.item < y.item;
-                          });
+        std::partial_sort(group.begin(), group.begin() + take, group.end());
         for (int64_t i = 0; i < take; ++i, ++found) {
           out.items[begin + found] = group[i].item;
           out.scores[begin + found] = score;

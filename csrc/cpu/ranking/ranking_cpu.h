@@ -5,6 +5,7 @@
 #include "cpu/beam/beam_cpu.h"
 #include "dgi/beam.h"
 #include "dgi/convert.h"
+#include "dgi/ranking.h"
 #include "dgi/trie.h"
 
 namespace dgi::cpu {
@@ -31,9 +32,10 @@ struct RankingInput {
   const Stored *query, *items;  // (B, dim), (rows, dim)
   int64_t query_stride, item_stride;
   Compute<Stored> eps;
+  RankOrder<Compute<Stored>> order;
 };
 
-// (B, k) each
+// (B, k) each; the scores of beams, or the sums
 template <class Real>
 struct RankingOutput {
   int64_t* items;

@@ -202,13 +202,14 @@ std::tuple<Tensor, Tensor, Tensor> rank_candidates_cuda(
     const std::optional<Tensor>& item_order, const std::optional<Tensor>& item_ids,
     const std::vector<Tensor>& delta_below, const std::optional<Tensor>& delta_order,
     const std::optional<Tensor>& delta_ids, const std::optional<Tensor>& delta_anchors, const std::vector<Tensor>& sets,
-    const std::vector<int64_t>& set_of, const Tensor& nodes, const Tensor& scores, int64_t k, double eps) {
+    const std::vector<int64_t>& set_of, const Tensor& nodes, const Tensor& scores, int64_t k, double eps, bool by_sum,
+    double cosine_weight, bool share) {
   const RankingArguments arguments(query, item_vectors, num_nodes, below, item_order, item_ids, delta_below,
                                    delta_order, delta_ids, delta_anchors, sets, set_of, nodes, k);
   check_devices("rank_candidates", query, item_vectors, below, item_order, item_ids, delta_below, delta_order,
                 delta_ids, delta_anchors, sets, nodes, scores);
   const int64_t requests = arguments.requests, width = arguments.width;
-  auto in = arguments.input<dgi::cuda::Ranking>(eps);
+  auto in = arguments.input<dgi::cuda::Ranking>(eps, by_sum, cosine_weight, share);
   in.requests = requests, in.dtype = float_of(query);
   in.nodes = view_of<int64_t>(kRank, "nodes", nodes, requests, width);
   in.scores = view_of<float>(kRank, "scores", scores, requests, width);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import dgi.retrieval.index
 from dgi.config import ModelConfig
 from dgi.data import Catalog, Interactions, pad_histories
 from dgi.data.batches import Batch
+from dgi.evaluation.tuning import tune_cosine_weight
 from dgi.model.dgi_model import DGIModel, DualEncoder
 from dgi.retrieval.index import DGIIndex, IndexFormatError
 from dgi.retrieval.search import Requests, Searcher
@@ -308,3 +310,42 @@ def test_a_model_that_reads_vectors_is_not_searched_with_texts_alone() -> None:
         searcher.search(["A"])
     assert sorted(searcher.search(["A"], query_vectors=np.ones((1, 5), np.float32), k=3).ids[0]) == ["a", "b", "c"]
     assert sorted(searcher.search(histories=[["a"]], k=3).ids[0]) == ["a", "b", "c"]
+
+
+def test_weights_widths_and_sums_are_those_of_the_ops(searcher: Searcher, tmp_path: Path) -> None:
+    """The options of a search arrive where they count: scores move by the share of the leaf, sums by the weight."""
+    index, requests = searcher.index, make_requests()
+    clicks = torch.arange(1, ITEMS + 1)
+    scores = index.trie.node_scores(clicks)
+    plain = searcher.search_interactions(requests, k=ITEMS, num_beams=ITEMS)
+    weighted = searcher.search_interactions(requests, k=ITEMS, num_beams=[6, 24], node_scores=scores, strength=-0.8)
+    codes = index.codes
+    same = (codes.unsqueeze(0) == codes.unsqueeze(1)).all(-1).double()
+    bonus = -0.8 * ((same @ clicks.double()) / clicks.sum()).log()
+    for b in range(len(requests)):
+        before = dict(zip(plain.items[b].tolist(), plain.scores[b].tolist(), strict=True))
+        for item, score in zip(weighted.items[b].tolist(), weighted.scores[b].tolist(), strict=True):
+            assert score == pytest.approx(before[item] + float(bonus[item]), abs=1e-4)
+    own = dataclasses.replace(index, cosine_weight=3.0)
+    own.save(tmp_path / "index")
+    loaded = DGIIndex.load(tmp_path / "index")
+    assert loaded.cosine_weight == 3.0 and index.cosine_weight is None
+    ranked = Searcher(searcher.model, loaded, searcher.catalog).search_interactions(
+        requests, k=ITEMS, num_beams=ITEMS, order="sum"
+    )
+    crowd = same.sum(1).log()
+    for b in range(len(requests)):
+        cosines = dict(zip(plain.items[b].tolist(), plain.cosines[b].tolist(), strict=True))
+        before = dict(zip(plain.items[b].tolist(), plain.scores[b].tolist(), strict=True))
+        for item, score in zip(ranked.items[b].tolist(), ranked.scores[b].tolist(), strict=True):
+            assert score == pytest.approx(before[item] + 3 * cosines[item] - float(crowd[item]), abs=1e-4)
+        assert ranked.scores[b].tolist() == sorted(ranked.scores[b].tolist(), reverse=True)
+
+
+def test_the_weight_of_the_cosine_is_the_best_of_those_tried(searcher: Searcher) -> None:
+    requests = make_requests()
+    best, found = tune_cosine_weight(searcher, requests, weights=[0.0, 1.0, 50.0], num_beams=ITEMS)
+    assert list(found) == [0.0, 1.0, 50.0] and found[best] == max(found.values())
+    assert best == min(weight for weight, measure in found.items() if measure == found[best])
+    with pytest.raises(ValueError, match="there must be interactions and weights"):
+        tune_cosine_weight(searcher, requests, weights=[])
