@@ -1,6 +1,6 @@
 """DGI's parts inside other people's code: Hugging Face ``generate``, and drop-ins for common building blocks.
 
-The names below are imported when first used.  Those for Hugging Face, the first three, need the package transformers:
+The names below are imported when first used.  Those for Hugging Face, and the masks, need the package transformers:
 ``pip install 'dgi-kernels[hf]'``.
 """
 
@@ -10,23 +10,43 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dgi.integrations.beam_adapters import GridBeamSearch, RqVaeGeneration, SidGrBeamSearch, extend_beams
     from dgi.integrations.generation import ConstrainedGeneration, constrained_generate
+    from dgi.integrations.mask_adapters import (
+        ConstrainedLogitsProcessor,
+        TrieItemMaskProvider,
+        prefix_allowed_tokens_fn,
+    )
     from dgi.integrations.patches import gumbel_softmax_patch, residual_quantizer_from
     from dgi.integrations.processor import TrieLogitsProcessor
 
 _MODULE_OF = {
     "ConstrainedGeneration": "generation",
+    "ConstrainedLogitsProcessor": "mask_adapters",
+    "GridBeamSearch": "beam_adapters",
+    "RqVaeGeneration": "beam_adapters",
+    "SidGrBeamSearch": "beam_adapters",
+    "TrieItemMaskProvider": "mask_adapters",
     "TrieLogitsProcessor": "processor",
     "constrained_generate": "generation",
+    "extend_beams": "beam_adapters",
     "gumbel_softmax_patch": "patches",
+    "prefix_allowed_tokens_fn": "mask_adapters",
     "residual_quantizer_from": "patches",
 }
 
 __all__ = [
     "ConstrainedGeneration",
+    "ConstrainedLogitsProcessor",
+    "GridBeamSearch",
+    "RqVaeGeneration",
+    "SidGrBeamSearch",
+    "TrieItemMaskProvider",
     "TrieLogitsProcessor",
     "constrained_generate",
+    "extend_beams",
     "gumbel_softmax_patch",
+    "prefix_allowed_tokens_fn",
     "residual_quantizer_from",
 ]
 

@@ -1,0 +1,161 @@
+"""Masks of allowed tokens as other people's code asks for them, made by :class:`TrieLogitsProcessor` for all rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dgi.integrations.processor import TrieLogitsProcessor
+from dgi_kernels import Trie, checks
+
+FORBIDDEN = -1e6  # what MiniOneRec adds to a token that may not follow
+
+
+class TrieItemMaskProvider:
+    """``TrieItemMaskProvider`` of NVIDIA's ``sid-gr-inference``, for a trie of ours and any number of beams.
+
+    Args:
+        trie: the semantic IDs, on the device of the logits.
+        vocab_size: the number of tokens V.
+        eos_token_id: the token that ends a sequence, if any.
+        allow_eos_for_terminal: whether it may follow a complete semantic ID.
+        token_offsets, token_ids: how codes are spelt, as for :class:`TrieLogitsProcessor`.
+    """
+
+    def __init__(
+        self,
+        trie: Trie,
+        *,
+        vocab_size: int,
+        eos_token_id: int | None = None,
+        allow_eos_for_terminal: bool = True,
+        token_offsets: Sequence[int] | None = None,
+        token_ids: Sequence[Tensor] | None = None,
+    ) -> None:
+        self.vocab_size = checks.integer("vocab_size", vocab_size, low=1)
+        self.eos_token_id, self.allow_eos_for_terminal = eos_token_id, allow_eos_for_terminal
+        # Sequences end with a token beyond the vocabulary, whose column is told apart from those of codes.
+        self._processor = TrieLogitsProcessor(
+            trie, token_offsets, token_ids=token_ids, start=0, eos_token_id=self.vocab_size
+        )
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end a sequence."""
+        return () if self.eos_token_id is None else (self.eos_token_id,)
+
+    def initial_mask(self, logits: Any) -> Tensor:
+        """Which tokens (V,) a semantic ID may begin with."""
+        return self._mask(torch.empty(1, 0, dtype=torch.int64, device=self._processor.trie.device))[0]
+
+    def step_mask(self, generation: Any, logits: Tensor) -> Tensor:
+        """Which tokens (W, V) may follow each beam, whose tokens ``generation.beam_path.token_trace(beam)`` gives."""
+        if generation.beam_path.steps_done == 0:
+            raise ValueError("beam_path must be initialized before step masks")
+        if logits.ndim != 3 or logits.shape[0] != 1:
+            raise ValueError(f"logits must be (1, W, V); got shape {tuple(logits.shape)}")
+        traces = [list(generation.beam_path.token_trace(beam)) for beam in range(logits.shape[1])]
+        return self._mask(torch.tensor(traces, dtype=torch.int64, device=self._processor.trie.device))
+
+    def allowed_next(self, prefix: Iterable[int] = ()) -> set[int]:
+        """The tokens that may follow one prefix."""
+        tokens = torch.tensor([[*prefix]], dtype=torch.int64, device=self._processor.trie.device)
+        return set(self._mask(tokens)[0].nonzero()[:, 0].tolist())
+
+    def is_complete(self, token_ids: Iterable[int]) -> bool:
+        """Whether tokens are a whole semantic ID."""
+        tokens = torch.tensor([[*token_ids]], dtype=torch.int64, device=self._processor.trie.device)
+        ended = tokens == (-1 if self.eos_token_id is None else self.eos_token_id)
+        return bool(self._masks(tokens.masked_fill(ended, self.vocab_size))[0, -1])
+
+    def _mask(self, tokens: Tensor) -> Tensor:
+        """(W, V) of prefixes (W, t)."""
+        if self.eos_token_id is None:
+            return self._masks(tokens)[:, :-1]
+        ended = tokens == self.eos_token_id
+        found = self._masks(tokens.masked_fill(ended, self.vocab_size))
+        may_end = found[:, -1] if self.allow_eos_for_terminal else ended.any(dim=1)
+        found[:, self.eos_token_id] = may_end
+        return found[:, :-1]
+
+    def _masks(self, tokens: Tensor) -> Tensor:
+        """(W, V + 1); of a prefix that leads nowhere all False."""
+        spelling, trie = self._processor.tokens, self._processor.trie
+        allowed = self._processor(tokens, torch.zeros(len(tokens), self.vocab_size + 1, device=tokens.device)) == 0
+        return allowed & (trie.find(spelling.decode(tokens[:, : trie.depth])) >= 0).unsqueeze(1)
+
+
+class ConstrainedLogitsProcessor(TrieLogitsProcessor):
+    """MiniOneRec's ``ConstrainedLogitsProcessor``: log-probabilities, less 1e6 for a token that may not follow.
+
+    One per call of ``generate``, as theirs: the semantic ID begins behind the prompt that it is called with first.
+
+    Args:
+        trie: the semantic IDs, in place of ``prefix_allowed_tokens_fn``.
+        num_beams, base_model: taken as theirs takes them, and not needed.
+        token_offsets, token_ids, eos_token_id: as for :class:`TrieLogitsProcessor`.
+    """
+
+    def __init__(
+        self,
+        trie: Trie,
+        num_beams: int | None = None,
+        base_model: str | None = None,
+        *,
+        token_offsets: Sequence[int] | None = None,
+        token_ids: Sequence[Tensor] | None = None,
+        eos_token_id: int,
+    ) -> None:
+        super().__init__(trie, token_offsets, token_ids=token_ids, start=0, eos_token_id=eos_token_id)
+        self.is_new = True
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """``input_ids`` (R, T) and ``scores`` (R, V) -> (R, V)."""
+        if self.is_new:
+            self.start, self.is_new = input_ids.shape[1], False
+        logp = scores.log_softmax(dim=-1)
+        return torch.where(super().__call__(input_ids, logp) == -torch.inf, logp + FORBIDDEN, logp)
+
+
+def prefix_allowed_tokens_fn(
+    trie: Trie,
+    separator: Sequence[int],
+    *,
+    token_offsets: Sequence[int] | None = None,
+    token_ids: Sequence[Tensor] | None = None,
+    eos_token_id: int,
+) -> Callable[[int, Tensor], list[int]]:
+    """What LC-Rec's data sets give ``generate``: the tokens that may follow a sentence.
+
+    Theirs allows all tokens of a level; this one, those that the trie allows. It is asked beam by beam, as transformers
+    does; :class:`TrieLogitsProcessor` answers for all beams at once.
+
+    Args:
+        trie: the semantic IDs.
+        separator: the tokens behind whose last occurrence a semantic ID begins ("Response:" in LC-Rec).
+        token_offsets, token_ids, eos_token_id: as for :class:`TrieLogitsProcessor`.
+
+    Returns:
+        ``(batch_id, sentence) -> tokens``; where the separator is missing or nothing follows, the end token.
+    """
+    mark = list(separator)
+    if not mark:
+        raise ValueError("separator must hold at least one token; got none")
+    processor = TrieLogitsProcessor(trie, token_offsets, token_ids=token_ids, start=0, eos_token_id=eos_token_id)
+    tokens = [processor.tokens.spell(torch.arange(size), j) for j, size in enumerate(processor.tokens.sizes)]
+    vocabulary = max(eos_token_id, *(int(level.max()) for level in tokens if len(level))) + 1
+
+    def allowed(batch_id: int, sentence: Tensor) -> list[int]:
+        words = sentence.tolist()
+        begins = [i + len(mark) for i in range(len(words)) if words[i : i + len(mark)] == mark]
+        if not begins:
+            return [eos_token_id]
+        behind = torch.tensor([words[begins[-1] :]], dtype=torch.int64, device=trie.device)
+        scores = processor(behind, torch.zeros(1, vocabulary, device=trie.device))
+        return (scores[0] == 0).nonzero()[:, 0].tolist()
+
+    return allowed
