@@ -19,8 +19,6 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import zlib
@@ -29,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import other_commit
 import torch
 import torch.nn.functional as F
 from dgi.batches import Batch, make_batch  # by the names that older commits have too
@@ -139,49 +138,9 @@ def random_words(items: int, config: ModelConfig) -> torch.Tensor:
 
 
 def serve(folder: Path) -> None:
-    """The process of another commit: for each line "size beams" one search, and the items found in ``found.npy``."""
+    """In the process of another commit: for each line "size beams" one search, the items found in ``found.npy``."""
     searches = Searches.load(folder)
-    print("ready", flush=True)
-    for line in sys.stdin:
-        np.save(folder / "found.npy", searches.run(*map(int, line.split())).numpy())
-        print("done", flush=True)
-
-
-@contextlib.contextmanager
-def base_search(folder: Path) -> Iterator[Callable[[int, int], torch.Tensor]]:
-    """The search of the checkout ``DGI_BASE``."""
-    source = Path(os.environ["DGI_BASE"]).resolve()
-    process = subprocess.Popen(
-        [sys.executable, Path(__file__).resolve(), "--serve", folder],
-        cwd=source,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(source), str(Path(__file__).resolve().parent)])},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdin is not None and process.stdout is not None
-
-    def wait(word: str) -> None:
-        if process.stdout.readline().strip() != word:
-            raise RuntimeError(f"the search of {source} failed, see above")
-
-    def search(size: int, beams: int) -> torch.Tensor:
-        print(size, beams, file=process.stdin, flush=True)
-        wait("done")
-        return torch.from_numpy(np.load(folder / "found.npy"))
-
-    wait("ready")
-    try:
-        yield search
-    finally:
-        process.stdin.close()
-        process.wait()
-
-
-def base_name() -> str:
-    """What the other commit is called in tables."""
-    command = ["git", "-C", os.environ["DGI_BASE"], "rev-parse", "--short=7", "HEAD"]
-    return "commit " + subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    other_commit.serve(lambda line: np.save(folder / "found.npy", searches.run(*map(int, line.split())).numpy()))
 
 
 class Dense:
@@ -221,12 +180,16 @@ class Dense:
         return index.search(self.searches.queries(size), K)
 
 
-def systems(searches: Searches, case: Case, base: Callable | None, dense: Dense | None) -> dict[str, Callable]:
+def systems(
+    searches: Searches, case: Case, folder: Path, base: Callable | None, dense: Dense | None
+) -> dict[str, Callable]:
     found: dict[str, Callable] = {"ours": lambda: searches.run(case.batch, case.beams)}
     if base is not None:
-        same = (found["ours"]() == base(case.batch, case.beams)).float().mean().item()
+        line = f"{case.batch} {case.beams}"
+        base(line)
+        same = (found["ours"]() == torch.from_numpy(np.load(folder / "found.npy"))).float().mean().item()
         assert same > 0.99, f"only {same:.1%} of the items are those that the other commit finds"
-        found[base_name()] = lambda: base(case.batch, case.beams)
+        found[other_commit.name()] = lambda: base(line)
     if dense is not None:
         found["IndexFlatIP"] = lambda: dense.run(dense.exact, case.batch)
         if dense.graph is not None:
@@ -239,12 +202,12 @@ def measure_group(cases: dict[str, Case], rounds: int, results: Results) -> None
     first = next(iter(cases.values()))
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         searches = Searches.make(first.model, first.items, Path(folder))
-        base = stack.enter_context(base_search(Path(folder))) if "DGI_BASE" in os.environ else None
+        base = stack.enter_context(other_commit.process(__file__, folder)) if other_commit.is_given() else None
         dense = None
         if first.model is CATALOG_MODEL and importlib.util.find_spec("faiss") is not None:
             dense = Dense(searches, graph=first.items <= 10**6)
         for name, case in cases.items():
-            given = systems(searches, case, base, dense)
+            given = systems(searches, case, Path(folder), base, dense)
             times = interleaved(given, rounds)
             parts = []
             for system, seconds in times.items():

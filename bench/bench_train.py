@@ -6,27 +6,34 @@ of a step and the largest relative difference of their losses over the first ste
 step to step, as it does between any two kernels. "demo" is ``make demo``'s model and data (MovieLens-100K, fetched on
 first use); "large" the default codebooks (4096, 1024, 256) at D = 256 over item vectors, random ones.
 
-Run: python bench/bench_train.py [demo | large] [--steps N] [--json FILE]
+``DGI_BASE=<checkout of another commit, built in place>`` adds a table of a step beside the same by that commit's code,
+in a process that takes turns with this one: of "demo", and of "deep", the demo at D = 128 with 4 + 4 layers. Both start
+with the same weights, but their dropout is drawn differently.
+
+Run: python bench/bench_train.py [demo | large | deep] [--steps N] [--json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import itertools
 import statistics
+import sys
 from collections.abc import Callable
 
 import numpy as np
+import other_commit
 import torch
-from measure import Results, Step, seconds, title
+from dgi.train import LossStep  # by the name that older commits have too
+from measure import Results, Step, interleaved, seconds, title
 
 from dgi import DGIModel, Trainer
 from dgi.config import ModelConfig, TrainConfig
 from dgi.data import Catalog, Interactions, load_movielens
 from dgi.demo import DEMO_MODEL, DEMO_TRAINING
 from dgi.progress import Progress
-from dgi.training.trainer import LossStep
 
 BACKENDS = ("auto", "reference")
 FIRST = 10  # steps within which rounding has not grown yet
@@ -68,7 +75,13 @@ def large(
     return model, TrainConfig(batch_size=batch, epochs=1), catalog, interactions
 
 
+def deep() -> Case:
+    model, *others = demo()
+    return dataclasses.replace(model, dim=128, history_layers=4, decoder_layers=4), *others
+
+
 CASES = {"demo": demo, "large": large}
+BESIDE_BASE = {"demo": demo, "deep": deep}
 
 
 def trainers(make: Callable[[], Case]) -> dict[str, Trainer]:
@@ -138,17 +151,60 @@ def run(case: str, steps: int, results: Results) -> None:
         results.add("training step", shape, name, times[name][1:], losses=losses[name])
 
 
-if __name__ == "__main__":
+def plain_step(make: Callable[[], Case]) -> Step:
+    """A step of training as a user's: nothing but the trainer's own."""
+    config, training, catalog, interactions = make()
+    torch.manual_seed(training.seed)
+    trainer = Trainer(DGIModel(config), training, catalog, interactions, None, progress=False)
+    trainer._start(resume=False)
+    loss_step = LossStep(trainer.model.train(), trainer.config)
+    batches = itertools.cycle(trainer._batches(0))
+
+    def update() -> None:
+        step, batch = next(batches)
+        trainer._tend_codes(step, trainer._update(loss_step, batch, step)[0])
+
+    return update
+
+
+def run_beside_base(case: str, steps: int, results: Results) -> None:
+    make, base = BESIDE_BASE[case], other_commit.name()
+    with other_commit.process(__file__, case) as ask:
+        times = interleaved({"ours": plain_step(make), base: lambda: ask("step")}, steps)
+    config, training, *_ = make()
+    shape = {
+        "D": config.dim,
+        "layers": f"{config.history_layers}+{config.decoder_layers}",
+        "batch": training.batch_size,
+    }
+    for system, measured_times in times.items():
+        results.add("training step with dropout", shape, system, measured_times)
+    median = {system: 1e3 * statistics.median(values) for system, values in times.items()}
+    ratio = median[base] / median["ours"]
+    print(
+        f"{case}, ms a step: ours {median['ours']:.1f}, {base} {median[base]:.1f}; {ratio:.2f} times as fast",
+        flush=True,
+    )
+
+
+if __name__ == "__main__" and sys.argv[1:2] == ["--serve"]:
+    one_step = plain_step(BESIDE_BASE[sys.argv[2]])
+    other_commit.serve(lambda line: one_step())
+elif __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)} (default: both)")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="of demo, large, deep (default: all)")
     parser.add_argument("--steps", type=int, default=40, help="steps of each training (default 40)")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     options = parser.parse_args()
-    if unknown := set(options.cases) - set(CASES):
-        parser.error(f"no case {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
+    known = CASES | BESIDE_BASE
+    if unknown := set(options.cases) - set(known):
+        parser.error(f"no case {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     measured = Results()
-    for chosen in options.cases or CASES:
-        run(chosen, options.steps, measured)
+    for chosen in options.cases or known:
+        if chosen in CASES:
+            run(chosen, options.steps, measured)
+        if chosen in BESIDE_BASE and other_commit.is_given():
+            run_beside_base(chosen, options.steps, measured)
     if options.json:
         measured.write(options.json)
         print(f"wrote {options.json}")

@@ -25,12 +25,20 @@ FAMILIES = {
     "log_normalizer": "log_normalizer",
     "rank_candidates": "ranking",
     "decoder_step": "decoder",
+    "dropout": "dropout",
+    "attention": "dropout",
 }
 # Files that are not called as their family is.
 REFERENCES = {"gumbel_noise": "dgi_kernels/noise.py"}
 CUDA_FILES = {"gumbel_noise": "noise", "cosine_beam_step": "cosine_beam"}
 TESTS = {"gumbel_noise": "noise"}
-BENCHES = {"clustering": "kmeans", "decoder": "search", "ranking": "beam", "log_normalizer": "vocabulary"}
+BENCHES = {
+    "clustering": "kmeans",
+    "decoder": "search",
+    "dropout": "train",
+    "ranking": "beam",
+    "log_normalizer": "vocabulary",
+}
 PAGES = {"trie": "search", "beam": "search", "ranking": "search", "decoder": "search", "log_normalizer": "search"}
 
 

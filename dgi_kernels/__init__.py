@@ -16,6 +16,7 @@ from dgi_kernels.cosine.frequency import FrequencyEstimator
 from dgi_kernels.cosine.modules import CosineCrossEntropyLoss, CosineLinear
 from dgi_kernels.cosine.parallel import vocabulary_parallel_cosine_cross_entropy
 from dgi_kernels.decoder import DecoderLayer, decoder_step
+from dgi_kernels.dropout import attention, dropout
 from dgi_kernels.gumbel import gumbel_noise, gumbel_softmax
 from dgi_kernels.log_normalizer import log_normalizer
 from dgi_kernels.quantize import ResidualQuantization, assign_codes, residual_quantize
@@ -48,6 +49,7 @@ __all__ = [
     "TrieFormatError",
     "VectorQuantizer",
     "assign_codes",
+    "attention",
     "backends",
     "balanced_codes",
     "beam_search",
@@ -58,6 +60,7 @@ __all__ = [
     "cosine_logits",
     "debug",
     "decoder_step",
+    "dropout",
     "gumbel_noise",
     "gumbel_softmax",
     "kmeans",

@@ -21,6 +21,8 @@ Function = TypeVar("Function", bound=Callable)
 # What the Python files call.
 OPS = (
     "assign_codes",
+    "attention",
+    "attention_backward",
     "balanced_codes",
     "beam_codes",
     "beam_step",
@@ -34,6 +36,7 @@ OPS = (
     "cosine_logits_backward",
     "count_outside",
     "decoder_step",
+    "dropout",
     "find_children",
     "gumbel_noise",
     "gumbel_softmax",

@@ -41,6 +41,7 @@ _TRITON: Kernel = {"cuda": _GPU_FLOATS}
 if _INTERPRETED:  # whose products take the raw bits of bfloat16 for numbers
     _TRITON = {"cuda": _GPU_FLOATS, "cpu": _GPU_FLOATS - {torch.bfloat16}}
 _CPP: Kernel = {"cpu": _FLOATS}
+_CPP_FLOAT32: Kernel = {"cpu": frozenset({torch.float32})}
 _CPP_AND_CUDA: Kernel = {"cpu": _FLOATS, "cuda": _GPU_FLOATS}
 
 # op -> backend -> where it runs.  The reference runs everywhere and is not listed.
@@ -62,7 +63,9 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     "beam_codes": {"native": {"cpu": None}},
     "log_normalizer": {"native": _CPP, "triton": _TRITON},
     "rank_candidates": {"native": _CPP_AND_CUDA},
-    "decoder_step": {"native": {"cpu": frozenset({torch.float32})}},
+    "decoder_step": {"native": _CPP_FLOAT32},
+    "dropout": {"native": _CPP_FLOAT32},
+    "attention": {"native": _CPP_FLOAT32},
 }
 
 # Ops whose reference forms a tensor of rows x codes that is neither an input nor an output.

@@ -19,6 +19,8 @@ from dgi_kernels import checks
 STREAM_RESIDUAL_QUANTIZE = 0
 STREAM_GUMBEL_SOFTMAX = 1
 STREAM_KMEANS = 2
+STREAM_DROPOUT = 3
+STREAM_ATTENTION = 4
 
 WORD = 0xFFFFFFFF  # a 32-bit word, held in int64 since PyTorch computes little in uint32
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dgi.config import ModelConfig
+from dgi.model import layers
 from dgi_kernels import DecoderLayer, decoder_step
 
 
@@ -107,7 +108,7 @@ class TransformerDecoder(nn.Module):
         # Residual vectors shrink from level to level; the norm gives every level the same say.
         self.input = nn.Sequential(nn.LayerNorm(config.dim), nn.Linear(config.dim, config.dim))
         self.memory = nn.Identity() if memory_width == config.dim else nn.Linear(memory_width, config.dim)
-        layer = nn.TransformerDecoderLayer(
+        layer = layers.DecoderLayer(
             config.dim,
             config.attention_heads,
             4 * config.dim,

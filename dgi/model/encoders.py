@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dgi.config import WORDS_1, WORDS_2, ModelConfig
 from dgi.data import Catalog
 from dgi.data.batches import Batch
+from dgi.model.layers import EncoderLayer
 from dgi.model.tokenizer import Tokenizer
 from dgi.model.words import split_words
 
@@ -90,7 +91,7 @@ def _padded(rows: list[list[int]]) -> Tensor:
 
 def transformer_encoder(config: ModelConfig, layers: int) -> nn.TransformerEncoder:
     """Pre-norm transformer layers of the configured width."""
-    layer = nn.TransformerEncoderLayer(
+    layer = EncoderLayer(
         config.dim, config.attention_heads, 4 * config.dim, config.dropout, "gelu", batch_first=True, norm_first=True
     )
     return nn.TransformerEncoder(layer, layers, norm=nn.LayerNorm(config.dim), enable_nested_tensor=False)

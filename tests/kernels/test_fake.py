@@ -15,12 +15,14 @@ from dgi_kernels import (
     DecoderLayer,
     Trie,
     assign_codes,
+    attention,
     beam_search,
     beam_step,
     cosine_beam_step,
     cosine_cross_entropy,
     cosine_logits,
     decoder_step,
+    dropout,
     gumbel_noise,
     gumbel_softmax,
     rank_candidates,
@@ -71,6 +73,8 @@ WITH_GRADIENTS: dict[str, Callable[[Inputs], Tensor]] = {
     "cosine_cross_entropy": lambda i: cosine_cross_entropy(i["h"], i["weight"], i["target"], i["scale"]),
     "loss of every row": lambda i: cosine_cross_entropy(i["h"], i["weight"], i["target"], 9.0, reduction="none"),
     "gumbel_softmax": lambda i: gumbel_softmax(i["h"], i["tau"], seed=3),
+    "dropout": lambda i: dropout(i["h"], 0.3, seed=1),
+    "attention": lambda i: attention(i["h"].reshape(2, 3, DIM), i["weight"].reshape(2, 1, 2 * DIM), heads=2, seed=1),
     "residual_quantize": lambda i: residual_quantize(i["h"], [i["weight"]], i["scale"], i["tau"], seed=1).quantized,
 }
 OPS: dict[str, Callable[[Trie, Inputs], Tensor]] = {

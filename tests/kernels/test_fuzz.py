@@ -224,6 +224,11 @@ OPS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     "beam_search": (dgi_kernels.beam_search, beam_search_call),
     "rank_candidates": (dgi_kernels.rank_candidates, rank_candidates_call),
     "decoder_step": (dgi_kernels.decoder_step, decoder_step_call),
+    "dropout": (dgi_kernels.dropout, lambda: {"x": floats(size(), size()), "p": 0.3, "seed": 3}),
+    "attention": (
+        dgi_kernels.attention,
+        lambda: {"queries": floats(size(), size(), 24), "heads": 2, "causal": True, "p": 0.3, "seed": 3},
+    ),
     "Trie.find": (
         lambda trie, prefixes: trie.find(prefixes),
         lambda: {"trie": trie(3), "prefixes": torch.randint(-1, 6, (size(), 1))},

@@ -19,7 +19,7 @@ LAYERS = (
     {"backend"},
     {"checks"},
     {"noise"},
-    {"cosine", "decoder", "gumbel", "log_normalizer", "trie"},
+    {"cosine", "decoder", "dropout", "gumbel", "log_normalizer", "trie"},
     {"beam", "quantize"},
     {"clustering", "ranking"},
     {""},  # dgi_kernels itself

@@ -1,0 +1,89 @@
+"""Layers of the built-in transformers: torch's own, with the same parameters, but for what dropout costs on a CPU.
+
+In training with dropout torch draws every mask with a serial generator and writes the attention's scores, weights and
+masks out; here the ops of :mod:`dgi_kernels` do without both. Wherever these have no kernel, and without dropout, the
+layers are torch's to the bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dgi_kernels import attention, dropout, why_not
+
+
+def _drops(layer: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer, states: Tensor) -> bool:
+    """Whether dropout is on, and has kernels for these states."""
+    return (
+        layer.training
+        and layer.dropout.p > 0
+        and not torch.is_autocast_enabled(states.device.type)
+        and why_not("attention", "native", states.device, states.dtype) is None
+    )
+
+
+def _feed_forward(layer: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer, normed: Tensor, x: Tensor) -> Tensor:
+    p = layer.dropout.p
+    return dropout(layer.linear2(dropout(F.gelu(layer.linear1(normed)), p)), p, residual=x)
+
+
+class EncoderLayer(nn.TransformerEncoderLayer):
+    """A pre-norm layer with GELU; ``batch_first`` and ``norm_first``."""
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        if src_mask is not None or not _drops(self, src):
+            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+        part, p = self.self_attn, self.dropout.p
+        packed = F.linear(self.norm1(src), part.in_proj_weight, part.in_proj_bias)
+        mixed = attention(packed, heads=part.num_heads, mask=_real(src_key_padding_mask), p=p)
+        x = dropout(part.out_proj(mixed), p, residual=src)
+        return _feed_forward(self, self.norm2(x), x)
+
+
+class DecoderLayer(nn.TransformerDecoderLayer):
+    """A pre-norm layer with GELU whose self-attention is causal; ``batch_first`` and ``norm_first``."""
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool = False,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        if memory_mask is not None or tgt_key_padding_mask is not None or not _drops(self, tgt):
+            return super().forward(
+                tgt,
+                memory,
+                tgt_mask,
+                memory_mask,
+                tgt_key_padding_mask,
+                memory_key_padding_mask,
+                tgt_is_causal,
+                memory_is_causal,
+            )
+        prefix, cross, p, width = self.self_attn, self.multihead_attn, self.dropout.p, tgt.shape[-1]
+        packed = F.linear(self.norm1(tgt), prefix.in_proj_weight, prefix.in_proj_bias)
+        mixed = attention(packed, heads=prefix.num_heads, causal=True, p=p)
+        x = dropout(prefix.out_proj(mixed), p, residual=tgt)
+        queries = F.linear(self.norm2(x), cross.in_proj_weight[:width], cross.in_proj_bias[:width])
+        keys_values = F.linear(memory, cross.in_proj_weight[width:], cross.in_proj_bias[width:])
+        mixed = attention(queries, keys_values, heads=cross.num_heads, mask=_real(memory_key_padding_mask), p=p)
+        x = dropout(cross.out_proj(mixed), p, residual=x)
+        return _feed_forward(self, self.norm3(x), x)
+
+
+def _real(padding: Tensor | None) -> Tensor | None:
+    """Where keys are real, of where they are padding: in a float mask, which torch makes of it, where it is 0."""
+    return None if padding is None else padding.logical_not()
