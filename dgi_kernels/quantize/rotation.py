@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-EPS = 1e-12  # lower bound of the norms: of a residual of 0 or a code of 0 there is no direction to turn
+EPS = 1e-12  # lower bound of the norms: of a code of 0 there is no direction to turn to
 
 
 def rotate(z: Tensor, quantized: Tensor, residuals: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,9 @@ def _rotations(quantized: Tensor, residuals: Tensor) -> tuple[Tensor, Tensor, Te
     """c (N, m, 1), and w, r^ and e^ (N, m, D)."""
     e_norm, r_norm = (torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (quantized, residuals))
     r, e = residuals / r_norm.clamp(min=EPS), quantized / e_norm.clamp(min=EPS)
-    return e_norm / r_norm.clamp(min=EPS), F.normalize(r + e, dim=-1, eps=EPS), r, e
+    # A residual of 0 has no direction either, and c has no bound near it: nothing goes through what it emits.
+    factor = torch.where(r_norm > EPS, e_norm / r_norm.clamp(min=EPS), 0.0)
+    return factor, F.normalize(r + e, dim=-1, eps=EPS), r, e
 
 
 def _reflect_twice(x: Tensor, w: Tensor, along: Tensor, to: Tensor) -> Tensor:

@@ -260,6 +260,7 @@ def test_rotation_of_vectors_without_a_direction_and_its_derivatives() -> None:
     result = residual_quantize(z, [codebook, codebook], metric="euclidean", mode="rotation")
     (gradient,) = torch.autograd.grad(result.quantized.sum(), z)
     assert gradient[[0, 1, 3, 4]].isfinite().all() and result.quantized[2, 0].equal(codebook[0])
+    assert gradient[0].abs().max() < 1e3, "a residual of 0 has no gradient of 1 / eps"
     (gradient,) = torch.autograd.grad(
         residual_quantize(z[:0], [codebook], mode="rotation").quantized.sum(), z, materialize_grads=True
     )
