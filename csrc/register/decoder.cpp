@@ -81,6 +81,7 @@ std::tuple<Tensor, Tensor> decoder_step_cpu(const Tensor& states, const std::vec
   }
   STD_TORCH_CHECK(past.size() == ancestors.size(), kDecoder, "each position before has its ancestors");
   for (size_t p = 0; p < past.size(); ++p) {
+    if (past[p].dim() == 1 && past[p].numel() == 0) continue;  // stands for none: see dgi_kernels/decoder/native.py
     STD_TORCH_CHECK(past[p].dim() == 4, kDecoder, "past must be (layers, B, M, 2 D)");
     const int64_t beams = past[p].size(2);
     const Tensor& of = ancestors[p];

@@ -60,9 +60,9 @@ inline dgi::Anchors anchors_of(const Tensor& x) {
   return {data_of<int64_t>(x), x.numel()};
 }
 
-// The sets of a call: four arrays each (words and ranks of the base, of the delta; words of no element stand for every
-// place), and which of them each request has, -1 for none. They have room for so many places of base and delta, or
-// more.
+// The sets of a call, of which there need be none, or of which no request has one (set_of is -1): four arrays each
+// (words and ranks of the base, of the delta; words of no element stand for every place), and which of them each
+// request has, -1 for none. They have room for so many places of base and delta, or more.
 class Allowed {
  public:
   Allowed(const std::vector<Tensor>& sets, const std::vector<int64_t>& set_of, int64_t requests, int64_t base_places,
@@ -71,7 +71,7 @@ class Allowed {
     for (size_t i = 0; i < sets.size(); i += 4) {
       sets_.push_back({item_set(sets[i], sets[i + 1], base_places), item_set(sets[i + 2], sets[i + 3], delta_places)});
     }
-    if (sets_.empty()) return;
+    if (sets_.empty() || (set_of.size() == 1 && set_of[0] < 0)) return;
     STD_TORCH_CHECK(static_cast<int64_t>(set_of.size()) == requests, "dgi_kernels: set_of must have B entries");
     for (int64_t set : set_of) {
       STD_TORCH_CHECK(-1 <= set && set < static_cast<int64_t>(sets_.size()), "dgi_kernels: there is no set ", set);

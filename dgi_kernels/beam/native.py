@@ -112,6 +112,11 @@ def _step(
     if added is not None and delta is not None:
         of_delta = [added.tokens[depth], added.child_start[depth]]
         anchors = [delta.anchors[depth], delta.anchors[depth + 1]]
+    if tracing():  # AOTInductor's programs pass None for an empty list: give one that changes nothing
+        none = base.tokens[depth].new_empty(0)
+        words = none.long()
+        of_delta, anchors = of_delta or [none, none.new_zeros(1, dtype=torch.int32)], anchors or [words, words]
+        sets, set_of = (sets, set_of) if sets else ([words] * 4, [-1])
     nodes, scores, compute = beams.nodes, beams.scores, _compute_dtype(source[0])
     if nodes.dtype is not torch.int64 or scores.dtype is not compute:
         nodes, scores = nodes.long(), scores.to(compute)

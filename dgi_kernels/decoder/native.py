@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dgi_kernels._extension import fake_kernel
+from dgi_kernels.backend import tracing
 from dgi_kernels.decoder.layer import DecoderLayer
 
 
@@ -26,6 +27,8 @@ def decoder_step(
     Raises:
         RuntimeError: a shape or a dtype does not fit, or an ancestor is out of range.
     """
+    if tracing() and not past:  # AOTInductor's programs pass None for an empty list
+        past, ancestors = [states.new_empty(0)], [mask.new_empty(0, dtype=torch.int64)]
     return torch.ops.dgi_kernels.decoder_step.default(
         states.contiguous(),
         [part.contiguous() for layer in layers for pair in layer for part in pair],
