@@ -11,6 +11,7 @@ from pathlib import Path
 
 from latex2mathml.converter import convert
 from mkdocs.exceptions import PluginError
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
 LANGUAGES = {".cpp": "cpp", ".h": "cpp", ".cu": "cuda", ".py": "python", ".md": "text"}
@@ -20,13 +21,17 @@ EQUATION = re.compile(r"\s*\\qquad\s*")  # what stands between the equations of 
 INLINE_FORMULA = re.compile(r"\$`(.+?)`\$")
 EXCERPT = re.compile(r'^<!-- code: (\S+?)(?: from "(.*?)" to "(.*?)")? -->$', re.MULTILINE)
 ROLE = re.compile(r":(?:func|class|meth|mod|data|attr):(<code>)(?:~[\w.]*\.)?")  # Sphinx's, which Markdown lacks
+# An entry of docs/api, which links to the source where the site has signature and docstring.
+ENTRY = re.compile(r"^- \[`([\w.]+)`\]\(\S+\.py\): .*?(?: <!-- options: (\{.*\}) -->)?$", re.MULTILINE)
 INCLUDE = re.compile(r"^<!-- include: (\S+) -->$", re.MULTILINE)
 TABLE = re.compile(r"<table>.*?</table>", re.DOTALL)  # those of code have a class
 CELL_CODE = re.compile(r"(?<=<code>)[^<]+(?=</code>)")
 COLUMN_TITLE = re.compile(r"(?<=<th>)[^<]+|(?<=\">)[^<]+(?=</th>)|(?<=<strong>)[^<]+(?=</strong></th>)")
 
 
-def on_page_markdown(markdown: str, **_: object) -> str:
+def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
+    if page.file.src_uri.startswith("api/"):
+        markdown = ENTRY.sub(lambda match: _documentation(*match.groups()), markdown)
     markdown = INCLUDE.sub(lambda match: _include(match[1]), markdown)
     markdown = EXCERPT.sub(lambda match: _excerpt(*match.groups()), markdown)
     markdown = BLOCK_FORMULA.sub(lambda match: _formula(match[1]), markdown)
@@ -38,6 +43,10 @@ def on_page_content(html: str, **_: object) -> str:
     html = html.replace('<details class="mkdocstrings-source">', '<details class="mkdocstrings-source" open>')
     html = TABLE.sub(lambda match: _scrolling(match[0]), html)
     return ROLE.sub(r"\1", html)
+
+
+def _documentation(name: str, options: str | None) -> str:
+    return f"::: {name}" + (f"\n    options: {options}" if options else "") + "\n"
 
 
 def _formula(tex: str) -> str:

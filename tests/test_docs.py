@@ -104,3 +104,17 @@ def test_links_between_files_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", FENCED.sub("", page.read_text())):
             assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
+
+
+def test_entries_of_the_api_pages_link_to_their_source() -> None:
+    """The site has signature and docstring in place of an entry; a code host shows the link and the first sentence."""
+    for page in sorted((ROOT / "docs" / "api").glob("*.md")):
+        text = page.read_text()
+        entries = re.findall(r"^- \[`([\w.]+)`\]\((\S+)\): \S", text, re.MULTILINE)
+        written = re.findall(r"^::: (\S+)", text, re.MULTILINE)
+        assert not written, f"{page.name}: write - [`{written[0]}`](<its source>): <the docstring's first sentence>"
+        assert entries and len(entries) == text.count("\n- ")
+        for name, target in entries:
+            item = pkgutil.resolve_name(name)
+            module = item if inspect.ismodule(item) else inspect.getmodule(item)
+            assert module is not None and (page.parent / target).resolve() == Path(str(module.__file__)), name

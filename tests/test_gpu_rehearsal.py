@@ -205,7 +205,7 @@ def test_the_checks_tell_right_from_wrong(planted: bool, tmp_path: Path) -> None
     problems = [
         line for line in done.stdout.splitlines() if line.startswith("cosine") and "dweight is wrong by" in line
     ]
-    assert len(problems) == 2 * planted, done.stdout
+    assert len(problems) == 4 * planted, done.stdout
     assert ("FAILED" in done.stdout) == planted, done.stdout
 
 

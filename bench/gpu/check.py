@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ import triton
 from torch import Tensor
 
 from dgi_kernels import cosine_cross_entropy, debug, gumbel_noise, gumbel_softmax, residual_quantize, tiles
+from dgi_kernels.types import Metric
 
 from .device import Gpu
 from .session import Session
@@ -48,38 +50,58 @@ def gradients(loss: Tensor, leaves: dict[str, Tensor]) -> Results:
     return dict(zip((f"d{name}" for name in leaves), torch.autograd.grad(loss, list(leaves.values())), strict=True))
 
 
-def cosine(gpu: Gpu, dtype: torch.dtype, d: int, n: int, k: int) -> Check:
+def cosine(gpu: Gpu, dtype: torch.dtype, d: int, n: int, k: int, *, columns: bool = False) -> Check:
+    """``columns``: with a bias, repeated items and log normalizers; some targets are far below the others."""
     torch.manual_seed(d)
     h, weight = (torch.randn(rows, d, device=gpu.device).to(dtype) for rows in (n, k))
     target = torch.randint(k, (n,), device=gpu.device)
     near = torch.arange(n, device=gpu.device) % 3 == 0  # rows near their target: most of their tiles are left out
     h = torch.where(near[:, None], weight[target] + 0.3 * h, h)
-    options = {"label_smoothing": 0.1, "reduction": "sum"}
+    options: dict[str, Any] = {"label_smoothing": 0.0 if columns else 0.1, "reduction": "sum"}
+    given: dict[str, Tensor] = {}
+    if columns:
+        bias, same_as = 3 * torch.randn(k, device=gpu.device), torch.arange(k, device=gpu.device) // 2
+        target[::5], bias[7] = 7, -1e4
+        given = {"bias": bias, "same_as": same_as}
 
-    def call(loss: Callable[..., Tensor], compute: torch.dtype) -> Results:
+    def call(loss: Callable[..., Any], compute: torch.dtype) -> Results:
         leaves = {
             "h": h.to(compute),
             "weight": weight.to(compute),
             "scale": torch.full((), 30.0, device=gpu.device, dtype=torch.promote_types(compute, torch.float32)),
         }
+        if columns:
+            leaves["bias"] = given["bias"].to(leaves["scale"].dtype)
         leaves = {name: x.detach().requires_grad_() for name, x in leaves.items()}
-        value = loss(leaves["h"], leaves["weight"], target, leaves["scale"])
-        return {"loss": value.detach(), **gradients(value, leaves)}
+        found = loss(leaves["h"], leaves["weight"], target, leaves["scale"], **{**given, **dict([*leaves.items()][3:])})
+        value, lse = found if columns else (found, None)
+        results = {"loss": value.detach()} if lse is None else {"loss": value.detach(), "lse": lse.detach()}
+        return {**results, **gradients(value if lse is None else value + lse.sum(), leaves)}
 
-    def eager(h: Tensor, weight: Tensor, target: Tensor, scale: Tensor) -> Tensor:
+    def eager(h: Tensor, weight: Tensor, target: Tensor, scale: Tensor, **given: Tensor) -> Any:
         logits = scale * F.normalize(h, dim=-1) @ F.normalize(weight, dim=-1).T
-        return F.cross_entropy(logits, target, **options)
+        if not columns:
+            return F.cross_entropy(logits, target, **options)
+        same_as, row = given["same_as"], torch.arange(k, device=gpu.device)
+        apart = (same_as == same_as[target, None]) & (row != target[:, None])
+        logits = (logits + given["bias"]).masked_fill(apart, -torch.inf)
+        return F.cross_entropy(logits, target, **options), logits.logsumexp(-1)
+
+    def ours(*operands: Tensor, **given: Tensor) -> Any:
+        return cosine_cross_entropy(*operands, backend="triton", return_log_normalizer=columns, **given, **options)
 
     return Check(
-        f"cosine {short(dtype)} D={d}",
+        f"cosine {'columns ' * columns}{short(dtype)} D={d}",
         dtype,
-        lambda: call(lambda *x: cosine_cross_entropy(*x, backend="triton", **options), dtype),
+        lambda: call(ours, dtype),
         lambda: call(eager, dtype),
         lambda: call(eager, torch.float64),
     )
 
 
-def quantize(gpu: Gpu, dtype: torch.dtype, d: int, n: int, sizes: Sequence[int], mode: str) -> Check:
+def quantize(
+    gpu: Gpu, dtype: torch.dtype, d: int, n: int, sizes: Sequence[int], mode: str, metric: Metric = "cosine"
+) -> Check:
     """``straight_through`` has one level: what follows a near-tie that rounding decides is another path."""
     torch.manual_seed(d)
     sizes = sizes if mode == "soft" else sizes[:1]
@@ -91,9 +113,12 @@ def quantize(gpu: Gpu, dtype: torch.dtype, d: int, n: int, sizes: Sequence[int],
             name: x.to(compute).detach().requires_grad_()
             for name, x in zip(("z", *(f"codebook{j}" for j in range(len(sizes)))), vectors, strict=True)
         }
-        scale, tau = (torch.full((), value, device=gpu.device).requires_grad_() for value in (8.0, 0.7))
+        scale, tau = (
+            torch.full((), value, device=gpu.device).requires_grad_()
+            for value in (8.0 if metric == "cosine" else 8.0 / d, 0.7)
+        )
         z, *codebooks = leaves.values()
-        result = residual_quantize(z, codebooks, scale, tau, mode=mode, seed=7, backend=backend)
+        result = residual_quantize(z, codebooks, scale, tau, mode=mode, metric=metric, seed=7, backend=backend)
         usage = torch.cat(list(result.usage))
         loss = (
             (result.quantized.double() * weight[:, None, None]).sum()
@@ -108,7 +133,7 @@ def quantize(gpu: Gpu, dtype: torch.dtype, d: int, n: int, sizes: Sequence[int],
         }
 
     return Check(
-        f"quantize {mode} {short(dtype)} D={d}",
+        f"quantize {mode}{'' if metric == 'cosine' else f' {metric}'} {short(dtype)} D={d}",
         dtype,
         lambda: call(dtype, "triton"),
         lambda: call(dtype, "reference"),
@@ -156,6 +181,8 @@ def checks(gpu: Gpu, *, flash: bool = False) -> Iterator[Check]:
     for d in (64, 128, 256):
         yield cosine(gpu, half[0], d, **sizes)
     for d in (64, 128):
+        yield cosine(gpu, half[0], d, **sizes, columns=True)
+    for d in (64, 128):
         for mode in ("soft", "straight_through"):
             yield quantize(gpu, half[0], d, 4500, (1030, 260), mode)
     if flash:
@@ -164,7 +191,9 @@ def checks(gpu: Gpu, *, flash: bool = False) -> Iterator[Check]:
     yield quantize(gpu, half[1], 64, 4500, (1030, 260), "soft")
     yield cosine(gpu, half[0], 768, **sizes)
     yield cosine(gpu, torch.float32, 100, **sizes)
+    yield cosine(gpu, half[0], 256, **sizes, columns=True)  # in chunks
     yield quantize(gpu, half[0], 256, 2500, (1030, 260), "soft")
+    yield quantize(gpu, half[0], 64, 2500, (1030, 260), "soft", "dot")
     yield quantize(gpu, torch.float32, 64, 2500, (1030, 260), "soft")
     for k in (33, 250, 5000):
         yield softmax(gpu, half[0], 300, k)
@@ -274,8 +303,11 @@ def tiny(session: Session) -> None:
     for check in (
         cosine(gpu, half, 64, 40, 70),
         cosine(gpu, torch.float32, 20, 40, 70),
+        cosine(gpu, half, 64, 40, 70, columns=True),
+        cosine(gpu, torch.float32, 20, 40, 70, columns=True),
         quantize(gpu, half, 64, 40, (70, 20), "soft"),
         quantize(gpu, half, 64, 40, (70, 20), "straight_through"),
+        quantize(gpu, half, 64, 40, (70, 20), "soft", "dot"),
         softmax(gpu, half, 5, 33),
         noise(gpu, 3, 40),
     ):

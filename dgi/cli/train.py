@@ -40,7 +40,8 @@ settings, for --config (one JSON object) and --set, with their defaults; dgi/con
   training
 {_fields(TrainConfig)}
 
-The output folder receives {MODEL_FILE}, {CONFIG_FILE}, metrics.jsonl, training_curve.png and checkpoints/.
+The output folder receives {MODEL_FILE}, {CONFIG_FILE}, metrics.jsonl (the losses and the use of codes, a JSON object
+per line: docs/tutorial.md, "What training writes", explains each value), training_curve.png and checkpoints/.
 """
 
 

@@ -21,6 +21,8 @@ from dgi.training.trainer import Schedule, Trainer, build_optimizer, collision_r
 from dgi_kernels import Trie, beam_search, rank_candidates
 from tests.dgi.tiny_runs import MODEL, tiny_data, tiny_trainer
 
+ROOT = Path(__file__).parents[3]
+
 
 def test_schedule_by_hand() -> None:
     schedule = Schedule(TrainConfig(warmup_steps=4, tau_start=1.0, tau_end=0.0625, revive_every=2), total_steps=9)
@@ -120,6 +122,8 @@ def test_files_of_a_run(tmp_path: Path, seed: int) -> None:
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(row["step"], row["epoch"]) for row in rows] == [(4, 2), (6, 2)]
     assert rows[-1] == last
+    explained = (ROOT / "docs" / "tutorial.md").read_text().split("### What training writes")[1].split("```")[0]
+    assert [name for name in last if f"`{name}`" not in explained] == []
     weighted = sum(last[name] for name in ("ntp", "global", "local", "infonce", "diversity"))
     assert last["loss"] == pytest.approx(weighted, rel=1e-5)
     assert last["gamma"] == pytest.approx(float(trainer.model.quantizer.scale.detach()))
