@@ -7,7 +7,7 @@
 #include "cpu/shared/philox_cpu.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
+#include "cpu/shared/intrinsics.h"
 #endif
 
 namespace dgi::cpu {

@@ -15,7 +15,7 @@
 #include <utility>
 
 #if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
+#include "cpu/shared/intrinsics.h"
 #endif
 
 #include "cpu/shared/host.h"
