@@ -106,13 +106,20 @@ def test_links_between_files_lead_somewhere() -> None:
             assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
 
 
+def entry(name: str) -> str:
+    item = pkgutil.resolve_name(name)
+    module = item if inspect.ismodule(item) else inspect.getmodule(item)
+    source = Path(str(module.__file__)).relative_to(ROOT)  # type: ignore[union-attr]
+    return f"- [`{name}`](../../{source}): {inspect.getdoc(item).splitlines()[0].rstrip('.:')}"  # type: ignore[union-attr]
+
+
 def test_entries_of_the_api_pages_link_to_their_source() -> None:
     """The site has signature and docstring in place of an entry; a code host shows the link and the first sentence."""
     for page in sorted((ROOT / "docs" / "api").glob("*.md")):
         text = page.read_text()
         entries = re.findall(r"^- \[`([\w.]+)`\]\((\S+)\): \S", text, re.MULTILINE)
         written = re.findall(r"^::: (\S+)", text, re.MULTILINE)
-        assert not written, f"{page.name}: write - [`{written[0]}`](<its source>): <the docstring's first sentence>"
+        assert not written, f"{page.name}: in place of ::: {written[0]} write\n{entry(written[0])}"
         assert entries and len(entries) == text.count("\n- ")
         for name, target in entries:
             item = pkgutil.resolve_name(name)
