@@ -43,7 +43,7 @@ class DropIn:
             returns what is measured, by name. Each step returns the tensors that must be equal, from a fixed seed.
         paths: the files and folders of the repository that are needed; () for all.
         tolerance: by name of an output, how far its elements may differ, relative to its largest; others: not at all.
-        note: where their result is another and why, for the reader; empty where both are equal.
+        differs: by name of a step, why theirs is another result; it is an error if both are equal after all.
     """
 
     title: str
@@ -55,7 +55,7 @@ class DropIn:
     steps: Callable[[Path | None], Steps]
     paths: tuple[str, ...] = ()
     tolerance: Mapping[str, float] = field(default_factory=dict)
-    note: str = ""
+    differs: Mapping[str, str] = field(default_factory=dict)
 
 
 def names() -> list[str]:
