@@ -56,6 +56,13 @@ def test_a_terminal_gets_a_bar() -> None:
     assert all(part in terminal.getvalue() for part in ("searching: 100%", "10/10", "loss 3"))
 
 
+def test_short_work_shows_no_bar_where_it_may_wait() -> None:
+    terminal = Terminal()
+    with Progress(10, "clustering", delay=60.0, file=terminal) as progress:
+        progress.update(10)
+    assert terminal.getvalue() == ""
+
+
 @pytest.mark.parametrize("file", [io.StringIO(), Terminal()], ids=["log", "terminal"])
 def test_nothing_where_it_is_not_to_be_shown(file: io.StringIO) -> None:
     now = iter(range(0, 10_000, 100))

@@ -4,7 +4,7 @@
 //
 // Bytes bound both: x is read once, N D. Sums are float64, and each cluster belongs to one thread, which adds its rows
 // in their order: the bits do not depend on the number of threads. A thread reads the codes of all rows, N 8 bytes, and
-// the x of its own. Measured at N = 1e6, D = 64, K = 1024 the two take 5 % of an iteration; assignment is the rest.
+// the x of its own. On two cores the sums take 4 % of the time of the assignment at N = 2e5, D = 64, K = 1024.
 #include <algorithm>
 #include <cmath>
 #include <limits>
