@@ -34,7 +34,8 @@ class VectorQuantizer(nn.Module):
 
     In training the codebook follows the data by exponential moving averages, or by the gradient of the loss
     (``learnable_codebook``), and codes that few vectors use move onto vectors of the batch. With the cosine, vectors
-    and codes have norm 1. Under ``torch.distributed`` sums are over all ranks.
+    and codes have norm 1. Under ``torch.distributed`` sums are over all ranks; for K-means and for dead codes their
+    batches must have equally many rows.
 
     Args:
         dim: width D of the vectors.
@@ -173,7 +174,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def _start(self, rows: Tensor) -> None:
-        """K-means of the batch, of all ranks' batches where they are equally long."""
+        """K-means of the batches of all ranks."""
         rows = rows if world_size() == 1 else all_gather(rows)
         if not len(rows):
             return
