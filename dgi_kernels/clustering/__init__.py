@@ -209,7 +209,7 @@ def balanced_codes(
 
     Examples:
         >>> x = torch.tensor([[0.0], [0.1], [0.2], [0.9]])  # three of the four are nearest to the first code
-        >>> dgi_kernels.balanced_codes(x, torch.tensor([[0.0], [1.0]]))
+        >>> dgi_kernels.balanced_codes(x, torch.tensor([[0.0], [1.0]]), epsilon=0.1)
         tensor([0, 0, 1, 1])
     """
     checks.float_tensor("x", x, ndim=2)
