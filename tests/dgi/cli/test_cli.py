@@ -20,6 +20,7 @@ from dgi.cli.train import _settings, configs
 from dgi.config import BEFORE
 from dgi.data import load_dataset
 from dgi.evaluation.evaluate import sample
+from dgi.evaluation.tuning import COSINE_WEIGHTS
 from dgi.retrieval.index import DGIIndex
 from tests.dgi.tiny_folder import ITEMS, SETTINGS, write_data, write_judgments
 
@@ -142,6 +143,47 @@ def test_search_prints_titles(run: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert len(lines) == 3
     for line, result in zip(lines, results, strict=True):
         assert line.split()[0] == str(result["rank"]) and line.endswith(f"{result['id']}  {result['text']}")
+
+
+def test_popularity_is_added_to_the_scores(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the share of all training clicks, one more for each item, of the items with the same semantic ID."""
+
+    def scores(*arguments: str) -> dict[str, float]:
+        command = ["--query", "genre0", "--k", str(ITEMS), "--num-beams", "8,24", "--json", *arguments]
+        assert search(run, *command) == 0
+        return {result["id"]: result["score"] for result in json.loads(capsys.readouterr().out)["results"]}
+
+    data, index = load_dataset(run / "data"), DGIIndex.load(run / "new/index.safetensors")
+    clicks = 1 + np.bincount(data.train.items, minlength=ITEMS)
+    codes = index.codes.numpy()
+    below = ((codes[:, None] == codes[None]).all(-1) * clicks).sum(1) / clicks.sum()
+    plain, moved = scores(), scores("--popularity", "-0.7")
+    assert moved.keys() == plain.keys()
+    for item, score in moved.items():
+        expected = plain[item] - 0.7 * np.log(below[data.catalog.row(item)])
+        assert score == pytest.approx(expected, abs=1e-4)
+    assert list(moved.values()) == sorted(moved.values(), reverse=True)
+
+
+def test_the_tuned_weight_ranks_by_the_sum(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "tuned.safetensors"
+    command = ["index", "--model", str(run / "model"), "--data", str(run / "data"), "--output", str(output), QUIET]
+    assert main([*command, "--tune"]) == 0
+    assert capsys.readouterr().out.count("(chosen)") == 1
+    index = DGIIndex.load(output)
+    assert index.cosine_weight in COSINE_WEIGHTS
+    request = ["search", "--index", str(output), *command[1:5], QUIET, "--query", "genre0", "--k", str(ITEMS), "--json"]
+    found = {}
+    for order in ("lexicographic", "sum"):
+        assert main([*request, "--order", order]) == 0
+        found[order] = json.loads(capsys.readouterr().out)["results"]
+    crowd = (index.codes[:, None] == index.codes[None]).all(-1).sum(1).log()
+    before = {result["id"]: result for result in found["lexicographic"]}
+    for result in found["sum"]:
+        own = before[result["id"]]
+        row = index.ids.index(result["id"])
+        expected = own["score"] + index.cosine_weight * own["cosine"] - float(crowd[row])
+        assert result["score"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_eval_counts_the_hits_that_searching_gives(
