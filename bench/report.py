@@ -375,7 +375,9 @@ def comparison(name: str) -> str:
         return "*Not measured yet, so nothing is claimed: the command above makes it.*"
     results = json.loads(path.read_text())
     machine = results["machine"]
-    sections = [data_markdown(data, "###") for data in results["data"].values()]
+    sections = [data_markdown(data, "####") for data in results["data"].values()]
+    if len(sections) == 1:  # the page has its title
+        sections = [sections[0].split("\n\n", 1)[1]]
     threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
     source = f"<sub>{machine['cpu']}, {threads}, torch {machine['torch']}: `bench/results/{name}.json`</sub>"
     return "\n\n".join([*sections, source])
