@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,16 +39,20 @@ def show(name: str, times: dict[str, list[float]], results: Results, op: str, sh
         results.add(op, shape, system, times[system])
 
 
+def normalizer_systems(rows: int, vocabulary: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    logits = torch.empty(rows, vocabulary, dtype=dtype)
+    for row in logits:
+        row.copy_(3 * torch.randn(vocabulary))
+    return {
+        "native": functools.partial(log_normalizer, logits),
+        "torch.logsumexp": functools.partial(torch.logsumexp, logits, -1),
+        "floor": functools.partial(read, logits),
+    }
+
+
 def bench_log_normalizer(rows: int, results: Results) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        logits = torch.empty(rows, VOCABULARY, dtype=dtype)
-        for row in logits:
-            row.copy_(3 * torch.randn(VOCABULARY))
-        systems = {
-            "native": functools.partial(log_normalizer, logits),
-            "torch.logsumexp": functools.partial(torch.logsumexp, logits, -1),
-            "floor": functools.partial(read, logits),
-        }
+        systems = normalizer_systems(rows, VOCABULARY, dtype)
         shape = {"N": rows, "V": VOCABULARY, "dtype": str(dtype).removeprefix("torch.")}
         show(f"log_normalizer {shape}", interleaved(systems, ROUNDS), results, "log_normalizer", shape)
 

@@ -198,7 +198,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{name:24} {dropin.title}\n{'':24} {dropin.source} {dropin.commit[:10]}")
         return 0
     print(title())
-    results = Results()
+    source = "" if arguments.source is None else " --source DIR"
+    results = Results(f"python bench/dropin.py {arguments.name}{source} --data FOLDER --rounds {arguments.rounds}")
     equal = compare(arguments.name, arguments.source, arguments.data, arguments.rounds, results)
     if arguments.json:
         results.write(arguments.json)

@@ -34,7 +34,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,6 +48,7 @@ PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 MARKER = re.compile(r"(<!-- (report|picture):(\S+)((?: [^=\s]+=\S+)*) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 KERNELS = re.compile(r"(?<=<!-- kernels -->\n).*?(?=<!-- /kernels -->)", re.DOTALL)
 COMPARISON = re.compile(r"(<!-- comparison:(\S+) -->\n).*?(<!-- /comparison -->)", re.DOTALL)
+DROPINS = re.compile(r"(<!-- dropins -->\n).*?(<!-- /dropins -->)", re.DOTALL)
 SUMMARY_PLACE = re.compile(r"(?<=<!-- summary -->\n).*?(?=<!-- /summary -->)", re.DOTALL)
 OPS = re.compile(r"(?<=<!-- ops -->\n).*?(?=<!-- /ops -->)", re.DOTALL)
 COLUMNS = {"C++": ("native", "cpu"), "Triton": ("triton", "cuda"), "CUDA C++": ("native", "cuda")}
@@ -248,6 +249,8 @@ def alt_text(run: Run, filters: dict[str, str]) -> str:
     spans = []
     for name in [*systems([row for _, row in shown])[1:], FLOOR]:
         ratios = sorted(row.seconds[name] / row.seconds[row.ours] for _, row in shown if name in row.seconds)
+        if not ratios:
+            continue
         low, high = (significant(ratio) for ratio in (ratios[0], ratios[-1]))
         spans.append(f"{name} {low}" + (f" to {high}" if high != low else ""))
     by_op = {op: split_shape([row for of, row in shown if of == op])[0] for op, _ in shown}
@@ -361,6 +364,7 @@ def rendered(page: Path, text: str) -> tuple[str, list[tuple[Run, dict[str, str]
         return start + "\n" + "\n\n".join(table(run, op, rows) for op, rows in by_op.items()) + "\n\n" + end
 
     text = SUMMARY_PLACE.sub(lambda match: summary(), MARKER.sub(replace, text))
+    text = DROPINS.sub(lambda match: f"{match[1]}\n{dropins()}\n\n{match[2]}", text)
     text = COMPARISON.sub(lambda match: f"{match[1]}\n{comparison(match[2])}\n\n{match[3]}", text)
     text = OPS.sub(lambda match: op_table(available()), text)
     return KERNELS.sub(lambda match: kernels(match[0]), text), shown
@@ -381,6 +385,24 @@ def comparison(name: str) -> str:
     threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
     source = f"<sub>{machine['cpu']}, {threads}, torch {machine['torch']}: `bench/results/{name}.json`</sub>"
     return "\n\n".join([*sections, source])
+
+
+def dropins() -> str:
+    """Code of others as it is and with our lines: ``bench/results/dropin-*.json``."""
+    lines = ["| code | step | lines | theirs ÷ ours | MB: theirs / ours | result |", "|---|---|--:|--:|--:|---|"]
+    for path in sorted(RESULTS.glob("dropin-*.json")):
+        document = json.loads(path.read_text())
+        steps: dict[str, dict[str, dict[str, Any]]] = {}
+        for one in document["benchmarks"]:
+            steps.setdefault(one["params"]["step"], {})[one["params"]["system"]] = one
+        for step, pair in steps.items():
+            theirs, ours = pair["theirs"], pair["ours"]
+            memory = " / ".join(megabytes(one["extra_info"]["peak_bytes"] or 0) for one in (theirs, ours))
+            ratio = significant(theirs["stats"]["median"] / ours["stats"]["median"])
+            equal = "equal" if ours["extra_info"]["equal"] else "another: theirs is wrong"
+            name = ours["params"]["codebase"]
+            lines.append(f"| `{name}` | {step} | {ours['extra_info']['lines']} | {ratio} | {memory} | {equal} |")
+    return "\n".join(lines)
 
 
 def summary() -> str:

@@ -36,6 +36,7 @@ import bench_kmeans  # noqa: E402
 import bench_quantize  # noqa: E402
 import bench_train  # noqa: E402
 import bench_trie  # noqa: E402
+import bench_vocabulary  # noqa: E402
 import shapes  # noqa: E402
 from measure import Step  # noqa: E402
 
@@ -128,6 +129,11 @@ def generation(small: bool, folder: Path) -> dict[str, Step]:
     return bench_integrations.systems(replace(case, items=300, levels=2, batch=1, beams=3, length=8) if small else case)
 
 
+def normalizer(small: bool, folder: Path) -> dict[str, Step]:
+    shape = (3, 1000) if small else (256, bench_vocabulary.VOCABULARY)
+    return bench_vocabulary.normalizer_systems(*shape, torch.float32)
+
+
 def training(small: bool, folder: Path) -> dict[str, Step]:
     shape = {"items": 500, "rows": 100, "dim": 16, "batch": 32, "sizes": (16, 8)} if small else {}
     return bench_train.update_steps(functools.partial(bench_train.large, **shape))
@@ -151,6 +157,7 @@ TARGETS: dict[str, tuple[Make, tuple[str, ...]]] = {
     "trie_file": (trie("file"), ("save", "load", "load, mapped")),
     "beam_search": (search, ("floor", "native", "filtered", "updated", "reference")),
     "cosine_beam_step": (last_step, ("floor", "head, then step", "fused")),
+    "log_normalizer": (normalizer, ("floor", "torch.logsumexp", "native")),
     "rank_candidates": (ranking, ("native", "reference")),
     "constrained_generate": (
         generation,
