@@ -41,18 +41,18 @@ class BM25(ScoringRetriever):
         except ImportError:
             raise ImportError('BM25 needs bm25s; run: pip install "dgi-kernels[baselines]"') from None
         logging.getLogger("bm25s").setLevel(logging.WARNING)
-        self.library = bm25s
+        self.bm25s = bm25s
         self.expand = expand
 
     def fit(self, data: Dataset) -> Self:
         self.catalog = data.catalog
-        self.index = self.library.BM25()
+        self.index = self.bm25s.BM25()
         texts = expanded_texts(data) if self.expand else list(data.catalog.texts)
         self.index.index(self._words(texts), show_progress=False)
         return self
 
     def _words(self, texts: list[str]) -> list[list[str]]:
-        return self.library.tokenize(texts, stopwords="en", return_ids=False, show_progress=False)
+        return self.bm25s.tokenize(texts, stopwords="en", return_ids=False, show_progress=False)
 
     def scores(self, queries: Interactions) -> Tensor:
         words = self._words(request_texts(queries, self.catalog))
