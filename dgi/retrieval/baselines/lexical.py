@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dgi.data import Catalog, Dataset, Interactions
+from dgi.extras import require
 from dgi.retrieval.baselines.protocol import ScoringRetriever, request_texts
 
 if TYPE_CHECKING:
@@ -36,12 +37,8 @@ class BM25(ScoringRetriever):
 
     def __init__(self, expand: bool = False) -> None:
         super().__init__()
-        try:
-            import bm25s
-        except ImportError:
-            raise ImportError('BM25 needs bm25s; run: pip install "dgi-kernels[baselines]"') from None
+        self.bm25s = require("bm25s", "baselines")
         logging.getLogger("bm25s").setLevel(logging.WARNING)
-        self.bm25s = bm25s
         self.expand = expand
 
     def fit(self, data: Dataset) -> Self:
