@@ -24,10 +24,11 @@ import torch
 from dgi.config import to_dict
 from dgi.data import Dataset, Interactions, with_validation
 from dgi.evaluation import metrics
-from dgi.evaluation.evaluate import DEPTH, K, sample, train_counts, write_json
+from dgi.evaluation.evaluate import DEPTH, K, sample, sampled_rows, train_counts, write_json
 from dgi.evaluation.names import DEFAULT_SYSTEMS
 from dgi.evaluation.per_query import MEASURES, bucket_means, interval, measure_queries
 from dgi.evaluation.systems import SYSTEMS
+from dgi.extras import require
 from dgi.model.dgi_model import DualEncoder
 from dgi.progress import Progress
 from dgi.retrieval.baselines import Plan, Retriever
@@ -159,8 +160,7 @@ def geometry(system: Retriever, counts: np.ndarray) -> Json | None:
     vectors = system.item_vectors()
     if vectors is None:
         return None
-    from scipy import stats
-
+    stats = require("scipy.stats")
     array = vectors.double().numpy()
     norms = np.linalg.norm(array, axis=1)
     varied = np.ptp(norms) > 1e-5 * norms.mean() and np.ptp(counts) > 0
@@ -175,7 +175,7 @@ def _test_sample(data: Dataset, limit: int | None) -> tuple[Interactions, tuple[
         return sample(data.test, limit), None
     if limit is None or len(data.test) <= limit:
         return data.test, data.relevant
-    rows = np.sort(np.random.default_rng(0).choice(len(data.test), limit, replace=False))
+    rows = sampled_rows(len(data.test), limit)
     return data.test.take(rows), tuple(data.relevant[row] for row in rows)
 
 

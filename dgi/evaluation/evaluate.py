@@ -36,7 +36,12 @@ def sample(interactions: Interactions, limit: int | None, seed: int = 0) -> Inte
     """At most ``limit`` interactions, drawn with a fixed seed, in their old order; all where ``limit`` is None."""
     if limit is None or len(interactions) <= limit:
         return interactions
-    return interactions.take(np.sort(np.random.default_rng(seed).choice(len(interactions), limit, replace=False)))
+    return interactions.take(sampled_rows(len(interactions), limit, seed))
+
+
+def sampled_rows(count: int, limit: int, seed: int = 0) -> np.ndarray:
+    """``limit`` of ``count`` rows, drawn with a fixed seed, ascending."""
+    return np.sort(np.random.default_rng(seed).choice(count, limit, replace=False))
 
 
 def evaluate_systems(rankings: Mapping[str, Tensor], test: Interactions, counts: np.ndarray) -> dict[str, Json]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from dgi.evaluation.metrics import CUTOFFS, popularity_buckets, target_ranks
+from dgi.extras import require
 
 MEASURES = tuple(f"{name}@{k}" for name in ("recall", "ndcg") for k in CUTOFFS)
 RESAMPLES = 2000
@@ -65,8 +66,7 @@ def interval(values: np.ndarray, seed: int = 0) -> dict[str, Any]:
 
     Of differences between two systems on the same requests this is the paired bootstrap.
     """
-    from scipy import stats
-
+    stats = require("scipy.stats")
     values = np.asarray(values, dtype=np.float64)
     mean = float(values.mean())
     if len(values) < 2 or values.min() == values.max():
