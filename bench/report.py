@@ -389,6 +389,8 @@ def comparison(name: str) -> str:
 
 def dropins() -> str:
     """Code of others as it is and with our lines: ``bench/results/dropin-*.json``."""
+    from dropins import load
+
     lines = ["| code | step | lines | theirs ÷ ours | MB: theirs / ours | result |", "|---|---|--:|--:|--:|---|"]
     for path in sorted(RESULTS.glob("dropin-*.json")):
         document = json.loads(path.read_text())
@@ -399,8 +401,8 @@ def dropins() -> str:
             theirs, ours = pair["theirs"], pair["ours"]
             memory = " / ".join(megabytes(one["extra_info"]["peak_bytes"] or 0) for one in (theirs, ours))
             ratio = significant(theirs["stats"]["median"] / ours["stats"]["median"])
-            equal = "equal" if ours["extra_info"]["equal"] else "another: theirs is wrong"
             name = ours["params"]["codebase"]
+            equal = "equal" if ours["extra_info"]["equal"] else f"differs: {load(name).differs[step]}"
             lines.append(f"| `{name}` | {step} | {ours['extra_info']['lines']} | {ratio} | {memory} | {equal} |")
     return "\n".join(lines)
 
