@@ -392,6 +392,7 @@ def dropins() -> str:
     from dropins import load
 
     lines = ["| code | step | lines | theirs ÷ ours | MB: theirs / ours | result |", "|---|---|--:|--:|--:|---|"]
+    where: set[str] = set()
     for path in sorted(RESULTS.glob("dropin-*.json")):
         document = json.loads(path.read_text())
         steps: dict[str, dict[str, dict[str, Any]]] = {}
@@ -404,7 +405,9 @@ def dropins() -> str:
             name = ours["params"]["codebase"]
             equal = "equal" if ours["extra_info"]["equal"] else f"differs: {load(name).differs[step]}"
             lines.append(f"| `{name}` | {step} | {ours['extra_info']['lines']} | {ratio} | {memory} | {equal} |")
-    return "\n".join(lines)
+        machine = document["machine_info"]
+        where.add(f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}")
+    return "\n".join([*lines, "", f"<sub>{'; '.join(sorted(where))}: `bench/results/dropin-*.json`</sub>"])
 
 
 def summary() -> str:

@@ -59,7 +59,7 @@ def _scrolling(table: str) -> str:
     """A table in a box that scrolls, by keys too; column titles and code may break between the words of a name."""
 
     def breakable(title: re.Match[str]) -> str:
-        return re.sub(r"_(?=\w)|(?<=[a-z])(?=[A-Z])", r"\g<0><wbr>", title[0]).replace("÷ ", "÷&nbsp;")
+        return re.sub(r"_(?=\w)|\.(?=[a-z])|(?<=[a-z])(?=[A-Z])", r"\g<0><wbr>", title[0]).replace("÷ ", "÷&nbsp;")
 
     table = CELL_CODE.sub(lambda code: re.sub(r"_(?=\w)", "_<wbr>", code[0]), table)
     return f'<div class="wide" tabindex="0">{COLUMN_TITLE.sub(breakable, table)}</div>'
