@@ -55,7 +55,7 @@ def op_table(kernels: dict) -> str:
             f"`{op}`",
             link(REFERENCES.get(op, f"dgi_kernels/{family}/reference.py")),
             link(f"csrc/cpu/{family}") if "cpu" in native else "",
-            links(sorted(ROOT.glob(f"dgi_kernels/{family}/triton_*.py"))) if "triton" in backends else "",
+            links(triton_files(family)) if "triton" in backends else "",
             link(f"csrc/cuda/{CUDA_FILES.get(op, family)}.cu") if "cuda" in native else "",
             f"[test_{tests}*.py](tests/kernels/test_{tests}.py)",
             link(f"bench/bench_{BENCHES.get(family, family)}.py"),
@@ -63,6 +63,13 @@ def op_table(kernels: dict) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])
+
+
+def triton_files(family: str) -> list[Path]:
+    """The files that have kernels."""
+    return [
+        path for path in sorted(ROOT.glob(f"dgi_kernels/{family}/triton_*.py")) if "@triton.jit" in path.read_text()
+    ]
 
 
 def links(paths: Iterable[Path]) -> str:

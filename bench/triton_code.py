@@ -30,6 +30,10 @@ from dgi_kernels.cosine.options import Columns, LossOptions
 from dgi_kernels.gumbel import triton_softmax as softmax
 from dgi_kernels.log_normalizer import triton as log_normalizer
 from dgi_kernels.quantize import triton as quantize
+from dgi_kernels.quantize import triton_chunks as quantize_chunks
+from dgi_kernels.quantize import triton_forms as quantize_forms
+from dgi_kernels.quantize import triton_gradient_kernels as quantize_gradient_kernels
+from dgi_kernels.quantize import triton_kernels as quantize_kernels
 from dgi_kernels.quantize.options import Operands, QuantizeOptions
 
 MODULES = (
@@ -37,8 +41,9 @@ MODULES = (
     cosine.kernels,
     cosine.chunks,
     softmax.kernels,
-    quantize.kernels,
-    quantize.chunks,
+    quantize_kernels,
+    quantize_gradient_kernels,
+    quantize_chunks,
     log_normalizer.kernels,
 )
 TYPES = {
@@ -162,7 +167,7 @@ def quantize_launches() -> Iterator[Launch]:
     """Residual quantization: each dtype, form, mode and metric, with and without noise, with all optional gradients
     and with none (less than all is less code), and once each form with codebooks of no multiple of 16."""
     seed, tau = torch.zeros(1, dtype=torch.int64), torch.tensor(0.5, requires_grad=True)
-    cases = [(dtype, dim, 48) for dtype in quantize.HALF for dim in (*quantize.FLASH[9], 768)]
+    cases = [(dtype, dim, 48) for dtype in common.HALF for dim in (*quantize_forms.FLASH[9], 768)]
     cases += [(torch.float32, 64, 48), (torch.bfloat16, 128, 47), (torch.bfloat16, 768, 47)]
     for dtype, dim, codes in cases:
         by_cosine = [

@@ -15,7 +15,7 @@ import torch
 
 from dgi_kernels import cosine_cross_entropy, tiles
 from dgi_kernels.cosine import triton as cosine_launchers
-from dgi_kernels.quantize import triton as quantize_launchers
+from dgi_kernels.quantize import triton_forms as quantize_forms
 
 from . import cosine, quantize
 from .device import Step
@@ -56,7 +56,7 @@ def cases(session: Session) -> list[Case]:
         now = {f"cosine.{name}": tile for name, tile in config.items()}
         found.append(Case(tuple(now), d, now, step))
     step = quantize.step(quantize.ours, *quantize.inputs(gpu, 16384, 64, "flat"))
-    config = quantize_launchers.flash_config(64, torch.device(gpu.device))[1]._asdict()
+    config = quantize_forms.flash_config(64, torch.device(gpu.device))[1]._asdict()
     now = {f"quantize.{name}": tile for name, tile in config.items()}
     found.append(Case(tuple(now), 64, now, step))
     return found

@@ -52,16 +52,16 @@ def run_in_the_interpreter(file: str) -> None:
     assert passed > skipped, run.stdout
 
 
-def choose_form(monkeypatch: pytest.MonkeyPatch, triton: ModuleType, form: str, step: int) -> None:
+def choose_form(monkeypatch: pytest.MonkeyPatch, forms: ModuleType, form: str, step: int) -> None:
     """Make an op's launchers take the "flash" or the "chunked" form whatever the size; interpreted with small tiles."""
     flash = form == "flash"
-    monkeypatch.setattr(triton, "uses_flash", lambda dim, dtype: flash and (INTERPRETED or dtype != torch.float32))
-    monkeypatch.setattr(triton, "CHUNK_BYTES", 4096)
-    monkeypatch.setattr(triton, "CHUNK_STEP", 32)
+    monkeypatch.setattr(forms, "uses_flash", lambda dim, dtype: flash and (INTERPRETED or dtype != torch.float32))
+    monkeypatch.setattr(forms, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(forms, "CHUNK_STEP", 32)
     if INTERPRETED:
-        tiles = triton.Tiles(owned=32, step=step, warps=4, stages=2)
-        config = triton.FlashConfig(*[tiles] * len(triton.FlashConfig._fields))
-        monkeypatch.setattr(triton, "flash_config", lambda dim, device: (max(16, 1 << (dim - 1).bit_length()), config))
+        tiles = forms.Tiles(owned=32, step=step, warps=4, stages=2)
+        config = forms.FlashConfig(*[tiles] * len(forms.FlashConfig._fields))
+        monkeypatch.setattr(forms, "flash_config", lambda dim, device: (max(16, 1 << (dim - 1).bit_length()), config))
 
 
 def seed_tensor() -> Tensor:

@@ -29,7 +29,7 @@ from .shapes import Quantize, name_of
 if TRITON and (GPU or INTERPRETED):
     from dgi_kernels import ResidualQuantization, assign_codes, residual_quantize
     from dgi_kernels import tiles as measured
-    from dgi_kernels.quantize import triton
+    from dgi_kernels.quantize import triton_forms as forms
 
 
 @launcher
@@ -39,8 +39,8 @@ def test_all_of_this_file_in_the_interpreter() -> None:
 
 @pytest.fixture(params=["flash", "chunked"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    choose_form(monkeypatch, triton, request.param, step=32)
-    monkeypatch.setattr(triton, "ORDER_FROM", random.choice([(2, 2), (10**9, 10**9)]))
+    choose_form(monkeypatch, forms, request.param, step=32)
+    monkeypatch.setattr(forms, "ORDER_FROM", random.choice([(2, 2), (10**9, 10**9)]))
     return request.param
 
 

@@ -81,7 +81,7 @@ def test_errors_name_the_entry(entries: object, message: str, tmp_path: Path) ->
 def test_launchers_obey() -> None:
     from dgi_kernels.cosine import triton as cosine
     from dgi_kernels.gumbel import triton_softmax as softmax
-    from dgi_kernels.quantize import triton as quantize
+    from dgi_kernels.quantize import triton_forms as quantize
 
     with tiles.override(tiles.FALLBACK):
         for dim in (64, 128, 256):

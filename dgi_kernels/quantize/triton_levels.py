@@ -1,0 +1,346 @@
+"""Launches of one level of residual quantization: what it gets, its forward in both forms, and the seam to the next.
+
+Formulas: :mod:`dgi_kernels.quantize.triton_kernels`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+from torch import Tensor
+
+from dgi_kernels import tiles as measured
+from dgi_kernels import triton_common as common
+from dgi_kernels.enums import METRICS, MODES
+from dgi_kernels.quantize import triton_chunks as chunks
+from dgi_kernels.quantize import triton_forms as forms
+from dgi_kernels.quantize import triton_kernels as kernels
+from dgi_kernels.quantize.triton_forms import Tiles, blocks
+from dgi_kernels.triton_common import finish_block, multiprocessors, product
+
+SOFT, STRAIGHT_THROUGH, HARD = map(MODES.index, ("soft", "straight_through", "hard"))
+COSINE, DOT, EUCLIDEAN = map(METRICS.index, ("cosine", "dot", "euclidean"))
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level's share of what the operators take and keep: views, each kernel's common arguments."""
+
+    index: int
+    e: Tensor  # (K, D), of the Euclidean metric relative to the centre
+    vectors: Tensor  # (K, D), what is emitted
+    centre: Tensor | None  # (D,)
+    rnorm_e: Tensor  # (K,)
+    bias: Tensor | None  # (K,)
+    residual: Tensor  # (N, D), its rows m D apart; the others' elements m apart
+    codes: Tensor
+    sampled: Tensor
+    lse: Tensor
+    rnorm: Tensor
+    order: Tensor  # (N,), empty in the chunked form
+    largest: Tensor  # (row tiles, code tiles), empty in the chunked form
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What all levels share."""
+
+    scale: Tensor
+    tau: Tensor
+    seed: Tensor
+    padding: Tensor | None  # (N,) bool
+    sigma: Tensor | None  # (N,)
+    row_offset: int
+    eps: float
+    mode: int
+    metric: int
+    noisy: bool
+
+    @property
+    def row_factor(self) -> float:
+        """rr where it is a constant, as are the codes' factors then, without gradients; 0: 1 / ||r||."""
+        return {COSINE: 0.0, DOT: 1.0, EUCLIDEAN: 2.0}[self.metric]
+
+    @property
+    def plain(self) -> bool:
+        """Whether the factors of rows and codes are constants."""
+        return self.metric != COSINE
+
+    def counted(self, rows: int) -> int | Tensor:
+        """Rows that usage is the mean of."""
+        return rows if self.padding is None else rows - self.padding.sum().clamp(max=rows - 1)
+
+    def of_rows(self, own: slice) -> Sampling:
+        return self if self.sigma is None else replace(self, sigma=self.sigma[own])
+
+    def arguments(self, level: Level) -> dict[str, Tensor | int | bool | None]:
+        """Those that all kernels have, flash or chunked, but for the residual's and the rows' numbers."""
+        return {
+            "p_rnorm_e": level.rnorm_e,
+            "p_bias": level.bias,
+            "p_sigma": self.sigma,
+            "p_seed": self.seed,
+            "p_scale": self.scale,
+            "p_tau": self.tau,
+            "K": len(level.e),
+            "stride_m": level.lse.stride(0),
+            "level": level.index,
+            "noisy": self.noisy,
+        }
+
+    def flash_arguments(self, level: Level) -> dict[str, Tensor | int | bool | None]:
+        rows, dim = level.residual.shape
+        return {
+            **self.arguments(level),
+            "p_rnorm": level.rnorm,
+            "N": rows,
+            "D": dim,
+            "stride_d": level.residual.stride(0),
+            "row_offset": self.row_offset,
+        }
+
+
+def levels_of(
+    sizes: Sequence[int],
+    weight: Tensor,
+    bias: Tensor | None,
+    centres: Tensor | None,
+    vectors: Tensor | None,
+    rnorm_e: Tensor,
+    residuals: Tensor,
+    codes: Tensor,
+    sampled: Tensor,
+    lse: Tensor,
+    rnorm: Tensor,
+    order: Tensor,
+    largest: Tensor,
+) -> Iterator[Level]:
+    starts = [sum(sizes[:j]) for j in range(len(sizes))]
+    tiles = tile_counts(residuals, sizes)
+    for j, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+        own = slice(start, start + size)
+        yield Level(
+            j,
+            weight[own],
+            (weight if vectors is None else vectors)[own],
+            None if centres is None else centres[j],
+            rnorm_e[own],
+            None if bias is None else bias[own],
+            residuals[:, j],
+            codes[:, j],
+            sampled[:, j],
+            lse[:, j],
+            rnorm[:, j],
+            order[j],
+            largest[sum(tiles[:j]) : sum(tiles[: j + 1])],
+        )
+
+
+def tile_counts(x: Tensor, sizes: Sequence[int]) -> list[int]:
+    """How many tiles :func:`kernels.usage_kernel` has for each level: none in the chunked form."""
+    if not forms.uses_flash(x.shape[-1], x.dtype):
+        return [0] * len(sizes)
+    tiles = forms.flash_config(x.shape[-1], x.device)[1].codes
+    return [triton.cdiv(len(x), tiles.step) * triton.cdiv(size, tiles.owned) for size in sizes]
+
+
+def emit(
+    rest: Tensor,
+    mean: Tensor | None,
+    level: Level | None,
+    quantized: Tensor | None,
+    after: Level | None,
+    sampling: Sampling,
+) -> None:
+    """From ``level``, None before the first, to the one after, None after the last."""
+    rows, dim = rest.shape
+    e = index = lse = residual = rnorm = centre = next_centre = None
+    if level is not None:
+        centre = level.centre
+        e, index = level.vectors, level.codes if sampling.mode == HARD else level.sampled
+        lse = level.lse if sampling.mode == STRAIGHT_THROUGH else None
+    if after is not None:
+        residual, rnorm, next_centre = after.residual, after.rnorm, after.centre
+    near = after or level
+    assert near is not None
+    b_n, b_d = finish_block(dim)
+    kernels.emit_kernel[(triton.cdiv(rows, b_n),)](
+        rest,
+        p_mean=mean,
+        p_e=e,
+        p_index=index,
+        p_lse=lse,
+        p_quantized=quantized,
+        p_residual=residual,
+        p_rnorm=rnorm,
+        p_centre=centre,
+        p_next_centre=next_centre,
+        N=rows,
+        D=dim,
+        stride_d=near.residual.stride(0),
+        stride_m=near.lse.stride(0),
+        eps=sampling.eps,
+        constant=sampling.row_factor,
+        b_n=b_n,
+        b_d=b_d,
+        num_warps=4,
+    )
+
+
+def flash_level(level: Level, sampling: Sampling, rest: Tensor, usage: Tensor, with_grad: bool) -> Tensor | None:
+    """Fill codes, sampled, lse and ``usage``, a sum still; return p E in soft mode. ``rest`` is the residual."""
+    (rows, dim), codes, soft = level.residual.shape, len(level.e), sampling.mode == SOFT
+    b_d, config = forms.flash_config(dim, level.e.device)
+    shared = sampling.flash_arguments(level)
+    mean = level.lse.new_empty(rows, dim) if soft else None
+    kernels.level_kernel[(triton.cdiv(rows, config.forward.owned),)](
+        level.residual,
+        level.e,
+        **shared,
+        p_mean=mean,
+        p_codes=level.codes,
+        p_sampled=level.sampled,
+        p_lse=level.lse,
+        log2_skip=forms.LOG2_SKIP[level.e.dtype],
+        soft=soft,
+        **blocks(b_d, config.forward, own="b_n", step="b_k"),
+    )
+    if level.bias is not None:
+        kernels.nearest_kernel[(triton.cdiv(rows, config.gradient.owned),)](
+            level.residual,
+            level.e,
+            **_near_arguments(level, sampling, rest),
+            N=rows,
+            **blocks(b_d, config.gradient, own="b_n", step="b_k"),
+        )
+        _sample_the_nearest(level, sampling)
+    if sampling.mode == HARD:
+        return None
+    _leave_out_padding(level, sampling)
+    if with_grad and rows >= forms.ORDER_FROM[0] and codes >= forms.ORDER_FROM[1]:
+        level.order.copy_(torch.sort(level.sampled, stable=True).indices)
+    else:
+        torch.arange(rows, out=level.order)
+    tiles, splits = splits_of(config.codes, level)
+    partial = level.lse.new_empty(splits, codes)
+    kernels.usage_kernel[(tiles, splits)](
+        level.residual,
+        level.e,
+        **shared,
+        p_lse=level.lse,
+        p_sampled=level.sampled,
+        p_order=level.order,
+        p_partial=partial,
+        p_largest=level.largest,
+        **blocks(b_d, config.codes, own="b_k", step="b_n"),
+    )
+    torch.sum(partial, 0, out=usage)
+    return mean
+
+
+def _near_arguments(level: Level, sampling: Sampling, rest: Tensor) -> dict[str, Tensor | int | float | None]:
+    """What both kernels that look for the nearest code have."""
+    dim = rest.shape[1]
+    unit = {torch.float32: 0.0, torch.float16: 2.0**-12, torch.bfloat16: 2.0**-9}[level.e.dtype]
+    if level.e.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        unit = 2.0**-11
+    return {
+        "p_bias": level.bias,
+        "p_scale": sampling.scale,
+        "p_rest": rest,
+        "p_vectors": level.vectors,
+        "p_longest": torch.linalg.vector_norm(level.e, dim=1, dtype=torch.float32).amax(),
+        "p_codes": level.codes,
+        "K": len(level.e),
+        "D": dim,
+        "stride_d": level.residual.stride(0),
+        "stride_m": level.codes.stride(0),
+        # ||r - e||^2 of rounded vectors, twice, and the rounding of its sums
+        "slack": 4 * unit + (4 + dim**0.5) * 2.0**-22,
+    }
+
+
+def _sample_the_nearest(level: Level, sampling: Sampling) -> None:
+    """Where there is no noise."""
+    if not sampling.noisy:
+        level.sampled.copy_(level.codes)
+    elif sampling.sigma is not None:
+        level.sampled.copy_(torch.where(sampling.sigma == 0, level.codes, level.sampled))
+
+
+def _leave_out_padding(level: Level, sampling: Sampling) -> None:
+    """Padding has p = 0 for all that comes after: it is not counted, and its rows pass on no gradient."""
+    if sampling.padding is not None:
+        level.lse.masked_fill_(sampling.padding, float("inf"))
+
+
+def splits_of(tiles: Tiles, level: Level) -> tuple[int, int]:
+    """Tiles of codes, and into how many parts their rows are split so that the GPU is full."""
+    count = triton.cdiv(len(level.e), tiles.owned)
+    return count, max(1, min(triton.cdiv(len(level.residual), tiles.step), 2 * multiprocessors(level.e) // count))
+
+
+def chunked_level(level: Level, sampling: Sampling, rest: Tensor, usage: Tensor, with_grad: bool) -> Tensor | None:
+    """What :func:`flash_level` does."""
+    e, weights = level.e, sampling.mode != HARD
+    log2_gain = 10.0 if e.dtype == torch.float16 else 0.0  # small p stay normal numbers
+    mean = level.lse.new_empty(level.residual.shape) if sampling.mode == SOFT else None
+    usage.zero_()
+    for own, s in chunks_of(level, 1):
+        p = weights_of(s, e) if weights else None
+        product(level.residual[own], e.T, s)
+        nearest = level.codes.new_empty(len(s)) if level.bias is not None else None
+        if nearest is not None:
+            near = _near_arguments(level, sampling, rest[own])
+            chunks.chunk_nearest_kernel[(len(s),)](
+                s,
+                level.residual[own],
+                **{**near, "p_codes": nearest, "stride_m": 1},
+                b_k=forms.CHUNK_STEP,
+                b_d=finish_block(rest.shape[1])[1],
+                num_warps=4,
+            )
+        chunks.chunk_level_kernel[(len(s),)](
+            s,
+            p,
+            **sampling.of_rows(own).arguments(level),
+            p_rnorm=level.rnorm[own],
+            p_codes=level.codes[own],
+            p_sampled=level.sampled[own],
+            p_lse=level.lse[own],
+            row_offset=sampling.row_offset + own.start,
+            log2_gain=log2_gain,
+            b_k=forms.CHUNK_STEP,
+            num_warps=4,
+        )
+        if nearest is not None:
+            level.codes[own] = nearest
+        if p is not None:
+            if sampling.padding is not None:
+                p.masked_fill_(sampling.padding[own].unsqueeze(1), 0.0)
+            usage.add_(p.sum(0, dtype=torch.float32), alpha=2.0**-log2_gain)
+        if mean is not None and p is not None:
+            product(p, e, mean[own])
+    if level.bias is not None:
+        _sample_the_nearest(level, sampling)
+    if weights:
+        _leave_out_padding(level, sampling)
+    return None if mean is None else mean.mul_(2.0**-log2_gain)
+
+
+def chunks_of(level: Level, buffers: int) -> Iterator[tuple]:
+    """Slices of rows, each with float32 buffers (rows, K) for products: the same memory for all."""
+    budget = measured.number("quantize.chunk_bytes", forms.CHUNK_BYTES, level.e.device)
+    memory = None
+    for own in common.chunks(len(level.residual), len(level.e), buffers, level.e.dtype, budget):
+        if memory is None:
+            memory = level.rnorm_e.new_empty(buffers, own.stop, len(level.e))
+        yield own, *memory[:, : own.stop - own.start]
+
+
+def weights_of(products: Tensor, e: Tensor) -> Tensor:
+    """Where weights in the dtype of ``e`` go: into the place of their products where they fit."""
+    return products if e.dtype == torch.float32 else torch.empty_like(products, dtype=e.dtype)
