@@ -29,7 +29,10 @@ EPILOG = f"""\
 examples:
   dgi index --model run --data my-data --output run/index.safetensors
   dgi index --model run --data my-data --output run/index.safetensors --tune
+  torchrun --nproc-per-node 4 -m dgi index --model run --data my-data --output run/index.safetensors
 
+  Under torchrun every process encodes a share of the items, on its own GPU where there are any, and the first one
+  writes the file: byte for byte that of one process with as many threads.
 {DATA_FORMAT}
   Of the folder only the items are read, with --tune the interactions too.
 """
@@ -57,14 +60,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    import torch.distributed as dist
+
     from dgi.evaluation.metrics import collisions
     from dgi.retrieval.index import DGIIndex
+    from dgi.retrieval.shares import encode_catalog
+    from dgi.training.distributed import process_group, world_size
     from dgi_kernels.files import check_output
 
     check_output(args.output.parent, [args.output])
     model = load_trained(args.model, device(args.device))
     catalog = load_catalog(args.data)
-    index = DGIIndex.build(model, catalog, unique=args.unique, batch_size=args.batch_size, progress=args.progress)
+    with process_group():
+        encoded = encode_catalog(model, catalog, batch_size=args.batch_size, progress=args.progress)
+        if world_size() > 1:
+            dist.barrier()  # no process leaves while another still talks to it
+    if encoded is None:  # another process has them all and goes on alone
+        return
+    index = DGIIndex.of_encoded(model, catalog, encoded, unique=args.unique)
     if args.tune:
         index = _tuned(index, model, args)
     index.save(args.output)

@@ -24,6 +24,7 @@ from dgi.model.decoders import CachedDecoder, caches
 from dgi.model.dgi_model import DGIModel
 from dgi.model.encoders import QueryEncoding
 from dgi.model.encoding import device_of, encode_items, evaluating
+from dgi.retrieval.shares import EncodedItems, codes_of
 from dgi.training.checkpoint import CheckpointError, read_tensors, write_tensors
 from dgi_kernels import (
     BeamResult,
@@ -112,7 +113,10 @@ class DGIIndex:
         batch_size: int = 1024,
         progress: bool = False,
     ) -> DGIIndex:
-        """Encode and hard-quantize a catalog in batches, on the model's device.
+        """Encode and hard-quantize a catalog in batches, on the model's device, in this process alone.
+
+        ``dgi index`` under ``torchrun`` has all processes encode: :func:`dgi.retrieval.shares.encode_catalog`, then
+        :meth:`of_encoded` on rank 0.
 
         Args:
             model: the trained model.
@@ -130,9 +134,26 @@ class DGIIndex:
             ValueError: the catalog is empty, the model gives an item a vector that is not finite, or ``unique`` is True
                 and there are fewer semantic IDs than items.
         """
-        if not isinstance(model, DGIModel):
-            raise TypeError(f"model must be a DGIModel; got {type(model).__name__}")
-        z = encode_items(model, model.encoder.prepare_items(catalog), batch_size=batch_size, progress=progress)
+        features = _checked(model).encoder.prepare_items(catalog)
+        z = encode_items(model, features, batch_size=batch_size, progress=progress)
+        return cls.of_encoded(model, catalog, EncodedItems(z, codes_of(model, z, batch_size)), unique=unique)
+
+    @classmethod
+    def of_encoded(
+        cls, model: DGIModel, catalog: Catalog, encoded: EncodedItems, *, unique: bool | None = None
+    ) -> DGIIndex:
+        """The index of items that are encoded already.
+
+        Args:
+            model, catalog: what they were encoded with, and whose items they are.
+            encoded: vectors and codes of all items.
+            unique: as in :meth:`build`.
+
+        Raises:
+            ValueError: an item has a vector that is not finite, or ``unique`` is True and there are fewer semantic IDs
+                than items.
+        """
+        z, codes = encoded
         finite = torch.isfinite(z).all(1)
         if not bool(finite.all()):
             row = int((~finite).nonzero()[0])
@@ -140,7 +161,7 @@ class DGIIndex:
                 f"the model gives {int((~finite).sum())} items a vector that is not finite, first "
                 f"{catalog.ids[row]!r}; it cannot be indexed"
             )
-        sizes, codes = _codebook_sizes(model), model.quantizer.assign(z)
+        sizes = _codebook_sizes(model)
         if unique or (unique is None and math.prod(sizes) >= len(z)):
             quantizer = model.quantizer
             codes = unique_codes(codes, z, list(quantizer.codebooks), metric=quantizer.metric, eps=quantizer.eps)
@@ -303,8 +324,7 @@ class DGIIndex:
 
     def check_model(self, model: DGIModel) -> None:
         """Raise ValueError where this index cannot be one of ``model``: other codebooks, width or device."""
-        if not isinstance(model, DGIModel):
-            raise TypeError(f"model must be a DGIModel; got {type(model).__name__}")
+        _checked(model)
         sizes, width = _codebook_sizes(model), model.config.dim
         if sizes != self.trie.codebook_sizes or width != self.vectors.shape[1]:
             raise ValueError(
@@ -335,6 +355,12 @@ def first_allowed(items: Tensor, exclude: Tensor, k: int) -> tuple[Tensor, Tenso
 def item_ids(ids: Sequence[str], items: Tensor) -> list[list[str]]:
     """The ids of catalog rows (B, k), without the padding of -1."""
     return [[ids[row] for row in rows if row >= 0] for rows in items.tolist()]
+
+
+def _checked(model: DGIModel) -> DGIModel:
+    if not isinstance(model, DGIModel):
+        raise TypeError(f"model must be a DGIModel; got {type(model).__name__}")
+    return model
 
 
 def _codebook_sizes(model: DGIModel) -> tuple[int, ...]:
