@@ -4,6 +4,7 @@
 
 #include "cpu/trie/item_set.h"
 #include "cpu/trie/trie_cpu.h"
+#include "cpu/trie/trie_merge.h"
 #include "register/tensors.h"
 #include "register/trie_arguments.h"
 
@@ -50,8 +51,8 @@ Element* add_array(std::vector<Tensor>& arrays, int64_t size) {
   return static_cast<Element*>(arrays.back().mutable_data_ptr());
 }
 
-template <class Token, class Offset>
-std::vector<Tensor> write_arrays(const dgi::cpu::TrieBuild& build, int64_t depth, int64_t rows) {
+template <class Token, class Offset, class Build>
+std::vector<Tensor> write_arrays(const Build& build, int64_t depth, int64_t rows) {
   std::vector<Tensor> arrays;
   std::vector<Token*> tokens;
   std::vector<Offset*> child_start;
@@ -83,6 +84,55 @@ std::vector<Tensor> trie_arrays_cpu(const Tensor& codes, bool narrow_tokens, boo
   }
   return narrow_offsets ? write_arrays<int32_t, int32_t>(build, table.columns, table.rows)
                         : write_arrays<int32_t, int64_t>(build, table.columns, table.rows);
+}
+
+// The trie of several tries' items, as trie_arrays. By trie: `tokens` and `child_start` of each depth; item_start and
+// item_order, empty where they are 0, 1, 2, …; how many items there are.
+std::vector<Tensor> trie_merge_cpu(const std::vector<Tensor>& tokens, const std::vector<Tensor>& child_start,
+                                   const std::vector<Tensor>& item_start, const std::vector<Tensor>& item_order,
+                                   const std::vector<int64_t>& items, bool narrow_offsets) {
+  const size_t count = items.size();
+  STD_TORCH_CHECK(count >= 1 && tokens.size() >= count && tokens.size() % count == 0
+                      && child_start.size() == tokens.size() && item_start.size() == count
+                      && item_order.size() == count,
+                  "trie_merge: the arrays must be those of whole tries of one depth");
+  const size_t depth = tokens.size() / count;
+  const auto merge = [&](auto token) {
+    using Token = decltype(token);
+    std::vector<dgi::cpu::TrieShard<Token>> shards(count);
+    int64_t rows = 0;
+    for (size_t s = 0; s < count; ++s) {
+      dgi::cpu::TrieShard<Token>& shard = shards[s];
+      for (size_t t = s * depth, nodes = 1; t < (s + 1) * depth; nodes = static_cast<size_t>(tokens[t++].numel())) {
+        shard.levels.push_back(level_of<Token>(tokens[t], child_start[t]));
+        shard.edges.push_back(tokens[t].numel());
+        STD_TORCH_CHECK(shard.levels.back().nodes == static_cast<int64_t>(nodes),
+                        "trie_merge: child_start must have an element more than there are nodes");
+      }
+      const bool one_each = item_start[s].numel() == 0, ordered = item_order[s].numel() == 0;
+      if (!one_each) shard.item_start = starts_of("item_start", item_start[s]);
+      if (!ordered) shard.item_order = rows_of("item_order", item_order[s]);
+      const int64_t leaves = shard.edges.back();
+      const bool marks = shard.item_start.stored == dgi::Offsets::Stored::kRunMarks;
+      const int64_t starts = one_each ? items[s] : item_start[s].numel() - 1;
+      const bool fits = marks ? dgi::RunMarks{data_of<uint64_t>(item_start[s])}.fill(item_start[s].numel())
+                                    && dgi::RunMarks{data_of<uint64_t>(item_start[s])}.size() == leaves
+                              : starts == leaves;
+      const int64_t elements = shard.item_order.stored == dgi::Offsets::Stored::kUInt24 ? 3 : 1;
+      STD_TORCH_CHECK(fits && (ordered || item_order[s].numel() == elements * items[s]),
+                      "trie_merge: item_start and item_order must fit the leaves and items of their trie");
+      shard.items = items[s];
+      shard.first_row = rows;
+      rows += items[s];
+    }
+    STD_TORCH_CHECK(!narrow_offsets || rows < int64_t{1} << 31,
+                    "trie_merge: offsets of 32 bits need less than 2^31 rows");
+    const dgi::cpu::TrieMerge<Token> merged(std::move(shards), static_cast<int64_t>(depth));
+    STD_TORCH_CHECK(merged.items() == rows, "trie_merge: the arrays of a trie lead to other items than it has");
+    return narrow_offsets ? write_arrays<Token, int32_t>(merged, static_cast<int64_t>(depth), rows)
+                          : write_arrays<Token, int64_t>(merged, static_cast<int64_t>(depth), rows);
+  };
+  return tokens[0].scalar_type() == ScalarType::Short ? merge(int16_t{}) : merge(int32_t{});
 }
 
 std::tuple<Tensor, Tensor> item_set_cpu(const Tensor& members, const std::optional<Tensor>& item_order) {
@@ -203,6 +253,8 @@ Tensor run_starts_cpu(const Tensor& starts, const Tensor& runs) {
 STABLE_TORCH_LIBRARY_FRAGMENT(dgi_kernels, m) {
   m.def("code_ranges(Tensor codes) -> Tensor");
   m.def("trie_arrays(Tensor codes, bool narrow_tokens, bool narrow_offsets) -> Tensor[]");
+  m.def("trie_merge(Tensor[] tokens, Tensor[] child_start, Tensor[] item_start, Tensor[] item_order, int[] items, "
+        "bool narrow_offsets) -> Tensor[]");
   m.def(
       "find_children(Tensor tokens, Tensor child_start, Tensor nodes, Tensor codes) -> (Tensor places, Tensor found)");
   m.def("child_masks(Tensor tokens, Tensor child_start, int codes) -> Tensor");
@@ -215,6 +267,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dgi_kernels, m) {
 STABLE_TORCH_LIBRARY_IMPL(dgi_kernels, CPU, m) {
   m.impl("code_ranges", TORCH_BOX(&code_ranges_cpu));
   m.impl("trie_arrays", TORCH_BOX(&trie_arrays_cpu));
+  m.impl("trie_merge", TORCH_BOX(&trie_merge_cpu));
   m.impl("find_children", TORCH_BOX(&find_children_cpu));
   m.impl("child_masks", TORCH_BOX(&child_masks_cpu));
   m.impl("item_set", TORCH_BOX(&item_set_cpu));

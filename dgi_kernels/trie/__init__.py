@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dgi_kernels import checks
-from dgi_kernels.trie import build, format, node_scores
+from dgi_kernels.trie import build, format, merge, node_scores
 from dgi_kernels.trie.arrays import token_dtype
 from dgi_kernels.trie.delta import Delta
 from dgi_kernels.trie.filters import TrieFilter
@@ -118,6 +118,44 @@ class Trie:
         sizes = build.checked_sizes("codes", table, codebook_sizes)
         ids = build.checked_ids("item_ids", item_ids, len(table), table.device)
         return cls(TrieParts(build.build_arrays(table, ids, sizes, backend)), sizes, codebook_sizes is None)
+
+    @classmethod
+    def merge(cls, shards: Sequence[Trie], *, renumber: bool = False, backend: Backend = "auto") -> Trie:
+        """Make one trie of several that hold the shards of a catalog: the one that all codes together would give.
+
+        The compiled code walks the shards' arrays, which may be memory-mapped files, and holds nothing besides them and
+        the result: no codes. A catalog too large to be built at once is built in shards, on any number of machines.
+
+        Args:
+            shards: tries of one depth and with the same codebook sizes, on one device; at least one.
+            renumber: ids of the items are rows of the whole: those of a shard, whatever they were, follow those of the
+                shards before it. By default the shards' own ids stay, and must be distinct.
+            backend: as in :meth:`from_codes`; the reference holds all codes.
+
+        Raises:
+            ValueError: there is no shard, or they do not fit each other.
+            TypeError: one is no trie.
+            BackendUnavailable: ``backend``, asked for by name, cannot run here.
+
+        Examples:
+            >>> halves = [dgi_kernels.Trie.from_codes(codes) for codes in ([[3, 1], [0, 4]], [[3, 1], [2, 2]])]
+            >>> whole = dgi_kernels.Trie.merge(halves, renumber=True)
+            >>> whole.items(whole.find([[3, 1]]), depth=2).item_ids
+            tensor([0, 2])
+        """
+        shards = list(shards)
+        for place, shard in enumerate(shards):
+            if not isinstance(shard, Trie):
+                raise TypeError(f"shards[{place}] must be a Trie; got {type(shard).__name__}")
+            if shard.device != shards[0].device:
+                raise ValueError(f"shards must be on one device; got {shards[0].device} and {shard.device}")
+        if not shards:
+            raise ValueError("shards must hold at least one trie; got none")
+        inferred = [shard.sizes_inferred for shard in shards]
+        sizes = merge.merged_sizes("shards", [shard.codebook_sizes for shard in shards], inferred)
+        bases = [shard.compact(backend=backend).parts.base for shard in shards]
+        ids = merge.merged_ids("shards", bases, renumber)
+        return cls(TrieParts(merge.merge_arrays(bases, ids, sizes, backend)), sizes, all(inferred))
 
     @property
     def depth(self) -> int:

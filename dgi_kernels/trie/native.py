@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from dgi_kernels._extension import fake_kernel
+
+if TYPE_CHECKING:
+    from dgi_kernels.trie.arrays import TrieArrays
+
+Arrays = tuple[list[Tensor], list[Tensor], Tensor | None, Tensor | None]
 
 
 def code_ranges(codes: Tensor) -> Tensor:
@@ -13,12 +21,27 @@ def code_ranges(codes: Tensor) -> Tensor:
     return torch.ops.dgi_kernels.code_ranges(codes)
 
 
-def trie_arrays(
-    codes: Tensor, token_dtype: torch.dtype, count_dtype: torch.dtype
-) -> tuple[list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
+def trie_arrays(codes: Tensor, token_dtype: torch.dtype, count_dtype: torch.dtype) -> Arrays:
     """As :func:`reference.trie_arrays`, for any strides."""
-    depth = codes.shape[1]
-    arrays = torch.ops.dgi_kernels.trie_arrays(codes, token_dtype == torch.int16, count_dtype == torch.int32)
+    narrow = token_dtype == torch.int16, count_dtype == torch.int32
+    return _by_kind(torch.ops.dgi_kernels.trie_arrays(codes, *narrow), codes.shape[1])
+
+
+def trie_merge(shards: Sequence[TrieArrays], token_dtype: torch.dtype, count_dtype: torch.dtype) -> Arrays:
+    """What :func:`trie_arrays` gives for the codes of all ``shards``, one behind the other, from their arrays."""
+    nothing = torch.empty(0, dtype=torch.int32)
+    arrays = torch.ops.dgi_kernels.trie_merge(
+        [tokens.to(token_dtype) for shard in shards for tokens in shard.tokens],
+        [starts for shard in shards for starts in shard.child_start],
+        [nothing if shard.item_start is None else shard.item_start for shard in shards],
+        [nothing if shard.item_order is None else shard.item_order for shard in shards],
+        [shard.num_items for shard in shards],
+        count_dtype == torch.int32,
+    )
+    return _by_kind(arrays, shards[0].depth)
+
+
+def _by_kind(arrays: list[Tensor], depth: int) -> Arrays:
     item_start, item_order = (array if len(array) else None for array in arrays[2 * depth :])
     return arrays[:depth], arrays[depth : 2 * depth], item_start, item_order
 
