@@ -5,15 +5,15 @@
     python bench/bench_scale.py --work FOLDER --json FILE
 
 Item vectors (64 floats) are made block by block, encoded by a model's tower and assigned to codes; only the codes are
-kept, in files of a million items, so that a run that was stopped goes on where it was. Then the trie is built, once from
-all codes and once by merging shards that are built and stored one at a time, and searched. Seconds are those of the
-processor, on one thread, so that a machine that does other things too gives the same; the vectors' making is not in them.
+kept, in files of a million items, so that a run that was stopped goes on where it was. Then the trie is built, once
+from all codes and once by merging shards that are built and stored one at a time, and searched. Seconds are those of
+the processor, on one thread, so that a machine that does other things too gives the same; they do not have the making
+of the vectors.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import time
 from collections.abc import Callable
@@ -113,36 +113,38 @@ def measured(run: Callable[[], object]) -> dict[str, object]:
     return figures
 
 
+def built(work: Path, items: int, steps: dict[str, dict]) -> tuple[Trie, list[Path]]:
+    """The trie of all codes at once, and files of shards; when this returns, no codes are held."""
+    codes, sizes, kept = codes_of(work, items), [CODES] * LEVELS, []
+    steps["build"] = measured(lambda: kept.append(Trie.from_codes(codes, codebook_sizes=sizes)))
+    trie = kept[0]
+    steps["build"] |= {"nbytes": trie.nbytes, "leaves": trie.num_nodes_at(LEVELS), "codes": codes.nbytes}
+    paths, spent = [], []
+    for number, part in enumerate(codes.split(SHARD_ITEMS if items > SHARD_ITEMS else items // 4)):
+        paths.append(work / f"shard-{number:02}.trie")
+        spent.append(cpu_seconds(lambda p=part: Trie.from_codes(p, codebook_sizes=sizes).save(paths[-1])))
+    steps["shards"] = {"seconds": [sum(spent)], "count": len(paths)}
+    return trie, paths
+
+
 def run_size(work: Path, items: int) -> dict[str, dict]:
     """All figures of one size by step."""
     steps: dict[str, dict] = {}
     files = [np.load(work / f"codes-{number:03}.npz") for number in range(-(-items // FILE_ITEMS))]
     for step in ("encode", "assign"):
         steps[step] = {"seconds": [float(np.concatenate([file[step] for file in files])[: items // BLOCK].sum())]}
-    codes, sizes, kept = codes_of(work, items), [CODES] * LEVELS, {}
-    steps["build"] = measured(lambda: kept.update(trie=Trie.from_codes(codes, codebook_sizes=sizes)))
-    trie = kept["trie"]
-    steps["build"] |= {"nbytes": trie.nbytes, "leaves": trie.num_nodes_at(LEVELS), "codes": codes.nbytes}
-    one = search(trie)
-    one()
-    steps["search"] = {"seconds": sorted(cpu_seconds(one) for _ in range(20))}
-    paths: list[Path] = []
-    spent: list[float] = []
-    for number, part in enumerate(codes.split(SHARD_ITEMS if items > SHARD_ITEMS else items // 4)):
-        paths.append(work / f"shard-{number:02}.trie")
-        spent.append(cpu_seconds(lambda p=part: Trie.from_codes(p, codebook_sizes=sizes).save(paths[-1])))
-    steps["shards"] = {"seconds": [sum(spent)], "count": len(paths)}
-    del codes
-    gc.collect()
-    shards = [Trie.load(path, mmap=True, verify=False) for path in paths]
-    steps["merge"] = measured(lambda: kept.update(merged=Trie.merge(shards, renumber=True)))
-    merged = kept["merged"]
-    if merged.arrays.keys() != trie.arrays.keys() or not all(
-        torch.equal(array, trie.arrays[name]) for name, array in merged.arrays.items()
+    trie, paths = built(work, items, steps)
+    shards, kept = [Trie.load(path, mmap=True, verify=False) for path in paths], []
+    steps["merge"] = measured(lambda: kept.append(Trie.merge(shards, renumber=True)))
+    if kept[0].arrays.keys() != trie.arrays.keys() or not all(
+        torch.equal(array, trie.arrays[name]) for name, array in kept[0].arrays.items()
     ):
         raise SystemExit("the merged trie is not the one that was built of all codes")
     for path in paths:
         path.unlink()
+    find = search(trie)
+    find()
+    steps["search"] = {"seconds": [cpu_seconds(find) for _ in range(20)]}
     return steps
 
 
