@@ -69,6 +69,12 @@ def merge_arrays(
     if backends.choose("trie_build", backend, device) != "native":
         codes = torch.cat([shard.codes(token_dtype(sizes)) for shard in shards])
         return build.build_arrays(codes, item_ids, sizes, "reference")
-    arrays = native.trie_merge(shards, token_dtype(sizes), count_dtype(rows))
-    tokens, child_start, item_start, item_order = arrays
+    tokens, child_start, item_start, item_order = native.trie_merge(
+        [tokens.to(token_dtype(sizes)) for shard in shards for tokens in shard.tokens],
+        [starts for shard in shards for starts in shard.child_start],
+        [shard.item_start for shard in shards],
+        [shard.item_order for shard in shards],
+        [shard.num_items for shard in shards],
+        count_dtype(rows),
+    )
     return TrieArrays.make(tuple(tokens), tuple(child_start), item_start, item_order, item_ids, rows)

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dgi_kernels._extension import fake_kernel
-
-if TYPE_CHECKING:
-    from dgi_kernels.trie.arrays import TrieArrays
 
 Arrays = tuple[list[Tensor], list[Tensor], Tensor | None, Tensor | None]
 
@@ -27,18 +23,25 @@ def trie_arrays(codes: Tensor, token_dtype: torch.dtype, count_dtype: torch.dtyp
     return _by_kind(torch.ops.dgi_kernels.trie_arrays(codes, *narrow), codes.shape[1])
 
 
-def trie_merge(shards: Sequence[TrieArrays], token_dtype: torch.dtype, count_dtype: torch.dtype) -> Arrays:
-    """What :func:`trie_arrays` gives for the codes of all ``shards``, one behind the other, from their arrays."""
-    nothing = torch.empty(0, dtype=torch.int32)
-    arrays = torch.ops.dgi_kernels.trie_merge(
-        [tokens.to(token_dtype) for shard in shards for tokens in shard.tokens],
-        [starts for shard in shards for starts in shard.child_start],
-        [nothing if shard.item_start is None else shard.item_start for shard in shards],
-        [nothing if shard.item_order is None else shard.item_order for shard in shards],
-        [shard.num_items for shard in shards],
-        count_dtype == torch.int32,
+def trie_merge(
+    tokens: Sequence[Tensor],
+    child_start: Sequence[Tensor],
+    item_start: Sequence[Tensor | None],
+    item_order: Sequence[Tensor | None],
+    items: list[int],
+    count_dtype: torch.dtype,
+) -> Arrays:
+    """What :func:`trie_arrays` gives for the codes of several tries, one behind the other, from their arrays.
+
+    ``tokens`` and ``child_start`` of every level of the first, then of the next; the others once for each.
+    """
+    starts, orders = (
+        [torch.empty(0, dtype=torch.int32) if array is None else array for array in arrays]
+        for arrays in (item_start, item_order)
     )
-    return _by_kind(arrays, shards[0].depth)
+    narrow = count_dtype == torch.int32
+    arrays = torch.ops.dgi_kernels.trie_merge(list(tokens), list(child_start), starts, orders, items, narrow)
+    return _by_kind(arrays, len(tokens) // len(items))
 
 
 def _by_kind(arrays: list[Tensor], depth: int) -> Arrays:
