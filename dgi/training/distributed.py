@@ -8,6 +8,10 @@ from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
+
+# Before any group exists: its functions have the default group of their import as an argument, and a group that they
+# keep is never taken down. Its threads then run on while the interpreter ends, which now and then aborts the process.
+import torch.distributed.nn.functional
 from torch import Tensor
 
 from dgi_kernels.collectives import gather_rows, global_mean, rank, world_size
@@ -28,6 +32,7 @@ def process_group() -> Iterator[None]:
         torch.cuda.set_device(local_device())
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     yield
+    dist.barrier()  # torchrun stops all ranks as soon as one has failed, and rank 0 may still be writing
     dist.destroy_process_group()
 
 

@@ -124,6 +124,8 @@ def main(output: Path, seed: int) -> None:
     with process_group():
         run_variants(output, seed)
         run_resumed(output, seed)
+    threads = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").glob("*")]
+    assert not any("gloo" in thread for thread in threads), f"the group's threads outlive it: {threads}"
 
 
 if __name__ == "__main__":
