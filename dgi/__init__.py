@@ -13,7 +13,7 @@ from dgi import _moved
 
 if TYPE_CHECKING:
     from dgi import data, integrations
-    from dgi.config import ModelConfig, TrainConfig
+    from dgi.config import ModelConfig, Stage, TrainConfig
     from dgi.data import (
         Catalog,
         DataError,
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "data.batches": ("Batch", "make_batch"),
     "training.checkpoint": ("CheckpointError", "load_model", "save_model"),
-    "config": ("ModelConfig", "TrainConfig"),
+    "config": ("ModelConfig", "Stage", "TrainConfig"),
     "data": (
         "Catalog",
         "DataError",
@@ -84,6 +84,7 @@ __all__ = [
     "ResidualQuantizer",
     "SearchResult",
     "Searcher",
+    "Stage",
     "TrainConfig",
     "Trainer",
     "data",

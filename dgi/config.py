@@ -14,6 +14,9 @@ HeadKind = Literal["shared", "separate"]
 SimilarityKind = Literal["cosine", "inner_product"]
 MetricKind = Literal["", "cosine", "dot", "euclidean"]  # "": that of the similarity
 ContrastiveKind = Literal["in_batch", "sampled", "all_items"]
+StageKind = Literal["encoder", "quantizer", "decoder", "joint"]
+RefreshKind = Literal["never", "epoch", "step"]
+InputKind = Literal["soft", "hard", "mixed"]
 
 WORDS_1, WORDS_2 = "words-1", "words-2"  # tokenizers of the package itself
 
@@ -24,11 +27,14 @@ BEFORE: dict[str, Any] = {
     "contrastive_samples": 1024,
     "log_q": False,
     "steps": 0,
+    "stages": [],
+    "item_bias": False,
 }
 
 MAX_INT, MAX_SEED = 2**31 - 1, 2**63 - 1
 
 LOSS_TERMS = ("ntp", "global", "local", "infonce", "diversity")
+PARTS = ("encoder", "quantizer", "decoder")  # of a model, as stages of training name them
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,56 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """One stage of training.
+
+    Attributes:
+        name: ``encoder``: InfoNCE alone trains the encoder. ``quantizer``: takes no steps; residual K-means of the
+            vectors of all items sets the codebooks, and every item gets a semantic ID that no other has, where there
+            are enough. Where items have IDs already, the new codes are renumbered to agree with the old ones as far as
+            possible. ``decoder``: the next-token loss alone, the encoder fixed. ``joint``: all terms.
+        epochs: of this stage; with ``TrainConfig.steps`` they are its share of those steps. A ``quantizer`` takes none.
+        trains: which of ``encoder`` (with the bias of items), ``quantizer`` (codebooks, heads, γ) and ``decoder``
+            learn; empty for the usual ones: the encoder, or decoder and quantizer, or all.
+        rates: peak learning rate of a part, where it is not ``backbone_lr`` or ``quantizer_lr``. The schedule of a
+            part, warm-up and decay, is over all the steps of all the stages that train it.
+        codes: when semantic IDs follow the item vectors. ``step``: at once, as in the paper. ``epoch``: at the start of
+            every epoch but the stage's first. ``never``: they are those of the stage before. Empty: ``step`` for
+            ``joint`` if no stage ``quantizer`` came before, else ``never``.
+        inputs: what the decoder reads of the codes before: ``soft`` the mixtures z̃ (soft teacher forcing); ``hard`` the
+            vectors of the codes, as in search; ``mixed`` those, with the gradient of the mixtures. Empty: ``soft`` for
+            ``joint``, else ``hard``.
+        distillation: of the next-token targets the part that is the model's softmax over all items, summed over the
+            items below each prefix, in place of the code of the item clicked; needs candidates ``all_items``.
+        contrastive: as ``TrainConfig.contrastive``, which it is where empty.
+        loss_weights: over those of ``TrainConfig``.
+    """
+
+    name: StageKind
+    epochs: float = 1.0
+    trains: tuple[str, ...] = ()
+    rates: dict[str, float] = field(default_factory=dict)
+    codes: Literal["", "never", "epoch", "step"] = ""
+    inputs: Literal["", "soft", "hard", "mixed"] = ""
+    distillation: float = 0.0
+    contrastive: Literal["", "in_batch", "sampled", "all_items"] = ""
+    loss_weights: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _positive(self, "epochs")
+        for name, values in (("trains", self.trains), ("rates", self.rates)):
+            unknown = sorted(set(values) - set(PARTS))
+            if unknown:
+                raise ValueError(f"{name} must name parts among {', '.join(PARTS)}; got {unknown[0]!r}")
+        for part, rate in self.rates.items():
+            if not 0 < rate < math.inf:
+                raise ValueError(f"rates[{part!r}] must be positive and finite; got {rate}")
+        if not 0 <= self.distillation <= 1:
+            raise ValueError(f"distillation must be from 0 to 1; got {self.distillation}")
+        _check_loss_weights(self.loss_weights)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """How the model is trained.
 
@@ -127,6 +183,9 @@ class TrainConfig:
         revive_every: steps between revivals of dead codes; 0 turns them off.
         log_every, checkpoint_every: steps between rows of metrics, and between checkpoints.
         seed: of weights, data order and noise.
+        item_bias: learn a bias for every item, added to its logit in InfoNCE with ``all_items``.
+        stages: see :class:`Stage`; their epochs replace ``epochs``. Empty for the paper's recipe: everything together
+            from the start, which is ``({"name": "joint"},)``.
     """
 
     epochs: int = 10
@@ -149,6 +208,8 @@ class TrainConfig:
     log_every: int = 10
     checkpoint_every: int = 500
     seed: int = 0
+    item_bias: bool = False
+    stages: tuple[Stage, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "contrastive_samples", "log_every", "checkpoint_every"):
@@ -161,16 +222,47 @@ class TrainConfig:
         _within(self, "weight_decay", 0, math.inf)
         _finite("weight_decay", self.weight_decay)
         _finite("beta", self.beta)
-        unknown = sorted(set(self.loss_weights) - set(LOSS_TERMS))
-        if unknown:
-            raise ValueError(f"loss_weights must name terms among {', '.join(LOSS_TERMS)}; got {', '.join(unknown)}")
-        for name, weight in self.loss_weights.items():
-            _finite(f"loss_weights[{name!r}]", weight)
+        _check_loss_weights(self.loss_weights)
+        _check_stages(self)
         if not any(self.loss_weights.get(name, 1.0) for name in LOSS_TERMS):
             raise ValueError("loss_weights must not all be 0: there would be nothing to train for")
 
 
-Config = TypeVar("Config", ModelConfig, TrainConfig)
+def _check_loss_weights(weights: dict[str, float]) -> None:
+    unknown = sorted(set(weights) - set(LOSS_TERMS))
+    if unknown:
+        raise ValueError(f"loss_weights must name terms among {', '.join(LOSS_TERMS)}; got {', '.join(unknown)}")
+    for name, weight in weights.items():
+        _finite(f"loss_weights[{name!r}]", weight)
+
+
+def _check_stages(config: TrainConfig) -> None:
+    """Whether every stage finds what it needs from those before."""
+    coded = False
+    for number, stage in enumerate(config.stages, start=1):
+        contrastive = stage.contrastive or config.contrastive
+        if stage.name == "decoder" and not coded:
+            raise ValueError(f"stages[{number - 1}] trains a decoder before any stage makes codes (quantizer or joint)")
+        if stage.distillation and (contrastive != "all_items" or not coded or stage.codes == "step"):
+            raise ValueError(
+                f"stages[{number - 1}] needs codes of all items for distillation, of a stage before, and contrastive "
+                f'"all_items"; contrastive is {contrastive!r}, codes {stage.codes!r}'
+            )
+        coded = coded or stage.name in ("quantizer", "joint")
+    if config.stages and config.stages[-1].name == "quantizer":
+        raise ValueError("stages must not end with the quantizer: nothing would learn its codes")
+    if config.item_bias and all(
+        (stage.contrastive or config.contrastive) != "all_items" for stage in stages_of(config)
+    ):
+        raise ValueError(f'item_bias needs contrastive="all_items"; got {config.contrastive!r}')
+
+
+def stages_of(config: TrainConfig) -> tuple[Stage, ...]:
+    """The stages of a configuration, the paper's where it names none."""
+    return config.stages or (Stage("joint"),)
+
+
+Config = TypeVar("Config", ModelConfig, TrainConfig, Stage)
 
 
 def to_dict(config: ModelConfig | TrainConfig) -> dict[str, Any]:
@@ -199,6 +291,16 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
         if value not in get_args(kind):
             raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}; got {value!r}")
         return value
+    if origin is tuple and get_args(kind)[0] is Stage:
+        if isinstance(value, dict):  # one stage, as ``--set`` gives it without brackets
+            value = [value]
+        if not isinstance(value, (list, tuple)) or not all(isinstance(item, (dict, Stage)) for item in value):
+            raise ValueError(f'{name} must be a list of stages, such as [{{"name": "joint"}}]; got {value!r}')
+        return tuple(item if isinstance(item, Stage) else _stage(f"{name}[{i}]", item) for i, item in enumerate(value))
+    if origin is tuple and get_args(kind)[0] is str:
+        if not isinstance(value, (list, tuple)) or any(type(item) is not str for item in value):
+            raise ValueError(f"{name} must be a list of words; got {value!r}")
+        return tuple(value)
     if origin is tuple:
         if not isinstance(value, (list, tuple)) or any(type(item) is not int for item in value):
             hint = f", such as [{value}]" if type(value) is int and value > 0 else ""
@@ -213,6 +315,15 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
     if type(value) is not kind:
         raise ValueError(f"{name} must be {kind.__name__}; got {value!r}")
     return value
+
+
+def _stage(name: str, value: dict[str, Any]) -> Stage:
+    if "name" not in value:
+        raise ValueError(f"{name} must have a name among {', '.join(get_args(StageKind))}; got {value!r}")
+    try:
+        return from_dict(Stage, value)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _float(name: str, value: float) -> float:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from dgi.config import ModelConfig
+from dgi.config import InputKind, ModelConfig
 from dgi.data.batches import Batch
 from dgi.model.decoders import CachedDecoder, TransformerDecoder, caches
 from dgi.model.encoders import Encoder, QueryEncoding, SequenceEncoder
 from dgi.model.heads import CosineHead, InnerProductHead
 from dgi.model.quantizer import ResidualQuantizer
-from dgi_kernels import HiddenStates, ResidualQuantization
+from dgi_kernels import HiddenStates, ResidualQuantization, unique_codes
 
 # (B, M, d) vectors of the codes just chosen and (B, M) parents, None in the first step -> hidden states (B, M, d)
 _HiddenStep = Callable[[Tensor | None, Tensor | None], Tensor]
@@ -113,7 +114,15 @@ class DGIModel(DualEncoder):
     Attributes:
         quantizer: :class:`dgi.ResidualQuantizer`, owner of the codebooks and of γ.
         heads: one :class:`dgi.CosineHead` per level; its weight *is* the codebook unless ``config.heads`` is separate.
+        item_codes, item_keys: buffers (N, m) and (N,) int64: semantic IDs that training in stages has given to the
+            items of its catalog, and :func:`item_keys` of those; None where IDs are what the quantizer makes of the
+            vectors.
+        item_bias: parameter (N,), a bias of every item in InfoNCE; None where none is learnt.
     """
+
+    item_codes: Tensor | None
+    item_keys: Tensor | None
+    item_bias: nn.Parameter | None
 
     def __init__(self, config: ModelConfig, encoder: Encoder | None = None, decoder: nn.Module | None = None) -> None:
         super().__init__(config, encoder)
@@ -131,6 +140,18 @@ class DGIModel(DualEncoder):
             head(self._head_weight(codebook), self.quantizer.log_scale, detached=detached, eps=self.quantizer.eps)
             for codebook in self.quantizer.codebooks
         )
+        self.register_buffer("item_codes", None)
+        self.register_buffer("item_keys", None)
+        self.register_parameter("item_bias", None)
+
+    def keep_items(self, num_items: int, *, codes: bool, bias: bool) -> None:
+        """Make room for the semantic IDs of a catalog's items (-1 until they are given), and for their biases (0)."""
+        device = self.quantizer.codebooks[0].device
+        if codes:
+            self.register_buffer("item_codes", torch.full((num_items, self.depth), -1, device=device))
+            self.register_buffer("item_keys", torch.zeros(num_items, dtype=torch.int64, device=device))
+        if bias:
+            self.item_bias = nn.Parameter(torch.zeros(num_items, device=device))
 
     def _head_weight(self, codebook: nn.Parameter) -> nn.Parameter:
         if self.config.heads == "shared":
@@ -142,8 +163,19 @@ class DGIModel(DualEncoder):
         """Number of levels m."""
         return len(self.heads)
 
+    def encode_clicks(self, batch: Batch) -> tuple[DGIOutput, QueryEncoding]:
+        output, query = super().encode_clicks(batch)
+        return output._replace(item_bias=self.item_bias), query
+
     def forward(
-        self, batch: Batch, *, tau: float = 1.0, seed: int | Tensor | None = None, row_offset: int = 0
+        self,
+        batch: Batch,
+        *,
+        tau: float = 1.0,
+        seed: int | Tensor | None = None,
+        row_offset: int = 0,
+        inputs: InputKind = "soft",
+        fixed: bool = False,
     ) -> DGIOutput:
         """One training step's forward pass with soft teacher forcing: decoder inputs BOS, z̃_1, …, z̃_{m-1}.
 
@@ -151,18 +183,60 @@ class DGIModel(DualEncoder):
             batch: B rows with known targets.
             tau: Gumbel-Softmax temperature.
             seed, row_offset: of the quantizer's noise; ``row_offset`` is the first row's place in the global batch.
+            inputs: ``soft``; ``hard``: the decoder reads the vectors of the codes, and nothing is quantized; ``mixed``:
+                it reads those, and the gradient is that of the z̃_j.
+            fixed: targets are ``item_codes``, not the codes of today's vectors.
         """
         output, query = self.encode_clicks(batch)
         z = output.z
-        mode = "straight_through" if self.config.gradient == "straight_through" else "soft"
-        quantization = self.quantizer(z, tau, mode=mode, seed=seed, row_offset=row_offset)
-        codes = self.quantizer.assign(z)
-        if self.config.gradient == "detached":
-            inputs = torch.stack([self.quantizer.embed(codes[:, j], j) for j in range(self.depth)], 1).detach()
+        if fixed:
+            assert self.item_codes is not None
+            codes = self.item_codes[output.item_rows]
         else:
-            inputs = quantization.quantized
-        hidden = self.decoder(inputs[:, :-1], query.memory, query.mask)
+            codes = self.quantizer.assign(z)
+        quantization = None
+        if inputs != "hard":
+            mode = "straight_through" if self.config.gradient == "straight_through" else "soft"
+            quantization = self.quantizer(z, tau, mode=mode, seed=seed, row_offset=row_offset)
+        read = self._decoder_inputs(codes, quantization, inputs)
+        hidden = self.decoder(read[:, :-1], query.memory, query.mask)
         return output._replace(quantization=quantization, codes=codes, hidden=hidden)
+
+    def _decoder_inputs(self, codes: Tensor, quantization: ResidualQuantization | None, inputs: InputKind) -> Tensor:
+        """(B, m, d) of codes (B, m): their vectors, the mixtures, or the first with the gradient of the second."""
+        if quantization is not None and inputs == "soft" and self.config.gradient != "detached":
+            return quantization.quantized
+        vectors = torch.stack([self.quantizer.embed(codes[:, j], j) for j in range(self.depth)], 1)
+        if self.config.gradient == "detached":
+            return vectors.detach()
+        if quantization is None:
+            return vectors
+        return quantization.quantized + (vectors - quantization.quantized).detach()
+
+    @torch.no_grad()
+    def semantic_ids(self, z: Tensor, codes: Tensor, ids: Sequence[str], *, unique: bool) -> Tensor:
+        """Final codes (N, m) of the items of a catalog: those that training has given, else the quantizer's.
+
+        Args:
+            z: (N, d) their vectors.
+            codes: (N, m) what the quantizer makes of them.
+            ids: of the N items.
+            unique: move items whose ID another one has to one that is free, the given ones last.
+        """
+        quantizer = self.quantizer
+        if self.item_codes is not None and self.item_keys is not None:
+            keys, order = self.item_keys.sort()
+            wanted = item_keys(ids).to(keys.device)
+            place = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
+            known = keys[place] == wanted
+            given = self.item_codes[order[place]]
+            codes = torch.where(known[:, None], given, codes)
+            # Of items with one ID the nearest keeps it, and none is nearer than its own vectors' sum.
+            own = torch.stack([quantizer.embed(given[:, j], j) for j in range(self.depth)], 1).sum(1)
+            z = torch.where(known[:, None], own, z)
+        if unique:
+            codes = unique_codes(codes, z, list(quantizer.codebooks), metric=quantizer.metric, eps=quantizer.eps)
+        return codes
 
     @torch.no_grad()
     def initialize(self, z: Tensor, *, generator: torch.Generator | None = None) -> None:
@@ -214,6 +288,12 @@ class DGIModel(DualEncoder):
             return hidden[:, -1].unflatten(0, (batch, beams))
 
         return step
+
+
+def item_keys(ids: Sequence[str]) -> Tensor:
+    """(N,) int64 that tell items apart by their ids: the first 8 bytes of BLAKE2b."""
+    digests = (hashlib.blake2b(item_id.encode(errors="surrogatepass"), digest_size=8).digest() for item_id in ids)
+    return torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.int64).clone()
 
 
 def build_encoder(config: ModelConfig) -> Encoder:

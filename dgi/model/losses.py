@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dgi.config import LOSS_TERMS, ContrastiveKind, SimilarityKind
 from dgi.model.dgi_model import DGIOutput
+from dgi.model.distillation import code_targets
 from dgi.model.heads import CosineHead
 from dgi_kernels import ResidualQuantization, cosine_cross_entropy
 from dgi_kernels.collectives import gather_rows, global_mean
@@ -38,6 +39,8 @@ class DGILoss(nn.Module):
         similarity: ``inner_product`` for the ablation without cosine in InfoNCE.
         contrastive: candidates of InfoNCE: ``in_batch`` the distinct items of the global batch, ``sampled`` the batch's
             candidates and a query's own item, ``all_items`` the batch's candidates, which are the whole catalog.
+        distillation: the part of the next-token targets that comes of the softmax over all items
+            (:mod:`dgi.model.distillation`); needs ``all_items``.
         item_log_q: (num_items,) log of the probability that each item is a candidate of a batch, or of one draw; None
             for no correction. ``all_items`` needs none.
         backend: backend of the ops.
@@ -52,6 +55,7 @@ class DGILoss(nn.Module):
         similarity: SimilarityKind = "cosine",
         contrastive: ContrastiveKind = "in_batch",
         item_log_q: Tensor | None = None,
+        distillation: float = 0.0,
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
@@ -64,10 +68,15 @@ class DGILoss(nn.Module):
         self.similarity = similarity
         self.contrastive = contrastive
         self.item_log_q = None if contrastive == "all_items" else item_log_q
+        self.distillation = distillation
         self.backend = backend
 
     def forward(
-        self, output: DGIOutput, heads: Sequence[CosineHead] = (), codebooks: Sequence[Tensor] = ()
+        self,
+        output: DGIOutput,
+        heads: Sequence[CosineHead] = (),
+        codebooks: Sequence[Tensor] = (),
+        item_codes: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Every computed term by name, 0-d float32, and ``loss``, their weighted sum.
 
@@ -75,11 +84,19 @@ class DGILoss(nn.Module):
             output: of :class:`dgi.DGIModel`, or of a :class:`dgi.DualEncoder` (then InfoNCE alone). Its ``item_bias``
                 is read with ``all_items`` only.
             heads, codebooks: the model's, one per level.
+            item_codes: (num_items, m) codes of all items, for distillation.
         """
         terms: dict[str, Tensor] = {}
         quantization, hidden, codes = output.quantization, output.hidden, output.codes
         if hidden is not None and codes is not None and self.weights["ntp"]:
-            terms["ntp"] = torch.stack([head.loss(hidden[:, j], codes[:, j]) for j, head in enumerate(heads)]).sum()
+            targets: Sequence[Tensor] = codes.unbind(1)
+            if self.distillation and item_codes is not None:
+                probabilities = self._item_softmax(output)
+                sizes = [len(head.weight) for head in heads]
+                targets = code_targets(probabilities, item_codes, codes, sizes, self.distillation)
+            terms["ntp"] = torch.stack(
+                [_token_loss(head, hidden[:, j], targets[j]) for j, head in enumerate(heads)]
+            ).sum()
         if quantization is not None:
             if self.weights["global"]:
                 terms["global"] = reconstruction_loss(output.z, quantization)
@@ -91,6 +108,18 @@ class DGILoss(nn.Module):
             terms["infonce"] = self._infonce(output)
         terms["loss"] = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
         return terms
+
+    @torch.no_grad()
+    def _item_softmax(self, output: DGIOutput) -> Tensor:
+        """(B, N) what InfoNCE over all items believes."""
+        if output.candidates is None:
+            raise ValueError("output must have all items as candidates for distillation; it has none")
+        if self.similarity == "inner_product":
+            logits = output.query.float() @ output.candidates.float().T
+        else:
+            unit = F.normalize(output.candidates.float(), dim=1)
+            logits = F.normalize(output.query.float(), dim=1) @ unit.T / self.contrastive_temperature
+        return (logits if output.item_bias is None else logits + output.item_bias).softmax(1)
 
     def _infonce(self, output: DGIOutput) -> Tensor:
         """InfoNCE over the candidates, each with its bias −log q."""
@@ -139,6 +168,11 @@ class DGILoss(nn.Module):
         chosen = (output.query * output.z).sum(-1, keepdim=True).float()
         logits = torch.cat([chosen, logits.masked_fill(own, -torch.inf)], 1)
         return F.cross_entropy(logits, torch.zeros_like(output.item_rows))
+
+
+def _token_loss(head: CosineHead, hidden: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of codes (B,), or of distributions over the codes (B, K)."""
+    return head.loss(hidden, target) if target.ndim == 1 else F.cross_entropy(head(hidden).float(), target.float())
 
 
 def _distinct_items(output: DGIOutput) -> tuple[Tensor, Tensor, Tensor]:

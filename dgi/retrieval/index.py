@@ -34,7 +34,6 @@ from dgi_kernels import (
     TrieFilter,
     beam_search,
     rank_candidates,
-    unique_codes,
 )
 from dgi_kernels.beam import beam_widths
 from dgi_kernels.types import Order
@@ -162,9 +161,8 @@ class DGIIndex:
                 f"{catalog.ids[row]!r}; it cannot be indexed"
             )
         sizes = _codebook_sizes(model)
-        if unique or (unique is None and math.prod(sizes) >= len(z)):
-            quantizer = model.quantizer
-            codes = unique_codes(codes, z, list(quantizer.codebooks), metric=quantizer.metric, eps=quantizer.eps)
+        wanted = math.prod(sizes) >= len(z) if unique is None else unique
+        codes = model.semantic_ids(z, codes, catalog.ids, unique=wanted)
         trie = Trie.from_codes(codes, codebook_sizes=sizes)
         return cls(trie, F.normalize(z.float(), dim=1), catalog.ids)
 

@@ -161,6 +161,10 @@ def load_model(path: str | os.PathLike[str], kind: type[Model] = DGIModel) -> Mo
             raise CheckpointError(f"{path} needs the folder {_backbone(path)}, which was written with it, beside it")
         config = dataclasses.replace(config, pretrained=str(_backbone(path)))
     model = kind(config, encoder)
+    if isinstance(model, DGIModel):
+        codes, bias = "item_codes" in tensors, "item_bias" in tensors
+        if codes or bias:
+            model.keep_items(len(tensors["item_codes" if codes else "item_bias"]), codes=codes, bias=bias)
     copy_tensors(tensors, unique_tensors(model), path)
     return model.eval()
 

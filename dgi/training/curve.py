@@ -13,9 +13,26 @@ from dgi.pictures import COLOURS, dress, figure, save
 
 # Panel title -> (y label, {key of the metrics: label}).
 PANELS = {
-    "Retrieval losses": ("nats", {"loss": "total", "ntp": "next token", "infonce": "InfoNCE"}),
+    "Retrieval losses": (
+        "nats",
+        {
+            "loss": "total",
+            "ntp": "next token",
+            "infonce": "InfoNCE",
+            "nll_hard": "NLL, hard inputs",
+            "soft_hard_gap": "soft − hard inputs",
+        },
+    ),
     "Quantizer losses": ("loss", {"global": "global (1 − cos)", "local": "local", "diversity": "diversity"}),
-    "Codes": ("share", {"usage": "used, level", "collisions": "items sharing a SID"}),
+    "Codes": (
+        "share",
+        {
+            "usage": "used, level",
+            "collisions": "items sharing a SID",
+            "changed_codes": "SIDs changed",
+            "off_trie": "probability off the trie",
+        },
+    ),
     "Logit scale γ": ("", {"gamma": "γ"}),
     "Temperature τ": ("", {"tau": "τ"}),
     "Learning rate": ("", {"lr": "learning rate"}),
@@ -30,8 +47,8 @@ def training_curve(metrics_path: str | os.PathLike[str], png_path: str | os.Path
 
     Args:
         metrics_path: JSONL, one object per logged step with ``step`` and any of ``loss ntp global local infonce
-            diversity gamma tau usage collisions lr``; ``usage`` and ``lr`` may be lists.  A half-written last line,
-            left by a run that was killed, is passed over.
+            diversity gamma tau usage collisions lr nll_hard soft_hard_gap changed_codes off_trie``; ``usage`` and
+            ``lr`` may be lists.  A half-written last line, left by a run that was killed, is passed over.
         png_path: where the PNG goes.
 
     Raises:

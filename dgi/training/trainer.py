@@ -9,187 +9,38 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dgi import pictures
-from dgi.config import LOSS_TERMS, TrainConfig, from_file, to_dict
+from dgi.config import LOSS_TERMS, TrainConfig, from_file, stages_of, to_dict
 from dgi.data import Catalog, Interactions
-from dgi.data.batches import Batch, make_batch
-from dgi.model.dgi_model import DGIModel, DualEncoder
-from dgi.model.encoding import Requests, encode_items, evaluating
-from dgi.model.losses import DGILoss
+from dgi.data.batches import Batch
+from dgi.model.dgi_model import DGIModel, DualEncoder, item_keys
+from dgi.model.encoding import encode_items, evaluating
 from dgi.progress import Progress
+from dgi.training import item_codes
 from dgi.training.candidates import Candidates
 from dgi.training.checkpoint import Checkpoints, RunFolder, copy_tensors, save_model, unique_tensors
+from dgi.training.data import TrainingData
+from dgi.training.diagnostics import diagnose
 from dgi.training.distributed import broadcast, gather_rows, global_mean, local_device, rank, world_size
-
-REVIVED_SHARE = 0.8  # of training; see Schedule.revives
-
-# What a derived seed is for: two purposes never share a stream of random numbers.
-ORDER, DROPOUT, NOISE, CLUSTERING, REVIVAL, CANDIDATES = range(6)
+from dgi.training.loss_step import LossStep, StepResult, build_optimizer, parts_of, stage_weights
+from dgi.training.schedule import REVIVED_SHARE as REVIVED_SHARE
+from dgi.training.schedule import Schedule, Span
+from dgi.training.seeds import CANDIDATES, CLUSTERING, DROPOUT, NOISE, ORDER, PATHS, REVIVAL, derived_seed, generator
 
 logger = logging.getLogger("dgi")
-
-
-def derived_seed(*words: int) -> int:
-    """A 64-bit seed that depends on every one of ``words``, all at least 0."""
-    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
-
-
-def generator(*words: int) -> torch.Generator:
-    """A CPU generator seeded with :func:`derived_seed`."""
-    return torch.Generator().manual_seed(derived_seed(*words))
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Learning rate, temperature and revivals of every step; steps count from 0 to ``total_steps - 1``."""
-
-    config: TrainConfig
-    total_steps: int
-
-    def rate(self, step: int) -> float:
-        """Share of the peak learning rate: linear up to 1 at the end of warm-up, then linear down to 0 at the end."""
-        if step < self.config.warmup_steps:
-            return (step + 1) / self.config.warmup_steps
-        return (self.total_steps - step) / (self.total_steps - self.config.warmup_steps)
-
-    def tau(self, step: int) -> float:
-        """Gumbel-Softmax temperature, geometric from ``tau_start`` in the first step to ``tau_end`` in the last."""
-        start, end = self.config.tau_start, self.config.tau_end
-        return start * (end / start) ** (step / max(1, self.total_steps - 1))
-
-    def revives(self, step: int) -> bool:
-        """Whether dead codes are revived after ``step``: every ``revive_every`` steps, but not in the last fifth.
-
-        A revived code changes the semantic IDs of the items around it, which the decoder then has to learn again; in
-        the last fifth, with the learning rate near zero, it no longer could.
-        """
-        every, done = self.config.revive_every, step + 1
-        return every > 0 and done % every == 0 and done <= REVIVED_SHARE * self.total_steps
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """Items and interactions as the encoder reads them, prepared once, on the CPU.
-
-    Attributes:
-        item_features: (num_items, ...).
-        requests: n queries and histories.
-        targets: (n,) int64 catalog rows of the items chosen.
-    """
-
-    item_features: Tensor
-    requests: Requests
-    targets: Tensor
-
-    @classmethod
-    def prepare(cls, model: DualEncoder, catalog: Catalog, interactions: Interactions) -> TrainingData:
-        return cls(
-            model.encoder.prepare_items(catalog), Requests.of(model, interactions), torch.from_numpy(interactions.items)
-        )
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def batch(self, rows: Tensor, candidates: Tensor | None = None) -> Batch:
-        """The interactions ``rows`` (B,), and the items ``candidates`` (C,) to rank with theirs."""
-        queries = None if self.requests.query_features is None else self.requests.query_features[rows]
-        return make_batch(self.item_features, self.requests.histories[rows], self.targets[rows], queries, candidates)
-
-    def sha256(self) -> str:
-        """Tells one data set from another, so that no run is resumed on other data."""
-        digest = hashlib.sha256()
-        for tensor in (self.item_features, self.requests.histories, self.requests.query_features, self.targets):
-            if tensor is not None:
-                digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(np.ascontiguousarray(tensor.numpy()).data)
-        return digest.hexdigest()
-
-
-class StepResult(NamedTuple):
-    """Terms of the objective with their gradient, and without any what logging and revival read.
-
-    Attributes:
-        terms: by name, ``loss`` their weighted sum.
-        item_rows: (B,) catalog rows of the clicked items.
-        codes: (B, m) their hard codes, or None for a :class:`dgi.DualEncoder`.
-        residuals: (B, m, d) what every level saw of them, or None.
-    """
-
-    terms: dict[str, Tensor]
-    item_rows: Tensor
-    codes: Tensor | None
-    residuals: Tensor | None
-
-
-class LossStep(nn.Module):
-    """Model and objective in one forward pass, which is what DistributedDataParallel wraps."""
-
-    def __init__(self, model: DualEncoder, config: TrainConfig, item_log_q: Tensor | None = None) -> None:
-        super().__init__()
-        self.model = model
-        self.loss = DGILoss(
-            config.loss_weights,
-            beta=config.beta,
-            similarity=model.config.similarity,
-            contrastive_temperature=config.contrastive_temperature,
-            contrastive=config.contrastive,
-            item_log_q=item_log_q,
-        )
-
-    def forward(self, batch: Batch, tau: float, seed: int, row_offset: int) -> StepResult:
-        output = self.model(batch, tau=tau, seed=seed, row_offset=row_offset)
-        if not isinstance(self.model, DGIModel):
-            return StepResult(self.loss(output), output.item_rows, None, None)
-        terms = self.loss(output, list(self.model.heads), list(self.model.quantizer.codebooks))
-        residuals = None if output.quantization is None else output.quantization.residuals.detach()
-        return StepResult(terms, output.item_rows, output.codes, residuals)
-
-
-def build_optimizer(model: DualEncoder, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with a separate learning rate for codebooks, heads and γ, which do not decay.
-
-    Neither do norms, biases and other vectors of the backbone.  The moments are made here, at zero, not in the first
-    step: the state of training then has the same tensors from start to end, to be saved, loaded and broadcast alike.
-    """
-    quantizer: set[nn.Parameter] = set()
-    if isinstance(model, DGIModel):
-        quantizer = {*model.quantizer.parameters(), *model.heads.parameters()}
-    backbone = [p for p in model.parameters() if p.requires_grad and p not in quantizer]
-    groups = [
-        _group([p for p in model.parameters() if p in quantizer], config.quantizer_lr, 0.0),
-        _group([p for p in backbone if p.ndim > 1], config.backbone_lr, config.weight_decay),
-        _group([p for p in backbone if p.ndim <= 1], config.backbone_lr, 0.0),
-    ]
-    # One pass over each tensor, where torch's own default takes some ten on a CPU.
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.zeros(()),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-    return optimizer
-
-
-def _group(parameters: list[nn.Parameter], peak_lr: float, weight_decay: float) -> dict[str, Any]:
-    return {"params": parameters, "peak_lr": peak_lr, "lr": peak_lr, "weight_decay": weight_decay}
 
 
 def collision_rate(item_rows: Tensor, codes: Tensor) -> float:
@@ -246,23 +97,41 @@ class Trainer:
         self.model = model.to(self.device)
         self.config = config
         self.data = TrainingData.prepare(model, catalog, interactions)
+        self._keep_items(catalog)
         # Fewer interactions than a batch make one batch; of more, an epoch leaves the last incomplete batch out.
         self.rank_batch = min(config.batch_size, len(self.data)) // world_size()
         self.epoch_steps = len(self.data) // (self.rank_batch * world_size())
-        self.schedule = Schedule(config, config.steps or config.epochs * self.epoch_steps)
-        self.candidates = Candidates(
-            config.contrastive,
-            self.data.targets,
-            len(self.data.item_features),
-            batch_size=self.rank_batch * world_size(),
-            samples=config.contrastive_samples,
-        )
+        epochs = sum(stage.epochs for stage in config.stages if stage.name != "quantizer") or config.epochs
+        self.schedule = Schedule(config, config.steps or max(1, round(epochs * self.epoch_steps)))
+        self.candidates = {
+            kind: Candidates(
+                kind,
+                self.data.targets,
+                len(self.data.item_features),
+                batch_size=self.rank_batch * world_size(),
+                samples=config.contrastive_samples,
+            )
+            for kind in {stage.contrastive or config.contrastive for stage in stages_of(config)}
+        }
+        self.changed_codes = torch.full((), math.nan)
+        self._epoch, self._order = -1, torch.empty(0)
         self.optimizer = build_optimizer(model, config)
         self.steps_done = torch.zeros((), dtype=torch.int64)
         self.progress = progress and rank() == 0
         self.validate = validate if rank() == 0 else None
         self.validate_every = validate_every
         self.folder = RunFolder(Path(output)) if output is not None and rank() == 0 else None
+
+    def _keep_items(self, catalog: Catalog) -> None:
+        """Room in the model for what stages give to items, from the start: the state of training keeps its tensors."""
+        coded = any(span.codes != "step" for span in Schedule(self.config, 1).spans if span.stage.name != "encoder")
+        if not (coded or self.config.item_bias):
+            return
+        if not isinstance(self.model, DGIModel):
+            raise ValueError(f"stages and item_bias need a DGIModel; got {type(self.model).__name__}")
+        self.model.keep_items(len(catalog), codes=coded, bias=self.config.item_bias)
+        if self.model.item_keys is not None:
+            self.model.item_keys.copy_(item_keys(catalog.ids))
 
     def fit(self, resume: bool = False) -> dict[str, Any]:
         """Train to the end and return the last row of metrics.
@@ -282,19 +151,25 @@ class Trainer:
             raise ValueError("resume needs the output folder of the run to continue; output is None")
         row = self._start(resume)
         self.model.train()
-        log_q = self.candidates.log_q if self.config.log_q else None
-        loss_step = _distributed(LossStep(self.model, self.config, None if log_q is None else log_q.to(self.device)))
         started = time.perf_counter()
         done = int(self.steps_done)
+        loss_step: nn.Module = nn.Identity()
         with Progress(self.schedule.total_steps, "training", unit="steps", done=done, shown=self.progress) as bar:
-            for step, batch in self._batches(done):
+            for step in range(done, self.schedule.total_steps):
+                span = self.schedule.span(step)
+                self._tend_items(step, span)
+                if step in (done, span.start):
+                    loss_step = self._loss_step(span)
+                batch = self._batch(step, span)
                 result, values = self._update(loss_step, batch, step)
                 self._tend_codes(step, result)
                 self.steps_done += 1
                 bar.update()
                 measured = self._validated(step)
-                if measured or self._is_due(step, self.config.log_every):
-                    row = {**self._metrics(step, result, values), "seconds": round(time.perf_counter() - started, 3)}
+                if measured or self._is_due(step, self.config.log_every) or self._ends_epoch(step, span):
+                    row = self._metrics(step, span, result, values)
+                    row |= self._diagnosed(step, span, batch)
+                    row["seconds"] = round(time.perf_counter() - started, 3)
                     row |= measured
                     bar.note(_summary(row))
                     if self.folder is not None:
@@ -303,6 +178,8 @@ class Trainer:
                     self.folder.metrics.sync()
                     self.folder.checkpoints.save(step + 1, self._state(), self._description)
         self.model.eval()
+        for parameter in self.optimizer.state:
+            parameter.requires_grad_(True)
         if self.folder is not None:
             self._write_results(self.folder)
         return row
@@ -320,7 +197,8 @@ class Trainer:
                 f"remove the folder, or choose another output"
             )
         broadcast([self.steps_done])
-        if self.steps_done == 0 and isinstance(self.model, DGIModel):
+        clusters = any(stage.name == "quantizer" for stage in self.config.stages)
+        if self.steps_done == 0 and isinstance(self.model, DGIModel) and not clusters:
             self.model.initialize(
                 encode_items(self.model, self.data.item_features), generator=generator(self.config.seed, CLUSTERING)
             )
@@ -342,21 +220,70 @@ class Trainer:
         checkpoints.prune(path)
         logger.info("resuming from %s", path)
 
-    def _batches(self, start: int) -> Iterator[tuple[int, Batch]]:
-        """Every step from ``start`` with this process's part of its batch; each epoch has its own order."""
-        order = torch.empty(0)
-        for step in range(start, self.schedule.total_steps):
-            epoch, place = divmod(step, self.epoch_steps)
-            if step == start or place == 0:
-                order = torch.randperm(len(self.data), generator=generator(self.config.seed, ORDER, epoch))
-            first = (place * world_size() + rank()) * self.rank_batch
-            candidates = self.candidates.draw(generator(self.config.seed, CANDIDATES, step))
-            yield step, self.data.batch(order[first : first + self.rank_batch], candidates).to(self.device)
+    def _loss_step(self, span: Span) -> nn.Module:
+        """What a stage's steps run; parameters that it does not train get no gradient."""
+        if self.config.stages:
+            for part, parameters in parts_of(self.model).items():
+                for parameter in parameters:
+                    parameter.requires_grad_(part in span.parts and parameter in self.optimizer.state)
+        log_q = self._candidates(span).log_q if self.config.log_q else None
+        log_q = None if log_q is None else log_q.to(self.device)
+        self.model.train()
+        return _distributed(LossStep(self.model, self.config, span, log_q))
+
+    def _tend_items(self, step: int, span: Span) -> None:
+        """Give the items their semantic IDs where a stage or an epoch begins that wants them."""
+        if not isinstance(self.model, DGIModel) or self.model.item_codes is None:
+            return
+        stale = False
+        for number, entered in enumerate(self.schedule.spans):
+            if entered.start == step and entered.stage.name == "quantizer":
+                source = generator(self.config.seed, CLUSTERING, number)
+                self.changed_codes.fill_(item_codes.cluster(self.model, self.data.item_features, source))
+                self._reset_codebooks()
+            elif entered.start == step == span.start and entered is span:
+                stale = span.codes != "step" and span.stage.name != "encoder" and self._moved_before(number)
+        place = step - span.start
+        if stale or (span.codes == "epoch" and place > 0 and place % self.epoch_steps == 0):
+            self.changed_codes.fill_(item_codes.refresh(self.model, self.data.item_features))
+        if step == span.start or span.codes == "epoch":
+            broadcast([self.model.item_codes, *self.model.quantizer.codebooks])
+
+    def _moved_before(self, number: int) -> bool:
+        """Whether semantic IDs followed the vectors in the stage that last had some."""
+        for span in reversed(self.schedule.spans[:number]):
+            if span.stage.name in ("quantizer", "decoder", "joint"):
+                return span.codes == "step" and span.stage.name == "joint"
+        return False
+
+    def _reset_codebooks(self) -> None:
+        """Codebooks that K-means has replaced have no past: their moments are 0 again."""
+        for parameter in parts_of(self.model)["quantizer"]:
+            for tensor in self.optimizer.state[parameter].values():
+                tensor.zero_()
+
+    def _candidates(self, span: Span) -> Candidates:
+        return self.candidates[span.stage.contrastive or self.config.contrastive]
+
+    def _batch(self, step: int, span: Span) -> Batch:
+        """This process's part of a step's batch; each epoch has its own order."""
+        epoch, place = divmod(step, self.epoch_steps)
+        first = (place * world_size() + rank()) * self.rank_batch
+        wanted = stage_weights(self.config, span)["infonce"] or span.stage.distillation
+        source = generator(self.config.seed, CANDIDATES, step)
+        candidates = self._candidates(span).draw(source) if wanted else None
+        return self.data.batch(self._order_of(epoch)[first : first + self.rank_batch], candidates).to(self.device)
+
+    def _order_of(self, epoch: int) -> Tensor:
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = torch.randperm(len(self.data), generator=generator(self.config.seed, ORDER, epoch))
+        return self._order
 
     def _update(self, loss_step: nn.Module, batch: Batch, step: int) -> tuple[StepResult, dict[str, float]]:
         """One step of the optimizer; the terms, as means over all processes, and the gradient's norm."""
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * self.schedule.rate(step)
+            group["lr"] = self.schedule.peak(step, group["part"]) * self.schedule.rate(step, group["part"])
         torch.manual_seed(derived_seed(self.config.seed, DROPOUT, step, rank()))
         with self._autocast():
             result = loss_step(
@@ -380,11 +307,10 @@ class Trainer:
     def _check_finite(self, step: int, values: dict[str, float]) -> None:
         bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
         if bad:
-            rate = self.schedule.rate(step)
+            backbone, quantizer = (self.schedule.learning_rate(step, part) for part in ("backbone", "quantizer"))
             raise FloatingPointError(
                 f"training stopped in step {step + 1}, before its update: {', '.join(bad)}; the learning rates were "
-                f"{rate * self.config.backbone_lr:.2g} (backbone) and {rate * self.config.quantizer_lr:.2g} "
-                f"(quantizer): lower them, or raise warmup_steps"
+                f"{backbone:.2g} (backbone) and {quantizer:.2g} (quantizer): lower them, or raise warmup_steps"
             )
 
     def _tend_codes(self, step: int, result: StepResult) -> None:
@@ -405,13 +331,29 @@ class Trainer:
     def _is_due(self, step: int, every: int) -> bool:
         return (step + 1) % every == 0 or step + 1 == self.schedule.total_steps
 
-    def _metrics(self, step: int, result: StepResult, values: dict[str, float]) -> dict[str, Any]:
+    def _ends_epoch(self, step: int, span: Span) -> bool:
+        """Whether a step is the last of a stage, or of an epoch of it; not told apart where there are no stages."""
+        return bool(self.config.stages) and (step + 1 == span.end or (step + 1 - span.start) % self.epoch_steps == 0)
+
+    def _diagnosed(self, step: int, span: Span, batch: Batch) -> dict[str, float]:
+        decodes = isinstance(self.model, DGIModel) and span.stage.name != "encoder"
+        if not (decodes and self._ends_epoch(step, span)):
+            return {}
+        assert isinstance(self.model, DGIModel)
+        table = None if span.codes == "step" else self.model.item_codes
+        return diagnose(self.model, table, batch, self.schedule.tau(step), derived_seed(self.config.seed, PATHS, step))
+
+    def _metrics(self, step: int, span: Span, result: StepResult, values: dict[str, float]) -> dict[str, Any]:
         row: dict[str, Any] = {
             "step": step + 1,
             "epoch": step // self.epoch_steps + 1,
             **values,
-            "lr": self.schedule.rate(step) * self.config.backbone_lr,
+            "lr": self.schedule.learning_rate(step, "backbone"),
         }
+        if self.config.stages:
+            row["stage"] = self.schedule.spans.index(span) + 1
+        if not self.changed_codes.isnan():
+            row["changed_codes"] = float(self.changed_codes)
         if isinstance(self.model, DGIModel) and result.codes is not None:
             row |= {
                 "gamma": float(self.model.quantizer.scale.detach()),
@@ -424,6 +366,8 @@ class Trainer:
     def _state(self) -> dict[str, Tensor]:
         """The live tensors that training consists of, by name."""
         state = {"steps_done": self.steps_done}
+        if self.config.stages:
+            state["changed_codes"] = self.changed_codes
         state |= {f"model.{name}": tensor for name, tensor in unique_tensors(self.model).items()}
         for name, parameter in self.model.named_parameters():
             for moment, tensor in self.optimizer.state.get(parameter, {}).items():

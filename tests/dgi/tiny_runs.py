@@ -87,6 +87,19 @@ def train_until_killed(output: Path, seed: int, train: dict[str, Any], function:
     tiny_trainer(output, seed, train=train).fit(resume=True)
 
 
+# Nine steps: every kind of stage, codes that are refreshed, made again and renumbered, soft and item targets.
+STAGES: dict[str, Any] = {
+    "contrastive": "all_items",
+    "item_bias": True,
+    "stages": [
+        {"name": "encoder", "epochs": 0.7, "contrastive": "in_batch"},
+        {"name": "quantizer"},
+        {"name": "joint", "epochs": 1.3, "codes": "epoch", "inputs": "mixed", "distillation": 0.3},
+        {"name": "quantizer"},
+        {"name": "decoder", "epochs": 1, "rates": {"decoder": 0.002}, "distillation": 1.0},
+    ],
+}
+
 # name -> (fields of the model, fields of the training, kind of model)
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], type[DualEncoder]]] = {
     "dgi": ({}, {}, DGIModel),
@@ -96,6 +109,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], type[DualEncoder]]] = 
     "euclidean": ({"metric": "euclidean"}, {}, DGIModel),
     "no use of the decoder": ({}, {"loss_weights": {"ntp": 0}}, DGIModel),
     "dual encoder": ({}, {}, DualEncoder),
+    "stages": ({}, STAGES, DGIModel),
+    "joint, then decoder": ({}, {"stages": [{"name": "joint"}, {"name": "decoder"}]}, DGIModel),
 }
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dgi.config import ModelConfig
+from dgi.config import InputKind, ModelConfig
 from dgi.data.batches import Batch
 from dgi.model.clustering import cosine_kmeans
 from dgi.model.dgi_model import DGIModel, DGIOutput
@@ -42,13 +42,20 @@ class FixedCodesModel(DGIModel):
         """The codes are given, and the codebooks are the maker's business."""
 
     def forward(
-        self, batch: Batch, *, tau: float = 1.0, seed: int | Tensor | None = None, row_offset: int = 0
+        self,
+        batch: Batch,
+        *,
+        tau: float = 1.0,
+        seed: int | Tensor | None = None,
+        row_offset: int = 0,
+        inputs: InputKind = "hard",
+        fixed: bool = True,
     ) -> DGIOutput:
         """The decoder reads the codes' vectors, as it does in search; there is no quantizer to train."""
         output, query = self.encode_clicks(batch)
         codes = self.item_codes[output.item_rows]
-        inputs = torch.stack([self.quantizer.embed(codes[:, j], j) for j in range(self.depth)], 1)
-        hidden = self.decoder(inputs[:, :-1], query.memory, query.mask)
+        vectors = torch.stack([self.quantizer.embed(codes[:, j], j) for j in range(self.depth)], 1)
+        hidden = self.decoder(vectors[:, :-1], query.memory, query.mask)
         return output._replace(codes=codes, hidden=hidden)
 
 

@@ -20,7 +20,7 @@ from dgi.retrieval.baselines.plan import Plan, Training, train, validation_sampl
 from dgi.retrieval.baselines.protocol import Found, Retriever
 from dgi.retrieval.index import DGIIndex, SearchResult
 from dgi.retrieval.search import Searcher
-from dgi.training.trainer import CLUSTERING, generator
+from dgi.training.seeds import CLUSTERING, generator
 from dgi_kernels import Trie
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from dgi.config import ModelConfig, from_dict
 from dgi.model.dgi_model import DGIModel
 from dgi.model.losses import DGILoss
-from dgi.training.trainer import TrainingData
+from dgi.training.data import TrainingData
 from dgi_kernels import CosineCrossEntropyLoss, CosineLinear
 from tests.dgi.tiny_runs import MODEL, tiny_data
 

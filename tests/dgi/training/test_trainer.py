@@ -14,10 +14,13 @@ from torch import nn
 
 from dgi.config import ModelConfig, TrainConfig, from_dict
 from dgi.data import Catalog, Interactions
+from dgi.data.batches import Batch
 from dgi.model.dgi_model import DGIModel, DualEncoder
 from dgi.model.quantizer import ResidualQuantizer
 from dgi.training.checkpoint import load_model, unique_tensors
-from dgi.training.trainer import Schedule, Trainer, build_optimizer, collision_rate
+from dgi.training.loss_step import build_optimizer
+from dgi.training.schedule import Schedule
+from dgi.training.trainer import Trainer, collision_rate
 from dgi_kernels import Trie, beam_search, rank_candidates
 from tests.dgi.tiny_runs import MODEL, tiny_data, tiny_trainer
 
@@ -58,20 +61,25 @@ def test_every_parameter_has_its_learning_rate_and_decay(heads: str) -> None:
     assert not settings
 
 
+def batches_of(trainer: Trainer, start: int = 0) -> list[Batch]:
+    steps = range(start, trainer.schedule.total_steps)
+    return [trainer._batch(step, trainer.schedule.span(step)) for step in steps]
+
+
 def test_every_epoch_reads_whole_batches_in_an_order_of_its_own(seed: int) -> None:
     trainer = tiny_trainer(None, seed)  # 26 rows in batches of 8
-    batches = [batch.item_rows[batch.targets].tolist() for _, batch in trainer._batches(0)]
+    batches = [batch.item_rows[batch.targets].tolist() for batch in batches_of(trainer)]
     assert [len(batch) for batch in batches] == [8] * 6
     clicks = Counter(trainer.data.targets.tolist())
     for epoch in (batches[:3], batches[3:]):
         assert Counter(sum(epoch, [])) <= clicks
     assert batches[:3] != batches[3:]
-    assert [batch.item_rows[batch.targets].tolist() for _, batch in trainer._batches(4)] == batches[4:]
+    assert [batch.item_rows[batch.targets].tolist() for batch in batches_of(trainer, 4)] == batches[4:]
 
 
 def test_fewer_interactions_than_a_batch_make_one_batch(seed: int) -> None:
     trainer = tiny_trainer(None, seed, train={"batch_size": 1000, "epochs": 3})
-    assert [len(batch) for _, batch in trainer._batches(0)] == [26] * 3
+    assert [len(batch) for batch in batches_of(trainer)] == [26] * 3
 
 
 def test_the_latest_items_of_a_history_are_read(seed: int) -> None:
