@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from dgi.retrieval.index import DGIIndex
 
 HELP = "give every item of a catalog its semantic ID and store them as an index"
+TUNED_BEAMS = 50  # the default of the searches
 EPILOG = f"""\
 examples:
   dgi index --model run --data my-data --output run/index.safetensors
@@ -53,8 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tune",
         action="store_true",
-        help="choose on validation data what the cosine counts when results are ranked by a sum (dgi search --order "
-        "sum), and store it with the index",
+        help="choose on validation data what the cosine, a learnt bias and popularity count when results are ranked by "
+        "a sum, and store it with the index, which searches then go by",
     )
     add_run_options(parser)
 
@@ -96,13 +96,24 @@ def run(args: argparse.Namespace) -> None:
 
 def _tuned(index: DGIIndex, model: DGIModel, args: argparse.Namespace) -> DGIIndex:
     from dgi.data.dataset import with_validation
-    from dgi.evaluation.tuning import K, tune_cosine_weight
+    from dgi.retrieval.fused import K, choose_weights, training_counts
     from dgi.retrieval.search import Searcher
 
     data = with_validation(load_data(args.data))
     assert data.validation is not None
-    best, found = tune_cosine_weight(Searcher(model, index, data.catalog), data.validation, progress=args.progress)
-    print(f"weight of the cosine, ndcg@{K} of {len(data.validation):,} validation interactions:")
-    for weight, measure in found.items():
-        print(f"  {weight:>6g}  {measure:.4f}{'  (chosen)' if weight == best else ''}")
-    return dataclasses.replace(index, cosine_weight=best)
+    counts = training_counts(data.train, len(index))
+    searcher = Searcher(model, index, data.catalog)
+    best, found = choose_weights(
+        searcher, data.validation, counts=counts, num_beams=TUNED_BEAMS, exclude_history=True, progress=args.progress
+    )
+    print(
+        f"weights of the ranking by a sum, ndcg@{K} of {len(data.validation):,} validation interactions; for each "
+        f"weight of the cosine the best others:"
+    )
+    for weight in dict.fromkeys(tried.cosine for tried in found):
+        tried = max((tried for tried in found if tried.cosine == weight), key=found.__getitem__)
+        print(
+            f"  cosine {weight:>4g}, bias {tried.bias:g}, popularity {tried.popularity:>5g}: {found[tried]:.4f}"
+            f"{'  (chosen)' if tried == best else ''}"
+        )
+    return best.applied(index, model.item_bias, counts)

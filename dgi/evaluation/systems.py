@@ -6,7 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from dgi.retrieval.baselines import BM25, Dense, Generative, GivenVectors, Plan, Popularity, RandomVectors, Retriever
+from dgi.retrieval.baselines import (
+    BM25,
+    Dense,
+    Generative,
+    GivenVectors,
+    Plan,
+    Popularity,
+    RandomVectors,
+    Retriever,
+    StagedDGI,
+)
 from dgi.retrieval.baselines.codes import CodeKind
 
 
@@ -23,6 +33,10 @@ class System:
     make: Callable[[Plan], Retriever]
     generative: bool = False
     seeded: bool = True
+
+
+def _staged(name: str, **settings: Any) -> System:
+    return System(lambda plan: StagedDGI(plan, name=name, **settings), generative=True)
 
 
 def _generative(name: str, codes: CodeKind | None = None, **settings: Any) -> System:
@@ -43,11 +57,12 @@ SYSTEMS: dict[str, System] = {
     "dsi_atomic": _generative("dsi_atomic", "atomic"),
     "dsi_hierarchical": _generative("dsi_hierarchical", "hierarchical"),
     "straight_through": _generative("straight_through", gradient="straight_through"),
-    "dgi": _generative("dgi"),
+    "dgi": _staged("dgi"),
+    "dgi_moving_codes": _generative("dgi_moving_codes"),
     "dgi_one_stage": _generative("dgi_one_stage", from_encoder=False),
-    "dgi_detached": _generative("dgi_detached", gradient="detached"),
-    "dgi_separate_heads": _generative("dgi_separate_heads", heads="separate"),
-    "dgi_detached_separate": _generative("dgi_detached_separate", gradient="detached", heads="separate"),
-    "dgi_inner_product": _generative("dgi_inner_product", similarity="inner_product"),
-    "dgi_none": _generative("dgi_none", gradient="detached", heads="separate", similarity="inner_product"),
+    "dgi_detached": _staged("dgi_detached", gradient="detached"),
+    "dgi_separate_heads": _staged("dgi_separate_heads", heads="separate"),
+    "dgi_detached_separate": _staged("dgi_detached_separate", gradient="detached", heads="separate"),
+    "dgi_inner_product": _staged("dgi_inner_product", similarity="inner_product"),
+    "dgi_none": _staged("dgi_none", gradient="detached", heads="separate", similarity="inner_product"),
 }

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dgi.data import Interactions
-from dgi.evaluation import metrics
+from dgi.retrieval.fused import COSINE_WEIGHTS, K, choose_weights
 from dgi.retrieval.search import Searcher
 
-COSINE_WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-K = 10
+__all__ = ["COSINE_WEIGHTS", "K", "tune_cosine_weight"]
 
 
 def tune_cosine_weight(
@@ -21,12 +20,14 @@ def tune_cosine_weight(
     exclude_history: bool = True,
     progress: bool = False,
 ) -> tuple[float, dict[float, float]]:
-    """Choose the weight of the cosine in a ranking by ``order="sum"``, by NDCG@10.
+    """Choose the weight of the cosine alone in a ranking by ``order="sum"``, by NDCG@10.
+
+    :func:`dgi.retrieval.fused.choose_weights` chooses those of bias and popularity with it.
 
     Args:
         searcher: model, index and catalog.
         validation: what was neither trained on nor will be tested on.
-        weights: those to try.
+        weights: those to try; 0 stands for the lexicographic ranking.
         num_beams, exclude_history, progress: as in :meth:`dgi.Searcher.search_interactions`.
 
     Returns:
@@ -35,18 +36,14 @@ def tune_cosine_weight(
     Raises:
         ValueError: there are no interactions or no weights.
     """
-    if len(validation) == 0 or len(weights) == 0:
-        raise ValueError(f"there must be interactions and weights; got {len(validation)} and {len(weights)}")
-    found = {}
-    for weight in sorted(weights):
-        items = searcher.search_interactions(
-            validation,
-            k=K,
-            num_beams=num_beams,
-            exclude_history=exclude_history,
-            progress=progress,
-            order="sum",
-            cosine_weight=weight,
-        ).items
-        found[weight] = metrics.ndcg(metrics.target_ranks(items.numpy(), validation.items), K)
-    return max(found, key=lambda weight: (found[weight], -weight)), found
+    best, found = choose_weights(
+        searcher,
+        validation,
+        cosine=weights,
+        bias=(0.0,),
+        popularity=(0.0,),
+        num_beams=num_beams,
+        exclude_history=exclude_history,
+        progress=progress,
+    )
+    return best.cosine, {tried.cosine: measure for tried, measure in found.items()}

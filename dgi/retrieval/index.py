@@ -7,6 +7,7 @@ first, then ``ẑ_q · ẑ_item`` (paper, inference).
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Sequence
@@ -43,6 +44,7 @@ KIND = "DGIIndex"
 # keys and values of every level, any other reads the request's memory once per beam.
 MEMORY_FLOATS = 2**26
 UNIT_TOLERANCE = 1e-3
+MAX_ITEM_SCORE = 300.0  # its exponential is a weight of the trie, and has to be finite
 
 
 class IndexFormatError(ValueError):
@@ -76,7 +78,8 @@ class DGIIndex:
         vectors: (N, d) float32, z of every item divided by its norm.
         ids: one distinct id per item, in row order.
         cosine_weight: what the cosine counts in a ranking by a sum, as learnt on validation data; None where nobody
-            has.
+            has, 0 where the lexicographic ranking was better.
+        item_scores: (N,) float32 what an item adds to its sum, learnt with it; None for nothing.
 
     Raises:
         ValueError: the parts do not fit each other.
@@ -86,6 +89,7 @@ class DGIIndex:
     vectors: Tensor
     ids: tuple[str, ...]
     cosine_weight: float | None = None
+    item_scores: Tensor | None = None
 
     def __post_init__(self) -> None:
         size = len(self.ids)
@@ -101,6 +105,13 @@ class DGIIndex:
         norms = torch.linalg.vector_norm(self.vectors, dim=1)
         if not bool((((norms - 1).abs() < UNIT_TOLERANCE) | (norms == 0)).all()):
             raise ValueError("vectors must have norm 1, or 0 for an item without a direction")
+        scores = self.item_scores
+        if scores is not None and (scores.shape != (size,) or scores.dtype != torch.float32):
+            raise ValueError(
+                f"item_scores must be float32 of shape ({size},); got {scores.dtype} {tuple(scores.shape)}"
+            )
+        if scores is not None and not bool((scores.abs() <= MAX_ITEM_SCORE).all()):
+            raise ValueError(f"item_scores must be finite and at most {MAX_ITEM_SCORE:g} in size")
 
     @classmethod
     def build(
@@ -177,7 +188,16 @@ class DGIIndex:
 
     def to(self, device: torch.device | str) -> DGIIndex:
         """The index on ``device``."""
-        return DGIIndex(self.trie.to(device), self.vectors.to(device), self.ids, self.cosine_weight)
+        scores = None if self.item_scores is None else self.item_scores.to(device)
+        return DGIIndex(self.trie.to(device), self.vectors.to(device), self.ids, self.cosine_weight, scores)
+
+    @functools.cached_property
+    def learnt_scores(self) -> NodeScores | None:
+        """``item_scores`` for the beams: node scores whose sum over a semantic ID of one item is the item's score."""
+        if self.item_scores is None:
+            return None
+        scores = self.item_scores.double()
+        return self.trie.node_scores((scores - scores.max()).exp())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file: whole or not at all, versioned, with a checksum."""
@@ -190,6 +210,8 @@ class DGIIndex:
             "id_offsets": torch.tensor([0, *map(len, texts)]).cumsum(0),
         }
         description: dict[str, Any] = {"kind": KIND, "trie": trie_meta}
+        if self.item_scores is not None:
+            tensors["item_scores"] = self.item_scores
         if self.cosine_weight is not None:
             description["cosine_weight"] = self.cosine_weight
         write_tensors(path, tensors, description)
@@ -208,12 +230,13 @@ class DGIIndex:
             raise IndexFormatError(str(error)) from error
         try:
             parts = {name: tensors.pop(name) for name in ("vectors", "id_bytes", "id_offsets")}
+            scores = tensors.pop("item_scores", None)
             trie = Trie.from_state(
                 {name.removeprefix("trie."): array for name, array in tensors.items()}, description["trie"]
             )
             ids = _decode_ids(parts["id_bytes"], parts["id_offsets"])
             weight = description.get("cosine_weight")  # files of before have none
-            return cls(trie, parts["vectors"], ids, None if weight is None else float(weight))
+            return cls(trie, parts["vectors"], ids, None if weight is None else float(weight), scores)
         except KeyError as error:
             raise IndexFormatError(f"{path} describes no index: it has no {error}") from error
         except (TypeError, ValueError) as error:
@@ -231,7 +254,7 @@ class DGIIndex:
         filters: Sequence[TrieFilter | None] | TrieFilter | None = None,
         node_scores: NodeScores | None = None,
         strength: float | Tensor = 1.0,
-        order: Order = "lexicographic",
+        order: Order | None = None,
         cosine_weight: float | None = None,
         share: bool = True,
     ) -> SearchResult:
@@ -248,13 +271,17 @@ class DGIIndex:
             filters: restrict the search to a subset of the items, for all requests or for each.
             node_scores, strength: prefer or avoid items by weights such as their clicks, by
                 ``index.trie.node_scores(weights)`` with a weight per catalog row; see :func:`dgi_kernels.beam_step`.
-            order, cosine_weight, share: how the items found are ranked, see :func:`dgi_kernels.rank_candidates`; by
-                default with the index's own weight, or 1.
+            order, cosine_weight, share: how the items found are ranked, see :func:`dgi_kernels.rank_candidates`. By
+                default ``"sum"`` where the index has learnt a weight, else ``"lexicographic"``; the weight is the
+                index's own, or 1. In a sum without ``node_scores`` the index's ``item_scores`` take their place.
 
         Raises:
             ValueError: the index and the model, or the batch, do not fit.
         """
         self._check_fit(model, batch, exclude)
+        order = order or ("sum" if self.cosine_weight else "lexicographic")
+        if node_scores is None and order == "sum":
+            node_scores, strength = self.learnt_scores, 1.0
         weight = self.cosine_weight if cosine_weight is None else cosine_weight
         ranked_by = {"order": order, "cosine_weight": 1.0 if weight is None else weight, "share": share}
         with evaluating(model):

@@ -10,6 +10,7 @@ from dgi.retrieval.baselines.generative import Generative
 from dgi.retrieval.baselines.lexical import BM25, GivenVectors
 from dgi.retrieval.baselines.plan import Plan
 from dgi.retrieval.baselines.protocol import Found, Retriever, ScoringRetriever
+from dgi.retrieval.baselines.staged import StagedDGI
 
 __all__ = [
     "BM25",
@@ -25,6 +26,7 @@ __all__ = [
     "RandomVectors",
     "Retriever",
     "ScoringRetriever",
+    "StagedDGI",
     "fixed_codes_model",
     "hierarchical_codes",
     "rank_by_popularity",

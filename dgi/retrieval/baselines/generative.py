@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dgi.config import TrainConfig
 from dgi.data import Dataset, Interactions
 from dgi.model.dgi_model import DGIModel, DualEncoder
 from dgi.model.encoding import encode_items
@@ -18,7 +20,8 @@ from dgi.retrieval.baselines.codes import CodeKind, FixedCodesModel, fixed_codes
 from dgi.retrieval.baselines.dense import K, count_parameters, hit_rate_and_ndcg
 from dgi.retrieval.baselines.plan import Plan, Training, train, validation_sample
 from dgi.retrieval.baselines.protocol import Found, Retriever
-from dgi.retrieval.index import DGIIndex, SearchResult
+from dgi.retrieval.fused import RankingWeights, choose_weights, training_counts
+from dgi.retrieval.index import DGIIndex
 from dgi.retrieval.search import Searcher
 from dgi.training.seeds import CLUSTERING, generator
 from dgi_kernels import Trie
@@ -26,8 +29,6 @@ from dgi_kernels import Trie
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-COSINE_WEIGHTS = (0.0, 5.0, 10.0, 20.0, 40.0, 80.0)
-CANDIDATES = 100  # items of a search that are ranked by the weighted sum
 CURVE_SAMPLE = 500  # validation requests searched while training: a beam search takes longer than an exact one
 
 
@@ -35,8 +36,7 @@ class Generative(Retriever):
     """Beam search over semantic IDs.
 
     The items that the beams hold are ranked as the paper has it, by the beam's score and then by cosine; or by the sum
-    ``score + λ · cosine − log(items that share the semantic ID)``, if a weight λ above 0 is better on the validation
-    set.
+    of :mod:`dgi.retrieval.fused`, if one is better on the validation set.
 
     Args:
         plan: encoder, codebooks and budget.
@@ -64,7 +64,7 @@ class Generative(Retriever):
         self.plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, **model))
         self.codes, self.from_encoder, self.num_beams, self.name = codes, from_encoder, num_beams, name
         self.seconds = 0.0
-        self.cosine_weight = 0.0
+        self.weights = RankingWeights()
 
     def fit(self, data: Dataset) -> Self:
         steps = self.plan.steps(data)
@@ -72,31 +72,37 @@ class Generative(Retriever):
         encoder, stage = self._train_encoder(data, first) if first else (None, Training())
         torch.manual_seed(self.plan.training.seed)
         self.model = self._build(data, encoder)
-        validation = validation_sample(data, CURVE_SAMPLE)
-
-        def validate() -> Mapping[str, float]:
-            self.searcher = self._index(data)
-            items = self.search(validation, K, exclude_history=self.plan.exclude_history).items
-            return {f"validation_hit_rate@{K}": hit_rate_and_ndcg(items, torch.from_numpy(validation.items))[0]}
-
         # All items as candidates, as the dense baseline has them.
         config, folder = self.plan.part(self.name, steps - first, contrastive="all_items")
-        trained = train(self.model, config, data, folder, self.plan, validate)
-        self.curve = [*stage.curve, *({**row, "step": row["step"] + first} for row in trained.curve)]
-        self.seconds = stage.seconds + trained.seconds
-        self.searcher = self._index(data)
-        self._choose(validation)
+        self._train(data, config, folder)
+        self.curve = [*stage.curve, *({**row, "step": row["step"] + first} for row in self.curve)]
+        self.seconds += stage.seconds
         return self
 
-    def _choose(self, validation: Interactions) -> None:
-        candidates = self._candidates(validation, CANDIDATES, self.plan.exclude_history)
-        targets = torch.from_numpy(validation.items)
-        ndcgs = {
-            weight: hit_rate_and_ndcg(self._ranked(candidates, K, weight).items, targets)[1]
-            for weight in COSINE_WEIGHTS
-        }
-        self.cosine_weight = max(ndcgs, key=ndcgs.__getitem__)  # the first of equals
-        self.settings = {"cosine_weight": self.cosine_weight}
+    def _train(self, data: Dataset, config: TrainConfig, folder: Path | None) -> None:
+        """Train ``self.model``, index the catalog, and choose how searches rank."""
+        curve_sample = validation_sample(data, CURVE_SAMPLE)
+
+        def validate() -> Mapping[str, float]:
+            if isinstance(self.model.item_codes, Tensor) and bool((self.model.item_codes < 0).any()):
+                return {}  # no codes yet: the encoder is being trained
+            self.searcher = self._index(data)
+            items = self.search(curve_sample, K, exclude_history=self.plan.exclude_history).items
+            return {f"validation_hit_rate@{K}": hit_rate_and_ndcg(items, torch.from_numpy(curve_sample.items))[0]}
+
+        trained = train(self.model, config, data, folder, self.plan, validate)
+        self.curve, self.seconds = trained.curve, trained.seconds
+        self.searcher = self._index(data)
+        self._choose(validation_sample(data), training_counts(data.train, len(data.catalog)))
+
+    def _choose(self, validation: Interactions, counts: Tensor) -> None:
+        """The weights of the sum that ranks, on the validation set; see :mod:`dgi.retrieval.fused`."""
+        own = self.model.item_bias
+        self.weights, _ = choose_weights(self.searcher, validation, counts=counts, **self._search_options)
+        self.searcher.index = self.weights.applied(self.searcher.index, own, counts)
+        self.settings = {"cosine_weight": self.weights.cosine, "popularity_weight": self.weights.popularity}
+        if own is not None:
+            self.settings["bias_weight"] = self.weights.bias
 
     def _train_encoder(self, data: Dataset, steps: int) -> tuple[DualEncoder, Training]:
         similarity = self.plan.model.similarity
@@ -126,23 +132,18 @@ class Generative(Retriever):
         trie = Trie.from_codes(model.item_codes, codebook_sizes=sizes)
         return Searcher(model, DGIIndex(trie, F.normalize(z.float(), dim=1), data.catalog.ids), data.catalog)
 
+    @property
+    def _search_options(self) -> dict[str, Any]:
+        return {
+            "num_beams": self.num_beams,
+            "exclude_history": self.plan.exclude_history,
+            "progress": self.plan.progress,
+        }
+
     def search(self, queries: Interactions, k: int, *, exclude_history: bool = False) -> Found:
-        candidates = self._candidates(queries, max(k, CANDIDATES if self.cosine_weight else 0), exclude_history)
-        return self._ranked(candidates, k, self.cosine_weight)
-
-    def _candidates(self, queries: Interactions, k: int, exclude_history: bool) -> SearchResult:
-        return self.searcher.search_interactions(
-            queries, k=k, num_beams=self.num_beams, exclude_history=exclude_history, progress=self.plan.progress
-        )
-
-    def _ranked(self, candidates: SearchResult, k: int, weight: float) -> Found:
-        if not weight:
-            return Found(candidates.items[:, :k], candidates.scores[:, :k])
-        _, group, sizes = torch.unique(self.searcher.index.codes.cpu(), dim=0, return_inverse=True, return_counts=True)
-        share = sizes[group].float().log()[candidates.items.clamp(min=0)]
-        scores = candidates.scores + weight * candidates.cosines - share  # padding stays at -inf
-        best = scores.topk(k, dim=1)
-        return Found(candidates.items.gather(1, best.indices), best.values)
+        options = self._search_options | {"exclude_history": exclude_history}
+        found = self.searcher.search_interactions(queries, k=k, **options)
+        return Found(found.items, found.scores)
 
     @property
     def parameters(self) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import dgi
 from dgi.cli import COMMANDS, build_parser, main
@@ -20,7 +21,7 @@ from dgi.cli.train import _settings, configs
 from dgi.config import BEFORE
 from dgi.data import load_dataset
 from dgi.evaluation.evaluate import sample
-from dgi.evaluation.tuning import COSINE_WEIGHTS
+from dgi.retrieval.fused import COSINE_WEIGHTS
 from dgi.retrieval.index import DGIIndex
 from tests.dgi.tiny_folder import ITEMS, SETTINGS, write_data, write_judgments
 
@@ -179,10 +180,15 @@ def test_the_tuned_weight_ranks_by_the_sum(run: Path, tmp_path: Path, capsys: py
         found[order] = json.loads(capsys.readouterr().out)["results"]
     crowd = (index.codes[:, None] == index.codes[None]).all(-1).sum(1).log()
     before = {result["id"]: result for result in found["lexicographic"]}
+    learnt = torch.zeros(ITEMS)
+    if index.item_scores is not None:
+        weights = index.item_scores.double().exp()
+        same = (index.codes[:, None] == index.codes[None]).all(-1).double()
+        learnt = (same @ weights / weights.sum()).log()
     for result in found["sum"]:
         own = before[result["id"]]
         row = index.ids.index(result["id"])
-        expected = own["score"] + index.cosine_weight * own["cosine"] - float(crowd[row])
+        expected = own["score"] + index.cosine_weight * own["cosine"] - float(crowd[row]) + float(learnt[row])
         assert result["score"] == pytest.approx(expected, abs=1e-4)
 
 

@@ -1,0 +1,45 @@
+"""DGI trained in stages, as a system of comparisons: the recipe of `dgi train` with the steps of every system."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dgi.data import Dataset
+from dgi.model.dgi_model import DGIModel
+from dgi.retrieval.baselines.generative import Generative
+from dgi.retrieval.baselines.plan import Plan
+from dgi.training import recipes
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class StagedDGI(Generative):
+    """DGI in stages: the steps of the encoder alone are part of its budget, and no other system shares them.
+
+    Args:
+        plan: encoder, codebooks and budget; ``encoder_share`` is not read.
+        num_beams, name, model: see :class:`Generative`.
+        training: fields of :class:`dgi.TrainConfig` to replace those of :func:`dgi.training.recipes.staged`.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        num_beams: int = 200,
+        name: str = "dgi",
+        training: dict[str, Any] | None = None,
+        **model: Any,
+    ) -> None:
+        super().__init__(plan, from_encoder=False, num_beams=num_beams, name=name, **model)
+        self.training = recipes.staged() | (training or {})
+
+    def fit(self, data: Dataset) -> Self:
+        torch.manual_seed(self.plan.training.seed)
+        self.model = DGIModel(self.plan.model)
+        config, folder = self.plan.part(self.name, self.plan.steps(data), **self.training)
+        self._train(data, config, folder)
+        return self

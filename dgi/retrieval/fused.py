@@ -1,0 +1,139 @@
+"""Ranking by a sum of what beams, vectors and popularity say, with weights chosen on validation data.
+
+``score(n) = log P(semantic ID of n) + λ · cos(q, n) + β · b_n − α · log(1 + clicks of n) − log(items of that ID)``
+
+with b_n the item's bias, if the model has learnt one. λ, β and α are chosen together, by NDCG@10. One search finds the
+candidates of all settings; the terms of an item go into the beams of later searches as node scores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dgi.data import Interactions
+from dgi.retrieval.index import MAX_ITEM_SCORE, DGIIndex
+from dgi.retrieval.search import Searcher
+from dgi_kernels.beam import beam_widths
+
+COSINE_WEIGHTS = (0.0, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 40.0, 60.0, 80.0)
+BIAS_WEIGHTS = (0.0, 1.0, 2.0, 4.0)
+POPULARITY_WEIGHTS = (0.0, -0.1, 0.1, 0.25, 0.5)
+K = 10
+
+
+@dataclass(frozen=True)
+class RankingWeights:
+    """Weights of the sum; without ``cosine`` there is none, and the ranking is lexicographic.
+
+    Attributes:
+        cosine, bias, popularity: λ, β and α.
+    """
+
+    cosine: float = 0.0
+    bias: float = 0.0
+    popularity: float = 0.0
+
+    def item_scores(self, bias: Tensor | None, counts: Tensor | None) -> Tensor:
+        """(N,) float32: β · b_n − α · log(1 + clicks), or a 0 of any shape where neither counts."""
+        scores = torch.zeros(())
+        if self.bias and bias is not None:
+            scores = scores + self.bias * bias.detach().float().cpu()
+        if self.popularity and counts is not None:
+            scores = scores - self.popularity * counts.float().cpu().log1p()
+        return scores
+
+    def applied(self, index: DGIIndex, bias: Tensor | None, counts: Tensor | None) -> DGIIndex:
+        """The index with these weights, which searches go by from then on."""
+        scores = self.item_scores(bias, counts)
+        scores = scores - scores.mean()
+        kept = None if scores.ndim == 0 else scores.clamp(-MAX_ITEM_SCORE, MAX_ITEM_SCORE).to(index.vectors.device)
+        return dataclasses.replace(index, cosine_weight=self.cosine, item_scores=kept)
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """What one search of n requests found: all items below its beams, (n, C) each, and how many share an ID."""
+
+    items: Tensor
+    scores: Tensor
+    cosines: Tensor
+    log_share: Tensor
+
+    @classmethod
+    def find(cls, searcher: Searcher, queries: Interactions, **search: Any) -> Candidates:
+        """Search with ``search`` as :meth:`dgi.Searcher.search_interactions` takes it, but for the order."""
+        widest = max(beam_widths(search.get("num_beams", 50), searcher.index.trie.depth))
+        _, group, sizes = torch.unique(searcher.index.codes.cpu(), dim=0, return_inverse=True, return_counts=True)
+        k = min(len(searcher.index), widest * int(sizes.max()))
+        found = searcher.search_interactions(queries, k=k, order="lexicographic", **search)
+        share = sizes[group].float().log()[found.items.clamp(min=0)]
+        return cls(found.items, found.scores, found.cosines, share)
+
+    def ranked(self, weights: RankingWeights, item_scores: Tensor, k: int) -> Tensor:
+        """(n, k) the best items by the sum; lexicographic without a weight of the cosine."""
+        if not weights.cosine:
+            return self.items[:, :k]
+        own = item_scores[self.items.clamp(min=0)] if item_scores.ndim else item_scores
+        scores = self.scores + weights.cosine * self.cosines + own - self.log_share  # padding stays at -inf
+        best = scores.topk(min(k, scores.shape[1]), dim=1).indices
+        return self.items.gather(1, best)
+
+
+def choose_weights(
+    searcher: Searcher,
+    validation: Interactions,
+    *,
+    counts: Tensor | None = None,
+    cosine: Sequence[float] = COSINE_WEIGHTS,
+    bias: Sequence[float] = BIAS_WEIGHTS,
+    popularity: Sequence[float] = POPULARITY_WEIGHTS,
+    **search: Any,
+) -> tuple[RankingWeights, Mapping[RankingWeights, float]]:
+    """Choose the weights of the sum by NDCG@10.
+
+    Args:
+        searcher: model, index and catalog.
+        validation: what was neither trained on nor will be tested on.
+        counts: (N,) clicks of the items in training; without them α is 0.
+        cosine, bias, popularity: the weights to try.
+        **search: ``num_beams``, ``exclude_history`` and ``progress`` of :meth:`dgi.Searcher.search_interactions`.
+
+    Returns:
+        The best weights, the first of equals, and the NDCG@10 of all.
+
+    Raises:
+        ValueError: there are no interactions or no weights.
+    """
+    if len(validation) == 0 or len(cosine) == 0:
+        raise ValueError(f"there must be interactions and weights; got {len(validation)} and {len(cosine)}")
+    own = searcher.model.item_bias
+    found = Candidates.find(searcher, validation, **search)
+    targets = torch.from_numpy(validation.items)
+    tried = {}
+    for value in sorted(cosine):
+        biases = bias if value and own is not None else (0.0,)
+        powers = popularity if value and counts is not None else (0.0,)
+        for of_bias, of_popularity in itertools.product(biases, powers):
+            weights = RankingWeights(value, of_bias, of_popularity)
+            items = found.ranked(weights, weights.item_scores(own, counts), K)
+            tried[weights] = ndcg(items, targets)
+    return max(tried, key=tried.__getitem__), tried
+
+
+def ndcg(items: Tensor, targets: Tensor) -> float:
+    """NDCG of (n, k) results with one target each."""
+    gains = (items == targets[:, None]).double() / torch.arange(2, items.shape[1] + 2).double().log2()
+    return float(gains.sum(1).mean())
+
+
+def training_counts(train: Interactions, num_items: int) -> Tensor:
+    """(num_items,) how often each item was chosen in training."""
+    return torch.from_numpy(np.bincount(train.items, minlength=num_items))
