@@ -90,8 +90,7 @@ DROPIN = DropIn(
         Change(
             "LETTER-TIGER/test.py",
             "                    prefix_allowed_tokens_fn=prefix_allowed_tokens,\n",
-            "                    logits_processor="
-            "[dgi.integrations.TrieLogitsProcessor(trie, [0] * 4, start=1, eos_token_id=1)],\n",
+            "                    custom_generate=dgi.integrations.TrieSearch(trie, [0] * 4, eos_token_id=1),\n",
         ),
     ),
     steps=steps,

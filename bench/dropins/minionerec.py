@@ -89,18 +89,19 @@ DROPIN = DropIn(
         Change(
             "evaluate.py",
             "from LogitProcessor import ConstrainedLogitsProcessor\n",
-            "from dgi.integrations.mask_adapters import ConstrainedLogitsProcessor, Trie\n",
+            "from LogitProcessor import ConstrainedLogitsProcessor\nimport dgi.integrations, dgi_kernels\n",
         ),
         Change(
             "evaluate.py",
             "    # Convert sets to lists for both dictionaries\n",
-            "    trie = Trie.from_codes([ID[prefix_index:-1] for ID in prefixID])\n"
+            "    trie = dgi_kernels.Trie.from_codes([ID[prefix_index:-1] for ID in prefixID])\n"
             "    # Convert sets to lists for both dictionaries\n",
         ),
         Change(
             "evaluate.py",
-            "                prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,\n",
-            "                trie=trie, token_offsets=[0] * trie.depth, eos_token_id=tokenizer.eos_token_id,\n",
+            "                logits_processor=logits_processor,\n",
+            "                custom_generate=dgi.integrations.TrieSearch(trie, [0] * trie.depth, eos_token_id="
+            "tokenizer.eos_token_id),\n",
         ),
     ),
     steps=steps,

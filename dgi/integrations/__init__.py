@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dgi.integrations.beam_adapters import GridBeamSearch, RqVaeGeneration, SidGrBeamSearch, extend_beams
+    from dgi.integrations.custom_generate import TrieSearch
     from dgi.integrations.generation import ConstrainedGeneration, constrained_generate
     from dgi.integrations.mask_adapters import (
         ConstrainedLogitsProcessor,
@@ -28,6 +29,7 @@ _MODULE_OF = {
     "SidGrBeamSearch": "beam_adapters",
     "TrieItemMaskProvider": "mask_adapters",
     "TrieLogitsProcessor": "processor",
+    "TrieSearch": "custom_generate",
     "constrained_generate": "generation",
     "extend_beams": "beam_adapters",
     "gumbel_softmax_patch": "patches",
@@ -43,6 +45,7 @@ __all__ = [
     "SidGrBeamSearch",
     "TrieItemMaskProvider",
     "TrieLogitsProcessor",
+    "TrieSearch",
     "constrained_generate",
     "extend_beams",
     "gumbel_softmax_patch",

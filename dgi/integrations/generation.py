@@ -34,8 +34,18 @@ NORMALIZERS = ("vocabulary", "full", "children")
 _NEEDED = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_expand_inputs_for_generation")
 
 
-class ConstrainedGeneration(NamedTuple):
+class _Generation(NamedTuple):
+    sequences: Tensor
+    sequences_scores: Tensor
+    codes: Tensor
+    nodes: Tensor
+
+
+class ConstrainedGeneration(_Generation):
     """The best R semantic IDs of each of B requests, best first; dead rows, where there are fewer, come last.
+
+    A tuple whose elements also have names, as attributes and, as in the outputs of ``generate``, as string keys:
+    ``result["sequences"]``.
 
     Attributes:
         sequences: (B * R, T) int64 token ids as ``generate`` returns them: the prompt (of an encoder-decoder the start
@@ -46,10 +56,23 @@ class ConstrainedGeneration(NamedTuple):
         nodes: (B, R) int64 leaves of the trie, -1 if dead; ``trie.items(nodes, trie.depth)`` lists their items.
     """
 
-    sequences: Tensor
-    sequences_scores: Tensor
-    codes: Tensor
-    nodes: Tensor
+    def __getitem__(self, key: Any) -> Any:
+        if not isinstance(key, str):
+            return super().__getitem__(key)
+        if key not in self._fields:
+            raise KeyError(key)
+        return getattr(self, key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._fields if isinstance(key, str) else any(key is value for value in self)
+
+    def keys(self) -> tuple[str, ...]:
+        """The names of the elements, which ``dict(result)`` asks for."""
+        return self._fields
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The element of that name, or ``default``."""
+        return getattr(self, key) if key in self._fields else default
 
 
 @torch.no_grad()
@@ -150,7 +173,7 @@ def constrained_generate(
         generate_arguments["attention_mask"] = attention_mask
     results: list[ConstrainedGeneration] = []
 
-    def search(
+    def run(
         model: Any,
         prompt: Tensor,
         logits_processor: Sequence[Any],
@@ -159,44 +182,88 @@ def constrained_generate(
         **model_kwargs: Any,
     ) -> Tensor:
         """What ``generate`` calls when all is prepared, with one row per request."""
-        _check_model(model)
-        _check_prompts(model, prompt, model_kwargs.get("attention_mask"))
-        check_settings(generation_config, tokens, prompt.shape[1], trie.depth)
-        processing = Processing(logits_processor, widths, prompt.shape[1], trie.depth)
-        if normalize != "vocabulary" and processing.processors:
-            names = ", ".join(sorted({type(processor).__name__ for processor in processing.processors}))
-            raise ValueError(f'normalize must be "vocabulary" where settings ask for {names}; got {normalize!r}')
-        steps = ModelSteps(model, prompt, model_kwargs)
-
-        def step(depth: int, codes: Tensor | None, parents: Tensor | None) -> StepScores:
-            if codes is None or parents is None:
-                logits = steps.first()
-                tokens.check_vocabulary(logits.shape[-1])
-            else:
-                logits = steps.next(tokens.spell(codes.clamp(min=0), depth - 1), parents.clamp(min=0))
-            if processing.at(depth):
-                return StepScores(processing(depth, steps.sequences, logits), True)
-            return StepScores(logits, False)
-
-        penalty = generation_config.length_penalty if length_penalty is None else length_penalty
-        penalty = 1.0 if penalty is None else penalty
-        if normalize == "vocabulary" and tokens.ends:
-            early = generation_config.early_stopping if early_stopping is None else early_stopping
-            found = Hypotheses(trie, tokens, batch, widths, penalty, early or False, **options).run(step)
-        else:
-            found = _search(trie, tokens, step, batch, widths, normalize, penalty, options)
-        found = Found(*(value[:, :returned] for value in found))
-        pad = generation_config.pad_token_id
-        results.append(_result(trie, tokens, prompt, found, pad if isinstance(pad, int) else None))
+        results.append(
+            search(
+                model,
+                prompt,
+                logits_processor,
+                generation_config,
+                model_kwargs,
+                tokens=tokens,
+                widths=widths,
+                returned=returned,
+                normalize=normalize,
+                length_penalty=length_penalty,
+                early_stopping=early_stopping,
+                options=options,
+            )
+        )
         return results[0].sequences
 
     arguments = _arguments(generate_arguments, widths[-1], returned, eos_token_id, trie.depth + bool(tokens.ends))
-    _innermost(model).generate(input_ids=input_ids.long(), custom_generate=search, **arguments)
+    _innermost(model).generate(input_ids=input_ids.long(), custom_generate=run, **arguments)
     if not results:
         raise TypeError(
             f"model must be one whose generate runs what custom_generate gives; that of {type(model).__name__} does not"
         )
     return results[0]
+
+
+def search(
+    model: Any,
+    prompt: Tensor,
+    logits_processor: Sequence[Any],
+    generation_config: transformers.GenerationConfig,
+    model_kwargs: dict[str, Any],
+    *,
+    tokens: CodeTokens,
+    widths: list[int],
+    returned: int,
+    normalize: Literal["vocabulary", "full", "children"],
+    length_penalty: float | None = None,
+    early_stopping: bool | Literal["never"] | None = None,
+    options: dict[str, Any],
+) -> ConstrainedGeneration:
+    """The search, from what ``generate`` has prepared for one row per request.
+
+    Args:
+        model, prompt, logits_processor, generation_config, model_kwargs: as ``generate`` hands them over.
+        tokens: the trie and how its codes are spelt.
+        widths: M of each level.
+        returned: R.
+        normalize, length_penalty, early_stopping: as for :func:`constrained_generate`.
+        options: of the beam steps.
+    """
+    trie, batch = tokens.trie, len(prompt)
+    _check_model(model)
+    _check_prompts(model, prompt, model_kwargs.get("attention_mask"))
+    check_settings(generation_config, tokens, prompt.shape[1], trie.depth)
+    processing = Processing(logits_processor, widths, prompt.shape[1], trie.depth)
+    if normalize != "vocabulary" and processing.processors:
+        names = ", ".join(sorted({type(processor).__name__ for processor in processing.processors}))
+        raise ValueError(f'normalize must be "vocabulary" where settings ask for {names}; got {normalize!r}')
+    steps = ModelSteps(model, prompt, model_kwargs)
+
+    def step(depth: int, codes: Tensor | None, parents: Tensor | None) -> StepScores:
+        if codes is None or parents is None:
+            logits = steps.first()
+            tokens.check_vocabulary(logits.shape[-1])
+        else:
+            logits = steps.next(tokens.spell(codes.clamp(min=0), depth - 1), parents.clamp(min=0))
+        if processing.at(depth):
+            return StepScores(processing(depth, steps.sequences, logits), True)
+        return StepScores(logits, False)
+
+    penalty = generation_config.length_penalty if length_penalty is None else length_penalty
+    penalty = 1.0 if penalty is None else penalty
+    if normalize == "vocabulary" and tokens.ends:
+        early = generation_config.early_stopping if early_stopping is None else early_stopping
+        found = Hypotheses(trie, tokens, batch, widths, penalty, early or False, **options).run(step)
+    else:
+        found = _search(trie, tokens, step, batch, widths, normalize, penalty, options)
+    found = Found(*(value[:, :returned] for value in found))
+    pad = generation_config.pad_token_id
+    return _result(trie, tokens, prompt, found, pad if isinstance(pad, int) else None)
 
 
 def _arguments(
