@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dropins import Change, DropIn, Outputs, Steps
+from dropins import Change, DropIn, Outputs, Steps, common
 
 CATEGORY, REQUESTS = "Industrial_and_Scientific", 16
 FILE = f"{CATEGORY}_5_2016-10-2018-11"
@@ -69,7 +69,8 @@ def steps(_: Path | None) -> Steps:
         assert len(found) == 20 * REQUESTS and all(re.fullmatch(r"(<[a-d]_\d+>)+", line) for line in found), found[:3]
         return {"texts": torch.from_numpy(np.frombuffer("\n".join(found).encode(), dtype=np.uint8).copy())}
 
-    return {f"evaluate.py, {REQUESTS} requests, 20 beams": run}
+    replay = common.Replay(transformers.Qwen2ForCausalLM)
+    return {f"evaluate.py, {REQUESTS} requests, 20 beams": run, "its generate alone, 8 requests": replay}
 
 
 DROPIN = DropIn(
@@ -105,4 +106,5 @@ DROPIN = DropIn(
         ),
     ),
     steps=steps,
+    tolerance={"scores": 1e-5},
 )

@@ -24,8 +24,9 @@ def extend_beams(
     Args:
         trie: the semantic IDs.
         logits: (B * M, K) of each beam, or (B, M, K).
-        generated: (B, M, t) codes so far; None at the start, where M is 1.
-        log_probas: (B, M) of these; None at the start.
+        generated: (B, M, t) codes so far. At the start None, where M is 1, or no codes (B, M, 0) of any M: all beams
+            are one then, and the logits of the first are read.
+        log_probas: (B, M) of these; at the start None, or not read.
         num_beams: how many to keep, M'.
         **options: of :func:`dgi_kernels.beam_step`, such as ``normalize`` and ``filters``.
 
@@ -33,14 +34,18 @@ def extend_beams(
         The codes (B, M', t + 1), their log-probabilities (B, M'), and for each the row of its parent among the B * M,
         (B * M',), to reorder a cache by.
     """
-    if generated is None or log_probas is None:
-        beams = trie.root(logits.shape[0])
+    if generated is None or log_probas is None or generated.shape[2] == 0:
+        requests = logits.shape[0] if generated is None else generated.shape[0]
+        logits = logits.reshape(requests, -1, logits.shape[-1])[:, :1]
+        beams = trie.root(requests)
         generated = beams.nodes.new_empty(*beams.nodes.shape, 0)
     else:
         nodes = trie.find(generated)
         beams = Beams(nodes, nodes, nodes, log_probas, generated.shape[2])
     batch, width = beams.nodes.shape
-    found = beam_step(trie, logits.view(batch, width, logits.shape[-1]), beams, num_beams=num_beams, **options)
+    found = beam_step(
+        trie, logits.unflatten(0, (batch, -1)) if logits.ndim == 2 else logits, beams, num_beams=num_beams, **options
+    )
     parents = found.parents.clamp(min=0)
     before = generated.gather(1, parents.unsqueeze(2).expand(-1, -1, generated.shape[2]))
     codes = torch.cat([before, found.tokens.clamp(min=0).unsqueeze(2)], dim=2)
@@ -120,26 +125,27 @@ class SidGrBeamSearch:
         return self.accumulated_log_probs
 
 
+def trie_of_codebooks(model: Any) -> Trie:
+    """The ``codebooks`` (num_items, L) of a model as a trie, on their device; built when first asked for, and kept."""
+    kept = model.__dict__.get("_trie_of_codebooks")
+    if kept is None or kept[0] is not model.codebooks:
+        sizes = [model.num_embeddings_per_hierarchy] * model.codebooks.shape[1]
+        kept = model.codebooks, Trie.from_codes(model.codebooks, codebook_sizes=sizes)
+        model.__dict__["_trie_of_codebooks"] = kept
+    return kept[1]
+
+
 class _HasCodebooks:
-    """A model with ``codebooks`` (num_items, L), whose trie is built when first asked for and kept."""
-
-    codebooks: Tensor
-    num_embeddings_per_hierarchy: int
-    top_k_for_generation: int
-    num_hierarchies: int
-
     def trie_of_codebooks(self) -> Trie:
         """The semantic IDs as a trie, on their device."""
-        kept = self.__dict__.get("_trie_of_codebooks")
-        if kept is None or kept[0] is not self.codebooks:
-            sizes = [self.num_embeddings_per_hierarchy] * self.codebooks.shape[1]
-            kept = self.codebooks, Trie.from_codes(self.codebooks, codebook_sizes=sizes)
-            self.__dict__["_trie_of_codebooks"] = kept
-        return kept[1]
+        return trie_of_codebooks(self)
 
 
 class GridBeamSearch(_HasCodebooks):
-    """The step of GRID's ``SemanticIDGenerativeRecommender``: a mixin, ``class Model(GridBeamSearch, TheirModel)``."""
+    """The step of GRID's ``SemanticIDGenerativeRecommender``: a mixin, ``class Model(GridBeamSearch, TheirModel)``, or
+    ``TheirModel._beam_search_one_step = GridBeamSearch._beam_search_one_step``."""
+
+    top_k_for_generation: int
 
     def _beam_search_one_step(
         self,
@@ -153,13 +159,16 @@ class GridBeamSearch(_HasCodebooks):
         """Logits (B * M, K), codes (B, M, t) and probabilities (B, M) -> (B, M, t + 1), (B, M), the cache."""
         log_probas = None if marginal_log_prob is None else marginal_log_prob.log()
         codes, scores, rows = extend_beams(
-            self.trie_of_codebooks(), candidate_logits, generated_ids, log_probas, self.top_k_for_generation
+            trie_of_codebooks(self), candidate_logits, generated_ids, log_probas, self.top_k_for_generation
         )
         return codes, scores.exp(), _reordered(past_key_values, None if generated_ids is None else rows)
 
 
 class RqVaeGeneration(_HasCodebooks):
     """``generate`` of RQ-VAE-Recommender's encoder-decoder: a mixin. Theirs draws 64 candidates per beam at random."""
+
+    top_k_for_generation: int
+    num_hierarchies: int
 
     @torch.no_grad()
     def generate(self, attention_mask: Tensor, input_ids: Tensor, user_id: Tensor | None = None) -> tuple[Any, Any]:
@@ -176,7 +185,7 @@ class RqVaeGeneration(_HasCodebooks):
                 past_key_values=cache,
             )
             logits = model.decoder_mlp[level](hidden[:, -1])
-            trie = self.trie_of_codebooks()
+            trie = trie_of_codebooks(self)
             start = generated is None
             generated, log_probas, rows = extend_beams(trie, logits, generated, log_probas, width)
             cache = _reordered(cache, None if start else rows)

@@ -24,12 +24,12 @@ _OWN_CRITERIA = ("MaxLengthCriteria", "EosTokenCriteria")
 
 
 class TrieSearch:
-    """``model.generate(..., num_beams=M, custom_generate=TrieSearch(trie, ...))``: the search of
-    :func:`constrained_generate` in place of a ``prefix_allowed_tokens_fn`` or a logits processor.
+    """For ``generate(custom_generate=...)``: :func:`constrained_generate` in a call of ``generate`` that exists.
 
-    The other arguments of the call stay: beams, results and settings are those of ``generate``, which returns a
-    :class:`ConstrainedGeneration` with ``return_dict_in_generate=True``, else its sequences. The same limits hold as
-    for :func:`constrained_generate`. Each prompt is read once, although ``generate`` repeats it for every beam.
+    It takes the place of a ``prefix_allowed_tokens_fn`` or a logits processor. The other arguments of the call stay:
+    beams, results and settings are those of ``generate``, which returns a :class:`ConstrainedGeneration` with
+    ``return_dict_in_generate=True``, else its sequences. The same limits hold as for :func:`constrained_generate`. Each
+    prompt is read once, although ``generate`` repeats it for every beam.
 
     Args:
         trie: the semantic IDs, on the model's device.

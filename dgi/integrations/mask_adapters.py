@@ -22,7 +22,7 @@ class TrieItemMaskProvider:
         vocab_size: the number of tokens V.
         eos_token_id: the token that ends a sequence, if any.
         allow_eos_for_terminal: whether it may follow a complete semantic ID.
-        token_offsets, token_ids: how codes are spelt, as for :class:`TrieLogitsProcessor`.
+        token_offsets, token_ids: how codes are spelt, as for :class:`TrieLogitsProcessor`; by default codes are tokens.
     """
 
     def __init__(
@@ -37,7 +37,9 @@ class TrieItemMaskProvider:
     ) -> None:
         self.vocab_size = checks.integer("vocab_size", vocab_size, low=1)
         self.eos_token_id, self.allow_eos_for_terminal = eos_token_id, allow_eos_for_terminal
-        # Sequences end with a token beyond the vocabulary, whose column is told apart from those of codes.
+        if token_offsets is None and token_ids is None:
+            token_offsets = [0] * trie.depth
+        # Sequences end with a token beyond the vocabulary, which is that of no code.
         self._processor = TrieLogitsProcessor(
             trie, token_offsets, token_ids=token_ids, start=0, eos_token_id=self.vocab_size
         )
@@ -68,24 +70,31 @@ class TrieItemMaskProvider:
     def is_complete(self, token_ids: Iterable[int]) -> bool:
         """Whether tokens are a whole semantic ID."""
         tokens = torch.tensor([[*token_ids]], dtype=torch.int64, device=self._processor.trie.device)
-        ended = tokens == (-1 if self.eos_token_id is None else self.eos_token_id)
-        return bool(self._masks(tokens.masked_fill(ended, self.vocab_size))[0, -1])
+        return bool(self._children(tokens)[1][0, 0])
 
     def _mask(self, tokens: Tensor) -> Tensor:
         """(W, V) of prefixes (W, t)."""
-        if self.eos_token_id is None:
-            return self._masks(tokens)[:, :-1]
-        ended = tokens == self.eos_token_id
-        found = self._masks(tokens.masked_fill(ended, self.vocab_size))
-        may_end = found[:, -1] if self.allow_eos_for_terminal else ended.any(dim=1)
-        found[:, self.eos_token_id] = may_end
-        return found[:, :-1]
+        codes, may_end = self._children(tokens)
+        mask = torch.zeros(len(tokens), self.vocab_size, dtype=torch.bool, device=tokens.device)
+        if codes.shape[1]:
+            last = codes.amax(dim=1, keepdim=True)  # repeated in places to spare; of a row without any False is written
+            places = self._processor.tokens.spell(torch.where(codes >= 0, codes, last.clamp(min=0)), tokens.shape[1])
+            mask.scatter_(1, places, (last >= 0).expand_as(places))
+        if self.eos_token_id is not None:
+            if not self.allow_eos_for_terminal:
+                may_end = (tokens == self.eos_token_id).any(dim=1, keepdim=True)
+            mask[:, self.eos_token_id : self.eos_token_id + 1] = may_end
+        return mask
 
-    def _masks(self, tokens: Tensor) -> Tensor:
-        """(W, V + 1); of a prefix that leads nowhere all False."""
-        spelling, trie = self._processor.tokens, self._processor.trie
-        allowed = self._processor(tokens, torch.zeros(len(tokens), self.vocab_size + 1, device=tokens.device)) == 0
-        return allowed & (trie.find(spelling.decode(tokens[:, : trie.depth])) >= 0).unsqueeze(1)
+    def _children(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The codes (W, C) that may follow each prefix (W, t), -1 in places to spare; whether it may end, (W, 1)."""
+        if self.eos_token_id is not None:
+            tokens = tokens.masked_fill(tokens == self.eos_token_id, self.vocab_size)
+        trie, spelling, depth = self._processor.trie, self._processor.tokens, tokens.shape[1]
+        nodes = trie.find(spelling.decode(tokens[:, : trie.depth]))
+        if depth < trie.depth:
+            return self._processor._children(nodes, depth, None)
+        return nodes.new_empty(len(nodes), 0), (nodes >= 0).unsqueeze(1)
 
 
 class ConstrainedLogitsProcessor(TrieLogitsProcessor):
