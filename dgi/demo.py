@@ -5,29 +5,25 @@ from __future__ import annotations
 import functools
 import time
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dgi.config import ModelConfig, TrainConfig, to_dict
-from dgi.data import Catalog, Dataset, Interactions
+from dgi.data import Catalog, Dataset, Interactions, with_validation
 from dgi.data.catalog import one_line
 from dgi.evaluation import evaluate
 from dgi.evaluation.evaluate import K
 from dgi.evaluation.per_query import MEASURES, interval, measure_queries
-from dgi.model.dgi_model import DGIModel, DualEncoder
-from dgi.model.encoding import Requests, encode_items, encode_requests
-from dgi.retrieval.baselines import rank_by_popularity
-from dgi.retrieval.index import DGIIndex
-from dgi.retrieval.search import Searcher, rank_by_cosine
-from dgi.training.checkpoint import RunFolder
-from dgi.training.trainer import Trainer
+from dgi.pictures import attempt
+from dgi.retrieval.baselines import Dense, Plan, Retriever, StagedDGI, rank_by_popularity
+from dgi.retrieval.search import Searcher
+from dgi.training.checkpoint import save_model
 
 DEMO_MODEL = ModelConfig(dim=64, codebook_sizes=(64, 32, 16), text_layers=0, dropout=0.1)
-# All items as candidates, for the dense model and for DGI: with a batch's items alone both are weaker.
-DEMO_TRAINING = TrainConfig(epochs=4, batch_size=256, backbone_lr=1e-3, quantizer_lr=1e-3, contrastive="all_items")
+DEMO_TRAINING = TrainConfig(epochs=6, batch_size=256, backbone_lr=1e-3, quantizer_lr=1e-3, contrastive="all_items")
 NUM_BEAMS = 50
 TEST_SAMPLE = 4000  # test interactions evaluated, unless all are asked for
 EXAMPLES = 5
@@ -35,7 +31,6 @@ SHOWN_HISTORY = 3  # items of the history printed with an example
 TITLE_WIDTH = 60
 
 say = functools.partial(print, flush=True)  # at once, also into a pipe: training takes minutes
-Model = TypeVar("Model", bound=DualEncoder)
 
 
 def run_demo(
@@ -46,7 +41,7 @@ def run_demo(
     Training of a demo that was interrupted continues from its last checkpoint.
 
     Args:
-        data: catalog, training and test interactions.
+        data: catalog, training and test interactions; where it has no validation set, a tenth of the training set is.
         output: folder for the results.
         device: where to train and search.
         full: evaluate all test interactions, not a fixed sample of ``TEST_SAMPLE``.
@@ -56,52 +51,47 @@ def run_demo(
         What ``metrics.json`` holds.
     """
     started = time.perf_counter()
+    data = with_validation(data)
+    assert data.validation is not None
     say(
-        f"{data.name}: {len(data.catalog):,} items, {len(data.train):,} training and {len(data.test):,} test "
-        f"interactions"
+        f"{data.name}: {len(data.catalog):,} items, {len(data.train):,} training, {len(data.validation):,} validation "
+        f"and {len(data.test):,} test interactions"
     )
-    say("\nTraining the dense dual encoder (softmax over all items)")
-    dense = _train(DualEncoder, data, output / "dense", device, progress)
-    say("Training DGI")
-    model = _train(DGIModel, data, output, device, progress)
-    say("Indexing and searching")
-    index = DGIIndex.build(model, data.catalog, progress=progress)
-    index.save(output / "index.safetensors")
-    searcher = Searcher(model, index, data.catalog)
-    results = _evaluate(data, dense, searcher, full, progress)
-    drawn = evaluate.write_results(output, results)
+    plan = Plan(
+        DEMO_MODEL, DEMO_TRAINING, folder=output, device=device, progress=progress, exclude_history=True, curve_points=3
+    )
+    say("\nTraining the dense dual encoder (softmax over all items, a bias for each)")
+    dense = Dense(plan, item_bias=True).fit(data)
+    say("Training DGI in stages: an encoder, codes of its vectors, then everything; indexing and searching")
+    ours = StagedDGI(plan, num_beams=NUM_BEAMS).fit(data)
+    searcher = ours.searcher
+    searcher.index.save(output / "index.safetensors")
+    save_model(ours.model, output / "model.safetensors")
+    results = _evaluate(data, {"dense": dense, "DGI": ours}, searcher, full)
+    drawn = evaluate.write_results(output, results) and _draw_curve(output)
     say(f"\n{_caption(results)}\n{evaluate.results_table(results['systems'])}\n\n{verdict(results)}\n")
     _show_searches(data, searcher)
     pictures = "buckets.png, training_curve.png, " if drawn else ""
     say(
         f"{output} holds metrics.json, {pictures}index.safetensors and model.safetensors (the dense model: "
-        f"{output / 'dense'})\nfinished in {(time.perf_counter() - started) / 60:.1f} minutes"
+        f"{output / f'dense-{DEMO_TRAINING.seed}'})\nfinished in {(time.perf_counter() - started) / 60:.1f} minutes"
     )
     return results
 
 
-def _train(kind: type[Model], data: Dataset, output: Path, device: torch.device | str, progress: bool) -> Model:
-    torch.manual_seed(DEMO_TRAINING.seed)
-    model = kind(DEMO_MODEL)
-    trainer = Trainer(model, DEMO_TRAINING, data.catalog, data.train, output, device=device, progress=progress)
-    trainer.fit(resume=bool(RunFolder(output).checkpoints.paths()))
-    return model
+def _draw_curve(output: Path) -> bool:
+    from dgi.training.curve import training_curve
+
+    metrics, picture = output / f"dgi-{DEMO_TRAINING.seed}" / "metrics.jsonl", output / "training_curve.png"
+    return attempt(lambda: training_curve(metrics, picture), picture)
 
 
-def _evaluate(data: Dataset, dense: DualEncoder, searcher: Searcher, full: bool, progress: bool) -> dict[str, Any]:
+def _evaluate(data: Dataset, systems: dict[str, Retriever], searcher: Searcher, full: bool) -> dict[str, Any]:
     test = evaluate.sample(data.test, None if full else TEST_SAMPLE)
     counts = evaluate.train_counts(data.train, len(data.catalog))
-    exclude = evaluate.history_rows(test)
-    features = searcher.item_features
-    queries = encode_requests(dense, Requests.of(dense, test), features)
-    found = searcher.search_interactions(
-        test, k=evaluate.DEPTH, num_beams=NUM_BEAMS, exclude_history=True, progress=progress
-    )
     rankings = {
-        "popularity": rank_by_popularity(counts, len(test), evaluate.DEPTH, exclude=exclude),
-        "dense": rank_by_cosine(queries, encode_items(dense, features), evaluate.DEPTH, exclude=exclude),
-        "DGI": found.items,
-    }
+        "popularity": rank_by_popularity(counts, len(test), evaluate.DEPTH, exclude=evaluate.history_rows(test))
+    } | {name: system.search(test, evaluate.DEPTH, exclude_history=True).items for name, system in systems.items()}
     return {
         "data": data.name,
         "queries": len(test),
@@ -109,6 +99,7 @@ def _evaluate(data: Dataset, dense: DualEncoder, searcher: Searcher, full: bool,
         "num_beams": NUM_BEAMS,
         "model": to_dict(DEMO_MODEL),
         "training": to_dict(DEMO_TRAINING),
+        "chosen": {name: system.settings for name, system in systems.items()},
         "systems": evaluate.evaluate_systems(rankings, test, counts),
         "difference": _difference(rankings["DGI"], rankings["dense"], test),
         "index": evaluate.evaluate_index(searcher.index),
@@ -121,7 +112,8 @@ def _caption(results: dict[str, Any]) -> str:
     return (
         f"Which item comes next? On {which} test interactions; items of the history are left out.\n"
         f"Rows: by popularity of the item looked for, buckets of equally many training interactions.\n"
-        f"dense: two towers, exact search; the same encoder, data, epochs and softmax over all items as DGI."
+        f"dense: two towers and a bias per item, exact search; encoder, data and epochs as DGI. How both rank\n"
+        f"(weights of popularity, cosine and bias) was chosen on the validation set."
     )
 
 

@@ -14,8 +14,9 @@ examples:
   dgi demo --data my-data --output my-demo
 
 From the last 10 films watched, find the next one. Trains a dense dual encoder and DGI with the same encoder, epochs
-and softmax over all items, compares them with popularity on what was watched later, and shows five searches. The
-output folder receives metrics.json, index.safetensors, model.safetensors, training_curve.png and buckets.png.
+and softmax over all items, chooses on a validation set how each ranks, compares them with popularity on what was
+watched later, and shows five searches. The output folder receives metrics.json, index.safetensors, model.safetensors,
+training_curve.png and buckets.png.
 Run again, an interrupted demo continues where it was.
 
 {DATA_FORMAT}

@@ -74,12 +74,17 @@ def run(args: argparse.Namespace) -> None:
 
     from dgi.model.dgi_model import DGIModel
     from dgi.training.distributed import process_group, rank
+    from dgi.training.recipes import recommended
     from dgi.training.trainer import Trainer
 
     with process_group():
         data = load_data(args.data)
         vectors = data.catalog.vectors
-        model_config, train_config = configs(_settings(args), 0 if vectors is None else vectors.shape[1])
+        settings = _settings(args)
+        model_config, train_config = configs(settings, 0 if vectors is None else vectors.shape[1])
+        train_config, why = recommended(model_config, train_config, settings.keys(), len(data.catalog), len(data.train))
+        if rank() == 0:
+            print(why, flush=True)
         torch.manual_seed(train_config.seed)
         trainer = Trainer(
             DGIModel(model_config),
