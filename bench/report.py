@@ -15,6 +15,8 @@ A page says what it shows between markers, and everything between them is replac
     <!-- /ops -->
     <!-- comparison:compare-movielens -->                          the tables of a comparison by "dgi compare"
     <!-- /comparison -->
+    <!-- tail:compare-movielens -->                                its table of head and tail over the popularity weight
+    <!-- /tail -->
     <!-- summary -->                                               one table over all ops: the rows of SUMMARY
     <!-- /summary -->
 
@@ -48,6 +50,7 @@ PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 MARKER = re.compile(r"(<!-- (report|picture):(\S+)((?: [^=\s]+=\S+)*) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 KERNELS = re.compile(r"(?<=<!-- kernels -->\n).*?(?=<!-- /kernels -->)", re.DOTALL)
 COMPARISON = re.compile(r"(<!-- comparison:(\S+) -->\n).*?(<!-- /comparison -->)", re.DOTALL)
+TAIL = re.compile(r"(<!-- tail:(\S+) -->\n).*?(<!-- /tail -->)", re.DOTALL)
 DROPINS = re.compile(r"(<!-- dropins -->\n).*?(<!-- /dropins -->)", re.DOTALL)
 SUMMARY_PLACE = re.compile(r"(?<=<!-- summary -->\n).*?(?=<!-- /summary -->)", re.DOTALL)
 OPS = re.compile(r"(?<=<!-- ops -->\n).*?(?=<!-- /ops -->)", re.DOTALL)
@@ -366,6 +369,7 @@ def rendered(page: Path, text: str) -> tuple[str, list[tuple[Run, dict[str, str]
     text = SUMMARY_PLACE.sub(lambda match: summary(), MARKER.sub(replace, text))
     text = DROPINS.sub(lambda match: f"{match[1]}\n{dropins()}\n\n{match[2]}", text)
     text = COMPARISON.sub(lambda match: f"{match[1]}\n{comparison(match[2])}\n\n{match[3]}", text)
+    text = TAIL.sub(lambda match: f"{match[1]}\n{tail(match[2])}\n\n{match[3]}", text)
     text = OPS.sub(lambda match: op_table(available()), text)
     return KERNELS.sub(lambda match: kernels(match[0]), text), shown
 
@@ -385,6 +389,17 @@ def comparison(name: str) -> str:
     threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
     source = f"<sub>{machine['cpu']}, {threads}, torch {machine['torch']}: `bench/results/{name}.json`</sub>"
     return "\n\n".join([*sections, source])
+
+
+def tail(name: str) -> str:
+    """Head and tail of each data set of ``dgi compare``, over the weight of popularity."""
+    from dgi.evaluation.comparison_report import tail_markdown
+
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return "*Not measured yet, so nothing is claimed.*"
+    tables = [tail_markdown(data) for data in json.loads(path.read_text())["data"].values()]
+    return "\n\n".join([*tables, f"<sub>`bench/results/{name}.json`</sub>"])
 
 
 def dropins() -> str:

@@ -20,6 +20,7 @@ from dgi.evaluation.per_query import MEASURES, interval, measure_queries
 from dgi.pictures import attempt
 from dgi.retrieval.baselines import Dense, Plan, Retriever, StagedDGI, rank_by_popularity
 from dgi.retrieval.search import Searcher
+from dgi.training.checkpoint import Model as Model
 from dgi.training.checkpoint import save_model
 
 DEMO_MODEL = ModelConfig(dim=64, codebook_sizes=(64, 32, 16), text_layers=0, dropout=0.1)

@@ -28,6 +28,7 @@ from dgi.evaluation.evaluate import DEPTH, K, sample, sampled_rows, train_counts
 from dgi.evaluation.names import DEFAULT_SYSTEMS
 from dgi.evaluation.per_query import MEASURES, bucket_means, interval, measure_queries
 from dgi.evaluation.systems import SYSTEMS
+from dgi.evaluation.tail import mean_curve, tail_curve
 from dgi.extras import require
 from dgi.model.dgi_model import DualEncoder
 from dgi.progress import Progress
@@ -133,6 +134,8 @@ def _run_cell(
     found = system.search(test, DEPTH, exclude_history=about["history_excluded"]).items.numpy()
     searched = time.perf_counter()
     counts = train_counts(data.train, len(data.catalog))
+    excluded = about["history_excluded"]
+    tail = tail_curve(system, test, counts, exclude_history=excluded) if relevant is None else None
     values = measure_queries(found, test.items, relevant)
     recall = values[MEASURES.index(f"recall@{K}")]
     cell = {
@@ -145,6 +148,7 @@ def _run_cell(
         "hubness": metrics.hubness(found, len(data.catalog), K),
         "geometry": geometry(system, counts),
         "settings": system.settings,
+        "tail": tail,
         "parameters": system.parameters,
         # Training that was interrupted, or is shared with another system, counts in full.
         "seconds": {"fit": max(getattr(system, "seconds", 0.0), fitted - started), "search": searched - fitted},
@@ -271,9 +275,10 @@ def collect(output: Path) -> Json:
     Returns:
         JSON-ready ``{"version", "machine", "data": {name: {…what the data set's cells agree in…, "best_baseline",
         "systems": {name: {"seeds", "measures": {"recall@10": {"mean", "low", "high", "seeds"}}, "difference": NDCG
-        against the best baseline with its paired interval, "buckets", "hubness", "geometry", "settings", "parameters",
-        "seconds", "curve"}}}}}``. Intervals are over requests, each request's measure being the mean over the seeds;
-        ``seeds`` are the means of every seed. ``curve`` is the first seed's.
+        against the best baseline with its paired interval, "buckets", "hubness", "geometry", "settings", "tail",
+        "parameters", "seconds", "curve"}}}}}``; of ``tail`` see :func:`dgi.evaluation.tail.tail_curve`. Intervals are
+        over requests, each request's measure being the mean over the seeds; ``seeds`` are the means of every seed.
+        ``curve`` is the first seed's.
     """
     folders = sorted(path for path in (output / "cells").iterdir() if path.is_dir())
     data = {folder.name: _collect_data(folder) for folder in folders if any(folder.glob("*-*.json"))}
@@ -328,6 +333,7 @@ def _collect_system(cells: list[Json], values: np.ndarray, difference: np.ndarra
         "hubness": _means([cell["hubness"] for cell in cells]),
         "geometry": None if cells[0]["geometry"] is None else _means([cell["geometry"] for cell in cells]),
         "settings": [cell["settings"] for cell in cells],
+        "tail": mean_curve([cell["tail"] for cell in cells]) if all(cell.get("tail") for cell in cells) else None,
         "parameters": cells[0]["parameters"],
         "seconds": _means([cell["seconds"] for cell in cells]),
         "curve": cells[0]["curve"],

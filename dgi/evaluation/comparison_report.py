@@ -74,6 +74,33 @@ def _quality(data: Json) -> str:
     return _table(header, rows)
 
 
+def tail_markdown(data: Json) -> str:
+    """Head and tail over the weight of popularity, of the systems that have been measured so."""
+    header = ["system", "α", f"R@{K}", f"NDCG@{K}", "head: bucket 1", "middle: 2, 3", "tail: 4, 5, summed"]
+    rows = []
+    for name, of_system in data["systems"].items():
+        for row in of_system.get("tail") or []:
+            buckets = row["buckets"]
+            middle = _sum(buckets, ("2", "3"))
+            rows.append(
+                [
+                    f"`{name}`",
+                    f"{row['popularity_weight']:g}",
+                    _number(row[f"recall@{K}"], 4),
+                    _number(row[f"ndcg@{K}"], 4),
+                    _number(buckets.get("1")),
+                    _number(None if middle is None else middle / 2),
+                    _number(_sum(buckets, ("4", "5"))),
+                ]
+            )
+    return _table(header, rows)
+
+
+def _sum(values: Json, names: tuple[str, ...]) -> float | None:
+    known = [values.get(name) for name in names]
+    return None if None in known else sum(value for value in known if value is not None)
+
+
 def _cost(data: Json) -> str:
     header = [
         "system",

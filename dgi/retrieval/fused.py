@@ -31,7 +31,7 @@ K = 10
 
 @dataclass(frozen=True)
 class RankingWeights:
-    """Weights of the sum; without ``cosine`` there is none, and the ranking is lexicographic.
+    """Weights of the sum; where all are 0 there is none, and the ranking is lexicographic.
 
     Attributes:
         cosine, bias, popularity: λ, β and α.
@@ -78,8 +78,8 @@ class Candidates:
         return cls(found.items, found.scores, found.cosines, share)
 
     def ranked(self, weights: RankingWeights, item_scores: Tensor, k: int) -> Tensor:
-        """(n, k) the best items by the sum; lexicographic without a weight of the cosine."""
-        if not weights.cosine:
+        """(n, k) the best items by the sum; the order of the search where all weights are 0."""
+        if weights == RankingWeights():
             return self.items[:, :k]
         own = item_scores[self.items.clamp(min=0)] if item_scores.ndim else item_scores
         scores = self.scores + weights.cosine * self.cosines + own - self.log_share  # padding stays at -inf

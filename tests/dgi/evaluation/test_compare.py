@@ -14,7 +14,7 @@ from dgi.data import Catalog, Dataset, Interactions, Judgments, load_dataset, pa
 from dgi.evaluation import compare as comparing
 from dgi.evaluation import metrics
 from dgi.evaluation.compare import Comparison, compare
-from dgi.evaluation.comparison_report import _bare, comparison_picture, data_markdown
+from dgi.evaluation.comparison_report import _bare, comparison_picture, data_markdown, tail_markdown
 from dgi.evaluation.per_query import MEASURES, bucket_means, interval, measure_queries
 from tests.dgi.retrieval.test_baselines import PLAN
 from tests.dgi.tiny_folder import write_data
@@ -118,6 +118,19 @@ def test_a_broken_system_comes_last_and_cells_are_kept(tmp_path: Path, monkeypat
         if "seeds" in value:
             assert value["mean"] == pytest.approx(np.mean(value["seeds"])), name
     assert any("validation_hit_rate@10" in row for row in systems["dense"]["curve"])
+    for name in ("dense", "two_stage"):
+        cells = [json.loads((tmp_path / f"out/cells/clicks/{name}-{seed}.json").read_text()) for seed in (0, 1)]
+        for cell in cells:  # where the knob is as the validation set has chosen, the curve is the main figure
+            chosen = [row for row in cell["tail"] if row["popularity_weight"] == cell["settings"]["popularity_weight"]]
+            for row in chosen:
+                assert row["recall@10"] == pytest.approx(cell["measures"]["recall@10"], abs=0.02)
+        means = [row["recall@10"] for row in systems[name]["tail"]]
+        assert means == pytest.approx(np.mean([[row["recall@10"] for row in cell["tail"]] for cell in cells], axis=0))
+        first, last = systems[name]["tail"][0]["buckets"], systems[name]["tail"][-1]["buckets"]
+        assert last["5"] > first["5"] and last["1"] <= first["1"], (
+            "popularity taken off: more of the tail, less of the head"
+        )
+    assert systems["popularity"]["tail"] is None and "| `dense` | -0.25 |" in tail_markdown(of_data)
     assert systems["two_stage"]["curve"][-1]["step"] == 120 and systems["dense"]["curve"][-1]["step"] == 120
 
     text = data_markdown(of_data)
