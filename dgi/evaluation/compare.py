@@ -233,8 +233,8 @@ def _about(data: Dataset, test: Interactions, plan: Plan, comparison: Comparison
         digest.update("\n".join(part.queries).encode(errors="surrogatepass"))
     digest.update("\n".join(data.catalog.texts).encode(errors="surrogatepass"))
     training = to_dict(plan.training)
-    for name in ("seed", "epochs", "contrastive", "log_every", "checkpoint_every"):
-        del training[name]  # the seed is the cell's; the others are no part of the comparison
+    for name in ("seed", "epochs", "contrastive", "log_every", "checkpoint_every", "stages", "item_bias"):
+        del training[name]  # the seed is the cell's; the others are no part of the comparison, or a system's own
     return json.loads(
         json.dumps(
             {

@@ -19,6 +19,7 @@ DESCRIPTIONS: dict[str, str] = {
     "dgi": "DGI, in stages",
     "dgi_moving_codes": "DGI, from a trained encoder, codes move at every step",
     "dgi_one_stage": "DGI, one stage, nothing trained before",
+    "dgi_straight_through": "DGI with straight-through gradient",
     "dgi_detached": "DGI without soft gradient",
     "dgi_separate_heads": "DGI without weight sharing",
     "dgi_detached_separate": "DGI without either",

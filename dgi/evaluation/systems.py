@@ -60,6 +60,7 @@ SYSTEMS: dict[str, System] = {
     "dgi": _staged("dgi"),
     "dgi_moving_codes": _generative("dgi_moving_codes"),
     "dgi_one_stage": _generative("dgi_one_stage", from_encoder=False),
+    "dgi_straight_through": _staged("dgi_straight_through", gradient="straight_through"),
     "dgi_detached": _staged("dgi_detached", gradient="detached"),
     "dgi_separate_heads": _staged("dgi_separate_heads", heads="separate"),
     "dgi_detached_separate": _staged("dgi_detached_separate", gradient="detached", heads="separate"),
