@@ -47,11 +47,12 @@ request=(--query "${QUERY:-red shoes}")
 if [[ -d $output/checkpoints ]]; then settings+=(--resume); fi  # refused where the settings are others
 
 # 1. Train: model.safetensors, config.json, metrics.jsonl, training_curve.png.
-"$python" -m dgi train --data "$data" --output "$output" "${settings[@]}" --no-progress
+#    The first line says which stages it has chosen and why. --hold-out leaves a validation set out for step 2.
+"$python" -m dgi train --data "$data" --output "$output" --hold-out "${settings[@]}" --no-progress
 
 # 2. Index: a semantic ID for every item, as a trie, with the items' vectors. Only the items are read: run this step
-#    again when the catalog changes; the model stays.
-"$python" -m dgi index --data "$data" --model "$output" --output "$output/index.safetensors" --no-progress
+#    again when the catalog changes; the model stays. --tune chooses on the validation set how searches rank.
+"$python" -m dgi index --data "$data" --model "$output" --output "$output/index.safetensors" --tune --no-progress
 
 # 3. Search: rank, log-probability of the semantic ID, cosine, id and text.
 "$python" -m dgi search --data "$data" --model "$output" --index "$output/index.safetensors" "${request[@]}" \

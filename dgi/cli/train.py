@@ -50,6 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="DIR", required=True, type=Path, help="folder of the run")
     add_settings(parser)
     parser.add_argument(
+        "--hold-out",
+        action="store_true",
+        help="leave a validation set out of training (the data's own, or the last tenth), so that dgi index --tune "
+        "chooses on what the model has not seen",
+    )
+    parser.add_argument(
         "--resume",
         action="store_true",
         help=f"continue the run in --output from its last checkpoint, with its {CONFIG_FILE}",
@@ -72,13 +78,14 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     import torch
 
+    from dgi.data import with_validation
     from dgi.model.dgi_model import DGIModel
     from dgi.training.distributed import process_group, rank
     from dgi.training.recipes import recommended
     from dgi.training.trainer import Trainer
 
     with process_group():
-        data = load_data(args.data)
+        data = with_validation(load_data(args.data)) if args.hold_out else load_data(args.data)
         vectors = data.catalog.vectors
         settings = _settings(args)
         model_config, train_config = configs(settings, 0 if vectors is None else vectors.shape[1])

@@ -491,3 +491,14 @@ def test_every_public_name_of_the_package_is_there() -> None:
     assert set(dgi.__all__) <= set(dir(dgi))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         dgi.nothing  # noqa: B018
+
+
+def test_a_validation_set_is_held_out_of_training(
+    run: Path, tmp_path: Path, no_picture: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = load_dataset(run / "data")
+    command = ["train", "--data", str(run / "data"), "--config", str(run / "settings.json"), "--output"]
+    assert main([*command, str(tmp_path / "out"), "--hold-out", QUIET]) == 0
+    printed = capsys.readouterr().out
+    assert f"on {len(data.train) - len(data.train) // 10:,} interactions" in printed
+    assert printed.startswith("training in stages (encoder 0.333 epochs, quantizer, joint 0.667 epochs)")
