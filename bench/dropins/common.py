@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,10 @@ class Replay:
 
         def generate(model: nn.Module, *arguments: Any, **named: Any) -> Any:
             if self.call is None:
-                self.call = lambda: genuine(model, *arguments, **named)
+                fresh = copy.deepcopy(named.get("logits_processor"))  # some count their calls
+                self.call = lambda: genuine(
+                    model, *arguments, **named | ({} if fresh is None else {"logits_processor": copy.deepcopy(fresh)})
+                )
             return genuine(model, *arguments, **named)
 
         kind.generate = generate  # type: ignore[attr-defined]

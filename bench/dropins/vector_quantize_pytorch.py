@@ -18,7 +18,7 @@ def steps(data: Path | None) -> Steps:
     common.fill_codebooks(tables, inputs)
     for layer, table in zip(model.layers, tables, strict=True):
         layer._codebook.embed.data.copy_(table.weight[None])
-    batch = inputs[:12_000].view(100, 120, -1)
+    batch = inputs[: len(inputs) // 120 * 120].view(-1, 120, inputs.shape[1])
 
     @torch.no_grad()
     def forward() -> Outputs:
