@@ -17,6 +17,8 @@ A page says what it shows between markers, and everything between them is replac
     <!-- /comparison -->
     <!-- tail:compare-movielens -->                                its table of head and tail over the popularity weight
     <!-- /tail -->
+    <!-- scale -->                                                 what each step costs by the size of a catalog
+    <!-- /scale -->
     <!-- summary -->                                               one table over all ops: the rows of SUMMARY
     <!-- /summary -->
 
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 from op_table import op_table
+from scale_table import scale_table
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -52,6 +55,7 @@ KERNELS = re.compile(r"(?<=<!-- kernels -->\n).*?(?=<!-- /kernels -->)", re.DOTA
 COMPARISON = re.compile(r"(<!-- comparison:(\S+) -->\n).*?(<!-- /comparison -->)", re.DOTALL)
 TAIL = re.compile(r"(<!-- tail:(\S+) -->\n).*?(<!-- /tail -->)", re.DOTALL)
 DROPINS = re.compile(r"(<!-- dropins -->\n).*?(<!-- /dropins -->)", re.DOTALL)
+SCALE = re.compile(r"(?<=<!-- scale -->\n).*?(?=<!-- /scale -->)", re.DOTALL)
 SUMMARY_PLACE = re.compile(r"(?<=<!-- summary -->\n).*?(?=<!-- /summary -->)", re.DOTALL)
 OPS = re.compile(r"(?<=<!-- ops -->\n).*?(?=<!-- /ops -->)", re.DOTALL)
 COLUMNS = {"C++": ("native", "cpu"), "Triton": ("triton", "cuda"), "CUDA C++": ("native", "cuda")}
@@ -367,6 +371,7 @@ def rendered(page: Path, text: str) -> tuple[str, list[tuple[Run, dict[str, str]
         return start + "\n" + "\n\n".join(table(run, op, rows) for op, rows in by_op.items()) + "\n\n" + end
 
     text = SUMMARY_PLACE.sub(lambda match: summary(), MARKER.sub(replace, text))
+    text = SCALE.sub(lambda match: f"\n{scale_table(RESULTS / 'cpu-scale.json')}\n\n", text)
     text = DROPINS.sub(lambda match: f"{match[1]}\n{dropins()}\n\n{match[2]}", text)
     text = COMPARISON.sub(lambda match: f"{match[1]}\n{comparison(match[2])}\n\n{match[3]}", text)
     text = TAIL.sub(lambda match: f"{match[1]}\n{tail(match[2])}\n\n{match[3]}", text)

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     )
     from dgi.integrations.patches import gumbel_softmax_patch, residual_quantizer_from
     from dgi.integrations.processor import TrieLogitsProcessor
+    from dgi.integrations.ray_data import CodesOfItems
 
 _MODULE_OF = {
+    "CodesOfItems": "ray_data",
     "ConstrainedGeneration": "generation",
     "ConstrainedLogitsProcessor": "mask_adapters",
     "GridBeamSearch": "beam_adapters",
@@ -38,6 +40,7 @@ _MODULE_OF = {
 }
 
 __all__ = [
+    "CodesOfItems",
     "ConstrainedGeneration",
     "ConstrainedLogitsProcessor",
     "GridBeamSearch",
