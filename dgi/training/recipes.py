@@ -4,28 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
-from typing import Any
+from typing import Any, Literal
 
 from dgi.config import ModelConfig, Stage, TrainConfig
 
 FEW_ITEMS = 20_000  # so many are encoded in every step, for a softmax over all of them
-# Terms of the quantizer that codes which stay have no use for.
-_FIXED = {"local": 0.0, "diversity": 0.0}
 
 
 def staged(
-    epochs: float = 1.0, *, first: float = 1 / 3, all_items: bool = True, distillation: float = 0.5
+    epochs: float = 1.0,
+    *,
+    first: float = 1 / 3,
+    all_items: bool = True,
+    distillation: float = 0.5,
+    inputs: Literal["hard", "mixed", "soft"] = "hard",
 ) -> dict[str, Any]:
     """Fields of :class:`dgi.TrainConfig`: an encoder, codes of its vectors, then everything on those codes.
+
+    The next-token loss reaches the encoder through the request's memory. That it reaches the items through soft
+    assignments too (``mixed``) was worse: docs/paper.md.
 
     Args:
         epochs: of all stages.
         first: the part of them that trains the encoder alone; its schedule goes on in the joint stage.
         all_items: softmax over the whole catalog, with a bias for each item; the decoder learns from it too.
         distillation: see :class:`dgi.Stage`; without ``all_items`` there is none.
+        inputs: of the decoder in the joint stage, see :class:`dgi.Stage`.
     """
     share = distillation if all_items else 0.0
-    joint = Stage("joint", epochs=(1 - first) * epochs, inputs="mixed", distillation=share, loss_weights=_FIXED)
+    # Codes that stay have no use for terms that keep the quantizer's codes in use and near.
+    weights = {} if inputs == "hard" else {"local": 0.0, "diversity": 0.0}
+    joint = Stage("joint", epochs=(1 - first) * epochs, inputs=inputs, distillation=share, loss_weights=weights)
     fields: dict[str, Any] = {"stages": (Stage("encoder", epochs=first * epochs), Stage("quantizer"), joint)}
     return fields | ({"contrastive": "all_items", "item_bias": True} if all_items else {})
 
