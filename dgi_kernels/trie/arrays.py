@@ -263,7 +263,11 @@ class RowLookup:
 
 
 def _longest_run(starts: Tensor | None) -> int:
-    return int(starts.diff().max()) if starts is not None and len(starts) > 1 else 0
+    """The largest difference of neighbours, a block at a time: differences of all would be as large as the array."""
+    if starts is None or len(starts) < 2:
+        return 0
+    block = 2**22
+    return max(int(starts[first : first + block + 1].diff().max()) for first in range(0, len(starts) - 1, block))
 
 
 def run_of_each(starts: Tensor, total: int) -> Tensor:

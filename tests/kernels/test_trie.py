@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dgi_kernels import Trie, backends, beam_search
+from dgi_kernels.trie.arrays import _longest_run
 
 from .tries import Catalog, random_catalog
 
@@ -350,3 +351,11 @@ def test_a_trie_can_be_pickled_and_copied(many: bool) -> None:
         assert found.codes[0, 0].tolist() == codes[1].tolist() and again.find(codes[7]) == trie.find(codes[7])
         assert updated.num_items in (trie.num_items, trie.num_items - 1)
         assert torch.equal(again.items(torch.tensor([0]), 0).item_ids, trie.items(torch.tensor([0]), 0).item_ids)
+
+
+def test_the_longest_run_of_more_starts_than_a_block_holds() -> None:
+    """Guards the difference across two blocks."""
+    starts = torch.arange(2**22 + 5, dtype=torch.int32)
+    starts[2**22 + 1 :] += 6
+    assert _longest_run(starts) == 7 and _longest_run(starts[: 2**22 + 1]) == 1
+    assert (_longest_run(starts[:1]), _longest_run(None)) == (0, 0)
