@@ -48,8 +48,8 @@ class Encoder(Protocol):
         width: width of the memory.
         reads_item_vectors: whether ``encode_queries`` reads the vectors of the history's items.
 
-    Features of integers (num_items, T) may be wider for one set of items than for another; what fills them up at the end
-    is 0, or the encoder's attribute ``pad``.
+    Features of integers (num_items, T) may be wider for one set of items than for another; what fills them up at the
+    end is 0, or the encoder's attribute ``pad``.
     """
 
     width: int
