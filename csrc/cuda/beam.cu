@@ -1,5 +1,5 @@
-// Beam steps on CUDA, given logits: two launches whose shapes follow from those of the tensors alone, so that a whole
-// search is one graph. beam_step.h holds the kernels.
+// Beam steps on CUDA, given logits: two launches, or three, whose shapes follow from those of the tensors alone, so
+// that a whole search is one graph. beam_step.h holds the kernels.
 //
 // Bytes: the logits once (B M K), and of each child 2 or 4 for its token and 2 or 4 for its logit from the second-level
 // cache. Instructions of the machine code are listed by `make gpu-code`.
@@ -28,11 +28,13 @@ const char* step_on(const BeamStep<Token>& step, const Logits& logits, const Bea
 
 }  // namespace
 
-size_t beam_scratch_bytes(int64_t requests, int64_t width, int64_t num_beams) {
-  const int64_t parents = width * static_cast<int64_t>(sizeof(Parent));
-  const int64_t wide = room_for(num_beams) * static_cast<int64_t>(sizeof(uint64_t))
-                       + (width + 1) * static_cast<int64_t>(sizeof(uint32_t));
-  return static_cast<size_t>(requests * (parents + (is_wide(width, num_beams) ? wide : 0)));
+size_t beam_scratch_bytes(int64_t requests, int64_t width, int64_t num_beams, int64_t max_degree, int64_t codes) {
+  constexpr int64_t kKey = sizeof(uint64_t);
+  const int64_t parents = requests * width * static_cast<int64_t>(sizeof(Parent));
+  const int64_t sliced = all_slices(requests, width, num_beams, most_children(max_degree, codes))
+                         * slice_room(num_beams) * kKey;
+  const int64_t wide = room_for(num_beams) * kKey + (width + 1) * static_cast<int64_t>(sizeof(uint32_t));
+  return static_cast<size_t>(parents + (is_wide(width, num_beams) ? requests * wide : sliced));
 }
 
 template <class Token>

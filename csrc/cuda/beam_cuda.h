@@ -64,8 +64,8 @@ struct BeamOutput {
   }
 };
 
-// What beam_step needs of device memory besides its arguments.
-size_t beam_scratch_bytes(int64_t requests, int64_t width, int64_t num_beams);
+// What beam_step needs of device memory besides its arguments, for at most so many requests.
+size_t beam_scratch_bytes(int64_t requests, int64_t width, int64_t num_beams, int64_t max_degree, int64_t codes);
 
 // Launches the step on `stream` (a cudaStream_t); returns why it cannot be done, or null.
 template <class Token>

@@ -68,7 +68,7 @@ void launch_children(const BeamStep<Token>& step, const CosineHead& head, float*
              view, static_cast<const Stored*>(head.h), static_cast<const Stored*>(head.codebook), head.codes, head.dim,
              head.scale, head.eps, sets, logits);
     }
-    launch_select(view, rows, sets, count, step.requests, out, stream);
+    launch_select(view, rows, sets, count, step, out, stream);
   });
 }
 

@@ -12,8 +12,9 @@ constexpr int kSelectThreads = 512;
 constexpr uint64_t kNoKey = ~uint64_t{0};
 
 // The keys make(0) to make(count - 1), kNoKey where there is none. Thread t has numbers t, t + 512, ...: the first of
-// them in registers, those behind made again whenever they are asked for.
-template <class Make>
+// them in registers, those behind made again whenever they are asked for, kAtOnce side by side: one where a key is long
+// to make, several where it is only read.
+template <class Make, int kAtOnce = 1>
 class Keys {
  public:
   __device__ Keys(uint32_t count, const Make& make) : count_(count), make_(make) {
@@ -35,9 +36,17 @@ class Keys {
       if (held_[j] != kNoKey) use(held_[j]);
     }
 #pragma unroll 1
-    for (uint32_t i = threadIdx.x + kHeld * kSelectThreads; i < count_; i += kSelectThreads) {
-      const uint64_t key = make_(i);
-      if (key != kNoKey) use(key);
+    for (uint32_t i = threadIdx.x + kHeld * kSelectThreads; i < count_; i += kAtOnce * kSelectThreads) {
+      uint64_t made[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const uint32_t at = i + j * kSelectThreads;
+        made[j] = at < count_ ? make_(at) : kNoKey;
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        if (made[j] != kNoKey) use(made[j]);
+      }
     }
   }
 
@@ -54,8 +63,8 @@ class Keys {
 // Digits of 11 bits are counted from the first bit in which keys differ: scores of one step share sign and exponent,
 // so that one or two rounds do for most steps. Where thousands of scores are equal, the low half of the keys takes
 // three more.
-template <class Make>
-__device__ uint64_t find_limit(const Keys<Make>& keys, uint32_t wanted, uint32_t room) {
+template <class Keys>
+__device__ uint64_t find_limit(const Keys& keys, uint32_t wanted, uint32_t room) {
   constexpr int kDigit = 11, kHalf = 32;  // bits
   constexpr uint32_t kBins = 1 << kDigit, kPerThread = kBins / kSelectThreads;
   DGI_SHARED(uint32_t, bins, kBins);
@@ -116,12 +125,11 @@ __device__ void sort_keys(uint32_t count, Buffer buffer) {
       });
 }
 
-// Puts keys that hold the best `wanted` into the buffer, sorted, and returns how many, at most `room`. The buffer has
-// room for a power of two that is not less than `room`.
-template <class Make, class Buffer>
-__device__ uint32_t select_keys(uint32_t count, const Make& make, uint32_t wanted, uint32_t room, Buffer buffer) {
+// Puts keys that hold the best `wanted` into the buffer, in any order, and returns how many, at most `room`.
+template <int kAtOnce = 1, class Make, class Buffer>
+__device__ uint32_t collect_keys(uint32_t count, const Make& make, uint32_t wanted, uint32_t room, Buffer buffer) {
   DGI_SHARED(uint32_t, collected, 1);
-  const Keys<Make> keys(count, make);
+  const Keys<Make, kAtOnce> keys(count, make);
   const uint64_t limit = find_limit(keys, wanted, room);
   if (threadIdx.x == 0) collected[0] = 0;
   __syncthreads();
@@ -129,7 +137,13 @@ __device__ uint32_t select_keys(uint32_t count, const Make& make, uint32_t wante
     if (key <= limit) buffer[atomicAdd(collected + 0, 1u)] = key;
   });
   __syncthreads();
-  const uint32_t taken = collected[0];
+  return collected[0];
+}
+
+// The same, sorted. The buffer has room for a power of two that is not less than `room`.
+template <int kAtOnce = 1, class Make, class Buffer>
+__device__ uint32_t select_keys(uint32_t count, const Make& make, uint32_t wanted, uint32_t room, Buffer buffer) {
+  const uint32_t taken = collect_keys<kAtOnce>(count, make, wanted, room, buffer);
   sort_keys(taken, buffer);
   return taken;
 }

@@ -117,7 +117,7 @@ class Ops:
                     sources,
                     part,
                     [home / "include", home / "include/torch/csrc/api/include"],
-                    ["-DUSE_CUDA", "-DDGI_PRODUCTS=300", "-DTORCH_TARGET_VERSION=0x020a000000000000"],
+                    ["-DUSE_CUDA", "-DDGI_PRODUCTS=300", "-DDGI_SLICE=64", "-DTORCH_TARGET_VERSION=0x020a000000000000"],
                     [f"-L{home / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"],
                 )
                 part.replace(library)

@@ -65,6 +65,29 @@ def test_more_candidates_than_a_block_holds(cuda_ops: on_cpu.Ops, num_beams: int
         assert_same(*both(cuda_ops, trie, logits, beams, num_beams=num_beams, normalize="none"), exact=True)
 
 
+@pytest.mark.parametrize("normalize", NORMALIZE)
+def test_few_requests_of_many_candidates(cuda_ops: on_cpu.Ops, normalize: str) -> None:
+    """A slice is 64 candidates here: a request's are selected by several blocks, some of which have none."""
+    codes = 500
+    trie = Trie.from_codes(torch.randint(0, codes, (4000, 2)), codebook_sizes=[codes, codes])
+    for requests, num_beams in ((1, 7), (3, 100)):
+        beams = beam_step(trie, torch.randn(requests, 1, codes), trie.root(requests), num_beams=9)
+        logits = torch.randn(requests, 9, codes).round(decimals=1)
+        filters = [None] * (requests - 1) + [trie.filter(mask=torch.rand(4000) < 0.5)]
+        got, expected = both(cuda_ops, trie, logits, beams, num_beams=num_beams, normalize=normalize, filters=filters)
+        assert_same(got, expected, exact=False)
+
+
+def test_logits_of_any_alignment(cuda_ops: on_cpu.Ops) -> None:
+    """Rows that begin at 16 bytes are read so, the others one by one; a row's end is left to single reads."""
+    trie = Trie.from_codes(torch.randint(0, 200, (300, 1)), codebook_sizes=[200])
+    for dtype in GPU_DTYPES:
+        for length, start in ((200, 0), (208, 8), (203, 3)):
+            logits = (3 * torch.randn(2, 1, length)).to(dtype)[..., start:][..., :200]
+            got, expected = both(cuda_ops, trie, logits, trie.root(2), num_beams=20)
+            assert_same(got, expected, exact=False)
+
+
 def test_many_beams_of_few_children_each(cuda_ops: on_cpu.Ops) -> None:
     """A child of each code would be 2^31 candidates from 7,068 beams on; what counts are those that there are."""
     codes, width = 151_936, 7100

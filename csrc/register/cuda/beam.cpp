@@ -87,8 +87,9 @@ struct StepArguments {
   }
 };
 
-Tensor scratch_for(const Tensor& like, int64_t requests, int64_t width, int64_t num_beams) {
-  const size_t bytes = dgi::cuda::beam_scratch_bytes(requests, width, num_beams);
+Tensor scratch_for(const Tensor& like, int64_t requests, int64_t width, int64_t num_beams, int64_t max_degree,
+                   int64_t codes) {
+  const size_t bytes = dgi::cuda::beam_scratch_bytes(requests, width, num_beams, max_degree, codes);
   return new_on(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
 }
 
@@ -114,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> beam_step_cuda(
   return depth.for_token([&](auto token) {
     const auto step = arguments.step<decltype(token)>(requests, width);
     NewBeams beams(logits, requests, num_beams);
-    Tensor scratch = scratch_for(logits, requests, width, num_beams);
+    Tensor scratch = scratch_for(logits, requests, width, num_beams, max_degree, view.codes);
     check_launch(kStep, dgi::cuda::beam_step(step, view, beams.pointers<dgi::cuda::BeamOutput>(),
                                              scratch.mutable_data_ptr(), current_stream(logits)));
     return beams.all();
@@ -168,7 +169,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cosine_beam_step_cuda(
         static_cast<float>(eps)};
     NewBeams beams(h, requests, num_beams);
     const int64_t most = std::min(requests, std::max<int64_t>(1, kProducts / std::max<int64_t>(1, width * codes)));
-    Tensor scratch = scratch_for(h, most, width, num_beams);
+    Tensor scratch = scratch_for(h, most, width, num_beams, max_degree, codes);
     Tensor products = new_on(h, {most * width, codes}, ScalarType::Float);
     const bool wants_all = step.normalize == dgi::Normalize::kFull && !log_normalizer;
     Tensor factors = new_on(h, {wants_all ? codes + requests * width : 0}, ScalarType::Float);
