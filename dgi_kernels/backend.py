@@ -40,13 +40,14 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter
 _TRITON: Kernel = {"cuda": _GPU_FLOATS}
 if _INTERPRETED:  # whose products take the raw bits of bfloat16 for numbers
     _TRITON = {"cuda": _GPU_FLOATS, "cpu": _GPU_FLOATS - {torch.bfloat16}}
+_TRITON_HALF: Kernel = {device: dtypes - {torch.float32} for device, dtypes in _TRITON.items() if dtypes}
 _CPP: Kernel = {"cpu": _FLOATS}
 _CPP_FLOAT32: Kernel = {"cpu": frozenset({torch.float32})}
 _CPP_AND_CUDA: Kernel = {"cpu": _FLOATS, "cuda": _GPU_FLOATS}
 
 # op -> backend -> where it runs.  The reference runs everywhere and is not listed.
 KERNELS: dict[str, dict[str, Kernel]] = {
-    "cosine_logits": {"native": _CPP},
+    "cosine_logits": {"native": _CPP, "triton": _TRITON_HALF},
     "cosine_cross_entropy": {"native": _CPP, "triton": _TRITON},
     "gumbel_softmax": {"native": _CPP_AND_CUDA, "triton": _TRITON},
     "residual_quantize": {"native": _CPP, "triton": _TRITON},

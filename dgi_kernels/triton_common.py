@@ -23,6 +23,7 @@ from dgi_kernels.tiles import Tiles as Tiles
 HALF = (torch.float16, torch.bfloat16)
 NORM_BLOCK = (16, 128)  # rows, dimensions
 CHUNK_BYTES = 32 << 20  # products and weights of one chunk: they stay in the L2 of an H100 or H200 (50 MB)
+SUMS_IN_PLACE = hasattr(torch.ops.aten.addmm, "dtype_out")  # of float32 and 16-bit products, from torch 2.11 on
 ORDER_FROM = (4096, 512)  # rows and codes from which sorting rows costs less than the tiles it can save
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -61,7 +62,9 @@ def add_product(a: Tensor, b: Tensor, total: Tensor) -> None:
     """total (float32) += a @ b"""
     if a.dtype == torch.float32:
         total.addmm_(a, b)
-    else:  # addmm takes no float32 sum of 16-bit products before torch 2.11
+    elif total.is_cuda and SUMS_IN_PLACE:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
         part = torch.empty_like(total)
         product(a, b, part)
         total.add_(part)

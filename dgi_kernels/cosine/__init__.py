@@ -58,6 +58,11 @@ def cosine_logits(
     chosen = choose("cosine_logits", backend, h.device, h.dtype)
     if chosen == "native":
         return native.cosine_logits(h, weight, scale, eps, reference.cosine_logits)
+    if chosen == "triton":
+        from dgi_kernels.cosine import triton_logits
+
+        with torch.autocast(h.device.type, enabled=False):
+            return triton_logits.cosine_logits(h, weight, scale, eps)
     dtype = torch.promote_types(h.dtype, weight.dtype)
     compute = checks.compute_dtype(dtype)
     with torch.autocast(h.device.type, enabled=False):

@@ -8,7 +8,7 @@ CUDA graph can hold a training step.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import triton
@@ -18,10 +18,14 @@ from dgi_kernels import checks
 from dgi_kernels import tiles as measured
 from dgi_kernels import triton_common as common
 from dgi_kernels.cosine import triton_chunks as chunks
+from dgi_kernels.cosine import triton_fused as fused
 from dgi_kernels.cosine import triton_kernels as kernels
 from dgi_kernels.cosine.options import Columns, LossOptions
 from dgi_kernels.cosine.triton_launch import (
-    COLUMNS_LARGEST,
+    FLASH as FLASH,
+)
+from dgi_kernels.cosine.triton_launch import (
+    FLASH_ROWS,
     chunk_gain,
     finish,
     flash_config,
@@ -35,11 +39,9 @@ from dgi_kernels.cosine.triton_launch import (
     with_columns,
 )
 from dgi_kernels.cosine.triton_launch import (
-    FLASH as FLASH,
-)
-from dgi_kernels.cosine.triton_launch import (
     FlashConfig as FlashConfig,
 )
+from dgi_kernels.cosine.triton_saved import Saved, Upstream, column_terms, upstream_of
 from dgi_kernels.triton_common import (
     CHUNK_BYTES,
     HALF,
@@ -61,6 +63,7 @@ from dgi_kernels.triton_common import (
 LOG2_SKIP = {torch.float32: -24.0, torch.float16: -22.0, torch.bfloat16: -18.0}
 CHUNK_STEP = 2048  # columns of one pass of the chunked epilogues
 BIAS_BLOCK = (32, 64)  # rows, columns
+SLOTS_BLOCK = 512
 
 
 def cosine_cross_entropy(
@@ -123,7 +126,7 @@ def _forward(
 
     The chunked form has neither mean nor order: they are empty, as is the mean that nobody asks for.
     """
-    outputs = _empty_outputs(h, weight, bias, groups, smoothing, keep_mean, with_lse)
+    outputs = _empty_outputs(h, weight, groups, smoothing, keep_mean)
     loss, lse, residue, mean, centre, rnorm_h, rnorm_w, label, order = outputs
     if h.shape[0] == 0:
         return outputs
@@ -149,7 +152,13 @@ def _forward(
             eps,
             smoothing,
         )
-        terms = _terms(bias, groups)
+        terms = column_terms(bias, groups)
+        rows_of = {"p_rnorm_h": rnorm_h, "p_logit": logit, "p_extra": extra, "p_label": label}
+        if not len(order) and h.dtype in HALF:
+            columns = {"p_rnorm_w": rnorm_w, **terms}
+            results = {"p_loss": loss, "p_lse": lse, "p_residue": residue}
+            fused.loss_of_rows(h, weight, columns, rows_of | {"p_scale": scale}, results, smoothing, smooth_apart)
+            return outputs
         if not len(order):
             for own, s in _chunks(h, weight):
                 product(h[own], weight.T, s)
@@ -180,37 +189,28 @@ def _forward(
         tiles = config.forward if keep_mean else config.weight
         if bias is not None or groups is not None:
             tiles = with_columns(tiles, b_d)
-        rows_of = {"p_rnorm_h": rnorm_h, "p_logit": logit, "p_extra": extra, "p_label": label, "p_order": order}
+        rows_of["p_order"] = order
         results = {"p_loss": loss, "p_lse": lse, "p_residue": residue, "p_mean": mean}
         shared = {"p_rnorm_w": rnorm_w, **terms, "p_scale": scale, "p_gain": gain}
         flash_forward(h, weight, {**rows_of, **shared, **results}, smoothing, LOG2_SKIP[h.dtype], keep_mean, tiles, b_d)
     return outputs
 
 
-def _terms(bias: Tensor | None, groups: Tensor | None) -> dict[str, Tensor | None]:
-    """What a column has beside its vector, as every kernel takes it."""
-    return {"p_bias": bias, "p_group": None if groups is None else groups[0]}
-
-
-def _is_flash(
-    dim: int, dtype: torch.dtype, bias: Tensor | None, groups: Tensor | None, smoothing: float, with_lse: bool
-) -> bool:
-    """Smoothing over all columns but those left out is no vector that all rows share: only chunks have it."""
-    plain = bias is None and groups is None and not with_lse
-    return uses_flash(dim, dtype) and (plain or dim <= COLUMNS_LARGEST) and (groups is None or smoothing == 0)
+def _is_flash(rows: int, dim: int, dtype: torch.dtype, groups: Tensor | None, smoothing: float) -> bool:
+    """Smoothing over all columns but those left out is no vector that all rows share: only chunks have it. So do few
+    rows, which the chunked form spreads over the GPU by their columns."""
+    return uses_flash(dim, dtype) and rows >= FLASH_ROWS and (groups is None or smoothing == 0)
 
 
 def _empty_outputs(
     h: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
     groups: Tensor | None,
     smoothing: float,
     keep_mean: bool,
-    with_lse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, codes, dim = h.shape[0], weight.shape[0], tiled_dim(h.shape[1])
-    flash = _is_flash(dim, h.dtype, bias, groups, smoothing, with_lse)
+    flash = _is_flash(rows, dim, h.dtype, groups, smoothing)
     loss, lse, residue, rnorm_h = (h.new_empty(rows, dtype=torch.float32) for _ in range(4))
     return (
         loss,
@@ -227,67 +227,7 @@ def _empty_outputs(
 
 @_forward.register_fake
 def _(h, weight, target, scale, bias, groups, ignore_index, smoothing, eps, keep_mean, with_lse):
-    return _empty_outputs(h, weight, bias, groups, smoothing, keep_mean, with_lse)
-
-
-@dataclass(frozen=True)
-class Saved:
-    """What backward gets of forward: its operands, and what it kept of each row and column."""
-
-    h: Tensor  # (N, D)
-    weight: Tensor  # (K, D)
-    scale: Tensor  # ()
-    bias: Tensor | None  # (K,)
-    groups: Tensor | None  # (2, K) of _groups
-    lse: Tensor  # (N,) in base 2
-    residue: Tensor  # (N,) p_t - (1 - e)
-    mean: Tensor  # (N, D), or empty
-    centre: Tensor  # (D,)
-    rnorm_h: Tensor  # (N,)
-    rnorm_w: Tensor  # (K,)
-    label: Tensor  # (N,) int32
-    order: Tensor  # (N,), empty in the chunked form
-    smoothing: float
-    eps: float
-
-    def shared(self) -> dict[str, Tensor | int | None]:
-        """The arguments that both kernels of gradients by tiles have, flash or chunked."""
-        return {
-            "p_rnorm_w": self.rnorm_w,
-            **_terms(self.bias, self.groups),
-            "p_scale": self.scale,
-            "K": len(self.weight),
-        }
-
-
-@dataclass(frozen=True)
-class Upstream:
-    """The gradients that enter, 0 in rows without a target. Where only u matters, ``both`` and the rest are None."""
-
-    loss: Tensor  # (N,) u
-    both: Tensor | None  # (N,) u + v: the weight of p
-    own: Tensor | None  # (N,) t of the target, but for its e / K
-    even: Tensor | None  # (N,) u e / K, K less the columns that are left out
-
-    def largest(self) -> Tensor:
-        """(N,) a bound of a row's weights."""
-        if self.both is None or self.own is None:
-            return self.loss
-        return torch.maximum(self.both.abs(), self.own.abs())
-
-
-def _upstream(of_loss: Tensor | None, of_lse: Tensor | None, saved: Saved, need_bias: bool) -> Upstream:
-    """``of_lse`` is the gradient of the log-normalizer in base 2."""
-    known = saved.label >= 0
-    u = torch.zeros_like(saved.lse) if of_loss is None else torch.where(known, of_loss, 0.0)
-    if of_lse is None and saved.groups is None and not need_bias:
-        return Upstream(u, None, None, None)
-    v = torch.zeros_like(u) if of_lse is None else torch.where(known, of_lse / LN2.value, 0.0)
-    counted: int | Tensor = max(len(saved.weight), 1)
-    if saved.groups is not None and len(saved.weight):
-        counted = counted + 1 - saved.groups[1][saved.label.clamp(min=0)]
-    own = torch.where(known, u * saved.residue + v * (1 - saved.smoothing + saved.residue), 0.0)
-    return Upstream(u, u + v, own, u * saved.smoothing / counted)
+    return _empty_outputs(h, weight, groups, smoothing, keep_mean)
 
 
 @library.custom_op("dgi_kernels::cosine_loss_triton_backward", mutates_args=())
@@ -340,7 +280,7 @@ def _gradients(
     dbias = saved.rnorm_w.new_zeros(len(weight) if need_bias else 0)
     if h.shape[0] == 0:
         return dh, dweight.zero_(), dbias, torch.zeros_like(saved.scale)
-    upstream = _upstream(of_loss, of_lse, saved, need_bias)
+    upstream = upstream_of(of_loss, of_lse, saved, need_bias)
     saved = replace(
         saved, h=tiled(h), weight=tiled(weight), bias=None if saved.bias is None else saved.bias.contiguous()
     )
@@ -426,24 +366,20 @@ def _flash_weight(upstream: Upstream, saved: Saved, dweight: Tensor, dbias: Tens
     if upstream.both is not None or saved.bias is not None:
         tiles = with_columns(tiles, b_d)
     programs = triton.cdiv(codes, tiles.owned)
-    splits = max(1, min(triton.cdiv(rows, tiles.step), multiprocessors(h) // programs))
+    at_once = 2 if tiles.warps <= 4 else 1  # blocks of a multiprocessor
+    splits = max(1, min(triton.cdiv(rows, tiles.step), at_once * multiprocessors(h) // programs))
     # 16 bits and a factor for each column: what they round is an eighth of what bfloat16 gradients are rounded by, and
     # in 32 bits the partials would be the largest of all that is kept (1.6 % of 65,536 rows' logits at D = 256).
     partial = h.new_empty(splits, codes, dim, dtype=torch.float16 if h.dtype in HALF else torch.float32)
     largest = h.new_empty(splits, codes, dtype=torch.float32)
     of_bias = torch.empty_like(largest) if dbias.numel() else None
+    by_slot = _by_slot(upstream, saved, per_row if gain is None or per_row is None else per_row * gain, tiles.step)
     kernels.flash_weight_kernel[(programs, splits)](
         h,
         weight,
-        p_rnorm_h=saved.rnorm_h,
         **saved.shared(),
-        p_lse=saved.lse,
-        p_residue=saved.residue,
-        p_upstream=per_row if gain is None or per_row is None else per_row * gain,
-        p_both=upstream.both,
-        p_own=upstream.own,
+        **by_slot,
         p_gain=None if upstream.both is None else gain,
-        p_label=saved.label,
         p_order=saved.order,
         p_partial=partial,
         p_largest=largest,
@@ -466,6 +402,32 @@ def _flash_weight(upstream: Upstream, saved: Saved, dweight: Tensor, dbias: Tens
     return radial.mul_(saved.rnorm_w)
 
 
+def _by_slot(upstream: Upstream, saved: Saved, per_row: Tensor | None, step: int) -> dict[str, Tensor | None]:
+    """What the pass for dweight needs of each row, in its order, as the kernel's arguments."""
+    rows = len(saved.order)
+    slots = triton.cdiv(rows, step) * step
+    number, label = saved.lse.new_empty(4, slots), saved.label.new_empty(slots)
+    kernels.slots_kernel[(triton.cdiv(slots, SLOTS_BLOCK),)](
+        saved.order,
+        saved.rnorm_h,
+        saved.lse,
+        saved.residue,
+        per_row,
+        p_both=upstream.both,
+        p_own=upstream.own,
+        p_label=saved.label,
+        p_number=number,
+        p_slot_label=label,
+        N=rows,
+        slots=slots,
+        b_n=SLOTS_BLOCK,
+        num_warps=4,
+    )
+    names = ("p_residue", "p_upstream") if upstream.both is None else ("p_both", "p_own")
+    found = dict.fromkeys(("p_residue", "p_upstream", "p_both", "p_own"))
+    return found | dict(zip(("p_rnorm_h", "p_lse", *names), number, strict=True)) | {"p_label": label}
+
+
 def _chunked_gradients(upstream: Upstream, saved: Saved, dh: Tensor, dweight: Tensor, dbias: Tensor) -> Tensor:
     """Fill dh, dweight and dbias where they have elements; return each row's part of dscale."""
     h, weight, rnorm_h, rnorm_w = saved.h, saved.weight, saved.rnorm_h, saved.rnorm_w
@@ -475,6 +437,8 @@ def _chunked_gradients(upstream: Upstream, saved: Saved, dh: Tensor, dweight: Te
     per_row = (upstream.loss if upstream.both is None else 1.0) * or_one(rnorm_h)
     if gain is not None:
         per_row = per_row * gain
+    if h.dtype in HALF:
+        return fused.gradients(upstream, saved, per_row, gain, dh, dweight, dbias)
     total = weight.new_zeros(codes, dim, dtype=torch.float32)
     nothing = total.new_zeros(dim)
     radial = torch.empty_like(upstream.loss)

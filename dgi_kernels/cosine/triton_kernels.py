@@ -1,4 +1,4 @@
-"""Triton kernels of the cosine cross-entropy: formulas, the flash form for D <= 256, and what both forms share.
+"""Triton kernels of the cosine cross-entropy: formulas, the flash form for D <= 128, and what both forms share.
 
     s_nk = scale * h^_n . w^_k + b_k    loss_n = L_n - (1 - e) s_nt - e mean_k s_nk,    L_n = log sum_k exp(s_nk)
     t_nk = u_n (p_nk - (1 - e) [k = t] - e / K) + v_n p_nk,   p = softmax(s)   (u, v: upstream gradients of loss and L)
@@ -29,13 +29,8 @@ Logits are in base 2 inside the kernels (exp2 is one instruction). ``label`` is 
 
 Operations for each of the N K elements beside the products, counted: about 10 forward and 10 in dw (scale 2, target 2,
 maximum 1, exp2 1, sum or weight 2, conversion 1); bytes: h and w once for each tile that owns rows of the other, from
-L2, and 8 N D of device memory. PREDICTED, not measured (no kernel of this file has run on a GPU yet), for one H200 at
-N = 65536, K = 4096, bfloat16, forward and backward:
-
-- D = 256: products 0.70 ms at 790 TFLOP/s (the floor); element work 2 x 0.09 ms where it does not overlap with them;
-  norms, order and partials 0.06 ms. 0.85-0.95 ms, 1.2-1.4 times the floor; peaked (9 tiles in 10 skipped) 0.50-0.55.
-- D = 64: products 0.17 ms, element work 0.19 ms, which binds. 0.30-0.40 ms.
-- D = 768, chunked: products 2.1 ms, 10 bytes of L2 traffic an element in the epilogues 0.7 ms. 2.6-3.0 ms.
+L2, and 8 N D of device memory. No kernel of this file has run on a GPU yet; ``bench/gpu_time.py`` has the estimated
+times.
 """
 
 from __future__ import annotations
@@ -196,7 +191,7 @@ def with_target(top, others, logit, p_bias):
     return raised, others * tl.exp2(top - raised)
 
 
-@triton.jit(do_not_specialize=["N", "K"])
+@triton.jit(do_not_specialize=["N"])
 def flash_forward_kernel(
     p_h,  # (N, D), rows stride_h apart
     p_w,  # (K, D), rows stride_w apart
@@ -352,21 +347,57 @@ def flash_hidden_kernel(
     tl.store(p_radial + o_n, tl.where(known, radial * upstream, 0.0), mask=m_n)
 
 
+@triton.jit(do_not_specialize=["N", "slots"])
+def slots_kernel(
+    p_order,  # (N,) int64
+    p_rnorm_h,  # (N,), as are those that follow: see flash_weight_kernel
+    p_lse,
+    p_residue,
+    p_upstream,
+    p_both,  # or None, as is p_own
+    p_own,
+    p_label,  # (N,) int32
+    p_number,  # (4, slots) out: by slot, of rows that have no weight beyond the last
+    p_slot_label,  # (slots,) int32 out
+    N,
+    slots,
+    b_n: tl.constexpr,
+):
+    """What flash_weight_kernel needs of the rows, in its order: so it loads neighbours, without an address for each and
+    without a mask."""
+    o_slot = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
+    m_n, m_slot = o_slot < N, o_slot < slots
+    o_n = tl.load(p_order + o_slot, mask=m_n, other=0)
+    tl.store(p_slot_label + o_slot, tl.load(p_label + o_n, mask=m_n, other=IGNORED), mask=m_slot)
+    tl.store(p_number + o_slot, tl.load(p_rnorm_h + o_n, mask=m_n, other=0.0), mask=m_slot)
+    p_number += slots
+    tl.store(p_number + o_slot, tl.load(p_lse + o_n, mask=m_n, other=float("inf")), mask=m_slot)
+    p_number += slots
+    if p_both is None:
+        tl.store(p_number + o_slot, tl.load(p_residue + o_n, mask=m_n, other=0.0), mask=m_slot)
+        p_number += slots
+        tl.store(p_number + o_slot, tl.load(p_upstream + o_n, mask=m_n, other=0.0), mask=m_slot)
+    else:
+        tl.store(p_number + o_slot, tl.load(p_both + o_n, mask=m_n, other=0.0), mask=m_slot)
+        p_number += slots
+        tl.store(p_number + o_slot, tl.load(p_own + o_n, mask=m_n, other=0.0), mask=m_slot)
+
+
 @triton.jit(do_not_specialize=["N", "K"])
 def flash_weight_kernel(
     p_h,  # (N, D), rows stride_h apart
     p_w,  # (K, D), rows stride_w apart
-    p_rnorm_h,  # (N,)
+    p_rnorm_h,  # by slot, as are lse, residue, upstream, both, own and label: whole tiles, made by slots_kernel
     p_rnorm_w,  # (K,)
     p_bias,  # (K,) or None
     p_group,  # (K,) int32 or None
-    p_lse,  # (N,) in base 2
-    p_residue,  # (N,) g_t
-    p_upstream,  # (N,) u rh, times the gain that keeps float16 in range, or None where p_both is given
-    p_both,  # (N,) u + v, or None: neither v nor a gradient of the bias
-    p_own,  # (N,) t_nk of the target but for its e / K, or None
+    p_lse,  # in base 2
+    p_residue,  # g_t, or None where p_both is given
+    p_upstream,  # u rh, times the gain that keeps float16 in range, or None where p_both is given
+    p_both,  # u + v, or None: neither v nor a gradient of the bias
+    p_own,  # t_nk of the target but for its e / K, or None
     p_gain,  # () or None: the gain, where p_both is given
-    p_label,  # (N,) int32
+    p_label,  # int32
     p_order,  # (N,) int64
     p_scale,  # ()
     p_partial,  # (splits, K, D) out: over every splits-th tile of rows sum_n t_nk h^_n, but for what is e / K
@@ -400,12 +431,12 @@ def flash_weight_kernel(
         m_n = o_slot < N
         o_n = tl.load(p_order + o_slot, mask=m_n, other=0)
         h = tl.load(p_h + o_n[:, None] * stride_h + o_d[None, :], mask=m_n[:, None] & (o_d < D)[None, :], other=0.0)
-        rnorm = tl.load(p_rnorm_h + o_n, mask=m_n, other=0.0)
-        lse = tl.load(p_lse + o_n, mask=m_n, other=float("inf"))
-        residue = tl.load(p_residue + o_n, mask=m_n, other=0.0)
+        rnorm = tl.load(p_rnorm_h + o_slot)
+        lse = tl.load(p_lse + o_slot)
         if p_both is None:
-            upstream = tl.load(p_upstream + o_n, mask=m_n, other=0.0)
-        label = tl.load(p_label + o_n, mask=m_n, other=IGNORED)
+            residue = tl.load(p_residue + o_slot)
+            upstream = tl.load(p_upstream + o_slot)
+        label = tl.load(p_label + o_slot)
         s = tl.dot(w, tl.trans(h), input_precision="ieee")
         g = tl.exp2(scores(s, scale_w[:, None], rnorm[None, :], bias) - lse[None, :])
         if p_group is not None:
@@ -415,8 +446,8 @@ def flash_weight_kernel(
         unknown = tl.max((lse != lse).to(tl.int32), axis=0)  # tl.max drops NaN, which must reach dw
         counts = (tl.max(tl.abs(g)) >= skip) | (unknown > 0)
         if p_both is not None:
-            both = tl.load(p_both + o_n, mask=m_n, other=0.0)
-            own = tl.load(p_own + o_n, mask=m_n, other=0.0)
+            both = tl.load(p_both + o_slot)
+            own = tl.load(p_own + o_slot)
             g = tl.where(is_target, own[None, :], g * both[None, :])
             dbias += tl.sum(g, axis=1)
             upstream = rnorm if p_gain is None else rnorm * tl.load(p_gain)

@@ -29,6 +29,7 @@ NUMBERS = ("cosine.chunk_bytes", "quantize.chunk_bytes")  # settings that are no
 PASSES = (
     "cosine.forward",
     "cosine.weight",
+    "cosine.products",
     "quantize.forward",
     "quantize.gradient",
     "quantize.codes",

@@ -58,6 +58,17 @@ def choose_form(monkeypatch: pytest.MonkeyPatch, forms: ModuleType, form: str, s
     monkeypatch.setattr(forms, "uses_flash", lambda dim, dtype: flash and (INTERPRETED or dtype != torch.float32))
     monkeypatch.setattr(forms, "CHUNK_BYTES", 4096)
     monkeypatch.setattr(forms, "CHUNK_STEP", 32)
+    if hasattr(forms, "FLASH_ROWS"):
+        monkeypatch.setattr(forms, "FLASH_ROWS", 0)
+    fused = getattr(forms, "fused", None)
+    if fused is not None:
+        monkeypatch.setattr(fused, "CHUNK_BYTES", 4096)
+        monkeypatch.setattr(fused, "LEAST_ROWS", 32)
+        monkeypatch.setattr(fused, "PARTS", 2)
+        if INTERPRETED:
+            monkeypatch.setattr(fused, "STEP", 16)
+            small = forms.Tiles(owned=32, step=step, warps=4, stages=2)
+            monkeypatch.setattr(fused, "fused_tiles", lambda dim, device: small)
     if INTERPRETED:
         tiles = forms.Tiles(owned=32, step=step, warps=4, stages=2)
         config = forms.FlashConfig(*[tiles] * len(forms.FlashConfig._fields))

@@ -375,6 +375,7 @@ def test_what_is_skipped_is_below_rounding(dtype: torch.dtype, monkeypatch: pyte
         tiles = triton.Tiles(owned=16, step=16, warps=4, stages=2)
         monkeypatch.setattr(triton, "flash_config", lambda dim, device: (64, triton.FlashConfig(tiles, tiles)))
     monkeypatch.setattr(triton, "uses_flash", lambda dim, dtype: True)
+    monkeypatch.setattr(triton, "FLASH_ROWS", 0)
     monkeypatch.setattr(triton, "ORDER_FROM", (1, 1))
     if GPU and dtype == torch.float32:
         pytest.skip("float32 is chunked on a GPU")
@@ -598,13 +599,12 @@ def test_a_cuda_graph_holds_a_step(d: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")
-@pytest.mark.parametrize(("d", "part"), [(64, 0.01), (256, 0.011), (768, 0.04)])
+@pytest.mark.parametrize(("d", "part"), [(64, 0.01), (256, 0.045), (768, 0.06)])
 def test_memory_on_a_gpu(d: int, part: float) -> None:
     """Beyond the gradients, a hundredth of the logits that are never formed.
 
-    At D = 256 the partials of dweight are most of it, and there are as many as the GPU has multiprocessors for: 1.0 %
-    with 132, so dweight's bits too differ from one GPU model to another. The chunked form of D = 768 has a buffer of
-    32 MB, 3 %.
+    The chunked form, from D = 128 on, has a chunk's weights of 32 MB, 3 %, and both gradients in float32: dweight and
+    a chunk's rows of dh.
     """
     h, weight, target = inputs(65536, d, 4096, torch.bfloat16)
     h, weight = h.requires_grad_(), weight.requires_grad_()

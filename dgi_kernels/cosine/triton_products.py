@@ -1,0 +1,245 @@
+"""The chunked form of the cosine cross-entropy for 16-bit operands: products with their epilogue in one kernel.
+
+The formulas are those of :mod:`dgi_kernels.cosine.triton_kernels`. A program makes tiles of h w^T as a matrix product
+does, step by step over D, so that D is of any size and both operands of every product lie in shared memory. What it
+keeps of a tile is small:
+
+- forward: maximum and sum of exponentials of each row, over the tiles of one part of the columns. Parts fill the GPU
+  where there are few rows; neighbouring programs share the rows and the columns that they read, in the L2.
+- backward: t_nk for a chunk of rows, 16 bits each, of which cuBLAS makes dh (``g w``) and dw (``g^T h``, added up in
+  place). Logits are in no memory, neither forward nor backward.
+
+Operations: 8 N K D as in the flash form, without its accumulators of D numbers a row. Bytes: of device memory 6 N K for
+the weights of backward (written once, read twice); of the L2 each operand once for each tile of the other.
+Not yet run on a GPU; ``bench/gpu_time.py`` has the estimated time.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from dgi_kernels.cosine.triton_chunks import PER_ROW, chunk_weights
+from dgi_kernels.cosine.triton_kernels import (
+    IGNORED,
+    UNSET,
+    finish_loss,
+    group_of_column,
+    group_of_target,
+)
+from dgi_kernels.triton_common import LN2, LOG2E, code_bias, scores
+
+
+@triton.jit
+def tile_products(p_a, p_b, m_a, m_b, D, b_r: tl.constexpr, b_c: tl.constexpr, b_d: tl.constexpr):
+    """(b_r, b_c) float32: products of the vectors at p_a (b_r,) and p_b (b_c,), 0 where the mask is."""
+    products = tl.zeros((b_r, b_c), tl.float32)
+    o_d = tl.arange(0, b_d)
+    for start in range(0, D, b_d):
+        m_d = o_d < D - start
+        a = tl.load(p_a[:, None] + (start + o_d)[None, :], mask=m_a[:, None] & m_d[None, :], other=0.0)
+        b = tl.load(p_b[:, None] + (start + o_d)[None, :], mask=m_b[:, None] & m_d[None, :], other=0.0)
+        products = tl.dot(a, tl.trans(b), products, input_precision="ieee")
+    return products
+
+
+@triton.jit(do_not_specialize=["N"])
+def product_loss_kernel(
+    p_h,  # (N, D), rows stride_h apart
+    p_w,  # (K, D), rows stride_w apart
+    p_rnorm_h,  # (N,)
+    p_rnorm_w,  # (K,)
+    p_bias,  # (K,) or None
+    p_group,  # (K,) int32 or None: columns of one group are one item
+    p_label,  # (N,) int32
+    p_scale,  # ()
+    p_top,  # (parts, N) out: maximum of the part's scores, UNSET where it has none, in base 2
+    p_others,  # (parts, N) out: sum of 2^(s - top)
+    p_total,  # (parts, N) out: sum of s, or None
+    p_count,  # (parts, N) out: how many these are, or None
+    N,
+    K,
+    D,
+    stride_h,
+    stride_w,
+    b_n: tl.constexpr,
+    b_k: tl.constexpr,
+    b_d: tl.constexpr,
+):
+    """A program owns b_n rows and every parts-th tile of columns. The target and its group are in no sum."""
+    i_part, parts = tl.program_id(0), tl.num_programs(0)
+    o_n = tl.program_id(1).to(tl.int64) * b_n + tl.arange(0, b_n)
+    m_n = o_n < N
+    scale_h = tl.load(p_rnorm_h + o_n, mask=m_n, other=0.0) * (tl.load(p_scale) * LOG2E)
+    group = group_of_target(p_group, tl.load(p_label + o_n, mask=m_n, other=IGNORED))
+    top = tl.full((b_n,), UNSET, tl.float32)
+    others = tl.zeros((b_n,), tl.float32)
+    total = tl.zeros((b_n,), tl.float32)
+    count = tl.zeros((b_n,), tl.float32)
+    for first in range(i_part * b_k, K, parts * b_k):
+        o_k = first + tl.arange(0, b_k)
+        m_k = o_k < K
+        p_column = p_w + o_k.to(tl.int64) * stride_w
+        s = tile_products(p_h + o_n * stride_h, p_column, m_n, m_k, D, b_n, b_k, b_d)
+        rnorm_w = tl.load(p_rnorm_w + o_k, mask=m_k, other=0.0)
+        bias = None if p_bias is None else code_bias(p_bias, o_k, m_k)[None, :]
+        s = scores(s, scale_h[:, None], rnorm_w[None, :], bias)
+        apart = (group_of_column(p_group, o_k, m_k)[None, :] == group[:, None]) | (o_k >= K)[None, :]
+        if p_total is not None:
+            total += tl.sum(tl.where(apart, 0.0, s), axis=1)
+            count += tl.sum(tl.where(apart, 0.0, 1.0), axis=1)
+        s = tl.where(apart, float("-inf"), s)
+        raised = tl.maximum(top, tl.max(s, axis=1), propagate_nan=tl.PropagateNan.ALL)
+        others = others * tl.exp2(top - raised) + tl.sum(tl.exp2(s - raised[:, None]), axis=1)
+        top = raised
+    o_part = i_part.to(tl.int64) * N + o_n
+    tl.store(p_top + o_part, top, mask=m_n)
+    tl.store(p_others + o_part, others, mask=m_n)
+    if p_total is not None:
+        tl.store(p_total + o_part, total, mask=m_n)
+        tl.store(p_count + o_part, count, mask=m_n)
+
+
+@triton.jit(do_not_specialize=["N", "parts"])
+def parts_loss_kernel(
+    p_top,  # (parts, N) of product_loss_kernel, as are the next three
+    p_others,
+    p_total,
+    p_count,
+    p_logit,  # (N,)
+    p_extra,  # (N,); if p_total is given, it is e s_t alone
+    p_label,  # (N,) int32
+    p_loss,  # (N,) out
+    p_lse,  # (N,) out, in base 2
+    p_residue,  # (N,) out: g_t but for its e / K
+    N,
+    parts,
+    smoothing,
+    b_n: tl.constexpr,
+):
+    """The loss of every row from its parts, added up in their order, and its target."""
+    o_n = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
+    m_n = o_n < N
+    label = tl.load(p_label + o_n, mask=m_n, other=IGNORED)
+    logit = tl.load(p_logit + o_n, mask=m_n, other=0.0)
+    extra = tl.load(p_extra + o_n, mask=m_n, other=0.0)
+    top = tl.where(logit > UNSET, logit, UNSET)
+    others = tl.zeros((b_n,), tl.float32)
+    total = logit
+    count = tl.full((b_n,), 1.0, tl.float32)
+    for i in range(parts):
+        o_part = i * N + o_n
+        own = tl.load(p_top + o_part, mask=m_n, other=UNSET)
+        raised = tl.maximum(top, own, propagate_nan=tl.PropagateNan.ALL)
+        others = others * tl.exp2(top - raised) + tl.load(p_others + o_part, mask=m_n, other=0.0) * tl.exp2(
+            own - raised
+        )
+        top = raised
+        if p_total is not None:
+            total += tl.load(p_total + o_part, mask=m_n, other=0.0)
+            count += tl.load(p_count + o_part, mask=m_n, other=0.0)
+    if p_total is not None:
+        extra -= tl.where((smoothing > 0.0) & (logit > float("-inf")), smoothing * LN2 * (total / count), 0.0)
+    loss, lse, residue = finish_loss(top, others, logit, extra, label, smoothing)
+    tl.store(p_loss + o_n, loss, mask=m_n)
+    tl.store(p_lse + o_n, lse, mask=m_n)
+    tl.store(p_residue + o_n, residue, mask=m_n)
+
+
+@triton.jit(do_not_specialize=["first", "rows"], do_not_specialize_on_alignment=PER_ROW)
+def product_gradient_kernel(
+    p_h,  # (N, D), rows stride_h apart
+    p_w,  # (K, D), rows stride_w apart
+    p_g,  # (rows, K) out: upstream_n rw_k (g_nk - centre), or gain_n rw_k t_nk
+    p_rnorm_h,  # (N,)
+    p_rnorm_w,  # (K,)
+    p_factor_w,  # (K,) rw, but 1 for a vector of norm 0: it has a gradient too, of 1 / eps
+    p_bias,  # (K,) or None
+    p_group,  # (K,) int32 or None
+    p_lse,  # (N,) in base 2
+    p_residue,  # (N,) g_t but for its e / K
+    p_upstream,  # (N,) u rh and the gain; where p_both is given, rh and the gain
+    p_both,  # (N,) u + v; or None: no group, no v and no gradient of the bias
+    p_own,  # (N,) t_nk of the target but for its e / K, or None
+    p_even,  # (N,) u e / K, or None
+    p_label,  # (N,) int32
+    p_scale,  # ()
+    p_dbias,  # (row tiles, K) out: sum_n t_nk of the tile, or None
+    first,
+    rows,
+    K,
+    D,
+    stride_h,
+    stride_w,
+    centre,
+    b_n: tl.constexpr,
+    b_k: tl.constexpr,
+    b_d: tl.constexpr,
+):
+    """A tile of what both products of a chunk's gradients need: rows first ... first + rows - 1; centre is e / K."""
+    i_n = tl.program_id(1)
+    o_row = i_n * b_n + tl.arange(0, b_n)
+    m_n = o_row < rows
+    o_n = first + o_row.to(tl.int64)
+    o_k = tl.program_id(0) * b_k + tl.arange(0, b_k)
+    m_k = o_k < K
+    p_column = p_w + o_k.to(tl.int64) * stride_w
+    s = tile_products(p_h + o_n * stride_h, p_column, m_n, m_k, D, b_n, b_k, b_d)
+    scale_h = tl.load(p_rnorm_h + o_n, mask=m_n, other=0.0) * (tl.load(p_scale) * LOG2E)
+    rnorm_w = tl.load(p_rnorm_w + o_k, mask=m_k, other=0.0)
+    bias = None if p_bias is None else code_bias(p_bias, o_k, m_k)[None, :]
+    lse = tl.load(p_lse + o_n, mask=m_n, other=float("inf"))
+    label = tl.load(p_label + o_n, mask=m_n, other=IGNORED)
+    is_target = o_k[None, :] == label[:, None]
+    if p_both is None:
+        g = tl.exp2(scores(s, scale_h[:, None], rnorm_w[None, :], bias) - lse[:, None])
+        g = tl.where(is_target, tl.load(p_residue + o_n, mask=m_n, other=0.0)[:, None], g) - centre
+    else:
+        apart = group_of_column(p_group, o_k, m_k)[None, :] == group_of_target(p_group, label)[:, None]
+        g = chunk_weights(
+            s,
+            scale_h[:, None],
+            rnorm_w[None, :],
+            bias,
+            lse[:, None],
+            is_target,
+            apart,
+            tl.load(p_both + o_n, mask=m_n, other=0.0)[:, None],
+            tl.load(p_own + o_n, mask=m_n, other=0.0)[:, None],
+            tl.load(p_even + o_n, mask=m_n, other=0.0)[:, None],
+        )
+        if p_dbias is not None:
+            tl.store(p_dbias + i_n.to(tl.int64) * K + o_k, tl.sum(g, axis=0), mask=m_k)
+    factor = tl.load(p_factor_w + o_k, mask=m_k, other=0.0)
+    g *= tl.load(p_upstream + o_n, mask=m_n, other=0.0)[:, None] * factor[None, :]
+    o_g = o_row.to(tl.int64)[:, None] * K + o_k[None, :]
+    tl.store(p_g + o_g, g.to(p_g.dtype.element_ty), mask=m_n[:, None] & m_k[None, :])
+
+
+@triton.jit(do_not_specialize=["N"])
+def cosine_logits_kernel(
+    p_h,  # (N, D), rows stride_h apart
+    p_w,  # (K, D), rows stride_w apart
+    p_rnorm_h,  # (N,)
+    p_rnorm_w,  # (K,)
+    p_scale,  # ()
+    p_out,  # (N, K) out: scale h^ . w^
+    N,
+    K,
+    D,
+    stride_h,
+    stride_w,
+    b_n: tl.constexpr,
+    b_k: tl.constexpr,
+    b_d: tl.constexpr,
+):
+    """A tile of logits that are wanted as a tensor."""
+    o_n = tl.program_id(1).to(tl.int64) * b_n + tl.arange(0, b_n)
+    o_k = tl.program_id(0) * b_k + tl.arange(0, b_k)
+    m_n, m_k = o_n < N, o_k < K
+    p_column = p_w + o_k.to(tl.int64) * stride_w
+    s = tile_products(p_h + o_n * stride_h, p_column, m_n, m_k, D, b_n, b_k, b_d)
+    rnorm_h = tl.load(p_rnorm_h + o_n, mask=m_n, other=0.0)
+    rnorm_w = tl.load(p_rnorm_w + o_k, mask=m_k, other=0.0)
+    s = s * rnorm_w[None, :] * rnorm_h[:, None] * tl.load(p_scale)
+    tl.store(p_out + o_n[:, None] * K + o_k[None, :], s.to(p_out.dtype.element_ty), mask=m_n[:, None] & m_k[None, :])
