@@ -44,7 +44,7 @@ def version_of(compiler: str) -> str:
 
 
 def usages(
-    compiler: str, architectures: list[int], jobs: int, kept: Kept
+    compiler: str, architectures: list[int], jobs: int, kept: Kept, files: str = "*.cu"
 ) -> Iterator[tuple[Path, int, dict[str, Usage]]]:
     """Each file, architecture, and what its kernels take, by their short names; from ``kept`` what has not changed."""
     headers = sorted([*(CSRC / "cuda").glob("*.h"), *(CSRC / "include").rglob("*.h")])
@@ -63,7 +63,7 @@ def usages(
             kept.put(state.hexdigest(), found)
         return found
 
-    cases = [(source, arch) for arch in architectures for source in sorted((CSRC / "cuda").glob("*.cu"))]
+    cases = [(source, arch) for arch in architectures for source in sorted((CSRC / "cuda").glob(files))]
     with ThreadPoolExecutor(jobs) as pool:
         for (source, arch), found in zip(cases, pool.map(lambda case: usages_of(*case), cases), strict=True):
             yield source, arch, found

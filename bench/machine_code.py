@@ -7,9 +7,10 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Any
 
 BUDGETS = Path(__file__).with_name("gpu_budgets.json")
 COMPILED = Path(__file__).with_name("gpu_compiled.json")
@@ -106,10 +107,12 @@ READERS = (functions_of, lines_and_loops, loop_instructions, repeated_instructio
 
 class Kept:
     """Usages of earlier runs by the hash of all that they follow from: those recorded with the source, and this
-    machine's own. ``anew``: none of them, only what this run has put."""
+    machine's own. ``anew``: none of them, only what this run has put. ``kind``: another dataclass of numbers."""
 
-    def __init__(self, path: Path, recorded: Path = COMPILED, *, anew: bool = False) -> None:
-        self.path, self.recorded, self.anew = path, recorded, anew
+    def __init__(
+        self, path: Path, recorded: Path = COMPILED, *, anew: bool = False, kind: Callable[..., Any] = Usage
+    ) -> None:
+        self.path, self.recorded, self.anew, self.kind = path, recorded, anew, kind
         self.all = self.read()
         self.used: dict[str, dict[str, list]] = {}
 
@@ -117,14 +120,14 @@ class Kept:
         files = [path for path in (self.recorded, self.path) if path.exists()]
         return {key: usages for path in files for key, usages in json.loads(path.read_text()).items()}
 
-    def get(self, key: str) -> dict[str, Usage] | None:
+    def get(self, key: str) -> dict[str, Any] | None:
         found = (self.used if self.anew else self.all).get(key)
         if found is None:
             return None
         self.used[key] = found
-        return {name: Usage(*usage) for name, usage in found.items()}
+        return {name: self.kind(*usage) for name, usage in found.items()}
 
-    def put(self, key: str, usages: dict[str, Usage]) -> None:
+    def put(self, key: str, usages: dict[str, Any]) -> None:
         self.used[key] = {name: list(astuple(usage)) for name, usage in usages.items()}
         self.all = self.read() | self.used  # others may run too
         self.path.parent.mkdir(parents=True, exist_ok=True)

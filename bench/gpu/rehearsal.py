@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -80,11 +81,12 @@ def _check_devices(what: object, tensors: list[Tensor], *, scalars: bool) -> Non
 class Operators(TorchDispatchMode):
     """Runs torch's operators on meta tensors, and the launchers of Triton kernels as they are."""
 
+    CUDA_ALONE = (torch.ops.aten.mm.dtype_out, torch.ops.aten.addmm.dtype_out)
     COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
 
-    def __init__(self, launchers: dict[object, Callable]) -> None:
+    def __init__(self, launchers: dict[object, Callable], launches: Launches) -> None:
         super().__init__()
-        self.launchers = launchers
+        self.launchers, self.launches = launchers, launches
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> object:
         kwargs = kwargs or {}
@@ -94,13 +96,17 @@ class Operators(TorchDispatchMode):
         if func in self.launchers:
             with Devices(), self:
                 return self.launchers[func](*args, **kwargs)
-        if func is torch.ops.aten.mm.dtype_out:  # known to CUDA alone
-            return kwargs["out"]
-        before, FakeCuda.within = FakeCuda.within, True
-        try:
-            return tree_map_only(Tensor, _wrapped, func(*args, **kwargs))
-        finally:
-            FakeCuda.within = before
+        if func in self.CUDA_ALONE:
+            result = kwargs["out"]
+        else:
+            before, FakeCuda.within = FakeCuda.within, True
+            try:
+                result = tree_map_only(Tensor, _wrapped, func(*args, **kwargs))
+            finally:
+                FakeCuda.within = before
+        if self.launches.calls is not None:
+            self.launches.calls.append(Call(func, (), {"args": args, "kwargs": kwargs, "result": result}))
+        return result
 
 
 class Devices(TorchFunctionMode):
@@ -162,13 +168,24 @@ class FakeGpu(Gpu):
         pass
 
 
+@dataclass(frozen=True)
+class Call:
+    """One operator of torch, with its arguments and result, or one launch of Triton, with its grid and arguments."""
+
+    what: Any
+    grid: tuple[int, ...]
+    values: dict[str, Any]
+
+
 class Launches:
-    """Notes what Triton is asked to launch, and refuses what CUDA would."""
+    """Notes what Triton is asked to launch, and refuses what CUDA would. ``calls``, once it is a list, gets every
+    launch and every operator of torch, in their order."""
 
     LARGEST_GRID = (2**31 - 1, 65535, 65535)
 
     def __init__(self) -> None:
         self.noted: dict[triton_code.Launch, None] = {}
+        self.calls: list[Call] | None = None
 
     def __call__(self, kernel: triton.JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
@@ -176,7 +193,11 @@ class Launches:
         for size, largest in zip(grid, self.LARGEST_GRID, strict=False):
             if not 0 < size <= largest:
                 raise RuntimeError(f"Triton Error [CUDA]: invalid argument: {kernel.__name__} has a grid of {grid}")
-        self.noted[triton_code.describe("", kernel, args, kwargs)] = None
+        values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        launch = triton_code.describe("", kernel, args, kwargs)
+        self.noted[launch] = None
+        if self.calls is not None:
+            self.calls.append(Call(launch, tuple(grid), values))
 
 
 @contextlib.contextmanager
@@ -202,7 +223,7 @@ def pretended_gpu() -> Iterator[Launches]:
             stack.enter_context(mock.patch.object(target, name, value))
         stack.enter_context(mock.patch.dict(backend._BACKEND_PROBLEM, {"triton": None}))
         stack.enter_context(Devices())
-        stack.enter_context(Operators(_launchers()))
+        stack.enter_context(Operators(_launchers(), launches))
         yield launches
 
 

@@ -24,12 +24,14 @@ from .session import Session
 # pass -> dimensions -> tiles to try beside those of the tables: [owned, step, warps, stages]
 CANDIDATES: dict[str, dict[int, list[tuple[int, int, int, int]]]] = {
     "cosine.forward": {
-        64: [(64, 64, 4, 3), (128, 128, 8, 3), (64, 128, 4, 3), (128, 64, 4, 3)],
-        256: [(64, 64, 4, 2), (64, 32, 4, 3), (128, 32, 8, 3), (128, 128, 8, 2)],
+        64: [(64, 64, 4, 3), (128, 64, 8, 3), (64, 128, 4, 3)],
     },
     "cosine.weight": {
         64: [(64, 64, 4, 3), (128, 128, 8, 2), (64, 128, 4, 2)],
-        256: [(64, 64, 4, 2), (64, 32, 4, 3), (128, 32, 8, 3)],
+    },
+    "cosine.products": {
+        256: [(128, 128, 8, 3), (128, 256, 8, 3), (64, 128, 4, 3)],
+        1024: [(128, 128, 8, 3), (256, 128, 8, 3), (128, 128, 4, 2), (128, 256, 8, 4)],
     },
     "quantize.forward": {64: [(64, 64, 4, 2), (128, 32, 8, 2), (64, 32, 4, 3)]},
     "quantize.gradient": {64: [(64, 32, 4, 2), (64, 32, 4, 3)]},
@@ -50,11 +52,14 @@ class Case(NamedTuple):
 
 def cases(session: Session) -> list[Case]:
     gpu, found = session.gpu, []
-    for d in (256, 64):
+    for d, size in ((256, 256), (768, 1024)):
         step = cosine.step(cosine_cross_entropy, cosine.inputs(gpu, 32768, 4096, d, "flat"))
-        config = cosine_launchers.flash_config(d, torch.device(gpu.device))[1]._asdict()
-        now = {f"cosine.{name}": tile for name, tile in config.items()}
-        found.append(Case(tuple(now), d, now, step))
+        now = {"cosine.products": cosine_launchers.fused.fused_tiles(d, torch.device(gpu.device))}
+        found.append(Case(tuple(now), size, now, step))
+    step = cosine.step(cosine_cross_entropy, cosine.inputs(gpu, 32768, 4096, 64, "flat"))
+    config = cosine_launchers.flash_config(64, torch.device(gpu.device))[1]._asdict()
+    now = {f"cosine.{name}": tile for name, tile in config.items()}
+    found.append(Case(tuple(now), 64, now, step))
     step = quantize.step(quantize.ours, *quantize.inputs(gpu, 16384, 64, "flat"))
     config = quantize_forms.flash_config(64, torch.device(gpu.device))[1]._asdict()
     now = {f"quantize.{name}": tile for name, tile in config.items()}
