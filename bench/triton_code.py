@@ -21,12 +21,14 @@ import source_key
 import torch
 import triton
 from machine_code import READERS, Kept, Usage, functions_of, repeated_instructions
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dgi_kernels import tiles
 from dgi_kernels import triton_common as common
 from dgi_kernels.cosine import triton as cosine
+from dgi_kernels.cosine import triton_logits
 from dgi_kernels.cosine.options import Columns, LossOptions
 from dgi_kernels.gumbel import triton_softmax as softmax
 from dgi_kernels.log_normalizer import triton as log_normalizer
@@ -164,6 +166,15 @@ def cosine_launches() -> Iterator[Launch]:
             label = f"{str(dtype).removeprefix('torch.')} D={dim}{' columns' * columns}"
             with mock.patch.object(cosine, "FLASH_ROWS", 0):  # the flash form, whose rows are many
                 yield from launches_of(label, call)
+    for dtype, dim in [(dtype, dim) for dtype in cosine.HALF for dim in (256, 768)] + [(torch.bfloat16, 200)]:
+        rows, codes = (32, 48) if dim % 16 == 0 else (33, 47)
+        h, weight = (torch.randn(n, dim).to(dtype).requires_grad_() for n in (rows, codes))
+        label = f"{str(dtype).removeprefix('torch.')} D={dim}"
+        yield from launches_of(label, lambda h=h, weight=weight: _logits(h, weight))  # type: ignore[misc]
+
+
+def _logits(h: Tensor, weight: Tensor) -> None:
+    triton_logits.cosine_logits(h, weight, 30.0, 1e-12).sum().backward()
 
 
 def quantize_launches() -> Iterator[Launch]:
