@@ -196,7 +196,25 @@ def loss(n: int, k: int, d: int) -> Callable[[FakeGpu], Callable[[], object]]:
 
 
 def quantizer(n: int, d: int) -> Callable[[FakeGpu], Callable[[], object]]:
-    return lambda gpu: quantize.step(quantize.ours, *quantize.inputs(gpu, n, d, "flat"))
+    """With gradients of the quantized vectors and of the usage, but without a loss that would make them."""
+
+    def prepare(gpu: FakeGpu) -> Callable[[], object]:
+        leaves = [x.detach().requires_grad_() for x in _flat(quantize.inputs(gpu, n, d, "flat"))]
+        scale = torch.full((), quantize.SCALE, device=gpu.device).requires_grad_()
+        given = [torch.empty_like(leaves[0])[:, None].expand(-1, len(leaves) - 1, -1).contiguous()]
+        given += [torch.empty(len(e), device=gpu.device) for e in leaves[1:]]
+
+        def run() -> object:
+            quantized, usage = quantize.ours(leaves[0], leaves[1:], scale, quantize.TAU)
+            return torch.autograd.grad([quantized, *usage], [*leaves, scale], given)
+
+        return run
+
+    return prepare
+
+
+def _flat(inputs: tuple[Tensor, list[Tensor]]) -> list[Tensor]:
+    return [inputs[0], *inputs[1]]
 
 
 def logits(n: int, k: int, d: int) -> Callable[[FakeGpu], Callable[[], object]]:

@@ -115,7 +115,7 @@ def _forward(
         levels = list(levels_of(*shared, residuals, codes, sampled, lse, rnorm, order, largest))
         emit(rest, None, None, None, levels[0], sampling)
         for level, after in zip(levels, [*levels[1:], None], strict=True):
-            run = flash_level if forms.uses_flash(weight.shape[1], weight.dtype) else chunked_level
+            run = flash_level if forms.is_flash(rows, weight.shape[1], weight.dtype) else chunked_level
             mean = run(level, sampling, rest, usages[level.index], with_grad)
             emit(rest, mean, level, quantized[:, level.index], after, sampling)
             if mode == HARD:
@@ -142,7 +142,7 @@ def _empty_outputs(
         empty(rows, levels),
         empty(rows, levels),
         empty(codes),
-        empty(levels, rows if forms.uses_flash(dim, z.dtype) else 0, dtype=torch.int64),
+        empty(levels, rows if forms.is_flash(rows, dim, z.dtype) else 0, dtype=torch.int64),
         empty(sum(tile_counts(z, sizes))),
     )
 
@@ -194,7 +194,7 @@ def _backward(
     sampling = Sampling(scale, tau, seed, padding, sigma, row_offset, eps, mode, metric, noisy)
     parts = dweight.split(sizes)
     dusages = (dusage.float() / sampling.counted(rows)).split(sizes) if dusage is not None else [None] * len(sizes)
-    run = flash_gradients if forms.uses_flash(dim, weight.dtype) else chunked_gradients
+    run = flash_gradients if forms.is_flash(rows, dim, weight.dtype) else chunked_gradients
     with torch.cuda.device_of(residuals):
         shared = (sizes, weight, bias, None, None, rnorm_e)
         levels = list(levels_of(*shared, residuals, codes, sampled, lse, rnorm, order, largest))

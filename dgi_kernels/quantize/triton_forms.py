@@ -11,7 +11,6 @@ import torch
 
 from dgi_kernels import tiles as measured
 from dgi_kernels import triton_common as common
-from dgi_kernels.triton_common import CHUNK_BYTES as CHUNK_BYTES
 from dgi_kernels.triton_common import HALF as HALF
 from dgi_kernels.triton_common import ORDER_FROM as ORDER_FROM
 from dgi_kernels.triton_common import Tiles as Tiles
@@ -46,18 +45,29 @@ FLASH = {
     10: {64: _WIDE, 128: _SMALL},
 }
 FLASH_LARGEST = 128
-CHUNK_STEP = 1024  # codes of one pass of the chunked epilogues
+FLASH_ROWS = 8192  # from which the rows alone fill a GPU: 64 tiles
+# Products and weights of one chunk. In the L2's 50 MB they would be nearer, but N = 65536 rows would come in 200 chunks of
+# a dozen launches each, for which the host takes longer than the GPU.
+CHUNK_BYTES = 256 << 20
+# Codes of one pass of the chunked epilogues: with one warp a row, reductions need no shared memory, and 16 codes a thread
+# share their cost.
+CHUNK_STEP, CHUNK_WARPS = 512, 1
 
 
 def uses_flash(dim: int, dtype: torch.dtype) -> bool:
     """Flash or chunked form: the one place that chooses.
 
     float32 is chunked: Triton's exact float32 product does not reach cuBLAS's. So are D > 128: for each (row, code) the
-    flash form makes 11 products of length D and the noise 5 times, the chunked form 7 and 2 times, but moves 38 bytes
-    through the L2. By the counts (0.17 ms a product at D = 256, 0.4 ms a noise with its softmax, 2 ms of traffic for N
-    = 65536, K = 4096 on one H200) they meet near D = 200, and at 256 the flash form's backward spills. To be measured.
+    flash form makes 11 products of length D and the noise 5 times, the chunked form 7 and 2 times, but moves 38 bytes.
+    Where rows are near their codes the flash form leaves out most of it. By the counts of bench/gpu_time.py the chunked
+    form is the faster already at D = 64 where they are not: 4.5 ms to 5.8 (H200, N = 65536). To be measured.
     """
     return dtype in HALF and dim <= FLASH_LARGEST
+
+
+def is_flash(rows: int, dim: int, dtype: torch.dtype) -> bool:
+    """The same for so many rows: few take the chunked form, whose products cuBLAS splits."""
+    return rows >= FLASH_ROWS and uses_flash(dim, dtype)
 
 
 def flash_config(dim: int, device: torch.device) -> tuple[int, FlashConfig]:

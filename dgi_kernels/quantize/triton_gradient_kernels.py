@@ -13,6 +13,35 @@ from dgi_kernels.quantize.triton_kernels import PER_ROW, STREAM, VARYING, scaled
 from dgi_kernels.triton_common import LOG2E, code_bias, radial_part, scores
 
 
+@triton.jit(do_not_specialize=["N"])
+def upstream_kernel(
+    p_flow,  # (N, D) float32: the gradient of r_j
+    p_dquantized,  # (N, D), rows stride_q apart: the gradient of z~_j, or None: 0
+    p_unit,  # (N, D) out: z / ||z||
+    p_norm,  # (N,) out: ||z||
+    N,
+    D,
+    stride_q,
+    b_n: tl.constexpr,
+    b_d: tl.constexpr,
+):
+    """z = dz~ - dr, since r_j = r_{j-1} - z~_j, as a direction and a norm. Squares are of what is divided by the row's
+    largest, so that none overflows or vanishes. b_d >= D."""
+    o_n = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
+    o_d = tl.arange(0, b_d)
+    m_n = o_n < N
+    m_nd = m_n[:, None] & (o_d < D)[None, :]
+    z = -tl.load(p_flow + o_n[:, None] * D + o_d[None, :], mask=m_nd, other=0.0)
+    if p_dquantized is not None:
+        z += tl.load(p_dquantized + o_n[:, None] * stride_q + o_d[None, :], mask=m_nd, other=0.0).to(tl.float32)
+    largest = tl.maximum(tl.max(tl.abs(z), axis=1), 1e-30)
+    z = z / largest[:, None]
+    norm = tl.sqrt_rn(tl.sum(z * z, axis=1))
+    unit = z / tl.maximum(norm, 1e-30, propagate_nan=tl.PropagateNan.ALL)[:, None]
+    tl.store(p_unit + o_n[:, None] * D + o_d[None, :], unit.to(p_unit.dtype.element_ty), mask=m_nd)
+    tl.store(p_norm + o_n, norm * largest, mask=m_n)
+
+
 @triton.jit
 def gradient_tile(
     r,  # (b_n, b_d)

@@ -37,9 +37,23 @@ def upstream_of(
     dusage: Tensor | None,
     dlse: Tensor | None,
 ) -> Upstream:
-    gradient = -flow if dquantized is None else dquantized.float() - flow  # r_j = r_{j-1} - z~_j
-    norm = torch.linalg.vector_norm(gradient, dim=1)
-    unit = (gradient / norm.clamp(min=1e-30)[:, None]).to(level.e.dtype)
+    rows, dim = flow.shape
+    unit, norm = flow.new_empty(rows, dim, dtype=level.e.dtype), flow.new_empty(rows)
+    if dquantized is not None and dquantized.stride(1) != 1:
+        dquantized = dquantized.contiguous()
+    b_n, b_d = finish_block(dim)
+    kernels.upstream_kernel[(triton.cdiv(rows, b_n),)](
+        flow,
+        p_dquantized=dquantized,
+        p_unit=unit,
+        p_norm=norm,
+        N=rows,
+        D=dim,
+        stride_q=dim if dquantized is None else dquantized.stride(0),
+        b_n=b_n,
+        b_d=b_d,
+        num_warps=4,
+    )
     if sampling.plain:
         largest = torch.linalg.vector_norm(level.e, dim=1, dtype=torch.float32).amax()
     else:
@@ -175,7 +189,7 @@ def chunked_gradients(
             row_offset=sampling.row_offset + own.start,
             straight_through=sampling.mode == STRAIGHT_THROUGH,
             b_k=forms.CHUNK_STEP,
-            num_warps=4,
+            num_warps=forms.CHUNK_WARPS,
         )
         if dbias is not None:
             dbias.add_(w.sum(0, dtype=torch.float32))

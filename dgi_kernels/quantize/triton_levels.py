@@ -141,7 +141,7 @@ def levels_of(
 
 def tile_counts(x: Tensor, sizes: Sequence[int]) -> list[int]:
     """How many tiles :func:`kernels.usage_kernel` has for each level: none in the chunked form."""
-    if not forms.uses_flash(x.shape[-1], x.dtype):
+    if not forms.is_flash(len(x), x.shape[-1], x.dtype):
         return [0] * len(sizes)
     tiles = forms.flash_config(x.shape[-1], x.device)[1].codes
     return [triton.cdiv(len(x), tiles.step) * triton.cdiv(size, tiles.owned) for size in sizes]
@@ -314,7 +314,7 @@ def chunked_level(level: Level, sampling: Sampling, rest: Tensor, usage: Tensor,
             row_offset=sampling.row_offset + own.start,
             log2_gain=log2_gain,
             b_k=forms.CHUNK_STEP,
-            num_warps=4,
+            num_warps=forms.CHUNK_WARPS,
         )
         if nearest is not None:
             level.codes[own] = nearest
