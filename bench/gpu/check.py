@@ -184,16 +184,16 @@ def checks(gpu: Gpu, *, flash: bool = False) -> Iterator[Check]:
         yield cosine(gpu, half[0], d, **sizes, columns=True)
     for d in (64, 128):
         for mode in ("soft", "straight_through"):
-            yield quantize(gpu, half[0], d, 4500, (1030, 260), mode)
+            yield quantize(gpu, half[0], d, 8500, (1030, 260), mode)
     if flash:
         return
     yield cosine(gpu, half[1], 64, **sizes)
-    yield quantize(gpu, half[1], 64, 4500, (1030, 260), "soft")
+    yield quantize(gpu, half[1], 64, 8500, (1030, 260), "soft")
     yield cosine(gpu, half[0], 768, **sizes)
     yield cosine(gpu, torch.float32, 100, **sizes)
     yield cosine(gpu, half[0], 256, **sizes, columns=True)  # in chunks
     yield quantize(gpu, half[0], 256, 2500, (1030, 260), "soft")
-    yield quantize(gpu, half[0], 64, 2500, (1030, 260), "soft", "dot")
+    yield quantize(gpu, half[0], 64, 8500, (1030, 260), "soft", "dot")
     yield quantize(gpu, torch.float32, 64, 2500, (1030, 260), "soft")
     for k in (33, 250, 5000):
         yield softmax(gpu, half[0], 300, k)
@@ -290,9 +290,9 @@ def sanitized(session: Session) -> None:
     gpu = session.gpu
     for check in (
         cosine(gpu, torch.bfloat16, 64, 8300, 200),
-        quantize(gpu, torch.bfloat16, 64, 300, (200, 70), "soft"),
+        quantize(gpu, torch.bfloat16, 64, 8300, (200, 70), "soft"),
         cosine(gpu, torch.bfloat16, 256, 300, 200),
-        quantize(gpu, torch.bfloat16, 128, 300, (200, 70), "straight_through"),
+        quantize(gpu, torch.bfloat16, 128, 8300, (200, 70), "straight_through"),
     ):
         judge(session, check, repeats=0)
 

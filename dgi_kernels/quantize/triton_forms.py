@@ -46,11 +46,11 @@ FLASH = {
 }
 FLASH_LARGEST = 128
 FLASH_ROWS = 8192  # from which the rows alone fill a GPU: 64 tiles
-# Products and weights of one chunk. In the L2's 50 MB they would be nearer, but N = 65536 rows would come in 200 chunks of
-# a dozen launches each, for which the host takes longer than the GPU.
+# Products and weights of one chunk. In the L2's 50 MB they would be nearer, but N = 65536 rows would come in 200 chunks
+# of a dozen launches each, for which the host takes longer than the GPU.
 CHUNK_BYTES = 256 << 20
-# Codes of one pass of the chunked epilogues: with one warp a row, reductions need no shared memory, and 16 codes a thread
-# share their cost.
+# Codes of one pass of the chunked epilogues: with one warp a row, reductions need no shared memory, and 16 codes a
+# thread share their cost.
 CHUNK_STEP, CHUNK_WARPS = 512, 1
 
 
