@@ -54,6 +54,7 @@ TYPES = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
+    torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -118,7 +119,7 @@ def launches_of(label: str, call: Callable[[], object]) -> list[Launch]:
     def note(kernel: triton.JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         noted.append(describe(label, kernel, args, dict(kwargs)))
         for value in (*args, *kwargs.values()):
-            if isinstance(value, torch.Tensor) and value.dtype in (torch.int64, torch.int32):
+            if isinstance(value, torch.Tensor) and value.dtype in (torch.int64, torch.int32, torch.int16):
                 value.zero_()  # codes, labels and orders that the kernel would have written are indices
 
     run, triton.JITFunction.run = triton.JITFunction.run, note

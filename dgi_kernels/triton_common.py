@@ -89,6 +89,11 @@ def or_one(rnorm: Tensor) -> Tensor:
     return torch.where(rnorm == 0, 1.0, rnorm)
 
 
+def sort_dtype(largest: int) -> torch.dtype:
+    """Of keys up to ``largest``: a GPU's radix sort passes over them once for each of their bytes."""
+    return torch.int16 if largest < 2**15 else torch.int32
+
+
 def finish_block(dim: int) -> tuple[int, int]:
     """Rows and dimensions of a tile of whole rows with about 2048 elements."""
     b_d = max(16, triton.next_power_of_2(dim))

@@ -112,3 +112,51 @@ def test_a_kernel_that_has_grown_is_caught(tmp_path: Path, monkeypatch: pytest.M
         launch, constants=tuple((name, 2 * value if name == "b_n" else value) for name, value in launch.constants)
     )
     assert "instructions" in Budgets("triton", "3").problem("noise", 90, triton_code.machine_code(taller, 90)[0])
+
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1",
+    reason="needs Triton's compiler",
+)
+
+
+@needs_triton
+def test_loops_with_products() -> None:
+    import gpu_time
+
+    code = sass(
+        "MOV R1",
+        "LDGSTS.E.BYPASS.128 [R135], desc[UR22][R10.64]",
+        "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT",
+        "HGMMA.64x64x16.F32.BF16 R56, R24, gdesc[UR8].tnspB, R56",
+        "@P0 BRA 0x0010",
+        "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT",
+    )
+    assert gpu_time.loops_of(code) == gpu_time.Loops(copies=1, from_shared=1, from_registers=1)
+
+
+@needs_triton
+def test_estimated_seconds() -> None:
+    """More blocks than fit come in waves; blocks of one multiprocessor do one's products beside another's rest."""
+    import gpu_time
+
+    assert gpu_time.resident(Usage(registers=128, spilled=0, shared=40 << 10, instructions=1), warps=8) == 2
+    assert gpu_time.resident(Usage(registers=32, spilled=0, shared=100 << 10, instructions=1), warps=4) == 2
+    assert gpu_time.filled(132 * 2, 2) == (2, 1.0)
+    assert gpu_time.filled(8, 2) == (1, 8 / 132)
+    assert gpu_time.filled(133, 1) == (1, 133 / 264)
+    work = {"products": 2.0, "instructions": 1.0, "memory": 0.5}
+    assert gpu_time.combined(work, 1) == 3.0 and gpu_time.combined(work, 2) == 2.5
+    assert gpu_time.combined(work | {"memory": 4.0}, 1) == 4.0
+
+
+@needs_triton
+@pytest.mark.parametrize(("case", "most"), [("loss D=768", 110), ("quantizer D=256", 330), ("logits D=256", 4)])
+def test_launches_of_a_call(case: str, most: int) -> None:
+    """Guards against chunks so small that the host, which launches them, takes longer than the GPU."""
+    import gpu_time
+
+    (chosen,) = [known for known in gpu_time.CASES if known.name == case]
+    calls = gpu_time.calls_of(chosen)
+    launched = [call for call in calls if call.grid or gpu_time.torch_part(call) is not None]
+    assert 0 < len(launched) <= most

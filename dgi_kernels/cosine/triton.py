@@ -53,6 +53,7 @@ from dgi_kernels.triton_common import (
     norms,
     or_one,
     product,
+    sort_dtype,
 )
 from dgi_kernels.triton_common import (
     Tiles as Tiles,
@@ -141,7 +142,7 @@ def _forward(
         if bias is not None and smoothing > 0:
             bias_centre = bias.new_zeros(()) if smooth_apart else bias.mean() * smoothing
         logit, extra = torch.empty_like(loss), torch.empty_like(loss)
-        key = torch.empty_like(label)
+        key = torch.empty_like(label, dtype=sort_dtype(2 * codes))
         meet_targets(
             h,
             weight,

@@ -93,7 +93,7 @@ def target_kernel(
     p_logit,  # (N,) out: s_t in base 2
     p_extra,  # (N,) out: e s_t - e mean_k s_k, natural
     p_label,  # (N,) out, int32: the target, IGNORED or WILD
-    p_key,  # (N,) out, int32: rows of near keys are to share tiles
+    p_key,  # (N,) out, int16 or int32: rows of near keys are to share tiles
     N,
     K,
     D,
@@ -145,7 +145,7 @@ def target_kernel(
     tl.store(p_logit + o_n, tl.where(known, logit, 0.0), mask=m_n)
     tl.store(p_extra + o_n, extra, mask=m_n)
     tl.store(p_label + o_n, label, mask=m_n)
-    tl.store(p_key + o_n, key.to(tl.int32), mask=m_n)
+    tl.store(p_key + o_n, key.to(p_key.dtype.element_ty), mask=m_n)
 
 
 @triton.jit

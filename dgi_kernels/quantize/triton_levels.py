@@ -19,7 +19,7 @@ from dgi_kernels.quantize import triton_chunks as chunks
 from dgi_kernels.quantize import triton_forms as forms
 from dgi_kernels.quantize import triton_kernels as kernels
 from dgi_kernels.quantize.triton_forms import Tiles, blocks
-from dgi_kernels.triton_common import finish_block, multiprocessors, product
+from dgi_kernels.triton_common import finish_block, multiprocessors, product, sort_dtype
 
 SOFT, STRAIGHT_THROUGH, HARD = map(MODES.index, ("soft", "straight_through", "hard"))
 COSINE, DOT, EUCLIDEAN = map(METRICS.index, ("cosine", "dot", "euclidean"))
@@ -221,7 +221,7 @@ def flash_level(level: Level, sampling: Sampling, rest: Tensor, usage: Tensor, w
         return None
     _leave_out_padding(level, sampling)
     if with_grad and rows >= forms.ORDER_FROM[0] and codes >= forms.ORDER_FROM[1]:
-        level.order.copy_(torch.sort(level.sampled, stable=True).indices)
+        level.order.copy_(torch.sort(level.sampled.to(sort_dtype(codes)), stable=True).indices)
     else:
         torch.arange(rows, out=level.order)
     tiles, splits = splits_of(config.codes, level)
