@@ -41,7 +41,10 @@ _SMALL = FlashConfig(Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 
 # model in dgi_kernels/tiles. Others than 9 and 10 take those of 8.
 FLASH = {
     8: {64: _WIDE, 128: _NARROW},
-    9: {64: _WIDE, 128: _WIDE._replace(codes=_NARROW.codes)},
+    9: {
+        64: FlashConfig(Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2), _WIDE.codes),
+        128: _WIDE._replace(codes=_NARROW.codes),
+    },
     10: {64: _WIDE, 128: _SMALL},
 }
 FLASH_LARGEST = 128
