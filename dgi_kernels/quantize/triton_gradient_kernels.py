@@ -207,21 +207,21 @@ def row_gradient_kernel(
 def code_gradient_kernel(
     p_r,  # (N, D), rows stride_d apart: the residual
     p_e,  # (K, D): the codebook
-    p_rnorm,  # (N,) rr, elements stride_m apart
+    p_rnorm,  # rr by slot, as are lse, sampled, norm and shift: whole tiles, made by slots_kernel
     p_rnorm_e,  # (K,) re
     p_bias,  # (K,) b, or None where it is 0
     p_sigma,  # (N,) what multiplies a row's noise, or None: 1
     p_seed,  # (1,) int64
     p_scale,  # ()
     p_tau,  # ()
-    p_lse,  # (N,), elements stride_m apart, natural
-    p_sampled,  # (N,) int64, elements stride_m apart
+    p_lse,  # in base 2
+    p_sampled,  # int32
     p_order,  # (N,) int64: the row that a slot holds
     p_largest,  # (row tiles, code tiles) of usage_kernel, whose tiles these are
     p_unit,  # (N, D) z / |z|
-    p_norm,  # (N,) |z|
+    p_norm,  # |z|
     p_dusage,  # (K,) v, or None where it is 0
-    p_shift,  # (N,) mean - L
+    p_shift,  # mean - L
     p_gain,  # () or None: keeps float16 in range, and is left in the results
     p_partial,  # (splits, K, D) out: scale / tau re_k sum_n w r^_n + sum_n y z_n
     p_radial,  # (splits, K) out: e . the first part of it; where there is a bias sum_n w
@@ -266,8 +266,7 @@ def code_gradient_kernel(
             o_n = tl.load(p_order + o_slot, mask=m_n, other=0)
             m_nd = m_n[:, None] & m_d[None, :]
             r = tl.load(p_r + o_n[:, None] * stride_d + o_d[None, :], mask=m_nd, other=0.0)
-            rnorm = tl.load(p_rnorm + o_n * stride_m, mask=m_n, other=0.0)
-            lse = tl.load(p_lse + o_n * stride_m, mask=m_n, other=float("inf")) * LOG2E
+            rnorm, lse = tl.load(p_rnorm + o_slot), tl.load(p_lse + o_slot)
             products = tl.dot(e, tl.trans(r), input_precision="ieee")
             y = scores(products, scale_e[:, None], rnorm[None, :], None if p_bias is None else bias[:, None])
             if noisy:
@@ -275,8 +274,7 @@ def code_gradient_kernel(
                 y += scaled(g, p_sigma, o_n, m_n, 0)
             p = tl.exp2(y * inv_tau - lse[None, :])
             unit = tl.load(p_unit + o_n[:, None] * D + o_d[None, :], mask=m_nd, other=0.0)
-            norm = tl.load(p_norm + o_n, mask=m_n, other=0.0)
-            shift = tl.load(p_shift + o_n, mask=m_n, other=0.0)
+            norm, shift = tl.load(p_norm + o_slot), tl.load(p_shift + o_slot)
             c = tl.dot(e, tl.trans(unit), input_precision="ieee") * norm[None, :] - shift[None, :]
             if p_dusage is not None:
                 c += tl.load(p_dusage + o_k, mask=m_k, other=0.0)[:, None]
@@ -288,7 +286,7 @@ def code_gradient_kernel(
                 radial += tl.sum(tl.where(made_of == 0.0, p * c, w.to(tl.float32) / made_of), axis=1)
             total = tl.dot(w, r, total, input_precision="ieee")
             if straight_through:
-                sampled = tl.load(p_sampled + o_n * stride_m, mask=m_n, other=-1).to(tl.int32)
+                sampled = tl.load(p_sampled + o_slot)
                 p = (o_k[:, None] == sampled[None, :]).to(tl.float32)
             total = tl.dot((p * (norm * gain)[None, :]).to(r.dtype), unit, total, input_precision="ieee")
     tl.store(p_partial + (i_split.to(tl.int64) * K + o_k[:, None]) * D + o_d[None, :], total, mask=m_kd)

@@ -15,7 +15,15 @@ from dgi_kernels.quantize import triton_chunks as chunks
 from dgi_kernels.quantize import triton_forms as forms
 from dgi_kernels.quantize import triton_gradient_kernels as kernels
 from dgi_kernels.quantize.triton_forms import blocks
-from dgi_kernels.quantize.triton_levels import STRAIGHT_THROUGH, Level, Sampling, chunks_of, splits_of, weights_of
+from dgi_kernels.quantize.triton_levels import (
+    STRAIGHT_THROUGH,
+    Level,
+    Sampling,
+    by_slot,
+    chunks_of,
+    splits_of,
+    weights_of,
+)
 from dgi_kernels.triton_common import add_product, finish_block, gain_of, or_one, product
 
 
@@ -110,14 +118,13 @@ def flash_gradients(
         torch.where(level.rnorm_e == 0, 1 / sampling.eps, level.rnorm_e).amax() * (sampling.scale / sampling.tau).abs()
     )
     gain = gain_of(torch.maximum(upstream.bound * level.rnorm * factor, upstream.norm), dtype)
+    shift = mean if upstream.dlse is None else mean - upstream.dlse
     tiles, splits = splits_of(config.codes, level)
     partial, radial_e = flow.new_empty(splits, codes, dim), flow.new_empty(splits, codes)
     kernels.code_gradient_kernel[(tiles, splits)](
         level.residual,
         level.e,
-        **shared,
-        p_sampled=level.sampled,
-        p_shift=mean if upstream.dlse is None else mean - upstream.dlse,
+        **shared | by_slot(level, config.codes.step, upstream.norm, shift),
         p_gain=gain,
         p_partial=partial,
         p_radial=radial_e,

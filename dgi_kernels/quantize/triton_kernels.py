@@ -280,19 +280,49 @@ def rounding_of_scores(squares, longest, scale, slack):
     return tl.where(scale == 0.0, float("-inf"), within)  # all alike: there are no candidates, and code 0 is left
 
 
+@triton.jit(do_not_specialize=["N", "slots"], do_not_specialize_on_alignment=PER_ROW)
+def slots_kernel(
+    p_order,  # (N,) int64: the row that a slot holds
+    p_rnorm,  # (N,) rr, elements stride_m apart
+    p_lse,  # (N,), elements stride_m apart, natural
+    p_sampled,  # (N,) int64, elements stride_m apart
+    p_norm,  # (N,), or None, as is p_shift: for the gradient alone
+    p_shift,  # (N,)
+    p_number,  # (2 or 4, slots) out, by slot: rr, the log-normalizer in base 2, norm, shift; beyond the last no weight
+    p_code,  # (slots,) int32 out: sampled
+    N,
+    stride_m,
+    slots,
+    b_n: tl.constexpr,
+):
+    """What the passes that own codes need of the rows, in their order: so they load neighbours, without an address for
+    each and without a mask."""
+    o_slot = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
+    m_n, m_slot = o_slot < N, o_slot < slots
+    o_n = tl.load(p_order + o_slot, mask=m_n, other=0)
+    tl.store(p_code + o_slot, tl.load(p_sampled + o_n * stride_m, mask=m_n, other=-1).to(tl.int32), mask=m_slot)
+    tl.store(p_number + o_slot, tl.load(p_rnorm + o_n * stride_m, mask=m_n, other=0.0), mask=m_slot)
+    lse = tl.load(p_lse + o_n * stride_m, mask=m_n, other=float("inf")) * LOG2E
+    tl.store(p_number + slots + o_slot, lse, mask=m_slot)
+    if p_norm is not None:
+        p_number += 2 * slots
+        tl.store(p_number + o_slot, tl.load(p_norm + o_n, mask=m_n, other=0.0), mask=m_slot)
+        tl.store(p_number + slots + o_slot, tl.load(p_shift + o_n, mask=m_n, other=0.0), mask=m_slot)
+
+
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=PER_ROW)
 def usage_kernel(
     p_r,  # (N, D), rows stride_d apart: the residual
     p_e,  # (K, D): the codebook
-    p_rnorm,  # (N,) rr, elements stride_m apart
+    p_rnorm,  # rr by slot, as are lse and sampled: whole tiles, made by slots_kernel
     p_rnorm_e,  # (K,) re
     p_bias,  # (K,) b, or None where it is 0
     p_sigma,  # (N,) what multiplies a row's noise, or None: 1
     p_seed,  # (1,) int64
     p_scale,  # ()
     p_tau,  # ()
-    p_lse,  # (N,), elements stride_m apart, natural
-    p_sampled,  # (N,) int64, elements stride_m apart
+    p_lse,  # in base 2
+    p_sampled,  # int32
     p_order,  # (N,) int64: the row that a slot holds
     p_partial,  # (splits, K) out: sum_n p_nk
     p_largest,  # (row tiles, code tiles) out: max p, 1 where a code was sampled
@@ -325,9 +355,7 @@ def usage_kernel(
         m_n = o_slot < N
         o_n = tl.load(p_order + o_slot, mask=m_n, other=0)
         r = tl.load(p_r + o_n[:, None] * stride_d + o_d[None, :], mask=m_n[:, None] & m_d[None, :], other=0.0)
-        rnorm = tl.load(p_rnorm + o_n * stride_m, mask=m_n, other=0.0)
-        lse = tl.load(p_lse + o_n * stride_m, mask=m_n, other=float("inf"))
-        sampled = tl.load(p_sampled + o_n * stride_m, mask=m_n, other=-1).to(tl.int32)
+        rnorm, lse, sampled = tl.load(p_rnorm + o_slot), tl.load(p_lse + o_slot), tl.load(p_sampled + o_slot)
         y = scores(
             tl.dot(e, tl.trans(r), input_precision="ieee"),
             scale_e[:, None],
@@ -337,7 +365,7 @@ def usage_kernel(
         if noisy:
             g = noise_tile_by_code(seed, i_k * b_k, (o_n + row_offset).to(tl.uint32), level, STREAM, b_k)
             y += scaled(g, p_sigma, o_n, m_n, 0)
-        p = tl.exp2(y * inv_tau - (lse * LOG2E)[None, :])
+        p = tl.exp2(y * inv_tau - lse[None, :])
         usage += tl.sum(p, axis=1)
         known = tl.where((o_k[:, None] == sampled[None, :]) | (p != p), 1.0, p)  # NaN must reach the gradients
         largest = tl.max(tl.where(m_k[:, None], known, 0.0))

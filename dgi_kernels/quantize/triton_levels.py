@@ -21,6 +21,7 @@ from dgi_kernels.quantize import triton_kernels as kernels
 from dgi_kernels.quantize.triton_forms import Tiles, blocks
 from dgi_kernels.triton_common import finish_block, multiprocessors, product, sort_dtype
 
+SLOTS_BLOCK = 512
 SOFT, STRAIGHT_THROUGH, HARD = map(MODES.index, ("soft", "straight_through", "hard"))
 COSINE, DOT, EUCLIDEAN = map(METRICS.index, ("cosine", "dot", "euclidean"))
 
@@ -229,9 +230,7 @@ def flash_level(level: Level, sampling: Sampling, rest: Tensor, usage: Tensor, w
     kernels.usage_kernel[(tiles, splits)](
         level.residual,
         level.e,
-        **shared,
-        p_lse=level.lse,
-        p_sampled=level.sampled,
+        **shared | by_slot(level, config.codes.step),
         p_order=level.order,
         p_partial=partial,
         p_largest=level.largest,
@@ -239,6 +238,30 @@ def flash_level(level: Level, sampling: Sampling, rest: Tensor, usage: Tensor, w
     )
     torch.sum(partial, 0, out=usage)
     return mean
+
+
+def by_slot(level: Level, step: int, norm: Tensor | None = None, shift: Tensor | None = None) -> dict[str, Tensor]:
+    """What the passes that own codes need of each row, in its order, as their arguments."""
+    rows = len(level.order)
+    slots = triton.cdiv(rows, step) * step
+    number = level.rnorm_e.new_empty(2 if norm is None else 4, slots)
+    sampled = level.rnorm_e.new_empty(slots, dtype=torch.int32)
+    kernels.slots_kernel[(triton.cdiv(slots, SLOTS_BLOCK),)](
+        level.order,
+        level.rnorm,
+        level.lse,
+        level.sampled,
+        norm,
+        shift,
+        p_number=number,
+        p_code=sampled,
+        N=rows,
+        stride_m=level.lse.stride(0),
+        slots=slots,
+        b_n=SLOTS_BLOCK,
+        num_warps=4,
+    )
+    return dict(zip(("p_rnorm", "p_lse", "p_norm", "p_shift"), number, strict=False)) | {"p_sampled": sampled}
 
 
 def _near_arguments(level: Level, sampling: Sampling, rest: Tensor) -> dict[str, Tensor | int | float | None]:
