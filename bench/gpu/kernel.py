@@ -38,10 +38,11 @@ def search(gpu: Gpu) -> Step:
 
 
 KERNELS: dict[str, Callable[[Gpu], Step]] = {
-    "flash_forward_kernel": lambda gpu: loss(gpu, 256),
-    "flash_weight_kernel": lambda gpu: loss(gpu, 256),
-    "flash_hidden_kernel": lambda gpu: loss(gpu, 256),
-    "chunk_loss_kernel": lambda gpu: loss(gpu, 768),
+    "flash_forward_kernel": lambda gpu: loss(gpu, 64),
+    "flash_weight_kernel": lambda gpu: loss(gpu, 64),
+    "flash_hidden_kernel": lambda gpu: loss(gpu, 64),
+    "product_loss_kernel": lambda gpu: loss(gpu, 256),
+    "product_gradient_kernel": lambda gpu: loss(gpu, 256),
     "level_kernel": lambda gpu: quantizer(gpu, 64),
     "usage_kernel": lambda gpu: quantizer(gpu, 64),
     "row_gradient_kernel": lambda gpu: quantizer(gpu, 64),
