@@ -441,7 +441,6 @@ def _chunked_gradients(upstream: Upstream, saved: Saved, dh: Tensor, dweight: Te
     if h.dtype in HALF:
         return fused.gradients(upstream, saved, per_row, gain, dh, dweight, dbias)
     total = weight.new_zeros(codes, dim, dtype=torch.float32)
-    nothing = total.new_zeros(dim)
     radial = torch.empty_like(upstream.loss)
     b_n, b_k = BIAS_BLOCK
     splits = max(1, 4 * multiprocessors(h) // max(1, triton.cdiv(codes, b_k)))
@@ -477,9 +476,9 @@ def _chunked_gradients(upstream: Upstream, saved: Saved, dh: Tensor, dweight: Te
             add_product(g.T, h[own], total)
         row_total = s.new_empty(1, len(s), dim)
         product(g, weight, row_total[0])
-        finish(row_total, None, h[own], rnorm_h[own], gain, nothing, scale, eps, True, dh[own], radial[own])
+        finish(row_total, None, h[own], rnorm_h[own], gain, None, scale, eps, True, dh[own], radial[own])
     if dweight.numel():
-        finish(total[None], None, weight, rnorm_w, gain, nothing, scale, eps, True, dweight, None)
+        finish(total[None], None, weight, rnorm_w, gain, None, scale, eps, True, dweight, None)
     if of_bias is not None:
         torch.sum(of_bias, 0, out=dbias)
     return radial

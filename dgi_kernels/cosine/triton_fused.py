@@ -105,8 +105,7 @@ def gradients(
     h, weight, rnorm_h, rnorm_w = saved.h, saved.weight, saved.rnorm_h, saved.rnorm_w
     (rows, dim), codes = h.shape, len(weight)
     tiles = fused_tiles(dim, h.device)
-    total = weight.new_zeros(codes if dweight.numel() else 0, dim, dtype=torch.float32)
-    nothing = rnorm_h.new_zeros(dim)
+    total = rnorm_h.new_empty(codes if dweight.numel() else 0, dim)
     radial, factor_w = torch.empty_like(upstream.loss), or_one(rnorm_w)
     budget = measured.number("cosine.chunk_bytes", CHUNK_BYTES, h.device)
     size = max(LEAST_ROWS, budget // (2 * max(codes, 1)) // tiles.owned * tiles.owned)
@@ -146,10 +145,11 @@ def gradients(
         if of_bias is not None:
             dbias += of_bias[:row_tiles].sum(0)
         if dweight.numel():
-            add_product(chunk.T, own_h, total)
+            add = product if first == 0 else add_product
+            add(chunk.T, own_h, total)
         part = row_total[:, :count]
         product(chunk, weight, part[0])
-        finish(part, None, own_h, rnorm_h[own], gain, nothing, saved.scale, saved.eps, True, dh[own], radial[own])
+        finish(part, None, own_h, rnorm_h[own], gain, None, saved.scale, saved.eps, True, dh[own], radial[own])
     if dweight.numel():
-        finish(total[None], None, weight, rnorm_w, gain, nothing, saved.scale, saved.eps, True, dweight, None)
+        finish(total[None], None, weight, rnorm_w, gain, None, saved.scale, saved.eps, True, dweight, None)
     return radial

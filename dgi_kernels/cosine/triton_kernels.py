@@ -470,7 +470,7 @@ def finish_kernel(
     p_rnorm,  # (N,) 1 / ||x_n||
     p_scale,  # ()
     p_gain,  # () or None: what the partials are too large by
-    p_centre,  # (D,)
+    p_centre,  # (D,), or None: 0
     p_out,  # (N, width) out: scale rx (I - x^ x^T) (sum partial / gain - centre)
     p_product,  # (N,) out: x . (sum partial / gain - centre), or None
     splits,
@@ -500,7 +500,8 @@ def finish_kernel(
         total += partial
     if p_gain is not None:
         total /= tl.load(p_gain)
-    total -= tl.load(p_centre + o_d, mask=m_d, other=0.0)[None, :]
+    if p_centre is not None:
+        total -= tl.load(p_centre + o_d, mask=m_d, other=0.0)[None, :]
     rnorm = tl.load(p_rnorm + o_n, mask=m_n, other=0.0)
     x = tl.load(p_x + o_n[:, None] * stride + o_d[None, :], mask=m_nd, other=0.0).to(tl.float32)
     product = tl.sum(total * x, axis=1)

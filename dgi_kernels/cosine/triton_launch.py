@@ -199,7 +199,7 @@ def finish(
     x: Tensor,
     rnorm: Tensor,
     gain: Tensor | None,
-    centre: Tensor,
+    centre: Tensor | None,
     scale: Tensor,
     eps: float,
     scaled: bool,

@@ -82,16 +82,15 @@ def _backward(
     dh, dweight = h.new_empty(h.shape if need_h else (0, 0)), weight.new_empty(weight.shape if need_weight else (0, 0))
     radial = torch.zeros_like(rnorm_h)
     h, weight = tiled(h), tiled(weight)
-    nothing = rnorm_h.new_zeros(h.shape[1])
     with torch.cuda.device_of(h):
         if len(h):
             total = rnorm_h.new_empty(1, *h.shape)
             product(upstream, _unit(weight, rnorm_w), total[0])
-            finish(total, None, h, rnorm_h, None, nothing, scale, eps, False, dh, radial)
+            finish(total, None, h, rnorm_h, None, None, scale, eps, False, dh, radial)
         if need_weight and len(weight):
             total = rnorm_w.new_empty(1, *weight.shape)
             product(upstream.T, _unit(h, rnorm_h), total[0])
-            finish(total, None, weight, rnorm_w, None, nothing, scale, eps, False, dweight, None)
+            finish(total, None, weight, rnorm_w, None, None, scale, eps, False, dweight, None)
     return dh, dweight, (radial * rnorm_h).sum()
 
 
