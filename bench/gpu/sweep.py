@@ -24,16 +24,16 @@ from .session import Session
 # pass -> dimensions -> tiles to try beside those of the tables: [owned, step, warps, stages]
 CANDIDATES: dict[str, dict[int, list[tuple[int, int, int, int]]]] = {
     "cosine.forward": {
-        64: [(64, 64, 4, 3), (128, 64, 8, 3), (64, 128, 4, 3)],
+        64: [(64, 64, 4, 3), (128, 64, 8, 3)],
     },
     "cosine.weight": {
-        64: [(64, 64, 4, 3), (128, 128, 8, 2), (64, 128, 4, 2)],
+        64: [(64, 64, 4, 3), (128, 64, 8, 3)],
     },
     "cosine.products": {
         256: [(128, 128, 8, 3), (128, 256, 8, 3)],
-        1024: [(128, 128, 8, 3), (256, 128, 8, 3), (128, 256, 8, 4)],
+        1024: [(128, 128, 8, 3), (128, 256, 8, 4)],
     },
-    "quantize.forward": {64: [(128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 3)]},
+    "quantize.forward": {64: [(128, 64, 8, 2), (128, 32, 8, 2)]},
     "quantize.gradient": {64: [(128, 32, 8, 2), (64, 32, 4, 3)]},
     "quantize.codes": {64: [(64, 32, 4, 2), (128, 32, 4, 2)]},
 }
