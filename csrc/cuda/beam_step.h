@@ -32,8 +32,8 @@ constexpr int kUnroll = 8;  // logits that a thread has under way
 constexpr int kPacks = 2;  // the same, in loads of 16 bytes
 constexpr int64_t kSharedWidth = 1024, kSharedBeams = 1024;  // wider steps keep keys and starts in global memory
 constexpr uint32_t kSharedRoom = 2 * kSharedBeams;
-// A slice has as many candidates as threads hold in registers, and blocks are as many as an H200 runs at once. Fewer than
-// kLeastSlices do not pay for a third launch. Tests have smaller slices.
+// A slice has as many candidates as threads hold in registers, and blocks are as many as an H200 runs at once. Fewer
+// than kLeastSlices do not pay for a third launch. Tests have smaller slices.
 #ifndef DGI_SLICE
 #define DGI_SLICE 4096
 #endif
