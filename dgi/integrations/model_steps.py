@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 # The names under which models keep what they have read; the first that is there is what generate reorders too.
-CACHE_NAMES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
+# From transformers 5.24 on most call it "cache".
+CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 _PREPARATION = frozenset(inspect.signature(transformers.GenerationMixin.prepare_inputs_for_generation).parameters)
 
 
@@ -110,7 +111,7 @@ class ModelSteps:
 
     def _own_cache(self) -> Cache | None:
         """The cache that grows with the beams, where it is one of transformers' own kind, whose layers are known."""
-        cache = self.kwargs.get(CACHE_NAMES[0])
+        cache = next((self.kwargs[name] for name in CACHE_NAMES[:2] if name in self.kwargs), None)
         if hasattr(self.model, "_reorder_cache"):
             return None
         if isinstance(cache, transformers.EncoderDecoderCache):

@@ -24,6 +24,7 @@ REFUSED_ARGUMENTS = {
     "max_length": "the depth of the trie decides the length",
     "max_new_tokens": "the depth of the trie decides the length",
     "negative_prompt_ids": "guidance would read the prompts a second time",
+    "cache": "it reads the prompts itself",
     "past_key_values": "it reads the prompts itself",
     "prefix_allowed_tokens_fn": "the trie says which tokens are allowed",
     "stopping_criteria": "the trie says where semantic IDs end",

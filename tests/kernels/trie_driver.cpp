@@ -15,6 +15,7 @@
 #include "cpu/shared/host.h"
 #include "cpu/trie/item_set.h"
 #include "cpu/trie/trie_cpu.h"
+#include "cpu/trie/trie_merge.h"
 
 namespace dgi::cpu {
 
@@ -101,6 +102,76 @@ bool build_case(Random& random, dgi::cpu::IntegerType type) {
     if (node != 0) return false;
   }
   return true;
+}
+
+// The arrays of a build or a merge, each exactly as large as it must be.
+template <class Token, class Offset>
+struct Arrays {
+  std::vector<std::vector<Token>> tokens;
+  std::vector<std::vector<Offset>> starts;
+  std::vector<Offset> item_start, item_order;
+
+  template <class Build>
+  Arrays(const Build& build, int64_t columns, int64_t rows) : item_start(build.nodes(columns) + 1), item_order(rows) {
+    std::vector<Token*> token_pointers;
+    std::vector<Offset*> start_pointers;
+    for (int64_t c = 0; c < columns; ++c) {
+      tokens.emplace_back(build.nodes(c + 1));
+      starts.emplace_back(build.nodes(c) + 1);
+    }
+    for (int64_t c = 0; c < columns; ++c) {
+      token_pointers.push_back(tokens[c].data());
+      start_pointers.push_back(starts[c].data());
+    }
+    build.write(token_pointers.data(), start_pointers.data(), item_start.data(), item_order.data());
+  }
+
+  bool operator==(const Arrays&) const = default;
+};
+
+// Tries of the parts of a table, merged, against the trie of the table.
+template <class Token, class Offset>
+bool merge_case(Random& random) {
+  const int64_t rows = below(random, below(random, 20) == 0 ? 70000 : 80), columns = 1 + below(random, 4);
+  const int64_t size = 1 + below(random, below(random, 2) == 0 ? 3 : 300);
+  std::vector<int32_t> codes(rows * columns);
+  for (int32_t& code : codes) code = static_cast<int32_t>(below(random, size));
+  const auto table_of = [&](int64_t first, int64_t count) {
+    return dgi::cpu::CodeTable{
+        codes.data() + first * columns, dgi::cpu::IntegerType::kInt32, count, columns, columns, 1};
+  };
+  std::vector<Arrays<Token, Offset>> parts;
+  std::vector<int64_t> counts;
+  for (int64_t first = 0, count; first < rows || counts.empty() || below(random, 4) == 0; first += count) {
+    count = std::min(rows - first, below(random, rows + 1));
+    const dgi::cpu::CodeTable table = table_of(first, count);
+    const dgi::cpu::TrieBuild build(table, dgi::cpu::code_ranges(table));
+    parts.emplace_back(build, columns, count);
+    counts.push_back(count);
+  }
+  constexpr auto kStored = sizeof(Offset) == 8 ? dgi::Offsets::Stored::kInt64 : dgi::Offsets::Stored::kInt32;
+  std::vector<dgi::cpu::TrieShard<Token>> shards(parts.size());
+  int64_t first_row = 0;
+  for (size_t i = 0; i < parts.size(); first_row += counts[i++]) {
+    for (int64_t c = 0; c < columns; ++c) {
+      const auto& starts = parts[i].starts[c];
+      shards[i].levels.push_back(
+          {parts[i].tokens[c].data(), {starts.data(), kStored}, static_cast<int64_t>(starts.size()) - 1});
+      shards[i].edges.push_back(static_cast<int64_t>(parts[i].tokens[c].size()));
+    }
+    shards[i].item_start = {parts[i].item_start.data(), kStored};
+    shards[i].item_order = {parts[i].item_order.data(), kStored};
+    shards[i].items = counts[i];
+    shards[i].first_row = first_row;
+  }
+  const dgi::cpu::TrieMerge<Token> merge(shards, columns);
+  const dgi::cpu::CodeTable table = table_of(0, rows);
+  const dgi::cpu::TrieBuild whole(table, dgi::cpu::code_ranges(table));
+  if (merge.items() != rows || merge.in_order() != whole.in_order()) return false;
+  for (int64_t t = 0; t <= columns; ++t) {
+    if (merge.nodes(t) != whole.nodes(t)) return false;
+  }
+  return Arrays<Token, Offset>(merge, columns, rows) == Arrays<Token, Offset>(whole, columns, rows);
 }
 
 bool set_case(Random& random) {
@@ -193,7 +264,8 @@ int main(int argc, char** argv) {
                       && build_case<int16_t, int16_t, int32_t>(random, IntegerType::kInt16)
                       && build_case<uint16_t, int32_t, int32_t>(random, IntegerType::kUInt16)
                       && build_case<uint8_t, int16_t, int64_t>(random, IntegerType::kUInt8) && set_case(random)
-                      && marks_case<int32_t>(random) && marks_case<int64_t>(random);
+                      && marks_case<int32_t>(random) && marks_case<int64_t>(random)
+                      && merge_case<int16_t, int32_t>(random) && merge_case<int32_t, int64_t>(random);
     if (!fine) {
       std::printf("case %lld differs\n", static_cast<long long>(i));
       return 1;

@@ -295,7 +295,8 @@ class PromptTuned(Adapter):
         if mask is not None:
             inputs["attention_mask"] = torch.cat([mask.new_ones(len(mask), count), mask], dim=1)
         inputs.pop("position_ids", None)
-        if inputs["past_key_values"].get_seq_length() == 0:
+        cache = inputs["cache"] if "cache" in inputs else inputs["past_key_values"]  # as of transformers 5.24, before
+        if cache.get_seq_length() == 0:
             ids = inputs.pop("input_ids")
             embedded = self.base_model.get_input_embeddings()(ids)
             inputs["inputs_embeds"] = torch.cat([self.virtual.expand(len(ids), -1, -1), embedded], dim=1)
