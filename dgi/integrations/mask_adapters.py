@@ -23,6 +23,7 @@ class TrieItemMaskProvider:
         eos_token_id: the token that ends a sequence, if any.
         allow_eos_for_terminal: whether it may follow a complete semantic ID.
         token_offsets, token_ids: how codes are spelt, as for :class:`TrieLogitsProcessor`; by default codes are tokens.
+        item_ids: what :meth:`resolve_item_ids` gives for the trie's ids 0, 1, …; by default the trie's ids.
     """
 
     def __init__(
@@ -34,7 +35,9 @@ class TrieItemMaskProvider:
         allow_eos_for_terminal: bool = True,
         token_offsets: Sequence[int] | None = None,
         token_ids: Sequence[Tensor] | None = None,
+        item_ids: Sequence[Any] | None = None,
     ) -> None:
+        self.item_ids = item_ids
         self.vocab_size = checks.integer("vocab_size", vocab_size, low=1)
         self.eos_token_id, self.allow_eos_for_terminal = eos_token_id, allow_eos_for_terminal
         if token_offsets is None and token_ids is None:
@@ -71,6 +74,39 @@ class TrieItemMaskProvider:
         """Whether tokens are a whole semantic ID."""
         tokens = torch.tensor([[*token_ids]], dtype=torch.int64, device=self._processor.trie.device)
         return bool(self._children(tokens)[1][0, 0])
+
+    def resolve_item_ids(self, token_ids: Iterable[int]) -> tuple[Any, ...]:
+        """The items whose semantic ID the tokens are, up to an end token; none where they are no whole one."""
+        trie, tokens = self._processor.trie, list(self._semantic(token_ids))
+        if not 0 < len(tokens) <= trie.depth:
+            return ()
+        codes = self._processor.tokens.decode(torch.tensor([tokens], dtype=torch.int64, device=trie.device))
+        leaf = trie.find(torch.nn.functional.pad(codes, (0, trie.depth - len(tokens)), value=-1))
+        found = trie.items(leaf, trie.depth).item_ids.tolist() if int(leaf) >= 0 else []
+        return tuple(found if self.item_ids is None else [self.item_ids[item] for item in found])
+
+    def beam_item_results(self, beam_path: Any, *, beam_width: int) -> tuple[dict[str, Any], ...]:
+        """What became of each beam: its tokens, whether they are a whole semantic ID, and its items."""
+        results = []
+        for beam in range(beam_width):
+            tokens = tuple(beam_path.token_trace(beam))
+            items = self.resolve_item_ids(tokens)
+            results.append(
+                {
+                    "rank": beam,
+                    "token_ids": tokens,
+                    "semantic_token_ids": self._semantic(tokens),
+                    "is_complete": bool(items),
+                    "item_ids": items,
+                    "item_id": items[0] if len(items) == 1 else None,
+                }
+            )
+        return tuple(results)
+
+    def _semantic(self, token_ids: Iterable[int]) -> tuple[int, ...]:
+        """The tokens before the end token."""
+        tokens = tuple(map(int, token_ids))
+        return tokens[: tokens.index(self.eos_token_id)] if self.eos_token_id in tokens else tokens
 
     def _mask(self, tokens: Tensor) -> Tensor:
         """(W, V) of prefixes (W, t)."""

@@ -206,6 +206,23 @@ def test_item_masks(end: int | None) -> None:
     assert END not in strict.allowed_next(rows[0])
 
 
+def test_nvidia_items_of_beams() -> None:
+    """Guards items of beams that ended early, of prefixes, and of what is no semantic ID."""
+    rows = [[11, 22], [11, 22, 33], [12, 20, 30], [11, 22]]
+    codes = [[token - offset for token, offset in zip(row, OFFSETS, strict=False)] for row in rows]
+    masks = TrieItemMaskProvider(
+        Trie.from_codes(codes), vocab_size=VOCABULARY, eos_token_id=END, token_offsets=OFFSETS, item_ids="abcd"
+    )
+    beams = [(11, 22, END), (11, 22, 33), (12, 20), (12, 20, 30, END), (11, 22, 33, 30), (END,)]
+    items = [("a", "d"), ("b",), (), ("c",), (), ()]
+    assert [masks.resolve_item_ids(beam) for beam in beams] == items
+    found = masks.beam_item_results(SimpleNamespace(token_trace=lambda beam: beams[beam]), beam_width=len(beams))
+    assert [one["item_ids"] for one in found] == items and [one["rank"] for one in found] == [*range(6)]
+    assert [one["item_id"] for one in found] == [None, "b", None, "c", None, None]
+    assert [one["is_complete"] for one in found] == [bool(item) for item in items]
+    assert found[3]["token_ids"] == beams[3] and found[3]["semantic_token_ids"] == (12, 20, 30)
+
+
 def test_mini_one_rec_processor() -> None:
     items = some_codes()
     rows = [[offset + code for offset, code in zip(OFFSETS, row, strict=True)] for row in items]
