@@ -29,9 +29,16 @@ LEAST_ROWS = 1024  # of a chunk, whatever the number of columns: fewer do not fi
 
 
 def fused_tiles(dim: int, device: torch.device) -> Tiles:
+    """For columns that have their vectors alone, and of a number that whole vectors of the hardware read and write."""
     table = TILES.get(common.architecture(device), TILES[8])
     largest = min((size for size in table if dim <= size), default=max(table))
     return measured.pick("cosine.products", largest, table[largest], device)
+
+
+def fitting_tiles(dim: int, codes: int, device: torch.device, *, plain: bool) -> Tiles:
+    """The same for any: options of columns, a second gradient of rows and ragged ends take registers of the epilogue."""
+    tiles = fused_tiles(dim, device)
+    return tiles if plain and codes % 16 == 0 else tiles._replace(step=min(tiles.step, 64))
 
 
 def loss_of_rows(
@@ -45,7 +52,8 @@ def loss_of_rows(
 ) -> None:
     """Fill ``results``: loss, lse, residue. ``columns``: 1 / norms, bias, group; ``rows_of``: what each row has."""
     (rows, dim), codes = h.shape, len(weight)
-    tiles = fused_tiles(dim, h.device)
+    plain = columns["p_bias"] is None and columns["p_group"] is None
+    tiles = fitting_tiles(dim, codes, h.device, plain=plain)
     row_tiles, column_tiles = triton.cdiv(rows, tiles.owned), max(1, triton.cdiv(codes, tiles.step))
     parts = min(column_tiles, max(PARTS, triton.cdiv(2 * multiprocessors(h), row_tiles)))
     kept = h.new_empty(4 if smooth_apart else 2, parts, rows, dtype=torch.float32)
@@ -104,7 +112,7 @@ def gradients(
     """
     h, weight, rnorm_h, rnorm_w = saved.h, saved.weight, saved.rnorm_h, saved.rnorm_w
     (rows, dim), codes = h.shape, len(weight)
-    tiles = fused_tiles(dim, h.device)
+    tiles = fitting_tiles(dim, codes, h.device, plain=upstream.both is None and saved.bias is None)
     total = rnorm_h.new_empty(codes if dweight.numel() else 0, dim)
     radial, factor_w = torch.empty_like(upstream.loss), or_one(rnorm_w)
     budget = measured.number("cosine.chunk_bytes", CHUNK_BYTES, h.device)

@@ -15,7 +15,7 @@ from torch import Tensor, library
 
 from dgi_kernels import checks
 from dgi_kernels.cosine import triton_products as products
-from dgi_kernels.cosine.triton_fused import blocks, fused_tiles
+from dgi_kernels.cosine.triton_fused import blocks, fitting_tiles
 from dgi_kernels.cosine.triton_launch import finish, tiled
 from dgi_kernels.triton_common import norms, product
 
@@ -33,7 +33,7 @@ def _forward(h: Tensor, weight: Tensor, scale: Tensor, eps: float) -> tuple[Tens
     outputs = logits, rnorm_h, rnorm_w = _empty_outputs(h, weight)
     h, weight = tiled(h), tiled(weight)
     (rows, dim), codes = h.shape, len(weight)
-    tiles = fused_tiles(dim, h.device)
+    tiles = fitting_tiles(dim, codes, h.device, plain=True)
     with torch.cuda.device_of(h):
         norms(h, eps, rnorm_h)
         norms(weight, eps, rnorm_w)
