@@ -36,7 +36,7 @@ def fused_tiles(dim: int, device: torch.device) -> Tiles:
 
 
 def fitting_tiles(dim: int, codes: int, device: torch.device, *, plain: bool) -> Tiles:
-    """The same for any: options of columns, a second gradient of rows and ragged ends take registers of the epilogue."""
+    """The same for any: options of columns, a second gradient of rows, ragged ends take registers of the epilogue."""
     tiles = fused_tiles(dim, device)
     return tiles if plain and codes % 16 == 0 else tiles._replace(step=min(tiles.step, 64))
 
