@@ -4,6 +4,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
+#include "cpu/shared/product.h"
 #include "register/tensors.h"
 
 namespace dgi::registration {
@@ -39,6 +40,7 @@ void product(const dgi::cpu::Matrix<Real>& a, const dgi::cpu::Matrix<Real>& b, c
 namespace dgi::cpu {
 
 void matrix_product(const Matrix<float>& a, const Matrix<float>& b, const Matrix<float>& out, Into into) {
+  if (has_own_product(a, out)) return own_product(a, b, out, into);
   registration::product(a, b, out, into);
 }
 
