@@ -40,7 +40,7 @@ def residual_quantize(
     for level, codebook in enumerate(codebooks):
         s = scale * _similarity(residual, codebook, options)
         noisy = s if noise is None else s + noise(level, codebook.shape[0]).to(s.dtype)
-        codes = _nearest(residual, codebook, s, scale) if options.metric == "euclidean" else s.argmax(dim=-1)
+        codes = _nearest(residual, codebook, s, scale, options) if options.metric == "euclidean" else s.argmax(dim=-1)
         sampled = codes if noise is None else noisy.argmax(dim=-1)
         weights = None if options.mode == "hard" else (noisy / tau).softmax(dim=-1)
         chosen = sampled if options.mode == "straight_through" else codes
@@ -78,10 +78,12 @@ CANDIDATES = 8  # codes whose distances are taken once more, from the difference
 
 
 @torch.no_grad()
-def _nearest(residual: Tensor, codebook: Tensor, s: Tensor, scale: float | Tensor) -> Tensor:
-    """The argmax of s (N, K), with the distances of the best few from the differences; the lower code of equal ones."""
-    best = s.topk(min(CANDIDATES, s.shape[1]), dim=-1).indices.sort(dim=-1).values
-    distances = (residual.unsqueeze(1) - codebook[best]).double().square().sum(dim=-1)
+def _nearest(residual: Tensor, codebook: Tensor, s: Tensor, scale: float | Tensor, options: QuantizeOptions) -> Tensor:
+    """The argmax of s (N, K) as float64 has it, with the distances of the best few from the differences; the lower code
+    of equal ones."""
+    exact = scale * _similarity(residual.double(), codebook.double(), options)
+    best = exact.topk(min(CANDIDATES, s.shape[1]), dim=-1).indices.sort(dim=-1).values
+    distances = (residual.double().unsqueeze(1) - codebook.double()[best]).square().sum(dim=-1)
     chosen = best.gather(1, (-scale * distances).argmax(dim=-1, keepdim=True)).squeeze(1)
     return torch.where(s.isnan().any(dim=-1), s.argmax(dim=-1), chosen)
 

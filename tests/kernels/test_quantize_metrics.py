@@ -6,9 +6,10 @@ import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from dgi_kernels import BackendUnavailable, _extension, assign_codes, backend, gumbel_noise, residual_quantize
+from dgi_kernels import _extension, assign_codes, gumbel_noise, residual_quantize
 from dgi_kernels.enums import METRICS, MODES
 
 from .near import assert_all_near, gradients
@@ -171,6 +172,30 @@ def test_nearest_codes_far_from_zero_and_near_each_other(name: str, offset: floa
         assert torch.equal(codes[clear, 0], order[clear, 0]), way
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=name_of)
+@pytest.mark.parametrize("scale", [1.0, -0.7])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_nearest_codes_of_very_unequal_lengths(name: str, scale: float, dtype: torch.dtype) -> None:
+    """A score is rounded by its own code's length: short codes need no recheck because of a long one, and the longest
+    is still found where rounding hides it among shorter ones."""
+    length = 10 ** torch.empty(1500, 1).uniform_(-4, 1)
+    codebook = F.normalize(torch.randn(1500, 16), dim=1) * length
+    codebook[700:800] = codebook[700] * (1 + 1e-7 * torch.randn(100, 16))  # beside the origin and beside each other
+    codebook[800:900] = 9 * F.normalize(torch.randn(16), dim=0) * (1 + 1e-6 * torch.randn(100, 16))
+    codebook = codebook.to(dtype)
+    z = torch.cat([codebook + 3e-2 * length.to(dtype) * torch.randn(1500, 16), torch.randn(100, 16)]).to(dtype)
+    distances = (z.double().unsqueeze(1) - codebook.double()).square().sum(-1).sqrt()
+    best, order = distances.sort(dim=1, descending=scale < 0)
+    clear = (best[:, 1] - best[:, 0]).abs() > 1e-5 * best[:, 0]
+    assert clear.float().mean() > 0.8
+    for mode in MODES:
+        run = residual_quantize(z, [codebook], scale, mode=mode, metric="euclidean", noise=False, backend=name)
+        assert torch.equal(run.codes[clear, 0], order[clear, 0]), mode
+    if scale > 0:
+        codes = assign_codes(z, [codebook], metric="euclidean", backend=name)
+        assert torch.equal(codes[clear, 0], order[clear, 0])
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_the_farthest_code_by_a_negative_scale_and_the_first_by_none(name: str) -> None:
     z, codebook = torch.randn(40, 5), torch.randn(1100, 5)
@@ -180,13 +205,3 @@ def test_the_farthest_code_by_a_negative_scale_and_the_first_by_none(name: str) 
         assert torch.equal(far.codes[:, 0], farthest) and torch.equal(far.sampled, far.codes)
         none = residual_quantize(z, [codebook], 0.0, mode=mode, metric="euclidean", noise=False, backend=name)
         assert not none.codes.any()
-
-
-def test_what_triton_lacks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(backend._BACKEND_PROBLEM, "triton", None)
-    monkeypatch.setattr(backend, "_is_transformed", lambda: False)
-    monkeypatch.setitem(backend.KERNELS["residual_quantize"], "triton", {"cpu": frozenset({torch.float32})})
-    z, codebook = torch.randn(2, 3), torch.randn(4, 3)
-    with pytest.raises(BackendUnavailable, match="residual_quantize here: .* no triton kernel for values=True: its"):
-        residual_quantize(z, [codebook], backend="triton", values=[codebook])
-    assert backend.why_not("residual_quantize", "triton", z.device, z.dtype, {"values": False}) is None

@@ -103,7 +103,7 @@ class Forward {
           int64_t code = first_equal(s, level.codes, maximum);
           if (in_.metric == Metric::kEuclidean) {
             Nearest<Real> nearest(in_, level, residual_.get() + i * in_.dim, own_[i]);
-            nearest.take(s, 0, level.codes, maximum);
+            nearest.take(s, 0, level.codes, maximum, code);
             if (nearest.code() >= 0) code = nearest.code();
           }
           const GumbelSums row = soften_row<fused.value, kAs>(in_, level.number, begin + i, s, level.codes, maximum, s);

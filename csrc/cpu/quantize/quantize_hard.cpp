@@ -14,6 +14,21 @@ namespace {
 
 constexpr int64_t kTileCodes = 1024;  // a multiple of kNoiseChunk
 
+// The first of x that equals a value that is there, compared 16 at once.
+template <class Real>
+DGI_HOST_DEVICE int64_t first_of(const Real* x, int64_t count, Real value) {
+  constexpr int64_t kCompared = 16;
+  int64_t k = 0;
+  for (; k + kCompared < count; k += kCompared) {
+    int any = 0;
+#pragma omp simd reduction(| : any)
+    for (int64_t i = 0; i < kCompared; ++i) any |= x[k + i] == value;
+    if (any) break;
+  }
+  while (x[k] != value) ++k;
+  return k;
+}
+
 // The first largest of the values seen so far, as argmax has it: the first NaN where there is one.
 template <class Real>
 struct Largest {
@@ -36,7 +51,7 @@ struct Largest {
     }
     if (!is_nan && maximum > value) {
       value = maximum;
-      code = first + first_equal(x, count, maximum);
+      code = first + first_of(x, count, maximum);
     }
     return maximum;
   }
@@ -124,7 +139,7 @@ class Hard {
             const int64_t here = first_code + chunk, width = std::min(kNoiseChunk, codes - chunk);
             score_row<fused.value>(tile_.get() + i * codes + chunk, level.terms.from(here), width, x);
             Real maximum = row_[i].chosen.take(x, here, width);
-            if (!nearest_.empty()) nearest_[i].take(x, here, width, maximum);
+            if (!nearest_.empty()) nearest_[i].take(x, here, width, maximum, row_[i].chosen.code);
             if constexpr (kAs == NoiseAs::kGumbel) {
               const Real scale = in_.noise.scale == nullptr ? Real{1} : in_.noise.scale[begin + i];
               noise_of(in_, level.number, begin + i).template fill<fused.value, kAs>(here, width, noise);

@@ -34,7 +34,8 @@ struct Level {
   Matrix<Real> values;           // V, mixed as E is; its width may be 0
   const Real* centre;            // what keys are relative to; null: 0
   CodeTerms<Real> terms;
-  double longest;  // the largest ||e||^2 of the keys, where the metric needs it
+  const Real* length;  // ||e|| of the keys, where the metric needs it, else null
+  Real longest;  // the largest of them
 };
 
 template <class Real>
@@ -44,13 +45,14 @@ class Codebooks {
       : dim_(in.dim), factor_(make_buffer<Real>(total(in))), is_relative_(in.metric == Metric::kEuclidean),
         keys_(make_buffer<Real>(is_relative_ ? total(in) * in.dim : 0)),
         centres_(make_buffer<Real>(is_relative_ ? in.levels() * in.dim : 0)), square_(is_relative_ ? total(in) : 0),
-        bias_(make_buffer<Real>(is_relative_ ? total(in) : 0)) {
+        bias_(make_buffer<Real>(is_relative_ ? total(in) : 0)),
+        length_(make_buffer<Real>(is_relative_ ? total(in) : 0)) {
     int64_t first = 0;
     for (int64_t number = 0; number < in.levels(); ++number) {
       const int64_t codes = in.sizes[number];
       const Matrix<Real> vectors{const_cast<Real*>(in.codebooks) + first * in.dim, codes, in.dim};
       const Matrix<Real> values{const_cast<Real*>(in.values) + first * in.width, codes, in.width};
-      levels_.push_back({number, first, codes, vectors, vectors, values, nullptr, {factor_.get() + first}, 0});
+      levels_.push_back({number, first, codes, vectors, vectors, values, nullptr, {factor_.get() + first}, nullptr, 0});
       if (is_relative_) make_relative(in, levels_.back());
       first += codes;
     }
@@ -102,11 +104,13 @@ class Codebooks {
             square += static_cast<double>(key) * static_cast<double>(key);
           }
           square_[level.first + k] = square;
+          length_[level.first + k] = static_cast<Real>(std::sqrt(square));
           bias_[level.first + k] = static_cast<Real>(-static_cast<double>(in.scale) * square);
         }
       });
     });
-    level.longest = *std::max_element(square_.begin() + level.first, square_.begin() + level.first + level.codes);
+    level.length = length_.get() + level.first;
+    level.longest = *std::max_element(level.length, level.length + level.codes);
     level.keys.data = keys, level.centre = centre, level.terms.bias = bias_.get() + level.first;
   }
 
@@ -115,7 +119,7 @@ class Codebooks {
   bool is_relative_;
   Buffer<Real> keys_, centres_;
   std::vector<double> square_;
-  Buffer<Real> bias_;
+  Buffer<Real> bias_, length_;
   std::vector<Level<Real>> levels_;
 };
 
@@ -190,7 +194,10 @@ Real finish_code(const Quantize<Real>& in, Real factor, double sum) {
   return 0;
 }
 
-// The nearest code of a row, by distances in float64 of all codes whose scores are within rounding of the best.
+// The nearest code of a row, by distances in float64 of all codes that may have the best score.
+//
+// Rounding of a score grows with the code's own length: |error_k| <= h_k = c eps scale ||e_k|| (||r|| + ||e_k|| / 2),
+// so code k may be the best if s_k + h_k >= s_best - h_best. A bound by the longest code would recheck all short ones.
 template <class Real>
 class Nearest {
  public:
@@ -199,27 +206,33 @@ class Nearest {
   // `own` is the row's: -scale ||r||^2.
   Nearest(const Quantize<Real>& in, const Level<Real>& level, const Real* r, double own)
       : in_(&in), level_(&level), r_(r) {
-    const double scale = std::fabs(static_cast<double>(in.scale)), length = std::sqrt(level.longest);
+    const double scale = std::fabs(static_cast<double>(in.scale));
     const double row = scale > 0 ? std::sqrt(std::fabs(own) / scale) : 0.0;
-    slack_ = std::numeric_limits<Real>::epsilon() * (4 + std::sqrt(static_cast<double>(in.dim))) * scale
-             * (2 * row * length + length * length);
+    const double c = std::numeric_limits<Real>::epsilon() * (6 + std::sqrt(static_cast<double>(in.dim)));
+    by_length_ = static_cast<Real>(c * scale * row), by_square_ = static_cast<Real>(c * scale / 2);
   }
 
-  // Scores x of `count` codes from `first` on, and their maximum. A distance is taken only of two codes that are within
-  // rounding of each other.
-  DGI_HOST_DEVICE void take(const Real* x, int64_t first, int64_t count, Real maximum) {
-    constexpr int64_t kCompared = 64;  // at once
+  // Scores x of `count` codes from `first` on, and their maximum; `leader` has the largest of all so far,
+  // -1 where all are NaN. A distance is taken only of two codes that are within rounding of each other.
+  DGI_HOST_DEVICE void take(const Real* x, int64_t first, int64_t count, Real maximum, int64_t leader) {
+    constexpr int64_t kCompared = 16;  // at once: one by one they are compared where one of them is near
     best_score_ = std::max(best_score_, static_cast<double>(maximum));
-    const Real cut = static_cast<Real>(best_score_ - slack_);
-    if (!(maximum >= cut)) return;
-    if (!(score_ >= cut)) code_ = -1;  // what was best before is not near it
+    if (leader < 0) return;
+    certain_ = std::max(certain_, best_score_ - static_cast<double>(rounding(level_->length[leader])));
+    const Real cut = static_cast<Real>(certain_);
+    if (maximum + rounding(level_->longest) < cut) return;
+    if (possible_ < cut) code_ = -1;  // what was best before is not near it
+    const Real *const length = level_->length + first, by_length = by_length_, by_square = by_square_;
     for (int64_t begin = 0; begin < count; begin += kCompared) {
       const int64_t end = std::min(count, begin + kCompared);
       int any = 0;
 #pragma omp simd reduction(| : any)
-      for (int64_t k = begin; k < end; ++k) any |= x[k] >= cut;
+      for (int64_t k = begin; k < end; ++k) {
+        any |= !(x[k] + length[k] * (by_length + length[k] * by_square) < cut);
+      }
       for (int64_t k = begin; any && k < end; ++k) {
-        if (x[k] >= cut) consider(first + k, x[k]);
+        const Real possible = x[k] + rounding(length[k]);
+        if (!(possible < cut)) consider(first + k, possible);
       }
     }
   }
@@ -227,7 +240,9 @@ class Nearest {
   int64_t code() const { return code_; }
 
  private:
-  DGI_NEVER_INLINE void consider(int64_t code, Real score) {
+  DGI_HOST_DEVICE Real rounding(Real length) const { return length * (by_length_ + length * by_square_); }
+
+  DGI_NEVER_INLINE void consider(int64_t code, Real possible) {
     if (code_ >= 0) {
       const double sign = in_->scale == 0 ? 0 : in_->scale < 0 ? -1 : 1;
       if (!is_measured_) distance_ = sign * square_distance(code_);
@@ -238,7 +253,7 @@ class Nearest {
     } else {
       is_measured_ = false;
     }
-    code_ = code, score_ = score;
+    code_ = code, possible_ = possible;
   }
 
   double square_distance(int64_t code) const {
@@ -255,9 +270,11 @@ class Nearest {
   const Quantize<Real>* in_ = nullptr;
   const Level<Real>* level_ = nullptr;
   const Real* r_ = nullptr;
-  double slack_ = 0, best_score_ = -std::numeric_limits<double>::infinity();
+  Real by_length_ = 0, by_square_ = 0;  // of h
+  double best_score_ = -std::numeric_limits<double>::infinity();
+  double certain_ = -std::numeric_limits<double>::infinity();  // the best score is no lower
   double distance_ = 0;  // of code_, if is_measured_
-  Real score_ = -std::numeric_limits<Real>::infinity();
+  Real possible_ = -std::numeric_limits<Real>::infinity();  // the score of code_ is no higher
   bool is_measured_ = false;
   int64_t code_ = -1;
 };
