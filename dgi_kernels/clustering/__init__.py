@@ -8,7 +8,6 @@ with the metrics of :func:`dgi_kernels.assign_codes`. Nothing here has gradients
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -18,8 +17,8 @@ from torch import Tensor
 
 from dgi_kernels import checks
 from dgi_kernels import noise as reference_noise
-from dgi_kernels.backend import choose
-from dgi_kernels.clustering import lloyd
+from dgi_kernels.backend import choose, tracing
+from dgi_kernels.clustering import lloyd, native, reference
 from dgi_kernels.clustering.options import KMeansOptions
 from dgi_kernels.clustering.result import KMeans
 from dgi_kernels.enums import METRICS
@@ -283,8 +282,7 @@ def unique_codes(
     sizes = [len(codebook) for codebook in codebooks]
     for level, (codebook, size) in enumerate(zip(codebooks, sizes, strict=True)):
         _check_finite(f"codebooks[{level}]", codebook)
-        if len(codes) and not 0 <= int(codes[:, level].min()) <= int(codes[:, level].max()) < size:
-            raise ValueError(f"codes[:, {level}] must be in [0, {size}), the codes of codebooks[{level}]")
+        checks.index(f"codes[:, {level}]", codes[:, level], 0, size)
     if math.prod(sizes) < len(z):
         raise ValueError(
             f"codebooks must have at least as many semantic IDs as there are items; sizes {sizes} give "
@@ -299,7 +297,7 @@ def unique_codes(
 
 def implementation(chosen: str) -> Any:
     """The implementation of a backend."""
-    return importlib.import_module(f"dgi_kernels.clustering.{chosen}")
+    return native if chosen == "native" else reference
 
 
 def _check_points(x: Tensor, weights: Tensor | None, seed: int | Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -320,6 +318,8 @@ def _check_points(x: Tensor, weights: Tensor | None, seed: int | Tensor | None) 
 
 def _check_finite(name: str, value: Tensor) -> None:
     # A sum of finite numbers is finite in float64; unlike isfinite it makes no tensor of their size.
+    if tracing():  # there are no values yet
+        return
     if not bool(value.sum(dtype=torch.float64).isfinite()):
         raise ValueError(f"{name} must be finite; {int((~value.isfinite()).sum())} of {value.numel()} values are not")
 

@@ -12,7 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from dgi_kernels import cosine_cross_entropy, cosine_logits, gumbel_noise, gumbel_softmax, residual_quantize
+from dgi_kernels import (
+    assign_codes,
+    balanced_codes,
+    cosine_cross_entropy,
+    cosine_logits,
+    gumbel_noise,
+    gumbel_softmax,
+    residual_quantize,
+    unique_codes,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -117,6 +126,17 @@ def test_options_of_residual_quantize(mode: str) -> None:
         rows, sigma = torch.rand(leading) < 0.6, torch.tensor(0.4, requires_grad=True)
         rows.view(-1)[0] = True
         arguments = [torch.randn(*leading, 4, requires_grad=True), codebooks, values, sigma, rows]
+        assert_same(run, arguments, compiled_run)
+
+
+def test_codes_without_gradients() -> None:
+    def run(z: Tensor, codebooks: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        codes = assign_codes(z, codebooks, metric="euclidean")
+        return codes, balanced_codes(z, codebooks[0], epsilon=0.1), unique_codes(codes, z, codebooks)
+
+    compiled_run = compiled(run)
+    for rows in (9, 14):
+        arguments = [torch.randn(rows, 4), [torch.randn(5, 4), torch.randn(3, 4)]]
         assert_same(run, arguments, compiled_run)
 
 

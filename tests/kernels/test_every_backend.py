@@ -15,7 +15,9 @@ from torch import Tensor
 
 from dgi_kernels import (
     Trie,
+    assign_codes,
     backend,
+    balanced_codes,
     beam_search,
     beam_step,
     cosine_beam_step,
@@ -23,9 +25,12 @@ from dgi_kernels import (
     cosine_logits,
     gumbel_noise,
     gumbel_softmax,
+    kmeans,
     noise,
     rank_candidates,
+    residual_kmeans,
     residual_quantize,
+    unique_codes,
 )
 
 from .near import ROUNDING, assert_all_near
@@ -85,11 +90,39 @@ def quantize_case() -> tuple[Call, tuple[Tensor, ...]]:
     return call, (z, *codebooks, torch.tensor(8.0))
 
 
+def quantize_options_case() -> tuple[Call, tuple[Tensor, ...]]:
+    """By distance, with values, a scale of the noise, rows without noise, padding and leading dimensions."""
+    seed, rows, width = random.randrange(2**62), random.randint(2, 40), random.choice([3, 16])
+    z, *codebooks = (lengths(size, 12) for size in (3 * rows, 70, 33))
+    values = [torch.randn(len(codebook), width) for codebook in codebooks]
+    noisy, padding = torch.rand(3, rows) < 0.7, torch.rand(3, rows) < 0.2
+
+    def call(z: Tensor, first: Tensor, second: Tensor, *others: Tensor, backend: str) -> tuple[Tensor, ...]:
+        *values, scale, sigma = others
+        result = residual_quantize(
+            z.view(3, rows, 12),
+            [first, second],
+            scale,
+            0.8,
+            metric="euclidean",
+            values=values,
+            noise_scale=sigma,
+            noise_rows=noisy.to(z.device),
+            mask=padding.to(z.device),
+            seed=seed,
+            backend=backend,
+        )
+        return (result.quantized, *result.usage, result.log_normalizer, result.mixtures)
+
+    return call, (z, *codebooks, *values, torch.tensor(0.3), torch.tensor(0.6))
+
+
 DIFFERENTIABLE = {
     "cosine_logits": logits_case,
     "cosine_cross_entropy": cross_entropy_case,
     "gumbel_softmax": softmax_case,
     "residual_quantize": quantize_case,
+    "residual_quantize, options": quantize_options_case,
 }
 
 
@@ -115,7 +148,7 @@ def results(call: Call, inputs: tuple[Tensor, ...], upstream: list[Tensor] | Non
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_values_and_gradients(op: str, name: str, device: str, dtype: torch.dtype) -> None:
-    skip_without(op, name, device, dtype)
+    skip_without(op.split(",")[0], name, device, dtype)
     for _ in range(2):
         call, inputs = DIFFERENTIABLE[op]()
         given = [value.to(dtype) if value.dim() else value for value in inputs]  # the scale stays float32
@@ -141,6 +174,60 @@ def test_hard_and_straight_through_codes(name: str, device: str) -> None:
         codes = result.codes if mode == "hard" else result.sampled
         for level, codebook in enumerate(codebooks):
             assert torch.equal(result.quantized[:, level], codebook[codes[:, level]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])
+def test_codes(metric: str, name: str, device: str, dtype: torch.dtype) -> None:
+    """Assigned codes cost no more than rounding makes of the least cost, in float64."""
+    skip_without("assign_codes", name, device, dtype)
+    z, codebook = lengths(150, 24).to(dtype), lengths(70, 24).to(dtype)
+    codes = assign_codes(z.to(device), [codebook.to(device)], metric=metric, backend=name).cpu()
+    x, e = z.double(), codebook.double()
+    if metric == "cosine":
+        x, e = torch.nn.functional.normalize(x, dim=1), torch.nn.functional.normalize(e, dim=1)
+    costs = torch.cdist(x, e).square() if metric == "euclidean" else -(x @ e.T)
+    lost = costs.gather(1, codes)[:, 0] - costs.amin(1)
+    assert (lost <= 1e-5 * costs.abs().amax(1) * (100 if dtype != torch.float32 and device != "cpu" else 1)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_clusters(name: str, device: str, dtype: torch.dtype) -> None:
+    """From equal centroids the rounds are those of the reference in float64; the same call gives the same bits."""
+    skip_without("kmeans", name, device, dtype)
+    centres = 8 * torch.randn(9, 6)
+    x, weights = (centres.repeat(20, 1) + 0.3 * torch.randn(180, 6)).to(dtype), torch.rand(180)
+    start = x[:9].clone()
+    want = kmeans(x.double(), 9, init=start.double(), weights=weights, iterations=4, backend="reference")
+    given = {"init": start.to(device), "weights": weights.to(device), "iterations": 4, "backend": name}
+    got = kmeans(x.to(device), 9, **given)
+    assert torch.equal(got.codes.cpu(), want.codes)
+    torch.testing.assert_close(got.centroids.double().cpu(), want.centroids, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.inertia.double().cpu(), want.inertia, rtol=1e-4, atol=0.0)
+    assert torch.equal(kmeans(x.to(device), 9, **given).centroids, got.centroids)
+    codebooks, codes = residual_kmeans(x.to(device), [9, 4], seed=3, iterations=4, backend=name)
+    assert torch.equal(codes, assign_codes(x.to(device, codebooks[0].dtype), codebooks, metric="euclidean"))
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_balanced_and_unique_codes(name: str, device: str) -> None:
+    z, codebooks = lengths(90, 8), [lengths(10, 8), lengths(12, 8)]
+    if backend.why_not("balanced_codes", name, torch.device(device), torch.float32) is None:
+        got = balanced_codes(z.to(device), codebooks[0].to(device), epsilon=0.05, backend=name).cpu()
+        want = balanced_codes(z.double(), codebooks[0].double(), epsilon=0.05, backend="reference")
+        assert (got != want).sum() <= 1, "more than one near-tie"
+    skip_without("unique_codes", name, device, torch.float32)
+    codes = assign_codes(z, codebooks, metric="euclidean")
+    got = unique_codes(
+        codes.to(device), z.to(device), [c.to(device) for c in codebooks], metric="euclidean", backend=name
+    )
+    want = unique_codes(codes, z, codebooks, metric="euclidean", backend="reference")
+    assert torch.equal(got.cpu(), want) and len(got.unique(dim=0)) == 90 > len(codes.unique(dim=0))
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])

@@ -16,6 +16,7 @@ from dgi_kernels import (
     Trie,
     assign_codes,
     attention,
+    balanced_codes,
     beam_search,
     beam_step,
     cosine_beam_step,
@@ -27,6 +28,7 @@ from dgi_kernels import (
     gumbel_softmax,
     rank_candidates,
     residual_quantize,
+    unique_codes,
 )
 
 ROWS, DIM, CODES, ITEMS = 6, 8, 4, 50
@@ -68,6 +70,28 @@ def decoded(i: Inputs) -> Tensor:
     return decoder_step(first, [layer], memory, mask, [left], [parents], heads=2)[0]
 
 
+def mixtures(i: Inputs) -> Tensor:
+    """By distance, with values, a scale of the noise, rows without noise and padding."""
+    rows = (i["target"] > 1).reshape(2, 3)
+    result = residual_quantize(
+        i["h"].reshape(2, 3, DIM),
+        [i["weight"]] * 2,
+        i["scale"],
+        i["tau"],
+        metric="euclidean",
+        values=[i["weight"][:, :5]] * 2,
+        noise_scale=i["tau"],
+        noise_rows=rows,
+        mask=~rows,
+        seed=1,
+    )
+    return result.mixtures
+
+
+def without_gradients(i: Inputs) -> tuple[Tensor, list[Tensor]]:
+    return i["h"].detach(), [i["weight"].detach(), i["weight"].detach() + 1]
+
+
 WITH_GRADIENTS: dict[str, Callable[[Inputs], Tensor]] = {
     "cosine_logits": lambda i: cosine_logits(i["h"], i["weight"], i["scale"]),
     "cosine_cross_entropy": lambda i: cosine_cross_entropy(i["h"], i["weight"], i["target"], i["scale"]),
@@ -76,11 +100,14 @@ WITH_GRADIENTS: dict[str, Callable[[Inputs], Tensor]] = {
     "dropout": lambda i: dropout(i["h"], 0.3, seed=1),
     "attention": lambda i: attention(i["h"].reshape(2, 3, DIM), i["weight"].reshape(2, 1, 2 * DIM), heads=2, seed=1),
     "residual_quantize": lambda i: residual_quantize(i["h"], [i["weight"]], i["scale"], i["tau"], seed=1).quantized,
+    "residual_quantize, options": lambda i: mixtures(i),
 }
 OPS: dict[str, Callable[[Trie, Inputs], Tensor]] = {
     **{name: lambda _, i, op=op: op(i) for name, op in WITH_GRADIENTS.items()},
     "hard codes": lambda _, i: residual_quantize(i["h"], [i["weight"]], 9.0, mode="hard").codes,
     "assign_codes": lambda _, i: assign_codes(i["h"], [i["weight"]]),
+    "balanced_codes": lambda _, i: balanced_codes(i["h"].detach(), i["weight"].detach(), epsilon=0.1),
+    "unique_codes": lambda _, i: unique_codes(i["target"].unsqueeze(1).expand(-1, 2), *without_gradients(i)),
     "gumbel_noise": lambda _, i: gumbel_noise(3, 0, 4, 5),
     "beam_step": lambda trie, i: beam_step(trie, i["logits"], trie.root(ROWS), num_beams=3).scores,
     "cosine_beam_step": lambda trie, i: (

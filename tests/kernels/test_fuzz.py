@@ -128,6 +128,54 @@ def residual_quantize_call() -> dict[str, Any]:
     }
 
 
+def assign_codes_call() -> dict[str, Any]:
+    call = residual_quantize_call()
+    return {key: call[key] for key in ("z", "codebooks", "metric")}
+
+
+def kmeans_call() -> dict[str, Any]:
+    x, clusters = floats(random.choice((1, 5, 40)), size(), dtype=random.choice(DTYPES)), size()
+    return {
+        "x": x,
+        "clusters": clusters,
+        "metric": random.choice(["cosine", "dot", "euclidean"]),
+        "iterations": random.randint(0, 3),
+        "init": random.choice(["kmeans++", "random", floats(clusters, x.shape[1], dtype=x.dtype)]),
+        "weights": random.choice([None, torch.rand(len(x)) + 0.1]),
+        "seed": random.randrange(2**40),
+        "tol": random.choice([0.0, 1e-3]),
+    }
+
+
+def residual_kmeans_call() -> dict[str, Any]:
+    call = kmeans_call()
+    del call["clusters"], call["init"]
+    return {**call, "sizes": [size() for _ in range(random.randint(1, 3))]}
+
+
+def balanced_codes_call() -> dict[str, Any]:
+    dtype, dim = random.choice(DTYPES), size()
+    return {
+        "x": floats(random.choice((0, *SIZES)), dim, dtype=dtype),
+        "codebook": floats(size(), dim, dtype=dtype),
+        "metric": random.choice(["cosine", "dot", "euclidean"]),
+        "epsilon": random.uniform(0.003, 1.0),
+        "iterations": random.randint(0, 4),
+    }
+
+
+def unique_codes_call() -> dict[str, Any]:
+    codebooks, dim = [floats(random.randint(2, 9), 3) for _ in range(2)], 3
+    rows = random.randint(0, len(codebooks[0]) * len(codebooks[1]))
+    codes = torch.stack([torch.randint(len(c), (rows,)) for c in codebooks], 1)
+    return {
+        "codes": codes,
+        "z": floats(rows, dim),
+        "codebooks": codebooks,
+        "metric": random.choice(["cosine", "dot", "euclidean"]),
+    }
+
+
 def trie_call() -> dict[str, Any]:
     index = trie()
     codes, ids = index.codes()
@@ -218,6 +266,11 @@ OPS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     "gumbel_noise": (dgi_kernels.gumbel_noise, gumbel_noise_call),
     "gumbel_softmax": (dgi_kernels.gumbel_softmax, gumbel_softmax_call),
     "residual_quantize": (dgi_kernels.residual_quantize, residual_quantize_call),
+    "assign_codes": (dgi_kernels.assign_codes, assign_codes_call),
+    "kmeans": (dgi_kernels.kmeans, kmeans_call),
+    "residual_kmeans": (dgi_kernels.residual_kmeans, residual_kmeans_call),
+    "balanced_codes": (dgi_kernels.balanced_codes, balanced_codes_call),
+    "unique_codes": (dgi_kernels.unique_codes, unique_codes_call),
     "Trie.from_codes": (Trie.from_codes, trie_call),
     "beam_step": (dgi_kernels.beam_step, beam_step_call),
     "cosine_beam_step": (dgi_kernels.cosine_beam_step, cosine_beam_step_call),
