@@ -82,11 +82,7 @@ FORMS_LOGITS = frozenset(
 )
 
 # Options of an op that one of its kernels lacks, "name=value" -> why: what the other backends have, it may get later.
-LACKS: dict[tuple[str, str], dict[str, str]] = {
-    ("residual_quantize", "triton"): {
-        "values=True": "its kernels mix the codebooks alone",
-    },
-}
+LACKS: dict[tuple[str, str], dict[str, str]] = {}
 
 # Which of an op's kernels ``auto`` tries first.  On GPUs Triton's noise takes fewer instructions per element: hardware
 # logarithms, and a row that fits into registers is made once, where CUDA C++ makes it again in every pass.

@@ -14,21 +14,31 @@ import torch.nn.functional as F
 from torch import Tensor, library
 
 from dgi_kernels import checks
-from dgi_kernels.quantize import triton_forms as forms
 from dgi_kernels.quantize.options import Operands, QuantizeOptions
 from dgi_kernels.quantize.result import ResidualQuantization
 from dgi_kernels.quantize.triton_gradients import chunked_gradients, flash_gradients, upstream_of
-from dgi_kernels.quantize.triton_levels import HARD, Sampling, chunked_level, emit, flash_level, levels_of, tile_counts
+from dgi_kernels.quantize.triton_levels import (
+    HARD,
+    Sampling,
+    chunked_level,
+    emit,
+    flash,
+    flash_level,
+    levels_of,
+    tile_counts,
+)
 from dgi_kernels.triton_common import LN2, norms
 
 
 def residual_quantize(operands: Operands, options: QuantizeOptions) -> ResidualQuantization:
-    """All of one dtype -> ResidualQuantization, without values."""
-    z, codebooks, scale, tau, sigma, _, seed, padding = operands
+    """All of one dtype -> ResidualQuantization."""
+    z, codebooks, scale, tau, sigma, values, seed, padding = operands
     sizes = [len(codebook) for codebook in codebooks]
     dim = z.shape[1]
     more = max(16, (dim + 15) // 16 * 16) - dim  # rows are read 16 bytes at a time
     z, weight = F.pad(z, (0, more)), F.pad(torch.cat(list(codebooks)), (0, more))
+    width = 0 if values is None else values[0].shape[1]
+    mixed = F.pad(torch.cat(list(values)), (0, -width % 16)) if values is not None and width else None
     scale, tau = (checks.scalar_tensor(value, torch.float32, z.device) for value in (scale, tau))
     bias = centres = vectors = None
     if options.metric == "euclidean":
@@ -39,11 +49,11 @@ def residual_quantize(operands: Operands, options: QuantizeOptions) -> ResidualQ
         bias = -scale * weight.float().square().sum(1)
     with_grad = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad
-        for x in (z, weight, scale, tau, sigma)  # bias: of the others
+        for x in (z, weight, scale, tau, sigma, mixed)  # bias: of the others
     )
     noisy = seed is not None
     seed = torch.zeros(1, dtype=torch.int64, device=z.device) if seed is None else seed
-    quantized, codes, sampled, usage, residuals, log_normalizer, *_ = _forward(
+    quantized, codes, sampled, usage, residuals, log_normalizer, mixtures, *_ = _forward(
         z,
         weight,
         sizes,
@@ -55,6 +65,7 @@ def residual_quantize(operands: Operands, options: QuantizeOptions) -> ResidualQ
         bias,
         centres,
         vectors,
+        mixed,
         options.row_offset,
         options.eps,
         options.mode_number,
@@ -67,7 +78,13 @@ def residual_quantize(operands: Operands, options: QuantizeOptions) -> ResidualQ
         log_normalizer = log_normalizer - scale * squares / tau  # the row's own part of its scores
         residuals = (residuals.float() + centres).to(z.dtype)
     return ResidualQuantization(
-        quantized[..., :dim], codes, sampled, list(usage.split(sizes)), residuals[..., :dim], log_normalizer
+        quantized[..., :dim],
+        codes,
+        sampled,
+        list(usage.split(sizes)),
+        residuals[..., :dim],
+        log_normalizer,
+        None if values is None else mixtures[..., :width],
     )
 
 
@@ -84,20 +101,23 @@ def _forward(
     bias: Tensor | None,
     centres: Tensor | None,
     vectors: Tensor | None,
+    values: Tensor | None,
     row_offset: int,
     eps: float,
     mode: int,
     metric: int,
     noisy: bool,
     with_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> quantized, codes, sampled, usage, residuals, log_normalizer; for backward rnorm, rnorm_e, order, largest.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> quantized, codes, sampled, usage, residuals, log_normalizer, mixtures; rnorm, rnorm_e, order, largest for
+    backward.
 
     ``weight`` (sum K_j, D) is relative to ``centres`` (m, D), where there are any, and ``vectors`` (sum K_j, D) are the
-    codebooks; so are the residuals, and log_normalizer lacks the row's own part of the scores.
+    codebooks; so are the residuals, and log_normalizer lacks the row's own part of the scores. ``values`` are
+    (sum K_j, V).
     """
-    outputs = _empty_outputs(z, weight, sizes)
-    quantized, codes, sampled, usage, residuals, lse, rnorm, rnorm_e, order, largest = outputs
+    outputs = _empty_outputs(z, weight, sizes, values)
+    quantized, codes, sampled, usage, residuals, lse, mixtures, rnorm, rnorm_e, order, largest = outputs
     rows = z.shape[0]
     if rows == 0:
         usage.zero_()
@@ -112,10 +132,10 @@ def _forward(
         else:
             norms(weight, eps, rnorm_e)
         shared = (sizes, weight, bias, centres, vectors, rnorm_e)
-        levels = list(levels_of(*shared, residuals, codes, sampled, lse, rnorm, order, largest))
+        levels = list(levels_of(*shared, residuals, codes, sampled, lse, rnorm, order, largest, values, mixtures))
         emit(rest, None, None, None, levels[0], sampling)
         for level, after in zip(levels, [*levels[1:], None], strict=True):
-            run = flash_level if forms.is_flash(rows, weight.shape[1], weight.dtype) else chunked_level
+            run = flash_level if flash(rows, weight, values) else chunked_level
             mean = run(level, sampling, rest, usages[level.index], with_grad)
             emit(rest, mean, level, quantized[:, level.index], after, sampling)
             if mode == HARD:
@@ -126,8 +146,8 @@ def _forward(
 
 
 def _empty_outputs(
-    z: Tensor, weight: Tensor, sizes: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    z: Tensor, weight: Tensor, sizes: Sequence[int], values: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (rows, dim), levels, codes = z.shape, len(sizes), weight.shape[0]
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -140,16 +160,17 @@ def _empty_outputs(
         empty(codes),
         empty(rows, levels, dim, dtype=z.dtype),
         empty(rows, levels),
+        empty(rows, levels, 0 if values is None else values.shape[1], dtype=z.dtype),
         empty(rows, levels),
         empty(codes),
-        empty(levels, rows if forms.is_flash(rows, dim, z.dtype) else 0, dtype=torch.int64),
-        empty(sum(tile_counts(z, sizes))),
+        empty(levels, rows if flash(rows, z, values) else 0, dtype=torch.int64),
+        empty(sum(tile_counts(z, sizes, values))),
     )
 
 
 @_forward.register_fake
-def _(z, weight, sizes, *_):
-    return _empty_outputs(z, weight, sizes)
+def _(z, weight, sizes, scale, tau, seed, padding, sigma, bias, centres, vectors, values, *_):
+    return _empty_outputs(z, weight, sizes, values)
 
 
 @library.custom_op("dgi_kernels::residual_quantize_triton_backward", mutates_args=())
@@ -158,6 +179,7 @@ def _backward(
     dusage: Tensor | None,
     dresiduals: Tensor | None,
     dlse: Tensor | None,
+    dmixtures: Tensor | None,
     weight: Tensor,
     scale: Tensor,
     tau: Tensor,
@@ -165,6 +187,7 @@ def _backward(
     padding: Tensor | None,
     sigma: Tensor | None,
     bias: Tensor | None,
+    values: Tensor | None,
     codes: Tensor,
     sampled: Tensor,
     residuals: Tensor,
@@ -180,24 +203,26 @@ def _backward(
     metric: int,
     noisy: bool,
     wants_sigma: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> dz, dweight, dscale, dtau; dsigma and dbias, which are empty where they are not wanted."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> dz, dweight, dscale, dtau; dsigma, dbias and dvalues, which are empty where they are not wanted."""
     rows, _, dim = residuals.shape
     flow = residuals.new_zeros(rows, dim, dtype=torch.float32)  # the gradient of r_j, then of r_{j-1}
     dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
     dscale, dtau = torch.zeros_like(scale), torch.zeros_like(tau)
     dbias = scale.new_zeros(0 if bias is None else len(weight))
     dsigma = scale.new_zeros(rows if wants_sigma else 0)
+    dvalues = weight.new_zeros(0 if values is None else values.shape)
     if rows == 0:
-        return flow.to(residuals.dtype), dweight, dscale, dtau, dsigma, dbias
+        return flow.to(residuals.dtype), dweight, dscale, dtau, dsigma, dbias, dvalues
     weight = weight.contiguous()
     sampling = Sampling(scale, tau, seed, padding, sigma, row_offset, eps, mode, metric, noisy)
     parts = dweight.split(sizes)
     dusages = (dusage.float() / sampling.counted(rows)).split(sizes) if dusage is not None else [None] * len(sizes)
-    run = flash_gradients if forms.is_flash(rows, dim, weight.dtype) else chunked_gradients
+    run = flash_gradients if flash(rows, weight, values) else chunked_gradients
     with torch.cuda.device_of(residuals):
         shared = (sizes, weight, bias, None, None, rnorm_e)
-        levels = list(levels_of(*shared, residuals, codes, sampled, lse, rnorm, order, largest))
+        levels = list(levels_of(*shared, residuals, codes, sampled, lse, rnorm, order, largest, values, None))
+        value_parts = [None] * len(sizes) if dmixtures is None or values is None else dvalues.split(sizes)
         bias_parts = [None] * len(sizes) if bias is None else dbias.split(sizes)
         for j, level in reversed(list(enumerate(levels))):
             upstream = upstream_of(
@@ -207,18 +232,19 @@ def _backward(
                 flow,
                 dusages[j],
                 None if dlse is None else dlse.contiguous()[:, j],
+                None if dmixtures is None else dmixtures[:, j],
             )
             if dresiduals is not None:
                 flow.add_(dresiduals[:, j])
             of_sigma = torch.empty_like(dsigma) if wants_sigma else None
-            radial, of_tau = run(level, sampling, upstream, flow, parts[j], bias_parts[j], of_sigma)
+            radial, of_tau = run(level, sampling, upstream, flow, parts[j], bias_parts[j], of_sigma, value_parts[j])
             if of_sigma is not None:
                 dsigma.add_(of_sigma, alpha=LN2.value)
             dscale += radial.sum()
             dtau -= of_tau.sum() * LN2.value
             if upstream.dlse is not None:
                 dtau -= torch.where(upstream.dlse == 0, 0.0, level.lse * upstream.dlse).sum()
-    return flow.to(residuals.dtype), dweight, dscale / tau, dtau / tau, dsigma.div_(tau), dbias.div_(tau)
+    return flow.to(residuals.dtype), dweight, dscale / tau, dtau / tau, dsigma.div_(tau), dbias.div_(tau), dvalues
 
 
 @_backward.register_fake
@@ -227,6 +253,7 @@ def _(
     dusage,
     dresiduals,
     dlse,
+    dmixtures,
     weight,
     scale,
     tau,
@@ -234,6 +261,7 @@ def _(
     padding,
     sigma,
     bias,
+    values,
     codes,
     sampled,
     residuals,
@@ -258,26 +286,29 @@ def _(
         torch.empty_like(tau),
         scale.new_empty(rows if wants_sigma else 0),
         scale.new_empty(0 if bias is None else len(weight)),
+        weight.new_empty(0 if values is None else values.shape),
     )
 
 
 def _save(ctx, inputs, output) -> None:
-    _, weight, ctx.sizes, scale, tau, seed, padding, sigma, bias, _, _, *ctx.options, _ = inputs
-    _, codes, sampled, _, residuals, lse, rnorm, rnorm_e, order, largest = output
+    _, weight, ctx.sizes, scale, tau, seed, padding, sigma, bias, _, _, values, *ctx.options, _ = inputs
+    _, codes, sampled, _, residuals, lse, _, rnorm, rnorm_e, order, largest = output
     saved = (codes, sampled, residuals, lse, rnorm, rnorm_e, order, largest)
-    ctx.save_for_backward(weight, scale, tau, seed, padding, sigma, bias, *saved)
-    ctx.has_bias = bias is not None
+    ctx.save_for_backward(weight, scale, tau, seed, padding, sigma, bias, values, *saved)
+    ctx.has_bias, ctx.has_values = bias is not None, values is not None
     ctx.mark_non_differentiable(codes, sampled, rnorm, rnorm_e, order, largest)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, dquantized, _codes, _sampled, dusage, dresiduals, dlse, *_):
+def _differentiate(ctx, dquantized, _codes, _sampled, dusage, dresiduals, dlse, dmixtures, *_):
     wants_sigma = ctx.needs_input_grad[7]
-    dz, dweight, dscale, dtau, dsigma, dbias = _backward(
-        dquantized, dusage, dresiduals, dlse, *ctx.saved_tensors, ctx.sizes, *ctx.options, wants_sigma
+    dmixtures = dmixtures if ctx.has_values else None
+    dz, dweight, dscale, dtau, dsigma, dbias, dvalues = _backward(
+        dquantized, dusage, dresiduals, dlse, dmixtures, *ctx.saved_tensors, ctx.sizes, *ctx.options, wants_sigma
     )
     dsigma, dbias = dsigma if wants_sigma else None, dbias if ctx.has_bias else None
-    return dz, dweight, None, dscale, dtau, None, None, dsigma, dbias, *([None] * 8)
+    dvalues = dvalues if ctx.has_values else None
+    return dz, dweight, None, dscale, dtau, None, None, dsigma, dbias, None, None, dvalues, *([None] * 6)
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

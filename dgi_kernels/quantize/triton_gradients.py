@@ -28,23 +28,21 @@ from dgi_kernels.triton_common import add_product, finish_block, gain_of, or_one
 
 
 class Upstream(NamedTuple):
-    """The gradients that enter one level: z = norm x unit, v, L, and a bound of what they can make of a logit's."""
+    """The gradients that enter one level: z = norm x unit, v, L, and a bound of what they can make of a logit's.
+
+    With values z is what enters at z~ and at the mixture, side by side, as are the vectors that it is multiplied by.
+    """
 
     unit: Tensor  # (N, D) in the dtype of the operands
+    unit_of_mixture: Tensor | None  # (N, V)
     norm: Tensor  # (N,)
     bound: Tensor  # (N,)
     dusage: Tensor | None  # (K,)
     dlse: Tensor | None  # (N,), elements m apart
 
 
-def upstream_of(
-    level: Level,
-    sampling: Sampling,
-    dquantized: Tensor | None,
-    flow: Tensor,
-    dusage: Tensor | None,
-    dlse: Tensor | None,
-) -> Upstream:
+def _unit_and_norm(level: Level, dquantized: Tensor | None, flow: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of z~ as norm x unit; r_j = r_{j-1} - z~_j takes ``flow`` off it."""
     rows, dim = flow.shape
     unit, norm = flow.new_empty(rows, dim, dtype=level.e.dtype), flow.new_empty(rows)
     if dquantized is not None and dquantized.stride(1) != 1:
@@ -62,16 +60,38 @@ def upstream_of(
         b_d=b_d,
         num_warps=4,
     )
+    return unit, norm
+
+
+def upstream_of(
+    level: Level,
+    sampling: Sampling,
+    dquantized: Tensor | None,
+    flow: Tensor,
+    dusage: Tensor | None,
+    dlse: Tensor | None,
+    dmixture: Tensor | None,
+) -> Upstream:
+    unit_of_mixture = None
+    if dmixture is None:
+        unit, norm = _unit_and_norm(level, dquantized, flow)
+    else:
+        gradient = -flow if dquantized is None else dquantized.float() - flow  # r_j = r_{j-1} - z~_j
+        norm = torch.linalg.vector_norm(torch.cat([gradient, dmixture.float()], 1), dim=1)
+        inverse = (1 / norm.clamp(min=1e-30))[:, None]
+        unit, unit_of_mixture = ((part * inverse).to(level.e.dtype) for part in (gradient, dmixture))
     if sampling.plain:
         largest = torch.linalg.vector_norm(level.e, dim=1, dtype=torch.float32).amax()
     else:
         largest = torch.where(level.rnorm_e > 0, 1 / level.rnorm_e, 0.0).amax()
+    if level.values is not None and dmixture is not None:
+        largest = torch.hypot(largest, torch.linalg.vector_norm(level.values, dim=1, dtype=torch.float32).amax())
     bound = 2 * norm * largest
     if dusage is not None:
         bound = bound + 2 * dusage.abs().amax()
     if dlse is not None:
         bound = bound + dlse.abs()
-    return Upstream(unit, norm, bound.clamp(min=1e-30), dusage, dlse)
+    return Upstream(unit, unit_of_mixture, norm, bound.clamp(min=1e-30), dusage, dlse)
 
 
 def flash_gradients(
@@ -82,9 +102,10 @@ def flash_gradients(
     de: Tensor,
     dbias: Tensor | None,
     dsigma: Tensor | None,
+    dvalues: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Add a level's gradient of r to ``flow``, fill ``de`` and ``dbias``, which lacks 1 / tau; return each row's parts
-    of those of the scale and tau."""
+    of those of the scale and tau. There are no values."""
     (rows, dim), codes, dtype = flow.shape, len(level.e), level.e.dtype
     b_d, config = forms.flash_config(dim, flow.device)
     shared = {
@@ -165,18 +186,22 @@ def chunked_gradients(
     de: Tensor,
     dbias: Tensor | None,
     dsigma: Tensor | None,
+    dvalues: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """What :func:`flash_gradients` does. Products of a chunk are made again, not kept."""
+    """What :func:`flash_gradients` does, and fill ``dvalues``. Products of a chunk are made again, not kept."""
     e, dtype = level.e, level.e.dtype
     key_gain = gain_of(upstream.bound * or_one(level.rnorm) * or_one(level.rnorm_e).amax(), dtype)
     value_gain = gain_of(upstream.norm, dtype)
     key = torch.zeros_like(e, dtype=torch.float32)
     value = torch.zeros_like(key)
+    mixed = None if dvalues is None else torch.zeros_like(dvalues, dtype=torch.float32)
     radial, of_tau = torch.empty_like(upstream.norm), torch.empty_like(upstream.norm)
     for own, s, c in chunks_of(level, 2):
         w, y = weights_of(s, e), weights_of(c, e)
         product(level.residual[own], e.T, s)
         product(upstream.unit[own], e.T, c)
+        if upstream.unit_of_mixture is not None and level.values is not None:
+            add_product(upstream.unit_of_mixture[own], level.values.T, c)
         chunks.chunk_gradient_kernel[(len(s),)](
             s,
             c,
@@ -202,6 +227,8 @@ def chunked_gradients(
             dbias.add_(w.sum(0, dtype=torch.float32))
         add_product(w.T, level.residual[own], key)
         add_product(y.T, upstream.unit[own], value)
+        if upstream.unit_of_mixture is not None and mixed is not None:
+            add_product(y.T, upstream.unit_of_mixture[own], mixed)
         total = torch.empty_like(flow[own])
         product(w, e, total)
         _finish(
@@ -218,6 +245,8 @@ def chunked_gradients(
         )
     if dbias is not None:
         dbias.div_(sampling.row_factor if key_gain is None else sampling.row_factor * key_gain)
+    if dvalues is not None and mixed is not None:
+        dvalues.copy_(mixed if value_gain is None else mixed.div_(value_gain))
     _finish(key, e, level.rnorm_e, None, sampling, key_gain, value, value_gain, de, None)
     return radial, of_tau
 

@@ -43,6 +43,8 @@ class Level:
     rnorm: Tensor
     order: Tensor  # (N,), empty in the chunked form
     largest: Tensor  # (row tiles, code tiles), empty in the chunked form
+    values: Tensor | None  # (K, V), of the chunked form alone
+    mixture: Tensor | None  # (N, V), its rows m V apart: p V
 
 
 @dataclass(frozen=True)
@@ -118,9 +120,11 @@ def levels_of(
     rnorm: Tensor,
     order: Tensor,
     largest: Tensor,
+    values: Tensor | None,
+    mixtures: Tensor | None,
 ) -> Iterator[Level]:
     starts = [sum(sizes[:j]) for j in range(len(sizes))]
-    tiles = tile_counts(residuals, sizes)
+    tiles = tile_counts(residuals, sizes, values)
     for j, (start, size) in enumerate(zip(starts, sizes, strict=True)):
         own = slice(start, start + size)
         yield Level(
@@ -137,12 +141,19 @@ def levels_of(
             rnorm[:, j],
             order[j],
             largest[sum(tiles[:j]) : sum(tiles[: j + 1])],
+            None if values is None else values[own],
+            None if values is None or mixtures is None else mixtures[:, j],
         )
 
 
-def tile_counts(x: Tensor, sizes: Sequence[int]) -> list[int]:
+def flash(rows: int, x: Tensor, values: Tensor | None) -> bool:
+    """Whether a call takes the flash form, which mixes no values: that would take the registers of the means again."""
+    return values is None and forms.is_flash(rows, x.shape[-1], x.dtype)
+
+
+def tile_counts(x: Tensor, sizes: Sequence[int], values: Tensor | None) -> list[int]:
     """How many tiles :func:`kernels.usage_kernel` has for each level: none in the chunked form."""
-    if not forms.is_flash(len(x), x.shape[-1], x.dtype):
+    if not flash(len(x), x, values):
         return [0] * len(sizes)
     tiles = forms.flash_config(x.shape[-1], x.device)[1].codes
     return [triton.cdiv(len(x), tiles.step) * triton.cdiv(size, tiles.owned) for size in sizes]
@@ -347,8 +358,15 @@ def chunked_level(level: Level, sampling: Sampling, rest: Tensor, usage: Tensor,
             usage.add_(p.sum(0, dtype=torch.float32), alpha=2.0**-log2_gain)
         if mean is not None and p is not None:
             product(p, e, mean[own])
+            if level.values is not None and level.mixture is not None:
+                mixture = mean.new_empty(len(p), level.values.shape[1])
+                product(p, level.values, mixture)
+                level.mixture[own] = mixture.mul_(2.0**-log2_gain)
     if level.bias is not None:
         _sample_the_nearest(level, sampling)
+    if level.values is not None and level.mixture is not None and mean is None:
+        is_lost = level.lse.isnan().unsqueeze(1)
+        level.mixture.copy_(level.values[level.sampled].masked_fill(is_lost, float("nan")))
     if weights:
         _leave_out_padding(level, sampling)
     return None if mean is None else mean.mul_(2.0**-log2_gain)

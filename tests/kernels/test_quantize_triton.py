@@ -78,13 +78,16 @@ def assert_exact(
     metric: str = "cosine",
     sigma: Tensor | None = None,
     rows: Tensor | None = None,
+    mixed: Sequence[Tensor] = (),
 ) -> ResidualQuantization:
-    """Every result and every gradient, for gradients of every result (``weights``: 0 for none), against float64."""
+    """Every result and every gradient, for gradients of every result (``weights``: 0 for none), against float64;
+    ``mixed`` are the values."""
     dtype = leaves[0].dtype
     seed, row_offset = seed_tensor(), random.choice([0, 5, 2**32 - len(leaves[0])])
 
     def quantize(values: Sequence[Tensor], backend: str) -> ResidualQuantization:
-        z, *codebooks, scale, tau = values if sigma is None else values[:-1]
+        z, *codebooks = values[: len(leaves)]
+        scale, tau, *others = values[len(leaves) :]
         return residual_quantize(
             z,
             codebooks,
@@ -96,12 +99,13 @@ def assert_exact(
             seed=seed,
             row_offset=row_offset,
             eps=eps,
-            noise_scale=None if sigma is None else values[-1],
+            values=others[: len(mixed)] if mixed else None,
+            noise_scale=None if sigma is None else others[-1],
             noise_rows=rows,
             backend=backend,
         )
 
-    values = [*leaves, scale, tau, *([] if sigma is None else [sigma])]
+    values = [*leaves, scale, tau, *mixed, *([] if sigma is None else [sigma])]
     exact = [x.detach().double().requires_grad_() for x in values]
     actual, usual = quantize(values, "triton"), quantize(values, "reference")
     z, *codebooks = exact[: len(leaves)]
@@ -115,22 +119,24 @@ def assert_exact(
         eps,
         metric,
         sigma=of_rows if sigma is None else of_rows * exact[-1],
+        values=exact[len(leaves) + 2 :][: len(mixed)] if mixed else None,
     )
     same_path = torch.equal(actual.codes, usual.codes) and torch.equal(actual.sampled, usual.sampled)
     assert actual.quantized.dtype == actual.residuals.dtype == dtype
 
     def results(result: ResidualQuantization) -> list[Tensor]:
-        return [result.quantized, result.residuals, result.log_normalizer, torch.cat(list(result.usage))]
+        found = [result.quantized, result.residuals, result.log_normalizer, torch.cat(list(result.usage))]
+        return found if result.mixtures is None else [*found, result.mixtures]
 
     # At a near-tie the reference goes another way, and says nothing of this one; a soft path does not follow the codes.
     compared = results(usual) if same_path or mode == "soft" else None
     assert_all_near(
-        ("quantized", "residuals", "log_normalizer", "usage"),
+        ("quantized", "residuals", "log_normalizer", "usage", "mixtures")[: 5 if mixed else 4],
         results(actual),
         results(truth),
         compared,
         dtype=dtype,
-        sizes=(1e-2, 1e-2, 1e-2, 0),
+        sizes=(1e-2, 1e-2, 1e-2, 0, 1e-2)[: 5 if mixed else 4],
     )
     if mode == "hard":
         assert not actual.quantized.requires_grad
@@ -143,14 +149,15 @@ def assert_exact(
                 * (
                     x.double() * torch.linspace(-1, 2, x.numel(), device=DEVICE, dtype=torch.float64).view(x.shape)
                 ).sum()
-                for weight, x in zip(weights, results(result), strict=True)
+                for weight, x in zip((*weights, 1)[: 5 if mixed else 4], results(result), strict=True)
                 if weight
             ),
             torch.tensor(0.0),
         )
 
     wanted, found = gradients(loss(truth), exact), gradients(loss(actual), values)
-    names = ["z", *(f"codebooks[{j}]" for j in range(len(leaves) - 1)), "scale", "tau", "noise_scale"][: len(values)]
+    names = ["z", *(f"codebooks[{j}]" for j in range(len(leaves) - 1)), "scale", "tau"]
+    names += [*(f"values[{j}]" for j in range(len(mixed))), "noise_scale"][: len(values) - len(names)]
     # Where a gradient cancels to nothing, what it is summed from is still rounded.
     largest = max(x.norm().item() for x in wanted)
     assert_all_near(
@@ -216,6 +223,23 @@ def test_scale_of_the_noise_and_its_rows(form: str, metric: str) -> None:
     sigma = torch.tensor(random.choice([0.4, 1.6]), device=DEVICE, requires_grad=True)
     rows = random.choice([None, torch.rand(len(leaves[0]), device=DEVICE) < 0.6])
     assert_exact(leaves, *scalars(0.8, random.uniform(0.6, 1.5)), mode, metric=metric, sigma=sigma, rows=rows)
+
+
+@runs
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("mode", ["soft", "straight_through"])
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_values(form: str, metric: str, mode: str, dtype: torch.dtype) -> None:
+    """Mixed by the weights of the codebooks: their gradients, and what they add to those of the weights."""
+    leaves = inputs(SHAPES[1], dtype)
+    width = random.choice([1, 5, 16])
+    mixed = [torch.randn(len(x), width, device=DEVICE).to(dtype).requires_grad_() for x in leaves[1:]]
+    sigma = random.choice([None, torch.tensor(0.6, device=DEVICE, requires_grad=True)])
+    result = assert_exact(leaves, *scalars(0.9, 0.8), mode, metric=metric, sigma=sigma, mixed=mixed)
+    assert result.mixtures is not None and result.mixtures.dtype == dtype
+    if mode == "straight_through":
+        for level, value in enumerate(mixed):
+            assert torch.equal(result.mixtures[:, level], value[result.sampled[:, level]])
 
 
 @runs
