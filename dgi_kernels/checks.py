@@ -7,6 +7,7 @@ or a FakeTensorMode traces, value checks become the small operators below and ru
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -149,8 +150,15 @@ def scalar_tensor(value: float | Tensor, dtype: torch.dtype, device: torch.devic
     if torch.compiler.is_compiling():  # a factor may differ from call to call; one that is written makes a new graph
         return torch.ones((), dtype=dtype, device=device) * value
     if device.type == "cpu":
-        return torch.tensor(value, dtype=dtype)
+        return torch.tensor(value, dtype=dtype) if tracing() else _constant(value, dtype)
     return torch.full((), value, dtype=dtype, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def _constant(value: float, dtype: torch.dtype) -> Tensor:
+    """A 0-d tensor that nobody writes to: making one takes longer than a small op's checks."""
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=dtype)
 
 
 def to_dtype(value: float | Tensor, dtype: torch.dtype) -> float | Tensor:

@@ -142,7 +142,7 @@ def residual_quantize(
         seed = reference_noise.resolve_seed(seed, z.device)
     seed = seed if noise else None
     dtype = _common_dtype(z, codebooks if values is None else [*codebooks, *values])
-    chosen = choose("residual_quantize", backend, z.device, dtype, {"values": values is not None and not is_hard})
+    chosen = choose("residual_quantize", backend, z.device, dtype)
     compute = dtype if chosen == "triton" else checks.compute_dtype(dtype)
 
     def in_pytorch(operands: Operands) -> ResidualQuantization:
@@ -158,11 +158,11 @@ def residual_quantize(
             z = z.masked_fill(mask.unsqueeze(1), 0.0)
         operands = Operands(
             z.to(compute),
-            [codebook.to(compute) for codebook in codebooks],
+            _converted(codebooks, compute),
             checks.to_dtype(scale, compute) if chosen != "triton" else scale,
             checks.to_dtype(tau, compute) if chosen != "triton" else tau,
             None if seed is None else _noise_scale(noise_scale, noise_rows, z, checks.compute_dtype(dtype)),
-            None if values is None or is_hard else [value.to(compute) for value in values],
+            None if values is None or is_hard else _converted(values, compute),
             seed,
             mask,
         )
@@ -214,10 +214,10 @@ def assign_codes(
     checks.choice("metric", metric, METRICS)
     options = QuantizeOptions("hard", metric, 0, checks.number("eps", eps, positive=True))
     dtype = _common_dtype(z, codebooks)
-    if choose("assign_codes", backend, z.device, dtype, {"metric": metric}) == "native":
+    if choose("assign_codes", backend, z.device, dtype) == "native":
         compute = checks.compute_dtype(dtype)
         rows = z if z.ndim == 2 else z.reshape(math.prod(z.shape[:-1]), z.shape[-1])
-        codes = native.assign_codes(rows.to(compute), [codebook.to(compute) for codebook in codebooks], options)
+        codes = native.assign_codes(rows.to(compute), _converted(codebooks, compute), options)
         return codes if z.ndim == 2 else codes.reshape(*z.shape[:-1], len(codebooks))
     return residual_quantize(
         z, codebooks, 1.0, mode="hard", metric=metric, noise=False, eps=options.eps, backend=backend
@@ -238,6 +238,8 @@ def check_codebooks(codebooks: Iterable[Tensor], z: Tensor) -> list[Tensor]:
     codebooks = _check_list("codebooks", codebooks, "(K_j, D)")
     if not codebooks:
         raise ValueError("codebooks must hold at least one (K_j, D) tensor; got none")
+    if all(_fits(codebook, z) for codebook in codebooks):
+        return codebooks
     for level, codebook in enumerate(codebooks):
         name = f"codebooks[{level}]"
         checks.float_tensor(name, codebook, ndim=2, like=z)
@@ -246,6 +248,24 @@ def check_codebooks(codebooks: Iterable[Tensor], z: Tensor) -> list[Tensor]:
         if codebook.shape[0] == 0:
             raise ValueError(f"{name} must have at least one row; got shape {tuple(codebook.shape)}")
     return codebooks
+
+
+def _fits(codebook: object, z: Tensor) -> bool:
+    """Whether a codebook needs no closer look: as fast as can be, for calls with few rows."""
+    return (
+        isinstance(codebook, Tensor)
+        and codebook.dtype is z.dtype
+        and codebook.ndim == 2
+        and codebook.shape[1] == z.shape[-1]
+        and codebook.shape[0] > 0
+        and codebook.device == z.device
+        and codebook.layout is torch.strided
+        and not codebook.is_nested
+    )
+
+
+def _converted(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [x if x.dtype is dtype else x.to(dtype) for x in tensors]
 
 
 def _check_values(values: Iterable[Tensor], codebooks: Sequence[Tensor], z: Tensor) -> list[Tensor]:
