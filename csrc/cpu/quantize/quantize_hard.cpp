@@ -14,21 +14,6 @@ namespace {
 
 constexpr int64_t kTileCodes = 1024;  // a multiple of kNoiseChunk
 
-// The first of x that equals a value that is there, compared 16 at once.
-template <class Real>
-DGI_HOST_DEVICE int64_t first_of(const Real* x, int64_t count, Real value) {
-  constexpr int64_t kCompared = 16;
-  int64_t k = 0;
-  for (; k + kCompared < count; k += kCompared) {
-    int any = 0;
-#pragma omp simd reduction(| : any)
-    for (int64_t i = 0; i < kCompared; ++i) any |= x[k + i] == value;
-    if (any) break;
-  }
-  while (x[k] != value) ++k;
-  return k;
-}
-
 // The first largest of the values seen so far, as argmax has it: the first NaN where there is one.
 template <class Real>
 struct Largest {
@@ -51,7 +36,7 @@ struct Largest {
     }
     if (!is_nan && maximum > value) {
       value = maximum;
-      code = first + first_of(x, count, maximum);
+      code = first + first_equal(x, count, maximum);
     }
     return maximum;
   }
