@@ -46,7 +46,8 @@ def _protocol(data: Json) -> str:
         f"requests, {split}; all items are ranked, items of the history are {seen} the rankings. Budget of every "
         f"trained system: {data['steps']:,} steps{minutes} of {data['training']['batch_size']} interactions, "
         f"{data['epochs']:.1f} epochs; generative systems spend {data['encoder_share']:.0%} of it on the encoder that "
-        f"they start from. Width {data['model']['dim']}. In brackets: 95 % intervals, bootstrap over requests; "
+        f"they start from, `dgi` and its ablations a third. Width {data['model']['dim']}. In brackets: 95 % intervals, "
+        f"bootstrap over requests; "
         f"Δ: paired, against `{data['best_baseline']}`, the best baseline."
     )
 

@@ -22,7 +22,7 @@ def staged(
     """Fields of :class:`dgi.TrainConfig`: an encoder, codes of its vectors, then everything on those codes.
 
     The next-token loss reaches the encoder through the request's memory. That it reaches the items through soft
-    assignments too (``mixed``) was worse: docs/paper.md.
+    assignments too (``mixed``) cost quality: docs/paper.md.
 
     Args:
         epochs: of all stages.
@@ -32,7 +32,7 @@ def staged(
         inputs: of the decoder in the joint stage, see :class:`dgi.Stage`.
     """
     share = distillation if all_items else 0.0
-    # Codes that stay have no use for terms that keep the quantizer's codes in use and near.
+    # Codes that stay have no use for terms that keep codes in use and near.
     weights = {} if inputs == "hard" else {"local": 0.0, "diversity": 0.0}
     joint = Stage("joint", epochs=(1 - first) * epochs, inputs=inputs, distillation=share, loss_weights=weights)
     fields: dict[str, Any] = {"stages": (Stage("encoder", epochs=first * epochs), Stage("quantizer"), joint)}
