@@ -426,7 +426,9 @@ def dropins() -> str:
             equal = "equal" if ours["extra_info"]["equal"] else f"differs: {load(name).differs[step]}"
             lines.append(f"| `{name}` | {step} | {ours['extra_info']['lines']} | {ratio} | {memory} | {equal} |")
         machine = document["machine_info"]
-        where.add(f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}")
+        where.add(
+            f"{machine['cpu']}, {machine['threads']} thread{'s'[: machine['threads'] > 1]}, torch {machine['torch']}"
+        )
     return "\n".join([*lines, "", f"<sub>{'; '.join(sorted(where))}: `bench/results/dropin-*.json`</sub>"])
 
 
