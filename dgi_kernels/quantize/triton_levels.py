@@ -333,7 +333,7 @@ def chunked_level(level: Level, sampling: Sampling, rest: Tensor, usage: Tensor,
                 s,
                 level.residual[own],
                 **{**near, "p_codes": nearest, "stride_m": 1},
-                b_k=forms.CHUNK_STEP,
+                b_k=2 * forms.CHUNK_STEP,
                 b_d=finish_block(rest.shape[1])[1],
                 num_warps=4,
             )
