@@ -59,7 +59,13 @@ class ModelConfig:
         vocabulary_size: hash buckets of the ``text`` encoder's words; with a tokenizer of your own its tokens are
             taken as they are.
         max_tokens: words (``text``) or word pieces (``t5``) kept of one text.
+        word_scale: standard deviation of the ``text`` encoder's word vectors at the start. A cosine turns by angles:
+            a rate of 1e-3 turns long vectors by little. Items whose words are their own (titles) learn faster from
+            short ones, such as 0.05.
         max_history: items of the history that are read, the latest ones.
+        causal: each item of a history sees those before it only, and the vector of the last one is the query's. A whole
+            sequence then trains in one pass, every item a query for the next (``text`` and ``vectors``, requests
+            without query texts).
         vector_dim: width of precomputed vectors (``vectors``).
         pretrained: name or folder of a T5-family model (``t5``).
         initial_scale: starting value of the learnable logit scale γ.
@@ -78,7 +84,9 @@ class ModelConfig:
     tokenizer: str = WORDS_2
     vocabulary_size: int = 16384
     max_tokens: int = 32
+    word_scale: float = 1.0
     max_history: int = 10
+    causal: bool = False
     vector_dim: int = 0
     pretrained: str = ""
     initial_scale: float = 30.0
@@ -103,9 +111,12 @@ class ModelConfig:
             raise ValueError('vector_dim must be the width of the vectors where encoder is "vectors"; got 0')
         if self.encoder == "t5" and not self.pretrained:
             raise ValueError('pretrained must name a T5-family model or folder where encoder is "t5"; got ""')
+        if self.encoder == "t5" and self.causal:
+            raise ValueError('causal must be False where encoder is "t5", which reads a history as one text; got True')
         if self.encoder == "text" and not self.tokenizer:
             raise ValueError(f'tokenizer must be "{WORDS_2}", "{WORDS_1}", or the path or name of a tokenizer; got ""')
         _positive(self, "initial_scale")
+        _positive(self, "word_scale")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1); got {self.dropout}")
 

@@ -30,7 +30,8 @@ Every trained system gets the same encoder and the same number of steps. Generat
 encoder that they share. What is chosen, such as the weight of popularity, is chosen on the validation set: the one in
 the files, the last but one item of each user (leave-one-out), or the last tenth of the training interactions.
 The output folder receives results.json, results.md, a picture for each data set, cells/ and runs/. Run again, an
-interrupted comparison continues where it was, and further systems, seeds and data sets join it.
+interrupted comparison continues where it was, and further systems, seeds and data sets join it. --join takes over what
+was run elsewhere. With --set causal=true and sequences, a batch is of whole sequences, every item a request.
 
 systems; those marked with - only if they are named:
 {_SYSTEMS}
@@ -77,18 +78,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pseudo-queries", metavar="N", type=positive, help="train with N runs of words of each item's text as queries"
     )
+    parser.add_argument(
+        "--join",
+        metavar="DIR",
+        type=Path,
+        action="append",
+        default=[],
+        help="take over the cells of another comparison of the same data and budget; may be repeated",
+    )
     add_settings(parser)
     add_run_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    from dgi.evaluation.compare import Comparison, compare
+    from dgi.evaluation.compare import Comparison, compare, join
     from dgi.evaluation.comparison_report import markdown, pictures
     from dgi.retrieval.baselines import Plan
     from dgi_kernels.files import atomic_write
 
     steps, minutes = args.budget
     settings: dict[str, Any] = {**SETTINGS, "max_history": args.history, **read_settings(args)}
+    for other in args.join:
+        join(args.output, other)
     results: dict[str, Any] = {}
     for name in args.data:
         data = _load(args, name)

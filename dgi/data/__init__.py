@@ -6,7 +6,15 @@ from dgi.data.interactions import MAX_HISTORY, Interactions, load_interactions, 
 from dgi.data.judgments import Judgments, load_judgments
 from dgi.data.movielens import MOVIELENS_TERMS, load_movielens
 from dgi.data.readers import DataError
-from dgi.data.sequences import Sequences, leave_one_out, load_sequences, next_items
+from dgi.data.sequences import (
+    SequenceRows,
+    Sequences,
+    leave_one_out,
+    load_sequences,
+    next_items,
+    training_part,
+    training_rows,
+)
 from dgi.data.split import time_split
 
 __all__ = [
@@ -17,6 +25,7 @@ __all__ = [
     "Dataset",
     "Interactions",
     "Judgments",
+    "SequenceRows",
     "Sequences",
     "leave_one_out",
     "load_catalog",
@@ -29,6 +38,8 @@ __all__ = [
     "next_items",
     "pad_histories",
     "time_split",
+    "training_part",
+    "training_rows",
     "with_pseudo_queries",
     "with_validation",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,8 @@ class Batch:
         histories: (B, H) int64 index into ``item_rows``, oldest first, -1 where there is none.
         query_features: (B, ...) features of the query texts, or None where no row has a query.
         candidates: (C,) int64 index into ``item_rows`` of items to rank beside the clicked ones in training, or None.
+        places: None where each row is one request. Else (Q,) int64: request q is what row ``places[q] // H`` holds up
+            to its item ``places[q] % H``, inclusive; ``targets`` is (Q,) then, and histories are padded on the right.
     """
 
     item_rows: Tensor
@@ -27,6 +30,7 @@ class Batch:
     histories: Tensor
     query_features: Tensor | None
     candidates: Tensor | None = None
+    places: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         def move(value: Tensor) -> Tensor:
@@ -39,6 +43,7 @@ class Batch:
             move(self.histories),
             None if self.query_features is None else move(self.query_features),
             None if self.candidates is None else move(self.candidates),
+            None if self.places is None else move(self.places),
         )
 
     def __len__(self) -> int:
@@ -72,3 +77,20 @@ def make_batch(
         query_features,
         None if candidates is None else torch.searchsorted(rows, candidates),
     )
+
+
+def make_sequence_batch(
+    item_features: Tensor, histories: Tensor, targets: Tensor, candidates: Tensor | None = None
+) -> Batch:
+    """A batch in which every item with a target is the end of a request: the items of its row up to it.
+
+    Args:
+        item_features: (num_items, ...) features of the whole catalog.
+        histories: (B, H) int64 catalog rows, oldest first, padded with -1 on the right.
+        targets: (B, H) int64 the item to follow each one, -1 where none is to be learnt.
+        candidates: (C,) int64 catalog rows, or None.
+    """
+    flat = targets.flatten()
+    places = (flat >= 0).nonzero().squeeze(1)
+    batch = make_batch(item_features, histories, flat[places], None, candidates)
+    return dataclasses.replace(batch, places=places)

@@ -16,7 +16,7 @@ from dgi.data.catalog import Catalog, load_catalog
 from dgi.data.interactions import MAX_HISTORY, Interactions, load_interactions
 from dgi.data.judged import JudgedQueries, load_qrels, load_ratings
 from dgi.data.readers import SUFFIXES, DataError, Problems, as_id, read_rows
-from dgi.data.sequences import leave_one_out, load_sequences, next_items
+from dgi.data.sequences import Sequences, leave_one_out, load_sequences, next_items, training_part
 from dgi.data.split import time_split
 
 SplitKind = Literal["time", "leave_one_out", "given"]
@@ -33,6 +33,7 @@ class Dataset:
         relevant: for each row of ``test`` all its rated items, ``{catalog row: rating}``, or None where the item chosen
             is the only relevant one.
         split: how training and test were told apart.
+        sequences: those that ``train`` was made of, where it was made of sequences split by leave-one-out, or None.
     """
 
     catalog: Catalog
@@ -42,6 +43,7 @@ class Dataset:
     validation: Interactions | None = None
     relevant: tuple[dict[int, int], ...] | None = None
     split: SplitKind = "time"
+    sequences: Sequences | None = None
 
 
 def load_dataset(
@@ -104,7 +106,15 @@ def load_dataset(
             train, test = _by_time(kinds["sequences"], examples, test_fraction)
             return Dataset(catalog, train, test, name)
         train, validation, test = _told(kinds["sequences"], lambda: leave_one_out(sequences, max_history=max_history))
-        return Dataset(catalog, train, test, name, validation, split="leave_one_out")
+        return Dataset(
+            catalog,
+            train,
+            test,
+            name,
+            validation,
+            split="leave_one_out",
+            sequences=training_part(sequences),
+        )
     if kinds["qrels"] or kinds["ratings"]:
         _check_split(split, "given")
         return _judged(_load_judged(kinds, files, catalog), catalog, name)

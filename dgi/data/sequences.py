@@ -61,6 +61,15 @@ def load_sequences(path: str | os.PathLike[str], catalog: Catalog) -> Sequences:
     return Sequences(tuple(items), tuple(timestamps))
 
 
+def training_part(sequences: Sequences) -> Sequences:
+    """What :func:`leave_one_out` trains on: each user's items but the last two, all of users with fewer than three."""
+    kept = [slice(len(items) - 2 if len(items) >= SHORTEST else None) for items in sequences.items]
+    return Sequences(
+        tuple(items[part] for items, part in zip(sequences.items, kept, strict=True)),
+        tuple(times[part] for times, part in zip(sequences.timestamps, kept, strict=True)),
+    )
+
+
 def leave_one_out(
     sequences: Sequences, *, max_history: int = MAX_HISTORY
 ) -> tuple[Interactions, Interactions, Interactions]:
@@ -87,6 +96,48 @@ def leave_one_out(
         raise DataError(f"no user has {SHORTEST} items, which leave-one-out needs; split by time instead")
     train, validation, test = (_examples(sequences, part, max_history) for part in parts)
     return train, validation, test
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceRows:
+    """Training examples of sequences, many in a row: every item with a target ends a history, the items up to it.
+
+    Attributes:
+        histories: (n, H) int64 catalog rows, oldest first, padded with -1 on the right.
+        targets: (n, H) int64 the item that followed each one, -1 where it is in another row or none followed.
+    """
+
+    histories: np.ndarray
+    targets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.histories)
+
+
+def training_rows(sequences: Sequences, *, max_history: int = MAX_HISTORY) -> SequenceRows:
+    """The examples of :func:`next_items`, a row for each user.
+
+    A sequence of more than ``max_history`` + 1 items takes several rows. Each example is in one of them, and has at
+    least half of ``max_history`` items before it in its row.
+    """
+    if max_history < 1:
+        raise ValueError(f"max_history must be at least 1; got {max_history}")
+    histories, targets = [], []
+    for items in sequences.items:
+        start, done, last = 0, 0, len(items) - 1
+        while done < last:
+            end = min(start + max_history, last)
+            history = np.full(max_history, -1, dtype=np.int64)
+            target = history.copy()
+            history[: end - start] = items[start:end]
+            target[done - start : end - start] = items[done + 1 : end + 1]
+            histories.append(history)
+            targets.append(target)
+            start, done = max(0, end - max_history // 2), end
+    shape = (len(histories), max_history)
+    return SequenceRows(
+        np.array(histories, dtype=np.int64).reshape(shape), np.array(targets, dtype=np.int64).reshape(shape)
+    )
 
 
 def next_items(sequences: Sequences, *, max_history: int = MAX_HISTORY) -> Interactions:

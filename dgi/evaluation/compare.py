@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dgi.config import to_dict
+from dgi.config import ModelConfig, TrainConfig, from_file, to_dict
 from dgi.data import Dataset, Interactions, with_validation
 from dgi.evaluation import metrics
 from dgi.evaluation.evaluate import DEPTH, K, sample, sampled_rows, train_counts, write_json
@@ -33,12 +33,15 @@ from dgi.extras import require
 from dgi.model.dgi_model import DualEncoder
 from dgi.progress import Progress
 from dgi.retrieval.baselines import Plan, Retriever
-from dgi.training.trainer import Trainer
+from dgi.retrieval.baselines.dense import hit_rate_and_ndcg
+from dgi.retrieval.baselines.plan import validation_sample
 from dgi_kernels.files import atomic_write, check_output
 
 Json = dict[str, Any]
 VERSION = 1
 PROBE_STEPS = 10  # of the dense system, to turn minutes into steps
+# Of a training configuration: the seed is the cell's; the others are no part of the comparison, or a system's own.
+NO_PART = ("seed", "epochs", "contrastive", "log_every", "checkpoint_every", "stages", "item_bias")
 CURVE_KEYS = ("step", "loss", "ntp", "infonce", "grad_norm", f"validation_hit_rate@{K}")
 
 
@@ -133,6 +136,8 @@ def _run_cell(
     fitted = time.perf_counter()
     found = system.search(test, DEPTH, exclude_history=about["history_excluded"]).items.numpy()
     searched = time.perf_counter()
+    held = validation_sample(data)
+    checked = system.search(held, K, exclude_history=about["history_excluded"]).items
     counts = train_counts(data.train, len(data.catalog))
     excluded = about["history_excluded"]
     tail = tail_curve(system, test, counts, exclude_history=excluded) if relevant is None else None
@@ -144,6 +149,7 @@ def _run_cell(
         "system": name,
         "seed": seed,
         "measures": {key: float(row.mean(dtype=np.float64)) for key, row in zip(MEASURES, values, strict=True)},
+        "validation": {f"ndcg@{K}": hit_rate_and_ndcg(checked, torch.from_numpy(held.items))[1]},
         "buckets": bucket_means(recall, test.items, counts),
         "hubness": metrics.hubness(found, len(data.catalog), K),
         "geometry": geometry(system, counts),
@@ -209,11 +215,10 @@ def _step_seconds(plan: Plan, data: Dataset) -> float:
         times.append(time.perf_counter())
         return {"probe": 0.0}
 
-    Trainer(
+    plan.trainer(
         DualEncoder(plan.model),
         config,
-        data.catalog,
-        data.train,
+        data,
         None,
         device=plan.device,
         progress=False,
@@ -232,9 +237,10 @@ def _about(data: Dataset, test: Interactions, plan: Plan, comparison: Comparison
             digest.update(np.ascontiguousarray(column).data)
         digest.update("\n".join(part.queries).encode(errors="surrogatepass"))
     digest.update("\n".join(data.catalog.texts).encode(errors="surrogatepass"))
+    rows = plan.rows(data)
     training = to_dict(plan.training)
-    for name in ("seed", "epochs", "contrastive", "log_every", "checkpoint_every", "stages", "item_bias"):
-        del training[name]  # the seed is the cell's; the others are no part of the comparison, or a system's own
+    for name in NO_PART:
+        del training[name]
     return json.loads(
         json.dumps(
             {
@@ -248,7 +254,8 @@ def _about(data: Dataset, test: Interactions, plan: Plan, comparison: Comparison
                 "history_excluded": comparison.exclude_history,
                 "judged": data.relevant is not None,
                 "steps": plan.training.steps,
-                "epochs": plan.training.steps * min(plan.training.batch_size, len(data.train)) / len(data.train),
+                "batches_of": "sequences" if plan.on_sequences(data) else "interactions",
+                "epochs": plan.training.steps * min(plan.training.batch_size, rows) / rows,
                 "minutes": comparison.minutes,
                 "encoder_share": plan.encoder_share,
                 "model": to_dict(plan.model),
@@ -260,7 +267,7 @@ def _about(data: Dataset, test: Interactions, plan: Plan, comparison: Comparison
 
 
 def _check_same(path: Path, about: Json) -> None:
-    stored = json.loads(path.read_text(encoding="utf-8"))["about"]
+    stored = _as_now(json.loads(path.read_text(encoding="utf-8"))["about"])
     for name, value in about.items():
         if stored.get(name) != value:
             raise ValueError(
@@ -269,16 +276,58 @@ def _check_same(path: Path, about: Json) -> None:
             )
 
 
+def _as_now(about: Json) -> Json:
+    """What a cell of any version agreed in, settings that it did not know yet being as they were then."""
+    training = to_dict(from_file(TrainConfig, about["training"]))
+    for name in NO_PART:
+        del training[name]
+    model = to_dict(from_file(ModelConfig, about["model"]))
+    return json.loads(json.dumps({"batches_of": "interactions", **about, "model": model, "training": training}))
+
+
+def join(output: Path, other: Path) -> list[Path]:
+    """Copy the cells of another comparison that ``output`` does not have.
+
+    Args:
+        output: folder of a comparison, there or not.
+        other: folder of one of the same data and budget, with other systems or seeds.
+
+    Returns:
+        The cells copied.
+
+    Raises:
+        FileNotFoundError: ``other`` has no cells.
+        ValueError: a cell was made with other settings or data than those of ``output``.
+    """
+    sources = sorted((other / "cells").glob("*/*-*.json"))
+    if not sources:
+        raise FileNotFoundError(f"{other} holds no cells of a comparison")
+    about: dict[str, Json] = {}
+    for path in [*sorted((output / "cells").glob("*/*-*.json")), *sources]:
+        cell = json.loads(path.read_text(encoding="utf-8"))
+        _check_same(path, about.setdefault(path.parent.name, _as_now(cell["about"])))
+    joined = []
+    for source in sources:
+        path = output / "cells" / source.parent.name / source.name
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for suffix in (".npy", ".json"):  # the measures first, as a cell is written
+                with atomic_write(path.with_suffix(suffix)) as file:
+                    file.write(source.with_suffix(suffix).read_bytes())
+            joined.append(path)
+    return joined
+
+
 def collect(output: Path) -> Json:
     """The results of all cells in ``output``.
 
     Returns:
         JSON-ready ``{"version", "machine", "data": {name: {…what the data set's cells agree in…, "best_baseline",
-        "systems": {name: {"seeds", "measures": {"recall@10": {"mean", "low", "high", "seeds"}}, "difference": NDCG
-        against the best baseline with its paired interval, "buckets", "hubness", "geometry", "settings", "tail",
-        "parameters", "seconds", "curve"}}}}}``; of ``tail`` see :func:`dgi.evaluation.tail.tail_curve`. Intervals are
-        over requests, each request's measure being the mean over the seeds; ``seeds`` are the means of every seed.
-        ``curve`` is the first seed's.
+        "systems": {name: {"seeds", "measures": {"recall@10": {"mean", "low", "high", "seeds"}}, "validation": NDCG,
+        "difference": NDCG against the baseline that is best on validation requests, with its paired interval,
+        "buckets", "hubness", "geometry", "settings", "tail", "parameters", "seconds", "curve"}}}}}``; of ``tail`` see
+        :func:`dgi.evaluation.tail.tail_curve`. Intervals are over requests, each request's measure being the mean over
+        the seeds; ``seeds`` are the means of every seed. ``curve`` is the first seed's.
     """
     folders = sorted(path for path in (output / "cells").iterdir() if path.is_dir())
     data = {folder.name: _collect_data(folder) for folder in folders if any(folder.glob("*-*.json"))}
@@ -305,7 +354,8 @@ def _collect_data(folder: Path) -> Json:
         values[name] = np.stack(stacks).mean(axis=0, dtype=np.float64)
     place = MEASURES.index(f"ndcg@{K}")
     baselines = [name for name in cells if not SYSTEMS[name].generative]
-    best = max(baselines or cells, key=lambda name: float(values[name][place].mean()))
+    validated = {name: _validated(cells[name]) for name in baselines or cells}
+    best = max(validated, key=lambda name: (not math.isnan(validated[name]), validated[name]))
     systems = {
         name: _collect_system(
             cells[name], values[name], None if name == best else values[name][place] - values[best][place]
@@ -315,6 +365,11 @@ def _collect_data(folder: Path) -> Json:
     }
     about = next(iter(cells.values()))[0]["about"]
     return {**about, "best_baseline": best, "systems": systems}
+
+
+def _validated(cells: Sequence[Json]) -> float:
+    """NDCG on the validation set, mean over the seeds: what the best baseline is chosen by. NaN of old cells."""
+    return float(np.mean([cell.get("validation", {}).get(f"ndcg@{K}", math.nan) for cell in cells]))
 
 
 def _collect_system(cells: list[Json], values: np.ndarray, difference: np.ndarray | None) -> Json:
@@ -328,6 +383,7 @@ def _collect_system(cells: list[Json], values: np.ndarray, difference: np.ndarra
     return {
         "seeds": seeds,
         "measures": measures,
+        "validation": {f"ndcg@{K}": None if math.isnan(_validated(cells)) else _validated(cells)},
         "difference": None if difference is None else {f"ndcg@{K}": interval(difference)},
         "buckets": _means([cell["buckets"] for cell in cells]),
         "hubness": _means([cell["hubness"] for cell in cells]),

@@ -40,23 +40,42 @@ def _protocol(data: Json) -> str:
     which = (
         f"all {data['queries']:,}" if data["queries"] == data["test"] else f"{data['queries']:,} of {data['test']:,}"
     )
+    # Before batches could be of sequences, items could share an ID.
+    unique = ", and make semantic IDs unique" if "batches_of" in data else ""
     minutes = f" (the dense system's in {data['minutes']:g} minutes)" if data["minutes"] else ""
     return (
         f"{data['items']:,} items, {data['train']:,} training, {data['validation']:,} validation and {which} test "
         f"requests, {split}; all items are ranked, items of the history are {seen} the rankings. Budget of every "
-        f"trained system: {data['steps']:,} steps{minutes} of {data['training']['batch_size']} interactions, "
-        f"{data['epochs']:.1f} epochs; generative systems spend {data['encoder_share']:.0%} of it on the encoder that "
-        f"they start from, `dgi` and its ablations a third. Width {data['model']['dim']}. In brackets: 95 % intervals, "
-        f"bootstrap over requests; "
-        f"Δ: paired, against `{data['best_baseline']}`, the best baseline."
+        f"trained system: {data['steps']:,} steps{minutes} of {data['training']['batch_size']} "
+        f"{data.get('batches_of', 'interactions')}, {data['epochs']:.1f} epochs; generative systems spend "
+        f"{data['encoder_share']:.0%} of it on the encoder that they start from, `dgi` and its ablations a "
+        f"third{unique}. Width "
+        f"{data['model']['dim']}. In brackets: 95 % intervals, bootstrap over requests; Δ: paired, against "
+        f"`{data['best_baseline']}`, the best baseline{_chosen_on(data)}."
     )
+
+
+def _chosen_on(data: Json) -> str:
+    """Results of earlier versions have no validation, and a baseline that was best on test requests."""
+    validation = data["systems"][data["best_baseline"]].get("validation", {})
+    return "" if validation.get(f"ndcg@{K}") is None else " on validation requests"
 
 
 def _quality(data: Json) -> str:
     systems = data["systems"]
     buckets = list(next(iter(systems.values()))["buckets"])
     recall = f"R@{K}"
-    header = ["system", "seeds", recall, f"NDCG@{K}", "Δ NDCG", *(f"{recall}, {bucket}" for bucket in buckets), "never"]
+    header = [
+        "system",
+        "seeds",
+        recall,
+        f"NDCG@{K}",
+        "Δ NDCG",
+        f"NDCG@{K} by seed",
+        "on validation requests",
+        *(f"{recall}, {bucket}" for bucket in buckets),
+        "never",
+    ]
     rows = []
     for name, of_system in systems.items():
         measures = of_system["measures"]
@@ -68,6 +87,8 @@ def _quality(data: Json) -> str:
                 _interval(measures[f"recall@{K}"]),
                 _interval(measures[f"ndcg@{K}"]),
                 "" if difference is None else _interval(difference[f"ndcg@{K}"], signed=True),
+                " ".join(map(_number, measures[f"ndcg@{K}"]["seeds"], [4] * len(of_system["seeds"]))),
+                _number(of_system.get("validation", {}).get(f"ndcg@{K}"), 4),
                 *(_number(of_system["buckets"][bucket]) for bucket in buckets),
                 f"{of_system['hubness']['never_returned']:.0%}",
             ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 DESCRIPTIONS: dict[str, str] = {
     "random": "random vectors; must come last",
     "popularity": "most popular items",
+    "cooccurrence": "what followed the items of the history",
     "bm25": "BM25 over item texts",
     "bm25_expanded": "BM25, items with their training queries",
     "given_vectors": "cosine of the vectors of the data",
@@ -12,7 +13,8 @@ DESCRIPTIONS: dict[str, str] = {
     "dense": "dense, softmax over all items",
     "dense_bias": "dense, over all items, item bias",
     "sasrec": "SASRec-like: item ids, over all items",
-    "two_stage": "two-stage, TIGER-like: K-means codes, fixed",
+    "two_stage": "two-stage: K-means codes of a trained encoder, fixed",
+    "tiger": "TIGER-like: K-means codes of given vectors, read and written",
     "dsi_atomic": "DSI-like: one code per item",
     "dsi_hierarchical": "DSI-like: clusters of clusters",
     "straight_through": "UniSearch-like: straight-through",
@@ -29,6 +31,7 @@ DESCRIPTIONS: dict[str, str] = {
 }
 DEFAULT_SYSTEMS = (
     "popularity",
+    "cooccurrence",
     "bm25",
     "bm25_expanded",
     "dense_in_batch",

@@ -8,6 +8,7 @@ from typing import Any
 
 from dgi.retrieval.baselines import (
     BM25,
+    Cooccurrence,
     Dense,
     Generative,
     GivenVectors,
@@ -52,6 +53,7 @@ def _generative(name: str, codes: CodeKind | None = None, **settings: Any) -> Sy
 SYSTEMS: dict[str, System] = {
     "random": System(lambda plan: RandomVectors(seed=plan.training.seed)),
     "popularity": System(lambda plan: Popularity(), seeded=False),
+    "cooccurrence": System(lambda plan: Cooccurrence(), seeded=False),
     "bm25": System(lambda plan: BM25(), seeded=False),
     "bm25_expanded": System(lambda plan: BM25(expand=True), seeded=False),
     "given_vectors": System(lambda plan: GivenVectors(), seeded=False),
@@ -60,6 +62,7 @@ SYSTEMS: dict[str, System] = {
     "dense_bias": System(lambda plan: Dense(plan, item_bias=True, name="dense_bias")),
     "sasrec": System(lambda plan: Dense(plan, ids=True, name="sasrec")),
     "two_stage": _generative("two_stage", "residual"),
+    "tiger": _generative("tiger", "given", from_encoder=False),
     "dsi_atomic": _generative("dsi_atomic", "atomic"),
     "dsi_hierarchical": _generative("dsi_hierarchical", "hierarchical"),
     "straight_through": _generative("straight_through", gradient="straight_through"),

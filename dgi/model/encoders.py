@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dgi.config import WORDS_1, WORDS_2, ModelConfig
 from dgi.data import Catalog
 from dgi.data.batches import Batch
+from dgi.model.causal import causal_states, request_ends
 from dgi.model.layers import EncoderLayer
 from dgi.model.tokenizer import Tokenizer
 from dgi.model.words import split_words
@@ -107,6 +108,8 @@ class TextTower(nn.Module):
         super().__init__()
         size = config.vocabulary_size if vocabulary_size is None else vocabulary_size
         self.words = nn.Embedding(size, config.dim, padding_idx=0)
+        with torch.no_grad():
+            self.words.weight *= config.word_scale
         self.layers = transformer_encoder(config, config.text_layers) if config.text_layers else None
         self.output = nn.Linear(config.dim, config.dim)
 
@@ -140,6 +143,8 @@ class VectorTower(nn.Module):
 class SequenceEncoder(nn.Module):
     """Items through a tower; queries through a transformer over [summary, query, history oldest to newest].
 
+    With ``config.causal`` the transformer is causal, over [summary, history], and the newest item's state is the query.
+
     The tower is :class:`TextTower` or :class:`VectorTower` by ``config.encoder``; it reads the query texts too.
 
     Args:
@@ -165,6 +170,7 @@ class SequenceEncoder(nn.Module):
         self.positions = nn.Parameter(0.02 * torch.randn(config.max_history + 2, config.dim))
         self.layers = transformer_encoder(config, config.history_layers)
         self.output = nn.Linear(config.dim, config.dim)
+        self.drop = config.dropout if config.causal else 0.0
 
     def prepare_items(self, catalog: Catalog) -> Tensor:
         if self.config.encoder == "text":
@@ -202,6 +208,8 @@ class SequenceEncoder(nn.Module):
     def encode_queries(self, batch: Batch, item_vectors: Tensor | None) -> QueryEncoding:
         if item_vectors is None:
             raise ValueError("item_vectors must be the vectors of the batch's items; got None")
+        if self.config.causal:
+            return self._encode_causally(batch, item_vectors)
         size, history = batch.histories.shape
         known = batch.histories >= 0
         items = (
@@ -220,6 +228,19 @@ class SequenceEncoder(nn.Module):
         real = torch.cat(mask, 1)
         memory = self.layers(torch.cat(states, 1), src_key_padding_mask=~real)
         return QueryEncoding(self.output(memory[:, 0]), memory, real)
+
+    def _encode_causally(self, batch: Batch, item_vectors: Tensor) -> QueryEncoding:
+        if batch.query_features is not None:
+            raise ValueError("the model is causal and reads histories alone; requests must have no queries")
+        if batch.histories.shape[1] > self.config.max_history:
+            raise ValueError(
+                f"histories must have at most max_history = {self.config.max_history} items; "
+                f"got {batch.histories.shape[1]}"
+            )
+        states = causal_states(batch.histories, item_vectors, self.summary, self.positions, self.layers, self.drop)
+        row, place = request_ends(batch)
+        seen = torch.arange(states.shape[1], device=place.device) <= place.unsqueeze(1)
+        return QueryEncoding(self.output(states[row, place]), states[row], seen)
 
 
 def _checked_vectors(name: str, vectors: np.ndarray, width: int) -> Tensor:

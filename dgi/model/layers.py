@@ -39,11 +39,11 @@ class EncoderLayer(nn.TransformerEncoderLayer):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        if src_mask is not None or not _drops(self, src):
+        if (src_mask is not None and not is_causal) or not _drops(self, src):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         part, p = self.self_attn, self.dropout.p
         packed = F.linear(self.norm1(src), part.in_proj_weight, part.in_proj_bias)
-        mixed = attention(packed, heads=part.num_heads, mask=_real(src_key_padding_mask), p=p)
+        mixed = attention(packed, heads=part.num_heads, mask=_real(src_key_padding_mask), causal=bool(is_causal), p=p)
         x = dropout(part.out_proj(mixed), p, residual=src)
         return _feed_forward(self, self.norm2(x), x)
 

@@ -96,7 +96,7 @@ class Trainer:
         self.device = local_device() if device is None else torch.device(device)
         self.model = model.to(self.device)
         self.config = config
-        self.data = TrainingData.prepare(model, catalog, interactions)
+        self.data = self.prepare(model, catalog, interactions)
         self._keep_items(catalog)
         # Fewer interactions than a batch make one batch; of more, an epoch leaves the last incomplete batch out.
         self.rank_batch = min(config.batch_size, len(self.data)) // world_size()
@@ -108,7 +108,7 @@ class Trainer:
                 kind,
                 self.data.targets,
                 len(self.data.item_features),
-                batch_size=self.rank_batch * world_size(),
+                batch_size=round(self.rank_batch * world_size() * len(self.data.targets) / len(self.data)),
                 samples=config.contrastive_samples,
             )
             for kind in {stage.contrastive or config.contrastive for stage in stages_of(config)}
@@ -132,6 +132,10 @@ class Trainer:
         self.model.keep_items(len(catalog), codes=coded, bias=self.config.item_bias)
         if self.model.item_keys is not None:
             self.model.item_keys.copy_(item_keys(catalog.ids))
+
+    def prepare(self, model: DualEncoder, catalog: Catalog, interactions: Any) -> TrainingData:
+        """What batches are made of."""
+        return TrainingData.prepare(model, catalog, interactions)
 
     def fit(self, resume: bool = False) -> dict[str, Any]:
         """Train to the end and return the last row of metrics.

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dgi.config import InputKind, ModelConfig
+from dgi.data import Catalog
 from dgi.data.batches import Batch
 from dgi.model.clustering import cosine_kmeans
 from dgi.model.dgi_model import DGIModel, DGIOutput
-from dgi.model.encoders import Encoder
+from dgi.model.encoders import Encoder, SequenceEncoder
+from dgi_kernels import residual_kmeans, unique_codes
 
-CodeKind = Literal["residual", "atomic", "hierarchical"]
+CodeKind = Literal["residual", "atomic", "hierarchical", "given"]
 
 
 class FixedCodesModel(DGIModel):
@@ -59,6 +63,54 @@ class FixedCodesModel(DGIModel):
         return output._replace(codes=codes, hidden=hidden)
 
 
+class CodeEncoder(SequenceEncoder):
+    """The built-in transformer over the history, an item being the sum of learned vectors of its codes, as TIGER reads.
+
+    Args:
+        config: the model's configuration, with the sizes of the codes.
+        codes: (num_items, m) int64.
+    """
+
+    def __init__(self, config: ModelConfig, codes: Tensor) -> None:
+        super().__init__(dataclasses.replace(config, encoder="text", text_layers=0))
+        self.codes = codes
+        self.tower = _CodeTower(config)
+
+    def prepare_items(self, catalog: Catalog) -> Tensor:
+        if len(catalog) != len(self.codes):
+            raise ValueError(f"catalog must have the {len(self.codes)} items of the codes; got {len(catalog)}")
+        return self.codes
+
+    def prepare_queries(self, texts: Sequence[str], vectors: np.ndarray | None = None) -> Tensor | None:
+        if any(texts):
+            raise ValueError("a model of semantic IDs reads histories; requests must have no query texts")
+        return None
+
+
+class _CodeTower(nn.Module):
+    """Codes (N, m) to (N, d)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        tables = [nn.Embedding(size, config.dim) for size in config.codebook_sizes]
+        for table in tables:
+            nn.init.normal_(table.weight, std=0.02)
+        self.levels = nn.ModuleList(tables)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return torch.stack([level(codes[:, place]) for place, level in enumerate(self.levels)]).sum(0)
+
+
+def given_codes_model(config: ModelConfig, vectors: Tensor, seed: int) -> FixedCodesModel:
+    """TIGER's second stage: semantic IDs by residual K-means of given ``vectors`` (N, D), no two alike, in and out.
+
+    The history's items are read by their codes (:class:`CodeEncoder`), and nothing but codes is learnt.
+    """
+    codebooks, codes = residual_kmeans(vectors.float(), config.codebook_sizes, metric="euclidean", seed=seed)
+    codes = unique_codes(codes, vectors.float(), codebooks, metric="euclidean")
+    return FixedCodesModel(config, codes, CodeEncoder(config, codes))
+
+
 def fixed_codes_model(
     kind: CodeKind, config: ModelConfig, z: Tensor, generator: torch.Generator, encoder: Encoder | None = None
 ) -> FixedCodesModel:
@@ -82,11 +134,22 @@ def fixed_codes_model(
     model = FixedCodesModel(config, codes, encoder)
     if kind == "residual":
         model.quantizer.initialize(z, generator=generator)
-        model.item_codes.copy_(model.quantizer.assign(z))
+        model.item_codes.copy_(distinct_codes(model, z))
     elif kind == "atomic":
         with torch.no_grad():
             model.quantizer.codebooks[0].copy_(z)
     return model
+
+
+def distinct_codes(model: DGIModel, z: Tensor) -> Tensor:
+    """The quantizer's codes (N, m) of ``z``; where there are as many semantic IDs as items, no two alike."""
+    codes, quantizer = model.quantizer.assign(z), model.quantizer
+    codebooks = [codebook.detach().cpu() for codebook in quantizer.codebooks]
+    if math.prod(map(len, codebooks)) < len(z):
+        return codes
+    return unique_codes(codes.cpu(), z.float().cpu(), codebooks, metric=quantizer.metric, eps=quantizer.eps).to(
+        codes.device
+    )
 
 
 def hierarchical_codes(z: Tensor, levels: int, *, generator: torch.Generator | None = None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -47,6 +48,37 @@ class Popularity(ScoringRetriever):
 
     def scores(self, queries: Interactions) -> Tensor:
         return self.counts.repeat(len(queries), 1)
+
+
+class Cooccurrence(ScoringRetriever):
+    """Items by how often they were chosen after those of the history, the latest of it counting most.
+
+    ``score(n) = Σ_r C[h_r, n] / r`` over the history h_1 (the latest), h_2, …, where ``C[a, n]`` adds up 1 / r over the
+    training requests that chose n with a at place r. Items that never followed come after all others, by popularity.
+    """
+
+    follows: list[tuple[np.ndarray, np.ndarray]]
+
+    def fit(self, data: Dataset) -> Self:
+        size = len(data.catalog)
+        counts = np.bincount(data.train.items, minlength=size)
+        rows, places = np.nonzero(data.train.histories >= 0)
+        before, after = data.train.histories[rows, places], data.train.items[rows]
+        pairs, inverse = np.unique(before * size + after, return_inverse=True)
+        sums = np.bincount(inverse, 1.0 / (data.train.histories.shape[1] - places), len(pairs))
+        ends = np.searchsorted(pairs // size, np.arange(size + 1))
+        self.follows = [(pairs[a:b] % size, sums[a:b]) for a, b in pairwise(ends.tolist())]
+        # Less than any item that followed once can have.
+        self.fallback = counts / (1 + counts.max(initial=0)) / (1 + data.train.histories.shape[1]) ** 3
+        return self
+
+    def scores(self, queries: Interactions) -> Tensor:
+        scores = np.tile(self.fallback, (len(queries), 1))
+        width = queries.histories.shape[1]
+        for row, place in zip(*np.nonzero(queries.histories >= 0), strict=True):
+            items, sums = self.follows[queries.histories[row, place]]
+            scores[row, items] += sums / (width - place)
+        return torch.from_numpy(scores).float()
 
 
 class RandomVectors(ScoringRetriever):

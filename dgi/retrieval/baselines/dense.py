@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -26,6 +25,9 @@ if TYPE_CHECKING:
 
 # Powers of an item's training count that its score is divided by; below 0 popular items gain.
 POPULARITY_WEIGHTS = (0.0, -0.5, -0.25, 0.1, 0.25, 0.5, 0.75, 1.0)
+# Of vectors of items and codes at the start, as SASRec has them. A cosine learns in angles: by a rate of 1e-3 a step,
+# vectors of length 1 turn by hardly anything.
+STD = 0.02
 K = 10  # settings are chosen by NDCG at 10
 
 
@@ -75,7 +77,7 @@ class _IdTower(nn.Module):
     def __init__(self, dim: int, num_items: int, words: nn.Module | None) -> None:
         super().__init__()
         self.items = nn.Embedding(num_items, dim)
-        nn.init.normal_(self.items.weight, std=1 / math.sqrt(dim))
+        nn.init.normal_(self.items.weight, std=STD)
         self.words = words
 
     def forward(self, features: Tensor) -> Tensor:

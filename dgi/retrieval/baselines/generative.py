@@ -16,14 +16,14 @@ from dgi.config import TrainConfig
 from dgi.data import Dataset, Interactions
 from dgi.model.dgi_model import DGIModel, DualEncoder
 from dgi.model.encoding import encode_items
-from dgi.retrieval.baselines.codes import CodeKind, FixedCodesModel, fixed_codes_model
+from dgi.retrieval.baselines.codes import CodeKind, FixedCodesModel, fixed_codes_model, given_codes_model
 from dgi.retrieval.baselines.dense import K, count_parameters, hit_rate_and_ndcg
 from dgi.retrieval.baselines.plan import Plan, Training, train, validation_sample
 from dgi.retrieval.baselines.protocol import Found, Retriever
 from dgi.retrieval.fused import RankingWeights, choose_weights, training_counts
 from dgi.retrieval.index import DGIIndex
 from dgi.retrieval.search import Searcher
-from dgi.training.seeds import CLUSTERING, generator
+from dgi.training.seeds import CLUSTERING, derived_seed, generator
 from dgi_kernels import Trie
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ class Generative(Retriever):
 
     Args:
         plan: encoder, codebooks and budget.
-        codes: None for DGI, whose codes are trained; else how fixed codes are made, see :func:`fixed_codes_model`.
+        codes: None for DGI, whose codes are trained; else how fixed codes are made, see :func:`fixed_codes_model`;
+            ``given``: of the vectors of the data, and the decoder alone is trained, see :func:`given_codes_model`.
         from_encoder: start from an encoder trained alone for ``plan.encoder_share`` of the steps, with a softmax over
             all items. Where the plan has a folder, all systems of a seed share it. False: one stage, from the start.
         num_beams: semantic IDs that survive each level.
@@ -59,8 +60,11 @@ class Generative(Retriever):
         **model: Any,
     ) -> None:
         super().__init__()
-        if codes is not None and not from_encoder:
-            raise ValueError("fixed codes are made of a trained encoder's vectors; from_encoder must be True")
+        if codes is not None and from_encoder == (codes == "given"):
+            raise ValueError(
+                'codes must be made of a trained encoder\'s vectors (from_encoder=True), or be "given", without one; '
+                f"got {codes!r}, from_encoder={from_encoder}"
+            )
         self.plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, **model))
         self.codes, self.from_encoder, self.num_beams, self.name = codes, from_encoder, num_beams, name
         self.seconds = 0.0
@@ -72,8 +76,11 @@ class Generative(Retriever):
         encoder, stage = self._train_encoder(data, first) if first else (None, Training())
         torch.manual_seed(self.plan.training.seed)
         self.model = self._build(data, encoder)
-        # All items as candidates, as the dense baseline has them.
-        config, folder = self.plan.part(self.name, steps - first, contrastive="all_items")
+        # All items as candidates, as the dense baseline has them; TIGER learns semantic IDs alone.
+        objective: dict[str, Any] = {"contrastive": "all_items"}
+        if self.codes == "given":
+            objective = {"contrastive": "in_batch", "loss_weights": {"infonce": 0.0}}
+        config, folder = self.plan.part(self.name, steps - first, **objective)
         self._train(data, config, folder)
         self.curve = [*stage.curve, *({**row, "step": row["step"] + first} for row in self.curve)]
         self.seconds += stage.seconds
@@ -98,7 +105,9 @@ class Generative(Retriever):
     def _choose(self, validation: Interactions, counts: Tensor) -> None:
         """The weights of the sum that ranks, on the validation set; see :mod:`dgi.retrieval.fused`."""
         own = self.model.item_bias
-        self.weights, _ = choose_weights(self.searcher, validation, counts=counts, **self._search_options)
+        # TIGER's items have codes and no vectors of their own: a cosine would say nothing.
+        options = self._search_options | ({"cosine": (0.0,)} if self.codes == "given" else {})
+        self.weights, _ = choose_weights(self.searcher, validation, counts=counts, **options)
         self.searcher.index = self.weights.applied(self.searcher.index, own, counts)
         self.settings = {"cosine_weight": self.weights.cosine, "popularity_weight": self.weights.popularity}
         if own is not None:
@@ -114,6 +123,11 @@ class Generative(Retriever):
         return model, train(model, config, data, folder, self.plan)
 
     def _build(self, data: Dataset, trained: DualEncoder | None) -> DGIModel:
+        if self.codes == "given":
+            if data.catalog.vectors is None:
+                raise ValueError(f"{data.name} has no item vectors, which this system makes semantic IDs of")
+            vectors = torch.from_numpy(data.catalog.vectors)
+            return given_codes_model(self.plan.model, vectors, derived_seed(self.plan.training.seed, CLUSTERING))
         if trained is None:
             return DGIModel(self.plan.model)
         encoder = copy.deepcopy(trained.encoder)

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from dgi.config import ModelConfig, TrainConfig
-from dgi.data import Dataset, Interactions
+from dgi.data import Dataset, Interactions, SequenceRows, training_rows
 from dgi.model.dgi_model import DualEncoder
+from dgi.training.sequences import SequenceTrainer
 from dgi.training.trainer import Trainer
 
 VALIDATION_SAMPLE = 2000  # validation requests that settings are chosen on
@@ -51,8 +52,28 @@ class Plan:
 
     def steps(self, data: Dataset) -> int:
         """The budget in steps."""
-        batch = min(self.training.batch_size, len(data.train))
-        return self.training.steps or self.training.epochs * (len(data.train) // batch)
+        rows = self.rows(data)
+        batch = min(self.training.batch_size, rows)
+        return self.training.steps or self.training.epochs * (rows // batch)
+
+    def on_sequences(self, data: Dataset) -> bool:
+        """Whether models train on users' whole sequences, not on one request after another."""
+        return self.model.causal and data.sequences is not None
+
+    def rows(self, data: Dataset) -> int:
+        """What a batch is made of: how many sequences or interactions there are."""
+        return len(self._sequence_rows(data)) if self.on_sequences(data) else len(data.train)
+
+    def trainer(self, model: DualEncoder, config: TrainConfig, data: Dataset, *args: Any, **settings: Any) -> Trainer:
+        """A trainer on the data's sequences or interactions; further arguments are those of :class:`Trainer`."""
+        if self.on_sequences(data):
+            rows = self._sequence_rows(data)
+            return SequenceTrainer(model, config, data.catalog, rows, *args, **settings)  # type: ignore[arg-type]
+        return Trainer(model, config, data.catalog, data.train, *args, **settings)
+
+    def _sequence_rows(self, data: Dataset) -> SequenceRows:
+        assert data.sequences is not None  # asked before
+        return training_rows(data.sequences, max_history=self.model.max_history)
 
     def part(self, name: str, steps: int, **settings: Any) -> tuple[TrainConfig, Path | None]:
         """The configuration of a run of so many steps, and its folder."""
@@ -86,11 +107,10 @@ def train(
     """Train ``model`` on ``data.train``, from the last checkpoint in ``folder`` where there is one."""
     every = max(1, config.steps // plan.curve_points) if validate is not None else 0
     config = dataclasses.replace(config, log_every=max(1, config.steps // 50))
-    trainer = Trainer(
+    trainer = plan.trainer(
         model,
         config,
-        data.catalog,
-        data.train,
+        data,
         folder,
         device=plan.device,
         progress=plan.progress,

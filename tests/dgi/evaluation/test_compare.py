@@ -155,6 +155,46 @@ def test_a_broken_system_comes_last_and_cells_are_kept(tmp_path: Path, monkeypat
         compare(data, other, tmp_path / "out")
 
 
+def test_cells_of_another_comparison_join(tmp_path: Path) -> None:
+    """Systems run apart give the results of one run; cells of another budget or of an older version are told apart."""
+    data, folders = skewed_data(), [tmp_path / name for name in ("first", "second", "both", "none")]
+    for folder, systems in zip(folders, (("popularity",), ("random",), ("popularity", "random")), strict=False):
+        together = compare(data, Comparison(PLAN, systems, seeds=(0,)), folder)
+    assert [path.name for path in comparing.join(folders[0], folders[1])] == ["random-0.json"]
+    assert comparing.join(folders[0], folders[1]) == []
+    ours, expected = (results["data"]["clicks"]["systems"] for results in (comparing.collect(folders[0]), together))
+    assert list(ours) == list(expected)
+    for name, system in expected.items():
+        assert ours[name] | {"seconds": None} == system | {"seconds": None}
+
+    path = folders[1] / "cells" / "clicks" / "random-0.json"
+    cell = json.loads(path.read_text())
+    del cell["about"]["model"]["causal"], cell["about"]["batches_of"]
+    path.write_text(json.dumps(cell))
+    (folders[0] / "cells" / "clicks" / "random-0.json").unlink()
+    assert len(comparing.join(folders[0], folders[1])) == 1, "settings that are newer than a cell are as they were"
+    cell["about"]["steps"] += 1
+    path.write_text(json.dumps(cell))
+    with pytest.raises(ValueError, match="was made with steps = 121, now it is 120"):
+        comparing.join(folders[0], folders[1])
+    with pytest.raises(FileNotFoundError, match="holds no cells"):
+        comparing.join(folders[0], folders[3])
+
+
+def test_the_best_baseline_is_chosen_on_validation_requests(tmp_path: Path) -> None:
+    """What a system has on the test requests plays no part."""
+    folder = tmp_path / "out"
+    compare(skewed_data(), Comparison(PLAN, ("popularity", "random", "cooccurrence"), seeds=(0,)), folder)
+    assert comparing.collect(folder)["data"]["clicks"]["best_baseline"] == "cooccurrence"
+    path = folder / "cells" / "clicks" / "popularity-0.json"
+    cell = json.loads(path.read_text())
+    path.write_text(json.dumps(cell | {"validation": {"ndcg@10": 2.0}}))
+    of_data = comparing.collect(folder)["data"]["clicks"]
+    assert of_data["best_baseline"] == "popularity" and of_data["systems"]["popularity"]["difference"] is None
+    assert of_data["systems"]["cooccurrence"]["difference"]["ndcg@10"]["low"] > 0
+    assert "against `popularity`, the best baseline on validation requests" in " ".join(data_markdown(of_data).split())
+
+
 def test_minutes_become_steps_once(data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparing, "_step_seconds", lambda *_: 0.5)
     comparison = Comparison(PLAN, ("popularity",), minutes=0.25)

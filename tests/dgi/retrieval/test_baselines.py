@@ -10,12 +10,23 @@ import pytest
 import torch
 
 from dgi.config import ModelConfig, TrainConfig
-from dgi.data import Catalog, Dataset, Interactions, load_dataset, pad_histories, with_validation
+from dgi.data import (
+    Catalog,
+    Dataset,
+    Interactions,
+    Sequences,
+    leave_one_out,
+    load_dataset,
+    pad_histories,
+    training_part,
+    with_validation,
+)
 from dgi.evaluation.names import DEFAULT_SYSTEMS, DESCRIPTIONS
 from dgi.evaluation.systems import SYSTEMS
 from dgi.model.dgi_model import DGIModel
 from dgi.retrieval.baselines import (
     BM25,
+    Cooccurrence,
     Dense,
     FixedCodesModel,
     Generative,
@@ -73,6 +84,75 @@ def test_popularity_is_the_count(data: Dataset) -> None:
     counts = np.bincount(data.train.items, minlength=len(data.catalog))
     expected = rank_by_popularity(counts, len(data.test), 5, exclude=torch.from_numpy(data.test.histories))
     assert (counts[found.items] == counts[expected]).all(), "ties may be in another order"
+
+
+def sequence_data(users: int = 150) -> Dataset:
+    """After item i comes i + 1; vectors lie on a circle, in the order of the items."""
+    random = np.random.default_rng(6)
+    items = tuple((start + np.arange(random.integers(4, 12))) % ITEMS for start in random.integers(0, ITEMS, users))
+    sequences = Sequences(items, tuple(np.zeros(len(row)) for row in items))
+    train, validation, test = leave_one_out(sequences)
+    angles = 2 * np.pi * np.arange(ITEMS) / ITEMS
+    vectors = np.stack([np.cos(angles), np.sin(angles), np.cos(2 * angles), np.sin(2 * angles)], 1).astype(np.float32)
+    texts = tuple(f"title{item}" for item in range(ITEMS))
+    return Dataset(
+        Catalog(tuple(map(str, range(ITEMS))), texts, vectors),
+        train,
+        test,
+        "sequences",
+        validation,
+        split="leave_one_out",
+        sequences=training_part(sequences),
+    )
+
+
+@pytest.mark.parametrize("name", ["sasrec", "dense_in_batch", "two_stage", "tiger"])
+def test_systems_train_on_whole_sequences(name: str, tmp_path: Path) -> None:
+    """A causal plan trains on rows of users, and finds what follows; a run that is there is not trained again."""
+    data = sequence_data()
+    model = dataclasses.replace(PLAN.model, causal=True)
+    training = dataclasses.replace(PLAN.training, steps=60)
+    plan = dataclasses.replace(PLAN, model=model, training=training, folder=tmp_path, exclude_history=False)
+    assert plan.on_sequences(data) and plan.rows(data) == 150
+    found = SYSTEMS[name].make(plan).fit(data).search(data.test, 10)
+    assert hit_rate(found.items, data, 10) > 2 * CHANCE
+    again = SYSTEMS[name].make(plan).fit(data).search(data.test, 10)
+    assert torch.equal(found.items, again.items)
+
+
+def test_tiger_reads_and_writes_semantic_ids() -> None:
+    data = sequence_data()
+    system = SYSTEMS["tiger"].make(dataclasses.replace(PLAN, training=dataclasses.replace(PLAN.training, steps=2)))
+    system.fit(data)
+    codes = system.model.item_codes
+    assert len(codes.unique(dim=0)) == ITEMS and torch.equal(system.searcher.index.codes, codes)
+    assert torch.equal(system.model.encoder.prepare_items(data.catalog), codes) and system.weights.cosine == 0
+    assert all(row["loss"] == row["ntp"] for row in system.curve)
+    with pytest.raises(ValueError, match="has no item vectors"):
+        bare = dataclasses.replace(data, catalog=Catalog(data.catalog.ids, data.catalog.texts))
+        SYSTEMS["tiger"].make(PLAN).fit(bare)
+    with pytest.raises(ValueError, match="no query texts"):
+        system.model.encoder.prepare_queries(["a query"])
+    for codes, from_encoder in (("given", True), ("residual", False)):
+        with pytest.raises(ValueError, match="codes must be made of a trained"):
+            Generative(PLAN, codes, from_encoder=from_encoder)
+
+
+def test_cooccurrence_is_the_sum_by_hand() -> None:
+    data = sequence_data(40)
+    chosen, size = data.train, len(data.catalog)
+    follows = np.zeros((size, size))
+    for history, item in zip(chosen.histories.tolist(), chosen.items.tolist(), strict=True):
+        for rank, past in enumerate([one for one in history[::-1] if one >= 0], start=1):
+            follows[past, item] += 1 / rank
+    system = Cooccurrence().fit(data)
+    scores = system.scores(data.test)
+    for history, row in zip(data.test.histories.tolist(), scores.numpy(), strict=True):
+        expected = sum(follows[past] / rank for rank, past in enumerate([i for i in history[::-1] if i >= 0], start=1))
+        np.testing.assert_allclose(np.where(expected > 0, row, 0), expected, rtol=1e-2)
+        assert row[expected > 0].min() > row[expected == 0].max(initial=0)
+    found = system.search(data.test, 10)
+    assert hit_rate(found.items, data, 10) > 2 * CHANCE
 
 
 def random_texts(n: int) -> tuple[str, ...]:
@@ -210,7 +290,10 @@ def test_fixed_codes_do_not_move(data: Dataset) -> None:
     """What a semantic ID is stays as it was made of the encoder's vectors, while its embedding learns."""
     z = torch.randn(ITEMS, 16)
     model = fixed_codes_model("residual", PLAN.model, z, torch.Generator().manual_seed(0))
-    assert isinstance(model, FixedCodesModel) and torch.equal(model.item_codes, model.quantizer.assign(z))
+    assert isinstance(model, FixedCodesModel) and len(model.item_codes.unique(dim=0)) == ITEMS
+    assigned = model.quantizer.assign(z)
+    kept = (model.item_codes == assigned).all(1)
+    assert int(kept.sum()) == len(assigned.unique(dim=0)), "of items that share an ID one keeps it, the others move"
     atomic = fixed_codes_model("atomic", PLAN.model, z, torch.Generator().manual_seed(0))
     assert atomic.item_codes.tolist() == [[item] for item in range(ITEMS)]
     torch.testing.assert_close(atomic.quantizer.codebooks[0].detach(), z)
