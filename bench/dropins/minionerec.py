@@ -17,7 +17,7 @@ import torch
 
 from dropins import Change, DropIn, Outputs, Steps, common
 
-CATEGORY, REQUESTS = "Industrial_and_Scientific", 16
+CATEGORY, REQUESTS = "Industrial_and_Scientific", 8
 FILE = f"{CATEGORY}_5_2016-10-2018-11"
 PIECES = r"<[a-d]_\d+>|:\n|\n|\s?\w+|\s?[^\w\s]+?|\s"
 
