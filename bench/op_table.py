@@ -22,7 +22,7 @@ FAMILIES = {
     "beam_step": "beam",
     "cosine_beam_step": "beam",
     "beam_codes": "beam",
-    "log_normalizer": "log_normalizer",
+    "log_normalizer": "normalizer",
     "rank_candidates": "ranking",
     "decoder_step": "decoder",
     "dropout": "dropout",
@@ -31,15 +31,15 @@ FAMILIES = {
 # Files that are not called as their family is.
 REFERENCES = {"gumbel_noise": "dgi_kernels/noise.py"}
 CUDA_FILES = {"gumbel_noise": "noise", "cosine_beam_step": "cosine_beam"}
-TESTS = {"gumbel_noise": "noise"}
+TESTS = {"gumbel_noise": "noise", "log_normalizer": "log_normalizer"}
 BENCHES = {
     "clustering": "kmeans",
     "decoder": "search",
     "dropout": "train",
     "ranking": "beam",
-    "log_normalizer": "vocabulary",
+    "normalizer": "vocabulary",
 }
-PAGES = {"trie": "search", "beam": "search", "ranking": "search", "decoder": "search", "log_normalizer": "search"}
+PAGES = {"trie": "search", "beam": "search", "ranking": "search", "decoder": "search", "normalizer": "search"}
 
 
 def op_table(kernels: dict) -> str:

@@ -31,7 +31,7 @@ from dgi_kernels.cosine import triton as cosine
 from dgi_kernels.cosine import triton_logits
 from dgi_kernels.cosine.options import Columns, LossOptions
 from dgi_kernels.gumbel import triton_softmax as softmax
-from dgi_kernels.log_normalizer import triton as log_normalizer
+from dgi_kernels.normalizer import triton as log_normalizer
 from dgi_kernels.quantize import triton as quantize
 from dgi_kernels.quantize import triton_chunks as quantize_chunks
 from dgi_kernels.quantize import triton_forms as quantize_forms

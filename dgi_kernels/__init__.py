@@ -18,7 +18,7 @@ from dgi_kernels.cosine.parallel import vocabulary_parallel_cosine_cross_entropy
 from dgi_kernels.decoder import DecoderLayer, decoder_step
 from dgi_kernels.dropout import attention, dropout
 from dgi_kernels.gumbel import gumbel_noise, gumbel_softmax
-from dgi_kernels.log_normalizer import log_normalizer
+from dgi_kernels.normalizer import log_normalizer
 from dgi_kernels.quantize import ResidualQuantization, assign_codes, residual_quantize
 from dgi_kernels.ranking import Ranking, rank_candidates
 from dgi_kernels.trie import ItemRanges, NodeScores, Trie, TrieFilter, TrieFormatError

@@ -115,7 +115,7 @@ def _backend_problem(backend: str) -> str | None:
     if backend in _to_import:
         _to_import.discard(backend)
         try:
-            for module in ("cosine.triton", "gumbel.triton_softmax", "quantize.triton", "log_normalizer.triton"):
+            for module in ("cosine.triton", "gumbel.triton_softmax", "quantize.triton", "normalizer.triton"):
                 importlib.import_module(f"dgi_kernels.{module}")
         except Exception as error:  # whatever a broken Triton raises: the other backends run without it
             _BACKEND_PROBLEM[backend] = f"the package triton cannot be imported ({type(error).__name__}: {error})"

@@ -1,5 +1,5 @@
 // log_normalizer, as torch sees it.
-#include "cpu/log_normalizer/log_normalizer_cpu.h"
+#include "cpu/normalizer/log_normalizer_cpu.h"
 #include "register/tensors.h"
 
 namespace dgi::registration {

@@ -53,9 +53,11 @@ def _to_prefix(queries: Tensor, keys_values: Tensor, heads: int) -> Tensor:
 
 
 def _to_memory(queries: Tensor, keys_values: Tensor, mask: Tensor, heads: int) -> Tensor:
-    """All beams (B, M, D) of a request to its memory (B, S, 2 D)."""
+    """All beams (B, M, D) of a request to its memory (B, S, 2 D); 0 where that is nothing but padding, which some of
+    torch's kernels make NaN."""
     keys, values = keys_values.chunk(2, -1)
-    return _attention(queries, keys, values, mask[:, None, None], heads)
+    mixed = _attention(queries, keys, values, mask[:, None, None], heads)
+    return mixed.masked_fill(~mask.any(1)[:, None, None], 0)
 
 
 def _attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, heads: int) -> Tensor:

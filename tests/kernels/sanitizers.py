@@ -11,7 +11,9 @@ import pytest
 CSRC = Path(__file__).parents[2] / "csrc"
 
 
-def assert_clean(driver: str, sources: Sequence[str], folder: Path, seed: int, rounds: int) -> None:
+def assert_clean(
+    driver: str, sources: Sequence[str], folder: Path, seed: int, rounds: int, defines: Sequence[str] = ()
+) -> None:
     """Compile ``driver`` of this folder with ``sources`` of csrc, and let it check ``rounds`` random cases."""
     binary = folder / Path(driver).stem
     compiled = subprocess.run(
@@ -20,8 +22,11 @@ def assert_clean(driver: str, sources: Sequence[str], folder: Path, seed: int, r
             "-std=c++20",
             "-O0",
             "-g1",
+            "-march=native",
             "-fsanitize=address,undefined",
             "-fno-sanitize-recover=all",
+            *(f"-D{define}" for define in defines),
+            f"-I{Path(__file__).with_name('one_isa')}",
             f"-I{CSRC / 'include'}",
             f"-I{CSRC}",
             str(Path(__file__).with_name(driver)),

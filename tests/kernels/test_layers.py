@@ -19,7 +19,7 @@ LAYERS = (
     {"backend"},
     {"checks"},
     {"noise"},
-    {"cosine", "decoder", "dropout", "gumbel", "log_normalizer", "trie"},
+    {"cosine", "decoder", "dropout", "gumbel", "normalizer", "trie"},
     {"beam", "quantize"},
     {"clustering", "ranking"},
     {""},  # dgi_kernels itself

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from dgi_kernels import Trie, backends, beam_step, log_normalizer
 
 from .near import ROUNDING
+from .sanitizers import assert_clean
 from .shapes import name_of
 
 BACKENDS = ("reference", *(["native"] if backends()["native"].available else []))
@@ -115,3 +118,21 @@ def test_wrong_arguments_are_named() -> None:
         log_normalizer(torch.tensor(1.0))
     with pytest.raises(TypeError, match="logits must have dtype"):
         log_normalizer(torch.tensor([1]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_whose_largest_number_comes_late(backend: str, dtype: torch.dtype) -> None:
+    """Guards the sum that goes by the first block's maximum: each block of these rows lies above the one before, far
+    above it, beyond what its quick terms can hold, or is the first with a number at all."""
+    steps = torch.arange(20_000) // 500
+    logits = torch.stack([0.01 * steps, 3.0 * steps, 30.0 * steps, 1e3 * steps, -30.0 * steps, torch.randn(20_000)])
+    logits = logits + torch.randn(20_000)
+    logits[5, :15_000] = -math.inf
+    logits[3, 17_000] = torch.finfo(dtype).max if dtype == torch.float16 else 1e30
+    assert_right(log_normalizer(logits.to(dtype), backend=backend), logits.to(dtype))
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_the_kernel_is_clean_under_sanitizers(tmp_path: Path, seed: int) -> None:
+    assert_clean("log_normalizer_driver.cpp", ("cpu/normalizer/log_normalizer.cpp",), tmp_path, seed, 60)

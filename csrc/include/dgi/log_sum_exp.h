@@ -56,20 +56,21 @@ DGI_HOST_DEVICE double exponential_term(double d) {
 // for log2 e in float32 being 1.3e-8 off (the latter for x near the maximum), and leaves exactly 1 of a row of one
 // number.
 //
-// kMaxima: 1, or as many as there are lanes. Stage by stage over all lanes: one lane's operations wait for each other,
-// and so many of them fill a scheduler before the next lane's come.
-template <int kLanes, int kMaxima>
+// kMaxima: 1, or as many as there are lanes. kAbove: numbers may lie above the maximum, as long as the sum is at most
+// kMostSum; any further up make it larger, or NaN. Stage by stage over all lanes: one lane's operations wait for each
+// other, and so many of them fill a scheduler before the next lane's come.
+template <int kLanes, int kMaxima, bool kAbove = false>
 struct PowerTerms {
-  static constexpr float kMost = 1e6f;
+  static constexpr float kMost = 1e6f, kMostSum = 1e6f;
 
-  float lowest[kMaxima], shift[kMaxima], largest[kLanes];
+  float lowest[kMaxima], highest[kMaxima], shift[kMaxima], largest[kLanes];
 
   DGI_HOST_DEVICE explicit PowerTerms(const float* maximum) : largest{} {
     constexpr float kBias = 127.0f;
     float x[kLanes];
     for (int i = 0; i < kMaxima; ++i) {
       const float whole = (maximum[i] * kLog2E + kRoundToInteger) - kRoundToInteger;
-      lowest[i] = maximum[i] - 86.0f;
+      lowest[i] = maximum[i] - 86.0f, highest[i] = maximum[i] + 86.0f;
       shift[i] = kRoundToInteger + kBias - whole;
     }
     for (int i = 0; i < kLanes; ++i) x[i] = maximum[kMaxima == 1 ? 0 : i];
@@ -81,6 +82,10 @@ struct PowerTerms {
     float value[kLanes], shifted[kLanes], f[kLanes], p[kLanes];
 #pragma omp simd
     for (int i = 0; i < kLanes; ++i) value[i] = x[i] > lowest[of(i)] ? x[i] : lowest[of(i)];
+    if constexpr (kAbove) {
+#pragma omp simd
+      for (int i = 0; i < kLanes; ++i) value[i] = value[i] < highest[of(i)] ? value[i] : highest[of(i)];
+    }
 #pragma omp simd
     for (int i = 0; i < kLanes; ++i) shifted[i] = multiply_add<true>(value[i], kLog2E, shift[of(i)]);
 #pragma omp simd
@@ -130,9 +135,7 @@ struct LogSumExp {
     add<kFused>(chunk);
   }
 
- private:
-  static constexpr int kLanes = 64 / sizeof(Real);
-
+  // -inf where there is nothing but that and NaN.
   DGI_HOST_DEVICE static Real largest_of(const Real* x, int64_t count) {
     constexpr Real kNone = -std::numeric_limits<Real>::infinity();
     constexpr int kApart = 4 * kLanes;  // maxima side by side, so that none waits for the one before
@@ -148,6 +151,9 @@ struct LogSumExp {
     for (int lane = 0; lane < kApart; ++lane) largest = lanes[lane] > largest ? lanes[lane] : largest;
     return largest;
   }
+
+ private:
+  static constexpr int kLanes = 64 / sizeof(Real);
 
   template <bool kFused, bool kClamps>
   DGI_HOST_DEVICE Real terms(const Real* x, int64_t count, [[maybe_unused]] const Real* ahead) const {

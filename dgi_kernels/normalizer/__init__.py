@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dgi_kernels import checks
 from dgi_kernels.backend import choose_without_gradient
-from dgi_kernels.log_normalizer import native, reference
+from dgi_kernels.normalizer import native, reference
 from dgi_kernels.types import Backend
 
 
@@ -45,7 +45,7 @@ def log_normalizer(logits: Tensor, *, backend: Backend = "auto") -> Tensor:
     if chosen == "native":
         return native.log_normalizer(logits)
     if chosen == "triton":
-        from dgi_kernels.log_normalizer import triton
+        from dgi_kernels.normalizer import triton
 
         return triton.log_normalizer(logits)
     with torch.autocast(logits.device.type, enabled=False):

@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor, library
 
-from dgi_kernels.log_normalizer import triton_kernels as kernels
+from dgi_kernels.normalizer import triton_kernels as kernels
 from dgi_kernels.triton_common import multiprocessors
 
 BLOCK, WARPS = 2048, 8
