@@ -139,6 +139,20 @@ struct Set {  // of the children, of one request
   }
 };
 
+// What children add to their scores: small whole numbers, and behind them the least and the largest of each node.
+std::vector<float> node_scores(Random& random, const std::vector<int64_t>& child_start) {
+  const size_t nodes = child_start.size() - 1, children = static_cast<size_t>(child_start.back());
+  std::vector<float> scores(children + 2 * nodes);
+  for (size_t i = 0; i < children; ++i) scores[i] = -static_cast<float>(below(random, 6));
+  for (size_t node = 0; node < nodes; ++node) {
+    const auto first = scores.begin() + child_start[node], end = scores.begin() + child_start[node + 1];
+    if (first == end) continue;
+    scores[children + node] = *std::min_element(first, end);
+    scores[children + nodes + node] = *std::max_element(first, end);
+  }
+  return scores;
+}
+
 template <class Real>
 Real number(Random& random) {
   switch (below(random, 10)) {
@@ -277,6 +291,13 @@ bool one_case(Random& random, dgi::Normalize normalize, bool head) {
     }
     step.masks = {masks.data(), words};
   }
+  const bool scored = below(random, 2) == 0;
+  const std::vector<float> own = node_scores(random, base.child_start), added = node_scores(random, delta.child_start);
+  std::vector<Real> strengths(requests);
+  for (auto& x : strengths) x = static_cast<Real>(below(random, 5)) - 2;
+  if (scored) {
+    step.node_scores = {own.data(), updated ? added.data() : nullptr, strengths.data(), 1, 0};
+  }
   const dgi::cpu::BeamOutput out{out_nodes.data(), out_tokens.data(), out_parents.data(), out_scores.data()};
   if (head) {
     const dgi::cpu::CosineLogits<Real> source{h.data(), codebook.data(), codes, dim, Real{5}, static_cast<Real>(1e-12)};
@@ -312,6 +333,10 @@ bool one_case(Random& random, dgi::Normalize normalize, bool head) {
         double logp = 0;
         if (child.token >= 0) {
           logp = normalize == dgi::Normalize::kNone ? logit(child.token) : logit(child.token) - largest - std::log(sum);
+        }
+        if (scored) {
+          const int64_t in_delta = child.number - base_children;
+          logp += strengths[b] * (in_delta < 0 ? own[child.number] : added[in_delta]);
         }
         const double total = std::min<double>(score + logp, std::numeric_limits<Real>::max());
         if (total > -std::numeric_limits<Real>::max()) expected.push_back({total, m, child.number, child.token});

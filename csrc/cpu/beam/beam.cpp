@@ -95,7 +95,7 @@ bool beam_step(const BeamStep<Compute<Stored>, Token>& step, const Logits<Stored
       for (size_t p = 0; p < parents.size() && !worker.is_done(parents[p]); ++p) {
         Row<Stored> row(row_of(parents[p]), logits.codes, stride, buffer);
         const Stored* const next = p + 1 < parents.size() && stride == 1 ? row_of(parents[p + 1]) : nullptr;
-        worker.template extend<fused.value>(
+        worker.template extend<decltype(fused)>(
             parents[p], [&row](int32_t token) DGI_ALWAYS_INLINE { return row.logit(token); },
             [&row, next, fused]() DGI_ALWAYS_INLINE { return row.template log_sum_exp<decltype(fused)::value>(next); },
             [&row]() DGI_ALWAYS_INLINE { return row.contiguous(); });

@@ -10,8 +10,9 @@
 // these codes are compared, 32 at a time and without a gather. Which of those few that pass are children, and which, a
 // mask of the node's codes says; without one they are looked up among the tokens.
 //
-// With node scores a child's own number decides too, so that all children of a beam are scored before they are
-// compared. The largest of these numbers (the least, for a negative strength) bounds what a beam's children may add.
+// With node scores a child's own number decides too: sums of logits and numbers are compared with the threshold,
+// several children at once (scan.h). Without AVX-512, or a threshold, all children of a beam are scored before they are
+// compared. The largest of the numbers (the least, for a negative strength) bounds what a beam's children may add.
 #pragma once
 
 #include <algorithm>
@@ -20,9 +21,12 @@
 #include <cstdint>
 #include <functional>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "cpu/beam/beam_cpu.h"
+#include "cpu/beam/best.h"
+#include "cpu/beam/scan.h"
 #include "cpu/shared/isa.h"
 #include "dgi/beam.h"
 #include "dgi/log_sum_exp.h"
@@ -39,86 +43,11 @@ DGI_NEVER_INLINE LogSumExp<Real> log_sum_exp_of(const Real* x, int64_t count, co
   return sum;
 }
 
-// Keeps the best `limit` of the keys that it is given: all of them at first, then what beats the threshold; whenever
-// the room is used up, the best are selected and the threshold rises. A linear number of comparisons in all.
-template <class Real>
-class Best {
- public:
-  using Candidate = CandidateKey<Real>;
-  using Key = typename Candidate::Key;
-
-  void start(int64_t limit) {
-    limit_ = limit;
-    room_ = limit + std::max<int64_t>(64, limit / 2);
-    keys_.clear();
-    full_ = false;
-  }
-
-  // Whether `limit` candidates are held, so that others need to beat the threshold.
-  bool full() const { return full_; }
-  Real threshold() const { return Candidate::score(worst_); }
-
-  // Returns whether the threshold has changed.
-  bool add(Real score, int64_t slot) {
-    const Key key = Candidate::of(score, static_cast<typename Candidate::Bits>(slot));
-    if (full_ && key > worst_) return false;
-    keys_.push_back(key);
-    if (static_cast<int64_t>(keys_.size()) < room_) return false;
-    select();
-    return true;
-  }
-
-  // Raises the threshold where enough candidates have come in since to be worth it.
-  void refresh() {
-    if (static_cast<int64_t>(keys_.size()) >= (full_ ? limit_ + limit_ / 8 + 1 : limit_)) select();
-  }
-
-  // Drops all but the best `limit`, where there are more than that or just so many.
-  void select() {
-    if (limit_ == 0 || static_cast<int64_t>(keys_.size()) < limit_) return;
-    const auto last = keys_.begin() + (limit_ - 1);
-    std::nth_element(keys_.begin(), last, keys_.end());
-    worst_ = *last;
-    keys_.resize(limit_);
-    full_ = true;
-  }
-
-  const std::vector<Key>& sorted() {
-    select();
-    std::sort(keys_.begin(), keys_.end());
-    return keys_;
-  }
-
- private:
-  int64_t limit_ = 0, room_ = 0;
-  std::vector<Key> keys_;
-  Key worst_ = 0;
-  bool full_ = false;
-};
-
-// Children of one beam that follow each other in one part of the trie, and by token in the whole of it.
-struct Run {
-  int64_t first, end;
-  int64_t slot;  // of the first child
-  int64_t beam;
-  bool in_delta;
-};
-
-// A live beam with children: the runs [first_run, end_run).
-template <class Real>
-struct Parent {
-  Real score, bound;  // no child scores more than the bound, where log-probabilities are normalised here,
-  Real peak;  // nor, with a log-sum-exp yet to be taken off, more than this
-  int64_t beam, first_run, end_run;
-  int64_t held = -1;  // where the logits of its children are held, if they are
-  Real bonus = 0;  // no child adds more to its score by its node score
-};
-
 // One request at a time: its parents, its candidates, its result. Knows nothing of where logits come from.
 template <class Real, class Token>
 class Request {
  public:
-  explicit Request(const BeamStep<Real, Token>& step) : step_(step) {}
+  explicit Request(const BeamStep<Real, Token>& step) : step_(step), runs_(step) {}
 
   // Takes up a request. False where it has more candidates than keys can number.
   bool start(int64_t request) {
@@ -128,21 +57,20 @@ class Request {
     parents_.clear();
     runs_.clear();
     held_.clear();
-    slots_ = 0;
     scan_pays_ = true;
     for (int64_t m = 0; m < step_.width; ++m) {
       const int64_t node = step_.nodes.at(request_, m);
       const Real score = finite_or_dead(step_.scores.at(request_, m));
       if (node < 0 || node >= step_.trie.end() || score == kDead) continue;
-      const int64_t first_run = static_cast<int64_t>(runs_.size());
-      list_runs(m, step_.trie.children_of(node));
-      if (static_cast<int64_t>(runs_.size()) > first_run) {
-        const Real bonus = largest_bonus(node);
-        parents_.push_back({score, score + bonus, -kDead, m, first_run, static_cast<int64_t>(runs_.size()), -1, bonus});
+      const int64_t first_run = runs_.count();
+      runs_.add(m, step_.trie.children_of(node));
+      if (runs_.count() > first_run) {
+        const auto [bonus, largest] = bonus_of(node);
+        parents_.push_back({score, score + bonus, -kDead, m, first_run, runs_.count(), -1, bonus, largest});
       }
     }
     sort_by_bound();
-    return static_cast<uint64_t>(slots_) <= std::numeric_limits<typename CandidateKey<Real>::Bits>::max();
+    return static_cast<uint64_t>(runs_.slots()) <= std::numeric_limits<typename CandidateKey<Real>::Bits>::max();
   }
 
   // The live beams, those first whose children may score most, to be extended in this order.
@@ -200,14 +128,14 @@ class Request {
 
   // `logit(token)` is the logit of a code, `log_sum_exp()` that of all codes; either is asked for what is needed only.
   // Where the logits of all codes lie one behind the other, `row()`, asked for last, says where; else it is null.
-  template <bool kFused, class Logit, class Sum, class Row>
+  template <class Instructions, class Logit, class Sum, class Row>
   DGI_ALWAYS_INLINE inline void extend(const Parent<Real>& parent, const Logit& logit, const Sum& log_sum_exp,
                                        const Row& row) {
     const bool ends = add_end(parent);
     const Run& last = runs_[parent.end_run - 1];
     if (ends && parent.end_run - parent.first_run == 1 && last.end - last.first == 1) return;  // no other child
     if (step_.normalize == Normalize::kChildren && step_.normalizes()) {
-      extend_by_children<kFused>(parent, ends, logit);
+      extend_by_children<Instructions::value>(parent, ends, logit);
       return;
     }
     Normalizer<Real> normalizer;
@@ -220,7 +148,7 @@ class Request {
       const bool whole = parent.end_run - parent.first_run == 1 && !run.in_delta;  // all children of a node of the base
       const uint32_t* const mask = whole ? step_.masks.of(step_.nodes.at(request_, parent.beam)) : nullptr;
       if (scored) {
-        add_scored({first, run.end}, run, parent, normalizer, row(), mask, logit);
+        add_scored<Instructions>({first, run.end}, run, parent, normalizer, row(), mask, logit);
       } else {
         add_children({first, run.end}, run, parent.score, normalizer, allowed_, row(), tokens + first, mask,
                      [=](int64_t i) DGI_ALWAYS_INLINE { return logit(tokens[i]); });
@@ -247,9 +175,7 @@ class Request {
     const int64_t found = static_cast<int64_t>(keys.size()), begin = request_ * step_.num_beams;
     for (int64_t i = 0; i < found; ++i) {
       const int64_t slot = static_cast<int64_t>(CandidateKey<Real>::slot(keys[i]));
-      const auto behind = std::upper_bound(runs_.begin(), runs_.end(), slot,
-                                           [](int64_t s, const Run& run) { return s < run.slot; });
-      const Run& run = *(behind - 1);
+      const Run& run = runs_.of_slot(slot);
       const int64_t child = run.first + (slot - run.slot);
       out.nodes[begin + i] = step_.trie.child_number(child, run.in_delta);
       out.tokens[begin + i] = tokens_of(run)[child];
@@ -281,58 +207,36 @@ class Request {
   }
 
   void sort_by_bound() {
-    const auto better = [](const Parent<Real>& a, const Parent<Real>& b) { return a.bound > b.bound; };
-    if (!std::is_sorted(parents_.begin(), parents_.end(), better)) {
-      std::stable_sort(parents_.begin(), parents_.end(), better);
-    }
+    const auto better = [](const Parent<Real>& a, const Parent<Real>& b) {
+      return a.bound > b.bound || (a.bound == b.bound && a.beam < b.beam);
+    };
+    if (!std::is_sorted(parents_.begin(), parents_.end(), better)) std::sort(parents_.begin(), parents_.end(), better);
   }
 
   static constexpr Real kDead = -std::numeric_limits<Real>::infinity();
 
-  // No child of a node adds more to its score than this.
-  Real largest_bonus(int64_t node) const {
+  // No child of a node adds more to its score than the first, nor a number of larger magnitude than the second.
+  std::pair<Real, Real> bonus_of(int64_t node) const {
     const NodeScores<Real>& scores = step_.node_scores;
-    if (!scores.are_given()) return 0;
+    if (!scores.are_given()) return {0, 0};
     const TrieDepth<Token>& trie = step_.trie;
     const Real strength = scores.strength_of(request_);
-    const bool wants_largest = strength >= 0;
-    const auto bound = [&](const float* part, int64_t children, int64_t nodes, int64_t i) {
-      return strength * part[children + (wants_largest ? nodes : 0) + i];
+    Real most = kDead, largest = 0;
+    const auto take = [&](const float* bounds, int64_t nodes, int64_t i) {
+      const Real least = strength * bounds[i], greatest = strength * bounds[nodes + i];
+      most = std::max(most, std::max(least, greatest));
+      largest = std::max(largest, std::max(std::abs(least), std::abs(greatest)));
     };
     int64_t in_delta = node - trie.base.nodes;
-    Real largest = kDead;
     if (in_delta < 0) {
-      largest = bound(scores.base, trie.base_children, trie.base.nodes, node);
+      take(scores.base + trie.base_children, trie.base.nodes, node);
       in_delta = trie.nodes.twin_of(node);
     }
-    if (in_delta < 0) return largest;
-    return std::max(largest, bound(scores.delta, trie.children.count, trie.delta.nodes, in_delta));
+    if (in_delta >= 0) take(scores.delta + trie.children.count, trie.delta.nodes, in_delta);
+    return {most, largest};
   }
 
-  const Token* tokens_of(const Run& run) const {
-    return run.in_delta ? step_.trie.delta.tokens : step_.trie.base.tokens;
-  }
-
-  void add_run(int64_t beam, const Range& range, bool in_delta) {
-    if (range.size() == 0) return;
-    prefetch_line((in_delta ? step_.trie.delta : step_.trie.base).tokens + range.first);
-    runs_.push_back({range.first, range.end, slots_, beam, in_delta});
-    slots_ += range.size();
-  }
-
-  // The children of a node in the order of their tokens: the base's run, cut where children of the delta come in
-  // between.
-  void list_runs(int64_t beam, const Children& found) {
-    int64_t base = found.base.first;
-    for (int64_t i = found.delta.first; i < found.delta.end; ++i) {
-      if (step_.trie.children.has_twin(i)) continue;
-      const int64_t cut = lower_bound(step_.trie.base.tokens, Range{base, found.base.end}, step_.trie.delta.tokens[i]);
-      add_run(beam, {base, cut}, false);
-      add_run(beam, {i, i + 1}, true);
-      base = cut;
-    }
-    add_run(beam, {base, found.base.end}, false);
-  }
+  const Token* tokens_of(const Run& run) const { return runs_.tokens_of(run); }
 
   // The end of a sequence, which comes first if at all; whether there is one.
   bool add_end(const Parent<Real>& parent) {
@@ -376,13 +280,20 @@ class Request {
 
   // Adds the children of a run by their logits and node scores; `row` and `mask` as for add_children.
   //
-  // Once there is a threshold, and where whole rows are compared with it, it is taken lower by the largest node score
-  // of the children: only those that pass are scored. Where too many do, or else, all are scored before a comparison.
-  template <class Logit>
+  // Once there is a threshold, and where whole rows are compared with it, only those are scored that pass: by what they
+  // add themselves where that is as quick, else by the most that any child adds. Where too many do, or else, all are
+  // scored before a comparison.
+  template <class Instructions, class Logit>
   DGI_ALWAYS_INLINE inline void add_scored(const Range& children, const Run& run, const Parent<Real>& parent,
                                            const Normalizer<Real>& normalizer, const Real* row, const uint32_t* mask,
                                            const Logit& logit) {
     if (children.size() <= 0) return;
+    if constexpr (kScansScored<Instructions, Real>) {
+      if (row != nullptr && best_.full()) {
+        add_reaching(children, run, parent, normalizer, row, mask);
+        return;
+      }
+    }
     const Token* const tokens = tokens_of(run) + children.first;
     int64_t done = 0;
     if (row != nullptr && mask != nullptr && best_.full() && scan_pays_) {
@@ -404,6 +315,44 @@ class Request {
     add_normalized({children.first + done, children.end}, run, parent.score, normalizer, allowed_, values);
   }
 
+  // Adds those children that reach the threshold by the sum of their logits and of what they add: by code where a mask
+  // tells the children of a dense node, else by their tokens, whose logits are gathered.
+  DGI_ALWAYS_INLINE inline void add_reaching(const Range& children, const Run& run, const Parent<Real>& parent,
+                                             const Normalizer<Real>& normalizer, const Real* row,
+                                             const uint32_t* mask) {
+    constexpr int64_t kDense = 3;  // a gathered logit costs as much as so many codes
+    const Token* const tokens = tokens_of(run) + children.first;
+    const float* const own = runs_.own_scores(run) + children.first;
+    const Real strength = step_.node_scores.strength_of(request_);
+    const int64_t count = children.size(), span = tokens[count - 1] + 1;
+    const auto current_cut = [&] { return normalizer.cut(parent.score, best_.threshold(), parent.largest); };
+    Real cut = current_cut();
+    const auto consider = [&](int64_t i, Real x) DGI_ALWAYS_INLINE {
+      const Real score = finite_or_dead(parent.score + (normalizer.log_probability(x) + strength * own[i]));
+      if (score >= best_.threshold() && add_child(run, children.first + i, score, allowed_)) cut = current_cut();
+    };
+    if (mask != nullptr && span <= kDense * count) {
+      for (int64_t k = 0, before = 0; k < span; k += kScanned) {
+        const uint32_t exist = mask[k / kScanned];
+        uint32_t passes = scored_codes(row + k, own + before, exist, strength, cut);
+        for (; passes != 0; passes &= passes - 1) {
+          const uint32_t below = exist & ((passes & -passes) - 1);
+          consider(before + std::popcount(below), row[k + std::countr_zero(passes)]);
+        }
+        before += std::popcount(exist);
+      }
+      return;
+    }
+    passes_.resize(static_cast<size_t>((count + kScanned - 1) / kScanned));
+    scored_children(row, own, tokens, count, strength, cut, passes_.data());
+    for (size_t word = 0; word < passes_.size(); ++word) {
+      for (uint32_t passes = passes_[word]; passes != 0; passes &= passes - 1) {
+        const int64_t i = static_cast<int64_t>(word) * kScanned + std::countr_zero(passes);
+        consider(i, row[tokens[i]]);
+      }
+    }
+  }
+
   // Scans the codes up to `span` of a node whose children `mask` tells; returns how many children are done with.
   DGI_ALWAYS_INLINE inline int64_t scan_scored(const Range& children, const Run& run, const Parent<Real>& parent,
                                                const Normalizer<Real>& normalizer, const Real* row, int64_t span,
@@ -411,7 +360,7 @@ class Request {
     constexpr int64_t kLeast = 16, kMost = 32;  // so many, and one in so many of the children, may be scored
     const int64_t count = children.size();
     if (span > kSparseMasked * count) return 0;
-    const float* const own = (run.in_delta ? step_.node_scores.delta : step_.node_scores.base) + children.first;
+    const float* const own = runs_.own_scores(run) + children.first;
     const Real strength = step_.node_scores.strength_of(request_), upper = parent.score + parent.bonus;
     const auto current_cut = [&] { return normalizer.cut(upper, best_.threshold()); };
     Real cut = current_cut();
@@ -438,7 +387,7 @@ class Request {
       add_values(children, run, parent, normalizer, allowed, values);
       return;
     }
-    const float* const own = (run.in_delta ? scores.delta : scores.base) + children.first;
+    const float* const own = runs_.own_scores(run) + children.first;
     const Real strength = scores.strength_of(request_);
     const int64_t count = children.size();
 #pragma omp simd
@@ -478,8 +427,8 @@ class Request {
     // Of the logits that are looked at: no child below the floor scores as much as `reached`.
     Real reached = kDead, floor = kLowest, ceiling = std::numeric_limits<Real>::quiet_NaN();
     if (!best_.full() && count >= 2 * step_.num_beams) {
-      const Real enough = enough_children(count,
-                                          [&](int64_t i) DGI_ALWAYS_INLINE { return logit(children.first + i); });
+      const Real enough = enough_children(
+          count, step_.num_beams, [&](int64_t i) DGI_ALWAYS_INLINE { return logit(children.first + i); }, largest_);
       if (enough > kLowest) {
         reached = normalizer.score(parent, enough);
         floor = normalizer.cut(parent, reached);
@@ -542,59 +491,19 @@ class Request {
     return best_.add(score, run.slot + (child - run.first));
   }
 
-  // A logit that `num_beams` of the children reach, and few more than that: the num_beams'th of the largest of each of
-  // several groups of children.
-  template <class Logit>
-  DGI_ALWAYS_INLINE inline Real enough_children(int64_t count, const Logit& logit) {
-    const int64_t groups = std::min(count, 4 * step_.num_beams);
-    largest_.assign(static_cast<size_t>(groups), -std::numeric_limits<Real>::infinity());
-    for (int64_t first = 0; first < count; first += groups) {
-      for (int64_t i = 0; i < std::min(groups, count - first); ++i) {
-        const Real x = logit(first + i);
-        largest_[i] = x > largest_[i] ? x : largest_[i];
-      }
-    }
-    const auto last = largest_.begin() + (step_.num_beams - 1);
-    std::nth_element(largest_.begin(), last, largest_.end(), std::greater<Real>());
-    return *last;
-  }
-
-  // Calls visit(k) for each k, ascending, with row[k] >= cut, which may rise meanwhile, and with its bit in the mask,
-  // if there is one; false once that returns false.
-  template <class Visit>
-  DGI_ALWAYS_INLINE static inline bool scan_row(const Real* row, int64_t count, const Real& cut, const uint32_t* mask,
-                                                const Visit& visit) {
-    int64_t k = 0;
-    for (; k + kCodes <= count; k += kCodes) {
-      const Real bound = cut;
-      uint32_t passes = 0;
-#pragma omp simd reduction(| : passes)
-      for (int64_t j = 0; j < kCodes; ++j) passes |= row[k + j] >= bound ? uint32_t{1} << j : 0;
-      if (mask != nullptr) passes &= mask[k / kCodes];
-      for (; passes != 0; passes &= passes - 1) {
-        if (!visit(k + std::countr_zero(passes))) return false;
-      }
-    }
-    for (; k < count; ++k) {
-      const bool counts = mask == nullptr || (mask[k / kCodes] >> k % kCodes & 1) != 0;
-      if (counts && row[k] >= cut && !visit(k)) return false;
-    }
-    return true;
-  }
-
   static constexpr int64_t kCompared = 8;  // children that are compared at once: hardly any passes
-  static constexpr int64_t kCodes = ChildMasks::kWordBits;  // codes, likewise
   static constexpr int64_t kSparse = 4;  // a comparison of all codes costs less than one of a child in so many,
   static constexpr int64_t kSparseMasked = 16;  // or in so many, where a mask says which child passes
   static constexpr int64_t kSearch = 16;  // children that are compared in the time that it takes to look one up
 
   const BeamStep<Real, Token>& step_;
-  int64_t request_ = 0, slots_ = 0;
+  int64_t request_ = 0;
   bool scan_pays_ = true;  // comparing whole rows with a threshold, for all that node scores may add
   const AllowedItems* allowed_ = nullptr;
-  std::vector<Run> runs_;  // of all parents, by slot
+  Runs<Real, Token> runs_;
   std::vector<Parent<Real>> parents_;
   std::vector<Real> held_, values_, largest_;
+  std::vector<uint32_t> passes_;
   Best<Real> best_;
 };
 

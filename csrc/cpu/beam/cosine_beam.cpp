@@ -48,7 +48,7 @@ bool step_by_children(const BeamStep<Compute<Stored>, Token>& step, const Cosine
                      for (const Parent<Real>& parent : worker.parents()) {
                        if (worker.is_done(parent)) break;
                        scaled_row<fused.value>(in, in.h + (request * step.width + parent.beam) * in.dim, x.get());
-                       worker.template extend<fused.value>(
+                       worker.template extend<decltype(fused)>(
                            parent,
                            [&](int32_t token) DGI_ALWAYS_INLINE {
                              const Stored* const code = in.codebook + token * in.dim;
@@ -282,7 +282,7 @@ class TiledStep {
               continue;
             }
             const Real* const logits = tile_.logits(row);
-            turn.worker.template extend<fused.value>(
+            turn.worker.template extend<decltype(fused)>(
                 parent, [=](int32_t token) DGI_ALWAYS_INLINE { return logits[token * stride]; }, log_sum_exp,
                 [] { return static_cast<const Real*>(nullptr); });
           }

@@ -35,14 +35,16 @@ struct Normalizer {
   DGI_HOST_DEVICE Real log_probability(Real logit) const { return (finite_or_dead(logit) - offset) - log_sum; }
   DGI_HOST_DEVICE Real score(Real parent, Real logit) const { return finite_or_dead(parent + log_probability(logit)); }
 
-  // A logit less than this scores less than `score`: the exact bound less a margin for the rounding of either. At least
-  // the lowest finite number, so that NaN and -inf always fail the test `logit >= cut`.
-  DGI_HOST_DEVICE Real cut(Real parent, Real score) const {
+  // A logit less than this scores less than `score`: the exact bound less a margin for the rounding of either, and of
+  // what else is added, no more than `added`. At least the lowest finite number, so that NaN and -inf always fail the
+  // test `logit >= cut`.
+  DGI_HOST_DEVICE Real cut(Real parent, Real score, Real added = 0) const {
     constexpr Real kLowest = std::numeric_limits<Real>::lowest();
     const auto magnitude = [](double x) { return x < 0 ? -x : x; };
     const double exact = static_cast<double>(score) - parent + offset + log_sum;
     const double margin = 8.0 * std::numeric_limits<Real>::epsilon()
-                          * (magnitude(score) + magnitude(parent) + magnitude(offset) + magnitude(log_sum));
+                          * (magnitude(score) + magnitude(parent) + magnitude(offset) + magnitude(log_sum)
+                             + 2.0 * magnitude(added));
     const double bound = exact - margin;
     return bound > kLowest && bound < std::numeric_limits<Real>::max() ? static_cast<Real>(bound) : kLowest;
   }
