@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "cpu/shared/host.h"
 #include "cpu/shared/isa.h"
@@ -23,11 +24,29 @@
 namespace dgi::cpu {
 namespace {
 
+struct Strided {
+  const float* data;
+  int64_t rows, columns, row_stride, column_stride;
+};
+
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
-template <bool kFused, Emit kEmit, int kOut, int kLanes>
+// products(), by the instructions that are `Isa`. Compiled by itself: in the midst of other code the sums do not stay
+// in registers.
+template <class Isa, Emit kEmit, int kOut, int kLanes>
+DGI_NEVER_INLINE void multiply(const Strided& matrix, const float* bias, const float* panel, int64_t panel_stride,
+                               float* out, int64_t out_stride) {
+  with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
+    if constexpr (std::is_same_v<decltype(fused), Isa>) {
+      products<Isa::value, kEmit, kOut, kLanes>(matrix.data, matrix.row_stride, matrix.column_stride, bias, matrix.rows,
+                                                matrix.columns, panel, panel_stride, out, out_stride);
+    }
+  });
+}
+
+template <class Isa, Emit kEmit, int kOut, int kLanes>
 DGI_ALWAYS_INLINE inline void apply(const LinearMap& map, const float* panel, float* out) {
-  products<kFused, kEmit, kOut, kLanes>(map.weight, map.in, 1, map.bias, map.out, map.in, panel, kLanes, out, kLanes);
+  multiply<Isa, kEmit, kOut, kLanes>({map.weight, map.out, map.in, map.in, 1}, map.bias, panel, kLanes, out, kLanes);
 }
 
 template <bool kFused, int kLanes>
@@ -155,8 +174,10 @@ struct Scratch {
 };
 
 // The rows [first, first + count) of all beams of all requests, through all layers.
-template <bool kFused, int kOut, int kWidth, int kLanes>
+template <class Isa, int kOut, int kWidth, int kLanes>
 class Panel {
+  static constexpr bool kFused = Isa::value;
+
  public:
   Panel(const DecoderStep& step, int64_t first, int64_t count, Scratch& scratch)
       : step_(step), first_(first), count_(count), dim_(step.dim), head_dim_(step.dim / step.heads),
@@ -171,18 +192,18 @@ class Panel {
     for (size_t l = 0; l < step_.layers.size(); ++l) {
       const DecoderLayer& layer = step_.layers[l];
       normalise<kFused, kLanes>(layer.self_norm, step_.eps, dim_, x, normed);
-      apply<kFused, Emit::kStore, kOut, kLanes>(layer.self_in, normed, wide);
+      apply<Isa, Emit::kStore, kOut, kLanes>(layer.self_in, normed, wide);
       write_rows<kLanes>(wide + dim_ * kLanes, 2 * dim_, count_,
                          keys_values + (static_cast<int64_t>(l) * all + first_) * 2 * dim_, 2 * dim_);
       attend_to_prefix(static_cast<int64_t>(l), wide, normed);
-      apply<kFused, Emit::kAdd, kOut, kLanes>(layer.self_out, normed, x);
+      apply<Isa, Emit::kAdd, kOut, kLanes>(layer.self_out, normed, x);
       normalise<kFused, kLanes>(layer.cross_norm, step_.eps, dim_, x, normed);
-      apply<kFused, Emit::kStore, kOut, kLanes>(layer.query, normed, wide);
+      apply<Isa, Emit::kStore, kOut, kLanes>(layer.query, normed, wide);
       attend_to_memory(layer.memory, wide, normed);
-      apply<kFused, Emit::kAdd, kOut, kLanes>(layer.cross_out, normed, x);
+      apply<Isa, Emit::kAdd, kOut, kLanes>(layer.cross_out, normed, x);
       normalise<kFused, kLanes>(layer.feed_norm, step_.eps, dim_, x, normed);
-      apply<kFused, Emit::kGelu, kOut, kLanes>(layer.feed_in, normed, wide);
-      apply<kFused, Emit::kAdd, kOut, kLanes>(layer.feed_out, wide, x);
+      apply<Isa, Emit::kGelu, kOut, kLanes>(layer.feed_in, normed, wide);
+      apply<Isa, Emit::kAdd, kOut, kLanes>(layer.feed_out, wide, x);
     }
     write_rows<kLanes>(x, dim_, count_, out + first_ * dim_, dim_);
   }
@@ -253,8 +274,8 @@ class Panel {
         const int64_t from = std::max(begin, group) - group, to = std::min(end, group + kWidth) - group;
         for (int64_t h = 0; h < step_.heads; ++h) {
           const int64_t offset = h * head_dim_;
-          products<kFused, Emit::kStore, kOut, kWidth>(keys + offset, 2 * dim_, 1, nullptr, slots, head_dim_,
-                                                       queries + offset * kLanes + group, kLanes, scores, kWidth);
+          multiply<Isa, Emit::kStore, kOut, kWidth>({keys + offset, slots, head_dim_, 2 * dim_, 1}, nullptr,
+                                                    queries + offset * kLanes + group, kLanes, scores, kWidth);
           for (int64_t s = 0; s < slots; ++s) {
 #pragma omp simd
             for (int lane = 0; lane < kWidth; ++lane) {
@@ -262,8 +283,8 @@ class Panel {
             }
           }
           softmax<kFused, kWidth>(scores, slots);
-          products<kFused, Emit::kStore, kOut, kWidth>(keys + dim_ + offset, 1, 2 * dim_, nullptr, head_dim_, slots,
-                                                       scores, kWidth, mixed, kWidth);
+          multiply<Isa, Emit::kStore, kOut, kWidth>({keys + dim_ + offset, head_dim_, slots, 1, 2 * dim_}, nullptr,
+                                                    scores, kWidth, mixed, kWidth);
           for (int64_t d = 0; d < head_dim_; ++d) {
             float* const row = out + (offset + d) * kLanes + group;
             std::copy(mixed + d * kWidth + from, mixed + d * kWidth + to, row + from);
@@ -298,9 +319,9 @@ void decoder_step(const DecoderStep& step, float* out, float* keys_values) {
       for (int64_t begin = first * lanes; begin < std::min(rows, last * lanes); begin += lanes) {
         const int64_t count = std::min(lanes, rows - begin);
         if (count <= kWidth) {
-          Panel<fused.value, 2 * kOut, kWidth, kWidth>(step, begin, count, scratch).run(out, keys_values);
+          Panel<decltype(fused), 2 * kOut, kWidth, kWidth>(step, begin, count, scratch).run(out, keys_values);
         } else {
-          Panel<fused.value, kOut, kWidth, 2 * kWidth>(step, begin, count, scratch).run(out, keys_values);
+          Panel<decltype(fused), kOut, kWidth, 2 * kWidth>(step, begin, count, scratch).run(out, keys_values);
         }
       }
     });
