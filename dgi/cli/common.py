@@ -6,7 +6,7 @@ import argparse
 import math
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +81,23 @@ def add_num_beams(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_scoring(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--popularity",
+        metavar="ALPHA",
+        type=finite,
+        default=0.0,
+        help="add ALPHA times the log of an item's share of all training clicks to its score: above 0 for what is "
+        "popular, below 0 for what is not (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--order",
+        choices=("lexicographic", "sum"),
+        help="rank by score, then cosine, or by the sum of both, with the weights of dgi index --tune (default: the "
+        "sum, where it was the better one in tuning)",
+    )
+
+
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU if there is one, else the CPU)")
     parser.add_argument("--no-progress", dest="progress", action="store_false", help="show no progress bars")
@@ -139,3 +156,24 @@ def load_searcher(args: argparse.Namespace, catalog: Catalog) -> Searcher:
             f'{args.index}: there is no such file; "dgi index --output {shlex.quote(str(args.index))}" makes it'
         )
     return Searcher(load_trained(args.model, device(args.device)), DGIIndex.load(args.index), catalog)
+
+
+def scoring(args: argparse.Namespace, searcher: Searcher) -> dict[str, Any]:
+    """What ``--popularity`` and ``--order`` say, as :meth:`dgi.DGIIndex.search` takes it.
+
+    Node scores are by the clicks of the training set, one more for each item, so that none has none.
+    """
+    if args.popularity == 0:
+        return {"order": args.order}
+    import torch
+
+    from dgi.evaluation.evaluate import train_counts
+
+    index = searcher.index
+    clicks = torch.from_numpy(1 + train_counts(load_data(args.data).train, len(index))).double()
+    if index.item_scores is None or args.order == "lexicographic":
+        scored = {"node_scores": index.trie.node_scores(clicks), "strength": args.popularity}
+    else:
+        scores = args.popularity * clicks.log() + index.item_scores.double().cpu()
+        scored = {"node_scores": index.trie.node_scores((scores - scores.max()).exp())}
+    return {"order": args.order, **scored}

@@ -14,9 +14,11 @@ from dgi.cli.common import (
     add_model,
     add_num_beams,
     add_run_options,
+    add_scoring,
     load_data,
     load_searcher,
     positive,
+    scoring,
 )
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ example:
 Measures DGI, beside exact cosine over the model's own vectors and beside popularity: hit rate and NDCG at 1, 5, 10
 and 20, overall and by the popularity of the target in training, and hubness. Of the index: isotropy, code usage and
 entropy per level, collisions. With --judgments (columns query, item_id, rating 0, 1, 2, …): graded nDCG and recall,
-beside plain cosine where items and judged queries have vectors.
+beside plain cosine where items and judged queries have vectors. --popularity and --order are those of dgi search.
 The output folder receives metrics.json and buckets.png.
 
 {DATA_FORMAT}
@@ -62,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="let items of a request's history be results too (default: left out of every ranking)",
     )
     add_num_beams(parser)
+    add_scoring(parser)
     add_run_options(parser)
 
 
@@ -78,15 +81,18 @@ def run(args: argparse.Namespace) -> None:
         else load_judgments(args.judgments, data.catalog, query_vectors=args.judgment_vectors)
     )
     searcher = load_searcher(args, data.catalog)
-    results = _evaluate_test_set(args, data, searcher)
+    options = {"num_beams": args.num_beams, "progress": args.progress, **scoring(args, searcher)}
+    results = _evaluate_test_set(args, data, searcher, options)
     if judgments is not None:
-        results["judgments"] = evaluate_judgments(searcher, judgments, num_beams=args.num_beams, progress=args.progress)
+        results["judgments"] = evaluate_judgments(searcher, judgments, **options)
     drawn = write_results(args.output, results)
     _show(results)
     print(f"\n{args.output} holds metrics.json{' and buckets.png' if drawn else ''}")
 
 
-def _evaluate_test_set(args: argparse.Namespace, data: Dataset, searcher: Searcher) -> dict[str, Any]:
+def _evaluate_test_set(
+    args: argparse.Namespace, data: Dataset, searcher: Searcher, options: dict[str, Any]
+) -> dict[str, Any]:
     from dgi.evaluation import evaluate
     from dgi.retrieval.baselines import rank_by_popularity
 
@@ -100,9 +106,7 @@ def _evaluate_test_set(args: argparse.Namespace, data: Dataset, searcher: Search
             f"out of every ranking; --keep-history lets them be found",
             file=sys.stderr,
         )
-    found = searcher.search_interactions(
-        test, k=evaluate.DEPTH, num_beams=args.num_beams, exclude_history=not args.keep_history, progress=args.progress
-    )
+    found = searcher.search_interactions(test, k=evaluate.DEPTH, exclude_history=not args.keep_history, **options)
     rankings = {
         "popularity": rank_by_popularity(counts, len(test), evaluate.DEPTH, exclude=exclude),
         "exact cosine": evaluate.rank_by_model_cosine(searcher, test, evaluate.DEPTH, exclude),
@@ -115,6 +119,8 @@ def _evaluate_test_set(args: argparse.Namespace, data: Dataset, searcher: Search
         "history_excluded": not args.keep_history,
         "targets_in_history": unfindable,
         "num_beams": args.num_beams,
+        "popularity": args.popularity,
+        "order": args.order,
         "systems": evaluate.evaluate_systems(rankings, test, counts),
         "index": evaluate.evaluate_index(searcher.index),
     }

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dgi.cli.common import (
     DATA_FORMAT,
@@ -15,15 +15,12 @@ from dgi.cli.common import (
     add_model,
     add_num_beams,
     add_run_options,
-    finite,
+    add_scoring,
     load_catalog,
-    load_data,
     load_searcher,
     positive,
+    scoring,
 )
-
-if TYPE_CHECKING:
-    from dgi.retrieval.search import Searcher
 
 HELP = "search an index with a query, a history of items, or both"
 EPILOG = f"""\
@@ -55,20 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep-history", action="store_true", help="let items of the history be results too")
     parser.add_argument("--k", metavar="K", type=positive, default=10, help="number of results (default: %(default)s)")
     add_num_beams(parser)
-    parser.add_argument(
-        "--popularity",
-        metavar="ALPHA",
-        type=finite,
-        default=0.0,
-        help="add ALPHA times the log of an item's share of all training clicks to its score: above 0 for what is "
-        "popular, below 0 for what is not (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--order",
-        choices=("lexicographic", "sum"),
-        help="rank by score, then cosine, or by the sum of both, with the weights of dgi index --tune (default: the "
-        "sum, where it was the better one in tuning)",
-    )
+    add_scoring(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines of text")
     add_run_options(parser)
 
@@ -88,8 +72,7 @@ def run(args: argparse.Namespace) -> None:
         k=args.k,
         num_beams=args.num_beams,
         exclude_history=not args.keep_history,
-        order=args.order,
-        **_popularity(args, searcher),
+        **scoring(args, searcher),
     )
     rows = [row for row in found.items[0].tolist() if row >= 0]
     values = zip(rows, found.scores[0].tolist(), found.cosines[0].tolist(), strict=False)
@@ -100,22 +83,6 @@ def run(args: argparse.Namespace) -> None:
             for rank, (row, score, cosine) in enumerate(values, start=1)
         ],
     )
-
-
-def _popularity(args: argparse.Namespace, searcher: Searcher) -> dict[str, Any]:
-    """Node scores by the clicks of the training set, one more for each item, so that none has none."""
-    if args.popularity == 0:
-        return {}
-    import torch
-
-    from dgi.evaluation.evaluate import train_counts
-
-    index = searcher.index
-    clicks = torch.from_numpy(1 + train_counts(load_data(args.data).train, len(index))).double()
-    if index.item_scores is None or args.order == "lexicographic":
-        return {"node_scores": index.trie.node_scores(clicks), "strength": args.popularity}
-    scores = args.popularity * clicks.log() + index.item_scores.double().cpu()
-    return {"node_scores": index.trie.node_scores((scores - scores.max()).exp())}
 
 
 def _show(args: argparse.Namespace, results: list[dict[str, Any]]) -> None:

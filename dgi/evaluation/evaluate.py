@@ -89,7 +89,12 @@ def targets_in_history(test: Interactions) -> int:
 
 
 def evaluate_judgments(
-    searcher: Searcher, judgments: Judgments, *, num_beams: int | Sequence[int] = 50, progress: bool = False
+    searcher: Searcher,
+    judgments: Judgments,
+    *,
+    num_beams: int | Sequence[int] = 50,
+    progress: bool = False,
+    **scoring: Any,
 ) -> dict[str, Json]:
     """Graded nDCG and recall of judged queries, for DGI, its vectors alone, and plain cosine of given vectors.
 
@@ -101,6 +106,7 @@ def evaluate_judgments(
         searcher: model, index and catalog; plain cosine is added where the catalog and the judgments have vectors.
         judgments: the queries and their rated items.
         num_beams: see :meth:`dgi.Searcher.search`; at least ``RECALL_DEPTH`` are used, of several for the last level.
+        progress, **scoring: see there, too.
     """
     width = max(K, *map(len, judgments.ratings))
     if isinstance(num_beams, Sequence):
@@ -112,6 +118,7 @@ def evaluate_judgments(
         "query_vectors": judgments.query_vectors,
         "num_beams": beams,
         "progress": progress,
+        **scoring,
     }
     filters = [searcher.index.trie.filter(items=list(ratings)) for ratings in judgments.ratings]
     everything = searcher.search(**request, k=RECALL_DEPTH).items

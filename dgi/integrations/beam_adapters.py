@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dgi_kernels import Beams, Trie, beam_step
+from dgi_kernels.beam import beam_widths
 
 
 def extend_beams(
@@ -46,11 +47,16 @@ def extend_beams(
     found = beam_step(
         trie, logits.unflatten(0, (batch, -1)) if logits.ndim == 2 else logits, beams, num_beams=num_beams, **options
     )
-    parents = found.parents.clamp(min=0)
-    before = generated.gather(1, parents.unsqueeze(2).expand(-1, -1, generated.shape[2]))
-    codes = torch.cat([before, found.tokens.clamp(min=0).unsqueeze(2)], dim=2)
+    codes, parents = _extended(generated, found)
     first_rows = width * torch.arange(batch, device=parents.device).unsqueeze(1)
     return codes, found.scores, (first_rows + parents).flatten()
+
+
+def _extended(generated: Tensor, found: Beams) -> tuple[Tensor, Tensor]:
+    """The codes (B, M', t + 1) of the beams found, and their parents (B, M'); 0 where there is none."""
+    parents = found.parents.clamp(min=0)
+    before = generated.gather(1, parents.unsqueeze(2).expand(-1, -1, generated.shape[2]))
+    return torch.cat([before, found.tokens.clamp(min=0).unsqueeze(2)], dim=2), parents
 
 
 class SidGrBeamSearch:
@@ -64,6 +70,12 @@ class SidGrBeamSearch:
         prefix_valid_check, record_history: taken as theirs takes them; the first is always done.
         trie: in place of ``codebooks``, a trie that is built already.
     """
+
+    beams: Beams | None
+    generated_sids: Tensor | None
+    accumulated_log_probs: Tensor | None
+    parent_indices: list[Tensor]
+    history_topk_sids: list[Tensor]
 
     def __init__(
         self,
@@ -79,42 +91,38 @@ class SidGrBeamSearch:
         if (codebooks is None) == (trie is None):
             raise ValueError("exactly one of codebooks and trie must be given")
         self.trie: Trie = trie or Trie.from_codes(codebooks, codebook_sizes=codebook_sizes)  # type: ignore[arg-type]
-        self.beam_widths = [beam_width] * num_hierarchies if isinstance(beam_width, int) else list(beam_width)
-        if len(self.beam_widths) != num_hierarchies or self.trie.depth != num_hierarchies:
-            raise ValueError(
-                f"beam_width and the trie must have num_hierarchies, {num_hierarchies}, levels; "
-                f"got {len(self.beam_widths)} and {self.trie.depth}"
-            )
+        if self.trie.depth != num_hierarchies:
+            raise ValueError(f"the trie must have num_hierarchies, {num_hierarchies}, levels; got {self.trie.depth}")
+        self.beam_widths = beam_widths(
+            [*beam_width] if isinstance(beam_width, Sequence) else beam_width, num_hierarchies
+        )
         self.num_hierarchies, self.codebook_sizes = num_hierarchies, list(codebook_sizes)
         self.record_history = record_history
         self.reset()
 
     def reset(self) -> None:
         """Begin again."""
-        self.step = 0
-        self.generated_sids: Tensor | None = None
-        self.accumulated_log_probs: Tensor | None = None
-        self.parent_indices: list[Tensor] = []
-        self.history_topk_sids: list[Tensor] = []
+        self.step, self.beams = 0, None
+        self.generated_sids = self.accumulated_log_probs = None
+        self.parent_indices, self.history_topk_sids = [], []
 
     def propagate(self, log_probs: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities (B, W, K) -> the codes (B, W', step) and their log-probabilities (B, W')."""
-        if self.step >= self.num_hierarchies:
+        if self.step == self.num_hierarchies:
             raise ValueError("Reached the last hierarchy, please call reset to start a new generation")
-        width = 1 if self.generated_sids is None else self.generated_sids.shape[1]
-        kept = min(self.beam_widths[self.step], width * log_probs.shape[-1])
-        self.generated_sids, self.accumulated_log_probs, rows = extend_beams(
-            self.trie, log_probs, self.generated_sids, self.accumulated_log_probs, kept, normalize="none"
-        )
-        self.parent_indices.append((rows % width).view(-1, kept))
-        if self.record_history:
-            self.history_topk_sids.append(self.generated_sids)
-        self.step += 1
-        return self.generated_sids, self.accumulated_log_probs
+        beams, before = self.beams or self.trie.root(len(log_probs)), self.generated_sids
+        before = beams.nodes.new_empty(*beams.nodes.shape, 0) if before is None else before
+        kept = min(self.beam_widths[self.step], log_probs.shape[1] * log_probs.shape[2])
+        self.beams = beam_step(self.trie, log_probs, beams, num_beams=kept, normalize="none")
+        self.generated_sids, parents = _extended(before, self.beams)
+        self.accumulated_log_probs, self.step = self.beams.scores, self.step + 1
+        self.parent_indices.append(parents)
+        self.history_topk_sids += [self.generated_sids] if self.record_history else []
+        return self.generated_sids, self.beams.scores
 
     def get_sids(self, step: int | None = None) -> Tensor | None:
         """The codes (B, W, step), or those (B, W) of one level."""
-        if step is None or self.generated_sids is None or step == -1:
+        if step is None or step == -1 or self.generated_sids is None:
             return self.generated_sids if step is None else None
         if step >= self.step:
             raise ValueError(f"Step {step} is not valid, current step is {self.step}")

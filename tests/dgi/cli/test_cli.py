@@ -192,17 +192,18 @@ def test_the_tuned_weight_ranks_by_the_sum(run: Path, tmp_path: Path, capsys: py
         assert result["score"] == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize("scoring", [[], ["--popularity", "-2", "--order", "sum"]], ids=["plain", "scored"])
 def test_eval_counts_the_hits_that_searching_gives(
-    run: Path, tmp_path: Path, no_picture: None, capsys: pytest.CaptureFixture[str]
+    scoring: list[str], run: Path, tmp_path: Path, no_picture: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    results = evaluate(run, tmp_path / "out", "--max-queries", "10")
+    results = evaluate(run, tmp_path / "out", "--max-queries", "10", *scoring)
     test = sample(load_dataset(run / "data").test, 10)
     hits = []
     for query, history, target in zip(test.queries, test.histories.tolist(), test.items.tolist(), strict=True):
         before = [f"film-{item}" for item in history if item >= 0]
         request = ["--query", query] + (["--history", *before] if before else [])
         capsys.readouterr()
-        assert search(run, *request, "--k", "5", "--json") == 0
+        assert search(run, *request, "--k", "5", "--json", *scoring) == 0
         found = json.loads(capsys.readouterr().out)["results"]
         hits.append(f"film-{target}" in [result["id"] for result in found])
     assert set(results["systems"]) == {"popularity", "exact cosine", "DGI"}
