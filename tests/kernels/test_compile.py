@@ -1,4 +1,4 @@
-"""torch.compile(fullgraph=True) over the cosine and Gumbel ops: the same numbers, gradients and errors as without.
+"""torch.compile(fullgraph=True) over the ops: the same numbers, gradients and errors as without.
 
 Most cases run on ``aot_eager``, which traces all that Inductor does, forward and backward, and leaves out only the code
 generation; one graph of all ops goes through Inductor.
@@ -13,12 +13,17 @@ import torch
 from torch import Tensor
 
 from dgi_kernels import (
+    DecoderLayer,
+    Trie,
     assign_codes,
     balanced_codes,
+    beam_step,
     cosine_cross_entropy,
     cosine_logits,
+    decoder_step,
     gumbel_noise,
     gumbel_softmax,
+    log_normalizer,
     residual_quantize,
     unique_codes,
 )
@@ -190,6 +195,33 @@ def test_backward_sees_the_noise_of_forward() -> None:
     radial = (ds * (unit_z @ unit_e.T)).sum(1, keepdim=True) * unit_z
     expected = 9.0 * (ds @ unit_e - radial) / z.double().norm(dim=1, keepdim=True)
     torch.testing.assert_close(gradient.double(), expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())
+
+
+def test_a_step_of_a_search() -> None:
+    """A decoder's position, the normalizer of a vocabulary, and the beams with node scores; the batch changes."""
+    dim, codes = 4, 5
+    trie = Trie.from_codes(torch.randint(codes, (20, 2)), codebook_sizes=[codes] * 2)
+    scores = trie.node_scores(torch.rand(20) + 0.1)
+
+    def pair(*shape: int) -> tuple[Tensor, Tensor]:
+        return torch.randn(shape), torch.randn(shape[0])
+
+    norm, square = pair(dim), pair(dim, dim)
+    layer = DecoderLayer(norm, pair(3 * dim, dim), square, norm, square, square, norm, pair(6, dim), pair(dim, 6))
+    words = torch.randn(30, dim)
+
+    def step(states: Tensor, memory: Tensor, mask: Tensor, strength: Tensor) -> tuple[Tensor, ...]:
+        hidden, left = decoder_step(states, [layer], [memory], mask, heads=2)
+        logits = hidden @ words.T
+        options = {"log_normalizer": log_normalizer(logits), "node_scores": scores, "strength": strength}
+        beams = beam_step(trie, logits[..., 7 : 7 + codes], trie.root(3), num_beams=4, **options)
+        return hidden, left, *beams[:4]
+
+    run = compiled(step)
+    for slots in (3, 6):
+        inputs = torch.randn(3, 1, dim), torch.randn(3, slots, 2 * dim), torch.rand(3, slots) < 0.8, torch.randn(3)
+        for got, want in zip(run(*inputs), step(*inputs), strict=True):
+            torch.testing.assert_close(got, want)
 
 
 def test_autocast_and_no_grad() -> None:

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from dgi_kernels import (
+    DecoderLayer,
     Trie,
     assign_codes,
+    attention,
     backend,
     balanced_codes,
     beam_search,
@@ -23,9 +25,12 @@ from dgi_kernels import (
     cosine_beam_step,
     cosine_cross_entropy,
     cosine_logits,
+    decoder_step,
+    dropout,
     gumbel_noise,
     gumbel_softmax,
     kmeans,
+    log_normalizer,
     noise,
     rank_candidates,
     residual_kmeans,
@@ -117,7 +122,29 @@ def quantize_options_case() -> tuple[Call, tuple[Tensor, ...]]:
     return call, (z, *codebooks, *values, torch.tensor(0.3), torch.tensor(0.6))
 
 
+def dropout_case() -> tuple[Call, tuple[Tensor, ...]]:
+    seed, p, shape = random.randrange(2**62), random.choice([0.0, 0.3]), (random.randint(1, 70), random.choice([1, 33]))
+
+    def call(x: Tensor, residual: Tensor, backend: str) -> tuple[Tensor, ...]:
+        return (dropout(x, p, residual=residual, seed=seed, backend=backend),)
+
+    return call, (torch.randn(shape), torch.randn(shape))
+
+
+def attention_case() -> tuple[Call, tuple[Tensor, ...]]:
+    seed, causal, slots = random.randrange(2**62), random.random() < 0.5, random.choice([1, 9, 33])
+    mask = torch.rand(3, slots) < 0.7
+
+    def call(queries: Tensor, keys_values: Tensor, backend: str) -> tuple[Tensor, ...]:
+        own = mask.to(queries.device)
+        return (attention(queries, keys_values, heads=4, mask=own, causal=causal, p=0.2, seed=seed, backend=backend),)
+
+    return call, (torch.randn(3, random.randint(1, 20), 16), torch.randn(3, slots, 32))
+
+
 DIFFERENTIABLE = {
+    "attention": attention_case,
+    "dropout": dropout_case,
     "cosine_logits": logits_case,
     "cosine_cross_entropy": cross_entropy_case,
     "gumbel_softmax": softmax_case,
@@ -241,6 +268,50 @@ def test_noise(name: str, device: str) -> None:
     torch.testing.assert_close(got.double().cpu(), exact, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_log_normalizer(name: str, device: str, dtype: torch.dtype) -> None:
+    skip_without("log_normalizer", name, device, dtype)
+    logits = (10 * torch.randn(3, random.choice([1, 33, 2049]))).to(dtype)
+    logits[torch.rand(logits.shape) < 0.1] = -torch.inf
+    logits[:, 0] = 1.0
+    got = log_normalizer(logits.to(device), backend=name)
+    assert got.dtype == torch.float32
+    assert_all_near(["log_normalizer"], [got], [logits.double().logsumexp(-1)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_decoder_step(name: str, device: str, dtype: torch.dtype) -> None:
+    """A position behind another, of beams that continue any of those before."""
+    skip_without("decoder_step", name, device, dtype)
+    dim, beams, slots = 8, random.choice([1, 17, 40]), random.choice([1, 12])
+
+    def pair(*shape: int) -> tuple[Tensor, Tensor]:
+        return torch.randn(shape) / shape[-1] ** 0.5, torch.randn(shape[0])
+
+    norm, square = pair(dim), pair(dim, dim)
+    layer = DecoderLayer(norm, pair(3 * dim, dim), square, norm, square, square, norm, pair(20, dim), pair(dim, 20))
+    floats = [torch.randn(2, beams, dim), torch.randn(2, slots, 2 * dim), torch.randn(1, 2, 3, 2 * dim)]
+    mask, ancestors = torch.rand(2, slots) < 0.8, torch.randint(3, (2, beams))
+
+    def step(name: str, device: str, *dtypes: torch.dtype) -> tuple[Tensor, Tensor]:
+        def cast(x: Tensor) -> Tensor:
+            for dtype in dtypes:
+                x = x.to(dtype)
+            return x.to(device)
+
+        states, memory, past = map(cast, floats)
+        own = DecoderLayer(*((cast(weight), cast(bias)) for weight, bias in layer))
+        places = ancestors.to(device)
+        return decoder_step(states, [own], [memory], mask.to(device), [past], [places], heads=2, backend=name)
+
+    want, usual = step("reference", "cpu", dtype, torch.float64), step("reference", "cpu", dtype)
+    assert_all_near(["states", "keys and values"], step(name, device, dtype), want, usual)
+
+
 def catalog() -> tuple[Trie, int]:
     size, depth = random.choice([5, 64, 300]), 3
     return Trie.from_codes(torch.randint(size, (random.randint(1, 3000), depth)), codebook_sizes=[size] * depth), size
@@ -250,11 +321,13 @@ def catalog() -> tuple[Trie, int]:
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("normalize", ["full", "children"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("op", ["beam_step", "cosine_beam_step"])
-def test_search(op: str, normalize: str, name: str, device: str, dtype: torch.dtype) -> None:
-    """The same scores as the reference on the CPU, over the same filtered trie."""
+def test_search(op: str, weighted: bool, normalize: str, name: str, device: str, dtype: torch.dtype) -> None:
+    """The same scores as the reference on the CPU, over the same filtered trie, with node scores or without."""
     skip_without(op, name, device, dtype)
     trie, size = catalog()
+    weights = torch.rand(trie.num_items) + 0.01
     batch, beams, dim = random.randint(1, 4), random.choice([1, 7, 40]), 16
     keep = torch.rand(trie.num_items) < 0.5
     keep[0] = True
@@ -265,18 +338,20 @@ def test_search(op: str, normalize: str, name: str, device: str, dtype: torch.dt
     ]
 
     def search(trie: Trie, name: str) -> object:
-        state, where = trie.root(batch), trie.filter(mask=keep.to(trie.device))
+        state, options = trie.root(batch), {"filters": trie.filter(mask=keep.to(trie.device))}
+        if weighted:
+            options |= {
+                "node_scores": trie.node_scores(weights),
+                "strength": torch.linspace(-1, 2, batch).to(trie.device),
+            }
+        options |= {"num_beams": beams, "normalize": normalize, "backend": name}
         for h, codebook in zip(hidden, codebooks, strict=True):
             h, codebook = h.to(trie.device), codebook.to(trie.device)
             if op == "cosine_beam_step":
-                state = cosine_beam_step(
-                    trie, h, codebook, 10.0, state, num_beams=beams, normalize=normalize, filters=where, backend=name
-                )
+                state = cosine_beam_step(trie, h, codebook, 10.0, state, **options)
             else:
                 logits = cosine_logits(h.double().cpu(), codebook.double().cpu(), 10.0).to(trie.device, dtype)
-                state = beam_step(
-                    trie, logits, state, num_beams=beams, normalize=normalize, filters=where, backend=name
-                )
+                state = beam_step(trie, logits, state, **options)
         return state
 
     got, want = search(trie.to(device), name), search(trie, "reference")

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dgi_kernels import (
     BeamResult,
     CosineLinear,
     DecoderLayer,
+    NodeScores,
     Trie,
+    _extension,
     assign_codes,
     attention,
     balanced_codes,
@@ -26,6 +29,7 @@ from dgi_kernels import (
     dropout,
     gumbel_noise,
     gumbel_softmax,
+    log_normalizer,
     rank_candidates,
     residual_quantize,
     unique_codes,
@@ -35,8 +39,13 @@ ROWS, DIM, CODES, ITEMS = 6, 8, 4, 50
 Inputs = dict[str, Tensor]
 
 
+SCORES: weakref.WeakKeyDictionary[Trie, NodeScores] = weakref.WeakKeyDictionary()
+
+
 def make_trie() -> Trie:
-    return Trie.from_codes(torch.randint(CODES, (ITEMS, 3)), codebook_sizes=[CODES] * 3).update(remove=[3, 4])
+    trie = Trie.from_codes(torch.randint(CODES, (ITEMS, 3)), codebook_sizes=[CODES] * 3).update(remove=[3, 4])
+    SCORES[trie] = trie.node_scores(torch.rand(trie.num_items) + 0.1)
+    return trie
 
 
 def make_inputs(requires_grad: bool = False) -> Inputs:
@@ -57,6 +66,12 @@ def search(trie: Trie, i: Inputs) -> BeamResult:
     return beam_search(
         trie, lambda depth, *_: i["logits"].expand(ROWS, 3 if depth else 1, CODES), batch_size=ROWS, num_beams=3
     )
+
+
+def weighted(trie: Trie, i: Inputs) -> Tensor:
+    """A step with node scores, made here, as programs have them: once, of numbers."""
+    scores, strength = SCORES[trie], i["h"].detach()[:, 0]
+    return beam_step(trie, i["logits"], trie.root(ROWS), num_beams=3, node_scores=scores, strength=strength).scores
 
 
 def decoded(i: Inputs) -> Tensor:
@@ -92,6 +107,13 @@ def without_gradients(i: Inputs) -> tuple[Tensor, list[Tensor]]:
     return i["h"].detach(), [i["weight"].detach(), i["weight"].detach() + 1]
 
 
+# of a layer of decoder_step, in its order: (out, (in,)), and norms
+MAPS = (
+    *((DIM, ()), (3 * DIM, (DIM,)), (DIM, (DIM,))),
+    *((DIM, ()), (DIM, (DIM,)), (DIM, (DIM,))),
+    *((DIM, ()), (12, (DIM,)), (DIM, (12,))),
+)
+
 WITH_GRADIENTS: dict[str, Callable[[Inputs], Tensor]] = {
     "cosine_logits": lambda i: cosine_logits(i["h"], i["weight"], i["scale"]),
     "cosine_cross_entropy": lambda i: cosine_cross_entropy(i["h"], i["weight"], i["target"], i["scale"]),
@@ -110,6 +132,8 @@ OPS: dict[str, Callable[[Trie, Inputs], Tensor]] = {
     "unique_codes": lambda _, i: unique_codes(i["target"].unsqueeze(1).expand(-1, 2), *without_gradients(i)),
     "gumbel_noise": lambda _, i: gumbel_noise(3, 0, 4, 5),
     "beam_step": lambda trie, i: beam_step(trie, i["logits"], trie.root(ROWS), num_beams=3).scores,
+    "beam_step with node scores": weighted,
+    "log_normalizer": lambda _, i: log_normalizer(i["logits"]),
     "cosine_beam_step": lambda trie, i: (
         cosine_beam_step(trie, i["h"].detach()[:, None], i["weight"].detach(), 9.0, trie.root(ROWS), num_beams=3).scores
     ),
@@ -166,3 +190,24 @@ def test_a_head_can_be_exported() -> None:
     exported = torch.export.export(program, (inputs["h"], inputs["target"])).module()
     h = torch.randn(ROWS, DIM)
     torch.testing.assert_close(exported(h, inputs["target"]), program(h, inputs["target"]))
+
+
+@pytest.mark.skipif(_extension.load_error is not None, reason=str(_extension.load_error))
+def test_the_ops_of_a_model_and_of_a_vocabulary_are_well_registered() -> None:
+    ops, trie = torch.ops.dgi_kernels, make_trie()
+    depth = (trie.parts.base.tokens[0], trie.parts.base.child_start[0], [], [], [], [])
+    own, root = SCORES[trie].base[0], trie.root(2)
+    scored = (None, 3, 0, None, -1, own, None, torch.tensor([0.5, -1.0]), 1.0)
+    library.opcheck(ops.beam_step.default, (*depth, torch.randn(2, 1, CODES), root.nodes, root.scores, *scored))
+    library.opcheck(ops.log_normalizer.default, (torch.randn(2, 3, 70)[..., ::2],))
+    parameters = [torch.randn(shape) for rows, inside in MAPS for shape in ((rows, *inside), (rows,))]
+    past, ancestors = [torch.randn(1, 2, 1, 2 * DIM)], [torch.zeros(2, 3, dtype=torch.int64)]
+    memory, mask = [torch.randn(2, 5, 2 * DIM)], torch.rand(2, 5) < 0.7
+    library.opcheck(
+        ops.decoder_step.default, (torch.randn(2, 3, DIM), parameters, memory, mask, past, ancestors, 2, 1e-5)
+    )
+    seed = torch.tensor([3])
+    library.opcheck(ops.dropout.default, (torch.randn(3, 5), torch.randn(3, 5), 0.3, seed))
+    queries, options = torch.randn(2, 4, DIM), (mask, 2, True, 0.3, seed)
+    library.opcheck(ops.attention.default, (queries, memory[0], *options))
+    library.opcheck(ops.attention_backward.default, (torch.randn(2, 4, DIM), queries, memory[0], *options))

@@ -67,6 +67,13 @@ def filters(index: Trie, requests: int) -> Any:
     return random.choice([None, allowed[0] if allowed else None, [random.choice([f, None]) for f in allowed]])
 
 
+def node_scores(index: Trie, requests: int) -> dict[str, Any]:
+    if random.random() < 0.5:
+        return {}
+    strength = random.choice([0.5, torch.tensor(-2.0), floats(requests)])
+    return {"node_scores": index.node_scores(torch.rand(index.num_items) + 0.1), "strength": strength}
+
+
 def cosine_logits_call() -> dict[str, Any]:
     dtype, dim = random.choice(DTYPES), size()
     return {
@@ -193,6 +200,7 @@ def beam_step_call() -> dict[str, Any]:
         "num_beams": size(),
         "normalize": random.choice(["full", "children", "none"]),
         "filters": filters(index, requests),
+        **node_scores(index, requests),
     }
 
 
@@ -206,6 +214,7 @@ def cosine_beam_step_call() -> dict[str, Any]:
         "beams": index.root(requests),
         "num_beams": size(),
         "filters": filters(index, requests),
+        **node_scores(index, requests),
     }
 
 
@@ -218,6 +227,7 @@ def beam_search_call() -> dict[str, Any]:
         "batch_size": requests,
         "num_beams": beams,
         "filters": filters(index, requests),
+        **node_scores(index, requests),
     }
 
 
@@ -232,6 +242,11 @@ def rank_candidates_call() -> dict[str, Any]:
         "beams": beams,
         "k": size(),
     }
+
+
+def log_normalizer_call() -> dict[str, Any]:
+    logits = floats(*random.choice([(), (0,), (size(),), (2, size())]), size(), dtype=random.choice(DTYPES))
+    return {"logits": torch.where(torch.rand(logits.shape) < 0.2, random.choice([-math.inf, math.nan]), logits)}
 
 
 def decoder_step_call() -> dict[str, Any]:
@@ -276,6 +291,7 @@ OPS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     "cosine_beam_step": (dgi_kernels.cosine_beam_step, cosine_beam_step_call),
     "beam_search": (dgi_kernels.beam_search, beam_search_call),
     "rank_candidates": (dgi_kernels.rank_candidates, rank_candidates_call),
+    "log_normalizer": (dgi_kernels.log_normalizer, log_normalizer_call),
     "decoder_step": (dgi_kernels.decoder_step, decoder_step_call),
     "dropout": (dgi_kernels.dropout, lambda: {"x": floats(size(), size()), "p": 0.3, "seed": 3}),
     "attention": (
