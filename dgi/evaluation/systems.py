@@ -43,7 +43,7 @@ def _staged(name: str, **settings: Any) -> System:
 
 def _soft(name: str, **model: Any) -> System:
     """The next-token loss reaches items and codes through soft assignments; what the paper's ablations take away."""
-    return _staged(name, training=recipes.staged(inputs="mixed"), **model)
+    return _staged(name, training=recipes.staged(inputs="mixed", ntp=1.0, decoder_rate=0), **model)
 
 
 def _generative(name: str, codes: CodeKind | None = None, **settings: Any) -> System:
@@ -67,6 +67,7 @@ SYSTEMS: dict[str, System] = {
     "dsi_hierarchical": _generative("dsi_hierarchical", "hierarchical"),
     "straight_through": _generative("straight_through", gradient="straight_through"),
     "dgi": _staged("dgi"),
+    "dgi_equal_weights": _staged("dgi_equal_weights", training=recipes.staged(ntp=1.0, decoder_rate=0)),
     "dgi_soft": _soft("dgi_soft"),
     "dgi_moving_codes": _generative("dgi_moving_codes"),
     "dgi_one_stage": _generative("dgi_one_stage", from_encoder=False),

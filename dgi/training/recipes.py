@@ -18,11 +18,12 @@ def staged(
     all_items: bool = True,
     distillation: float = 0.5,
     inputs: Literal["hard", "mixed", "soft"] = "hard",
+    ntp: float = 0.2,
+    decoder_rate: float = 2e-3,
 ) -> dict[str, Any]:
     """Fields of :class:`dgi.TrainConfig`: an encoder, codes of its vectors, then everything on those codes.
 
-    The next-token loss reaches the encoder through the request's memory. That it reaches the items through soft
-    assignments too (``mixed``) cost quality: docs/paper.md.
+    The next-token loss reaches the encoder through the request's memory, not through the items' codes.
 
     Args:
         epochs: of all stages.
@@ -30,11 +31,21 @@ def staged(
         all_items: softmax over the whole catalog, with a bias for each item; the decoder learns from it too.
         distillation: see :class:`dgi.Stage`; without ``all_items`` there is none.
         inputs: of the decoder in the joint stage, see :class:`dgi.Stage`.
+        ntp: weight of the next-token loss beside InfoNCE. AdamW's steps do not depend on the size of a loss: with a
+            small weight the decoder learns what it would, and the encoder listens to InfoNCE.
+        decoder_rate: peak learning rate of decoder and quantizer in the joint stage; 0 for the configuration's.
     """
     share = distillation if all_items else 0.0
     # Codes that stay have no use for terms that keep codes in use and near.
-    weights = {} if inputs == "hard" else {"local": 0.0, "diversity": 0.0}
-    joint = Stage("joint", epochs=(1 - first) * epochs, inputs=inputs, distillation=share, loss_weights=weights)
+    weights = {"ntp": ntp} | ({} if inputs == "hard" else {"local": 0.0, "diversity": 0.0})
+    joint = Stage(
+        "joint",
+        epochs=(1 - first) * epochs,
+        rates=dict.fromkeys(("quantizer", "decoder"), decoder_rate) if decoder_rate else {},
+        inputs=inputs,
+        distillation=share,
+        loss_weights=weights,
+    )
     fields: dict[str, Any] = {"stages": (Stage("encoder", epochs=first * epochs), Stage("quantizer"), joint)}
     return fields | ({"contrastive": "all_items", "item_bias": True} if all_items else {})
 
@@ -62,7 +73,10 @@ def recommended(
         return dataclasses.replace(training, **changes), "training in the stages that were given"
     few = num_items <= FEW_ITEMS and model.encoder != "t5"
     kind = training.contrastive if "contrastive" in given else "all_items" if few else "in_batch"
-    recipe = staged(training.epochs, all_items=kind == "all_items")
+    # A decoder from scratch learns faster than the encoder; T5's is no beginner, and rates that are given are kept.
+    fresh = model.encoder != "t5" and not {"quantizer_lr", "backbone_lr"}.intersection(given)
+    rate = 2 * training.backbone_lr if fresh else 0.0
+    recipe = staged(training.epochs, all_items=kind == "all_items", decoder_rate=rate)
     changes |= {name: value for name, value in recipe.items() if name not in given}
     changes["contrastive"] = kind
     why = {

@@ -35,7 +35,7 @@ class StagedDGI(Generative):
         **model: Any,
     ) -> None:
         super().__init__(plan, from_encoder=False, num_beams=num_beams, name=name, **model)
-        self.training = recipes.staged() | (training or {})
+        self.training = recipes.staged(decoder_rate=2 * plan.training.backbone_lr) | (training or {})
 
     def fit(self, data: Dataset) -> Self:
         torch.manual_seed(self.plan.training.seed)
