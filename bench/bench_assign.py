@@ -1,8 +1,9 @@
 """Codes of a catalog: nearest, balanced and unique, on the CPU against other libraries, where they are installed.
 
-`assign_codes` by squared distance, three residual levels; the floor is one matrix product for each level. Peers:
-`torch.cdist` and argmin, faiss (`IndexFlatL2`, k = 1), semantic-id's loop (scikit-learn's distances and argmin), each
-with the residuals between.
+`assign_codes` by squared distance, three residual levels; the floor is torch's matrix product for each level (ours is
+faster where MKL takes no AVX-512). In the second shape most items are codes of the first level, so that what later
+levels hold is long or next to nothing; in the third all lengths differ. Peers: `torch.cdist` and argmin, faiss
+(`IndexFlatL2`, k = 1), semantic-id's loop (scikit-learn's distances and argmin), each with the residuals between.
 `balanced_codes`: Sinkhorn, 50 rounds; the peer is the float64 loop of LETTER, LC-Rec and MiniOneRec over the N x K
 matrix; the floor is a float32 matrix product for each round.
 `unique_codes`: after `assign_codes`, by codebooks of random items; `torch.unique` of the same codes only finds what
@@ -27,7 +28,8 @@ from torch import Tensor
 from dgi_kernels import assign_codes, balanced_codes, unique_codes
 
 BATCH = 16384  # of what would otherwise form N x K
-ASSIGN = [(64, (256, 256, 256), 1.0), (768, (4096, 4096, 4096), 0.02)]  # D, K, items relative to --items
+# D, K, items relative to --items, whether codes' lengths are spread over three powers of ten
+ASSIGN = [(64, (256,) * 3, 1.0, False), (768, (4096,) * 3, 0.02, False), (768, (4096,) * 3, 0.02, True)]
 BALANCED = (12_101, 32, 256)  # N, D, K: Beauty's items in LETTER
 ROUNDS = 50
 
@@ -103,8 +105,11 @@ def with_sklearn(z: Tensor, books: list[Tensor]) -> Step:
     return run
 
 
-def assignments(items: int, d: int, sizes: tuple[int, ...]) -> dict[str, Step]:
+def assignments(items: int, d: int, sizes: tuple[int, ...], unequal: bool) -> dict[str, Step]:
     z, books = catalog(items, d, sizes)
+    if unequal:
+        generator = torch.Generator().manual_seed(2)
+        books = [book * 10 ** (-3 * torch.rand(len(book), 1, generator=generator)) for book in books]
     found: dict[str, Step] = {"floor": floor(z, books), "cdist + argmin": lambda: with_cdist(z, books)}
     if importlib.util.find_spec("faiss") is not None:
         found["faiss"] = with_faiss(z, books)
@@ -176,10 +181,12 @@ if __name__ == "__main__":
     print(f"{title()}; ms (ratio to the first), MB at the peak; medians of {options.rounds} interleaved rounds\n")
     n, d, k = BALANCED
     add_row("balanced_codes", {"N": n, "D": d, "K": k}, balances(n, d, k), options.rounds, measured)
-    for d, sizes, part in ASSIGN:
+    for d, sizes, part, unequal in ASSIGN:
         n = int(items * part)
         shape = {"N": n, "D": d, "K": f"{len(sizes)} x {sizes[0]}"}
-        add_row("assign_codes", shape, assignments(n, d, sizes), options.rounds, measured)
+        if unequal:
+            shape["lengths"] = "1 to 1000"
+        add_row("assign_codes", shape, assignments(n, d, sizes, unequal), options.rounds, measured)
     shape = {"N": items, "D": 64, "K": "3 x 256"}
     add_row("unique_codes", shape, unique(items, 64, (256, 256, 256)), options.rounds, measured)
     if options.json:
