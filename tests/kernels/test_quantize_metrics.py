@@ -118,6 +118,19 @@ def test_assigned_codes_are_the_best(name: str, metric: str, dtype: torch.dtype)
         assert torch.equal(codes, hard.codes)
 
 
+@pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])
+def test_codes_alone_are_those_beside_log_normalizers(metric: str) -> None:
+    """The kernel makes codes alone in one pass, which must find what the other finds: NaN, infinite scores and ties."""
+    z, codebook = torch.randn(40, 7), torch.randn(1300, 7)
+    z[3, 2], z[5], z[6], z[7, 0] = torch.nan, 0, 1e30, torch.inf
+    codebook[900:] = codebook[:400].clone()
+    for dtype in (torch.float32, torch.float64):
+        x, e = z.to(dtype), codebook.to(dtype)
+        hard = residual_quantize(x, [e], 1.0, mode="hard", metric=metric, noise=False, backend="native").codes
+        codes = assign_codes(x, [e], metric=metric, backend="native")
+        assert torch.equal(codes, hard) and (codes < 900).all() and codes[3] == 0
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_long_codes_win_by_dot_products_alone(name: str) -> None:
     z = torch.randn(50, 8).abs()
