@@ -14,12 +14,34 @@ namespace {
 
 constexpr int64_t kTileCodes = 1024;  // a multiple of kNoiseChunk
 
+// The first of x that equals a value that is there, compared 16 at once.
+template <class Real>
+DGI_HOST_DEVICE int64_t first_of(const Real* x, int64_t count, Real value) {
+  constexpr int64_t kCompared = 16;
+  int64_t k = 0;
+  for (; k + kCompared < count; k += kCompared) {
+    int any = 0;
+#pragma omp simd reduction(| : any)
+    for (int64_t i = 0; i < kCompared; ++i) any |= x[k + i] == value;
+    if (any) break;
+  }
+  while (x[k] != value) ++k;
+  return k;
+}
+
 // The first largest of the values seen so far, as argmax has it: the first NaN where there is one.
 template <class Real>
 struct Largest {
   Real value = -std::numeric_limits<Real>::infinity();
   int64_t code = 0;
   bool is_nan = false;
+
+  // `x` are the values of codes first ..., none of them NaN, and `maximum` is theirs.
+  DGI_HOST_DEVICE void take_ordered(const Real* x, int64_t first, int64_t count, Real maximum) {
+    if (is_nan || !(maximum > value)) return;
+    value = maximum;
+    code = first + first_of(x, count, maximum);
+  }
 
   // `x` are the values of codes first ...; returns their maximum.
   DGI_HOST_DEVICE Real take(const Real* x, int64_t first, int64_t count) {
@@ -36,7 +58,7 @@ struct Largest {
     }
     if (!is_nan && maximum > value) {
       value = maximum;
-      code = first + first_equal(x, count, maximum);
+      code = first + first_of(x, count, maximum);
     }
     return maximum;
   }
@@ -87,6 +109,8 @@ class Hard {
         matrix_product({x_.get(), count, in_.dim}, keys.transposed(), {tile_.get(), count, codes}, Into::kOverwrite);
         if (in_.noise.present) {
           reduce<NoiseAs::kGumbel>(level, begin, count, first, codes);
+        } else if (out_.log_normalizer == nullptr) {
+          choose(level, count, first, codes);
         } else {
           reduce<NoiseAs::kNone>(level, begin, count, first, codes);
         }
@@ -110,6 +134,39 @@ class Hard {
   int64_t code_of(int64_t i) const {
     const bool is_checked = !nearest_.empty() && !row_[i].chosen.is_nan && nearest_[i].code() >= 0;
     return is_checked ? nearest_[i].code() : row_[i].chosen.code;
+  }
+
+  // What reduce() does where nothing but codes is asked for: one pass makes scores and their maximum.
+  void choose(const Level<Real>& level, int64_t count, int64_t first_code, int64_t codes) {
+    const CodeTerms<Real> terms = level.terms.from(first_code);
+    parallel_for(count, grain(codes), [&](int64_t first, int64_t last) {
+      const Buffer<Real> scores = make_buffer<Real>(codes);
+      with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
+        with_bias(terms, [&](auto has_bias) DGI_ALWAYS_INLINE {
+          for (int64_t i = first; i < last; ++i) {
+            const Real* const products = tile_.get() + i * codes;
+            const CodeTerms<Real> own = terms;  // copies: by reference the loop is not vectorised
+            const int64_t width = codes;
+            Real* const x = scores.get();
+            Real maximum = -std::numeric_limits<Real>::infinity(), nothing = 0;  // NaN where a score is, or is infinite
+#pragma omp simd reduction(max : maximum) reduction(+ : nothing)
+            for (int64_t k = 0; k < width; ++k) {
+              const Real s = own.template score<fused.value, has_bias.value>(products[k], k);
+              x[k] = s;
+              maximum = maximum < s ? s : maximum;
+              nothing += s * Real{0};
+            }
+            Largest<Real>& chosen = row_[i].chosen;
+            if (nothing == 0) {
+              chosen.take_ordered(x, first_code, codes, maximum);
+            } else {
+              maximum = chosen.take(x, first_code, codes);
+            }
+            if (!nearest_.empty()) nearest_[i].take(x, first_code, codes, maximum, chosen.code);
+          }
+        });
+      });
+    });
   }
 
   template <NoiseAs kAs>

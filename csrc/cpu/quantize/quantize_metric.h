@@ -215,7 +215,7 @@ class Nearest {
   // Scores x of `count` codes from `first` on, and their maximum; `leader` has the largest of all so far,
   // -1 where all are NaN. A distance is taken only of two codes that are within rounding of each other.
   DGI_HOST_DEVICE void take(const Real* x, int64_t first, int64_t count, Real maximum, int64_t leader) {
-    constexpr int64_t kCompared = 64;  // at once
+    constexpr int64_t kCompared = 16;  // at once: one by one they are compared where one of them is near
     best_score_ = std::max(best_score_, static_cast<double>(maximum));
     if (leader < 0) return;
     certain_ = std::max(certain_, best_score_ - static_cast<double>(rounding(level_->length[leader])));
