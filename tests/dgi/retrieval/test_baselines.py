@@ -107,7 +107,7 @@ def sequence_data(users: int = 150) -> Dataset:
 
 
 @pytest.mark.parametrize("name", ["sasrec", "dense_in_batch", "two_stage", "tiger"])
-def test_systems_train_on_whole_sequences(name: str, tmp_path: Path) -> None:
+def test_systems_train_on_whole_sequences(name: str, tmp_path: Path, no_pictures: None) -> None:
     """A causal plan trains on rows of users, and finds what follows; a run that is there is not trained again."""
     data = sequence_data()
     model = dataclasses.replace(PLAN.model, causal=True)
