@@ -192,6 +192,13 @@ def test_the_best_baseline_is_chosen_on_validation_requests(tmp_path: Path) -> N
     of_data = comparing.collect(folder)["data"]["clicks"]
     assert of_data["best_baseline"] == "popularity" and of_data["systems"]["popularity"]["difference"] is None
     assert of_data["systems"]["cooccurrence"]["difference"]["ndcg@10"]["low"] > 0
+    for old in path.parent.glob("*.json"):
+        cell = json.loads(old.read_text())
+        del cell["validation"]
+        old.write_text(json.dumps(cell))
+    as_before = comparing.collect(folder)["data"]["clicks"]
+    assert as_before["best_baseline"] == "cooccurrence", "cells of earlier versions have the test alone"
+    assert "against `cooccurrence`, the best baseline." in " ".join(data_markdown(as_before).split())
     assert "against `popularity`, the best baseline on validation requests" in " ".join(data_markdown(of_data).split())
 
 
