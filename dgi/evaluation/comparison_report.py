@@ -48,7 +48,7 @@ def _protocol(data: Json) -> str:
         f"requests, {split}; all items are ranked, items of the history are {seen} the rankings. Budget of every "
         f"trained system: {data['steps']:,} steps{minutes} of {data['training']['batch_size']} "
         f"{data.get('batches_of', 'interactions')}, {data['epochs']:.1f} epochs; generative systems spend "
-        f"{data['encoder_share']:.0%} of it on the encoder that they start from, `dgi` and its ablations a "
+        f"{data['encoder_share']:.0%} of it on the encoder that they start from, those in stages a "
         f"third{unique}. Width "
         f"{data['model']['dim']}. In brackets: 95 % intervals, bootstrap over requests; Δ: paired, against "
         f"`{data['best_baseline']}`, the best baseline{_chosen_on(data)}."
