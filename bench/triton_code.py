@@ -256,11 +256,11 @@ def all_launches() -> Iterator[Launch]:
 def launches(arch: int) -> list[Launch]:
     """All of them for one architecture, each code once; for Hopper's also with the tiles of every file of the package,
     all of which are of GPUs like it."""
-    common.architecture = lambda device: arch // 10  # type: ignore[assignment]
-    found = list(all_launches())
-    for path in sorted(tiles.FOLDER.glob("*.json")) if arch == 90 else []:
-        with tiles.override(str(path)):
-            found += [replace(launch, label=f"{launch.label} {path.stem}") for launch in all_launches()]
+    with mock.patch.object(common, "architecture", lambda device: arch // 10):
+        found = list(all_launches())
+        for path in sorted(tiles.FOLDER.glob("*.json")) if arch == 90 else []:
+            with tiles.override(str(path)):
+                found += [replace(launch, label=f"{launch.label} {path.stem}") for launch in all_launches()]
     return list(dict.fromkeys(found))
 
 
