@@ -44,7 +44,10 @@ Case = tuple[ModelConfig, TrainConfig, Catalog, Interactions]
 
 def demo() -> Case:
     data = load_movielens()
-    return DEMO_MODEL, DEMO_TRAINING, data.catalog, data.train
+    training = DEMO_TRAINING
+    if hasattr(training, "contrastive"):  # older commits have the items of a batch as candidates, and no other
+        training = dataclasses.replace(training, contrastive="in_batch")
+    return DEMO_MODEL, training, data.catalog, data.train
 
 
 def large(
@@ -111,19 +114,27 @@ def update_steps(make: Callable[[], Case]) -> dict[str, Step]:
     return {backend: update_step(trainer, backend) for backend, trainer in trainers(make).items()}
 
 
+def prepared(trainer: Trainer) -> tuple[torch.nn.Module, list[tuple[int, object]]]:
+    """The loss of a trainer without stages, and the batches of its first epoch with the steps they belong to."""
+    if not hasattr(trainer, "_loss_step"):  # an older commit
+        return LossStep(trainer.model.train(), trainer.config), list(trainer._batches(0))
+    (span,) = trainer.schedule.spans
+    return trainer._loss_step(span), [(step, trainer._batch(step, span)) for step in range(trainer.epoch_steps)]
+
+
 def update_step(trainer: Trainer, backend: str) -> Step:
-    loss_step = with_backend(LossStep(trainer.model, trainer.config), backend)
-    batches = itertools.cycle(trainer._batches(0))
-    return lambda: trainer._update(loss_step, *reversed(next(batches)))
+    loss_step, batches = prepared(trainer)
+    with_backend(loss_step, backend)
+    steps = itertools.cycle(batches)
+    return lambda: trainer._update(loss_step, *reversed(next(steps)))
 
 
 def run(case: str, steps: int, results: Results) -> None:
     systems = trainers(CASES[case])
     losses: dict[str, list[float]] = {backend: [] for backend in BACKENDS}
     times: dict[str, list[float]] = {backend: [] for backend in BACKENDS}
-    loss_steps = {
-        name: with_backend(LossStep(trainer.model, trainer.config), name) for name, trainer in systems.items()
-    }
+    loss_steps = {name: with_backend(prepared(trainer)[0], name) for name, trainer in systems.items()}
+    batches = prepared(systems["auto"])[1]
 
     def update(name: str, batch: object, step: int) -> None:
         result, values = systems[name]._update(loss_steps[name], batch, step)
@@ -131,7 +142,7 @@ def run(case: str, steps: int, results: Results) -> None:
         losses[name].append(values["loss"])
 
     with Progress(steps, case, unit="steps") as bar:
-        for step, batch in itertools.islice(systems["auto"]._batches(0), steps):
+        for step, batch in batches[:steps]:
             for name in BACKENDS if step % 2 else reversed(BACKENDS):
                 times[name].append(seconds(lambda name=name, batch=batch, step=step: update(name, batch, step)))
             bar.update()
@@ -157,11 +168,11 @@ def plain_step(make: Callable[[], Case]) -> Step:
     torch.manual_seed(training.seed)
     trainer = Trainer(DGIModel(config), training, catalog, interactions, None, progress=False)
     trainer._start(resume=False)
-    loss_step = LossStep(trainer.model.train(), trainer.config)
-    batches = itertools.cycle(trainer._batches(0))
+    loss_step, batches = prepared(trainer)
+    steps = itertools.cycle(batches)
 
     def update() -> None:
-        step, batch = next(batches)
+        step, batch = next(steps)
         trainer._tend_codes(step, trainer._update(loss_step, batch, step)[0])
 
     return update
