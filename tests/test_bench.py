@@ -38,9 +38,10 @@ def test_every_target_case_runs() -> None:
         for path in (ROOT / "bench" / "results").glob("cpu-*.json")
         for figure in json.loads(path.read_text())["benchmarks"]
     }
-    # These are beam_search and beam_step again, in whole searches, or need transformers.
+    # These are beam_search and beam_step again, in whole searches, or need transformers; a training step beside another
+    # commit needs its checkout, and catalogs of 1e8 items are no target case.
     elsewhere = {"trie_search", "dgi_search", "vocabulary_selection", "constrained_generate"}
-    assert passed >= recorded - elsewhere
+    assert passed >= recorded - elsewhere - {"training_step_with_dropout", "scale"}
 
 
 def test_a_comparison_fails_where_something_is_slower(tmp_path: Path) -> None:
