@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dgi.config import ModelConfig, TrainConfig, to_dict
-from dgi.data import Catalog, Dataset, Interactions, with_validation
+from dgi.data import Catalog, Dataset, Interactions, train_counts, with_validation
 from dgi.data.catalog import one_line
 from dgi.evaluation import evaluate
 from dgi.evaluation.evaluate import K
@@ -89,7 +89,7 @@ def _draw_curve(output: Path) -> bool:
 
 def _evaluate(data: Dataset, systems: dict[str, Retriever], searcher: Searcher, full: bool) -> dict[str, Any]:
     test = evaluate.sample(data.test, None if full else TEST_SAMPLE)
-    counts = evaluate.train_counts(data.train, len(data.catalog))
+    counts = train_counts(data.train, len(data.catalog))
     rankings = {
         "popularity": rank_by_popularity(counts, len(test), evaluate.DEPTH, exclude=evaluate.history_rows(test))
     } | {name: system.search(test, evaluate.DEPTH, exclude_history=True).items for name, system in systems.items()}

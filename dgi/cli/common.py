@@ -167,7 +167,7 @@ def scoring(args: argparse.Namespace, searcher: Searcher) -> dict[str, Any]:
         return {"order": args.order}
     import torch
 
-    from dgi.evaluation.evaluate import train_counts
+    from dgi.data import train_counts
 
     index = searcher.index
     clicks = torch.from_numpy(1 + train_counts(load_data(args.data).train, len(index))).double()

@@ -95,13 +95,15 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _tuned(index: DGIIndex, model: DGIModel, args: argparse.Namespace) -> DGIIndex:
-    from dgi.data.dataset import with_validation
-    from dgi.retrieval.fused import K, choose_weights, training_counts
+    import torch
+
+    from dgi.data import train_counts, with_validation
+    from dgi.retrieval.fused import K, choose_weights
     from dgi.retrieval.search import Searcher
 
     data = with_validation(load_data(args.data))
     assert data.validation is not None
-    counts = training_counts(data.train, len(index))
+    counts = torch.from_numpy(train_counts(data.train, len(index)))
     searcher = Searcher(model, index, data.catalog)
     best, found = choose_weights(
         searcher, data.validation, counts=counts, num_beams=TUNED_BEAMS, exclude_history=True, progress=args.progress

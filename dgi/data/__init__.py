@@ -2,7 +2,7 @@
 
 from dgi.data.catalog import Catalog, load_catalog
 from dgi.data.dataset import Dataset, load_dataset, load_items, with_pseudo_queries, with_validation
-from dgi.data.interactions import MAX_HISTORY, Interactions, load_interactions, pad_histories
+from dgi.data.interactions import MAX_HISTORY, Interactions, load_interactions, pad_histories, train_counts
 from dgi.data.judgments import Judgments, load_judgments
 from dgi.data.movielens import MOVIELENS_TERMS, load_movielens
 from dgi.data.readers import DataError
@@ -38,6 +38,7 @@ __all__ = [
     "next_items",
     "pad_histories",
     "time_split",
+    "train_counts",
     "training_part",
     "training_rows",
     "with_pseudo_queries",

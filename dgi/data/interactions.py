@@ -164,3 +164,8 @@ def _timestamp(value: Any, timed: bool, problems: Problems, number: int) -> floa
     if not math.isfinite(timestamp):
         problems.add(number, f"timestamp is {value!r}; it must be a finite number of seconds")
     return timestamp
+
+
+def train_counts(train: Interactions, num_items: int) -> np.ndarray:
+    """(num_items,) how often each item was chosen in training."""
+    return np.bincount(train.items, minlength=num_items)

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 
 from dgi.config import ModelConfig, TrainConfig, from_file, to_dict
-from dgi.data import Dataset, Interactions, with_validation
+from dgi.data import Dataset, Interactions, train_counts, with_validation
 from dgi.evaluation import metrics
-from dgi.evaluation.evaluate import DEPTH, K, sample, sampled_rows, train_counts, write_json
+from dgi.evaluation.evaluate import DEPTH, K, sample, sampled_rows, write_json
 from dgi.evaluation.names import DEFAULT_SYSTEMS
 from dgi.evaluation.per_query import MEASURES, bucket_means, interval, measure_queries
 from dgi.evaluation.systems import SYSTEMS
@@ -33,8 +33,8 @@ from dgi.extras import require
 from dgi.model.dgi_model import DualEncoder
 from dgi.progress import Progress
 from dgi.retrieval.baselines import Plan, Retriever
-from dgi.retrieval.baselines.dense import hit_rate_and_ndcg
 from dgi.retrieval.baselines.plan import validation_sample
+from dgi.retrieval.fused import hit_rate_and_ndcg
 from dgi_kernels.files import atomic_write, check_output
 
 Json = dict[str, Any]

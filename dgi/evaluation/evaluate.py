@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dgi import pictures
 from dgi.data import Interactions, Judgments
+from dgi.data import train_counts as train_counts  # where it was before
 from dgi.evaluation import metrics
 from dgi.model.encoding import Requests, encode_requests
 from dgi.retrieval.index import DGIIndex
@@ -25,11 +26,6 @@ Json = dict[str, Any]
 DEPTH = max(metrics.CUTOFFS)  # items ranked for each test query
 K = 10  # cutoff of tables, pictures and hubness
 RECALL_DEPTH = 100
-
-
-def train_counts(train: Interactions, num_items: int) -> np.ndarray:
-    """(num_items,) how often each item was chosen in training."""
-    return np.bincount(train.items, minlength=num_items)
 
 
 def sample(interactions: Interactions, limit: int | None, seed: int = 0) -> Interactions:

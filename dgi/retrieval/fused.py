@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +25,7 @@ from dgi_kernels.beam import beam_widths
 COSINE_WEIGHTS = (0.0, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 40.0, 60.0, 80.0)
 BIAS_WEIGHTS = (0.0, 1.0, 2.0, 4.0)
 POPULARITY_WEIGHTS = (0.0, -0.1, 0.1, 0.25, 0.5)
-K = 10
+K = 10  # settings are chosen by NDCG at 10
 
 
 @dataclass(frozen=True)
@@ -124,16 +123,12 @@ def choose_weights(
         for of_bias, of_popularity in itertools.product(biases, powers):
             weights = RankingWeights(value, of_bias, of_popularity)
             items = found.ranked(weights, weights.item_scores(own, counts), K)
-            tried[weights] = ndcg(items, targets)
+            tried[weights] = hit_rate_and_ndcg(items, targets)[1]
     return max(tried, key=tried.__getitem__), tried
 
 
-def ndcg(items: Tensor, targets: Tensor) -> float:
-    """NDCG of (n, k) results with one target each."""
-    gains = (items == targets[:, None]).double() / torch.arange(2, items.shape[1] + 2).double().log2()
-    return float(gains.sum(1).mean())
-
-
-def training_counts(train: Interactions, num_items: int) -> Tensor:
-    """(num_items,) how often each item was chosen in training."""
-    return torch.from_numpy(np.bincount(train.items, minlength=num_items))
+def hit_rate_and_ndcg(items: Tensor, targets: Tensor) -> tuple[float, float]:
+    """Of (n, k) results with one target each."""
+    hits = items == targets[:, None]
+    gains = hits.double() / torch.arange(2, items.shape[1] + 2).double().log2()
+    return float(hits.any(1).double().mean()), float(gains.sum(1).mean())

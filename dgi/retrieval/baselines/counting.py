@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dgi.data import Dataset, Interactions
+from dgi.data import Dataset, Interactions, train_counts
 from dgi.retrieval.baselines.protocol import ScoringRetriever
 from dgi.retrieval.index import first_allowed
 
@@ -43,7 +43,7 @@ class Popularity(ScoringRetriever):
     counts: Tensor
 
     def fit(self, data: Dataset) -> Self:
-        self.counts = torch.bincount(torch.from_numpy(data.train.items), minlength=len(data.catalog)).float()
+        self.counts = torch.from_numpy(train_counts(data.train, len(data.catalog))).float()
         return self
 
     def scores(self, queries: Interactions) -> Tensor:
@@ -61,7 +61,7 @@ class Cooccurrence(ScoringRetriever):
 
     def fit(self, data: Dataset) -> Self:
         size = len(data.catalog)
-        counts = np.bincount(data.train.items, minlength=size)
+        counts = train_counts(data.train, size)
         rows, places = np.nonzero(data.train.histories >= 0)
         before, after = data.train.histories[rows, places], data.train.items[rows]
         pairs, inverse = np.unique(before * size + after, return_inverse=True)

@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dgi.config import ModelConfig
-from dgi.data import Catalog, Dataset, Interactions
+from dgi.data import Catalog, Dataset, Interactions, train_counts
 from dgi.data.batches import Batch
 from dgi.model.dgi_model import DGIOutput, DualEncoder
 from dgi.model.encoders import SequenceEncoder
 from dgi.model.encoding import Requests, encode_items, encode_requests
 from dgi.retrieval.baselines.plan import Plan, train, validation_sample
 from dgi.retrieval.baselines.protocol import ScoringRetriever
+from dgi.retrieval.fused import K, hit_rate_and_ndcg
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -28,7 +29,6 @@ POPULARITY_WEIGHTS = (0.0, -0.5, -0.25, 0.1, 0.25, 0.5, 0.75, 1.0)
 # Of vectors of items and codes at the start, as SASRec has them. A cosine learns in angles: by a rate of 1e-3 a step,
 # vectors of length 1 turn by hardly anything.
 STD = 0.02
-K = 10  # settings are chosen by NDCG at 10
 
 
 class BiasedDualEncoder(DualEncoder):
@@ -124,7 +124,7 @@ class Dense(ScoringRetriever):
     def fit(self, data: Dataset) -> Self:
         torch.manual_seed(self.plan.training.seed)
         self.model = self._build(data)
-        self.log_counts = torch.from_numpy(np.log1p(np.bincount(data.train.items, minlength=len(data.catalog)))).float()
+        self.log_counts = torch.from_numpy(np.log1p(train_counts(data.train, len(data.catalog)))).float()
         self.item_features = self.model.encoder.prepare_items(data.catalog)
         validation = validation_sample(data)
 
@@ -182,13 +182,6 @@ class Dense(ScoringRetriever):
 
     def item_vectors(self) -> Tensor:
         return self._vectors
-
-
-def hit_rate_and_ndcg(items: Tensor, targets: Tensor) -> tuple[float, float]:
-    """Of (n, k) results with one target each."""
-    hits = items == targets[:, None]
-    gains = hits.double() / torch.arange(2, items.shape[1] + 2).double().log2()
-    return float(hits.any(1).double().mean()), float(gains.sum(1).mean())
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dgi.config import TrainConfig
-from dgi.data import Dataset, Interactions
+from dgi.data import Dataset, Interactions, train_counts
 from dgi.model.dgi_model import DGIModel, DualEncoder
 from dgi.model.encoding import encode_items
 from dgi.retrieval.baselines.codes import CodeKind, FixedCodesModel, fixed_codes_model, given_codes_model
-from dgi.retrieval.baselines.dense import K, count_parameters, hit_rate_and_ndcg
+from dgi.retrieval.baselines.dense import count_parameters
 from dgi.retrieval.baselines.plan import Plan, Training, train, validation_sample
 from dgi.retrieval.baselines.protocol import Found, Retriever
-from dgi.retrieval.fused import RankingWeights, choose_weights, training_counts
+from dgi.retrieval.fused import K, RankingWeights, choose_weights, hit_rate_and_ndcg
 from dgi.retrieval.index import DGIIndex
 from dgi.retrieval.search import Searcher
 from dgi.training.seeds import CLUSTERING, derived_seed, generator
@@ -100,7 +100,7 @@ class Generative(Retriever):
         trained = train(self.model, config, data, folder, self.plan, validate)
         self.curve, self.seconds = trained.curve, trained.seconds
         self.searcher = self._index(data)
-        self._choose(validation_sample(data), training_counts(data.train, len(data.catalog)))
+        self._choose(validation_sample(data), torch.from_numpy(train_counts(data.train, len(data.catalog))))
 
     def _choose(self, validation: Interactions, counts: Tensor) -> None:
         """The weights of the sum that ranks, on the validation set; see :mod:`dgi.retrieval.fused`."""

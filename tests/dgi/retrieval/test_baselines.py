@@ -18,6 +18,7 @@ from dgi.data import (
     leave_one_out,
     load_dataset,
     pad_histories,
+    train_counts,
     training_part,
     with_validation,
 )
@@ -38,7 +39,7 @@ from dgi.retrieval.baselines import (
     rank_by_popularity,
 )
 from dgi.retrieval.baselines.protocol import best_items, request_texts
-from dgi.retrieval.fused import Candidates, RankingWeights, choose_weights, training_counts
+from dgi.retrieval.fused import Candidates, RankingWeights, choose_weights
 from tests.dgi.tiny_folder import ITEMS, write_data
 
 PLAN = Plan(
@@ -315,7 +316,7 @@ def test_the_weights_of_the_sum_are_chosen_on_the_validation_set(data: Dataset) 
     plan = dataclasses.replace(PLAN, training=dataclasses.replace(PLAN.training, steps=40))
     system = Generative(plan, num_beams=6).fit(data)
     assert data.validation is not None
-    counts = training_counts(data.train, ITEMS)
+    counts = torch.from_numpy(train_counts(data.train, ITEMS))
     options = {"num_beams": 6, "exclude_history": plan.exclude_history}
     best, tried = choose_weights(system.searcher, data.validation, counts=counts, **options)
     assert best == system.weights and tried[best] == max(tried.values())
@@ -346,7 +347,7 @@ def test_the_bias_of_an_item_counts_in_the_sum(data: Dataset) -> None:
     own = searcher.model.item_bias
     assert own is not None
     own.data.normal_()
-    counts = training_counts(data.train, ITEMS)
+    counts = torch.from_numpy(train_counts(data.train, ITEMS))
     candidates = Candidates.find(searcher, data.test, num_beams=ITEMS)
     for weights in (RankingWeights(20.0, 3.0, 0.25), RankingWeights(5.0, 0.0, -0.1), RankingWeights(1.0)):
         quick = candidates.ranked(weights, weights.item_scores(own, counts), 10)
