@@ -15,6 +15,8 @@ A page says what it shows between markers, and everything between them is replac
     <!-- /ops -->
     <!-- comparison:compare-movielens -->                          the tables of a comparison by "dgi compare"
     <!-- /comparison -->
+    <!-- figure:compare-movielens kind=knob systems=dense,dgi -->    a picture of it, see comparison_pictures.py
+    <!-- /figure -->
     <!-- tail:compare-movielens -->                                its table of head and tail over the popularity weight
     <!-- /tail -->
     <!-- scale -->                                                 what each step costs by the size of a catalog
@@ -29,30 +31,32 @@ milliseconds too.  Where there are no results the page says so.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import re
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+import comparison_pictures
+import svg
 from op_table import op_table
 from scale_table import scale_table
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-RESULTS, ASSETS = ROOT / "bench" / "results", ROOT / "docs" / "assets"
+RESULTS = ROOT / "bench" / "results"
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
 MARKER = re.compile(r"(<!-- (report|picture):(\S+)((?: [^=\s]+=\S+)*) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 KERNELS = re.compile(r"(?<=<!-- kernels -->\n).*?(?=<!-- /kernels -->)", re.DOTALL)
 COMPARISON = re.compile(r"(<!-- comparison:(\S+) -->\n).*?(<!-- /comparison -->)", re.DOTALL)
+FIGURE = re.compile(r"(<!-- figure:(\S+)((?: [^=\s]+=\S+)*) -->\n).*?(<!-- /figure -->)", re.DOTALL)
 TAIL = re.compile(r"(<!-- tail:(\S+) -->\n).*?(<!-- /tail -->)", re.DOTALL)
 DROPINS = re.compile(r"(<!-- dropins -->\n).*?(<!-- /dropins -->)", re.DOTALL)
 SCALE = re.compile(r"(?<=<!-- scale -->\n).*?(?=<!-- /scale -->)", re.DOTALL)
@@ -62,11 +66,6 @@ COLUMNS = {"C++": ("native", "cpu"), "Triton": ("triton", "cuda"), "CUDA C++": (
 OURS = ("ours", "native", "fused", "constrained_generate", "auto")  # what benchmarks call it; the first there is
 FLOOR = "floor"
 WIDTH = 5.0  # inches of a picture, so that its letters can still be read where it is made as narrow as a phone
-# Ink, then the floor's colour, ours, and the others'.
-THEMES = {
-    "light": ("#24292f", "#8c959f #1f6feb #bf8700 #1a7f37 #cf222e #8250df #0a7c86 #953800 #bf3989"),
-    "dark": ("#e6edf3", "#6e7681 #58a6ff #e3b341 #3fb950 #ff7b72 #bc8cff #39c5cf #f0883e #f778ba"),
-}
 PLAIN = ("eager", "reference", "exponential_")  # the same op in plain PyTorch
 # Ours, or less work.
 NO_PEERS = ("filtered", "updated", "with bias", "generate, TrieLogitsProcessor", "generate, unconstrained")
@@ -264,19 +263,7 @@ def alt_text(run: Run, filters: dict[str, str]) -> str:
     return f"Bar chart of time ÷ ours. {'; '.join(heading(*item) for item in by_op.items())}: {'; '.join(spans)}."
 
 
-def pictures(page: Path, run: Run, filters: dict[str, str]) -> str:
-    """Where the bars lie, for a page that shows them: on the site by its own switch, else by the reader's system."""
-    stem, alt = picture_name(run.name, filters), alt_text(run, filters)
-    if page.name == "README.md":
-        return (
-            f'<picture>\n  <source media="(prefers-color-scheme: dark)" srcset="docs/assets/{stem}-dark.svg">\n'
-            f'  <img alt="{alt}" src="docs/assets/{stem}-light.svg">\n</picture>'
-        )
-    up = "../" * (len(page.relative_to(ROOT / "docs").parts) - 1)
-    return "\n".join(f"![{alt}]({up}assets/{stem}-{mode}.svg#only-{mode})" for mode in ("light", "dark"))
-
-
-def bars(run: Run, filters: dict[str, str], ink: str, palette: Sequence[str]) -> Figure:
+def bars(run: Run, filters: dict[str, str], palette: Sequence[str]) -> Figure:
     """A group of bars for each shape below a line that names it, each bar with its system and ratio at its end."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -330,33 +317,34 @@ def bars(run: Run, filters: dict[str, str], ink: str, palette: Sequence[str]) ->
     return figure
 
 
-def draw(run: Run, filters: dict[str, str]) -> Iterator[tuple[Path, str]]:
-    """:func:`bars` as (file, SVG), light and dark."""
-    import matplotlib
+class Picture(NamedTuple):
+    """A picture that a page shows.
 
-    for mode, (ink, palette) in THEMES.items():
-        with matplotlib.rc_context(
-            {
-                "svg.hashsalt": run.name,
-                "font.size": 9,
-                "text.color": ink,
-                "axes.edgecolor": ink,
-                "axes.labelcolor": ink,
-                "xtick.color": ink,
-                "ytick.color": ink,
-            }
-        ):
-            buffer = io.StringIO()
-            bars(run, filters, ink, palette.split()).savefig(
-                buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
-            )
-        text = "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
-        yield ASSETS / f"{picture_name(run.name, filters)}-{mode}.svg", text
+    Attributes:
+        stem: of its files.
+        alt: what it shows, in words.
+        draw: draws it in these colours.
+        salt: of the identifiers in its files.
+    """
+
+    stem: str
+    alt: str
+    draw: Callable[[Sequence[str]], Figure]
+    salt: str
 
 
-def rendered(page: Path, text: str) -> tuple[str, list[tuple[Run, dict[str, str]]]]:
+def chart(run: Run, filters: dict[str, str]) -> Picture:
+    """The picture of :func:`bars`."""
+    return Picture(picture_name(run.name, filters), alt_text(run, filters), partial(bars, run, filters), run.name)
+
+
+def rendered(page: Path, text: str) -> tuple[str, list[Picture]]:
     """The page with everything between its markers rendered again, and the pictures that it shows."""
-    shown: list[tuple[Run, dict[str, str]]] = []
+    shown: list[Picture] = []
+
+    def show(picture: Picture) -> str:
+        shown.append(picture)
+        return svg.links(page, picture.stem, picture.alt)
 
     def replace(match: re.Match[str]) -> str:
         start, kind, name, options, end = match.groups()
@@ -366,14 +354,14 @@ def rendered(page: Path, text: str) -> tuple[str, list[tuple[Run, dict[str, str]
         if run is None or not by_op:
             return start + (f"\n{missing(name)}\n\n" if kind == "report" else "") + end
         if kind == "picture":
-            shown.append((run, filters))
-            return start + pictures(page, run, filters) + "\n" + end
+            return start + show(chart(run, filters)) + "\n" + end
         return start + "\n" + "\n\n".join(table(run, op, rows) for op, rows in by_op.items()) + "\n\n" + end
 
     text = SUMMARY_PLACE.sub(lambda match: summary(), MARKER.sub(replace, text))
     text = SCALE.sub(lambda match: f"\n{scale_table(RESULTS / 'cpu-scale.json')}\n\n", text)
     text = DROPINS.sub(lambda match: f"{match[1]}\n{dropins()}\n\n{match[2]}", text)
     text = COMPARISON.sub(lambda match: f"{match[1]}\n{comparison(match[2])}\n\n{match[3]}", text)
+    text = FIGURE.sub(lambda match: f"{match[1]}{show(figure(match[2], parsed(match[3])))}\n{match[4]}", text)
     text = TAIL.sub(lambda match: f"{match[1]}\n{tail(match[2])}\n\n{match[3]}", text)
     text = OPS.sub(lambda match: op_table(available()), text)
     return KERNELS.sub(lambda match: kernels(match[0]), text), shown
@@ -394,6 +382,18 @@ def comparison(name: str) -> str:
     threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
     source = f"<sub>{machine['cpu']}, {threads}, torch {machine['torch']}: `bench/results/{name}.json`</sub>"
     return "\n\n".join([*sections, source])
+
+
+def figure(name: str, options: dict[str, str]) -> Picture:
+    """A picture of a comparison, see :mod:`comparison_pictures`; ``options`` are its kind and its systems."""
+    kind = options["kind"]
+    systems = comparison_pictures.load(RESULTS / f"{name}.json", options["systems"].split(","))
+    return Picture(
+        picture_name(name, options),
+        comparison_pictures.words(systems, kind),
+        partial(comparison_pictures.draw, systems, kind),
+        name,
+    )
 
 
 def tail(name: str) -> str:
@@ -510,17 +510,13 @@ def main() -> int:
             stale.append(page)
             if not options.check:
                 page.write_text(after)
-        for run, filters in shown:
+        for picture in shown:
             if options.check:  # matplotlib's versions draw the same bars with other bytes: that they exist will do
-                stale += [
-                    path
-                    for path in (ASSETS / f"{picture_name(run.name, filters)}-{mode}.svg" for mode in ("light", "dark"))
-                    if not path.exists()
-                ]
+                stale += [path for path in svg.files(picture.stem) if not path.exists()]
                 continue
-            for path, svg in draw(run, filters):
+            for path, text in svg.render(picture.draw, picture.stem, picture.salt):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(svg)
+                path.write_text(text)
     for path in stale:
         print(f"{'out of date' if options.check else 'written'}: {path.relative_to(ROOT)}")
     return int(options.check and bool(stale))

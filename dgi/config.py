@@ -29,6 +29,7 @@ BEFORE: dict[str, Any] = {
     "steps": 0,
     "stages": [],
     "item_bias": False,
+    "word_scale": 1.0,
 }
 
 MAX_INT, MAX_SEED = 2**31 - 1, 2**63 - 1
@@ -60,8 +61,7 @@ class ModelConfig:
             taken as they are.
         max_tokens: words (``text``) or word pieces (``t5``) kept of one text.
         word_scale: standard deviation of the ``text`` encoder's word vectors at the start. A cosine turns by angles:
-            a rate of 1e-3 turns long vectors by little. Items whose words are their own (titles) learn faster from
-            short ones, such as 0.05.
+            a rate of 1e-3 turns long vectors by little, so they start short. Before it was a setting it was 1.
         max_history: items of the history that are read, the latest ones.
         causal: each item of a history sees those before it only, and the vector of the last one is the query's. A whole
             sequence then trains in one pass, every item a query for the next (``text`` and ``vectors``, requests
@@ -84,7 +84,7 @@ class ModelConfig:
     tokenizer: str = WORDS_2
     vocabulary_size: int = 16384
     max_tokens: int = 32
-    word_scale: float = 1.0
+    word_scale: float = 0.1
     max_history: int = 10
     causal: bool = False
     vector_dim: int = 0

@@ -15,7 +15,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
-compare, measure, report = (importlib.import_module(name) for name in ("compare", "measure", "report"))
+compare, comparison_pictures, measure, report, svg = (
+    importlib.import_module(name) for name in ("compare", "comparison_pictures", "measure", "report", "svg")
+)
 
 
 @pytest.fixture
@@ -91,7 +93,8 @@ def test_a_page_is_rendered_once_and_for_all(run: report.Run) -> None:
         "<!-- picture:cpu-sample op=op -->\n<!-- /picture -->\n<!-- report:missing -->\nold\n<!-- /report -->\n"
     )
     once, shown = report.rendered(report.ROOT / "README.md", page)
-    assert report.rendered(report.ROOT / "README.md", once) == (once, shown)
+    again, shown_again = report.rendered(report.ROOT / "README.md", once)
+    assert again == once and [picture.stem for picture in shown_again] == [picture.stem for picture in shown]
     assert "Not measured yet" in once and "make" not in once.partition("between")[0]
     assert "stale" not in once and "old" not in once and once.startswith("before\n") and "\nbetween\n" in once
     assert "| 64 | 1.25 | 3.00 |" in once and "cpu-sample-op-dark.svg" in once and len(shown) == 1
@@ -146,9 +149,13 @@ def test_the_table_of_kernels_is_what_the_ops_choose_from() -> None:
     assert page.splitlines()[3] == "| `cosine_cross_entropy` | x | ✓ | ✓ |   |"
 
 
+def files_of(picture: report.Picture) -> dict[Path, str]:
+    return dict(svg.render(picture.draw, picture.stem, picture.salt))
+
+
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
 def test_pictures_are_drawn_light_and_dark_and_repeat(run: report.Run) -> None:
-    first, again = (dict(report.draw(run, {"op": "op"})) for _ in range(2))
+    first, again = (files_of(report.chart(run, {"op": "op"})) for _ in range(2))
     assert first == again and [path.name for path in first] == ["cpu-sample-op-light.svg", "cpu-sample-op-dark.svg"]
     assert all(text.startswith("<?xml") for text in first.values())
 
@@ -164,26 +171,24 @@ def labels(run: report.Run, filters: dict[str, str]) -> Counter[str]:
     )
 
 
-def check_bars(svg: str, expected: Counter[str]) -> None:
+def check_bars(text: str, expected: Counter[str]) -> None:
     """An SVG of matplotlib has each text as a comment before its outlines."""
-    drawn = Counter(text for text in re.findall(r"<!-- (.*?) -->", svg) if "  " in text)
-    assert drawn == expected and svg.count('<g id="bar-') == expected.total()
+    drawn = Counter(said for said in re.findall(r"<!-- (.*?) -->", text) if "  " in said)
+    assert drawn == expected and text.count('<g id="bar-') == expected.total()
 
 
-SHOWN = {
-    report.picture_name(run.name, filters): (run, filters)
-    for page in report.PAGES
-    for run, filters in report.rendered(page, page.read_text())[1]
-}
+PICTURES = [picture for page in report.PAGES for picture in report.rendered(page, page.read_text())[1]]
+SHOWN = {picture.stem: picture.draw.args for picture in PICTURES if picture.draw.func is report.bars}
+COMPARISONS = {picture.stem: picture for picture in PICTURES if picture.draw.func is comparison_pictures.draw}
 
 
 @pytest.mark.parametrize("mode", ["light", "dark"])
 @pytest.mark.parametrize("name", SHOWN)
 def test_a_committed_picture_has_a_bar_and_a_label_for_every_system(name: str, mode: str) -> None:
-    svg = (report.ASSETS / f"{name}-{mode}.svg").read_text()
+    text = (svg.ASSETS / f"{name}-{mode}.svg").read_text()
     expected = labels(*SHOWN[name])
-    check_bars(svg, expected)
-    fills = set(re.findall(r'<g id="bar-.*?style="fill: (#\w+)', svg, re.DOTALL))
+    check_bars(text, expected)
+    fills = set(re.findall(r'<g id="bar-.*?style="fill: (#\w+)', text, re.DOTALL))
     assert len(fills) == len({label.split("  ")[0] for label in expected}) >= 2  # every system has its own colour
 
 
@@ -192,8 +197,7 @@ def test_a_committed_picture_has_a_bar_and_a_label_for_every_system(name: str, m
 def test_no_text_of_a_picture_is_cut_or_lies_on_another(name: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    ink, palette = report.THEMES["light"]
-    figure = report.bars(*SHOWN[name], ink, palette.split())
+    figure = report.bars(*SHOWN[name], svg.THEMES["light"][1].split())
     FigureCanvasAgg(figure).draw()
     (axes,) = figure.axes
     (low, high), ticks = axes.get_xlim(), zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
@@ -217,8 +221,26 @@ def test_an_alternative_text_says_what_the_picture_shows(name: str) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
 def test_a_new_picture_has_a_bar_and_a_label_for_every_system(run: report.Run) -> None:
-    for svg in dict(report.draw(run, {"op": "op"})).values():
-        check_bars(svg, Counter({"floor  0.80": 2, "ours  1.00": 2, "eager  3.00": 2}))
+    for text in files_of(report.chart(run, {"op": "op"})).values():
+        check_bars(text, Counter({"floor  0.80": 2, "ours  1.00": 2, "eager  3.00": 2}))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
+@pytest.mark.parametrize("kind", comparison_pictures.KINDS)
+def test_a_picture_of_a_comparison_shows_its_systems(kind: str) -> None:
+    names = ["dense_bias", "dgi"]
+    picture = report.figure("compare-movielens-12", {"kind": kind, "systems": ",".join(names)})
+    assert all(name in picture.alt for name in names)
+    for path, text in files_of(picture).items():
+        assert path.name.startswith(f"compare-movielens-12-{kind}-dense-bias-dgi-")
+        assert {f"<!-- {name} -->" for name in names} <= set(re.findall("<!-- .*? -->", text))
+    with pytest.raises(ValueError, match="has no system 'other'"):
+        report.figure("compare-movielens-12", {"kind": kind, "systems": "other"})
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_a_picture_of_a_comparison_is_committed(name: str) -> None:
+    assert all(path.stat().st_size for path in svg.files(name))
 
 
 def test_a_page_shows_a_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

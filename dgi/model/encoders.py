@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dgi.config import WORDS_1, WORDS_2, ModelConfig
@@ -114,11 +115,11 @@ class TextTower(nn.Module):
         self.output = nn.Linear(config.dim, config.dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        if self.layers is None:
+            return self.output(F.embedding_bag(tokens, self.words.weight, mode="mean", padding_idx=0))
         real = tokens > 0
-        states = self.words(tokens)
-        if self.layers is not None:
-            # A text without words still attends to its padding, so that no softmax runs over nothing.
-            states = self.layers(states, src_key_padding_mask=~real & real.any(1, keepdim=True))
+        # A text without words still attends to its padding, so that no softmax runs over nothing.
+        states = self.layers(self.words(tokens), src_key_padding_mask=~real & real.any(1, keepdim=True))
         weights = real.to(states.dtype).unsqueeze(-1)
         return self.output((states * weights).sum(1) / weights.sum(1).clamp(min=1))
 

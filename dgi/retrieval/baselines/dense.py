@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 # Powers of an item's training count that its score is divided by; below 0 popular items gain.
-POPULARITY_WEIGHTS = (0.0, -0.5, -0.25, 0.1, 0.25, 0.5, 0.75, 1.0)
+POPULARITY_WEIGHTS = (0.0, -0.5, -0.25, -0.1, 0.1, 0.25, 0.5, 0.75, 1.0)
 # Of vectors of items and codes at the start, as SASRec has them. A cosine learns in angles: by a rate of 1e-3 a step,
 # vectors of length 1 turn by hardly anything.
 STD = 0.02
