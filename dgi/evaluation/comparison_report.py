@@ -107,7 +107,7 @@ def tail_markdown(data: Json) -> str:
             rows.append(
                 [
                     f"`{name}`",
-                    f"{row['popularity_weight']:g}",
+                    f"{row['popularity_weight']:.3g}",
                     _number(row[f"recall@{K}"], 4),
                     _number(row[f"ndcg@{K}"], 4),
                     _number(buckets.get("1")),

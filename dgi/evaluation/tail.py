@@ -18,9 +18,9 @@ from dgi.data import Interactions
 from dgi.evaluation.evaluate import K
 from dgi.evaluation.per_query import MEASURES, bucket_means, measure_queries
 from dgi.retrieval.baselines import Dense, Generative, Retriever
-from dgi.retrieval.fused import Candidates
+from dgi.retrieval.fused import TEMPERATURE, Candidates
 
-ALPHAS = (-0.25, 0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # of −α log(1 + clicks)
+ALPHAS = (-0.25, 0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # of −α log(1 + clicks), for scores that are one log-probability
 _WIDTH = 20  # of the rankings that are measured
 
 
@@ -72,6 +72,7 @@ def _generative(
     options = {"num_beams": system.num_beams, "exclude_history": exclude_history}
     candidates = Candidates.find(system.searcher, test, **options)
     for alpha in ALPHAS:
+        alpha = round(alpha * (1.0 + system.weights.cosine * TEMPERATURE), 6)  # so many log-probabilities are summed
         weights = dataclasses.replace(system.weights, popularity=alpha)
         yield alpha, candidates.ranked(weights, weights.item_scores(own, counts), _WIDTH)
 

@@ -22,9 +22,11 @@ from dgi.retrieval.index import MAX_ITEM_SCORE, DGIIndex
 from dgi.retrieval.search import Searcher
 from dgi_kernels.beam import beam_widths
 
-COSINE_WEIGHTS = (0.0, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 40.0, 60.0, 80.0)
-BIAS_WEIGHTS = (0.0, 1.0, 2.0, 4.0)
-POPULARITY_WEIGHTS = (0.0, -0.1, 0.1, 0.25, 0.5)
+COSINE_WEIGHTS = (0.0, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 40.0, 60.0, 80.0, 120.0, 200.0)
+# Where the item softmax is of cos(q, n) / τ + b_n, the sum has 1 of the beam's and λτ of this one's log-probabilities.
+TEMPERATURE = 0.05
+BIAS_SHARES = (0.0, 0.5, 1.0, 2.0)  # β = share · λτ
+POPULARITY_SHARES = (0.0, -0.25, -0.1, 0.1, 0.25, 0.5)  # α = share · (1 + λτ)
 K = 10  # settings are chosen by NDCG at 10
 
 
@@ -92,8 +94,8 @@ def choose_weights(
     *,
     counts: Tensor | None = None,
     cosine: Sequence[float] = COSINE_WEIGHTS,
-    bias: Sequence[float] = BIAS_WEIGHTS,
-    popularity: Sequence[float] = POPULARITY_WEIGHTS,
+    bias: Sequence[float] = BIAS_SHARES,
+    popularity: Sequence[float] = POPULARITY_SHARES,
     **search: Any,
 ) -> tuple[RankingWeights, Mapping[RankingWeights, float]]:
     """Choose the weights of the sum by NDCG@10.
@@ -102,7 +104,8 @@ def choose_weights(
         searcher: model, index and catalog.
         validation: what was neither trained on nor will be tested on.
         counts: (N,) clicks of the items in training; without them α is 0.
-        cosine, bias, popularity: the weights to try.
+        cosine: the λ to try.
+        bias, popularity: the shares to try, see :data:`BIAS_SHARES` and :data:`POPULARITY_SHARES`.
         **search: ``num_beams``, ``exclude_history`` and ``progress`` of :meth:`dgi.Searcher.search_interactions`.
 
     Returns:
@@ -121,7 +124,7 @@ def choose_weights(
         biases = bias if value and own is not None else (0.0,)
         powers = popularity if value and counts is not None else (0.0,)
         for of_bias, of_popularity in itertools.product(biases, powers):
-            weights = RankingWeights(value, of_bias, of_popularity)
+            weights = RankingWeights(value, of_bias * value * TEMPERATURE, of_popularity * (1.0 + value * TEMPERATURE))
             items = found.ranked(weights, weights.item_scores(own, counts), K)
             tried[weights] = hit_rate_and_ndcg(items, targets)[1]
     return max(tried, key=tried.__getitem__), tried

@@ -18,7 +18,7 @@ def staged(
     all_items: bool = True,
     distillation: float = 0.5,
     inputs: Literal["hard", "mixed", "soft"] = "hard",
-    ntp: float = 0.2,
+    ntp: float = 0.05,
     decoder_rate: float = 2e-3,
 ) -> dict[str, Any]:
     """Fields of :class:`dgi.TrainConfig`: an encoder, codes of its vectors, then everything on those codes.
