@@ -32,19 +32,23 @@ def load(path: Path, names: Sequence[str]) -> Systems:
 
 
 def _knob(systems: Systems, panel: Axes, colours: Sequence[str]) -> None:
-    for (name, system), colour in zip(systems.items(), colours, strict=False):
+    for place, ((name, system), colour) in enumerate(zip(systems.items(), colours, strict=False)):
         rows = system.get("tail") or []
+        # Weights that cost head and tail alike are of no use to anyone.
+        rows = [row for row in rows if row["recall@10"] > 0.8 * max(row["recall@10"] for row in rows)]
         points = [(sum(row["buckets"][bucket] or 0.0 for bucket in "45"), row["recall@10"]) for row in rows]
         panel.plot(*zip(*points, strict=True), marker="o", markersize=3.5, color=colour, label=name)
         for row, point in zip(rows, points, strict=True):
             panel.annotate(
-                f"{row['popularity_weight']:g}",
+                f"{row['popularity_weight']:.2g}",
                 point,
-                xytext=(3, 4),
+                xytext=(0, 5 if place % 2 == 0 else -12),
                 textcoords="offset points",
+                ha="center",
                 fontsize=7,
                 color=colour,
             )
+    panel.margins(y=0.15)
     panel.set(xlabel="hit rate at 10, tail buckets 4 and 5, summed", ylabel="hit rate at 10, all requests")
 
 
@@ -59,10 +63,15 @@ def _buckets(systems: Systems, panel: Axes, colours: Sequence[str]) -> None:
 
 
 def _gradients(systems: Systems, panel: Axes, colours: Sequence[str]) -> None:
+    from matplotlib.ticker import LogLocator
+
     for (name, system), colour in zip(systems.items(), colours, strict=False):
         points = [(row["step"], row["grad_norm"]) for row in system["curve"] if "grad_norm" in row]
         panel.plot(*zip(*points, strict=True), color=colour, linewidth=1.2, label=name)
     panel.set_yscale("log")
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_minor_formatter("{x:g}")
+    panel.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     panel.set(xlabel="step", ylabel="norm of the gradient")
 
 
