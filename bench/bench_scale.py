@@ -59,13 +59,6 @@ def model_of(path: Path) -> DGIModel:
     return model
 
 
-def cpu_seconds(run: Callable[[], object]) -> float:
-    """The processor's seconds of one call."""
-    start = time.process_time()
-    run()
-    return time.process_time() - start
-
-
 @torch.no_grad()
 def assign_file(model: DGIModel, number: int, path: Path) -> None:
     """Codes of the million items of one file, and the seconds of each block."""
@@ -74,8 +67,10 @@ def assign_file(model: DGIModel, number: int, path: Path) -> None:
     blocks = FILE_ITEMS // BLOCK
     for place in range(blocks):
         vectors, found = item_vectors(number * blocks + place), []
-        spent["encode"].append(cpu_seconds(lambda v=vectors, f=found: f.append(model.encoder.encode_items(v))))
-        spent["assign"].append(cpu_seconds(lambda f=found: f.append(model.quantizer.assign(f[0]))))
+        spent["encode"].append(
+            measure.processor_seconds(lambda v=vectors, f=found: f.append(model.encoder.encode_items(v)))
+        )
+        spent["assign"].append(measure.processor_seconds(lambda f=found: f.append(model.quantizer.assign(f[0]))))
         codes[place * BLOCK : (place + 1) * BLOCK] = found[1]
     temporary = path.with_suffix(".part.npz")
     np.savez(temporary, codes=codes, **{name: np.array(values) for name, values in spent.items()})
@@ -122,7 +117,7 @@ def built(work: Path, items: int, steps: dict[str, dict]) -> tuple[Trie, list[Pa
     paths, spent = [], []
     for number, part in enumerate(codes.split(SHARD_ITEMS if items > SHARD_ITEMS else items // 4)):
         paths.append(work / f"shard-{number:02}.trie")
-        spent.append(cpu_seconds(lambda p=part: Trie.from_codes(p, codebook_sizes=sizes).save(paths[-1])))
+        spent.append(measure.processor_seconds(lambda p=part: Trie.from_codes(p, codebook_sizes=sizes).save(paths[-1])))
     steps["shards"] = {"seconds": [sum(spent)], "count": len(paths)}
     return trie, paths
 
@@ -144,7 +139,7 @@ def run_size(work: Path, items: int) -> dict[str, dict]:
         path.unlink()
     find = search(trie)
     find()
-    steps["search"] = {"seconds": [cpu_seconds(find) for _ in range(20)]}
+    steps["search"] = {"seconds": [measure.processor_seconds(find) for _ in range(20)]}
     return steps
 
 

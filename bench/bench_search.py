@@ -6,10 +6,12 @@ the same items. ``pip install faiss-cpu`` adds dense retrieval over the vectors 
 then ``IndexFlatIP``, which compares a request with every item, and HNSW with the least ``efSearch`` that finds .95 of
 the exact ten.
 
-Run: python bench/bench_search.py [CASE ...] [--rounds N] [--json FILE]
+Run: python bench/bench_search.py [CASE ...] [--rounds N] [--processor] [--json FILE]
+     python bench/bench_search.py [CASE ...] --profile      where the time of a search goes, by torch's profiler
      CASE is one of CASES below, "model" (the searches of two models over a small catalog) or "catalog" (one model over
      catalogs of 1e5, 1e6 and 1e7 items); default: all but 1e7. HNSW graphs are kept in the directory for temporary
-     files.
+     files; there is none of 1e7 items, which would take hours to build. "--processor" takes one thread and its own
+     clock, for a machine that does other things too.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import os
 import sys
 import tempfile
 import zlib
@@ -39,6 +42,7 @@ from dgi.demo import DEMO_MODEL
 from dgi_kernels import Trie
 
 HISTORY, WORDS, K, RECALL = 10, 8, 10, 0.95
+REST = 0.03  # seconds before each search, until the threads of the system before it sleep
 LARGE_MODEL = dataclasses.replace(DEMO_MODEL, dim=128, history_layers=4, decoder_layers=4)
 CATALOG_MODEL = dataclasses.replace(DEMO_MODEL, codebook_sizes=ModelConfig().codebook_sizes)
 LEARNT_FROM = 20_000  # items that the codebooks are set by
@@ -149,7 +153,6 @@ class Dense:
     def __init__(self, searches: Searches, graph: bool) -> None:
         import faiss
 
-        faiss.omp_set_num_threads(torch.get_num_threads())
         self.searches = searches
         vectors = searches.index.vectors.numpy()
         self.exact = faiss.IndexFlatIP(vectors.shape[1])
@@ -161,9 +164,12 @@ class Dense:
             if not path.exists():
                 made = faiss.IndexHNSWFlat(vectors.shape[1], 32, faiss.METRIC_INNER_PRODUCT)
                 made.hnsw.efConstruction = 100
+                faiss.omp_set_num_threads(os.cpu_count() or 1)
                 made.add(vectors)
                 faiss.write_index(made, str(path))
             self.graph = faiss.read_index(str(path))
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        if self.graph is not None:
             self._set_effort()
 
     def _set_effort(self) -> None:
@@ -197,8 +203,9 @@ def systems(
     return found
 
 
-def measure_group(cases: dict[str, Case], rounds: int, results: Results) -> None:
+def measure_group(cases: dict[str, Case], rounds: int, results: Results, processor: bool) -> None:
     """Cases of one model and one catalog."""
+    how = {"clock": processor_seconds} if processor else {"rest": REST}
     first = next(iter(cases.values()))
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         searches = Searches.make(first.model, first.items, Path(folder))
@@ -208,15 +215,29 @@ def measure_group(cases: dict[str, Case], rounds: int, results: Results) -> None
             dense = Dense(searches, graph=first.items <= 10**6)
         for name, case in cases.items():
             given = systems(searches, case, Path(folder), base, dense)
-            times = interleaved(given, rounds)
+            times = interleaved(given, rounds, **how)
             parts = []
             for system, seconds in times.items():
                 extra = {"requests_per_second": round(case.batch / statistics.median(seconds), 1)}
+                extra |= {"clock": "processor"} if processor else {}
                 if system == "HNSW":
                     extra |= {"efSearch": dense.graph.hnsw.efSearch, "recall": round(dense.recall, 4)}
                 results.add("dgi_search", case.shape(), system, seconds, **extra)
                 parts.append(f"{system} {1e3 * statistics.median(seconds):.2f} ms ({extra['requests_per_second']}/s)")
             print(f"{name}: " + ", ".join(parts), flush=True)
+
+
+def profile_group(cases: dict[str, Case], rounds: int) -> None:
+    """Where the time of our searches goes: torch's ops and ours by their own time, the rest is Python's."""
+    first = next(iter(cases.values()))
+    with tempfile.TemporaryDirectory() as folder:
+        searches = Searches.make(first.model, first.items, Path(folder))
+    for name, case in cases.items():
+        searches.run(case.batch, case.beams)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            for _ in range(rounds):
+                searches.run(case.batch, case.beams)
+        print(f"{name}, {rounds} searches\n{profile.key_averages().table(sort_by='self_cpu_time_total', row_limit=12)}")
 
 
 def grouped(names: list[str]) -> Iterator[dict[str, Case]]:
@@ -232,11 +253,13 @@ if __name__ == "__main__" and sys.argv[1:2] == ["--serve"]:
 elif __name__ == "__main__":
     import statistics
 
-    from measure import Results, interleaved, title
+    from measure import Results, interleaved, processor_seconds, title
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"model, catalog, or of {', '.join(CASES)}")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--processor", action="store_true", help="on one thread, by the time that it computes")
+    parser.add_argument("--profile", action="store_true", help="profile our searches in place of timing all")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     options = parser.parse_args()
     sets = {"model": list(MODEL_CASES), "catalog": list(CATALOG_CASES)}
@@ -244,10 +267,17 @@ elif __name__ == "__main__":
     chosen = [name for given in options.cases for name in sets.get(given, [given])] or default
     if unknown := set(chosen) - set(CASES):
         parser.error(f"no case {', '.join(sorted(unknown))}; there are model, catalog, {', '.join(CASES)}")
+    if options.processor:
+        if other_commit.is_given() and not options.profile:
+            parser.error("--processor sees the time of this process alone; unset DGI_BASE")
+        torch.set_num_threads(1)
     print(title())
     measured = Results()
     for group in grouped(chosen):
-        measure_group(group, options.rounds, measured)
-    if options.json:
+        if options.profile:
+            profile_group(group, options.rounds)
+            continue
+        measure_group(group, options.rounds, measured, options.processor)
+    if options.json and not options.profile:
         measured.write(options.json)
         print(f"wrote {options.json}")

@@ -25,9 +25,16 @@ from pytest_benchmark.utils import get_commit_info, get_machine_id
 Step = Callable[[], object]
 
 
-def interleaved(systems: Mapping[str, Step], rounds: int) -> dict[str, list[float]]:
+def interleaved(
+    systems: Mapping[str, Step], rounds: int, rest: float = 0.0, clock: Callable[[Step], float] | None = None
+) -> dict[str, list[float]]:
     """Seconds of each call, the systems taking turns, so that what else the machine does falls on all alike; each round
-    in another order, so that none always finds the caches as the same other leaves them."""
+    in another order, so that none always finds the caches as the same other leaves them.
+
+    ``rest`` seconds pass before each call. Systems with threads of their own, as another process has them, need about
+    0.03: OpenMP's threads spin for 10 ms behind their last loop, and take a core from whoever is next. ``clock`` is
+    :func:`seconds` or :func:`processor_seconds`.
+    """
     times: dict[str, list[float]] = {name: [] for name in systems}
     for run in systems.values():  # compiles, and warms up
         run()
@@ -35,7 +42,8 @@ def interleaved(systems: Mapping[str, Step], rounds: int) -> dict[str, list[floa
     for _ in range(rounds):
         shuffled.shuffle(order)
         for name in order:
-            times[name].append(seconds(systems[name]))
+            time.sleep(rest)
+            times[name].append((clock or seconds)(systems[name]))
     return times
 
 
@@ -48,6 +56,14 @@ def seconds(run: Step) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def processor_seconds(run: Step) -> float:
+    """The seconds that all threads of this process compute in one call: on one thread the time it would take alone on
+    the machine, but for the caches that it shares."""
+    start = time.process_time()
+    run()
+    return time.process_time() - start
 
 
 def medians(systems: Mapping[str, Step], rounds: int) -> dict[str, float]:
