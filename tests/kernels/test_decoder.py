@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from dgi_kernels import BackendUnavailable, DecoderLayer, decoder_step, why_not
 
 from .near import assert_near
+from .sanitizers import assert_clean
 from .shapes import name_of
 
 BACKENDS = [(name, dtype) for name in ("reference", "native") for dtype in (torch.float32, torch.float64)]
@@ -296,3 +299,9 @@ def test_a_parameter_of_the_wrong_shape_is_named(field: str) -> None:
     broken = layer._replace(**{field: (getattr(layer, field)[0], torch.zeros(5))})
     with pytest.raises(ValueError, match=rf"layers\[0\].{field}\[1\] must have shape"):
         step(search, layers=[broken])
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_the_step_is_clean_under_sanitizers(tmp_path: Path, seed: int) -> None:
+    """Random steps through the same C++ with AddressSanitizer and UBSan, against the formula."""
+    assert_clean("decoder_driver.cpp", ("cpu/decoder/decoder.cpp",), tmp_path, seed, 60)

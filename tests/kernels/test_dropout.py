@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor
 from dgi_kernels import attention, dropout, noise, why_not
 
 from .near import assert_all_near, assert_near
+from .sanitizers import assert_clean
 
 BACKENDS = ("reference", "native")
 # B, T, S or None for self-attention, D, heads, causal
@@ -240,3 +243,10 @@ def test_compiled() -> None:
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(torch.autograd.grad(got, inputs), torch.autograd.grad(want, inputs))
     torch._dynamo.reset()
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_the_kernels_are_clean_under_sanitizers(tmp_path: Path, seed: int) -> None:
+    """Random shapes through the same C++ with AddressSanitizer and UBSan, against the formula."""
+    sources = ("cpu/dropout/dropout.cpp", "cpu/dropout/attention.cpp", "cpu/shared/philox.cpp")
+    assert_clean("dropout_driver.cpp", sources, tmp_path, seed, 150)
