@@ -72,6 +72,7 @@ def steps(_: Path | None) -> Steps:
 
 DROPIN = DropIn(
     title="generate of a T5 with 32,100 words and four codes an item, constrained to the catalog of Beauty",
+    kind="constrained decoding",
     source="https://github.com/HonghuiBao2000/LETTER",
     commit="8d0154e28de37dbb6e24871c508ad8ddb1921cda",
     data="",
@@ -81,17 +82,17 @@ DROPIN = DropIn(
         Change(
             "LETTER-TIGER/test.py",
             "from generation_trie import Trie\n",
-            "from generation_trie import Trie\nimport dgi.integrations, dgi_kernels\n",
+            "from dgi.integrations import TrieSearch\n",
         ),
         Change(
             "LETTER-TIGER/test.py",
-            "    prefix_allowed_tokens = prefix_allowed_tokens_fn(candidate_trie)\n",
-            "    trie = dgi_kernels.Trie.from_codes([tokenizer.encode(item)[:-1] for item in all_items])\n",
+            "    candidate_trie = Trie(\n",
+            "    candidate_trie = TrieSearch.of_sequences(\n",
         ),
         Change(
             "LETTER-TIGER/test.py",
             "                    prefix_allowed_tokens_fn=prefix_allowed_tokens,\n",
-            "                    custom_generate=dgi.integrations.TrieSearch(trie, [0] * 4, eos_token_id=1),\n",
+            "                    custom_generate=candidate_trie,\n",
         ),
     ),
     steps=steps,

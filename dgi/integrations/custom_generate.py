@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -63,6 +63,27 @@ class TrieSearch:
         self.trie, self.normalize = trie, normalize
         self.widths = None if num_beams is None else beam_widths(num_beams, trie.depth)
         self.filters, self.node_scores, self.strength, self.backend = filters, node_scores, strength, backend
+
+    @classmethod
+    def of_sequences(cls, sequences: Iterable[Sequence[int]], **options: Any) -> TrieSearch:
+        """For the sequences that ``generate`` may return, as the dict tries of GENRE, TIGER or LETTER are given them.
+
+        Args:
+            sequences: for each item the token that the decoder starts with, the tokens of its semantic ID, the end
+                token.
+            **options: the arguments of :class:`TrieSearch` behind ``eos_token_id``.
+
+        Raises:
+            ValueError: a sequence has fewer than three tokens, or they begin or end with different ones.
+        """
+        rows = [list(row) for row in sequences]
+        if any(len(row) < 3 for row in rows):
+            raise ValueError("sequences must have a start token, a semantic ID and an end token; one has fewer than 3")
+        for name, place in (("begin", 0), ("end", -1)):
+            if len(tokens := {row[place] for row in rows}) != 1:
+                raise ValueError(f"sequences must all {name} with the same token; got {sorted(tokens)[:5]}")
+        trie = Trie.from_codes([row[1:-1] for row in rows])
+        return cls(trie, [0] * trie.depth, eos_token_id=int(rows[0][-1]), **options)
 
     @torch.no_grad()
     def __call__(

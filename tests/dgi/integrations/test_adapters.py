@@ -20,6 +20,7 @@ from dgi.integrations import (  # noqa: E402
     TrieItemMaskProvider,
     prefix_allowed_tokens_fn,
 )
+from dgi.integrations.mask_adapters import FRESH_PAGES  # noqa: E402
 
 SIZE, LEVELS, OFFSETS, END, VOCABULARY = 5, 3, (10, 20, 30), 3, 40
 
@@ -181,27 +182,28 @@ def allowed_by_hand(rows: list[list[int]], prefix: list[int], end: int | None) -
     return following | ({end} if end is not None and prefix in rows else set())
 
 
+@pytest.mark.parametrize("vocabulary", [VOCABULARY, FRESH_PAGES])
 @pytest.mark.parametrize("end", [END, None])
-def test_item_masks(end: int | None) -> None:
+def test_item_masks(end: int | None, vocabulary: int) -> None:
     codes = [list(row[: 2 + i % 2]) for i, row in enumerate(some_codes())]
     rows = [[offset + code for offset, code in zip(OFFSETS, row, strict=False)] for row in codes]
     trie = Trie.from_codes(codes, codebook_sizes=[SIZE] * LEVELS)
-    masks = TrieItemMaskProvider(trie, vocab_size=VOCABULARY, eos_token_id=end, token_offsets=OFFSETS)
+    masks = TrieItemMaskProvider(trie, vocab_size=vocabulary, eos_token_id=end, token_offsets=OFFSETS)
     assert set(masks.initial_mask(None).nonzero()[:, 0].tolist()) == allowed_by_hand(rows, [], end)
     for length in (1, 2, 3):
         prefixes = [row[:length] for row in rows if len(row) >= length] + [[11, 12, 13][:length]]
         if end is not None and length == 3:
             prefixes += [[*row, end] for row in rows if len(row) == 2]
         path = SimpleNamespace(steps_done=length, token_trace=lambda beam, prefixes=prefixes: prefixes[beam])
-        mask = masks.step_mask(SimpleNamespace(beam_path=path), torch.zeros(1, len(prefixes), VOCABULARY))
-        assert mask.dtype == torch.bool and mask.shape == (len(prefixes), VOCABULARY)
+        mask = masks.step_mask(SimpleNamespace(beam_path=path), torch.zeros(1, len(prefixes), vocabulary))
+        assert mask.dtype == torch.bool and mask.shape == (len(prefixes), vocabulary)
         for prefix, row in zip(prefixes, mask, strict=True):
             expected = allowed_by_hand(rows, prefix, end)
             assert set(row.nonzero()[:, 0].tolist()) == masks.allowed_next(prefix) == expected
             assert masks.is_complete(prefix) == (prefix in rows or (end is not None and prefix[:-1] in rows))
     assert masks.stop_token_ids == (() if end is None else (END,))
     strict = TrieItemMaskProvider(
-        trie, vocab_size=VOCABULARY, eos_token_id=END, allow_eos_for_terminal=False, token_offsets=OFFSETS
+        trie, vocab_size=vocabulary, eos_token_id=END, allow_eos_for_terminal=False, token_offsets=OFFSETS
     )
     assert END not in strict.allowed_next(rows[0])
 

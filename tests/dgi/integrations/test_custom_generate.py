@@ -89,3 +89,34 @@ def test_results_have_the_string_keys_of_generate() -> None:
     assert [len(part) for part in found[1:3]] == [9, 3]
     with pytest.raises(KeyError, match="scores"):
         found["scores"]
+
+
+def test_a_search_of_whole_sequences() -> None:
+    """What others give their dict tries, GENRE's among them: start token, semantic ID, end token."""
+    codes = ragged_codes(40, SIZES)
+    case = Case("t5", codes, SIZES)
+    rows = [
+        [0, *(offset + int(code) for offset, code in zip(case.offsets, row, strict=False) if code >= 0), END]
+        for row in codes
+    ]
+    expected = generate(case, TrieSearch(case.trie, case.offsets, eos_token_id=END))
+    found = generate(case, TrieSearch.of_sequences(iter(rows)))
+    assert torch.equal(found.sequences, expected.sequences)
+    assert torch.equal(found.sequences_scores, expected.sequences_scores)
+    narrow = generate(case, TrieSearch.of_sequences(rows, num_beams=[2, 3, 5]))
+    wanted = generate(case, TrieSearch(case.trie, case.offsets, eos_token_id=END, num_beams=[2, 3, 5]))
+    assert torch.equal(narrow.sequences, wanted.sequences)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([[0, 5, 1], [0, 1]], "one has fewer than 3"),
+        ([[0, 5, 1], [2, 5, 1]], r"begin with the same token; got \[0, 2\]"),
+        ([[0, 5, 1], [0, 5, 3]], r"end with the same token; got \[1, 3\]"),
+        ([], "begin with the same token"),
+    ],
+)
+def test_sequences_that_are_none(rows: list[list[int]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrieSearch.of_sequences(rows)
