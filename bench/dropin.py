@@ -171,6 +171,7 @@ def compare(name: str, source: Path | None, data: Path | None, rounds: int, resu
                     lines=lines,
                     equal=not faults,
                     largest_difference=largest,
+                    **({"clock": "processor"} if runs[version][0]["clock"] == "processor_seconds" else {}),
                 )
             medians = {version: statistics.median(times[version]) for version in versions}
             megabytes = "/".join("-" if value is None else f"{value / 1e6:.0f}" for value in memory.values())

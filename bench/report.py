@@ -7,8 +7,8 @@ A page says what it shows between markers, and everything between them is replac
 
     <!-- report:cpu-cosine op=cosine_cross_entropy N=4096 -->      the table of bench/results/cpu-cosine.json, with
     <!-- /report -->                                               only the rows of this op and shape
-    <!-- picture:cpu-cosine op=cosine_cross_entropy N=4096 -->     the same as bars, light and dark
-    <!-- /picture -->
+    <!-- picture:cpu-cosine op=cosine_cross_entropy N=4096 -->     the same as bars, light and dark; with over=D as
+    <!-- /picture -->                                              milliseconds over D, all else equal
     <!-- kernels -->                                               a table that begins with ops: its columns of kernels
     <!-- /kernels -->                                              say what dgi_kernels.backend knows
     <!-- ops -->                                                  where the code of each op is
@@ -39,13 +39,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 import comparison_pictures
 import svg
+from curve import curve, curve_text
+from dropin_tables import dropin_tables
+from figure_texts import cell, heading, megabytes, significant, value_text
 from op_table import op_table
 from scale_table import scale_table
 
@@ -128,7 +131,7 @@ class Run:
     def rows(self, filters: dict[str, str]) -> dict[str, list[Row]]:
         """By op, in the order of the file; ``filters`` keep an op and values of its shape."""
         groups: dict[str, dict[str, Row]] = {}
-        wanted = {key: value for key, value in filters.items() if key != "op"}
+        wanted = {key: value for key, value in filters.items() if key not in ("op", "over")}
         for benchmark in self.document["benchmarks"]:
             info, stats = benchmark["extra_info"], benchmark["stats"]
             if filters.get("op", info["op"]) != info["op"]:
@@ -184,20 +187,6 @@ def split_shape(rows: list[Row]) -> tuple[dict[str, object], list[str]]:
     return constants, [name for name in names if name not in constants]
 
 
-def significant(value: float) -> str:
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
-
-
-def megabytes(value: int) -> str:
-    return f"{value / 1e6:,.1f}" if value < 1e7 else f"{value / 1e6:,.0f}"
-
-
-def value_text(value: object) -> str:
-    if isinstance(value, list | tuple):
-        return ", ".join(map(str, value))
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
 def table(run: Run, op: str, rows: list[Row]) -> str:
     """One op as a table: a row for each shape, ratios for each system, and their peak memory."""
     constants, varying = split_shape(rows)
@@ -232,16 +221,8 @@ def table(run: Run, op: str, rows: list[Row]) -> str:
     return "\n".join([title, "", *lines, "", f"<sub>{run.source(constants)}</sub>"])
 
 
-def cell(value: float | int | None, text: object) -> str:
-    return "–" if value is None else text(value)  # type: ignore[operator]
-
-
 def picture_name(name: str, filters: dict[str, str]) -> str:
     return re.sub(r"[^A-Za-z0-9-]+", "-", "-".join([name, *filters.values()])).strip("-")
-
-
-def heading(op: str, shape: dict[str, object]) -> str:
-    return ", ".join([op, *(f"{name} = {value_text(value)}" for name, value in shape.items())])
 
 
 def compared(run: Run, filters: dict[str, str]) -> list[tuple[str, Row]]:
@@ -317,6 +298,17 @@ def bars(run: Run, filters: dict[str, str], palette: Sequence[str]) -> Figure:
     return figure
 
 
+def lines_over(run: Run, filters: dict[str, str]) -> tuple[str, str, dict[str, list[tuple[float, float]]]]:
+    """What a curve shows: its heading, what it goes over, and by system the points (value, seconds)."""
+    over, (op, rows) = filters["over"], next(iter(run.rows(filters).items()))
+    constants, varying = split_shape(rows)
+    if varying != [over]:
+        raise SystemExit(f"a picture over {over} must hold all else equal; {', '.join(varying)} vary in {run.name}")
+    names = systems(rows)
+    points = {name: [(row.shape[over], row.seconds[name]) for row in rows if name in row.seconds] for name in names}
+    return heading(op, constants), over, points  # type: ignore[return-value]
+
+
 class Picture(NamedTuple):
     """A picture that a page shows.
 
@@ -334,7 +326,10 @@ class Picture(NamedTuple):
 
 
 def chart(run: Run, filters: dict[str, str]) -> Picture:
-    """The picture of :func:`bars`."""
+    """The picture of :func:`bars`, or of lines over a part of the shape that ``over`` names."""
+    if "over" in filters:
+        lines = lines_over(run, filters)
+        return Picture(picture_name(run.name, filters), curve_text(*lines), partial(curve, *lines), run.name)
     return Picture(picture_name(run.name, filters), alt_text(run, filters), partial(bars, run, filters), run.name)
 
 
@@ -359,7 +354,7 @@ def rendered(page: Path, text: str) -> tuple[str, list[Picture]]:
 
     text = SUMMARY_PLACE.sub(lambda match: summary(), MARKER.sub(replace, text))
     text = SCALE.sub(lambda match: f"\n{scale_table(RESULTS / 'cpu-scale.json')}\n\n", text)
-    text = DROPINS.sub(lambda match: f"{match[1]}\n{dropins()}\n\n{match[2]}", text)
+    text = DROPINS.sub(lambda match: f"{match[1]}\n{dropin_tables(RESULTS)}\n\n{match[2]}", text)
     text = COMPARISON.sub(lambda match: f"{match[1]}\n{comparison(match[2])}\n\n{match[3]}", text)
     text = FIGURE.sub(lambda match: f"{match[1]}{show(figure(match[2], parsed(match[3])))}\n{match[4]}", text)
     text = TAIL.sub(lambda match: f"{match[1]}\n{tail(match[2])}\n\n{match[3]}", text)
@@ -405,31 +400,6 @@ def tail(name: str) -> str:
         return "*Not measured yet, so nothing is claimed.*"
     tables = [tail_markdown(data) for data in json.loads(path.read_text())["data"].values()]
     return "\n\n".join([*tables, f"<sub>`bench/results/{name}.json`</sub>"])
-
-
-def dropins() -> str:
-    """Code of others as it is and with our lines: ``bench/results/dropin-*.json``."""
-    from dropins import load
-
-    lines = ["| code | step | lines | theirs ÷ ours | MB: theirs / ours | result |", "|---|---|--:|--:|--:|---|"]
-    where: set[str] = set()
-    for path in sorted(RESULTS.glob("dropin-*.json")):
-        document = json.loads(path.read_text())
-        steps: dict[str, dict[str, dict[str, Any]]] = {}
-        for one in document["benchmarks"]:
-            steps.setdefault(one["params"]["step"], {})[one["params"]["system"]] = one
-        for step, pair in steps.items():
-            theirs, ours = pair["theirs"], pair["ours"]
-            memory = " / ".join(megabytes(one["extra_info"]["peak_bytes"] or 0) for one in (theirs, ours))
-            ratio = significant(theirs["stats"]["median"] / ours["stats"]["median"])
-            name = ours["params"]["codebase"]
-            equal = "equal" if ours["extra_info"]["equal"] else f"differs: {load(name).differs[step]}"
-            lines.append(f"| `{name}` | {step} | {ours['extra_info']['lines']} | {ratio} | {memory} | {equal} |")
-        machine = document["machine_info"]
-        where.add(
-            f"{machine['cpu']}, {machine['threads']} thread{'s'[: machine['threads'] > 1]}, torch {machine['torch']}"
-        )
-    return "\n".join([*lines, "", f"<sub>{'; '.join(sorted(where))}: `bench/results/dropin-*.json`</sub>"])
 
 
 def summary() -> str:

@@ -30,6 +30,7 @@ def test_every_drop_in_changes_three_lines_at_most_and_names_a_whole_commit() ->
         assert 1 <= added - kept <= dropins.MOST_LINES, name
         assert all(change.before != change.after and change.before.endswith("\n") for change in dropin.changes)
         assert dropin.source.startswith("pypi:") or len(dropin.commit) == 40
+        assert dropin.kind in dropins.KINDS
         assert any("dgi_kernels" in change.after or "dgi." in change.after for change in dropin.changes)
 
 

@@ -192,6 +192,52 @@ def test_a_committed_picture_has_a_bar_and_a_label_for_every_system(name: str, m
     assert len(fills) == len({label.split("  ")[0] for label in expected}) >= 2  # every system has its own colour
 
 
+def curves_of(tmp_path: Path, batches: tuple[int, ...]) -> report.Run:
+    results = measure.Results()
+    for batch in batches:
+        for items in (100_000, 1_000_000):
+            for system, seconds in (("ours", 0.004), ("exact", items * 2e-8), ("graph", 0.006)):
+                if system != "graph" or items < 1_000_000:
+                    results.add("search", {"items": items, "batch": batch}, system, [seconds])
+    results.write(tmp_path / "cpu-curve.json")
+    return report.Run.load("cpu-curve")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
+def test_a_curve_has_a_line_for_every_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for one that is not measured at the largest value."""
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    run, filters = curves_of(tmp_path, (1, 64)), {"batch": "1", "over": "items"}
+    page, shown = report.rendered(
+        ROOT / "README.md", "<!-- picture:cpu-curve batch=1 over=items -->\n<!-- /picture -->\n"
+    )
+    said = "ours 4.00 at 100,000, 4.00 at 1,000,000; exact 2.00 at 100,000, 20.0 at 1,000,000; graph 6.00 at 100,000."
+    assert f"Lines of milliseconds over items. search, batch = 1: {said}" in page and len(shown) == 1
+    pictures = files_of(report.chart(run, filters))
+    assert [path.name for path in pictures] == ["cpu-curve-1-items-light.svg", "cpu-curve-1-items-dark.svg"]
+    for text in pictures.values():
+        assert re.findall('<g id="line-(.*?)"', text) == ["ours", "exact", "graph"]
+        assert {"ours 4.00", "exact 20.0", "graph 6.00"} <= set(re.findall(r"<!-- (.*?) -->", text))
+    with pytest.raises(SystemExit, match="hold all else equal; items, batch vary in cpu-curve"):
+        report.chart(run, {"over": "items"})
+
+
+def test_medians_of_drop_ins_are_of_equal_results_by_kind(tmp_path: Path) -> None:
+    from dropin_tables import dropin_tables
+
+    for name, ratios in {"grid": (2.0, 8.0), "vector-quantize-pytorch": (3.0,), "hstu": (5.0, 7.0)}.items():
+        results = measure.Results()
+        for step, ratio in enumerate(ratios):
+            equal = (name, step) != ("hstu", 1)
+            for system, seconds in (("theirs", ratio), ("ours", 1.0)):
+                shape = {"codebase": name, "step": str(step) if equal else "128 negatives drawn"}
+                results.add("drop-in", shape, system, [seconds], 10**6, lines=2, equal=equal)
+        results.write(tmp_path / f"dropin-{name}.json")
+    text = dropin_tables(tmp_path)
+    assert "| quantizer step | 2 | 3 | 3.00 | 2.00 | 8.00 |" in text and "| loss | 1 | 1 | 5.00 | 5.00 | 5.00 |" in text
+    assert "| `hstu` | 128 negatives drawn | 2 | 7.00 | 1.0 / 1.0 | differs: " in text
+
+
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
 @pytest.mark.parametrize("name", SHOWN)
 def test_no_text_of_a_picture_is_cut_or_lies_on_another(name: str) -> None:

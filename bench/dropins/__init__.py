@@ -15,6 +15,9 @@ from torch import Tensor
 
 MOST_LINES = 3  # changed at most, imports included
 
+# What a step is made of; a search alone is constrained decoding without the model.
+KINDS = ("quantizer step", "assignment", "constrained decoding", "search alone", "loss")
+
 Outputs = Mapping[str, Tensor]
 Steps = Mapping[str, Callable[[], Outputs]]
 
@@ -34,6 +37,7 @@ class DropIn:
 
     Attributes:
         title: what is replaced, in a few words.
+        kind: of :data:`KINDS`; the medians of a kind are taken together.
         source: where the code comes from, for a reader; a package of PyPI is ``pypi:NAME==VERSION``.
         commit: the full commit of a git repository; empty for a package.
         data: the file below ``--data`` that the steps read, or "" for none.
@@ -47,6 +51,7 @@ class DropIn:
     """
 
     title: str
+    kind: str
     source: str
     commit: str
     data: str

@@ -52,6 +52,7 @@ def steps(data: Path | None) -> Steps:
 
 DROPIN = DropIn(
     title=f"the beams of a small TIGER; {REQUESTS} requests, {BEAMS} beams",
+    kind="constrained decoding",
     source="https://github.com/phonism/genrec",
     commit="b0272248020b7037b892ff6c598f710ab090212e",
     data=common.SEMANTIC_IDS,

@@ -45,6 +45,7 @@ def steps(data: Path | None) -> Steps:
 
 DROPIN = DropIn(
     title=f"a training step, {ROWS} rows, {CODES} codes, D = 384",
+    kind="quantizer step",
     source="https://github.com/snap-research/GRID",
     commit="63e19a88af6977eba9c3dd1971030573968d99b7",
     data=common.VECTORS,

@@ -63,6 +63,7 @@ def steps(data: Path | None) -> Steps:
 
 DROPIN = DropIn(
     title=f"the whole beam search of {REQUESTS} requests with {BEAMS} beams, from logits",
+    kind="search alone",
     source="https://github.com/snap-research/GRID",
     commit="63e19a88af6977eba9c3dd1971030573968d99b7",
     data=common.SEMANTIC_IDS,

@@ -72,6 +72,7 @@ def steps(data: Path | None) -> Steps:
 
 DROPIN = DropIn(
     title=f"the loss of {ROWS} positions over {ITEMS:,} items, forward and backward, D = {DIM}",
+    kind="loss",
     source="https://github.com/facebookresearch/generative-recommenders",
     commit="2e81fab69a497fb5e24cd23569adf1e78070e4ec",
     data=common.VECTORS,

@@ -21,6 +21,7 @@ def steps(data: Path | None) -> Steps:
 
 DROPIN = DropIn(
     title="codes of a catalog by a Euclidean RQ-VAE, 4 x 256 codes, D = 32",
+    kind="assignment",
     source="https://github.com/RUCAIBox/LC-Rec",
     commit="e6f1b3b3f8b4fee55a49a7b3dfeba29dbfcf0669",
     data=common.VECTORS,

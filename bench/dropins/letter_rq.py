@@ -29,6 +29,7 @@ def steps(data: Path | None) -> Steps:
 
 DROPIN = DropIn(
     title="codes of a catalog by a Euclidean RQ-VAE, 4 x 256 codes, D = 32",
+    kind="assignment",
     source="https://github.com/HonghuiBao2000/LETTER",
     commit="8d0154e28de37dbb6e24871c508ad8ddb1921cda",
     data=common.VECTORS,

@@ -78,6 +78,7 @@ def steps(_: Path | None) -> Steps:
 
 DROPIN = DropIn(
     title="generate of a language model with 151,936 words, constrained to the catalog of Industrial and Scientific",
+    kind="constrained decoding",
     source="https://github.com/AkaliKong/MiniOneRec",
     commit="81b4ba9811cfb152cf161f1c486fe516510d081e",
     data="",

@@ -21,6 +21,7 @@ def steps(data: Path | None) -> Steps:
 
 DROPIN = DropIn(
     title="codes of a catalog by a Euclidean RQ-VAE, 3 x 256 codes, D = 32",
+    kind="assignment",
     source="https://github.com/AkaliKong/MiniOneRec",
     commit="81b4ba9811cfb152cf161f1c486fe516510d081e",
     data=common.VECTORS,

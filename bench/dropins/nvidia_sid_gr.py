@@ -39,6 +39,7 @@ def search(kind: type, codebooks: Tensor, size: int) -> Outputs:
 
 DROPIN = DropIn(
     title=f"the whole beam search of {REQUESTS} requests with {BEAMS} beams, from log-probabilities",
+    kind="search alone",
     source="https://github.com/NVIDIA/recsys-examples",
     commit="43465aeabf61515e28d74cbb5234ff7c627dcc19",
     data=common.SEMANTIC_IDS,

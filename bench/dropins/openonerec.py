@@ -22,6 +22,7 @@ def steps(data: Path | None) -> Steps:
 
 DROPIN = DropIn(
     title="codes of a catalog by residual K-means, 3 x 2048 codes, D = 384",
+    kind="assignment",
     source="https://github.com/Kuaishou-OneRec/OpenOneRec",
     commit="1f4a99ea4708254c7236bb8a306fdfc82ecd0758",
     data=common.VECTORS,

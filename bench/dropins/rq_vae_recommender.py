@@ -28,6 +28,7 @@ def steps(data: Path | None) -> Steps:
 
 DROPIN = DropIn(
     title="which prefixes exist, in the beam search of a T5; 8 requests, 10 beams of 64 candidates",
+    kind="constrained decoding",
     source="https://github.com/EdoardoBotta/RQ-VAE-Recommender",
     commit="0e4ae0c036c291cf6c900ea198641341553080a0",
     data=common.SEMANTIC_IDS,

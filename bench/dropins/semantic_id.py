@@ -26,6 +26,7 @@ def steps(data: Path | None) -> Steps:
 
 DROPIN = DropIn(
     title="codes of a catalog by residual K-means, 3 x 256 codes, D = 384",
+    kind="assignment",
     source="pypi:semantic-id==0.2.5",
     commit="",
     data=common.VECTORS,

@@ -62,6 +62,7 @@ def steps(data: Path | None) -> Steps:
 
 DROPIN = DropIn(
     title=f"a search with masks over {VOCABULARY:,} words and the catalog of Beauty",
+    kind="search alone",
     source="https://github.com/NVIDIA/recsys-examples",
     commit="43465aeabf61515e28d74cbb5234ff7c627dcc19",
     data=common.SEMANTIC_IDS,

@@ -33,6 +33,7 @@ def steps(data: Path | None) -> Steps:
 
 DROPIN = DropIn(
     title="codes of a catalog by residual quantization, 3 x 1024 codes, D = 384",
+    kind="assignment",
     source="https://github.com/alibaba/TorchEasyRec",
     commit="54cac3165a2adece9a932616463a5b6a2095b0ce",
     data=common.VECTORS,

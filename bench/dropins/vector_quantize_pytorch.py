@@ -30,6 +30,7 @@ def steps(data: Path | None) -> Steps:
 
 DROPIN = DropIn(
     title="forward of a ResidualVQ, 3 x 1024 codes, D = 384",
+    kind="quantizer step",
     source="pypi:vector-quantize-pytorch==1.32.0",
     commit="",
     data=common.VECTORS,
