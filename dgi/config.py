@@ -30,6 +30,7 @@ BEFORE: dict[str, Any] = {
     "stages": [],
     "item_bias": False,
     "word_scale": 1.0,
+    "principal_axes": False,
 }
 
 MAX_INT, MAX_SEED = 2**31 - 1, 2**63 - 1
@@ -67,6 +68,10 @@ class ModelConfig:
             sequence then trains in one pass, every item a query for the next (``text`` and ``vectors``, requests
             without query texts).
         vector_dim: width of precomputed vectors (``vectors``).
+        principal_axes: start from what the precomputed vectors know (``vectors``): an item's vector is its projection
+            on the catalog's ``dim`` principal axes plus a correction that starts at 0, a request's the mean of what it
+            reads plus another (not where ``causal``). Before the first step cosines are then those of the given
+            vectors, as far as so many axes hold them. See :func:`dgi.model.encoders.start_at_principal_axes`.
         pretrained: name or folder of a T5-family model (``t5``).
         initial_scale: starting value of the learnable logit scale γ.
         metric: how the quantizer compares residuals with codes, as in :func:`dgi_kernels.residual_quantize`, whose
@@ -88,6 +93,7 @@ class ModelConfig:
     max_history: int = 10
     causal: bool = False
     vector_dim: int = 0
+    principal_axes: bool = True
     pretrained: str = ""
     initial_scale: float = 30.0
     gradient: GradientKind = "soft"

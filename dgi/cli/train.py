@@ -80,6 +80,7 @@ def run(args: argparse.Namespace) -> None:
 
     from dgi.data import with_validation
     from dgi.model.dgi_model import DGIModel
+    from dgi.model.encoders import start_at_principal_axes
     from dgi.training.distributed import process_group, rank
     from dgi.training.recipes import recommended
     from dgi.training.trainer import Trainer
@@ -93,8 +94,10 @@ def run(args: argparse.Namespace) -> None:
         if rank() == 0:
             print(why, flush=True)
         torch.manual_seed(train_config.seed)
+        model = DGIModel(model_config)
+        start_at_principal_axes(model, data.catalog)
         trainer = Trainer(
-            DGIModel(model_config),
+            model,
             train_config,
             data.catalog,
             data.train,

@@ -137,8 +137,35 @@ class VectorTower(nn.Module):
             nn.Linear(4 * config.dim, config.dim),
         )
 
+    def start(self, vectors: Tensor) -> None:
+        """Project on the first principal axes of ``vectors`` (N, vector_dim), with no correction yet."""
+        axes = torch.linalg.eigh(vectors.double().T @ vectors.double()).eigenvectors  # (vector_dim, vector_dim), rising
+        kept = min(self.linear.out_features, axes.shape[1])
+        last = self.correction[-1]
+        for tensor in (self.linear.weight, self.linear.bias, last.weight, last.bias):
+            tensor.zero_()
+        self.linear.weight[:kept] = axes.flip(1)[:, :kept].T.to(self.linear.weight.dtype)
+
     def forward(self, vectors: Tensor) -> Tensor:
         return self.linear(vectors) + self.correction(vectors)
+
+
+@torch.no_grad()
+def start_at_principal_axes(model: nn.Module, catalog: Catalog) -> None:
+    """Let a new model's tower project on the principal axes of the catalog's vectors, where its configuration says so.
+
+    Axes are those of the second moments, not of the covariance: a cosine has its origin at 0. A model of another
+    encoder, and one with ``principal_axes=False``, stays as it is.
+
+    Args:
+        model: a :class:`dgi.DGIModel` or :class:`dgi.DualEncoder` that has not been trained.
+        catalog: its items with their vectors (N, vector_dim).
+    """
+    encoder = getattr(model, "encoder", None)
+    if not isinstance(encoder, SequenceEncoder) or not isinstance(encoder.tower, VectorTower):
+        return
+    if encoder.config.principal_axes:
+        encoder.tower.start(encoder.prepare_items(catalog))
 
 
 class SequenceEncoder(nn.Module):
@@ -172,6 +199,10 @@ class SequenceEncoder(nn.Module):
         self.layers = transformer_encoder(config, config.history_layers)
         self.output = nn.Linear(config.dim, config.dim)
         self.drop = config.dropout if config.causal else 0.0
+        self.corrects = config.encoder == "vectors" and config.principal_axes and not config.causal
+        if self.corrects:  # a request's vector is the mean of what it reads, until there is something to correct
+            for parameter in self.output.parameters():
+                nn.init.zeros_(parameter)
 
     def prepare_items(self, catalog: Catalog) -> Tensor:
         if self.config.encoder == "text":
@@ -222,13 +253,18 @@ class SequenceEncoder(nn.Module):
         newest_first = torch.arange(history, 0, -1, device=known.device)
         states = [self.summary.expand(size, 1, -1) + self.positions[0], items + self.positions[1 + newest_first]]
         mask = [known.new_ones(size, 1), known]
+        queries = None
         if batch.query_features is not None:
             queries = self.tower(batch.query_features).unsqueeze(1)
             states.insert(1, queries + self.positions[1])
             mask.insert(1, (batch.query_features != 0).any(1, keepdim=True))
         real = torch.cat(mask, 1)
         memory = self.layers(torch.cat(states, 1), src_key_padding_mask=~real)
-        return QueryEncoding(self.output(memory[:, 0]), memory, real)
+        vector = self.output(memory[:, 0])
+        if self.corrects:
+            read = torch.cat([items] if queries is None else [queries, items], 1) * real[:, 1:, None]
+            vector = vector + read.sum(1) / real[:, 1:].sum(1, keepdim=True).clamp(min=1)
+        return QueryEncoding(vector, memory, real)
 
     def _encode_causally(self, batch: Batch, item_vectors: Tensor) -> QueryEncoding:
         if batch.query_features is not None:

@@ -15,7 +15,7 @@ from dgi.config import ModelConfig
 from dgi.data import Catalog, Dataset, Interactions, train_counts
 from dgi.data.batches import Batch
 from dgi.model.dgi_model import DGIOutput, DualEncoder
-from dgi.model.encoders import SequenceEncoder
+from dgi.model.encoders import SequenceEncoder, start_at_principal_axes
 from dgi.model.encoding import Requests, encode_items, encode_requests
 from dgi.retrieval.baselines.plan import Plan, train, validation_sample
 from dgi.retrieval.baselines.protocol import ScoringRetriever
@@ -87,6 +87,11 @@ class _IdTower(nn.Module):
         return self.words(features)
 
 
+def id_encoder(config: ModelConfig, data: Dataset) -> IdEncoder:
+    """The encoder over the ids of a data set, new."""
+    return IdEncoder(config, len(data.catalog), queries=any(data.train.queries))
+
+
 class Dense(ScoringRetriever):
     """Exact nearest items by the vectors of a trained :class:`dgi.DualEncoder`.
 
@@ -124,6 +129,7 @@ class Dense(ScoringRetriever):
     def fit(self, data: Dataset) -> Self:
         torch.manual_seed(self.plan.training.seed)
         self.model = self._build(data)
+        start_at_principal_axes(self.model, data.catalog)
         self.log_counts = torch.from_numpy(np.log1p(train_counts(data.train, len(data.catalog)))).float()
         self.item_features = self.model.encoder.prepare_items(data.catalog)
         validation = validation_sample(data)
@@ -143,7 +149,7 @@ class Dense(ScoringRetriever):
     def _build(self, data: Dataset) -> DualEncoder:
         config = self.plan.model
         if self.ids:
-            return DualEncoder(config, IdEncoder(config, len(data.catalog), queries=any(data.train.queries)))
+            return DualEncoder(config, id_encoder(config, data))
         return BiasedDualEncoder(config, len(data.catalog)) if self.item_bias else DualEncoder(config)
 
     def _encode_items(self) -> Tensor:

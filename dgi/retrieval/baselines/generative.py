@@ -15,9 +15,10 @@ from torch import Tensor
 from dgi.config import TrainConfig
 from dgi.data import Dataset, Interactions, train_counts
 from dgi.model.dgi_model import DGIModel, DualEncoder
+from dgi.model.encoders import start_at_principal_axes
 from dgi.model.encoding import encode_items
 from dgi.retrieval.baselines.codes import CodeKind, FixedCodesModel, fixed_codes_model, given_codes_model
-from dgi.retrieval.baselines.dense import count_parameters
+from dgi.retrieval.baselines.dense import IdEncoder, count_parameters, id_encoder
 from dgi.retrieval.baselines.plan import Plan, Training, train, validation_sample
 from dgi.retrieval.baselines.protocol import Found, Retriever
 from dgi.retrieval.fused import K, RankingWeights, choose_weights, hit_rate_and_ndcg
@@ -46,6 +47,7 @@ class Generative(Retriever):
             all items. Where the plan has a folder, all systems of a seed share it. False: one stage, from the start.
         num_beams: semantic IDs that survive each level.
         name: of the run's folder.
+        ids: a vector for every item in place of its text, as ``sasrec`` has it.
         model: fields of the plan's :class:`dgi.ModelConfig` to replace: the paper's ablations.
     """
 
@@ -57,6 +59,7 @@ class Generative(Retriever):
         from_encoder: bool = True,
         num_beams: int = 50,
         name: str = "dgi",
+        ids: bool = False,
         **model: Any,
     ) -> None:
         super().__init__()
@@ -67,6 +70,7 @@ class Generative(Retriever):
             )
         self.plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, **model))
         self.codes, self.from_encoder, self.num_beams, self.name = codes, from_encoder, num_beams, name
+        self.ids = ids
         self.seconds = 0.0
         self.weights = RankingWeights()
 
@@ -117,10 +121,16 @@ class Generative(Retriever):
         similarity = self.plan.model.similarity
         # Codebooks and ablations are no concern of an encoder: their fields are those of every system that shares it.
         shared = dataclasses.replace(self.plan.model, codebook_sizes=(1,), gradient="soft", heads="shared")
-        config, folder = self.plan.part(f"encoder-{similarity}", steps, contrastive="all_items")
+        folder_name = f"encoder-{similarity}" + "-ids" * self.ids
+        config, folder = self.plan.part(folder_name, steps, contrastive="all_items")
         torch.manual_seed(self.plan.training.seed)
-        model = DualEncoder(shared)
+        model = DualEncoder(shared, self._own_encoder(data))
+        start_at_principal_axes(model, data.catalog)
         return model, train(model, config, data, folder, self.plan)
+
+    def _own_encoder(self, data: Dataset) -> IdEncoder | None:
+        """The encoder in place of the configuration's, if any."""
+        return id_encoder(self.plan.model, data) if self.ids else None
 
     def _build(self, data: Dataset, trained: DualEncoder | None) -> DGIModel:
         if self.codes == "given":
@@ -129,7 +139,9 @@ class Generative(Retriever):
             vectors = torch.from_numpy(data.catalog.vectors)
             return given_codes_model(self.plan.model, vectors, derived_seed(self.plan.training.seed, CLUSTERING))
         if trained is None:
-            return DGIModel(self.plan.model)
+            model = DGIModel(self.plan.model, self._own_encoder(data))
+            start_at_principal_axes(model, data.catalog)
+            return model
         encoder = copy.deepcopy(trained.encoder)
         if self.codes is None:
             return DGIModel(self.plan.model, encoder)

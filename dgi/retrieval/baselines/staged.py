@@ -8,6 +8,7 @@ import torch
 
 from dgi.data import Dataset
 from dgi.model.dgi_model import DGIModel
+from dgi.model.encoders import start_at_principal_axes
 from dgi.retrieval.baselines.generative import Generative
 from dgi.retrieval.baselines.plan import Plan
 from dgi.training import recipes
@@ -21,7 +22,7 @@ class StagedDGI(Generative):
 
     Args:
         plan: encoder, codebooks and budget; ``encoder_share`` is not read.
-        num_beams, name, model: see :class:`Generative`.
+        num_beams, name, ids, model: see :class:`Generative`.
         training: fields of :class:`dgi.TrainConfig` to replace those of :func:`dgi.training.recipes.staged`.
     """
 
@@ -31,15 +32,17 @@ class StagedDGI(Generative):
         *,
         num_beams: int = 200,
         name: str = "dgi",
+        ids: bool = False,
         training: dict[str, Any] | None = None,
         **model: Any,
     ) -> None:
-        super().__init__(plan, from_encoder=False, num_beams=num_beams, name=name, **model)
+        super().__init__(plan, from_encoder=False, num_beams=num_beams, name=name, ids=ids, **model)
         self.training = recipes.staged(decoder_rate=2 * plan.training.backbone_lr) | (training or {})
 
     def fit(self, data: Dataset) -> Self:
         torch.manual_seed(self.plan.training.seed)
-        self.model = DGIModel(self.plan.model)
+        self.model = DGIModel(self.plan.model, self._own_encoder(data))
+        start_at_principal_axes(self.model, data.catalog)
         config, folder = self.plan.part(self.name, self.plan.steps(data), **self.training)
         self._train(data, config, folder)
         return self
