@@ -210,7 +210,8 @@ def _near(vectors: np.ndarray, rows: list[int], random: np.random.Generator) -> 
     other -= (other * own).sum(1, keepdims=True) * own
     other /= np.maximum(np.linalg.norm(other, axis=1, keepdims=True), 1e-12)
     cosine = random.uniform(0.6, 1.0, size=(len(rows), 1))
-    return (cosine * own + np.sqrt(1 - cosine**2) * other).astype(np.float32)
+    near = cosine * own + np.sqrt(1 - cosine**2) * other  # shorter where an item was drawn twice: no other direction
+    return (near / np.maximum(np.linalg.norm(near, axis=1, keepdims=True), 1e-12)).astype(np.float32)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 
@@ -150,6 +151,22 @@ def test_pseudo_queries_are_runs_of_the_items_own_words(tmp_path: Path) -> None:
     assert len(data.train) == 1 + 5 * 4 and data.train.queries[0] == "q"
     for query, item in zip(data.train.queries[1:], data.train.items[1:], strict=True):
         assert query in data.catalog.texts[item] and len(query.split()) in (2, 3)
+
+
+def test_pseudo_queries_with_vectors_are_near_their_items(tmp_path: Path) -> None:
+    (tmp_path / "items.tsv").write_text("id\ttext\n" + "".join(f"{item}\tw{item} y\n" for item in range(5)))
+    (tmp_path / "ratings.tsv").write_text("query\titem_id\trating\tsplit\nq\t0\t1\ttrain\nr\t1\t1\ttest\n")
+    data = load_dataset(tmp_path)
+    vectors = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
+    own = {name: dataclasses.replace(getattr(data, name), query_vectors=vectors[:1]) for name in ("train", "test")}
+    data = dataclasses.replace(data, catalog=dataclasses.replace(data.catalog, vectors=vectors), **own)
+    expanded = with_pseudo_queries(data, 40)
+    found = expanded.train.query_vectors
+    assert found is not None and expanded.test.query_vectors is not None and np.array_equal(found[0], vectors[0])
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    cosines = (found[1:] * unit[expanded.train.items[1:]]).sum(1)
+    np.testing.assert_allclose(np.linalg.norm(found[1:], axis=1), 1, atol=1e-5)
+    assert cosines.min() > 0.599 and cosines.max() < 1.001 and cosines.std() > 0.05
 
 
 def test_two_kinds_of_interactions_are_one_too_many(tmp_path: Path) -> None:
