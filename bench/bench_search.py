@@ -278,6 +278,6 @@ elif __name__ == "__main__":
             profile_group(group, options.rounds)
             continue
         measure_group(group, options.rounds, measured, options.processor)
-    if options.json and not options.profile:
-        measured.write(options.json)
-        print(f"wrote {options.json}")
+        if options.json:
+            measured.write(options.json)
+            print(f"wrote {options.json}", flush=True)
