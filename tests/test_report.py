@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -192,6 +193,25 @@ def test_a_committed_picture_has_a_bar_and_a_label_for_every_system(name: str, m
     assert len(fills) == len({label.split("  ")[0] for label in expected}) >= 2  # every system has its own colour
 
 
+def check_texts(figure: Any, least: int) -> None:
+    """At least so many texts, none of them cut or on another."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure).draw()
+    (axes,) = figure.axes
+    texts = [*axes.texts, axes.xaxis.label, axes.yaxis.label, *figure.texts]
+    for limits, axis in ((axes.get_xlim(), axes.xaxis), (axes.get_ylim(), axes.yaxis)):
+        (low, high), ticks = sorted(limits), zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True)
+        texts += [text for at, text in ticks if low <= at <= high]
+    places = [text.get_window_extent() for text in texts if text.get_text()]
+    assert len(places) > least
+    assert all(
+        figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1
+        for box in places
+    )
+    assert not [(a, b) for i, a in enumerate(places) for b in places[:i] if a.overlaps(b)]
+
+
 def curves_of(tmp_path: Path, batches: tuple[int, ...]) -> report.Run:
     results = measure.Results()
     for batch in batches:
@@ -241,20 +261,22 @@ def test_medians_of_drop_ins_are_of_equal_results_by_kind(tmp_path: Path) -> Non
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
 @pytest.mark.parametrize("name", SHOWN)
 def test_no_text_of_a_picture_is_cut_or_lies_on_another(name: str) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
     figure = report.bars(*SHOWN[name], svg.THEMES["light"][1].split())
-    FigureCanvasAgg(figure).draw()
-    (axes,) = figure.axes
-    (low, high), ticks = axes.get_xlim(), zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
-    texts = [*axes.texts, axes.xaxis.label, *(text for at, text in ticks if low <= at <= high), *figure.texts]
-    places = [text.get_window_extent() for text in texts if text.get_text()]
-    assert len(places) > labels(*SHOWN[name]).total() + 5  # groups, ticks, the axis and a title
-    assert all(
-        figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1
-        for box in places
-    )
-    assert not [(a, b) for i, a in enumerate(places) for b in places[:i] if a.overlaps(b)]
+    check_texts(figure, labels(*SHOWN[name]).total() + 5)  # groups, ticks, the axis and a title
+
+
+CURVES = {picture.stem: picture for picture in PICTURES if picture.draw.func is report.curve}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
+@pytest.mark.parametrize("name", CURVES)
+def test_no_text_of_a_curve_is_cut_or_lies_on_another(name: str) -> None:
+    """Guards labels of lines that end at nearly the same height."""
+    assert all(path.stat().st_size for path in svg.files(name))
+    points = CURVES[name].draw.args[2]
+    check_texts(CURVES[name].draw(svg.THEMES["light"][1].split()), len(points) + 5)
+    near = {system: [(1, 0.001), (10, 0.002 * 1.001**i)] for i, system in enumerate("abcdefg")}
+    check_texts(report.curve("title", "items", near, svg.THEMES["light"][1].split()), 7 + 5)
 
 
 @pytest.mark.parametrize("name", SHOWN)
