@@ -44,6 +44,17 @@ def tiles_of_products(v: Values, grid: tuple[int, ...]) -> Work:
     return Work(rows * k, 2 * rows * k * d, reread, moved, whole=out is not None)
 
 
+def products_for_loss(v: Values, grid: tuple[int, ...]) -> Work:
+    """The target shapes' scale is plain."""
+    return Work() if v["large_alone"] else tiles_of_products(v, grid)
+
+
+def weights_finished(v: Values, grid: tuple[int, ...]) -> Work:
+    """The sums and the rows, which are read and written; of the weights one a row."""
+    rows = v["p_rows"]
+    return Work(moved=0.0, reread=4 * v["tiles"] * v["rows"] + (0 if rows is None else 4 * rows.numel()))
+
+
 def rows_of_chunk(v: Values, grid: tuple[int, ...]) -> Work:
     return Work(grid[0] * v["K"])
 
@@ -59,7 +70,9 @@ def level(v: Values, grid: tuple[int, ...]) -> Work:
 WORK: dict[str, Callable[[Values, tuple[int, ...]], Work]] = {
     "flash_forward_kernel": forward,
     "flash_weight_kernel": flash(2, owns_rows=False),
-    "product_loss_kernel": tiles_of_products,
+    "product_loss_kernel": products_for_loss,
+    "product_weights_kernel": tiles_of_products,
+    "finish_weights_kernel": weights_finished,
     "product_gradient_kernel": tiles_of_products,
     "cosine_logits_kernel": tiles_of_products,
     "chunk_loss_kernel": rows_of_chunk,

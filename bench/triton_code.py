@@ -159,10 +159,14 @@ def cosine_launches() -> Iterator[Launch]:
                 # With columns left out, smoothing is for chunks.
                 smoothing = 0.0 if columns and cosine.uses_flash(dim, dtype) else 0.1
                 options = LossOptions(label_smoothing=smoothing, return_log_normalizer=columns)
-                loss, lse = cosine.cosine_cross_entropy(h, weight, target, scale, given, options)
-                (loss if lse is None else loss + lse.sum()).backward()
+                for of_loss in (options, options.per_row()):  # reduced, its gradients may be made with it
+                    loss, lse = cosine.cosine_cross_entropy(h, weight, target, scale, given, of_loss)
+                    (loss.sum() if lse is None else (loss + lse).sum()).backward()
                 with torch.no_grad():
                     cosine.cosine_cross_entropy(h, weight, target, scale, given, options)
+                if dtype in cosine.reduced.IN_RANGE and not columns:
+                    whole = torch.randn(256, dim).to(dtype).requires_grad_()  # tiles of columns without an end
+                    cosine.cosine_cross_entropy(h, whole, target, scale, given, LossOptions())[0].backward()
 
             label = f"{str(dtype).removeprefix('torch.')} D={dim}{' columns' * columns}"
             with mock.patch.object(cosine, "FLASH_ROWS", 0):  # the flash form, whose rows are many

@@ -151,7 +151,7 @@ def test_estimated_seconds() -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize(("case", "most"), [("loss D=768", 110), ("quantizer D=256", 330), ("logits D=256", 4)])
+@pytest.mark.parametrize(("case", "most"), [("loss D=768", 300), ("quantizer D=256", 330), ("logits D=256", 4)])
 def test_launches_of_a_call(case: str, most: int) -> None:
     """Guards against chunks so small that the host, which launches them, takes longer than the GPU."""
     import gpu_time
@@ -160,3 +160,26 @@ def test_launches_of_a_call(case: str, most: int) -> None:
     calls = gpu_time.calls_of(chosen)
     launched = [call for call in calls if call.grid or gpu_time.torch_part(call) is not None]
     assert 0 < len(launched) <= most
+
+
+@needs_triton
+@pytest.mark.parametrize(("d", "part"), [(64, 0.01), (256, 0.02), (768, 0.02)])
+def test_memory_of_the_loss(d: int, part: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond its gradients, a step takes one or two hundredths of the logits' bytes, which are never formed."""
+    from gpu import cosine, rehearsal
+
+    from dgi_kernels import cosine_cross_entropy
+    from dgi_kernels.cosine import triton, triton_reduced
+
+    for module in (triton, triton_reduced):  # tensors of the rehearsal are no plain ones
+        monkeypatch.setattr(module, "may_replace", lambda kept, h: kept.shape == h.shape)
+
+    rows, codes = 65536, 4096
+    with rehearsal.pretended_gpu() as launches:
+        launches.memory = memory = rehearsal.Memory()
+        step = cosine.step(cosine_cross_entropy, cosine.inputs(rehearsal.FakeGpu(), rows, codes, d, "flat"))
+        before = memory.start()
+        assert before >= 2 * (rows + codes) * d  # the operands
+        step()
+    gradients = 2 * (rows + codes) * d
+    assert gradients < memory.peak - before <= gradients + part * rows * codes * 4

@@ -21,6 +21,7 @@ import triton
 import triton_code
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -104,6 +105,8 @@ class Operators(TorchDispatchMode):
                 result = tree_map_only(Tensor, _wrapped, func(*args, **kwargs))
             finally:
                 FakeCuda.within = before
+        if self.launches.memory is not None:
+            self.launches.memory.see(result)
         if self.launches.calls is not None:
             self.launches.calls.append(Call(func, (), {"args": args, "kwargs": kwargs, "result": result}))
         return result
@@ -177,15 +180,39 @@ class Call:
     values: dict[str, Any]
 
 
+class Memory:
+    """The bytes of storages that operators have returned, as long as these are there."""
+
+    def __init__(self) -> None:
+        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def start(self) -> int:
+        """Bytes now, from which on the peak is the largest."""
+        self.peak = 0
+        self.see(())
+        return self.peak
+
+    def see(self, result: object) -> None:
+        self.live = {key: held for key, held in self.live.items() if not held[0].expired()}
+        for x in tree_leaves(result):
+            if isinstance(x, FakeCuda):
+                storage = x.untyped_storage()
+                reference = StorageWeakRef(storage)
+                self.live.setdefault(reference.cdata, (reference, storage.nbytes()))
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+
+
 class Launches:
     """Notes what Triton is asked to launch, and refuses what CUDA would. ``calls``, once it is a list, gets every
-    launch and every operator of torch, in their order."""
+    launch and every operator of torch, in their order; ``memory``, once it is there, what these operators return."""
 
     LARGEST_GRID = (2**31 - 1, 65535, 65535)
 
     def __init__(self) -> None:
         self.noted: dict[triton_code.Launch, None] = {}
         self.calls: list[Call] | None = None
+        self.memory: Memory | None = None
 
     def __call__(self, kernel: triton.JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]

@@ -22,6 +22,7 @@ TRITON = (
     "tests/kernels/test_quantize_triton.py",
     "tests/kernels/test_gumbel_triton.py",
     "tests/kernels/test_cosine_triton.py",
+    "tests/kernels/test_cosine_triton_calls.py",
     "tests/kernels/test_cosine_logits_triton.py",
     "tests/kernels/test_log_normalizer_triton.py",
 )

@@ -20,6 +20,7 @@ from dgi_kernels import triton_common as common
 from dgi_kernels.cosine import triton_chunks as chunks
 from dgi_kernels.cosine import triton_fused as fused
 from dgi_kernels.cosine import triton_kernels as kernels
+from dgi_kernels.cosine import triton_reduced as reduced
 from dgi_kernels.cosine.options import Columns, LossOptions
 from dgi_kernels.cosine.triton_launch import (
     FLASH as FLASH,
@@ -41,7 +42,7 @@ from dgi_kernels.cosine.triton_launch import (
 from dgi_kernels.cosine.triton_launch import (
     FlashConfig as FlashConfig,
 )
-from dgi_kernels.cosine.triton_saved import Saved, Upstream, column_terms, upstream_of
+from dgi_kernels.cosine.triton_saved import Saved, Upstream, column_terms, may_replace, upstream_of
 from dgi_kernels.triton_common import (
     CHUNK_BYTES,
     HALF,
@@ -80,6 +81,8 @@ def cosine_cross_entropy(
     A target out of range gives NaN for its row.
     """
     scale = checks.scalar_tensor(scale, torch.float32, h.device)
+    if _makes_gradients(h, weight, scale, columns, options):
+        return reduced.cosine_cross_entropy(h, weight, target, scale, options), None
     keep_mean = torch.is_grad_enabled() and h.requires_grad
     loss, lse, *_ = _forward(
         h,
@@ -100,6 +103,21 @@ def cosine_cross_entropy(
         in_range = (target >= 0) & (target < weight.shape[0])
         log_normalizer = torch.where(ignored, 0.0, torch.where(in_range, lse * LN2.value, torch.nan))
     return options.reduce(loss, target), log_normalizer
+
+
+def _makes_gradients(h: Tensor, weight: Tensor, scale: Tensor, columns: Columns, options: LossOptions) -> bool:
+    """Whether the gradients are made together with the loss."""
+    return (
+        torch.is_grad_enabled()
+        and (h.requires_grad or weight.requires_grad or scale.requires_grad)
+        and options.reduction != "none"
+        and not options.return_log_normalizer
+        and not any(columns.given.values())
+        and h.dtype in reduced.IN_RANGE
+        and h.shape[0] > 0
+        and weight.shape[0] > 0
+        and not _is_flash(h.shape[0], tiled_dim(h.shape[1]), h.dtype, None, 0.0)
+    )
 
 
 def _groups(same_as: Tensor) -> Tensor:
@@ -321,11 +339,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, of_loss: Tensor | None, of_lse: Tensor | None, *_):
-    """dh takes the place of the mean that forward kept for it, so that a step needs no second tensor of its size.
-
-    The mean is gone then, and a later backward through the same graph makes it again.  What is traced (its tensors are
-    no plain ones) or may be differentiated once more calls the operator, which leaves it as it is.
-    """
+    """By the operator, unless dh may take the place of the mean that forward kept for it."""
     target, h, weight, scale, bias, groups, lse, residue, mean, *others = ctx.saved_tensors
     ignore_index, smoothing, eps = ctx.options
     need_h, need_weight, _, need_scale, need_bias = ctx.needs_input_grad[:5]
@@ -334,7 +348,7 @@ def _differentiate(ctx, of_loss: Tensor | None, of_lse: Tensor | None, *_):
     if (need_h and not ctx.keeps_mean) or (ctx.mean_is_gone and (need_h or need_scale)):
         mean = _forward(h, weight, target, scale, bias, groups, ignore_index, smoothing, eps, True, ctx.with_lse)[3]
     operands = (h, weight, scale, bias, groups, lse, residue, mean, *others, smoothing, eps)
-    if need_h and mean.shape == h.shape and type(mean) is Tensor and not torch.is_grad_enabled():
+    if need_h and may_replace(mean, h):
         ctx.mean_is_gone = True
         dh, dweight, dbias, dscale = _gradients(mean, of_loss, of_lse, Saved(*operands), need_weight, need_bias)
     else:

@@ -49,13 +49,17 @@ def loss_of_rows(
     results: dict[str, Tensor],
     smoothing: float,
     smooth_apart: bool,
+    large_alone: bool = False,
 ) -> None:
-    """Fill ``results``: loss, lse, residue. ``columns``: 1 / norms, bias, group; ``rows_of``: what each row has."""
+    """Fill ``results``: loss, lse, residue. ``columns``: 1 / norms, bias, group; ``rows_of``: what each row has.
+
+    large_alone: only for a scale that is not plain is there anything in the results; else each program ends at once.
+    """
     (rows, dim), codes = h.shape, len(weight)
     plain = columns["p_bias"] is None and columns["p_group"] is None
     tiles = fitting_tiles(dim, codes, h.device, plain=plain)
     row_tiles, column_tiles = triton.cdiv(rows, tiles.owned), max(1, triton.cdiv(codes, tiles.step))
-    parts = min(column_tiles, max(PARTS, triton.cdiv(2 * multiprocessors(h), row_tiles)))
+    parts = min(column_tiles, max(1 if large_alone else PARTS, triton.cdiv(2 * multiprocessors(h), row_tiles)))
     kept = h.new_empty(4 if smooth_apart else 2, parts, rows, dtype=torch.float32)
     parts_of = {
         "p_top": kept[0],
@@ -76,6 +80,7 @@ def loss_of_rows(
         D=dim,
         stride_h=h.stride(0),
         stride_w=weight.stride(0),
+        large_alone=large_alone,
         **blocks(tiles),
     )
     products.parts_loss_kernel[(triton.cdiv(rows, PARTS_BLOCK),)](

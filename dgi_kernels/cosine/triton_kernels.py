@@ -471,7 +471,8 @@ def finish_kernel(
     p_scale,  # ()
     p_gain,  # () or None: what the partials are too large by
     p_centre,  # (D,), or None: 0
-    p_out,  # (N, width) out: scale rx (I - x^ x^T) (sum partial / gain - centre)
+    p_label,  # (N,) int32, or None: rows below 0 have no gradient
+    p_out,  # (N, width) out: scale rx (I - x^ x^T) (sum partial / gain - centre); may be the partial, where it is one
     p_product,  # (N,) out: x . (sum partial / gain - centre), or None
     splits,
     N,
@@ -483,7 +484,7 @@ def finish_kernel(
     b_n: tl.constexpr,
     b_d: tl.constexpr,
 ):
-    """The end of dw, and of dh in the chunked form, where rx is in the partials already (``scaled``).
+    """The end of dw, and of dh in the chunked forms, where rx is in the partials already if they are ``scaled``.
 
     width <= D <= b_d.
     """
@@ -500,9 +501,12 @@ def finish_kernel(
         total += partial
     if p_gain is not None:
         total /= tl.load(p_gain)
-    if p_centre is not None:
-        total -= tl.load(p_centre + o_d, mask=m_d, other=0.0)[None, :]
     rnorm = tl.load(p_rnorm + o_n, mask=m_n, other=0.0)
+    if p_centre is not None:
+        centre = tl.load(p_centre + o_d, mask=m_d, other=0.0)[None, :]
+        total -= centre * tl.where(rnorm == 0.0, 1.0, rnorm)[:, None] if scaled else centre
+    if p_label is not None:
+        total = tl.where((tl.load(p_label + o_n, mask=m_n, other=IGNORED) >= 0)[:, None], total, 0.0)
     x = tl.load(p_x + o_n[:, None] * stride + o_d[None, :], mask=m_nd, other=0.0).to(tl.float32)
     product = tl.sum(total * x, axis=1)
     total -= radial_part(product, rnorm, eps)[:, None] * x

@@ -49,8 +49,8 @@ def uses_flash(dim: int, dtype: torch.dtype) -> bool:
 
     float32 is chunked: Triton's exact float32 product does not reach cuBLAS's. Beyond D = 128 the accumulators of whole
     rows leave room for one block a multiprocessor, which waits for its products: by the counts of bench/gpu_time.py the
-    chunked form takes 1.2 ms at D = 256 where the flash form takes 1.8 (H200, N = 65536, K = 4096). Both crossovers are
-    to be measured on a GPU.
+    chunked form takes 1.2 ms at D = 256 (1.0 of a reduced loss) where the flash form takes 1.8 (H200, N = 65536,
+    K = 4096). Both crossovers are to be measured on a GPU.
     """
     return dtype in HALF and dim <= FLASH_LARGEST
 
@@ -205,6 +205,7 @@ def finish(
     scaled: bool,
     out: Tensor,
     product: Tensor | None,
+    label: Tensor | None = None,
 ) -> None:
     """out (rows, width), or nothing at all, from partial (splits, rows, dim), times largest (splits, rows)."""
     splits, rows, dim = partial.shape
@@ -218,6 +219,7 @@ def finish(
         p_scale=scale,
         p_gain=gain,
         p_centre=centre,
+        p_label=label,
         p_out=out,
         p_product=product,
         splits=splits,

@@ -11,6 +11,12 @@ keeps of a tile is small:
 
 Operations: 8 N K D as in the flash form, without its accumulators of D numbers a row. Bytes: of device memory 6 N K for
 the weights of backward (written once, read twice); of the L2 each operand once for each tile of the other.
+
+A loss that is reduced weighs all rows alike, so that its gradients are made together with it, of one product of logits:
+6 N K D operations. A chunk's weights are then E_nk = 2^(s_nk - o_n) with an offset o_n that is known before the row's
+sum: since ``|s_nk| <= |scale|``, it is 0 for ``|scale| <= PLAIN``, where neither E nor a sum of it leaves the range of
+float32 and bfloat16. For larger scales it is the log-sum-exp, of a pass of product_loss_kernel that returns at once
+for the others. What is 1 / sum_k E_nk is applied to the other operand: to h for dw, to the result for dh.
 Not yet run on a GPU; ``bench/gpu_time.py`` has the estimated time.
 """
 
@@ -29,6 +35,8 @@ from dgi_kernels.cosine.triton_kernels import (
 )
 from dgi_kernels.triton_common import LN2, LOG2E, code_bias, scores
 
+PLAIN = tl.constexpr(48.0)  # 2^(48 log2 e) = 2^69: 2^58 are left for the number of columns and for 1 / norms
+
 
 @triton.jit
 def tile_products(p_a, p_b, m_a, m_b, D, b_r: tl.constexpr, b_c: tl.constexpr, b_d: tl.constexpr):
@@ -41,6 +49,12 @@ def tile_products(p_a, p_b, m_a, m_b, D, b_r: tl.constexpr, b_c: tl.constexpr, b
         b = tl.load(p_b[:, None] + (start + o_d)[None, :], mask=m_b[:, None] & m_d[None, :], other=0.0)
         products = tl.dot(a, tl.trans(b), products, input_precision="ieee")
     return products
+
+
+@triton.jit
+def is_plain(scale):
+    """Whether exponentials of all scores, and their sums, are in range without an offset."""
+    return tl.abs(scale) <= PLAIN
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -62,11 +76,15 @@ def product_loss_kernel(
     D,
     stride_h,
     stride_w,
+    large_alone: tl.constexpr,
     b_n: tl.constexpr,
     b_k: tl.constexpr,
     b_d: tl.constexpr,
 ):
-    """A program owns b_n rows and every parts-th tile of columns. The target and its group are in no sum."""
+    """A program owns b_n rows and every parts-th tile of columns. The target and its group are in no sum.
+
+    large_alone: of scales that are not plain; of those that are no column is looked at.
+    """
     i_part, parts = tl.program_id(0), tl.num_programs(0)
     o_n = tl.program_id(1).to(tl.int64) * b_n + tl.arange(0, b_n)
     m_n = o_n < N
@@ -76,6 +94,8 @@ def product_loss_kernel(
     others = tl.zeros((b_n,), tl.float32)
     total = tl.zeros((b_n,), tl.float32)
     count = tl.zeros((b_n,), tl.float32)
+    if large_alone:
+        K = tl.where(is_plain(tl.load(p_scale)), 0, K)
     for first in range(i_part * b_k, K, parts * b_k):
         o_k = first + tl.arange(0, b_k)
         m_k = o_k < K
@@ -214,6 +234,128 @@ def product_gradient_kernel(
     g *= tl.load(p_upstream + o_n, mask=m_n, other=0.0)[:, None] * factor[None, :]
     o_g = o_row.to(tl.int64)[:, None] * K + o_k[None, :]
     tl.store(p_g + o_g, g.to(p_g.dtype.element_ty), mask=m_n[:, None] & m_k[None, :])
+
+
+@triton.jit(do_not_specialize=["first", "rows"], do_not_specialize_on_alignment=PER_ROW)
+def product_weights_kernel(
+    p_h,  # (N, D), rows stride_h apart
+    p_w,  # (K, D), rows stride_w apart
+    p_g,  # (rows, K) out: rw_k E_nk, 0 at the target
+    p_sums,  # (column tiles, rows) out: sum_k E_nk of the tile, but for the target
+    p_rnorm_h,  # (N,)
+    p_rnorm_w,  # (K,)
+    p_lse,  # (N,) in base 2, of scales that are not plain
+    p_label,  # (N,) int32
+    p_scale,  # ()
+    first,
+    rows,
+    K,
+    D,
+    stride_h,
+    stride_w,
+    ragged: tl.constexpr,
+    b_n: tl.constexpr,
+    b_k: tl.constexpr,
+    b_d: tl.constexpr,
+):
+    """A tile of a chunk's weights before its rows' sums are known: rows first ... first + rows - 1. Unless it is
+    ragged, K is a multiple of b_k."""
+    i_k = tl.program_id(0)
+    o_row = tl.program_id(1) * b_n + tl.arange(0, b_n)
+    m_n = o_row < rows
+    o_n = first + o_row.to(tl.int64)
+    o_k = i_k * b_k + tl.arange(0, b_k)
+    m_k = o_k < K if ragged else tl.full((b_k,), True, tl.int1)
+    p_column = p_w + o_k.to(tl.int64) * stride_w
+    s = tile_products(p_h + o_n * stride_h, p_column, m_n, m_k, D, b_n, b_k, b_d)
+    scale = tl.load(p_scale)
+    scale_h = tl.load(p_rnorm_h + o_n, mask=m_n, other=0.0) * (scale * LOG2E)
+    rnorm_w = tl.load(p_rnorm_w + o_k, mask=m_k, other=0.0)
+    offset = offset_of(p_lse + o_n, m_n, scale)
+    label = tl.load(p_label + o_n, mask=m_n, other=IGNORED)
+    apart = o_k[None, :] == label[:, None]
+    if ragged:
+        apart |= (o_k >= K)[None, :]
+    g = tl.where(apart, 0.0, tl.exp2(scores(s, scale_h[:, None], rnorm_w[None, :], None) - offset[:, None]))
+    tl.store(p_sums + i_k.to(tl.int64) * rows + o_row, tl.sum(g, axis=1), mask=m_n)
+    g *= factor_of(rnorm_w)[None, :]
+    o_g = o_row.to(tl.int64)[:, None] * K + o_k[None, :]
+    tl.store(p_g + o_g, g.to(p_g.dtype.element_ty), mask=m_n[:, None] & m_k[None, :])
+
+
+@triton.jit
+def factor_of(rnorm_w):
+    """Of a column's weights: a vector of norm 0 has a gradient too, of 1 / eps."""
+    return tl.where(rnorm_w == 0.0, 1.0, rnorm_w)
+
+
+@triton.jit
+def offset_of(p_lse, m_n, scale):
+    """o_n; a row without a target has an infinite log-sum-exp, and weights that nothing reads."""
+    return tl.where(is_plain(scale), 0.0, tl.load(p_lse, mask=m_n, other=0.0))
+
+
+@triton.jit(do_not_specialize=["first", "rows", "tiles"], do_not_specialize_on_alignment=PER_ROW)
+def finish_weights_kernel(
+    p_g,  # (rows, K) of product_weights_kernel; at the target, out: rw_k g_nk sum_k E_nk, g_nk but for its e / K
+    p_sums,  # (tiles, rows) of it
+    p_h,  # (N, D), rows stride_h apart
+    p_rnorm_h,  # (N,)
+    p_rnorm_w,  # (K,)
+    p_logit,  # (N,)
+    p_extra,  # (N,)
+    p_lse,  # (N,) in base 2, of scales that are not plain
+    p_label,  # (N,) int32
+    p_scale,  # ()
+    p_loss,  # (N,) out
+    p_inverse,  # (N,) out: 1 / sum_k E_nk, 0 for a row without a target
+    p_rows,  # (rows, D) out: h^_n / sum_k E_nk, rows stride_rows apart, or None
+    first,
+    rows,
+    tiles,
+    K,
+    D,
+    stride_h,
+    stride_rows,
+    smoothing,
+    b_n: tl.constexpr,
+    b_t: tl.constexpr,
+    b_d: tl.constexpr,
+):
+    """What follows from the sums of a chunk's rows: the loss, the target's weights, the rows that make dw."""
+    o_row = tl.program_id(0) * b_n + tl.arange(0, b_n)
+    m_n = o_row < rows
+    o_n = first + o_row.to(tl.int64)
+    others = tl.zeros((b_n,), tl.float32)
+    for start in range(0, tiles, b_t):
+        o_t = (start + tl.arange(0, b_t)).to(tl.int64)
+        sums = tl.load(
+            p_sums + o_t[:, None] * rows + o_row[None, :], mask=(o_t < tiles)[:, None] & m_n[None, :], other=0.0
+        )
+        others += tl.sum(sums, axis=0)
+    label = tl.load(p_label + o_n, mask=m_n, other=IGNORED)
+    logit = tl.load(p_logit + o_n, mask=m_n, other=0.0)
+    extra = tl.load(p_extra + o_n, mask=m_n, other=0.0)
+    offset = offset_of(p_lse + o_n, m_n, tl.load(p_scale))
+    known = label >= 0
+    # Relative to the largest, or what is near 0 of a loss would be the difference of two logarithms.
+    top = tl.maximum(logit, offset + tl.log2(tl.maximum(others, 1e-38)))
+    loss, _, _ = finish_loss(top, others * tl.exp2(offset - top), logit, extra, label, smoothing)
+    tl.store(p_loss + o_n, loss, mask=m_n)
+    total = tl.exp2(logit - offset) + others
+    inverse = tl.where(known, 1.0 / total, 0.0)
+    tl.store(p_inverse + o_n, inverse, mask=m_n)
+    m_t = m_n & known
+    g = (smoothing * total - others) * factor_of(tl.load(p_rnorm_w + label, mask=m_t, other=0.0))
+    tl.store(p_g + o_row.to(tl.int64) * K + label, g.to(p_g.dtype.element_ty), mask=m_t)
+    if p_rows is not None:
+        factor = inverse * tl.load(p_rnorm_h + o_n, mask=m_n, other=0.0)
+        for start in range(0, D, b_d):
+            o_d = start + tl.arange(0, b_d)
+            m_nd = m_n[:, None] & (o_d < D)[None, :]
+            h = tl.load(p_h + o_n[:, None] * stride_h + o_d[None, :], mask=m_nd, other=0.0).to(tl.float32)
+            h = tl.where(known[:, None], h * factor[:, None], 0.0)
+            tl.store(p_rows + o_row.to(tl.int64)[:, None] * stride_rows + o_d[None, :], h, mask=m_nd)
 
 
 @triton.jit(do_not_specialize=["N"])

@@ -15,6 +15,15 @@ def column_terms(bias: Tensor | None, groups: Tensor | None) -> dict[str, Tensor
     return {"p_bias": bias, "p_group": None if groups is None else groups[0]}
 
 
+def may_replace(kept: Tensor, h: Tensor) -> bool:
+    """Whether dh may take the place of what forward kept for it, so that a step needs no second tensor of its size.
+
+    It is gone then, and a later backward through the same graph makes it again. What is traced (its tensors are no
+    plain ones) or may be differentiated once more leaves it as it is.
+    """
+    return kept.shape == h.shape and type(kept) is Tensor and not torch.is_grad_enabled()
+
+
 @dataclass(frozen=True)
 class Saved:
     """What backward gets of forward: its operands, and what it kept of each row and column."""

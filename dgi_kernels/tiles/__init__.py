@@ -25,7 +25,7 @@ import torch
 
 FOLDER = Path(__file__).parent
 FALLBACK = "four-warps"
-NUMBERS = ("cosine.chunk_bytes", "quantize.chunk_bytes")  # settings that are no tiles
+NUMBERS = ("cosine.chunk_bytes", "cosine.kept_bytes", "quantize.chunk_bytes")  # settings that are no tiles
 PASSES = (
     "cosine.forward",
     "cosine.weight",

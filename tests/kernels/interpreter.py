@@ -53,13 +53,20 @@ def run_in_the_interpreter(file: str) -> None:
 
 
 def choose_form(monkeypatch: pytest.MonkeyPatch, forms: ModuleType, form: str, step: int) -> None:
-    """Make an op's launchers take the "flash" or the "chunked" form whatever the size; interpreted with small tiles."""
+    """Make an op's launchers take the "flash" or the "chunked" form whatever the size; interpreted with small tiles.
+
+    The "reduced" form of an op that has one is that of its reduced results, which are "chunked" elsewhere.
+    """
     flash = form == "flash"
     monkeypatch.setattr(forms, "uses_flash", lambda dim, dtype: flash and (INTERPRETED or dtype != torch.float32))
     monkeypatch.setattr(forms, "CHUNK_BYTES", 4096)
     monkeypatch.setattr(forms, "CHUNK_STEP", 32)
     if hasattr(forms, "FLASH_ROWS"):
         monkeypatch.setattr(forms, "FLASH_ROWS", 0)
+    reduced = getattr(forms, "reduced", None)
+    if reduced is not None:
+        monkeypatch.setattr(reduced, "IN_RANGE", (torch.float32, torch.bfloat16) if form == "reduced" else ())
+        monkeypatch.setattr(reduced, "KEPT_BYTES", 0)
     fused = getattr(forms, "fused", None)
     if fused is not None:
         monkeypatch.setattr(fused, "CHUNK_BYTES", 4096)

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
-from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, library
+from torch import Tensor
 
 from .cosine_cases import (
-    GRADIENTS,
     all_columns,
     eager,
     exact_by_columns,
     random_columns,
     results_by_columns,
-    true_loss_by_columns,
 )
+from .cosine_triton_cases import assert_exact, every_form, inputs, loss_and_gradients, ours
 from .interpreter import (
     DEVICE,
     DTYPES,
@@ -28,12 +25,11 @@ from .interpreter import (
     INTERPRETED,
     TRITON,
     choose_form,
-    interpreted,
     launcher,
     run_in_the_interpreter,
     runs,
 )
-from .near import ROUNDING, assert_all_near, assert_near, error
+from .near import assert_near, error
 from .shapes import name_of
 
 if TRITON and (GPU or INTERPRETED):
@@ -51,80 +47,6 @@ def test_all_of_this_file_in_the_interpreter() -> None:
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     choose_form(monkeypatch, triton, request.param, step=16)
     return request.param
-
-
-def inputs(n: int, d: int, k: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    h, weight = (torch.randn(rows, d) * torch.empty(rows, 1).uniform_(0.1, 5) for rows in (n, k))
-    return h.to(DEVICE, dtype), weight.to(DEVICE, dtype), torch.randint(k, (n,), device=DEVICE)
-
-
-def ours(
-    h: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    scale: Tensor,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    eps: float = 1e-12,
-) -> Tensor:
-    """Below the public op, which would check the values of CPU tensors."""
-    options = LossOptions(ignore_index, reduction, label_smoothing, eps)
-    return triton.cosine_cross_entropy(h, weight, target, scale, Columns(), options)[0]
-
-
-def loss_and_gradients(
-    function,
-    h: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    scale: float,
-    dtype: torch.dtype | None = None,
-    **options: object,
-) -> list[Tensor]:
-    """With an upstream gradient of its own for every loss, the same for every call."""
-    h, weight = (x.detach().to(dtype or x.dtype).requires_grad_() for x in (h, weight))
-    gamma = torch.tensor(scale, device=DEVICE, dtype=dtype or torch.float32, requires_grad=True)
-    loss = function(h, weight, target, gamma, **options)
-    upstream = torch.linspace(-1, 2, loss.numel(), device=DEVICE).reshape(loss.shape).to(loss.dtype)
-    return [loss.detach(), *torch.autograd.grad((loss * upstream).sum(), (h, weight, gamma))]
-
-
-def assert_exact(h: Tensor, weight: Tensor, target: Tensor, scale: float, **options: object) -> None:
-    actual = loss_and_gradients(ours, h, weight, target, scale, **options)
-    expected = loss_and_gradients(eager, h, weight, target, scale, torch.float64, **options)
-    assert_near("loss", actual[0], expected[0], size=0.01 + abs(scale) / 20)  # near 0 it is a difference of logits
-    sums = magnitudes(h, weight, target, scale, **options)
-    assert_all_near(GRADIENTS, actual[1:], expected[1:], dtype=h.dtype, sizes=[0.2 * size for size in sums])
-
-
-def magnitudes(
-    h: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    scale: float,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    eps: float = 1e-12,
-) -> tuple[float, float, float]:
-    """Norms of what the gradients of h, weight and scale add up, without its signs: a sum that cancels to nothing is
-    still rounded as what it was summed from, softmax and target distribution apart."""
-    h, weight = h.double(), weight.double()
-    softmax = (scale * F.normalize(h, dim=-1, eps=eps) @ F.normalize(weight, dim=-1, eps=eps).T).softmax(-1)
-    kept = (target != ignore_index).double()
-    wanted = torch.full_like(softmax, label_smoothing / len(weight))
-    wanted.scatter_add_(1, (target * kept.long())[:, None], torch.full_like(softmax[:, :1], 1 - label_smoothing))
-    upstream = {
-        "mean": torch.full_like(kept, 1 / max(1.0, kept.sum().item())),
-        "sum": torch.ones_like(kept),
-        "none": torch.linspace(-1, 2, len(h), device=DEVICE, dtype=torch.float64).abs(),
-    }[reduction]
-    shares = (softmax + wanted) * (kept * upstream)[:, None]
-    of_h, of_weight = (
-        abs(scale) * shares.sum(1 - dim) / x.norm(dim=-1).clamp(min=eps) for dim, x in enumerate((h, weight))
-    )
-    return of_h.norm().item(), of_weight.norm().item(), shares.sum().item()
 
 
 @runs
@@ -252,6 +174,7 @@ def test_columns_of_the_target_alone(form: str) -> None:
 
 
 @runs
+@every_form
 @pytest.mark.parametrize("scale", [0.0, -30.0, 64.0, 300.0])
 def test_any_scale(form: str, scale: float) -> None:
     """At 300 the running maximum rises by more than 2^8 within a row, at 0 dscale is still a gradient."""
@@ -291,6 +214,7 @@ def test_norms_of_any_size_stay_in_the_range_of_float16(form: str) -> None:
 
 
 @runs
+@every_form
 def test_wild_targets_and_nan_stay_in_their_row(form: str) -> None:
     h, weight, target = inputs(40, 8, 33)
     clean = ours(h, weight, target, torch.tensor(30.0, device=DEVICE), reduction="none")
@@ -307,6 +231,7 @@ def test_wild_targets_and_nan_stay_in_their_row(form: str) -> None:
 
 
 @runs
+@every_form
 def test_nan_reaches_the_gradient_through_tiles_that_are_skipped(form: str) -> None:
     h, weight, target = inputs(40, 8, 33)
     h[3, 1] = torch.nan
@@ -316,6 +241,7 @@ def test_nan_reaches_the_gradient_through_tiles_that_are_skipped(form: str) -> N
 
 
 @runs
+@every_form
 def test_nothing_to_learn_from(form: str) -> None:
     h, weight, target = inputs(5, 4, 6)
     loss, *gradients = loss_and_gradients(ours, h, weight, torch.full_like(target, -100), 30.0, reduction="none")
@@ -329,6 +255,7 @@ def test_nothing_to_learn_from(form: str) -> None:
 
 
 @runs
+@every_form
 @pytest.mark.parametrize("eps", [1e-12, 0.5])
 def test_zero_vectors_and_norms_below_eps(form: str, eps: float) -> None:
     h, weight, target = inputs(9, 5, 11)
@@ -345,6 +272,7 @@ def test_zero_vectors_and_norms_below_eps(form: str, eps: float) -> None:
 
 
 @runs
+@every_form
 def test_strides_and_one_tensor_as_both_inputs(form: str) -> None:
     x = torch.randn(2, 40, 48, device=DEVICE)[:, :, 5:29].transpose(1, 2)[1].T  # 40 rows of 24 numbers, unaligned
     target = torch.randperm(40, device=DEVICE)
@@ -405,211 +333,3 @@ def test_the_order_of_rows_changes_nothing_but_rounding(monkeypatch: pytest.Monk
     ordered = loss_and_gradients(ours, h, weight, target, 30.0, reduction="none", label_smoothing=0.1)
     for a, b in zip(ordered, plain, strict=True):
         assert error(a, b.double(), floor=1e-3) < 2e-3
-
-
-@runs
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_bits_repeat_and_gradients_have_no_radial_part(form: str, dtype: torch.dtype) -> None:
-    h, weight, target = inputs(40, 24, 50, dtype)
-    runs = [loss_and_gradients(ours, h, weight, target, 30.0) for _ in range(2)]
-    for a, b in zip(*runs, strict=True):
-        assert torch.equal(a, b)
-    _, dh, dweight, _ = runs[0]
-    limits = torch.finfo(dtype)
-    rounding = 1e-5 if dtype == torch.float32 else limits.eps / 2 + 1e-5  # of each number of the result
-    for x, dx in ((h.double(), dh.double()), (weight.double(), dweight.double())):
-        least = limits.smallest_normal * limits.eps * x.abs().sum(-1) + 1e-9  # what the dtype cannot hold
-        assert ((x * dx).sum(-1).abs() <= rounding * x.norm(dim=-1) * dx.norm(dim=-1) + least).all()
-
-
-@runs
-def test_a_second_backward_repeats_the_first(form: str) -> None:
-    """The first one makes dh of what forward kept for it, the second of the same made anew."""
-    h, weight, target = (x.requires_grad_() if x.is_floating_point() else x for x in inputs(40, 24, 50))
-    leaves = (h, weight, torch.tensor(30.0, device=DEVICE, requires_grad=True))
-    loss = ours(h, weight, target, leaves[2], label_smoothing=0.1)
-    first = torch.autograd.grad(loss, leaves, retain_graph=True)
-    kept = [gradient.clone() for gradient in first]
-    assert torch.equal(torch.autograd.grad(loss, leaves[2], retain_graph=True)[0], kept[2])
-    for gradient, before, again in zip(first, kept, torch.autograd.grad(loss, leaves, retain_graph=True), strict=True):
-        assert torch.equal(gradient, before) and torch.equal(again, before)
-    twice = torch.autograd.grad(loss, leaves, create_graph=True)
-    assert all(torch.equal(a, b) for a, b in zip(twice, kept, strict=True))
-    with pytest.raises(RuntimeError, match="no autograd formula|not implemented|backward"):
-        torch.autograd.grad(twice[0].sum(), weight)
-
-
-def peak_bytes(step: Callable[[], object]) -> int:
-    """The most bytes that torch's CPU allocator had given away at one time during a step, beyond those before it."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        kept = step()
-    del kept
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
-
-
-@interpreted
-def test_flash_keeps_no_second_gradient_of_h(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against the mean and dh beside each other, and against a mean where h needs no gradient."""
-    choose_form(monkeypatch, triton, "flash", step=16)
-    h, weight, target = inputs(512, 64, 16, torch.float16)
-    vectors = 512 * 80 + 4 * 16 * 64 * 2 + 4096  # a dozen numbers a row, and the four partial sums of dweight
-    for need_h in (True, False):
-
-        def step(need_h: bool = need_h) -> tuple[Tensor, ...]:
-            leaves = [h.detach().requires_grad_(need_h), weight.detach().requires_grad_()]
-            ours(*leaves, target, 30.0).backward()
-            return tuple(leaf.grad for leaf in leaves if leaf.requires_grad)
-
-        step()
-        assert peak_bytes(step) <= h.nbytes * need_h + weight.nbytes + vectors, need_h
-
-
-@runs
-def test_gradients_only_where_asked(form: str) -> None:
-    h, weight, target = inputs(20, 8, 12)
-    gamma = torch.tensor(30.0, device=DEVICE)
-    for wanted in range(3):
-        leaves = [x.detach().requires_grad_(i == wanted) for i, x in enumerate((h, weight, gamma))]
-        (gradient,) = torch.autograd.grad(
-            ours(leaves[0], leaves[1], target, leaves[2], reduction="sum"), leaves[wanted]
-        )
-        double = [x.detach().double().requires_grad_(i == wanted) for i, x in enumerate((h, weight, gamma))]
-        loss = eager(double[0], double[1], target, double[2], reduction="sum")
-        assert error(gradient, torch.autograd.grad(loss, double[wanted])[0]) < 2e-5
-    with torch.no_grad():
-        assert not ours(h, weight, target, gamma).requires_grad
-
-
-@runs
-def test_public_op_autocast_and_leading_dimensions(form: str) -> None:
-    h, weight, target = inputs(24, 8, 12)
-    loss = cosine_cross_entropy(
-        h.view(2, 3, 4, 8), weight, target.view(2, 3, 4), 20.0, reduction="none", backend="triton"
-    )
-    truth = eager(h.double(), weight.double(), target, 20.0, reduction="none")
-    assert loss.shape == (2, 3, 4) and error(loss.flatten(), truth) < 2e-5
-    bias = torch.randn(12, device=DEVICE)
-    loss, lse = cosine_cross_entropy(
-        h.view(2, 3, 4, 8),
-        weight,
-        target.view(2, 3, 4),
-        20.0,
-        bias=bias,
-        return_log_normalizer=True,
-        reduction="sum",
-        backend="triton",
-    )
-    gamma = torch.tensor(20.0, dtype=torch.float64, device=DEVICE)
-    by_row = true_loss_by_columns(h.double(), weight.double(), target, gamma, bias=bias.double(), reduction="none")
-    assert error(loss, by_row[0].sum()) < 2e-5 and lse.shape == (2, 3, 4) and error(lse.flatten(), by_row[1]) < 2e-5
-    with torch.autocast(DEVICE, torch.float16):
-        cast = cosine_cross_entropy(h.requires_grad_(), weight, target, 20.0, backend="triton")
-        assert torch.equal(cast, cosine_cross_entropy(h.half(), weight.half(), target, 20.0, backend="triton"))
-    assert cast.dtype == torch.float32 and torch.autograd.grad(cast, h)[0].dtype == torch.float32
-
-
-@runs
-def test_operator_registration(form: str) -> None:
-    h, weight, target = inputs(9, 5, 11)
-    gamma = torch.tensor(20.0, device=DEVICE, requires_grad=True)
-    arguments = (h.requires_grad_(), weight.requires_grad_(), target, gamma, None, None, -100, 0.1, 1e-12, True, False)
-    library.opcheck(torch.ops.dgi_kernels.cosine_loss_triton.default, arguments)
-    bias, groups = torch.randn(11, device=DEVICE, requires_grad=True), triton._groups(torch.arange(11, device=DEVICE))
-    library.opcheck(
-        torch.ops.dgi_kernels.cosine_loss_triton.default, (h, weight, target, gamma, bias, groups, *arguments[6:])
-    )
-
-
-@runs
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiles_as_one_graph(form: str, reduction: str) -> None:
-    h, weight, target = inputs(20, 8, 12)
-    step = torch.compile(ours, fullgraph=True, backend="inductor" if GPU else "aot_eager")
-    expected = loss_and_gradients(ours, h, weight, target, 20.0, reduction=reduction)
-    for a, b in zip(loss_and_gradients(step, h, weight, target, 20.0, reduction=reduction), expected, strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def large(dtype: torch.dtype, d: int) -> tuple[Tensor, Tensor, Tensor]:
-    return inputs(random.randint(1000, 5000), d, random.randint(500, 5000), dtype)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
-@pytest.mark.parametrize("d", [17, 64, 100, 128, 256, 300, 768])
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_large_on_a_gpu(dtype: torch.dtype, d: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton, "ORDER_FROM", random.choice([(1, 1), (10**9, 1)]))
-    h, weight, target = large(dtype, d)
-    scale, smoothing = random.uniform(1, 120), random.choice([0.0, 0.1])
-    options = {"reduction": random.choice(["mean", "sum"]), "label_smoothing": smoothing}
-    assert_exact(h, weight, target, scale, **options)
-    truth = loss_and_gradients(eager, h, weight, target, scale, torch.float64, **options)
-    usual = loss_and_gradients(eager, h, weight, target, scale, dtype, **options)
-    for actual, plain, expected in zip(
-        loss_and_gradients(ours, h, weight, target, scale, **options), usual, truth, strict=True
-    ):
-        # A scalar's error may be small by luck, eager's too: it is allowed that of its terms.
-        luck = ROUNDING[dtype] if expected.dim() == 0 else 2e-5
-        assert error(actual, expected) <= 1.5 * error(plain, expected) + luck
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
-@pytest.mark.parametrize("d", [64, 128, 256, 768])
-def test_bits_repeat_on_a_gpu(d: int) -> None:
-    """A race of two warpgroups would show as other bits."""
-    h, weight, target = large(torch.bfloat16, d)
-    first = loss_and_gradients(ours, h, weight, target, 30.0)
-    for _ in range(100):
-        for a, b in zip(loss_and_gradients(ours, h, weight, target, 30.0), first, strict=True):
-            assert torch.equal(a, b)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
-@pytest.mark.parametrize("d", [128, 768])
-def test_a_cuda_graph_holds_a_step(d: int) -> None:
-    """No host sync and no launch that depends on values: captured once, replayed with new numbers and a new scale."""
-    h, weight, target = inputs(5000, d, 1000, torch.bfloat16)
-    h, weight = h.requires_grad_(), weight.requires_grad_()
-    gamma = torch.tensor(30.0, device=DEVICE, requires_grad=True)
-
-    def step() -> tuple[Tensor, ...]:
-        loss = ours(h, weight, target, gamma)
-        return loss.detach(), *torch.autograd.grad(loss, (h, weight, gamma))
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        h.normal_()
-        gamma.fill_(100.0)
-        target.random_(1000)
-    graph.replay()
-    for a, b in zip(captured, step(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
-@pytest.mark.parametrize(("d", "part"), [(64, 0.01), (256, 0.045), (768, 0.06)])
-def test_memory_on_a_gpu(d: int, part: float) -> None:
-    """Beyond the gradients, a hundredth of the logits that are never formed.
-
-    The chunked form, from D = 128 on, has a chunk's weights of 32 MB, 3 %, and both gradients in float32: dweight and
-    a chunk's rows of dh.
-    """
-    h, weight, target = inputs(65536, d, 4096, torch.bfloat16)
-    h, weight = h.requires_grad_(), weight.requires_grad_()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    ours(h, weight, target, torch.tensor(30.0, device=DEVICE)).backward()
-    gradients = 2 * (h.numel() + weight.numel())
-    assert torch.cuda.max_memory_allocated() - before <= gradients + part * 65536 * 4096 * 4
