@@ -72,6 +72,9 @@ class ModelConfig:
             on the catalog's ``dim`` principal axes plus a correction that starts at 0, a request's the mean of what it
             reads plus another (not where ``causal``). Before the first step cosines are then those of the given
             vectors, as far as so many axes hold them. See :func:`dgi.model.encoders.start_at_principal_axes`.
+        residual_decoder: the decoder corrects the query's own vector, less the vectors of the codes so far: before it
+            has learnt anything, a search is one by residual quantization of the query. Where a model starts at given
+            vectors (``principal_axes``), it always does.
         pretrained: name or folder of a T5-family model (``t5``).
         initial_scale: starting value of the learnable logit scale γ.
         metric: how the quantizer compares residuals with codes, as in :func:`dgi_kernels.residual_quantize`, whose
@@ -94,12 +97,18 @@ class ModelConfig:
     causal: bool = False
     vector_dim: int = 0
     principal_axes: bool = True
+    residual_decoder: bool = False
     pretrained: str = ""
     initial_scale: float = 30.0
     gradient: GradientKind = "soft"
     heads: HeadKind = "shared"
     similarity: SimilarityKind = "cosine"
     metric: MetricKind = ""
+
+    @property
+    def starts_at_vectors(self) -> bool:
+        """Whether the model begins as a search by the cosines of the given vectors."""
+        return self.encoder == "vectors" and self.principal_axes and not self.causal
 
     def __post_init__(self) -> None:
         for name in ("dim", "attention_heads", "history_layers", "decoder_layers", "max_tokens"):

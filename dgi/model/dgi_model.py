@@ -127,6 +127,10 @@ class DGIModel(DualEncoder):
     def __init__(self, config: ModelConfig, encoder: Encoder | None = None, decoder: nn.Module | None = None) -> None:
         super().__init__(config, encoder)
         self.decoder = decoder if decoder is not None else build_decoder(config, self.encoder)
+        self.residual = config.residual_decoder or config.starts_at_vectors
+        if self.residual and isinstance(self.decoder, TransformerDecoder):
+            nn.init.zeros_(self.decoder.output.weight)
+            nn.init.zeros_(self.decoder.output.bias)
         self.quantizer = ResidualQuantizer(
             config.dim,
             config.codebook_sizes,
@@ -199,8 +203,16 @@ class DGIModel(DualEncoder):
             mode = "straight_through" if self.config.gradient == "straight_through" else "soft"
             quantization = self.quantizer(z, tau, mode=mode, seed=seed, row_offset=row_offset)
         read = self._decoder_inputs(codes, quantization, inputs)
-        hidden = self.decoder(read[:, :-1], query.memory, query.mask)
+        hidden = self.hidden_states(read[:, :-1], query)
         return output._replace(quantization=quantization, codes=codes, hidden=hidden)
+
+    def hidden_states(self, inputs: Tensor, query: QueryEncoding) -> Tensor:
+        """h_1 … h_{t+1} (B, t + 1, d) of the vectors (B, t, d) of the first t codes."""
+        hidden = self.decoder(inputs, query.memory, query.mask)
+        if not self.residual:
+            return hidden
+        start = query.vector.unsqueeze(1)
+        return hidden + torch.cat([start, start - inputs.cumsum(1)], 1)
 
     def _decoder_inputs(self, codes: Tensor, quantization: ResidualQuantization | None, inputs: InputKind) -> Tensor:
         """(B, m, d) of codes (B, m): their vectors, the mixtures, or the first with the gradient of the second."""
@@ -263,11 +275,16 @@ class DGIModel(DualEncoder):
         """One position of every beam at a time, from what the decoder keeps of those before."""
         decoder = cast(CachedDecoder, self.decoder)
         cache = decoder.start_search(query.memory, query.mask)
+        rest = query.vector.unsqueeze(1)
 
         def step(chosen: Tensor | None, parents: Tensor | None) -> Tensor:
-            nonlocal cache
+            nonlocal cache, rest
             hidden, cache = decoder.search_step(cache, chosen, parents)
-            return hidden
+            if not self.residual:
+                return hidden
+            if chosen is not None and parents is not None:
+                rest = rest.gather(1, parents.unsqueeze(-1).expand(-1, -1, rest.shape[2])) - chosen
+            return hidden + rest
 
         return step
 
@@ -282,9 +299,8 @@ class DGIModel(DualEncoder):
                 survivors = parents[..., None, None].expand(-1, -1, *prefix.shape[2:])
                 prefix = torch.cat([prefix.gather(1, survivors), chosen.to(prefix.dtype).unsqueeze(2)], 2)
             beams = prefix.shape[1]
-            hidden = self.decoder(
-                prefix.flatten(0, 1), query.memory.repeat_interleave(beams, 0), query.mask.repeat_interleave(beams, 0)
-            )
+            repeated = QueryEncoding(*(value.repeat_interleave(beams, 0) for value in query))
+            hidden = self.hidden_states(prefix.flatten(0, 1), repeated)
             return hidden[:, -1].unflatten(0, (batch, beams))
 
         return step

@@ -199,7 +199,7 @@ class SequenceEncoder(nn.Module):
         self.layers = transformer_encoder(config, config.history_layers)
         self.output = nn.Linear(config.dim, config.dim)
         self.drop = config.dropout if config.causal else 0.0
-        self.corrects = config.encoder == "vectors" and config.principal_axes and not config.causal
+        self.corrects = config.starts_at_vectors
         if self.corrects:  # a request's vector is the mean of what it reads, until there is something to correct
             for parameter in self.output.parameters():
                 nn.init.zeros_(parameter)

@@ -49,7 +49,7 @@ def _heads(model: DGIModel) -> list[CosineHead]:
 
 
 def _nll(model: DGIModel, query: QueryEncoding, codes: Tensor, inputs: Tensor) -> Tensor:
-    hidden = model.decoder(inputs[:, :-1], query.memory, query.mask)
+    hidden = model.hidden_states(inputs[:, :-1], query)
     return torch.stack([head.loss(hidden[:, j], codes[:, j]) for j, head in enumerate(_heads(model))]).sum()
 
 
@@ -66,7 +66,7 @@ def _on_trie(model: DGIModel, query: QueryEncoding, table: Tensor, seed: int) ->
     inputs = query.vector.new_zeros(rows, 0, model.config.dim)
     kept = torch.ones(rows, device=table.device)
     for level, head in enumerate(_heads(model)):
-        hidden = model.decoder(inputs, query.memory, query.mask)[:, -1]
+        hidden = model.hidden_states(inputs, query)[:, -1]
         probabilities = head(hidden).float().softmax(-1)
         exists = torch.zeros_like(probabilities).index_add_(1, table[:, level], below.to(probabilities.dtype)) > 0
         allowed = probabilities * exists

@@ -59,7 +59,7 @@ class FixedCodesModel(DGIModel):
         output, query = self.encode_clicks(batch)
         codes = self.item_codes[output.item_rows]
         vectors = torch.stack([self.quantizer.embed(codes[:, j], j) for j in range(self.depth)], 1)
-        hidden = self.decoder(vectors[:, :-1], query.memory, query.mask)
+        hidden = self.hidden_states(vectors[:, :-1], query)
         return output._replace(codes=codes, hidden=hidden)
 
 

@@ -111,8 +111,13 @@ def test_search_logits_equal_teacher_forced_ones_on_hard_codes() -> None:
             torch.testing.assert_close(logits[:, 0], head(output.hidden[:, level]), rtol=1e-4, atol=1e-4)
 
 
-def test_search_step_follows_the_parents_of_its_beams() -> None:
-    model = DGIModel(tiny_config()).eval()
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("cached", [False, True])
+def test_search_step_follows_the_parents_of_its_beams(
+    residual: bool, cached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = DGIModel(tiny_config(principal_axes=False, residual_decoder=residual)).eval()
+    monkeypatch.setattr("dgi.model.dgi_model.caches", lambda decoder: cached)
     batch = random_batch()
     with torch.no_grad():
         query = model.encode_queries(batch)
@@ -126,7 +131,31 @@ def test_search_step_follows_the_parents_of_its_beams() -> None:
         for beam, (a, b) in enumerate([(2, 3), (2, 0), (0, 1)]):
             inputs = torch.stack([model.quantizer.codebooks[0][a], model.quantizer.codebooks[1][b]])
             hidden = model.decoder(inputs.expand(len(batch), 2, -1), query.memory, query.mask)[:, -1]
+            if residual:
+                hidden = hidden + query.vector - inputs.sum(0)
             torch.testing.assert_close(logits[:, beam], model.heads[2](hidden), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("given", [{"residual_decoder": True, "principal_axes": False}, {}])
+def test_a_residual_decoder_begins_as_residual_quantization_of_the_query(given: dict) -> None:
+    model = DGIModel(tiny_config(**given)).eval()
+    batch = random_batch()
+    with torch.no_grad():
+        query = model.encode_queries(batch)
+        codes = model.quantizer.assign(query.vector)
+        step = model.beam_step_function(query)
+        for level in range(model.depth):
+            parents = torch.zeros(len(batch), 1, dtype=torch.int64) if level else None
+            logits = step(level, codes[:, level - 1 : level] if level else None, parents).logits()[:, 0]
+            assert torch.equal(logits.argmax(1), codes[:, level])
+
+
+def test_a_residual_decoder_learns_and_moves_the_query() -> None:
+    model = DGIModel(tiny_config())
+    output = model(random_batch(), tau=0.7, seed=1)
+    loss = DGILoss()(output, model.heads, list(model.quantizer.codebooks))["ntp"]
+    found = torch.autograd.grad(loss, [output.query, model.decoder.output.weight, model.quantizer.codebooks[0]])
+    assert all(gradient.isfinite().all() and gradient.any() for gradient in found)
 
 
 def test_decoder_is_causal_and_ignores_padding() -> None:
