@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "cpu/quantize/quantize_levels.h"
+#include "cpu/quantize/quantize_panels.h"
 
 namespace dgi::cpu {
 namespace {
@@ -90,8 +91,10 @@ struct LogSum {
 template <class Real>
 class Hard {
  public:
-  Hard(const Quantize<Real>& in, const HardQuantized<Real>& out, const Codebooks<Real>& codebooks, int64_t block)
-      : in_(in), out_(out), codebooks_(codebooks), counts_(codebooks.codes(), 0),
+  // `panels`: of each level, or none.
+  Hard(const Quantize<Real>& in, const HardQuantized<Real>& out, const Codebooks<Real>& codebooks,
+       const std::vector<Panels>& panels, int64_t block)
+      : in_(in), out_(out), codebooks_(codebooks), panels_(panels), counts_(codebooks.codes(), 0),
         residual_(make_buffer<Real>(block * in.dim)), x_(make_buffer<Real>(block * in.dim)),
         tile_(make_buffer<Real>(block * kTileCodes)), own_(block), row_(block),
         nearest_(in.metric == Metric::kEuclidean ? block : 0) {}
@@ -103,6 +106,10 @@ class Hard {
       std::fill_n(row_.begin(), count, Row{});
       start_rows(in_, level, begin, count, residual_.get(), out_.residuals, x_.get(), own_.data());
       if (in_.metric == Metric::kEuclidean) start_nearest(level, count);
+      if (choose_by_panels(level, count)) {
+        gather(level, begin, count);
+        continue;
+      }
       for (int64_t first = 0; first < level.codes; first += kTileCodes) {
         const int64_t codes = std::min(kTileCodes, level.codes - first);
         const Matrix<Real> keys = level.keys.rows_from(first, codes);
@@ -169,6 +176,37 @@ class Hard {
     });
   }
 
+  // choose() by panels in place of a matrix product, where there are any; false where a score may not be finite.
+  bool choose_by_panels(const Level<Real>& level, int64_t count) {
+    if constexpr (std::is_same_v<Real, float>) {
+      if (panels_.empty()) return false;
+      const Panels& panels = panels_[level.number];
+      double own = 0;  // NaN where one is
+      for (int64_t i = 0; i < count; ++i) own = std::fabs(own_[i]) <= own ? own : std::fabs(own_[i]);
+      if (!panels.scores_are_finite(in_.scale, own)) return false;
+      const int64_t most = panels.rows_at_once(), width = panels.width();
+      parallel_for((count + most - 1) / most, grain(most * width), [&](int64_t from, int64_t to) {
+        const Buffer<float> scores = make_buffer<float>(most * width);
+        for (int64_t begin = from * most; begin < std::min(count, to * most); begin += most) {
+          const int64_t rows = std::min(most, count - begin);
+          with_best_instructions([&](auto isa) DGI_ALWAYS_INLINE {
+            panels.scores(isa, x_.get() + begin * in_.dim, rows, scores.get());
+            for (int64_t i = 0; i < rows; ++i) {
+              const float* const x = scores.get() + i * width;
+              const auto [first, second, _] = two_largest(x, width);
+              Largest<float>& chosen = row_[begin + i].chosen;
+              chosen.take_ordered(x, 0, level.codes, first);
+              Nearest<float>& nearest = nearest_[begin + i];
+              if (!nearest.is_certain(first, second)) nearest.take(x, 0, level.codes, first, chosen.code);
+            }
+          });
+        }
+      });
+      return true;
+    }
+    return false;
+  }
+
   template <NoiseAs kAs>
   void reduce(const Level<Real>& level, int64_t begin, int64_t count, int64_t first_code, int64_t codes) {
     const bool wants_sum = out_.log_normalizer != nullptr;
@@ -221,6 +259,7 @@ class Hard {
   const Quantize<Real>& in_;
   const HardQuantized<Real>& out_;
   const Codebooks<Real>& codebooks_;
+  const std::vector<Panels>& panels_;
   std::vector<int64_t> counts_;
   Buffer<Real> residual_, x_, tile_;
   std::vector<double> own_;
@@ -233,8 +272,15 @@ class Hard {
 template <class Real>
 void residual_quantize_hard(const Quantize<Real>& in, const HardQuantized<Real>& out) {
   const Codebooks<Real> codebooks(in);
+  std::vector<Panels> panels;
+  if constexpr (std::is_same_v<Real, float>) {
+    const bool wants_codes = !in.noise.present && out.log_normalizer == nullptr;
+    for (int64_t level = 0; wants_codes && panels_pay(in) && level < in.levels(); ++level) {
+      panels.emplace_back(codebooks[level], in.dim);
+    }
+  }
   const auto shares = run<Hard<Real>>(in, [&](int64_t, int64_t, int64_t block) {
-    return std::make_unique<Hard<Real>>(in, out, codebooks, block);
+    return std::make_unique<Hard<Real>>(in, out, codebooks, panels, block);
   });
   if (out.usage == nullptr) return;
   const double rows = in.counted();

@@ -237,6 +237,11 @@ class Nearest {
     }
   }
 
+  // Whether no code can be nearer than the one of score `first`, if no other score is above `second`.
+  DGI_HOST_DEVICE bool is_certain(Real first, Real second) const {
+    return first - second > 2 * rounding(level_->longest);
+  }
+
   int64_t code() const { return code_; }
 
  private:
