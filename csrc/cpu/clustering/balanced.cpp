@@ -5,11 +5,11 @@
 //   g_k = -log sum_n exp(s_nk + f_n)             each code has the same weight; after so many rounds
 //   code_n = argmax_k s_nk + g_k
 //
-// The scores of a tile of rows are made again in each round, with g in the place of the codes' bias: memory is the
-// tile, f and g. One pass makes both sums: p = exp(s + g - max) / sum is a row's softmax, and a code's weight the sum
-// of its column. A code so far from all rows that its column is lost to float32 has its log-sum-exp taken by its own
-// maximum, from the products of such codes alone; that is the first rounds. 2 N K D operations and N K exponentials a
-// round.
+// The scores of a tile of rows are made in each round, with g in the place of the codes' bias, from products that are
+// kept as far as 16 MB go and made again beyond that: memory is these, the tile, f and g. One pass makes both sums: p =
+// exp(s + g - max) / sum is a row's softmax, and a code's weight the sum of its column. A code so far from all rows
+// that its column is lost to float32 has its log-sum-exp taken by its own maximum, from the products of such codes
+// alone; that is the first rounds. N K exponentials a round, and 2 N K D operations where nothing is kept.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -23,6 +23,7 @@ namespace dgi::cpu {
 namespace {
 
 constexpr int64_t kRows = 256;           // of a tile
+constexpr int64_t kKeptBytes = int64_t{16} << 20;
 constexpr int64_t kMostParts = 16;       // of the rows, each with sums of its own, whatever the threads
 constexpr int64_t kRowsWorthAPart = 512;
 constexpr double kLost = 1e-25;          // weight of a column that float32 may have lost terms of
@@ -33,7 +34,9 @@ class Balanced {
  public:
   Balanced(const Quantize<Real>& in, double epsilon)
       : in_(in), parts_(std::clamp<int64_t>(in.rows / kRowsWorthAPart, 1, kMostParts)), scaled_(in),
-        g_(in.sizes[0], 0.0), f_(in.rows), bias_(make_buffer<Real>(in.sizes[0])) {
+        kept_rows_(std::min(in.rows, kKeptBytes / (in.sizes[0] * static_cast<int64_t>(sizeof(Real))))),
+        kept_(make_buffer<Real>(kept_rows_ * in.sizes[0])), own_(in.rows), g_(in.sizes[0], 0.0), f_(in.rows),
+        bias_(make_buffer<Real>(in.sizes[0])) {
     scaled_.scale = static_cast<Real>(1 / (epsilon * amplitude()));
   }
 
@@ -42,40 +45,55 @@ class Balanced {
     const Level<Real>& level = codebooks[0];
     for (int64_t i = 0; i < iterations; ++i) update(level);
     set_bias(level);
-    for_tiles(scaled_, level, [&](int64_t, int64_t begin, int64_t count, const Real* tile, const double* own) {
-      choose(level, begin, count, tile, own, codes);
+    for_kept_tiles(level, [&](int64_t, int64_t begin, int64_t count, const Real* tile) {
+      choose(level, begin, count, tile, codes);
     });
   }
 
  private:
   int64_t codes() const { return in_.sizes[0]; }
 
-  // Calls body(part, first row, rows, products, the rows' c) for tiles of a r . key, parts side by side.
+  enum class Products { kMake, kKeep, kTake };  // kTake: made before
+
+  // Calls body(part, first row, rows, products) for tiles of a r . key, parts side by side; own_ is that of `in` where
+  // products are made.
   template <class Body>
-  void for_tiles(const Quantize<Real>& in, const Level<Real>& level, const Body& body) const {
+  void for_tiles(const Quantize<Real>& in, const Level<Real>& level, const Body& body,
+                 Products products = Products::kMake) {
     parallel_for(parts_, 1, [&](int64_t first, int64_t last) {
       const Buffer<Real> x = make_buffer<Real>(kRows * in.dim), tile = make_buffer<Real>(kRows * level.codes);
-      std::vector<double> own(kRows);
       for (int64_t part = first; part < last; ++part) {
         const int64_t end = (part + 1) * in.rows / parts_;
         for (int64_t begin = part * in.rows / parts_; begin < end; begin += kRows) {
           const int64_t count = std::min(kRows, end - begin);
-          start_rows(in, level, begin, count, in.z + begin * in.dim, static_cast<Real*>(nullptr), x.get(), own.data());
-          matrix_product({x.get(), count, in.dim}, level.keys.transposed(), {tile.get(), count, level.codes},
-                         Into::kOverwrite);
-          body(part, begin, count, tile.get(), own.data());
+          const bool is_kept = products != Products::kMake && begin + count <= kept_rows_;
+          Real* const to = is_kept ? kept_.get() + begin * level.codes : tile.get();
+          if (!is_kept || products == Products::kKeep) {
+            start_rows(in, level, begin, count, in.z + begin * in.dim, static_cast<Real*>(nullptr), x.get(),
+                       own_.data() + begin);
+            matrix_product({x.get(), count, in.dim}, level.keys.transposed(), {to, count, level.codes},
+                           Into::kOverwrite);
+          }
+          body(part, begin, count, to);
         }
       }
     });
   }
 
+  // The same for all rounds, of scaled_ and all codes.
+  template <class Body>
+  void for_kept_tiles(const Level<Real>& level, const Body& body) {
+    for_tiles(scaled_, level, body, is_kept_ ? Products::kTake : Products::kKeep);
+    is_kept_ = true;
+  }
+
   // Half the range of the costs, as LETTER scales them.
-  double amplitude() const {
+  double amplitude() {
     const Codebooks<Real> codebooks(in_);
     const Level<Real>& level = codebooks[0];
     constexpr double kInfinity = std::numeric_limits<double>::infinity();
     std::vector<double> lowest(parts_, kInfinity), highest(parts_, -kInfinity);
-    for_tiles(in_, level, [&](int64_t part, int64_t, int64_t count, const Real* tile, const double* own) {
+    for_tiles(in_, level, [&](int64_t part, int64_t begin, int64_t count, const Real* tile) {
       with_best_instructions([&](auto fused) DGI_ALWAYS_INLINE {
         std::vector<Real> x(codes());
         for (int64_t i = 0; i < count; ++i) {
@@ -88,8 +106,8 @@ class Balanced {
             low = s[k] < low ? s[k] : low;
             high = high < s[k] ? s[k] : high;
           }
-          lowest[part] = std::min(lowest[part], static_cast<double>(low) + own[i]);
-          highest[part] = std::max(highest[part], static_cast<double>(high) + own[i]);
+          lowest[part] = std::min(lowest[part], static_cast<double>(low) + own_[begin + i]);
+          highest[part] = std::max(highest[part], static_cast<double>(high) + own_[begin + i]);
         }
       });
     });
@@ -111,7 +129,7 @@ class Balanced {
   void update(const Level<Real>& level) {
     set_bias(level);
     std::vector<double> weight(parts_ * codes(), 0.0);
-    for_tiles(scaled_, level, [&](int64_t part, int64_t begin, int64_t count, const Real* tile, const double*) {
+    for_kept_tiles(level, [&](int64_t part, int64_t begin, int64_t count, const Real* tile) {
       add_softmax(level, begin, count, tile, weight.data() + part * codes());
     });
     std::vector<int64_t> lost;
@@ -165,7 +183,7 @@ class Balanced {
     part_level.terms = {factor.get(), bias.get()};
     constexpr double kNothing = -std::numeric_limits<double>::infinity();
     std::vector<double> maximum(parts_ * width, kNothing), sum(parts_ * width, 0.0);
-    for_tiles(scaled_, part_level, [&](int64_t part, int64_t begin, int64_t count, const Real* tile, const double*) {
+    for_tiles(scaled_, part_level, [&](int64_t part, int64_t begin, int64_t count, const Real* tile) {
       double *const most = maximum.data() + part * width, *const sums = sum.data() + part * width;
       for (int64_t i = 0; i < count; ++i) {
         for (int64_t j = 0; j < width; ++j) {
@@ -190,8 +208,7 @@ class Balanced {
   }
 
   // The best code of each row; of those within rounding of it by costs in float64.
-  void choose(const Level<Real>& level, int64_t begin, int64_t count, const Real* tile, const double* own,
-              int64_t* out) const {
+  void choose(const Level<Real>& level, int64_t begin, int64_t count, const Real* tile, int64_t* out) const {
     const int64_t width = codes();
     double most = 0;
     for (int64_t k = 0; k < width; ++k) most = std::max(most, std::fabs(static_cast<double>(bias_[k])));
@@ -203,7 +220,7 @@ class Balanced {
         maximum = score_row<fused.value>(tile + i * width, biased(level), width, scores.data());
       });
       const double slack = std::numeric_limits<Real>::epsilon() * (4 + std::sqrt(static_cast<double>(in_.dim)))
-                           * (std::fabs(static_cast<double>(maximum)) + 2 * std::fabs(own[i]) + most);
+                           * (std::fabs(static_cast<double>(maximum)) + 2 * std::fabs(own_[begin + i]) + most);
       const Real cut = static_cast<Real>(static_cast<double>(maximum) - slack);
       int64_t best = -1, candidates = 0;
       for (int64_t k = 0; k < width; ++k) candidates += scores[k] >= cut;
@@ -234,6 +251,10 @@ class Balanced {
   const Quantize<Real>& in_;
   const int64_t parts_;
   Quantize<Real> scaled_;
+  const int64_t kept_rows_;
+  const Buffer<Real> kept_;  // (kept_rows_, codes): products
+  bool is_kept_ = false;
+  std::vector<double> own_;  // c of the rows
   std::vector<double> g_, f_;
   Buffer<Real> bias_;
 };
