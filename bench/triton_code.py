@@ -27,6 +27,7 @@ from triton.compiler import ASTSource
 
 from dgi_kernels import tiles
 from dgi_kernels import triton_common as common
+from dgi_kernels.clustering import triton as clustering
 from dgi_kernels.cosine import triton as cosine
 from dgi_kernels.cosine import triton_logits
 from dgi_kernels.cosine.options import Columns, LossOptions
@@ -49,6 +50,7 @@ MODULES = (
     quantize_gradient_kernels,
     quantize_chunks,
     log_normalizer.kernels,
+    clustering.kernels,
 )
 TYPES = {
     torch.float32: "*fp32",
@@ -250,10 +252,21 @@ def log_normalizer_launches() -> Iterator[Launch]:
         yield from launches_of(str(dtype).removeprefix("torch."), read)
 
 
+def clustering_launches() -> Iterator[Launch]:
+    """Sinkhorn's steps: sums of a few parts, as of rows, and of many, as of codes; and a D of no multiple of 16."""
+    for dim in (64, 47):
+        x, y = torch.randn(2048, dim), torch.randn(48, dim)
+        yield from launches_of(
+            f"float32 D={dim}",
+            lambda x=x, y=y: (clustering.log_sums(x, y, y[:, 0].clone()), clustering.log_sums(y, x, x[:, 0].clone())),  # type: ignore[misc]
+        )
+
+
 def all_launches() -> Iterator[Launch]:
     yield from quantize_launches()
     yield from gumbel_launches()
     yield from log_normalizer_launches()
+    yield from clustering_launches()
     yield from cosine_launches()
 
 

@@ -52,8 +52,8 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     "gumbel_softmax": {"native": _CPP_AND_CUDA, "triton": _TRITON},
     "residual_quantize": {"native": _CPP, "triton": _TRITON},
     "assign_codes": {"native": _CPP, "triton": _TRITON},
-    "kmeans": {"native": _CPP},
-    "balanced_codes": {"native": _CPP},
+    "kmeans": {"native": _CPP, "triton": _TRITON},
+    "balanced_codes": {"native": _CPP, "triton": _TRITON},
     "unique_codes": {"native": _CPP},
     "gumbel_noise": {"native": dict.fromkeys(_CPP_AND_CUDA), "triton": dict.fromkeys(_TRITON)},
     "trie_build": {"native": {"cpu": None}},
@@ -115,7 +115,13 @@ def _backend_problem(backend: str) -> str | None:
     if backend in _to_import:
         _to_import.discard(backend)
         try:
-            for module in ("cosine.triton", "gumbel.triton_softmax", "quantize.triton", "normalizer.triton"):
+            for module in (
+                "clustering.triton",
+                "cosine.triton",
+                "gumbel.triton_softmax",
+                "normalizer.triton",
+                "quantize.triton",
+            ):
                 importlib.import_module(f"dgi_kernels.{module}")
         except Exception as error:  # whatever a broken Triton raises: the other backends run without it
             _BACKEND_PROBLEM[backend] = f"the package triton cannot be imported ({type(error).__name__}: {error})"

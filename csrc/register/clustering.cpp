@@ -80,6 +80,33 @@ Tensor kmeans_seeds_cpu(const Tensor& x, const std::optional<Tensor>& weights, c
   return rows;
 }
 
+bool bounded_codes_cpu(const Tensor& x, const Tensor& centroids, const std::optional<Tensor>& before, Tensor near,
+                       Tensor rest, Tensor codes) {
+  const int64_t rows = x.size(0), clusters = centroids.size(0);
+  const auto is_like = [&](const Tensor& c) {
+    return c.dim() == 2 && c.is_contiguous() && c.scalar_type() == ScalarType::Float && c.size(0) == clusters
+           && c.size(1) == x.size(1);
+  };
+  STD_TORCH_CHECK(x.scalar_type() != ScalarType::Double && x.dim() == 2 && is_like(centroids)
+                      && (!before || is_like(*before)) && clusters >= 1,
+                  kClustering, "x must be (N, D), not float64, centroids contiguous float32 (K, D), before like them");
+  STD_TORCH_CHECK(near.is_contiguous() && near.scalar_type() == ScalarType::Int
+                      && near.numel() == rows * dgi::cpu::kNear && rest.is_contiguous()
+                      && rest.scalar_type() == ScalarType::Float && rest.numel() == rows && codes.is_contiguous()
+                      && codes.scalar_type() == ScalarType::Long && codes.numel() == rows,
+                  kClustering, "near must be int32 (N, ", dgi::cpu::kNear, "), rest float32 (N,), codes int64 (N,)");
+  const auto find = [&](auto stored) {
+    using Stored = decltype(stored);
+    return dgi::cpu::bounded_codes<Stored>(
+        points_of<Stored>(x, std::nullopt), data_of<float>(centroids), clusters,
+        before ? data_of<float>(*before) : nullptr,
+        {near.mutable_data_ptr<int32_t>(), rest.mutable_data_ptr<float>()}, codes.mutable_data_ptr<int64_t>());
+  };
+  return x.scalar_type() == ScalarType::BFloat16 ? find(dgi::BFloat16{})
+         : x.scalar_type() == ScalarType::Half   ? find(dgi::Float16{})
+                                                 : find(float{});
+}
+
 // `x` and the codebooks, as clustering takes them besides codes: contiguous, of one dtype, float32 or float64.
 void check_vectors(const Tensor& x, const Tensor& codebooks, const std::vector<int64_t>& sizes, int64_t metric) {
   STD_TORCH_CHECK(x.dim() == 2 && codebooks.dim() == 2 && x.is_contiguous() && codebooks.is_contiguous()
@@ -143,6 +170,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dgi_kernels, m) {
         "(Tensor costs, Tensor total)");
   m.def("unique_codes(Tensor codes, Tensor z, Tensor codebooks, int[] sizes, int metric, float eps) -> Tensor");
   m.def("balanced_codes(Tensor x, Tensor codebook, int metric, float eps, float epsilon, int iterations) -> Tensor");
+  m.def("bounded_codes(Tensor x, Tensor centroids, Tensor? before, Tensor(a!) near, Tensor(b!) rest, Tensor(c!) codes) "
+        "-> bool");
   m.def("kmeans_seeds(Tensor x, Tensor? weights, Tensor uniform) -> Tensor");
 }
 
@@ -151,6 +180,7 @@ STABLE_TORCH_LIBRARY_IMPL(dgi_kernels, CPU, m) {
   m.impl("cluster_costs", TORCH_BOX(&cluster_costs_cpu));
   m.impl("unique_codes", TORCH_BOX(&unique_codes_cpu));
   m.impl("balanced_codes", TORCH_BOX(&balanced_codes_cpu));
+  m.impl("bounded_codes", TORCH_BOX(&bounded_codes_cpu));
   m.impl("kmeans_seeds", TORCH_BOX(&kmeans_seeds_cpu));
 }
 

@@ -96,9 +96,9 @@ def kmeans(
     x, weights, seed = _check_points(x, weights, seed)
     options = _options(clusters, metric, iterations, tol, eps)
     start = _check_init(init, x, options.clusters)
-    chosen = choose("kmeans", backend, x.device, x.dtype)
+    kernels = _kmeans_kernels(backend, x)
     with Progress(options.iterations, "clustering", unit="rounds", delay=1.0, shown=progress) as bar:
-        return lloyd.run(x, start, weights, seed, options, implementation(chosen), backend, bar)
+        return lloyd.run(x, start, weights, seed, options, kernels, backend, bar)
 
 
 @torch.no_grad()
@@ -152,7 +152,7 @@ def residual_kmeans(
     if not levels:
         raise ValueError("sizes must hold at least one number of codes; got none")
     checks.choice("init", init, ("kmeans++", "random"))
-    kernels = implementation(choose("kmeans", backend, x.device, x.dtype))
+    kernels = _kmeans_kernels(backend, x)
     codebooks, codes = [], []
     residual = x.to(checks.compute_dtype(x.dtype))
     with Progress(sum(o.iterations for o in levels), "clustering", unit="rounds", delay=1.0, shown=progress) as bar:
@@ -187,7 +187,7 @@ def balanced_codes(
         code_n = argmax_k s_nk + g_k
 
     These are the steps of LETTER, LC-Rec, MiniOneRec and OpenOneRec, whose loop over the N x K matrix in float64 gives
-    the same codes but for ties. Here nothing of that size is kept: memory is O(N + K).
+    the same codes but for ties. Here nothing of that size is kept: memory is O(N + K), and 16 MB on the CPU.
 
     Args:
         x: (N, D) float32, bfloat16, float16 or float64, finite; any strides; N may be 0.
@@ -297,7 +297,16 @@ def unique_codes(
 
 def implementation(chosen: str) -> Any:
     """The implementation of a backend."""
+    if chosen == "triton":
+        from dgi_kernels.clustering import triton
+
+        return triton
     return native if chosen == "native" else reference
+
+
+def _kmeans_kernels(backend: Backend, x: Tensor) -> Any:
+    """All of K-means but the assignment, which is that of ``assign_codes``. On GPUs sums are those of plain PyTorch."""
+    return implementation("native" if choose("kmeans", backend, x.device, x.dtype) == "native" else "reference")
 
 
 def _check_points(x: Tensor, weights: Tensor | None, seed: int | Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:

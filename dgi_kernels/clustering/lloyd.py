@@ -2,13 +2,15 @@
 
     code_n = argmin_k cost(x_n, c_k)        c_k = sum_{n: code_n = k} w_n x_n / sum_{n: code_n = k} w_n
 
-Assignment is that of :func:`dgi_kernels.assign_codes`, in batches: nothing of size N x K is formed, and points in 16
-bits are converted a batch at a time.
+Codes are those of :func:`dgi_kernels.assign_codes`, called in batches: nothing of size N x K is formed, and points in
+16 bits are converted a batch at a time. A backend may find the same codes by bounds that it keeps from round to round.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -41,6 +43,8 @@ class Kernels(Protocol):
         self, x: Tensor, codes: Tensor, weights: Tensor | None, centroids: Tensor, options: KMeansOptions
     ) -> tuple[Tensor, Tensor]: ...
 
+    def bounded_codes(self, x: Tensor, options: KMeansOptions) -> Callable[[Tensor], Tensor | None] | None: ...
+
     def kmeans_seeds(self, x: Tensor, weights: Tensor | None, uniform: Tensor) -> Tensor: ...
 
 
@@ -57,10 +61,11 @@ def run(
     """(N, D) -> KMeans; ``init`` is (K, D), ``"kmeans++"`` or ``"random"``, ``weights`` (N,) float64 or None."""
     centroids = start(x, init, weights, seed, options, kernels) if isinstance(init, str) else init.clone()
     codes, done = None, 0
-    variance = _variance(x, weights)
+    variance = _variance(x, weights, options, kernels)
+    nearest = _assigner(x, options, kernels, backend)
     apart = NEGLIGIBLE * (1.0 if options.metric == "cosine" else variance * x.shape[1])
     for done in range(options.iterations + 1):
-        before, codes = codes, assign(x, centroids, options, backend)
+        before, codes = codes, nearest(centroids)
         if done == options.iterations or (before is not None and torch.equal(before, codes)):
             break  # the codes are those of the centroids
         moved = _update(x, codes, weights, centroids, apart, options, kernels)
@@ -68,11 +73,22 @@ def run(
         centroids = moved
         progress.update()
         if shift <= options.tol * variance:
-            codes, done = assign(x, centroids, options, backend), done + 1
+            codes, done = nearest(centroids), done + 1
             break
     assert codes is not None
     _, inertia = kernels.cluster_costs(x, codes, weights, centroids, options)
     return KMeans(centroids, codes, inertia.to(centroids.dtype), done)
+
+
+def _assigner(x: Tensor, options: KMeansOptions, kernels: Kernels, backend: Backend) -> Callable[[Tensor], Tensor]:
+    """What finds the codes (N,) of centroids (K, D), round after round."""
+    bounded = kernels.bounded_codes(x, options)
+
+    def nearest(centroids: Tensor) -> Tensor:
+        codes = None if bounded is None else bounded(centroids)
+        return assign(x, centroids, options, backend) if codes is None else codes
+
+    return nearest
 
 
 def assign(x: Tensor, centroids: Tensor, options: KMeansOptions, backend: Backend) -> Tensor:
@@ -165,11 +181,10 @@ def _update(
     return means
 
 
-def _variance(x: Tensor, weights: Tensor | None) -> float:
-    """The mean over the columns of their (weighted) variance, of at most so many rows that it takes no time."""
-    step = max(1, len(x) // BATCH)
-    rows = x[::step].double()
-    w = torch.ones_like(rows[:, 0]) if weights is None else weights[::step]
-    w = w / w.sum().clamp(min=torch.finfo(torch.float64).tiny)
-    mean = w @ rows
-    return float((w @ (rows - mean).square()).mean())
+def _variance(x: Tensor, weights: Tensor | None, options: KMeansOptions, kernels: Kernels) -> float:
+    """The mean over the columns of their (weighted) variance: that of one cluster of all points."""
+    codes = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    sums, mass = kernels.cluster_sums(x, codes, weights, 1)
+    mean = (sums / mass).to(checks.compute_dtype(x.dtype))
+    _, total = kernels.cluster_costs(x, codes, weights, mean, replace(options, metric="euclidean"))
+    return float(total / mass) / max(1, x.shape[1])

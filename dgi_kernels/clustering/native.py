@@ -30,6 +30,36 @@ def kmeans_seeds(x: Tensor, weights: Tensor | None, uniform: Tensor) -> Tensor:
     return torch.ops.dgi_kernels.kmeans_seeds(x.contiguous(), weights, uniform)
 
 
+NEAR = 8  # codes that bounds keep of each point, as csrc/cpu/clustering/clustering_cpu.h has them
+
+
+class BoundedCodes:
+    """The nearest centroids of points (N, D), round after round: no products for points that bounds decide."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+        self.near = x.new_empty((len(x), NEAR), dtype=torch.int32)
+        self.rest = x.new_empty(len(x), dtype=torch.float32)
+        self.before: Tensor | None = None
+
+    def __call__(self, centroids: Tensor) -> Tensor | None:
+        """(K, D) float32 -> (N,) int64; None where numbers are too large, or rows too long."""
+        codes = self.x.new_empty(len(self.x), dtype=torch.int64)
+        found = torch.ops.dgi_kernels.bounded_codes(self.x, centroids, self.before, self.near, self.rest, codes)
+        self.before = centroids if found else None
+        return codes if found else None
+
+
+def bounded_codes(x: Tensor, options: KMeansOptions) -> BoundedCodes | None:
+    """Bounds hold for distances alone."""
+    return BoundedCodes(x) if options.metric == "euclidean" and x.dtype != torch.float64 else None
+
+
+@fake_kernel("bounded_codes")
+def _(x: Tensor, centroids: Tensor, before: Tensor | None, near: Tensor, rest: Tensor, codes: Tensor) -> bool:
+    return True
+
+
 @fake_kernel("cluster_sums")
 def _(x: Tensor, codes: Tensor, weights: Tensor | None, clusters: int) -> tuple[Tensor, Tensor]:
     return x.new_empty((clusters, x.shape[1]), dtype=torch.float64), x.new_empty(clusters, dtype=torch.float64)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dgi_kernels.clustering.costs import SMALLEST_AMPLITUDE, pair_costs
 from dgi_kernels.clustering.options import KMeansOptions
 from dgi_kernels.types import Metric
 
@@ -48,6 +49,10 @@ def cluster_costs(
     return costs, (costs if weights is None else costs * weights).sum()
 
 
+def bounded_codes(x: Tensor, options: KMeansOptions) -> None:
+    """There are no bounds here: each round compares all points with all centroids."""
+
+
 def kmeans_seeds(x: Tensor, weights: Tensor | None, uniform: Tensor) -> Tensor:
     """K-means++: (N, D), (N,), (K, trials) in (0, 1) -> (K,) rows, -1 once no point is away from those chosen.
 
@@ -78,25 +83,13 @@ def balanced_codes(x: Tensor, codebook: Tensor, metric: Metric, eps: float, epsi
     """
     if len(x) == 0:
         return x.new_empty(0, dtype=torch.int64)
-    cost = _costs(x.double(), codebook.double(), metric, eps)
+    cost = pair_costs(x.double(), codebook.double(), metric, eps)
     s = -cost / (epsilon * ((cost.max() - cost.min()) / 2 + SMALLEST_AMPLITUDE))
     g = s.new_zeros(len(codebook))
     for _ in range(iterations):
         f = -torch.logsumexp(s + g, dim=1)
         g = -torch.logsumexp(s + f.unsqueeze(1), dim=0)
     return (s + g).argmax(dim=1)
-
-
-SMALLEST_AMPLITUDE = 1e-5
-
-
-def _costs(x: Tensor, codebook: Tensor, metric: Metric, eps: float) -> Tensor:
-    """(..., D), (K, D) -> (..., K) what each vector costs under each code; by the cosine less 1."""
-    if metric == "euclidean":
-        return torch.cdist(x, codebook, compute_mode="donot_use_mm_for_euclid_dist").square()
-    if metric == "cosine":
-        x, codebook = F.normalize(x, dim=-1, eps=eps), F.normalize(codebook, dim=-1, eps=eps)
-    return -(x @ codebook.T)
 
 
 def unique_codes(codes: Tensor, z: Tensor, codebooks: Sequence[Tensor], metric: Metric, eps: float) -> Tensor:
@@ -157,7 +150,9 @@ class _Unique:
         residual = self.z[row]
         for codebook, code in zip(self.codebooks[:level], own or self.ids[row], strict=False):
             residual = residual - codebook[code]
-        return _costs(residual.double().unsqueeze(0), self.codebooks[level].double(), self.metric, self.eps)[0].tolist()
+        return pair_costs(residual.double().unsqueeze(0), self.codebooks[level].double(), self.metric, self.eps)[
+            0
+        ].tolist()
 
     def has_room(self, prefix: tuple[int, ...]) -> bool:
         return self.count[prefix] < math.prod(self.sizes[len(prefix) :])
