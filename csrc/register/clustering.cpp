@@ -97,10 +97,10 @@ bool bounded_codes_cpu(const Tensor& x, const Tensor& centroids, const std::opti
                   kClustering, "near must be int32 (N, ", dgi::cpu::kNear, "), rest float32 (N,), codes int64 (N,)");
   const auto find = [&](auto stored) {
     using Stored = decltype(stored);
-    return dgi::cpu::bounded_codes<Stored>(
-        points_of<Stored>(x, std::nullopt), data_of<float>(centroids), clusters,
-        before ? data_of<float>(*before) : nullptr,
-        {near.mutable_data_ptr<int32_t>(), rest.mutable_data_ptr<float>()}, codes.mutable_data_ptr<int64_t>());
+    return dgi::cpu::bounded_codes<Stored>(points_of<Stored>(x, std::nullopt), data_of<float>(centroids), clusters,
+                                           before ? data_of<float>(*before) : nullptr,
+                                           {near.mutable_data_ptr<int32_t>(), rest.mutable_data_ptr<float>()},
+                                           codes.mutable_data_ptr<int64_t>());
   };
   return x.scalar_type() == ScalarType::BFloat16 ? find(dgi::BFloat16{})
          : x.scalar_type() == ScalarType::Half   ? find(dgi::Float16{})

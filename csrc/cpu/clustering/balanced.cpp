@@ -22,11 +22,11 @@
 namespace dgi::cpu {
 namespace {
 
-constexpr int64_t kRows = 256;           // of a tile
+constexpr int64_t kRows = 256;  // of a tile
 constexpr int64_t kKeptBytes = int64_t{16} << 20;
-constexpr int64_t kMostParts = 16;       // of the rows, each with sums of its own, whatever the threads
+constexpr int64_t kMostParts = 16;  // of the rows, each with sums of its own, whatever the threads
 constexpr int64_t kRowsWorthAPart = 512;
-constexpr double kLost = 1e-25;          // weight of a column that float32 may have lost terms of
+constexpr double kLost = 1e-25;  // weight of a column that float32 may have lost terms of
 constexpr double kSmallestAmplitude = 1e-5;
 
 template <class Real>

@@ -3,12 +3,12 @@
 // Each row keeps its few nearest codes of an earlier round, and a distance that no other code was below. In a round the
 // centroids move by shift_k = ||c'_k - c_k||, so no other code can have come nearer than that distance less the largest
 // shift (Drake and Hamerly 2012). A row whose best of the few lies below that has its code; the others go through the
-// product with all codes, compacted. A few codes move much further than the rest (they lost or won a cluster of points):
-// these are measured for all rows, as a product of their own, and the largest shift is that of the others.
+// product with all codes, compacted. A few codes move much further than the rest (they lost or won a cluster of
+// points): these are measured for all rows, as a product of their own, and the largest shift is that of the others.
 //
 // Codes are those of the quantizer (quantize_hard.cpp) to the last tie: rows of which two codes are within rounding of
-// each other go through its check in float64. How many codes are fast is chosen from a sample of the rows by what the round would cost; it
-// changes no code. Memory: 36 bytes a row.
+// each other go through its check in float64. How many codes are fast is chosen from a sample of the rows by what the
+// round would cost; it changes no code. Memory: 36 bytes a row.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -24,10 +24,10 @@
 namespace dgi::cpu {
 namespace {
 
-constexpr int64_t kBlock = 480;         // rows that are compacted together
-constexpr int64_t kSampled = 2048;      // rows that a round's cost is estimated from
-constexpr double kWorthBounds = 0.85;   // of the products of a round: what it may cost by bounds
-constexpr double kCheck = 64;           // codes whose products take as long as the check of a row's nearest ones
+constexpr int64_t kBlock = 480;  // rows that are compacted together
+constexpr int64_t kSampled = 2048;  // rows that a round's cost is estimated from
+constexpr double kWorthBounds = 0.85;  // of the products of a round: what it may cost by bounds
+constexpr double kCheck = 64;  // codes whose products take as long as the check of a row's nearest ones
 constexpr float kUp = 1 + 1e-6f, kDown = 1 - 1e-6f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -50,7 +50,7 @@ class Bounded {
       std::vector<int64_t> left(kBlock);
       std::vector<double> own(kBlock);
       for (int64_t begin = first * kBlock; begin < std::min(points_.rows, last * kBlock); begin += kBlock) {
-        Block block{begin, std::min(kBlock, points_.rows - begin), rows.get(), x.get(), scores.get(), own.data(),
+        Block block{begin,      std::min(kBlock, points_.rows - begin), rows.get(), x.get(), scores.get(), own.data(),
                     left.data()};
         with_best_instructions([&](auto isa) DGI_ALWAYS_INLINE {
           if (!start(isa, block)) {
@@ -74,8 +74,8 @@ class Bounded {
   struct Block {
     int64_t begin, count;
     float *rows, *x, *scores;  // as stored; 2 (row - centre); a tile
-    double* own;               // -||row - centre||^2
-    int64_t* left;             // rows that bounds leave open
+    double* own;  // -||row - centre||^2
+    int64_t* left;  // rows that bounds leave open
   };
 
   static Quantize<float> quantizer(const Points<Stored>& points, const float* centroids, int64_t clusters) {
@@ -152,9 +152,8 @@ class Bounded {
     }
     std::vector<int64_t> order(codes);
     std::iota(order.begin(), order.end(), 0);
-    std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-      return shift[a] != shift[b] ? shift[a] > shift[b] : a < b;
-    });
+    std::sort(order.begin(), order.end(),
+              [&](int64_t a, int64_t b) { return shift[a] != shift[b] ? shift[a] > shift[b] : a < b; });
     const std::vector<float> slacks = sampled_slacks();
     double lowest = kWorthBounds * static_cast<double>(codes);
     int64_t fast = -1;
