@@ -7,7 +7,8 @@
 //
 // The scores of a tile of rows are made in each round, with g in the place of the codes' bias, from products that are
 // kept as far as 16 MB go and made again beyond that: memory is these, the tile, f and g. One pass makes both sums: p =
-// exp(s + g - max) / sum is a row's softmax, and a code's weight the sum of its column. A code so far from all rows
+// exp(s + g + f) / sum is a row's softmax, with the f of the round before (the row's largest score where that is far
+// off), and a code's weight the sum of its column. A code so far from all rows
 // that its column is lost to float32 has its log-sum-exp taken by its own maximum, from the products of such codes
 // alone; that is the first rounds. N K exponentials a round, and 2 N K D operations where nothing is kept.
 #include <algorithm>
@@ -28,6 +29,21 @@ constexpr int64_t kMostParts = 16;  // of the rows, each with sums of its own, w
 constexpr int64_t kRowsWorthAPart = 512;
 constexpr double kLost = 1e-25;  // weight of a column that float32 may have lost terms of
 constexpr double kSmallestAmplitude = 1e-5;
+constexpr float kLeastSum = 0.01f;  // of exponentials, for the last round's offset to do
+
+// out = exp(s - offset) of a row's products; returns their sum. Terms come by value: by reference the loop is not
+// vectorised.
+template <bool kFused, bool kHasBias, class Real>
+DGI_ALWAYS_INLINE inline Real exponentials(const Real* products, const CodeTerms<Real> terms, int64_t count,
+                                           Real offset, Real* out) {
+  Real sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t k = 0; k < count; ++k) {
+    out[k] = exponential_term<kFused>(terms.template score<kFused, kHasBias>(products[k], k) - offset);
+    sum += out[k];
+  }
+  return sum;
+}
 
 template <class Real>
 class Balanced {
@@ -132,6 +148,7 @@ class Balanced {
     for_kept_tiles(level, [&](int64_t part, int64_t begin, int64_t count, const Real* tile) {
       add_softmax(level, begin, count, tile, weight.data() + part * codes());
     });
+    has_f_ = true;
     std::vector<int64_t> lost;
     for (int64_t k = 0; k < codes(); ++k) {
       double sum = 0;
@@ -153,17 +170,17 @@ class Balanced {
       Real *const e = x.data(), *const sums = column.data();
       const CodeTerms<Real> terms = biased(level);
       for (int64_t i = 0; i < count; ++i) {
-        const Real maximum = score_row<fused.value>(tile + i * width, terms, width, e);
-        Real sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t k = 0; k < width; ++k) {
-          e[k] = exponential_term<fused.value>(e[k] - maximum);
-          sum += e[k];
+        const Real* const products = tile + i * width;
+        Real offset = static_cast<Real>(-f_[begin + i]), sum = 0;
+        if (has_f_) sum = exponentials<fused.value, true>(products, terms, width, offset, e);
+        if (!(sum > kLeastSum && sum < 1 / kLeastSum)) {
+          offset = score_row<fused.value>(products, terms, width, e);
+          sum = exponentials<fused.value, true>(products, terms, width, offset, e);
         }
         const Real factor = 1 / sum;
 #pragma omp simd
         for (int64_t k = 0; k < width; ++k) sums[k] += factor * e[k];
-        f_[begin + i] = -(static_cast<double>(maximum) + std::log(static_cast<double>(sum)));
+        f_[begin + i] = -(static_cast<double>(offset) + std::log(static_cast<double>(sum)));
       }
     });
     for (int64_t k = 0; k < width; ++k) weight[k] += static_cast<double>(column[k]);
@@ -256,6 +273,7 @@ class Balanced {
   bool is_kept_ = false;
   std::vector<double> own_;  // c of the rows
   std::vector<double> g_, f_;
+  bool has_f_ = false;
   Buffer<Real> bias_;
 };
 
