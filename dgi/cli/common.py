@@ -171,9 +171,4 @@ def scoring(args: argparse.Namespace, searcher: Searcher) -> dict[str, Any]:
 
     index = searcher.index
     clicks = torch.from_numpy(1 + train_counts(load_data(args.data).train, len(index))).double()
-    if index.item_scores is None or args.order == "lexicographic":
-        scored = {"node_scores": index.trie.node_scores(clicks), "strength": args.popularity}
-    else:
-        scores = args.popularity * clicks.log() + index.item_scores.double().cpu()
-        scored = {"node_scores": index.trie.node_scores((scores - scores.max()).exp())}
-    return {"order": args.order, **scored}
+    return {"order": args.order, "node_scores": index.trie.node_scores(clicks), "strength": args.popularity}

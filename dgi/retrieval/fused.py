@@ -3,7 +3,7 @@
 ``score(n) = log P(semantic ID of n) + λ · cos(q, n) + β · b_n − α · log(1 + clicks of n) − log(items of that ID)``
 
 with b_n the item's bias, if the model has learnt one. λ, β and α are chosen together, by NDCG@10. One search finds the
-candidates of all settings; the terms of an item go into the beams of later searches as node scores.
+candidates of all settings; so do later searches, whose beams are those of the decoder alone.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ KIND = "DGIIndex"
 # keys and values of every level, any other reads the request's memory once per beam.
 MEMORY_FLOATS = 2**26
 UNIT_TOLERANCE = 1e-3
-MAX_ITEM_SCORE = 300.0  # its exponential is a weight of the trie, and has to be finite
+MAX_ITEM_SCORE = 300.0  # far beyond what can still change places in a sum of log-probabilities
 
 
 class IndexFormatError(ValueError):
@@ -192,12 +192,9 @@ class DGIIndex:
         return DGIIndex(self.trie.to(device), self.vectors.to(device), self.ids, self.cosine_weight, scores)
 
     @functools.cached_property
-    def learnt_scores(self) -> NodeScores | None:
-        """``item_scores`` for the beams: node scores whose sum over a semantic ID of one item is the item's score."""
-        if self.item_scores is None:
-            return None
-        scores = self.item_scores.double()
-        return self.trie.node_scores((scores - scores.max()).exp())
+    def _most_items(self) -> int:
+        """Of one semantic ID."""
+        return int(torch.unique(self.codes, dim=0, return_counts=True)[1].max()) if len(self) else 1
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file: whole or not at all, versioned, with a checksum."""
@@ -273,15 +270,14 @@ class DGIIndex:
                 ``index.trie.node_scores(weights)`` with a weight per catalog row; see :func:`dgi_kernels.beam_step`.
             order, cosine_weight, share: how the items found are ranked, see :func:`dgi_kernels.rank_candidates`. By
                 default ``"sum"`` where the index has learnt a weight, else ``"lexicographic"``; the weight is the
-                index's own, or 1. In a sum without ``node_scores`` the index's ``item_scores`` take their place.
+                index's own, or 1. A sum has the index's ``item_scores`` too; which beams survive does not depend on
+                them.
 
         Raises:
             ValueError: the index and the model, or the batch, do not fit.
         """
         self._check_fit(model, batch, exclude)
         order = order or ("sum" if self.cosine_weight else "lexicographic")
-        if node_scores is None and order == "sum":
-            node_scores, strength = self.learnt_scores, 1.0
         weight = self.cosine_weight if cosine_weight is None else cosine_weight
         ranked_by = {"order": order, "cosine_weight": 1.0 if weight is None else weight, "share": share}
         with evaluating(model):
@@ -324,9 +320,16 @@ class DGIIndex:
         ranked_by: dict[str, Any],
     ) -> Ranking:
         wanted = k if exclude is None else k + exclude.shape[1]
+        own = self.item_scores if ranked_by["order"] == "sum" else None
+        found = wanted if own is None else max(wanted, beams.nodes.shape[1] * self._most_items)
         ranking = rank_candidates(
-            query.vector.float(), self.vectors, self.trie, beams, wanted, filters=filters, **ranked_by
+            query.vector.float(), self.vectors, self.trie, beams, found, filters=filters, **ranked_by
         )
+        if own is not None:
+            sums = ranking.scores + own[ranking.items.clamp(min=0)]  # -inf stays where there is no item
+            sums, places = sums.sort(dim=1, descending=True, stable=True)
+            places = places[:, :wanted]
+            ranking = Ranking(ranking.items.gather(1, places), sums[:, :wanted], ranking.cosines.gather(1, places))
         if exclude is None:
             return ranking
         places, exist = first_allowed(ranking.items, exclude, k)
