@@ -76,9 +76,9 @@ def _gradients(systems: Systems, panel: Axes, colours: Sequence[str]) -> None:
 
 
 WORDS = {
-    "knob": "Hit rate of all requests over that of the tail, for several weights of popularity",
-    "buckets": "Hit rate at 10 by popularity of the target",
-    "gradients": "Norm of the gradient over training",
+    "knob": "Lines of the hit rate of all requests over that of the tail, for several weights of popularity",
+    "buckets": "Bars of the hit rate at 10 by the popularity of the target in training, head to tail",
+    "gradients": "Lines of the norm of the gradient over the steps of training, on a logarithmic axis",
 }
 KINDS: Mapping[str, Callable[[Systems, Axes, Sequence[str]], None]] = {
     "knob": _knob,

@@ -47,7 +47,7 @@ STAGES = (
     Stage("cosine", "the loss: ours, floor, eager", "cosine:run", 35, 70, built=False),
     Stage("beam", "searches: ours, floor", "beam:run", 30, 60),
     Stage("quantize", "the quantizer: ours, floor, eager", "quantize:run", 40, 80, built=False),
-    Stage("sweep", "other tiles of the kernels with products", "sweep:run", 32, 80, built=False),
+    Stage("sweep", "other tiles of the kernels with products", "sweep:run", 30, 80, built=False),
     Stage("sanitizer", "memcheck of Triton's kernels; racecheck, synccheck of CUDA's", "sanitizer:run", 50, 120,
           gpu=False),
     Stage("tests", "all tests marked gpu", "tests:everything", 120, 150, run="second", gpu=False),
