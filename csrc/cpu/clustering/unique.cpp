@@ -59,20 +59,19 @@ class Costs {
   // The kCandidates codes of a level with the lowest costs, of those for which has_room(code), ascending.
   template <class HasRoom>
   std::vector<Candidate> nearest(const Real* r, int64_t level, const HasRoom& has_room) const {
-    std::vector<Candidate> best;
-    const double length = norm(r);
+    std::vector<Candidate> open;
+    for (int64_t code = 0; code < in_.sizes[level]; ++code) {
+      if (has_room(code)) open.push_back({0, code});
+    }
+    // No calls in here: one of another instruction set, with full registers, takes longer than the cost of a code.
     with_best_instructions([&](auto) DGI_ALWAYS_INLINE {
-      for (int64_t code = 0; code < in_.sizes[level]; ++code) {
-        if (!has_room(code)) continue;
-        const Candidate candidate{cost_here(r, length, first_[level] + code), code};
-        if (best.size() == kCandidates) {
-          if (!(candidate < best.back())) continue;
-          best.pop_back();
-        }
-        best.insert(std::upper_bound(best.begin(), best.end(), candidate), candidate);
-      }
+      const double length = in_.metric == Metric::kCosine ? norm(r) : 1;
+      for (Candidate& candidate : open) candidate.cost = cost_here(r, length, first_[level] + candidate.code);
     });
-    return best;
+    const size_t kept = std::min(kCandidates, open.size());
+    std::partial_sort(open.begin(), open.begin() + kept, open.end());
+    open.resize(kept);
+    return open;
   }
 
  private:
