@@ -62,8 +62,8 @@ class ModelConfig:
             taken as they are.
         max_tokens: words (``text``) or word pieces (``t5``) kept of one text.
         word_scale: standard deviation of the ``text`` encoder's word vectors at the start. A cosine turns by angles:
-            a rate of 1e-3 turns long vectors by little, so they start short. Where requests are words of the items and
-            training is short, 1 is better: words then match as they are. Before it was a setting it was 1.
+            a rate of 1e-3 turns long vectors by little, so they start short; without ``text_layers`` the bias of
+            their mean does too, by the same factor. Before it was a setting it was 1.
         max_history: items of the history that are read, the latest ones.
         causal: each item of a history sees those before it only, and the vector of the last one is the query's. A whole
             sequence then trains in one pass, every item a query for the next (``text`` and ``vectors``, requests

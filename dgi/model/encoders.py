@@ -109,10 +109,12 @@ class TextTower(nn.Module):
         super().__init__()
         size = config.vocabulary_size if vocabulary_size is None else vocabulary_size
         self.words = nn.Embedding(size, config.dim, padding_idx=0)
-        with torch.no_grad():
-            self.words.weight *= config.word_scale
         self.layers = transformer_encoder(config, config.text_layers) if config.text_layers else None
         self.output = nn.Linear(config.dim, config.dim)
+        with torch.no_grad():
+            self.words.weight *= config.word_scale
+            if self.layers is None:  # beside short words a long bias would be most of every vector
+                self.output.bias.mul_(config.word_scale)
 
     def forward(self, tokens: Tensor) -> Tensor:
         if self.layers is None:
@@ -139,33 +141,37 @@ class VectorTower(nn.Module):
 
     def start(self, vectors: Tensor) -> None:
         """Project on the first principal axes of ``vectors`` (N, vector_dim), with no correction yet."""
-        axes = torch.linalg.eigh(vectors.double().T @ vectors.double()).eigenvectors  # (vector_dim, vector_dim), rising
-        kept = min(self.linear.out_features, axes.shape[1])
-        last = self.correction[-1]
-        for tensor in (self.linear.weight, self.linear.bias, last.weight, last.bias):
-            tensor.zero_()
-        self.linear.weight[:kept] = axes.flip(1)[:, :kept].T.to(self.linear.weight.dtype)
+        for parameter in (*self.linear.parameters(), *self.correction[-1].parameters()):
+            parameter.zero_()
+        axes = principal_axes(vectors, self.linear.out_features)
+        self.linear.weight[: axes.shape[1]] = axes.T
 
     def forward(self, vectors: Tensor) -> Tensor:
         return self.linear(vectors) + self.correction(vectors)
 
 
+def principal_axes(vectors: Tensor, most: int) -> Tensor:
+    """(V, min(most, V)) unit axes, the first ones first, of the second moments of ``vectors`` (N, V).
+
+    Not of the covariance: a cosine has its origin at 0.
+    """
+    axes = torch.linalg.eigh(vectors.double().T @ vectors.double()).eigenvectors  # rising
+    return axes.flip(1)[:, :most].to(vectors.dtype)
+
+
 @torch.no_grad()
 def start_at_principal_axes(model: nn.Module, catalog: Catalog) -> None:
-    """Let a new model's tower project on the principal axes of the catalog's vectors, where its configuration says so.
+    """Let a new model's items start at the principal axes of the catalog's vectors, where its configuration says so.
 
-    Axes are those of the second moments, not of the covariance: a cosine has its origin at 0. A model of another
-    encoder, and one with ``principal_axes=False``, stays as it is.
+    A model of another encoder, and one with ``principal_axes=False``, stays as it is.
 
     Args:
         model: a :class:`dgi.DGIModel` or :class:`dgi.DualEncoder` that has not been trained.
         catalog: its items with their vectors (N, vector_dim).
     """
     encoder = getattr(model, "encoder", None)
-    if not isinstance(encoder, SequenceEncoder) or not isinstance(encoder.tower, VectorTower):
-        return
-    if encoder.config.principal_axes:
-        encoder.tower.start(encoder.prepare_items(catalog))
+    if isinstance(encoder, SequenceEncoder) and encoder.config.principal_axes:
+        encoder.start(catalog)
 
 
 class SequenceEncoder(nn.Module):
@@ -203,6 +209,11 @@ class SequenceEncoder(nn.Module):
         if self.corrects:  # a request's vector is the mean of what it reads, until there is something to correct
             for parameter in self.output.parameters():
                 nn.init.zeros_(parameter)
+
+    def start(self, catalog: Catalog) -> None:
+        """Start at the principal axes of the catalog's vectors, if the tower reads vectors."""
+        if isinstance(self.tower, VectorTower):
+            self.tower.start(self.prepare_items(catalog))
 
     def prepare_items(self, catalog: Catalog) -> Tensor:
         if self.config.encoder == "text":

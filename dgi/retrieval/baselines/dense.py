@@ -1,10 +1,10 @@
-"""Dense retrieval, trained as well as DGI is: two towers over item texts, and one over item ids as SASRec has it."""
+"""Dense retrieval, trained as well as DGI is: two towers, over item texts or over a learned vector per item."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from dgi.config import ModelConfig
 from dgi.data import Catalog, Dataset, Interactions, train_counts
 from dgi.data.batches import Batch
 from dgi.model.dgi_model import DGIOutput, DualEncoder
-from dgi.model.encoders import SequenceEncoder, start_at_principal_axes
+from dgi.model.encoders import Encoder, SequenceEncoder, principal_axes, start_at_principal_axes
 from dgi.model.encoding import Requests, encode_items, encode_requests
 from dgi.retrieval.baselines.plan import Plan, train, validation_sample
 from dgi.retrieval.baselines.protocol import ScoringRetriever
@@ -38,8 +38,8 @@ class BiasedDualEncoder(DualEncoder):
         item_bias: parameter (num_items,).
     """
 
-    def __init__(self, config: ModelConfig, num_items: int) -> None:
-        super().__init__(config)
+    def __init__(self, config: ModelConfig, num_items: int, encoder: Encoder | None = None) -> None:
+        super().__init__(config, encoder)
         self.item_bias = nn.Parameter(torch.zeros(num_items))
 
     def forward(
@@ -55,12 +55,25 @@ class IdEncoder(SequenceEncoder):
         config: the model's configuration; query texts are read as its text tower reads them.
         num_items: size of the catalog.
         queries: whether requests have query texts.
+        from_vectors: :meth:`start` at the principal axes of the catalog's vectors, not at random.
     """
 
-    def __init__(self, config: ModelConfig, num_items: int, *, queries: bool = False) -> None:
+    def __init__(
+        self, config: ModelConfig, num_items: int, *, queries: bool = False, from_vectors: bool = False
+    ) -> None:
         super().__init__(dataclasses.replace(config, encoder="text"))
-        self.num_items, self.queries = num_items, queries
+        self.num_items, self.queries, self.from_vectors = num_items, queries, from_vectors
         self.tower = _IdTower(config.dim, num_items, self.tower if queries else None)
+
+    @torch.no_grad()
+    def start(self, catalog: Catalog) -> None:
+        if not self.from_vectors:
+            return
+        if catalog.vectors is None:
+            raise ValueError("the catalog has no vectors for its items to start at; give them beside the items")
+        vectors = torch.from_numpy(np.ascontiguousarray(catalog.vectors, dtype=np.float32))
+        start = vectors @ principal_axes(vectors, self.config.dim)
+        cast(_IdTower, self.tower).items.weight[:, : start.shape[1]] = start * (STD / start.std())
 
     def prepare_items(self, catalog: Catalog) -> Tensor:
         if len(catalog) != self.num_items:
@@ -87,9 +100,21 @@ class _IdTower(nn.Module):
         return self.words(features)
 
 
-def id_encoder(config: ModelConfig, data: Dataset) -> IdEncoder:
-    """The encoder over the ids of a data set, new."""
-    return IdEncoder(config, len(data.catalog), queries=any(data.train.queries))
+ItemVectors = Literal["text", "random", "given"]
+
+
+def own_encoder(config: ModelConfig, data: Dataset, items: ItemVectors) -> IdEncoder | None:
+    """A new encoder with learned vectors of the items of a data set; None where the configuration's own reads them.
+
+    Args:
+        config: the model's configuration.
+        data: its items, and whether its requests have query texts.
+        items: what vectors of items are made of: ``text``, what the configuration's encoder reads; ``random``, a
+            learned vector each, as SASRec has it; ``given``, such a one that starts at the vectors of the data.
+    """
+    if items == "text":
+        return None
+    return IdEncoder(config, len(data.catalog), queries=any(data.train.queries), from_vectors=items == "given")
 
 
 class Dense(ScoringRetriever):
@@ -103,7 +128,7 @@ class Dense(ScoringRetriever):
         contrastive: candidates of the softmax in training, see :class:`dgi.TrainConfig`; ``in_batch`` and ``sampled``
             are corrected for how often items are drawn (``log_q`` of the plan).
         item_bias: learn b_n; needs ``all_items``.
-        ids: a vector for every item in place of its text, as SASRec has it.
+        items: what vectors of items are made of, see :func:`own_encoder`.
         steps: of training, if not the plan's.
         name: of the run's folder.
     """
@@ -114,14 +139,14 @@ class Dense(ScoringRetriever):
         contrastive: str = "all_items",
         *,
         item_bias: bool = False,
-        ids: bool = False,
+        items: ItemVectors = "text",
         steps: int | None = None,
         name: str = "dense",
     ) -> None:
         super().__init__()
-        if item_bias and (contrastive != "all_items" or ids):
-            raise ValueError(f'item_bias needs contrastive="all_items" and item texts; got {contrastive!r}, ids={ids}')
-        self.plan, self.contrastive, self.item_bias, self.ids = plan, contrastive, item_bias, ids
+        if item_bias and contrastive != "all_items":
+            raise ValueError(f'item_bias needs contrastive="all_items"; got {contrastive!r}')
+        self.plan, self.contrastive, self.item_bias, self.items = plan, contrastive, item_bias, items
         self.steps, self.name = steps, name
         self.popularity_weight = 0.0
         self.seconds = 0.0
@@ -148,9 +173,8 @@ class Dense(ScoringRetriever):
 
     def _build(self, data: Dataset) -> DualEncoder:
         config = self.plan.model
-        if self.ids:
-            return DualEncoder(config, id_encoder(config, data))
-        return BiasedDualEncoder(config, len(data.catalog)) if self.item_bias else DualEncoder(config)
+        encoder = own_encoder(config, data, self.items)
+        return BiasedDualEncoder(config, len(data.catalog), encoder) if self.item_bias else DualEncoder(config, encoder)
 
     def _encode_items(self) -> Tensor:
         return encode_items(self.model, self.item_features).float().cpu()

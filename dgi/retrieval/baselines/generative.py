@@ -18,7 +18,7 @@ from dgi.model.dgi_model import DGIModel, DualEncoder
 from dgi.model.encoders import start_at_principal_axes
 from dgi.model.encoding import encode_items
 from dgi.retrieval.baselines.codes import CodeKind, FixedCodesModel, fixed_codes_model, given_codes_model
-from dgi.retrieval.baselines.dense import IdEncoder, count_parameters, id_encoder
+from dgi.retrieval.baselines.dense import IdEncoder, ItemVectors, count_parameters, own_encoder
 from dgi.retrieval.baselines.plan import Plan, Training, train, validation_sample
 from dgi.retrieval.baselines.protocol import Found, Retriever
 from dgi.retrieval.fused import K, RankingWeights, choose_weights, hit_rate_and_ndcg
@@ -47,7 +47,7 @@ class Generative(Retriever):
             all items. Where the plan has a folder, all systems of a seed share it. False: one stage, from the start.
         num_beams: semantic IDs that survive each level.
         name: of the run's folder.
-        ids: a vector for every item in place of its text, as ``sasrec`` has it.
+        items: what vectors of items are made of, see :func:`dgi.retrieval.baselines.dense.own_encoder`.
         model: fields of the plan's :class:`dgi.ModelConfig` to replace: the paper's ablations.
     """
 
@@ -59,7 +59,7 @@ class Generative(Retriever):
         from_encoder: bool = True,
         num_beams: int = 50,
         name: str = "dgi",
-        ids: bool = False,
+        items: ItemVectors = "text",
         **model: Any,
     ) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Generative(Retriever):
             )
         self.plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, **model))
         self.codes, self.from_encoder, self.num_beams, self.name = codes, from_encoder, num_beams, name
-        self.ids = ids
+        self.items = items
         self.seconds = 0.0
         self.weights = RankingWeights()
 
@@ -121,7 +121,7 @@ class Generative(Retriever):
         similarity = self.plan.model.similarity
         # Codebooks and ablations are no concern of an encoder: their fields are those of every system that shares it.
         shared = dataclasses.replace(self.plan.model, codebook_sizes=(1,), gradient="soft", heads="shared")
-        folder_name = f"encoder-{similarity}" + "-ids" * self.ids
+        folder_name = f"encoder-{similarity}" + ("" if self.items == "text" else f"-{self.items}")
         config, folder = self.plan.part(folder_name, steps, contrastive="all_items")
         torch.manual_seed(self.plan.training.seed)
         model = DualEncoder(shared, self._own_encoder(data))
@@ -130,7 +130,7 @@ class Generative(Retriever):
 
     def _own_encoder(self, data: Dataset) -> IdEncoder | None:
         """The encoder in place of the configuration's, if any."""
-        return id_encoder(self.plan.model, data) if self.ids else None
+        return own_encoder(self.plan.model, data, self.items)
 
     def _build(self, data: Dataset, trained: DualEncoder | None) -> DGIModel:
         if self.codes == "given":

@@ -9,6 +9,7 @@ import torch
 from dgi.data import Dataset
 from dgi.model.dgi_model import DGIModel
 from dgi.model.encoders import start_at_principal_axes
+from dgi.retrieval.baselines.dense import ItemVectors
 from dgi.retrieval.baselines.generative import Generative
 from dgi.retrieval.baselines.plan import Plan
 from dgi.training import recipes
@@ -22,7 +23,7 @@ class StagedDGI(Generative):
 
     Args:
         plan: encoder, codebooks and budget; ``encoder_share`` is not read.
-        num_beams, name, ids, model: see :class:`Generative`.
+        num_beams, name, items, model: see :class:`Generative`.
         training: fields of :class:`dgi.TrainConfig` to replace those of :func:`dgi.training.recipes.staged`.
     """
 
@@ -32,11 +33,11 @@ class StagedDGI(Generative):
         *,
         num_beams: int = 200,
         name: str = "dgi",
-        ids: bool = False,
+        items: ItemVectors = "text",
         training: dict[str, Any] | None = None,
         **model: Any,
     ) -> None:
-        super().__init__(plan, from_encoder=False, num_beams=num_beams, name=name, ids=ids, **model)
+        super().__init__(plan, from_encoder=False, num_beams=num_beams, name=name, items=items, **model)
         self.training = recipes.staged(decoder_rate=2 * plan.training.backbone_lr) | (training or {})
 
     def fit(self, data: Dataset) -> Self:

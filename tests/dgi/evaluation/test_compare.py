@@ -230,7 +230,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     (folder / "ratings.tsv").write_text("query\titem_id\trating\tsplit\n" + "\n".join(lines) + "\n")
     arguments = ["compare", "--data", str(folder), "--text", "title", "--systems", "popularity,dense", "--seeds", "1"]
     arguments += ["--pseudo-queries", "6", "--budget", "60", "--output", str(output), "--no-progress"]
-    for setting in ("dim=16", "batch_size=32", "backbone_lr=0.01", "vocabulary_size=128", "word_scale=1"):
+    for setting in ("dim=16", "batch_size=32", "backbone_lr=0.01", "vocabulary_size=128"):
         arguments += ["--set", setting]
     assert main(arguments) == 0
     printed = capsys.readouterr().out

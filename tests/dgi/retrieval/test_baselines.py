@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dgi.config import ModelConfig, TrainConfig
 from dgi.data import (
@@ -32,12 +33,14 @@ from dgi.retrieval.baselines import (
     FixedCodesModel,
     Generative,
     GivenVectors,
+    IdEncoder,
     Plan,
     Popularity,
     fixed_codes_model,
     hierarchical_codes,
     rank_by_popularity,
 )
+from dgi.retrieval.baselines.dense import STD, own_encoder
 from dgi.retrieval.baselines.protocol import best_items, request_texts
 from dgi.retrieval.fused import Candidates, RankingWeights, choose_weights
 from tests.dgi.tiny_folder import ITEMS, write_data
@@ -107,7 +110,9 @@ def sequence_data(users: int = 150) -> Dataset:
     )
 
 
-@pytest.mark.parametrize("name", ["sasrec", "dense_in_batch", "two_stage", "tiger"])
+@pytest.mark.parametrize(
+    "name", ["sasrec", "dense_in_batch", "dense_ids", "two_stage", "two_stage_ids", "tiger", "dgi_ids"]
+)
 def test_systems_train_on_whole_sequences(name: str, tmp_path: Path, no_pictures: None) -> None:
     """A causal plan trains on rows of users, and finds what follows; a run that is there is not trained again."""
     data = sequence_data()
@@ -119,6 +124,28 @@ def test_systems_train_on_whole_sequences(name: str, tmp_path: Path, no_pictures
     assert hit_rate(found.items, data, 10) > 2 * CHANCE
     again = SYSTEMS[name].make(plan).fit(data).search(data.test, 10)
     assert torch.equal(found.items, again.items)
+
+
+def test_vectors_of_items_start_at_the_given_ones() -> None:
+    """Cosines are those of the given vectors, where there are as many axes; without vectors there is an error."""
+    data = sequence_data()
+    assert data.catalog.vectors is not None
+    width = data.catalog.vectors.shape[1]
+    encoder = own_encoder(dataclasses.replace(PLAN.model, dim=2 * width, attention_heads=1), data, "given")
+    assert isinstance(encoder, IdEncoder)
+    encoder.start(data.catalog)
+    z = encoder.encode_items(encoder.prepare_items(data.catalog)).detach()
+    given = F.normalize(torch.from_numpy(data.catalog.vectors).float(), dim=1)
+    assert float(z[:, :width].std()) == pytest.approx(STD, rel=1e-5)
+    z[:, width:] = 0  # beyond the axes: random, as all are without vectors
+    torch.testing.assert_close(F.normalize(z, dim=1) @ F.normalize(z, dim=1).T, given @ given.T, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="no vectors for its items to start at"):
+        encoder.start(Catalog(data.catalog.ids, data.catalog.texts))
+    random = own_encoder(PLAN.model, data, "random")
+    assert isinstance(random, IdEncoder)
+    before = random.tower.items.weight.clone()
+    random.start(data.catalog)
+    assert torch.equal(before, random.tower.items.weight) and own_encoder(PLAN.model, data, "text") is None
 
 
 def test_tiger_reads_and_writes_semantic_ids() -> None:
