@@ -59,12 +59,19 @@ def run_demo(
         f"and {len(data.test):,} test interactions"
     )
     plan = Plan(
-        DEMO_MODEL, DEMO_TRAINING, folder=output, device=device, progress=progress, exclude_history=True, curve_points=3
+        DEMO_MODEL,
+        DEMO_TRAINING,
+        folder=output,
+        device=device,
+        progress=progress,
+        exclude_history=True,
+        curve_points=3,
+        num_beams=NUM_BEAMS,
     )
     say("\nTraining the dense dual encoder (softmax over all items, a bias for each)")
     dense = Dense(plan, item_bias=True).fit(data)
     say("Training DGI in stages: an encoder, codes of its vectors, then everything; indexing and searching")
-    ours = StagedDGI(plan, num_beams=NUM_BEAMS).fit(data)
+    ours = StagedDGI(plan).fit(data)
     searcher = ours.searcher
     searcher.index.save(output / "index.safetensors")
     save_model(ours.model, output / "model.safetensors")

@@ -65,6 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.5,
         help="part of the steps of a generative system that trains its encoder (default: %(default)s)",
     )
+    parser.add_argument(
+        "--beams",
+        metavar="N",
+        type=positive,
+        default=200,
+        help="semantic IDs that survive each level of a search, in generative systems (default: %(default)s)",
+    )
     parser.add_argument("--split", choices=("time", "leave_one_out", "given"), help="(default: by the files)")
     parser.add_argument("--text", metavar="COLUMNS", default="text", help="columns of an item's text, as title,text")
     parser.add_argument("--vectors", metavar="NAME", default="", help="read items.NAME.npy, queries.NAME.npy")
@@ -107,7 +114,7 @@ def run(args: argparse.Namespace) -> None:
         model, training = configs(settings, 0 if vectors is None else vectors.shape[1])
         if steps:
             training = dataclasses.replace(training, steps=steps)
-        plan = Plan(model, training, encoder_share=args.encoder_share, device=device(args.device))
+        plan = Plan(model, training, encoder_share=args.encoder_share, num_beams=args.beams, device=device(args.device))
         comparison = Comparison(
             plan, args.systems, tuple(range(args.seeds)), minutes, not args.keep_history, args.max_queries
         )

@@ -258,6 +258,7 @@ def _about(data: Dataset, test: Interactions, plan: Plan, comparison: Comparison
                 "epochs": plan.training.steps * min(plan.training.batch_size, rows) / rows,
                 "minutes": comparison.minutes,
                 "encoder_share": plan.encoder_share,
+                "num_beams": plan.num_beams,
                 "model": to_dict(plan.model),
                 "training": training,
                 "sha256": digest.hexdigest(),

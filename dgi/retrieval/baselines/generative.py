@@ -40,12 +40,11 @@ class Generative(Retriever):
     of :mod:`dgi.retrieval.fused`, if one is better on the validation set.
 
     Args:
-        plan: encoder, codebooks and budget.
+        plan: encoder, codebooks, budget and beams.
         codes: None for DGI, whose codes are trained; else how fixed codes are made, see :func:`fixed_codes_model`;
             ``given``: of the vectors of the data, and the decoder alone is trained, see :func:`given_codes_model`.
         from_encoder: start from an encoder trained alone for ``plan.encoder_share`` of the steps, with a softmax over
             all items. Where the plan has a folder, all systems of a seed share it. False: one stage, from the start.
-        num_beams: semantic IDs that survive each level.
         name: of the run's folder.
         items: what vectors of items are made of, see :func:`dgi.retrieval.baselines.dense.own_encoder`.
         model: fields of the plan's :class:`dgi.ModelConfig` to replace: the paper's ablations.
@@ -57,7 +56,6 @@ class Generative(Retriever):
         codes: CodeKind | None = None,
         *,
         from_encoder: bool = True,
-        num_beams: int = 50,
         name: str = "dgi",
         items: ItemVectors = "text",
         **model: Any,
@@ -69,7 +67,7 @@ class Generative(Retriever):
                 f"got {codes!r}, from_encoder={from_encoder}"
             )
         self.plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, **model))
-        self.codes, self.from_encoder, self.num_beams, self.name = codes, from_encoder, num_beams, name
+        self.codes, self.from_encoder, self.name = codes, from_encoder, name
         self.items = items
         self.seconds = 0.0
         self.weights = RankingWeights()
@@ -161,7 +159,7 @@ class Generative(Retriever):
     @property
     def _search_options(self) -> dict[str, Any]:
         return {
-            "num_beams": self.num_beams,
+            "num_beams": self.plan.num_beams,
             "exclude_history": self.plan.exclude_history,
             "progress": self.plan.progress,
         }

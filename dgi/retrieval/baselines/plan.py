@@ -34,6 +34,7 @@ class Plan:
         device: where to train and search.
         progress: show progress bars.
         curve_points: how often the model is measured on the validation set in training.
+        num_beams: semantic IDs that survive each level of a search, in all generative systems.
         exclude_history: leave the items of a request's history out when settings are chosen.
     """
 
@@ -44,11 +45,14 @@ class Plan:
     device: torch.device | str = "cpu"
     progress: bool = False
     curve_points: int = 5
+    num_beams: int = 200
     exclude_history: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.encoder_share < 1:
             raise ValueError(f"encoder_share must be strictly between 0 and 1; got {self.encoder_share}")
+        if self.num_beams < 1:
+            raise ValueError(f"num_beams must be at least 1; got {self.num_beams}")
 
     def steps(self, data: Dataset) -> int:
         """The budget in steps."""

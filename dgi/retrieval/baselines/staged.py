@@ -22,8 +22,8 @@ class StagedDGI(Generative):
     """DGI in stages: the steps of the encoder alone are part of its budget, and no other system shares them.
 
     Args:
-        plan: encoder, codebooks and budget; ``encoder_share`` is not read.
-        num_beams, name, items, model: see :class:`Generative`.
+        plan: encoder, codebooks, budget and beams; ``encoder_share`` is not read.
+        name, items, model: see :class:`Generative`.
         training: fields of :class:`dgi.TrainConfig` to replace those of :func:`dgi.training.recipes.staged`.
     """
 
@@ -31,13 +31,12 @@ class StagedDGI(Generative):
         self,
         plan: Plan,
         *,
-        num_beams: int = 200,
         name: str = "dgi",
         items: ItemVectors = "text",
         training: dict[str, Any] | None = None,
         **model: Any,
     ) -> None:
-        super().__init__(plan, from_encoder=False, num_beams=num_beams, name=name, items=items, **model)
+        super().__init__(plan, from_encoder=False, name=name, items=items, **model)
         self.training = recipes.staged(decoder_rate=2 * plan.training.backbone_lr) | (training or {})
 
     def fit(self, data: Dataset) -> Self:

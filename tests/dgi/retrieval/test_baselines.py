@@ -341,7 +341,7 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_weights_of_the_sum_are_chosen_on_the_validation_set(data: Dataset) -> None:
     """The chosen weights are the best of all tried, and searches go by them."""
     plan = dataclasses.replace(PLAN, training=dataclasses.replace(PLAN.training, steps=40))
-    system = Generative(plan, num_beams=6).fit(data)
+    system = Generative(dataclasses.replace(plan, num_beams=6)).fit(data)
     assert data.validation is not None
     counts = torch.from_numpy(train_counts(data.train, ITEMS))
     options = {"num_beams": 6, "exclude_history": plan.exclude_history}
@@ -370,7 +370,7 @@ def test_the_weights_of_the_sum_are_chosen_on_the_validation_set(data: Dataset) 
 def test_the_bias_of_an_item_counts_in_the_sum(data: Dataset) -> None:
     """With one search for all settings, ranked as a search by these weights ranks, also where beams are few."""
     plan = dataclasses.replace(PLAN, training=dataclasses.replace(PLAN.training, steps=8))
-    searcher = Generative(plan, num_beams=6).fit(data).searcher
+    searcher = Generative(dataclasses.replace(plan, num_beams=6)).fit(data).searcher
     searcher.model.keep_items(ITEMS, codes=False, bias=True)
     own = searcher.model.item_bias
     assert own is not None
