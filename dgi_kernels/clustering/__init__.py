@@ -326,10 +326,10 @@ def _check_points(x: Tensor, weights: Tensor | None, seed: int | Tensor | None) 
 
 
 def _check_finite(name: str, value: Tensor) -> None:
-    # A sum of finite numbers is finite in float64; unlike isfinite it makes no tensor of their size.
-    if tracing():  # there are no values yet
+    if tracing() or value.numel() == 0:  # there are no values
         return
-    if not bool(value.sum(dtype=torch.float64).isfinite()):
+    # NaN wins both; unlike isfinite, and a sum in float64, this makes no tensor of their size.
+    if not bool(torch.stack(torch.aminmax(value)).isfinite().all()):
         raise ValueError(f"{name} must be finite; {int((~value.isfinite()).sum())} of {value.numel()} values are not")
 
 
