@@ -32,7 +32,7 @@ from dgi.evaluation.tail import mean_curve, tail_curve
 from dgi.extras import require
 from dgi.model.dgi_model import DualEncoder
 from dgi.progress import Progress
-from dgi.retrieval.baselines import Plan, Retriever
+from dgi.retrieval.baselines import Generative, Plan, Retriever
 from dgi.retrieval.baselines.plan import validation_sample
 from dgi.retrieval.fused import hit_rate_and_ndcg
 from dgi_kernels.files import atomic_write, check_output
@@ -142,6 +142,8 @@ def _run_cell(
     excluded = about["history_excluded"]
     tail = tail_curve(system, test, counts, exclude_history=excluded) if relevant is None else None
     values = measure_queries(found, test.items, relevant)
+    nearest = system.nearest(test, DEPTH, exclude_history=excluded) if isinstance(system, Generative) else None
+    exact = None if nearest is None else measure_queries(nearest.numpy(), test.items, relevant)
     recall = values[MEASURES.index(f"recall@{K}")]
     cell = {
         "version": VERSION,
@@ -150,6 +152,7 @@ def _run_cell(
         "seed": seed,
         "measures": {key: float(row.mean(dtype=np.float64)) for key, row in zip(MEASURES, values, strict=True)},
         "validation": {f"ndcg@{K}": hit_rate_and_ndcg(checked, torch.from_numpy(held.items))[1]},
+        "exact_cosine": {} if exact is None else {f"ndcg@{K}": float(exact[MEASURES.index(f"ndcg@{K}")].mean())},
         "buckets": bucket_means(recall, test.items, counts),
         "hubness": metrics.hubness(found, len(data.catalog), K),
         "geometry": geometry(system, counts),
@@ -325,8 +328,9 @@ def collect(output: Path) -> Json:
     Returns:
         JSON-ready ``{"version", "machine", "data": {name: {…what the data set's cells agree in…, "best_baseline",
         "systems": {name: {"seeds", "measures": {"recall@10": {"mean", "low", "high", "seeds"}}, "validation": NDCG,
-        "difference": NDCG against the baseline that is best on validation requests, with its paired interval,
-        "buckets", "hubness", "geometry", "settings", "tail", "parameters", "seconds", "curve"}}}}}``; of ``tail`` see
+        "exact_cosine": NDCG of a generative system by its own vectors without beams, "difference": NDCG against the
+        baseline that is best on validation requests, with its paired interval, "buckets", "hubness", "geometry",
+        "settings", "tail", "parameters", "seconds", "curve"}}}}}``; of ``tail`` see
         :func:`dgi.evaluation.tail.tail_curve`. Intervals are over requests, each request's measure being the mean over
         the seeds; ``seeds`` are the means of every seed. ``curve`` is the first seed's.
     """
@@ -387,6 +391,7 @@ def _collect_system(cells: list[Json], values: np.ndarray, difference: np.ndarra
         "seeds": seeds,
         "measures": measures,
         "validation": {f"ndcg@{K}": None if math.isnan(_validated(cells)) else _validated(cells)},
+        "exact_cosine": _means([cell.get("exact_cosine", {}) for cell in cells]),
         "difference": None if difference is None else {f"ndcg@{K}": interval(difference)},
         "buckets": _means([cell["buckets"] for cell in cells]),
         "hubness": _means([cell["hubness"] for cell in cells]),
@@ -403,6 +408,6 @@ def _means(rows: Sequence[Mapping[str, float | None]]) -> dict[str, float | None
     """Mean of each value over the rows that have it."""
     means: dict[str, float | None] = {}
     for key in rows[0]:
-        known = [value for row in rows if (value := row[key]) is not None]
+        known = [value for row in rows if (value := row.get(key)) is not None]
         means[key] = float(np.mean(known)) if known else None
     return means

@@ -131,6 +131,7 @@ def _cost(data: Json) -> str:
         "hubness",
         "IsoScore",
         "norm ~ clicks",
+        f"NDCG@{K} by exact cosine of own vectors",
         "gradient norm: median, largest",
         f"hit rate at {K} on validation requests, over training",
         "chosen",
@@ -156,6 +157,7 @@ def _cost(data: Json) -> str:
                 f"{of_system['hubness']['skewness']:.1f}",
                 _number(geometry.get("iso_score"), 2),
                 _number(geometry.get("norm_popularity"), 2),
+                _number(of_system.get("exact_cosine", {}).get(f"ndcg@{K}"), 4),
                 f"{norms[len(norms) // 2]:.2g}, {norms[-1]:.2g}" if norms else "–",
                 " ".join(_number(row[key]) for row in of_system["curve"] if key in row) or "–",
                 ", ".join(f"{setting.replace('_', ' ')} {value}" for setting, value in chosen.items()) or "–",
@@ -164,7 +166,13 @@ def _cost(data: Json) -> str:
                 f"{of_system['seconds']['search']:,.0f}",
             ]
         )
-    return _table(header, rows)
+    return _table(*_without_empty(header, rows))
+
+
+def _without_empty(header: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """Without the columns that no system has a value in, but for the first two."""
+    kept = [place for place in range(len(header)) if place < 2 or any(row[place] != "–" for row in rows)]
+    return [header[place] for place in kept], [[row[place] for place in kept] for row in rows]
 
 
 def _interval(value: Json, signed: bool = False) -> str:

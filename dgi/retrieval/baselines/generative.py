@@ -16,14 +16,14 @@ from dgi.config import TrainConfig
 from dgi.data import Dataset, Interactions, train_counts
 from dgi.model.dgi_model import DGIModel, DualEncoder
 from dgi.model.encoders import start_at_principal_axes
-from dgi.model.encoding import encode_items
+from dgi.model.encoding import Requests, encode_items, encode_requests
 from dgi.retrieval.baselines.codes import CodeKind, FixedCodesModel, fixed_codes_model, given_codes_model
 from dgi.retrieval.baselines.dense import IdEncoder, ItemVectors, count_parameters, own_encoder
 from dgi.retrieval.baselines.plan import Plan, Training, train, validation_sample
 from dgi.retrieval.baselines.protocol import Found, Retriever
 from dgi.retrieval.fused import K, RankingWeights, choose_weights, hit_rate_and_ndcg
 from dgi.retrieval.index import DGIIndex
-from dgi.retrieval.search import Searcher
+from dgi.retrieval.search import Searcher, rank_by_cosine
 from dgi.training.seeds import CLUSTERING, derived_seed, generator
 from dgi_kernels import Trie
 
@@ -168,6 +168,17 @@ class Generative(Retriever):
         options = self._search_options | {"exclude_history": exclude_history}
         found = self.searcher.search_interactions(queries, k=k, **options)
         return Found(found.items, found.scores)
+
+    def nearest(self, queries: Interactions, k: int, *, exclude_history: bool = False) -> Tensor | None:
+        """(n, k) catalog rows by exact cosine of the model's own vectors, with no beams; -1 where there are fewer.
+
+        None where vectors are no part of the system, or are compared by another similarity.
+        """
+        if self.codes == "given" or self.plan.model.similarity != "cosine":
+            return None
+        encoded = encode_requests(self.model, Requests.of(self.model, queries), self.searcher.item_features)
+        excluded = torch.from_numpy(queries.histories) if exclude_history else None
+        return rank_by_cosine(encoded.float().cpu(), self.item_vectors(), k, exclude=excluded)
 
     @property
     def parameters(self) -> int:

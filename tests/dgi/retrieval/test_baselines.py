@@ -155,7 +155,7 @@ def test_tiger_reads_and_writes_semantic_ids() -> None:
     codes = system.model.item_codes
     assert len(codes.unique(dim=0)) == ITEMS and torch.equal(system.searcher.index.codes, codes)
     assert torch.equal(system.model.encoder.prepare_items(data.catalog), codes) and system.weights.cosine == 0
-    assert all(row["loss"] == row["ntp"] for row in system.curve)
+    assert all(row["loss"] == row["ntp"] for row in system.curve) and system.nearest(data.test, 5) is None
     with pytest.raises(ValueError, match="has no item vectors"):
         bare = dataclasses.replace(data, catalog=Catalog(data.catalog.ids, data.catalog.texts))
         SYSTEMS["tiger"].make(PLAN).fit(bare)
@@ -365,6 +365,19 @@ def test_the_weights_of_the_sum_are_chosen_on_the_validation_set(data: Dataset) 
         for item, score in zip(*(x[row].tolist() for x in found), strict=True):
             assert scores[item] == pytest.approx(score, abs=1e-3)
         assert found.scores[row, 0] <= max(scores.values()) + 1e-3
+
+
+def test_nearest_is_a_search_that_leaves_nothing_out(data: Dataset) -> None:
+    plan = dataclasses.replace(PLAN, training=dataclasses.replace(PLAN.training, steps=8))
+    system = Generative(plan).fit(data)
+    whole = {"num_beams": ITEMS, "order": "sum", "cosine_weight": 1e7, "exclude_history": True}
+    by_cosine = system.searcher.search_interactions(data.test, k=5, **whole).items
+    exact = system.nearest(data.test, 5, exclude_history=True)
+    assert (
+        exact is not None and (exact == by_cosine).float().mean() > 0.99
+    )  # equal cosines to rounding may change places
+    inner = dataclasses.replace(plan, model=dataclasses.replace(plan.model, similarity="inner_product"))
+    assert Generative(inner).fit(data).nearest(data.test, 5) is None
 
 
 def test_the_bias_of_an_item_counts_in_the_sum(data: Dataset) -> None:
