@@ -1,21 +1,18 @@
 // Random tries, beams and filters through the beam step in C++, against a search that looks at all children; built with
 // sanitizers by test_beam_native.py. Every array has exactly its size, so that a read beyond it is seen.
-//   usage: driver SEED CASES
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <limits>
 #include <memory>
-#include <random>
 #include <vector>
 
 #include "cpu/beam/beam_cpu.h"
-#include "cpu/shared/host.h"
+#include "driver.h"
 
 namespace dgi::cpu {
 
-// What torch provides otherwise.
+// What torch provides otherwise, beside threads.
 template <class Real>
 void product(const Matrix<Real>& a, const Matrix<Real>& b, const Matrix<Real>& out) {
   for (int64_t i = 0; i < out.rows; ++i) {
@@ -36,17 +33,12 @@ void matrix_product(const Matrix<double>& a, const Matrix<double>& b, const Matr
   product(a, b, out);
 }
 
-void parallel_ranges(int64_t count, int64_t, void (*body)(int64_t, int64_t, void*), void* context) {
-  if (count > 0) body(0, count, context);
-}
-
 }  // namespace dgi::cpu
 
 namespace {
 
-using Random = std::mt19937_64;
-
-int64_t below(Random& random, int64_t n) { return static_cast<int64_t>(random() % static_cast<uint64_t>(n)); }
+using driver::below;
+using driver::Random;
 
 // Some codes of each of several nodes, by ascending token; some nodes end, some have no child.
 struct Prefixes {
@@ -371,19 +363,15 @@ bool one_case(Random& random, dgi::Normalize normalize, bool head) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 3) return 2;
-  Random random(std::strtoull(argv[1], nullptr, 10));
-  const int64_t cases = std::atoll(argv[2]);
-  for (int64_t i = 0; i < cases; ++i) {
+  return driver::run(argc, argv, [](Random& random) {
     for (const auto normalize : {dgi::Normalize::kFull, dgi::Normalize::kChildren, dgi::Normalize::kNone}) {
       for (const bool head : {false, true}) {
         if (one_case<float, int16_t>(random, normalize, head) && one_case<double, int32_t>(random, normalize, head))
           continue;
-        std::printf("case %lld, normalize %d, head %d, differs\n", static_cast<long long>(i),
-                    static_cast<int>(normalize), head);
-        return 1;
+        std::printf("normalize %d, head %d: ", static_cast<int>(normalize), head);
+        return false;
       }
     }
-  }
-  return 0;
+    return true;
+  });
 }

@@ -1,36 +1,21 @@
 // Random shapes through dropout and through attention with dropout in C++, against masks made of one word of Philox at
 // a time and the formula in float64; built with sanitizers by test_dropout.py. Every array has exactly its size, so
 // that a read or write beyond it is seen.
-//   usage: driver SEED CASES
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <memory>
-#include <random>
 #include <vector>
 
 #include "cpu/dropout/dropout_cpu.h"
-#include "cpu/shared/host.h"
-
-namespace dgi::cpu {
-
-// What torch provides otherwise; in several parts, as on several threads.
-void parallel_ranges(int64_t count, int64_t, void (*body)(int64_t, int64_t, void*), void* context) {
-  const int64_t half = count / 2;
-  if (half > 0) body(0, half, context);
-  if (count > half) body(half, count, context);
-}
-
-}  // namespace dgi::cpu
+#include "driver.h"
 
 namespace {
 
 using dgi::cpu::Attention;
 using dgi::cpu::Dropped;
-using Random = std::mt19937_64;
+using driver::below;
+using driver::Random;
 using Row = std::vector<double>;
-
-int64_t below(Random& random, int64_t n) { return static_cast<int64_t>(random() % static_cast<uint64_t>(n)); }
 
 std::vector<float> uniform(Random& random, int64_t count) {
   std::vector<float> made(count);
@@ -155,10 +140,5 @@ bool one_attention(Random& random) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 3) return 2;
-  Random random(std::strtoull(argv[1], nullptr, 10));
-  for (int64_t i = std::atoll(argv[2]); i > 0; --i) {
-    if (!one_dropout(random) || !one_attention(random)) return 1;
-  }
-  return 0;
+  return driver::run(argc, argv, [](Random& random) { return one_dropout(random) && one_attention(random); });
 }

@@ -1,31 +1,18 @@
 // Random rows through log_normalizer in C++, against sums in float64; built with sanitizers by test_log_normalizer.py.
 // Every row has exactly its size, so that a read beyond it is seen.
-//   usage: driver SEED CASES
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <limits>
-#include <random>
 #include <vector>
 
 #include "cpu/normalizer/log_normalizer_cpu.h"
-#include "cpu/shared/host.h"
-
-namespace dgi::cpu {
-
-// What torch provides otherwise.
-void parallel_ranges(int64_t count, int64_t, void (*body)(int64_t, int64_t, void*), void* context) {
-  if (count > 0) body(0, count, context);
-}
-
-}  // namespace dgi::cpu
+#include "driver.h"
 
 namespace {
 
-using Random = std::mt19937_64;
-
-int64_t below(Random& random, int64_t n) { return static_cast<int64_t>(random() % static_cast<uint64_t>(n)); }
+using driver::below;
+using driver::Random;
 
 // Rows that rise, fall or wander, by little or by much, with numbers that are none.
 double logit(Random& random, int64_t kind, int64_t k) {
@@ -71,12 +58,8 @@ bool one_case(Random& random) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 3) return 2;
-  Random random(std::strtoull(argv[1], nullptr, 10));
-  for (int64_t i = std::atoll(argv[2]); i > 0; --i) {
-    if (!one_case<float>(random) || !one_case<double>(random) || !one_case<dgi::BFloat16>(random)
-        || !one_case<dgi::Float16>(random))
-      return 1;
-  }
-  return 0;
+  return driver::run(argc, argv, [](Random& random) {
+    return one_case<float>(random) && one_case<double>(random) && one_case<dgi::BFloat16>(random)
+           && one_case<dgi::Float16>(random);
+  });
 }

@@ -1,38 +1,22 @@
 // Random tables of codes through trie construction in C++, against a sort of their rows, and sets of items against
 // their definition; built with sanitizers by test_trie_native.py. Every array has exactly its size, so that a read or a
 // write beyond it is seen.
-//   usage: driver SEED CASES
 #include <algorithm>
-#include <cstdio>
-#include <cstdlib>
 #include <limits>
 #include <memory>
 #include <numeric>
-#include <random>
 #include <type_traits>
 #include <vector>
 
-#include "cpu/shared/host.h"
 #include "cpu/trie/item_set.h"
 #include "cpu/trie/trie_cpu.h"
 #include "cpu/trie/trie_merge.h"
-
-namespace dgi::cpu {
-
-// What torch provides otherwise; ranges are cut as several threads would.
-void parallel_ranges(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
-  for (int64_t first = 0; first < count; first += grain) body(first, std::min(count, first + grain), context);
-}
-
-int64_t thread_count() { return 3; }
-
-}  // namespace dgi::cpu
+#include "driver.h"
 
 namespace {
 
-using Random = std::mt19937_64;
-
-int64_t below(Random& random, int64_t n) { return static_cast<int64_t>(random() % static_cast<uint64_t>(n)); }
+using driver::below;
+using driver::Random;
 
 template <class Code, class Token, class Offset>
 bool build_case(Random& random, dgi::cpu::IntegerType type) {
@@ -255,21 +239,14 @@ bool marks_case(Random& random) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 3) return 2;
-  Random random(std::strtoull(argv[1], nullptr, 10));
   using dgi::cpu::IntegerType;
-  for (int64_t i = 0; i < std::atoll(argv[2]); ++i) {
-    const bool fine = build_case<int64_t, int32_t, int64_t>(random, IntegerType::kInt64)
-                      && build_case<int32_t, int32_t, int32_t>(random, IntegerType::kInt32)
-                      && build_case<int16_t, int16_t, int32_t>(random, IntegerType::kInt16)
-                      && build_case<uint16_t, int32_t, int32_t>(random, IntegerType::kUInt16)
-                      && build_case<uint8_t, int16_t, int64_t>(random, IntegerType::kUInt8) && set_case(random)
-                      && marks_case<int32_t>(random) && marks_case<int64_t>(random)
-                      && merge_case<int16_t, int32_t>(random) && merge_case<int32_t, int64_t>(random);
-    if (!fine) {
-      std::printf("case %lld differs\n", static_cast<long long>(i));
-      return 1;
-    }
-  }
-  return 0;
+  return driver::run(argc, argv, [](Random& random) {
+    return build_case<int64_t, int32_t, int64_t>(random, IntegerType::kInt64)
+           && build_case<int32_t, int32_t, int32_t>(random, IntegerType::kInt32)
+           && build_case<int16_t, int16_t, int32_t>(random, IntegerType::kInt16)
+           && build_case<uint16_t, int32_t, int32_t>(random, IntegerType::kUInt16)
+           && build_case<uint8_t, int16_t, int64_t>(random, IntegerType::kUInt8) && set_case(random)
+           && marks_case<int32_t>(random) && marks_case<int64_t>(random) && merge_case<int16_t, int32_t>(random)
+           && merge_case<int32_t, int64_t>(random);
+  });
 }
