@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +14,7 @@ from dgi_kernels.clustering import lloyd, native
 from dgi_kernels.clustering.options import KMeansOptions
 
 from .clustering_cases import clustered
+from .sanitizers import assert_clean
 from .shapes import name_of
 
 pytestmark = pytest.mark.skipif(
@@ -118,3 +122,9 @@ def test_of_distances_of_at_most_float32_alone() -> None:
     assert native.bounded_codes(x.double(), options["euclidean"]) is None
     assert native.bounded_codes(x, options["cosine"]) is native.bounded_codes(x, options["dot"]) is None
     assert lloyd.assign(x, x, options["euclidean"], "native").tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_the_kernel_is_clean_under_sanitizers(tmp_path: Path, seed: int) -> None:
+    """Random rounds with AddressSanitizer and UBSan: each code and each bound that is kept against all distances."""
+    assert_clean("bounded_driver.cpp", ("cpu/clustering/bounded.cpp",), tmp_path, seed, 100)
