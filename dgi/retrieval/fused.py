@@ -72,10 +72,10 @@ class Candidates:
     def find(cls, searcher: Searcher, queries: Interactions, **search: Any) -> Candidates:
         """Search with ``search`` as :meth:`dgi.Searcher.search_interactions` takes it, but for the order."""
         widest = max(beam_widths(search.get("num_beams", 50), searcher.index.trie.depth))
-        _, group, sizes = torch.unique(searcher.index.codes.cpu(), dim=0, return_inverse=True, return_counts=True)
-        k = min(len(searcher.index), widest * int(sizes.max()))
+        items_of_id = searcher.index.items_of_id()
+        k = min(len(searcher.index), widest * int(items_of_id.max()))
         found = searcher.search_interactions(queries, k=k, order="lexicographic", **search)
-        share = sizes[group].float().log()[found.items.clamp(min=0)]
+        share = items_of_id.float().log()[found.items.clamp(min=0)]
         return cls(found.items, found.scores, found.cosines, share)
 
     def ranked(self, weights: RankingWeights, item_scores: Tensor, k: int) -> Tensor:

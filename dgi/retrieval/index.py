@@ -191,10 +191,15 @@ class DGIIndex:
         scores = None if self.item_scores is None else self.item_scores.to(device)
         return DGIIndex(self.trie.to(device), self.vectors.to(device), self.ids, self.cosine_weight, scores)
 
+    def items_of_id(self) -> Tensor:
+        """(N,) int64, on the CPU: how many items have the semantic ID of each item, itself among them."""
+        _, group, sizes = torch.unique(self.codes.cpu(), dim=0, return_inverse=True, return_counts=True)
+        return sizes[group]
+
     @functools.cached_property
     def _most_items(self) -> int:
         """Of one semantic ID."""
-        return int(torch.unique(self.codes, dim=0, return_counts=True)[1].max()) if len(self) else 1
+        return int(self.items_of_id().max()) if len(self) else 1
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file: whole or not at all, versioned, with a checksum."""

@@ -113,6 +113,7 @@ def test_items_that_share_a_semantic_id_are_all_found(searcher: Searcher) -> Non
     for items in found.items.tolist():
         kept = [item for item in items if item >= 0]
         assert sorted(kept) == [item for item in range(ITEMS) if codes[item] == codes[kept[0]]]
+    assert searcher.index.items_of_id().tolist() == [codes.count(code) for code in codes]
     everything = searcher.search(["twin0"], k=ITEMS, num_beams=ITEMS).items[0].tolist()
     assert abs(everything.index(6) - everything.index(7)) == 1
 
