@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cosine_cases import GRADIENTS, eager
-from .interpreter import DEVICE, GPU, INTERPRETED, TRITON
+from .interpreter import DEVICE, GPU, INTERPRETED, TRITON, choose_form
 from .near import assert_all_near, assert_near
 
 if TRITON and (GPU or INTERPRETED):
@@ -17,6 +17,13 @@ if TRITON and (GPU or INTERPRETED):
 
 # Of tests with a loss that is reduced: gradients made with it are a form of their own.
 every_form = pytest.mark.parametrize("form", ["flash", "chunked", "reduced"], indirect=True)
+
+
+@pytest.fixture(name="form", params=["flash", "chunked"])
+def chosen_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The form that the launchers take, in every test that has an argument ``form``."""
+    choose_form(monkeypatch, triton, request.param, step=16)
+    return request.param
 
 
 def inputs(n: int, d: int, k: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,14 +17,20 @@ from .cosine_cases import (
     random_columns,
     results_by_columns,
 )
-from .cosine_triton_cases import assert_exact, every_form, inputs, loss_and_gradients, ours
+from .cosine_triton_cases import (
+    assert_exact,
+    chosen_form,  # noqa: F401
+    every_form,
+    inputs,
+    loss_and_gradients,
+    ours,
+)
 from .interpreter import (
     DEVICE,
     DTYPES,
     GPU,
     INTERPRETED,
     TRITON,
-    choose_form,
     launcher,
     run_in_the_interpreter,
     runs,
@@ -41,12 +47,6 @@ if TRITON and (GPU or INTERPRETED):
 @launcher
 def test_all_of_this_file_in_the_interpreter() -> None:
     run_in_the_interpreter(__file__)
-
-
-@pytest.fixture(params=["flash", "chunked"])
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    choose_form(monkeypatch, triton, request.param, step=16)
-    return request.param
 
 
 @runs

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, library
 
 from .cosine_cases import eager, true_loss_by_columns
-from .cosine_triton_cases import assert_exact, every_form, inputs, loss_and_gradients, ours
+from .cosine_triton_cases import (
+    assert_exact,
+    chosen_form,  # noqa: F401
+    every_form,
+    inputs,
+    loss_and_gradients,
+    ours,
+)
 from .interpreter import (
     DEVICE,
     DTYPES,
@@ -36,12 +43,6 @@ if TRITON and (GPU or INTERPRETED):
 @launcher
 def test_all_of_this_file_in_the_interpreter() -> None:
     run_in_the_interpreter(__file__)
-
-
-@pytest.fixture(params=["flash", "chunked"])
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    choose_form(monkeypatch, triton, request.param, step=16)
-    return request.param
 
 
 @runs
