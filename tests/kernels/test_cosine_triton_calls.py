@@ -37,6 +37,7 @@ from .shapes import name_of
 if TRITON and (GPU or INTERPRETED):
     from dgi_kernels import cosine_cross_entropy
     from dgi_kernels.cosine import triton
+    from dgi_kernels.cosine import triton_launch as launch
     from dgi_kernels.cosine import triton_reduced as reduced
 
 
@@ -63,6 +64,50 @@ def test_gradients_made_with_the_loss(
     smoothing, eps = random.choice([0.0, 0.1, 1.0]), random.choice([1e-12, 0.5])
     assert_exact(h, weight, target, scale, reduction=reduction, label_smoothing=smoothing, eps=eps)
     assert len(made) == (form == "reduced")
+
+
+in_one_pass = pytest.mark.parametrize("form", ["reduced"], indirect=True)
+either_scale = pytest.mark.parametrize("scale", [30.0, 120.0])  # plain, and beyond the largest plain scale
+
+
+@runs
+@in_one_pass
+@either_scale
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("is_aligned", [True, False])
+def test_gradients_made_with_the_loss_of_strided_inputs(
+    form: str, is_aligned: bool, reduction: str, scale: float
+) -> None:
+    """Vectors that kernels read where they are, 16 bytes at a time, and others, which are copied first."""
+    h, weight, target = inputs(66, 48, 65)
+    first = 16 if is_aligned else 1
+    h, weight, target = h[::2, first:], (weight if is_aligned else weight.T.contiguous().T)[:, first:], target[::2]
+    assert (launch.tiled(h) is h) == (launch.tiled(weight) is weight) == is_aligned
+    assert_exact(h, weight, target, scale, reduction=reduction, label_smoothing=0.1)
+    strided = loss_and_gradients(ours, h, weight, target, scale, reduction=reduction, label_smoothing=0.1)
+    copies = (h.contiguous(), weight.contiguous(), target.contiguous())
+    dense = loss_and_gradients(ours, *copies, scale, reduction=reduction, label_smoothing=0.1)
+    assert all(torch.equal(a, b) for a, b in zip(strided, dense, strict=True))
+
+
+@runs
+@in_one_pass
+@either_scale
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_gradients_made_with_the_loss_of_numbers_that_are_none(form: str, value: float, scale: float) -> None:
+    """One in a row of h leaves dh of the others as it was; one in a column is in the weights of all rows."""
+    h, weight, target = inputs(40, 24, 33)
+    _, clean, *_ = loss_and_gradients(ours, h, weight, target, scale, reduction="sum")
+    dirty = h.clone()
+    dirty[3, 1] = value
+    loss, dh, dweight, dscale = loss_and_gradients(ours, dirty, weight, target, scale, reduction="sum")
+    assert loss.isnan() and dweight.isnan().all() and dscale.isnan()
+    assert dh[3].isnan().any()
+    others = [n for n in range(40) if n != 3]
+    assert torch.equal(dh[others], clean[others])
+    weight[5, 2] = value
+    loss, dh, dweight, dscale = loss_and_gradients(ours, h, weight, target, scale, reduction="sum")
+    assert loss.isnan() and dh.isnan().any(1).all() and dweight.isnan().any(1).all() and dscale.isnan()
 
 
 @runs
