@@ -89,14 +89,24 @@ def test_logits_of_any_alignment(cuda_ops: on_cpu.Ops) -> None:
 
 
 def test_many_beams_of_few_children_each(cuda_ops: on_cpu.Ops) -> None:
-    """A child of each code would be 2^31 candidates from 7,068 beams on; what counts are those that there are."""
-    codes, width = 151_936, 7100
+    """A child of each code would be 2^31 candidates from 7,068 beams on; what counts are those that there are.
+
+    The reference, which would form 4 GB of logits, is given the two live beams alone.
+    """
+    codes, width, live = 151_936, 7100, torch.tensor([3, 7000])
     trie = Trie.from_codes([[0, 5], [1, 7], [1, 9]], codebook_sizes=[codes, codes])
     nodes = torch.full((1, width), -1)
-    nodes[0, [3, 7000]] = torch.tensor([1, 0])
+    nodes[0, live] = torch.tensor([1, 0])
     beams = Beams(nodes, nodes, nodes, torch.zeros(1, width), 1)
     logits = torch.randn(1, 1, codes).expand(1, width, codes)
-    assert_same(*both(cuda_ops, trie, logits, beams, num_beams=4, normalize="none"), exact=True)
+    options = {"num_beams": 4, "normalize": "none"}
+    with cuda_ops.instead(*OPS):
+        got = beam_step(trie, logits, beams, backend="native", **options)
+    few = Beams(*(part[:, live] for part in beams[:4]), beams.depth)
+    expected = beam_step(trie, logits[:, live], few, backend="reference", **options)
+    assert int((expected.nodes >= 0).sum()) == 3
+    parents = torch.where(expected.parents < 0, -1, live[expected.parents])
+    assert_same(got, expected._replace(parents=parents), exact=True)
     base = trie.parts.base
     with cuda_ops.instead(*OPS), pytest.raises(RuntimeError, match="more than 2..31 candidates"):
         torch.ops.dgi_kernels.beam_step(
