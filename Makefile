@@ -18,7 +18,7 @@ demo: $(INSTALLED)  ## train, index and search MovieLens-100K; results in demo-o
 	$(BIN)/dgi demo --output demo-output
 
 test: $(INSTALLED)  ## run the tests, several files at once
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 BENCHMARKS := $(patsubst bench/bench_%.py,%,$(wildcard bench/bench_*.py))
 

@@ -38,6 +38,12 @@ def seed(request: pytest.FixtureRequest) -> int:
     return value
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: started last, one of them would keep a single worker busy at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Generator[None, TestReport, TestReport]:
     """A skip that is not on the list fails: a test that says nothing reads as one that passed."""

@@ -27,6 +27,8 @@ from . import on_cpu
 
 OPS = ("beam_step", "cosine_beam_step")
 
+pytestmark = pytest.mark.slow  # the first of them compiles the kernels, too
+
 
 @pytest.mark.parametrize("normalize", NORMALIZE)
 @pytest.mark.parametrize("dtype", GPU_DTYPES, ids=name_of)

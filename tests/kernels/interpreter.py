@@ -28,7 +28,14 @@ TRITON = importlib.util.find_spec("triton") is not None
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * GPU
 
 interpreted = pytest.mark.skipif(not (TRITON and INTERPRETED), reason="needs Triton's interpreter")
-launcher = pytest.mark.skipif(not TRITON or GPU or INTERPRETED, reason="needs Triton; a GPU runs the tests itself")
+needs_launching = pytest.mark.skipif(
+    not TRITON or GPU or INTERPRETED, reason="needs Triton; a GPU runs the tests itself"
+)
+
+
+def launcher(test: Callable[[], None]) -> Callable[[], None]:
+    """Mark the test of a file that runs the others in the interpreter."""
+    return pytest.mark.slow(needs_launching(test))
 
 
 def runs(test: Callable[..., None]) -> Callable[..., None]:

@@ -342,6 +342,7 @@ def test_direct_callers_are_stopped_too() -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 def test_the_kernel_is_clean_under_sanitizers(tmp_path: Path, seed: int) -> None:
     """Random tries and beams through the same C++ with AddressSanitizer and UBSan, against a search of all children.

@@ -279,6 +279,7 @@ def test_the_ops_are_well_registered() -> None:
     library.opcheck(torch.ops.dgi_kernels.parent_set.default, (*places, torch.tensor([0, 3, 20]), 2))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 def test_construction_is_clean_under_sanitizers(tmp_path: Path, seed: int) -> None:
     """Random tables and sets through the same C++ with AddressSanitizer and UBSan, against their definitions."""

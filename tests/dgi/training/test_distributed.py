@@ -17,6 +17,8 @@ import torch
 from dgi.training.distributed import gather_rows, global_mean, process_group, rank, world_size
 from tests.dgi import tiny_runs
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 SEED = 20240229  # one for all tests of this file, which share a run; the numbers must agree to rounding for any
 

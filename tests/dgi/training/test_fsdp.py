@@ -20,6 +20,7 @@ from tests.dgi.tiny_runs import MODEL
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.mark.slow
 def test_modules_and_models_can_be_sharded() -> None:
     """Guards against parameters of 0 dimensions, which fully_shard refuses."""
     command = [
