@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -70,13 +71,16 @@ FAULTS = {
     ),
 }
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1", reason="needs Triton"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1", reason="needs Triton"
+    ),
+]
 
 
-def run_tests(folder: Path, fault: Fault) -> subprocess.CompletedProcess[str]:
-    """The fault's tests, in the interpreter, against the package in ``folder``."""
+def run_tests(folder: Path, *tests: tuple[str, str]) -> subprocess.CompletedProcess[str]:
+    """Tests, each a file and what chooses one of its tests, in the interpreter, against the package in ``folder``."""
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "1",
@@ -88,7 +92,7 @@ def run_tests(folder: Path, fault: Fault) -> subprocess.CompletedProcess[str]:
         sys.executable,
         "-m",
         "pytest",
-        "-q",
+        "-v",
         "-x",
         "-p",
         "no:cacheprovider",
@@ -96,8 +100,8 @@ def run_tests(folder: Path, fault: Fault) -> subprocess.CompletedProcess[str]:
         "--rootdir",
         str(folder),
         "-k",
-        fault.test,
-        str(folder / "tests" / "kernels" / f"test_{fault.tests}"),
+        " or ".join(f"({chosen})" for _, chosen in tests),
+        *(str(folder / "tests" / "kernels" / f"test_{file}") for file, _ in tests),
     ]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
@@ -115,12 +119,14 @@ def test_a_planted_fault_is_found(name: str, tmp_path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert fault.right in text, f"{fault.file} has changed: plant the fault in what it says now"
     path.write_text(text.replace(fault.right, fault.wrong), encoding="utf-8")
-    run = run_tests(tmp_path, fault)
+    run = run_tests(tmp_path, (fault.tests, fault.test))
     assert run.returncode == 1 and fault.message in run.stdout, run.stdout[-3000:] + run.stderr[-1000:]
 
 
 def test_the_same_tests_pass_without_a_fault(tmp_path: Path) -> None:
     copy_of_the_project(tmp_path)
-    for tests, test in (QUANTIZE, COSINE, REDUCED):
-        run = run_tests(tmp_path, Fault("", "", "", tests, test, ""))
-        assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-3000:] + run.stderr[-1000:]
+    tests = (QUANTIZE, COSINE, REDUCED)
+    run = run_tests(tmp_path, *tests)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
+    for file, _ in tests:
+        assert re.search(rf"test_{file}::.* PASSED", run.stdout), f"no test of {file} was run"
