@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Json = Mapping[str, Any]
+TEXTS = ("system", "what", "chosen")  # columns of words
 
 
 def markdown(results: Json) -> str:
@@ -191,7 +192,7 @@ def _bare(number: str) -> str:
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
-    aligned = ["---"] + ["--:"] * (len(header) - 1)
+    aligned = ["---" if name in TEXTS else "--:" for name in header]
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, aligned, *rows])
 
 
