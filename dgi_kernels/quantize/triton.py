@@ -36,7 +36,9 @@ def residual_quantize(operands: Operands, options: QuantizeOptions) -> ResidualQ
     sizes = [len(codebook) for codebook in codebooks]
     dim = z.shape[1]
     more = max(16, (dim + 15) // 16 * 16) - dim  # rows are read 16 bytes at a time
-    z, weight = F.pad(z, (0, more)), F.pad(torch.cat(list(codebooks)), (0, more))
+    weight = torch.cat(list(codebooks))
+    if more:  # else it would copy
+        z, weight = F.pad(z, (0, more)), F.pad(weight, (0, more))
     width = 0 if values is None else values[0].shape[1]
     mixed = F.pad(torch.cat(list(values)), (0, -width % 16)) if values is not None and width else None
     scale, tau = (checks.scalar_tensor(value, torch.float32, z.device) for value in (scale, tau))

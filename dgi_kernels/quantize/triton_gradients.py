@@ -270,7 +270,7 @@ def _finish(
         p_x=x,
         p_rnorm=rnorm,
         p_order=order,
-        p_factor=sampling.scale / sampling.tau,
+        p_factor=sampling.factor,
         p_gain=gain,
         p_add=add,
         p_add_gain=add_gain,

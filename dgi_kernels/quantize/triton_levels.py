@@ -5,6 +5,7 @@ Formulas: :mod:`dgi_kernels.quantize.triton_kernels`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -71,6 +72,11 @@ class Sampling:
     def plain(self) -> bool:
         """Whether the factors of rows and codes are constants."""
         return self.metric != COSINE
+
+    @functools.cached_property
+    def factor(self) -> Tensor:
+        """Of a gradient of logits, times tau, in that of vectors of length 1."""
+        return self.scale / self.tau
 
     def counted(self, rows: int) -> int | Tensor:
         """Rows that usage is the mean of."""
@@ -369,7 +375,7 @@ def chunked_level(level: Level, sampling: Sampling, rest: Tensor, usage: Tensor,
         level.mixture.copy_(level.values[level.sampled].masked_fill(is_lost, float("nan")))
     if weights:
         _leave_out_padding(level, sampling)
-    return None if mean is None else mean.mul_(2.0**-log2_gain)
+    return mean if mean is None or log2_gain == 0 else mean.mul_(2.0**-log2_gain)
 
 
 def chunks_of(level: Level, buffers: int) -> Iterator[tuple]:
