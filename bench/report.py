@@ -19,6 +19,8 @@ A page says what it shows between markers, and everything between them is replac
     <!-- /figure -->
     <!-- tail:compare-movielens -->                                its table of head and tail over the popularity weight
     <!-- /tail -->
+    <!-- side-by-side:compare-a,compare-b systems=dgi,dense -->  one measure of systems over several comparisons
+    <!-- /side-by-side -->
     <!-- scale -->                                                 what each step costs by the size of a catalog
     <!-- /scale -->
     <!-- summary -->                                               one table over all ops: the rows of SUMMARY
@@ -61,6 +63,7 @@ KERNELS = re.compile(r"(?<=<!-- kernels -->\n).*?(?=<!-- /kernels -->)", re.DOTA
 COMPARISON = re.compile(r"(<!-- comparison:(\S+) -->\n).*?(<!-- /comparison -->)", re.DOTALL)
 FIGURE = re.compile(r"(<!-- figure:(\S+)((?: [^=\s]+=\S+)*) -->\n).*?(<!-- /figure -->)", re.DOTALL)
 TAIL = re.compile(r"(<!-- tail:(\S+) -->\n).*?(<!-- /tail -->)", re.DOTALL)
+SIDE_BY_SIDE = re.compile(r"(<!-- side-by-side:(\S+)((?: [^=\s]+=\S+)*) -->\n).*?(<!-- /side-by-side -->)", re.DOTALL)
 DROPINS = re.compile(r"(<!-- dropins -->\n).*?(<!-- /dropins -->)", re.DOTALL)
 SCALE = re.compile(r"(?<=<!-- scale -->\n).*?(?=<!-- /scale -->)", re.DOTALL)
 SUMMARY_PLACE = re.compile(r"(?<=<!-- summary -->\n).*?(?=<!-- /summary -->)", re.DOTALL)
@@ -358,6 +361,7 @@ def rendered(page: Path, text: str) -> tuple[str, list[Picture]]:
     text = COMPARISON.sub(lambda match: f"{match[1]}\n{comparison(match[2])}\n\n{match[3]}", text)
     text = FIGURE.sub(lambda match: f"{match[1]}{show(figure(match[2], parsed(match[3])))}\n{match[4]}", text)
     text = TAIL.sub(lambda match: f"{match[1]}\n{tail(match[2])}\n\n{match[3]}", text)
+    text = SIDE_BY_SIDE.sub(lambda m: f"{m[1]}\n{side_by_side(m[2].split(','), parsed(m[3]))}\n\n{m[4]}", text)
     text = OPS.sub(lambda match: op_table(available()), text)
     return KERNELS.sub(lambda match: kernels(match[0]), text), shown
 
@@ -400,6 +404,16 @@ def tail(name: str) -> str:
         return "*Not measured yet, so nothing is claimed.*"
     tables = [tail_markdown(data) for data in json.loads(path.read_text())["data"].values()]
     return "\n\n".join([*tables, f"<sub>`bench/results/{name}.json`</sub>"])
+
+
+def side_by_side(names: list[str], options: dict[str, str]) -> str:
+    """NDCG of systems in several comparisons, one column each."""
+    from dgi.evaluation.comparison_report import ndcg_side_by_side
+
+    results = [json.loads((RESULTS / f"{name}.json").read_text()) for name in names]
+    data = [part for of_file in results for part in of_file["data"].values()]
+    sources = ", ".join(f"`bench/results/{name}.json`" for name in names)
+    return f"{ndcg_side_by_side(data, options['systems'].split(','))}\n\n<sub>{sources}</sub>"
 
 
 def summary() -> str:

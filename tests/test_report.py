@@ -331,5 +331,9 @@ def test_a_page_shows_a_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     shown = report.rendered(page, text)[0]
     assert shown.startswith("before\n<!-- comparison") and shown.endswith("<!-- /comparison -->\nafter\n")
     assert "## shop" not in shown and "| system |" in shown and "old" not in shown  # the page has its own title
-    recall = results["data"]["shop"]["systems"]["popularity"]["measures"]["recall@10"]["mean"]
-    assert f"{recall:.4f}".removeprefix("0") in shown
+    measures = results["data"]["shop"]["systems"]["popularity"]["measures"]
+    assert f"{measures['recall@10']['mean']:.4f}".removeprefix("0") in shown
+    text = "<!-- side-by-side:compare-x,compare-x systems=popularity,dense -->\nold\n<!-- /side-by-side -->"
+    *_, popularity, dense = [row for row in report.rendered(page, text)[0].splitlines() if row.startswith("|")]
+    assert popularity.count(f"{measures['ndcg@10']['mean']:.4f}".removeprefix("0")) == 2  # a column each
+    assert dense.endswith("| – | – |")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,6 +117,18 @@ def tail_markdown(data: Json) -> str:
                     _number(_sum(buckets, ("4", "5"))),
                 ]
             )
+    return _table(header, rows)
+
+
+def ndcg_side_by_side(comparisons: Sequence[Json], names: Sequence[str]) -> str:
+    """NDCG with its interval of the systems ``names``, a column for each data set; "–" where a system was not run."""
+    header = ["system", "what", *(f"NDCG@{K}, {data['data']}: {data['steps']:,} steps" for data in comparisons)]
+    rows = []
+    for name in names:
+        found = [data["systems"].get(name) for data in comparisons]
+        seeds = [f" ({len(one['seeds'])} seeds)" if one and len(one["seeds"]) > 1 else "" for one in found]
+        values = ["–" if one is None else _interval(one["measures"][f"ndcg@{K}"]) for one in found]
+        rows.append([f"`{name}`", DESCRIPTIONS[name], *map("".join, zip(values, seeds, strict=True))])
     return _table(header, rows)
 
 
