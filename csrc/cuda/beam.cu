@@ -1,5 +1,5 @@
 // Beam steps on CUDA, given logits: two launches, or three, whose shapes follow from those of the tensors alone, so
-// that a whole search is one graph. beam_step.h holds the kernels.
+// that a whole search is one graph. beam_parents.h and beam_children.h hold the kernels.
 //
 // Bytes: the logits once (B M K), and of each child 2 or 4 for its token and 2 or 4 for its logit from the second-level
 // cache. Instructions of the machine code are listed by `make gpu-code`.
