@@ -100,5 +100,12 @@ def draw(systems: Systems, kind: str, palette: Sequence[str]) -> Figure:
     axes = figure.subplots()
     KINDS[kind](systems, axes, palette[1:])
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, labelcolor="linecolor" if kind != "buckets" else None)
+    # above the panel, where no bar or line is
+    axes.legend(
+        frameon=False,
+        labelcolor="linecolor" if kind != "buckets" else None,
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=2,
+    )
     return figure
