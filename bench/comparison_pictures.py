@@ -87,9 +87,9 @@ KINDS: Mapping[str, Callable[[Systems, Axes, Sequence[str]], None]] = {
 }
 
 
-def words(systems: Systems, kind: str) -> str:
-    """What the picture shows."""
-    return f"{WORDS[kind]}: {', '.join(systems)}."
+def words(name: str, systems: Systems, kind: str) -> str:
+    """What the picture of the comparison ``name`` shows."""
+    return f"{WORDS[kind]}: {', '.join(systems)}, in {name}."
 
 
 def draw(systems: Systems, kind: str, palette: Sequence[str]) -> Figure:

@@ -389,7 +389,7 @@ def figure(name: str, options: dict[str, str]) -> Picture:
     systems = comparison_pictures.load(RESULTS / f"{name}.json", options["systems"].split(","))
     return Picture(
         picture_name(name, options),
-        comparison_pictures.words(systems, kind),
+        comparison_pictures.words(name, systems, kind),
         partial(comparison_pictures.draw, systems, kind),
         name,
     )
