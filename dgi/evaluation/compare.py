@@ -32,7 +32,7 @@ from dgi.evaluation.tail import mean_curve, tail_curve
 from dgi.extras import require
 from dgi.model.dgi_model import DualEncoder
 from dgi.progress import Progress
-from dgi.retrieval.baselines import Generative, Plan, Retriever
+from dgi.retrieval.baselines import Plan, Retriever
 from dgi.retrieval.baselines.plan import validation_sample
 from dgi.retrieval.fused import hit_rate_and_ndcg
 from dgi_kernels.files import atomic_write, check_output
@@ -142,7 +142,7 @@ def _run_cell(
     excluded = about["history_excluded"]
     tail = tail_curve(system, test, counts, exclude_history=excluded) if relevant is None else None
     values = measure_queries(found, test.items, relevant)
-    nearest = system.nearest(test, DEPTH, exclude_history=excluded) if isinstance(system, Generative) else None
+    nearest = system.nearest(test, DEPTH, exclude_history=excluded)
     exact = None if nearest is None else measure_queries(nearest.numpy(), test.items, relevant)
     recall = values[MEASURES.index(f"recall@{K}")]
     cell = {

@@ -62,6 +62,10 @@ class Retriever(abc.ABC):
         """(N, d) vectors of the items with their lengths, where the system has some."""
         return None
 
+    def nearest(self, queries: Interactions, k: int, *, exclude_history: bool = False) -> Tensor | None:
+        """(n, k) catalog rows by exact cosine of the system's own vectors, where its search only approximates that."""
+        return None
+
 
 class ScoringRetriever(Retriever):
     """A system that has a score for every item; subclasses have :meth:`scores`."""
