@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dgi.cli.common import DATA_FORMAT, MOVIELENS, add_run_options, device, positive
+from dgi.cli.common import DATA_FORMAT, MOVIELENS, add_run_options, device, positive, widths
 from dgi.cli.train import add_settings, configs, read_settings
 from dgi.evaluation.names import DEFAULT_SYSTEMS, DESCRIPTIONS
 
@@ -67,10 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--beams",
-        metavar="N",
-        type=positive,
+        metavar="M",
+        type=widths,
         default=200,
-        help="semantic IDs that survive each level of a search, in generative systems (default: %(default)s)",
+        help="semantic IDs that survive each level of a search, in generative systems: one number, or one per level as "
+        "in 64,500,2000 (default: %(default)s)",
     )
     parser.add_argument("--split", choices=("time", "leave_one_out", "given"), help="(default: by the files)")
     parser.add_argument("--text", metavar="COLUMNS", default="text", help="columns of an item's text, as title,text")
@@ -114,7 +115,8 @@ def run(args: argparse.Namespace) -> None:
         model, training = configs(settings, 0 if vectors is None else vectors.shape[1])
         if steps:
             training = dataclasses.replace(training, steps=steps)
-        plan = Plan(model, training, encoder_share=args.encoder_share, num_beams=args.beams, device=device(args.device))
+        beams = args.beams if isinstance(args.beams, int) else tuple(args.beams)
+        plan = Plan(model, training, encoder_share=args.encoder_share, num_beams=beams, device=device(args.device))
         comparison = Comparison(
             plan, args.systems, tuple(range(args.seeds)), minutes, not args.keep_history, args.max_queries
         )

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tune",
         action="store_true",
         help="choose on validation data what the cosine, a learnt bias and popularity count when results are ranked by "
-        "a sum, and store it with the index, which searches then go by",
+        "a sum, and what the cosine counts when beams are kept, and store it with the index, which searches then go by",
     )
     add_run_options(parser)
 
@@ -115,7 +115,8 @@ def _tuned(index: DGIIndex, model: DGIModel, args: argparse.Namespace) -> DGIInd
     for weight in dict.fromkeys(tried.cosine for tried in found):
         tried = max((tried for tried in found if tried.cosine == weight), key=found.__getitem__)
         print(
-            f"  cosine {weight:>4g}, bias {tried.bias:g}, popularity {tried.popularity:>5g}: {found[tried]:.4f}"
+            f"  cosine {weight:>4g}, bias {tried.bias:g}, popularity {tried.popularity:>5g}, guide "
+            f"{tried.guide:>3g}: {found[tried]:.4f}"
             f"{'  (chosen)' if tried == best else ''}"
         )
     return best.applied(index, model.item_bias, counts)

@@ -43,7 +43,7 @@ def _protocol(data: Json) -> str:
     )
     # Before batches could be of sequences, items could share an ID.
     unique = ", and make semantic IDs unique" if "batches_of" in data else ""
-    beams = f", and search with {data['num_beams']:,} beams" if "num_beams" in data else ""
+    beams = f", and search with {_widths(data['num_beams'])} beams" if "num_beams" in data else ""
     minutes = f" (the dense system's in {data['minutes']:g} minutes)" if data["minutes"] else ""
     return (
         f"{data['items']:,} items, {data['train']:,} training, {data['validation']:,} validation and {which} test "
@@ -55,6 +55,11 @@ def _protocol(data: Json) -> str:
         f"{data['model']['dim']}. In brackets: 95 % intervals, bootstrap over requests; Δ: paired, against "
         f"`{data['best_baseline']}`, the best baseline{_chosen_on(data)}."
     )
+
+
+def _widths(num_beams: int | list[int]) -> str:
+    """One number of beams, or those of each level."""
+    return f"{num_beams:,}" if isinstance(num_beams, int) else "/".join(f"{width:,}" for width in num_beams)
 
 
 def _chosen_on(data: Json) -> str:

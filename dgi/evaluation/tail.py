@@ -69,7 +69,7 @@ def _generative(
 ) -> Iterator[tuple[float, Tensor]]:
     """One search finds the candidates of all weights: what the beams find does not depend on them."""
     own = system.model.item_bias
-    options = {"num_beams": system.plan.num_beams, "exclude_history": exclude_history}
+    options = {"num_beams": system.num_beams, "exclude_history": exclude_history}
     candidates = Candidates.find(system.searcher, test, **options)
     for alpha in ALPHAS:
         alpha = round(alpha * (1.0 + system.weights.cosine * TEMPERATURE), 6)  # so many log-probabilities are summed

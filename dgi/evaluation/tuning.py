@@ -42,6 +42,7 @@ def tune_cosine_weight(
         cosine=weights,
         bias=(0.0,),
         popularity=(0.0,),
+        guide=(0.0,),
         num_beams=num_beams,
         exclude_history=exclude_history,
         progress=progress,

@@ -2,8 +2,9 @@
 
 ``score(n) = log P(semantic ID of n) + λ · cos(q, n) + β · b_n − α · log(1 + clicks of n) − log(items of that ID)``
 
-with b_n the item's bias, if the model has learnt one. λ, β and α are chosen together, by NDCG@10. One search finds the
-candidates of all settings; so do later searches, whose beams are those of the decoder alone.
+with b_n the item's bias, if the model has learnt one. λ, β and α are chosen together, by NDCG@10, with the weight w of
+the guide of :mod:`dgi.retrieval.guide`, which the beams are kept by. One search for each w finds the candidates of all
+other settings.
 """
 
 from __future__ import annotations
@@ -27,20 +28,28 @@ COSINE_WEIGHTS = (0.0, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 40.0, 60.0, 80.0, 120.0,
 TEMPERATURE = 0.05
 BIAS_SHARES = (0.0, 0.5, 1.0, 2.0)  # β = share · λτ
 POPULARITY_SHARES = (0.0, -0.25, -0.1, 0.1, 0.25, 0.5)  # α = share · (1 + λτ)
+GUIDE_WEIGHTS = (0.0, 40.0, 160.0)
 K = 10  # settings are chosen by NDCG at 10
 
 
 @dataclass(frozen=True)
 class RankingWeights:
-    """Weights of the sum; where all are 0 there is none, and the ranking is lexicographic.
+    """Weights of the sum, and of the guide; where all of the sum are 0 the ranking is lexicographic.
 
     Attributes:
         cosine, bias, popularity: λ, β and α.
+        guide: w, which is no part of the sum.
     """
 
     cosine: float = 0.0
     bias: float = 0.0
     popularity: float = 0.0
+    guide: float = 0.0
+
+    @property
+    def lexicographic(self) -> bool:
+        """Whether there is no sum."""
+        return not (self.cosine or self.bias or self.popularity)
 
     def item_scores(self, bias: Tensor | None, counts: Tensor | None) -> Tensor:
         """(N,) float32: β · b_n − α · log(1 + clicks), or a 0 of any shape where neither counts."""
@@ -56,7 +65,7 @@ class RankingWeights:
         scores = self.item_scores(bias, counts)
         scores = scores - scores.mean()
         kept = None if scores.ndim == 0 else scores.clamp(-MAX_ITEM_SCORE, MAX_ITEM_SCORE).to(index.vectors.device)
-        return dataclasses.replace(index, cosine_weight=self.cosine, item_scores=kept)
+        return dataclasses.replace(index, cosine_weight=self.cosine, item_scores=kept, guide_weight=self.guide)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +89,7 @@ class Candidates:
 
     def ranked(self, weights: RankingWeights, item_scores: Tensor, k: int) -> Tensor:
         """(n, k) the best items by the sum; the order of the search where all weights are 0."""
-        if weights == RankingWeights():
+        if weights.lexicographic:
             return self.items[:, :k]
         own = item_scores[self.items.clamp(min=0)] if item_scores.ndim else item_scores
         scores = self.scores + weights.cosine * self.cosines + own - self.log_share  # padding stays at -inf
@@ -96,6 +105,7 @@ def choose_weights(
     cosine: Sequence[float] = COSINE_WEIGHTS,
     bias: Sequence[float] = BIAS_SHARES,
     popularity: Sequence[float] = POPULARITY_SHARES,
+    guide: Sequence[float] = GUIDE_WEIGHTS,
     **search: Any,
 ) -> tuple[RankingWeights, Mapping[RankingWeights, float]]:
     """Choose the weights of the sum by NDCG@10.
@@ -104,7 +114,7 @@ def choose_weights(
         searcher: model, index and catalog.
         validation: what was neither trained on nor will be tested on.
         counts: (N,) clicks of the items in training; without them α is 0.
-        cosine: the λ to try.
+        cosine, guide: the λ and w to try.
         bias, popularity: the shares to try, see :data:`BIAS_SHARES` and :data:`POPULARITY_SHARES`.
         **search: ``num_beams``, ``exclude_history`` and ``progress`` of :meth:`dgi.Searcher.search_interactions`.
 
@@ -117,16 +127,18 @@ def choose_weights(
     if len(validation) == 0 or len(cosine) == 0:
         raise ValueError(f"there must be interactions and weights; got {len(validation)} and {len(cosine)}")
     own = searcher.model.item_bias
-    found = Candidates.find(searcher, validation, **search)
     targets = torch.from_numpy(validation.items)
     tried = {}
-    for value in sorted(cosine):
-        biases = bias if value and own is not None else (0.0,)
-        powers = popularity if value and counts is not None else (0.0,)
-        for of_bias, of_popularity in itertools.product(biases, powers):
-            weights = RankingWeights(value, of_bias * value * TEMPERATURE, of_popularity * (1.0 + value * TEMPERATURE))
-            items = found.ranked(weights, weights.item_scores(own, counts), K)
-            tried[weights] = hit_rate_and_ndcg(items, targets)[1]
+    for of_guide in sorted(guide):
+        found = Candidates.find(searcher, validation, guide_weight=of_guide, **search)
+        for value in sorted(cosine):
+            biases = bias if value and own is not None else (0.0,)
+            powers = popularity if value and counts is not None else (0.0,)
+            for of_bias, of_popularity in itertools.product(biases, powers):
+                logs = value * TEMPERATURE
+                weights = RankingWeights(value, of_bias * logs, of_popularity * (1.0 + logs), of_guide)
+                items = found.ranked(weights, weights.item_scores(own, counts), K)
+                tried[weights] = hit_rate_and_ndcg(items, targets)[1]
     return max(tried, key=tried.__getitem__), tried
 
 

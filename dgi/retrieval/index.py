@@ -7,6 +7,7 @@ first, then ``ẑ_q · ẑ_item`` (paper, inference).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import os
@@ -25,6 +26,7 @@ from dgi.model.decoders import CachedDecoder, caches
 from dgi.model.dgi_model import DGIModel
 from dgi.model.encoders import QueryEncoding
 from dgi.model.encoding import device_of, encode_items, evaluating
+from dgi.retrieval.guide import Guide, fit_guides
 from dgi.retrieval.shares import EncodedItems, codes_of
 from dgi.training.checkpoint import CheckpointError, read_tensors, write_tensors
 from dgi_kernels import (
@@ -34,6 +36,7 @@ from dgi_kernels import (
     Trie,
     TrieFilter,
     beam_search,
+    checks,
     rank_candidates,
 )
 from dgi_kernels.beam import beam_widths
@@ -80,6 +83,7 @@ class DGIIndex:
         cosine_weight: what the cosine counts in a ranking by a sum, as learnt on validation data; None where nobody
             has, 0 where the lexicographic ranking was better.
         item_scores: (N,) float32 what an item adds to its sum, learnt with it; None for nothing.
+        guide_weight: what the cosine counts when beams are kept, learnt with it; 0 where beams are the decoder's alone.
 
     Raises:
         ValueError: the parts do not fit each other.
@@ -90,6 +94,7 @@ class DGIIndex:
     ids: tuple[str, ...]
     cosine_weight: float | None = None
     item_scores: Tensor | None = None
+    guide_weight: float = 0.0
 
     def __post_init__(self) -> None:
         size = len(self.ids)
@@ -112,6 +117,8 @@ class DGIIndex:
             )
         if scores is not None and not bool((scores.abs() <= MAX_ITEM_SCORE).all()):
             raise ValueError(f"item_scores must be finite and at most {MAX_ITEM_SCORE:g} in size")
+        if not math.isfinite(self.guide_weight):
+            raise ValueError(f"guide_weight must be finite; got {self.guide_weight}")
 
     @classmethod
     def build(
@@ -189,12 +196,18 @@ class DGIIndex:
     def to(self, device: torch.device | str) -> DGIIndex:
         """The index on ``device``."""
         scores = None if self.item_scores is None else self.item_scores.to(device)
-        return DGIIndex(self.trie.to(device), self.vectors.to(device), self.ids, self.cosine_weight, scores)
+        trie, vectors = self.trie.to(device), self.vectors.to(device)
+        return dataclasses.replace(self, trie=trie, vectors=vectors, item_scores=scores)
 
     def items_of_id(self) -> Tensor:
         """(N,) int64, on the CPU: how many items have the semantic ID of each item, itself among them."""
         _, group, sizes = torch.unique(self.codes.cpu(), dim=0, return_inverse=True, return_counts=True)
         return sizes[group]
+
+    @functools.cached_property
+    def guides(self) -> tuple[Tensor, ...]:
+        """Vectors of the codes of each level, (K_j, d), that guide beams: :mod:`dgi.retrieval.guide`."""
+        return fit_guides(self.vectors, self.codes, self.trie.codebook_sizes)
 
     @functools.cached_property
     def _most_items(self) -> int:
@@ -216,6 +229,8 @@ class DGIIndex:
             tensors["item_scores"] = self.item_scores
         if self.cosine_weight is not None:
             description["cosine_weight"] = self.cosine_weight
+        if self.guide_weight:
+            description["guide_weight"] = self.guide_weight
         write_tensors(path, tensors, description)
 
     @classmethod
@@ -237,8 +252,9 @@ class DGIIndex:
                 {name.removeprefix("trie."): array for name, array in tensors.items()}, description["trie"]
             )
             ids = _decode_ids(parts["id_bytes"], parts["id_offsets"])
-            weight = description.get("cosine_weight")  # files of before have none
-            return cls(trie, parts["vectors"], ids, None if weight is None else float(weight), scores)
+            weight = description.get("cosine_weight")  # files of before have none, nor a guide's
+            cosine = None if weight is None else float(weight)
+            return cls(trie, parts["vectors"], ids, cosine, scores, float(description.get("guide_weight", 0.0)))
         except KeyError as error:
             raise IndexFormatError(f"{path} describes no index: it has no {error}") from error
         except (TypeError, ValueError) as error:
@@ -259,6 +275,7 @@ class DGIIndex:
         order: Order | None = None,
         cosine_weight: float | None = None,
         share: bool = True,
+        guide_weight: float | None = None,
     ) -> SearchResult:
         """Search for a batch of requests; :class:`dgi.Searcher` makes batches from texts and ids.
 
@@ -277,33 +294,44 @@ class DGIIndex:
                 default ``"sum"`` where the index has learnt a weight, else ``"lexicographic"``; the weight is the
                 index's own, or 1. A sum has the index's ``item_scores`` too; which beams survive does not depend on
                 them.
+            guide_weight: what the cosine of query and items, as far as their codes tell, counts when beams are kept,
+                see :mod:`dgi.retrieval.guide`; by default the index's own. Scores in the result are without it. Logits
+                of all beams of a level are then formed.
 
         Raises:
-            ValueError: the index and the model, or the batch, do not fit.
+            ValueError: the index and the model, or the batch, do not fit, or ``guide_weight`` is not finite.
         """
         self._check_fit(model, batch, exclude)
+        guide_weight = self.guide_weight if guide_weight is None else guide_weight
+        guide_weight = checks.number("guide_weight", guide_weight)
         order = order or ("sum" if self.cosine_weight else "lexicographic")
         weight = self.cosine_weight if cosine_weight is None else cosine_weight
         ranked_by = {"order": order, "cosine_weight": 1.0 if weight is None else weight, "share": share}
         with evaluating(model):
             query = model.encode_queries(batch)
             widest = max(beam_widths(num_beams, self.trie.depth))
-            at_once = max(1, MEMORY_FLOATS // (widest * self._floats_per_beam(model, query)))
+            logits = max(self.trie.codebook_sizes) if guide_weight else 0
+            at_once = max(1, MEMORY_FLOATS // (widest * (self._floats_per_beam(model, query) + logits)))
             parts = []
             for start in range(0, max(1, len(batch)), at_once):
                 rows = slice(start, start + at_once)
                 part = QueryEncoding(*(value[rows] for value in query))
                 own = list(filters[rows]) if isinstance(filters, Sequence) else filters
                 per_request = isinstance(strength, Tensor) and strength.ndim == 1
+                step = model.beam_step_function(part)
+                guide = Guide(part.vector, self.guides, guide_weight) if guide_weight else None
                 beams = beam_search(
                     self.trie,
-                    model.beam_step_function(part),
+                    step if guide is None else guide.guided(step),
                     batch_size=len(part.vector),
                     num_beams=num_beams,
+                    normalize="full" if guide is None else "none",
                     filters=own,
                     node_scores=node_scores,
                     strength=cast(Tensor, strength)[rows] if per_request else strength,
                 )
+                if guide is not None:
+                    beams = guide.without(beams)
                 left_out = None if exclude is None else exclude[rows]
                 parts.append(self._rank(part, beams, k, left_out, own, ranked_by))
         items, scores, cosines = map(torch.cat, zip(*parts, strict=True))

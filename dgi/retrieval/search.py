@@ -83,8 +83,8 @@ class Searcher:
             exclude_history: leave the items of a request's history out of its results.
             filters: see :meth:`dgi.DGIIndex.search`.
             progress: show a progress bar.
-            **scoring: ``node_scores``, ``strength`` (one for all requests), ``order``, ``cosine_weight`` and ``share``
-                of :meth:`dgi.DGIIndex.search`.
+            **scoring: ``node_scores``, ``strength`` (one for all requests), ``order``, ``cosine_weight``, ``share``
+                and ``guide_weight`` of :meth:`dgi.DGIIndex.search`.
 
         Returns:
             The results in the order of the requests, on the CPU.

@@ -108,10 +108,14 @@ class Generative(Retriever):
         """The weights of the sum that ranks, on the validation set; see :mod:`dgi.retrieval.fused`."""
         own = self.model.item_bias
         # TIGER's items have codes and no vectors of their own: a cosine would say nothing.
-        options = self._search_options | ({"cosine": (0.0,)} if self.codes == "given" else {})
+        options = self._search_options | ({"cosine": (0.0,), "guide": (0.0,)} if self.codes == "given" else {})
         self.weights, _ = choose_weights(self.searcher, validation, counts=counts, **options)
         self.searcher.index = self.weights.applied(self.searcher.index, own, counts)
-        self.settings = {"cosine_weight": self.weights.cosine, "popularity_weight": self.weights.popularity}
+        self.settings = {
+            "cosine_weight": self.weights.cosine,
+            "popularity_weight": self.weights.popularity,
+            "guide_weight": self.weights.guide,
+        }
         if own is not None:
             self.settings["bias_weight"] = self.weights.bias
 
@@ -157,9 +161,17 @@ class Generative(Retriever):
         return Searcher(model, DGIIndex(trie, F.normalize(z.float(), dim=1), data.catalog.ids), data.catalog)
 
     @property
+    def num_beams(self) -> int | tuple[int, ...]:
+        """The plan's, or the most of them where semantic IDs are not of the plan's length."""
+        wanted = self.plan.num_beams
+        if isinstance(wanted, int) or len(wanted) == self.searcher.index.trie.depth:
+            return wanted
+        return max(wanted)
+
+    @property
     def _search_options(self) -> dict[str, Any]:
         return {
-            "num_beams": self.plan.num_beams,
+            "num_beams": self.num_beams,
             "exclude_history": self.plan.exclude_history,
             "progress": self.plan.progress,
         }

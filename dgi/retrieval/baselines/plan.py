@@ -17,6 +17,7 @@ from dgi.data import Dataset, Interactions, SequenceRows, training_rows
 from dgi.model.dgi_model import DualEncoder
 from dgi.training.sequences import SequenceTrainer
 from dgi.training.trainer import Trainer
+from dgi_kernels.beam import beam_widths
 
 VALIDATION_SAMPLE = 8000  # validation requests that settings are chosen on; among 2,000, a choice is mostly chance
 
@@ -34,7 +35,8 @@ class Plan:
         device: where to train and search.
         progress: show progress bars.
         curve_points: how often the model is measured on the validation set in training.
-        num_beams: semantic IDs that survive each level of a search, in all generative systems.
+        num_beams: semantic IDs that survive each level of a search, in all generative systems: one number or one per
+            level. The last costs no pass of the decoder.
         exclude_history: leave the items of a request's history out when settings are chosen.
     """
 
@@ -45,14 +47,13 @@ class Plan:
     device: torch.device | str = "cpu"
     progress: bool = False
     curve_points: int = 5
-    num_beams: int = 200
+    num_beams: int | tuple[int, ...] = 200
     exclude_history: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.encoder_share < 1:
             raise ValueError(f"encoder_share must be strictly between 0 and 1; got {self.encoder_share}")
-        if self.num_beams < 1:
-            raise ValueError(f"num_beams must be at least 1; got {self.num_beams}")
+        beam_widths(self.num_beams, len(self.model.codebook_sizes))
 
     def steps(self, data: Dataset) -> int:
         """The budget in steps."""

@@ -42,7 +42,7 @@ from dgi.retrieval.baselines import (
 )
 from dgi.retrieval.baselines.dense import STD, own_encoder
 from dgi.retrieval.baselines.protocol import best_items, request_texts
-from dgi.retrieval.fused import Candidates, RankingWeights, choose_weights
+from dgi.retrieval.fused import GUIDE_WEIGHTS, Candidates, RankingWeights, choose_weights
 from tests.dgi.tiny_folder import ITEMS, write_data
 
 PLAN = Plan(
@@ -347,7 +347,10 @@ def test_the_weights_of_the_sum_are_chosen_on_the_validation_set(data: Dataset) 
     options = {"num_beams": 6, "exclude_history": plan.exclude_history}
     best, tried = choose_weights(system.searcher, data.validation, counts=counts, **options)
     assert best == system.weights and tried[best] == max(tried.values())
-    assert system.settings == {"cosine_weight": best.cosine, "popularity_weight": best.popularity}
+    assert {weights.guide for weights in tried} == set(GUIDE_WEIGHTS)
+    assert system.searcher.index.guide_weight == best.guide
+    chosen = {"cosine_weight": best.cosine, "popularity_weight": best.popularity, "guide_weight": best.guide}
+    assert system.settings == chosen
     weights = RankingWeights(7.0, 0.0, 0.5)
     system.searcher.index = weights.applied(system.searcher.index, None, counts)
     found = system.search(data.test, 5)
@@ -389,8 +392,8 @@ def test_the_bias_of_an_item_counts_in_the_sum(data: Dataset) -> None:
     assert own is not None
     own.data.normal_()
     counts = torch.from_numpy(train_counts(data.train, ITEMS))
-    candidates = Candidates.find(searcher, data.test, num_beams=6)
-    for weights in (RankingWeights(200.0, 20.0, 5.0), RankingWeights(5.0, 0.0, -0.1), RankingWeights(1.0)):
+    for weights in (RankingWeights(200.0, 20.0, 5.0, 9.0), RankingWeights(5.0, 0.0, -0.1), RankingWeights(1.0)):
+        candidates = Candidates.find(searcher, data.test, num_beams=6, guide_weight=weights.guide)
         quick = candidates.ranked(weights, weights.item_scores(own, counts), 6)
         searcher.index = weights.applied(searcher.index, own, counts)
         slow = searcher.search_interactions(data.test, k=6, num_beams=6).items

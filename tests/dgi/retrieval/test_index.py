@@ -68,18 +68,18 @@ def batch_of(searcher: Searcher, interactions: Interactions) -> Batch:
 
 @torch.no_grad()
 def scores_one_by_one(searcher: Searcher, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Log-probability (B, N) of each item's semantic ID by teacher forcing, and cosine (B, N), in float64."""
+    """Log-probability (B, N, m) of the codes of each item by teacher forcing, and cosine (B, N), in float64."""
     model, codes = searcher.model, searcher.index.codes
     query = model.encode_queries(batch)
     inputs = torch.stack([book[codes[:, level]] for level, book in enumerate(model.quantizer.codebooks)], 1)
-    scores = torch.zeros(len(batch), ITEMS, dtype=torch.float64)
+    scores = torch.zeros(len(batch), ITEMS, model.depth, dtype=torch.float64)
     for row in range(len(batch)):
         memory, mask = query.memory[row].expand(ITEMS, -1, -1), query.mask[row].expand(ITEMS, -1)
         hidden = model.decoder(inputs[:, :-1], memory, mask).double()
         for level, book in enumerate(model.quantizer.codebooks):
             cosines = F.normalize(hidden[:, level], dim=1) @ F.normalize(book.double(), dim=1).T
             logp = (model.quantizer.scale.double() * cosines).log_softmax(1)
-            scores[row] += logp[torch.arange(ITEMS), codes[:, level]]
+            scores[row, :, level] = logp[torch.arange(ITEMS), codes[:, level]]
     z = model.encoder.encode_items(searcher.item_features).double()
     return scores, F.normalize(query.vector.double(), dim=1) @ F.normalize(z, dim=1).T
 
@@ -96,7 +96,8 @@ def same_results(a: dgi.retrieval.index.SearchResult, b: dgi.retrieval.index.Sea
 def test_search_ranks_all_items_as_scoring_them_one_by_one_does(searcher: Searcher) -> None:
     batch = batch_of(searcher, make_requests())
     found = searcher.index.search(searcher.model, batch, ITEMS, num_beams=ITEMS)
-    scores, cosines = scores_one_by_one(searcher, batch)
+    levels, cosines = scores_one_by_one(searcher, batch)
+    scores = levels.sum(2)
     for row, items in enumerate(found.items.tolist()):
         assert sorted(items) == list(range(ITEMS)), "every item is found once"
         torch.testing.assert_close(found.scores[row].double(), scores[row][items], atol=1e-4, rtol=0)
@@ -104,6 +105,53 @@ def test_search_ranks_all_items_as_scoring_them_one_by_one_does(searcher: Search
         keys = list(zip((-found.scores[row]).tolist(), (-found.cosines[row]).tolist(), items, strict=True))
         assert keys == sorted(keys), "by score, then cosine, then row"
         assert found.ids[row] == [f"Ω-{item}" for item in items]
+
+
+def test_a_guide_decides_which_beams_survive_and_is_in_no_score(searcher: Searcher) -> None:
+    """Level by level, against all prefixes scored one by one; one beam per level, and several."""
+    index, batch, weight = searcher.index, batch_of(searcher, make_requests()), 7.0
+    levels, _ = scores_one_by_one(searcher, batch)
+    with torch.no_grad():
+        unit = F.normalize(searcher.model.encode_queries(batch).vector.double(), dim=1)
+    added = torch.stack([unit @ guide.double()[index.codes[:, level]].T for level, guide in enumerate(index.guides)], 2)
+    guided = (levels + weight * added).cumsum(2)
+    for widths in ((1, 1), (3, 3), (2, 5)):
+        found = index.search(searcher.model, batch, ITEMS, num_beams=widths, guide_weight=weight)
+        for row in range(len(batch)):
+            survivors = {()}
+            for level, width in enumerate(widths, start=1):
+                prefixes = {
+                    tuple(codes[:level]): float(guided[row, item, level - 1])
+                    for item, codes in enumerate(index.codes.tolist())
+                    if tuple(codes[: level - 1]) in survivors
+                }
+                survivors = set(sorted(prefixes, key=prefixes.__getitem__, reverse=True)[:width])
+            expected = {item for item, codes in enumerate(index.codes.tolist()) if tuple(codes) in survivors}
+            items = [item for item in found.items[row].tolist() if item >= 0]
+            assert set(items) == expected, widths
+            own = found.scores[row, : len(items)].double()
+            torch.testing.assert_close(own, levels[row].sum(1)[items], atol=1e-4, rtol=0)
+            assert own.tolist() == sorted(own.tolist(), reverse=True), "by the decoder's score alone"
+    wide = {"num_beams": ITEMS}
+    one, other = (index.search(searcher.model, batch, ITEMS, guide_weight=w, **wide) for w in (0.0, weight))
+    torch.testing.assert_close(one.scores, other.scores, atol=1e-4, rtol=0)
+    changed = dataclasses.replace(index, guide_weight=weight).search(searcher.model, batch, 5, num_beams=2)
+    assert same_results(changed, index.search(searcher.model, batch, 5, num_beams=2, guide_weight=weight))
+    with pytest.raises(ValueError, match="guide_weight must be finite"):
+        index.search(searcher.model, batch, guide_weight=float("nan"))
+    with pytest.raises(ValueError, match="guide_weight must be finite"):
+        dataclasses.replace(index, guide_weight=float("inf"))
+
+
+def test_guides_are_means_of_what_is_left_of_the_vectors(searcher: Searcher) -> None:
+    index = searcher.index
+    rest = index.vectors.double()
+    for level, (guide, size) in enumerate(zip(index.guides, index.trie.codebook_sizes, strict=True)):
+        own = index.codes[:, level]
+        for code in range(size):
+            mean = rest[own == code].mean(0) if bool((own == code).any()) else torch.zeros(rest.shape[1]).double()
+            torch.testing.assert_close(guide[code].double(), mean, atol=1e-6, rtol=0)
+        rest = rest - guide.double()[own]
 
 
 def test_items_that_share_a_semantic_id_are_all_found(searcher: Searcher) -> None:
@@ -327,10 +375,11 @@ def test_weights_widths_and_sums_are_those_of_the_ops(searcher: Searcher, tmp_pa
         before = dict(zip(plain.items[b].tolist(), plain.scores[b].tolist(), strict=True))
         for item, score in zip(weighted.items[b].tolist(), weighted.scores[b].tolist(), strict=True):
             assert score == pytest.approx(before[item] + float(bonus[item]), abs=1e-4)
-    own = dataclasses.replace(index, cosine_weight=3.0)
+    own = dataclasses.replace(index, cosine_weight=3.0, guide_weight=2.0)
     own.save(tmp_path / "index")
     loaded = DGIIndex.load(tmp_path / "index")
     assert loaded.cosine_weight == 3.0 and index.cosine_weight is None
+    assert loaded.guide_weight == 2.0 and loaded.to("cpu").guide_weight == 2.0
     ranked = Searcher(searcher.model, loaded, searcher.catalog).search_interactions(
         requests, k=ITEMS, num_beams=ITEMS, order="sum"
     )
