@@ -42,7 +42,7 @@ from dgi.demo import DEMO_MODEL
 from dgi_kernels import Trie
 
 HISTORY, WORDS, K, RECALL = 10, 8, 10, 0.95
-REST = 0.03  # seconds before each search, until the threads of the system before it sleep
+WARM = 0.03  # seconds of searches before each that is timed: until then the threads of the system before it sleep
 LARGE_MODEL = dataclasses.replace(DEMO_MODEL, dim=128, history_layers=4, decoder_layers=4)
 CATALOG_MODEL = dataclasses.replace(DEMO_MODEL, codebook_sizes=ModelConfig().codebook_sizes)
 LEARNT_FROM = 20_000  # items that the codebooks are set by
@@ -142,9 +142,17 @@ def random_words(items: int, config: ModelConfig) -> torch.Tensor:
 
 
 def serve(folder: Path) -> None:
-    """In the process of another commit: for each line "size beams" one search, the items found in ``found.npy``."""
-    searches = Searches.load(folder)
-    other_commit.serve(lambda line: np.save(folder / "found.npy", searches.run(*map(int, line.split())).numpy()))
+    """In the process of another commit: for each line "size beams" one search; what "found" asks for is in a file."""
+    searches, found = Searches.load(folder), torch.empty(0)
+
+    def answer(line: str) -> None:
+        nonlocal found
+        if line.strip() == "found":
+            np.save(folder / "found.npy", found.numpy())
+        else:
+            found = searches.run(*map(int, line.split()))
+
+    other_commit.serve(answer)
 
 
 class Dense:
@@ -193,6 +201,7 @@ def systems(
     if base is not None:
         line = f"{case.batch} {case.beams}"
         base(line)
+        base("found")
         same = (found["ours"]() == torch.from_numpy(np.load(folder / "found.npy"))).float().mean().item()
         assert same > 0.99, f"only {same:.1%} of the items are those that the other commit finds"
         found[other_commit.name()] = lambda: base(line)
@@ -205,7 +214,7 @@ def systems(
 
 def measure_group(cases: dict[str, Case], rounds: int, results: Results, processor: bool) -> None:
     """Cases of one model and one catalog."""
-    how = {"clock": processor_seconds} if processor else {"rest": REST}
+    how = {"clock": processor_seconds} if processor else {"warm": WARM}
     first = next(iter(cases.values()))
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         searches = Searches.make(first.model, first.items, Path(folder))

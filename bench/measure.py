@@ -26,14 +26,15 @@ Step = Callable[[], object]
 
 
 def interleaved(
-    systems: Mapping[str, Step], rounds: int, rest: float = 0.0, clock: Callable[[Step], float] | None = None
+    systems: Mapping[str, Step], rounds: int, warm: float = 0.0, clock: Callable[[Step], float] | None = None
 ) -> dict[str, list[float]]:
     """Seconds of each call, the systems taking turns, so that what else the machine does falls on all alike; each round
     in another order, so that none always finds the caches as the same other leaves them.
 
-    ``rest`` seconds pass before each call. Systems with threads of their own, as another process has them, need about
-    0.03: OpenMP's threads spin for 10 ms behind their last loop, and take a core from whoever is next. ``clock`` is
-    :func:`seconds` or :func:`processor_seconds`.
+    Each call is timed behind others of the same system, as many as take ``warm`` seconds. Systems with threads of their
+    own, as another process has them, need about 0.03: OpenMP's threads spin for 10 ms behind their last loop, and take
+    a core from whoever is next; and a core that has rested for as long is slow to begin. ``clock`` is :func:`seconds`
+    or :func:`processor_seconds`.
     """
     times: dict[str, list[float]] = {name: [] for name in systems}
     for run in systems.values():  # compiles, and warms up
@@ -42,7 +43,9 @@ def interleaved(
     for _ in range(rounds):
         shuffled.shuffle(order)
         for name in order:
-            time.sleep(rest)
+            start = time.perf_counter()
+            while time.perf_counter() - start < warm:
+                systems[name]()
             times[name].append((clock or seconds)(systems[name]))
     return times
 

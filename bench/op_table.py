@@ -25,6 +25,7 @@ FAMILIES = {
     "log_normalizer": "normalizer",
     "rank_candidates": "ranking",
     "decoder_step": "decoder",
+    "encoder_layers": "encoder",
     "dropout": "dropout",
     "attention": "dropout",
 }
@@ -36,10 +37,18 @@ BENCHES = {
     "clustering": "kmeans",
     "decoder": "search",
     "dropout": "train",
+    "encoder": "search",
     "ranking": "beam",
     "normalizer": "vocabulary",
 }
-PAGES = {"trie": "search", "beam": "search", "ranking": "search", "decoder": "search", "normalizer": "search"}
+PAGES = {
+    "trie": "search",
+    "beam": "search",
+    "ranking": "search",
+    "decoder": "search",
+    "encoder": "search",
+    "normalizer": "search",
+}
 
 
 def op_table(kernels: dict) -> str:

@@ -17,6 +17,7 @@ from dgi_kernels.cosine.modules import CosineCrossEntropyLoss, CosineLinear
 from dgi_kernels.cosine.parallel import vocabulary_parallel_cosine_cross_entropy
 from dgi_kernels.decoder import DecoderLayer, decoder_step
 from dgi_kernels.dropout import attention, dropout
+from dgi_kernels.encoder import EncoderLayer, encoder_layers
 from dgi_kernels.gumbel import gumbel_noise, gumbel_softmax
 from dgi_kernels.normalizer import log_normalizer
 from dgi_kernels.quantize import ResidualQuantization, assign_codes, residual_quantize
@@ -34,6 +35,7 @@ __all__ = [
     "CosineCrossEntropyLoss",
     "CosineLinear",
     "DecoderLayer",
+    "EncoderLayer",
     "FrequencyEstimator",
     "HiddenStates",
     "InfoNCELoss",
@@ -61,6 +63,7 @@ __all__ = [
     "debug",
     "decoder_step",
     "dropout",
+    "encoder_layers",
     "gumbel_noise",
     "gumbel_softmax",
     "kmeans",

@@ -37,6 +37,7 @@ OPS = (
     "count_outside",
     "decoder_step",
     "dropout",
+    "encoder_layers",
     "find_children",
     "gumbel_noise",
     "gumbel_softmax",

@@ -65,6 +65,7 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     "log_normalizer": {"native": _CPP, "triton": _TRITON},
     "rank_candidates": {"native": _CPP_AND_CUDA},
     "decoder_step": {"native": _CPP_FLOAT32},
+    "encoder_layers": {"native": _CPP_FLOAT32},
     "dropout": {"native": _CPP_FLOAT32},
     "attention": {"native": _CPP_FLOAT32},
 }

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "register/tensors.h"
+#include "register/transformer_arguments.h"
 
 namespace dgi::registration {
 namespace {
@@ -11,39 +12,8 @@ namespace {
 constexpr const char* kDecoder = "dgi_kernels, decoder_step: ";
 constexpr size_t kPerLayer = 18;  // parameters: those of dgi_kernels.DecoderLayer, in its order
 
-const float* floats(const char* name, const Tensor& x, std::initializer_list<int64_t> shape) {
-  bool fits = x.dim() == static_cast<int64_t>(shape.size()) && x.is_contiguous()
-              && x.scalar_type() == ScalarType::Float;
-  int64_t dimension = 0;
-  for (const int64_t size : shape) fits = fits && x.size(dimension++) == size;
-  STD_TORCH_CHECK(fits, kDecoder, name, " must be contiguous float32 of the right shape");
-  return data_of<float>(x);
-}
-
-// In the order of the parameters of a layer.
-class Parameters {
- public:
-  Parameters(const std::vector<Tensor>& all, size_t first) : all_(all), next_(first) {}
-
-  dgi::cpu::LayerNorm norm(int64_t dim) {
-    const float* const weight = floats("a norm's weight", all_[next_++], {dim});
-    return {weight, floats("a norm's bias", all_[next_++], {dim})};
-  }
-
-  dgi::cpu::LinearMap map(int64_t out, int64_t in) {
-    const float* const weight = floats("a weight", all_[next_++], {out, in});
-    return {weight, floats("a bias", all_[next_++], {out}), out, in};
-  }
-
-  int64_t rows_of_weight(size_t ahead) const { return all_[next_ + ahead].size(0); }
-
- private:
-  const std::vector<Tensor>& all_;
-  size_t next_;
-};
-
 dgi::cpu::DecoderLayer layer_of(const std::vector<Tensor>& parameters, size_t layer, int64_t dim, const float* memory) {
-  Parameters next(parameters, layer * kPerLayer);
+  Parameters next(kDecoder, parameters, layer * kPerLayer);
   dgi::cpu::DecoderLayer out{};
   out.self_norm = next.norm(dim);
   out.self_in = next.map(3 * dim, dim);
@@ -68,7 +38,7 @@ std::tuple<Tensor, Tensor> decoder_step_cpu(const Tensor& states, const std::vec
   step.requests = states.size(0), step.beams = states.size(1), step.dim = states.size(2);
   step.heads = heads, step.slots = mask.size(1), step.eps = static_cast<float>(eps);
   STD_TORCH_CHECK(heads >= 1 && step.dim >= heads && step.dim % heads == 0, kDecoder, "heads must divide D");
-  step.states = floats("states", states, {step.requests, step.beams, step.dim});
+  step.states = floats(kDecoder, "states", states, {step.requests, step.beams, step.dim});
   STD_TORCH_CHECK(mask.size(0) == step.requests && mask.is_contiguous() && mask.scalar_type() == ScalarType::Bool,
                   kDecoder, "mask must be contiguous bool (B, S)");
   step.mask = data_of<bool>(mask);
@@ -76,7 +46,7 @@ std::tuple<Tensor, Tensor> decoder_step_cpu(const Tensor& states, const std::vec
   STD_TORCH_CHECK(layers >= 1 && parameters.size() == layers * kPerLayer, kDecoder, "a layer has ", kPerLayer,
                   " parameters and one memory");
   for (size_t l = 0; l < layers; ++l) {
-    const float* const kept = floats("memory", memory[l], {step.requests, step.slots, 2 * step.dim});
+    const float* const kept = floats(kDecoder, "memory", memory[l], {step.requests, step.slots, 2 * step.dim});
     step.layers.push_back(layer_of(parameters, l, step.dim, kept));
   }
   STD_TORCH_CHECK(past.size() == ancestors.size(), kDecoder, "each position before has its ancestors");
@@ -93,8 +63,9 @@ std::tuple<Tensor, Tensor> decoder_step_cpu(const Tensor& states, const std::vec
       STD_TORCH_CHECK(0 <= index[i] && index[i] < beams, kDecoder, "ancestors must be in [0, ", beams, "); got ",
                       index[i]);
     }
-    step.past.push_back({floats("past", past[p], {static_cast<int64_t>(layers), step.requests, beams, 2 * step.dim}),
-                         beams, index});
+    step.past.push_back(
+        {floats(kDecoder, "past", past[p], {static_cast<int64_t>(layers), step.requests, beams, 2 * step.dim}), beams,
+         index});
   }
   Tensor out = torch::stable::empty_like(states);
   Tensor keys_values = torch::stable::empty({static_cast<int64_t>(layers), step.requests, step.beams, 2 * step.dim},

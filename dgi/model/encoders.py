@@ -21,6 +21,7 @@ from dgi.config import WORDS_1, WORDS_2, ModelConfig
 from dgi.data import Catalog
 from dgi.data.batches import Batch
 from dgi.model.causal import causal_states, request_ends
+from dgi.model.layers import Encoder as TransformerEncoder
 from dgi.model.layers import EncoderLayer
 from dgi.model.tokenizer import Tokenizer
 from dgi.model.words import split_words
@@ -99,7 +100,7 @@ def transformer_encoder(config: ModelConfig, layers: int) -> nn.TransformerEncod
     layer = EncoderLayer(
         config.dim, config.attention_heads, 4 * config.dim, config.dropout, "gelu", batch_first=True, norm_first=True
     )
-    return nn.TransformerEncoder(layer, layers, norm=nn.LayerNorm(config.dim), enable_nested_tensor=False)
+    return TransformerEncoder(layer, layers, norm=nn.LayerNorm(config.dim), enable_nested_tensor=False)
 
 
 class TextTower(nn.Module):

@@ -1,17 +1,20 @@
 """Layers of the built-in transformers: torch's own, with the same parameters, but for what dropout costs on a CPU.
 
 In training with dropout torch draws every mask with a serial generator and writes the attention's scores, weights and
-masks out; here the ops of :mod:`dgi_kernels` do without both. Wherever these have no kernel, and without dropout, the
-layers are torch's to the bit.
+masks out; here the ops of :mod:`dgi_kernels` do without both. Where no gradient is wanted, an encoder is one call for
+all its layers. Wherever these have no kernel the layers are torch's to the bit.
 """
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dgi_kernels import attention, dropout, why_not
+from dgi_kernels import EncoderLayer as LayerParameters
+from dgi_kernels import attention, dropout, encoder_layers, why_not
 
 
 def _drops(layer: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer, states: Tensor) -> bool:
@@ -27,6 +30,51 @@ def _drops(layer: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer, state
 def _feed_forward(layer: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer, normed: Tensor, x: Tensor) -> Tensor:
     p = layer.dropout.p
     return dropout(layer.linear2(dropout(F.gelu(layer.linear1(normed)), p)), p, residual=x)
+
+
+class Encoder(nn.TransformerEncoder):
+    """Layers of :class:`EncoderLayer` and a norm behind them."""
+
+    def forward(
+        self,
+        src: Tensor,
+        mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+    ) -> Tensor:
+        if mask is not None or src_key_padding_mask is None or not self._in_one_call(src):
+            return super().forward(src, mask, src_key_padding_mask, is_causal)
+        layers = [cast(EncoderLayer, layer) for layer in self.layers]
+        heads, eps = layers[0].self_attn.num_heads, layers[0].norm1.eps
+        real = src_key_padding_mask.logical_not()
+        states = encoder_layers(src, [_parameters(layer) for layer in layers], real, heads=heads, eps=eps)
+        return states if self.norm is None else self.norm(states)
+
+    def _in_one_call(self, states: Tensor) -> bool:
+        """Whether no gradient and no dropout is wanted, there is a kernel, and no module in between is looked at."""
+        return (
+            not self.training
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled(states.device.type)
+            and why_not("encoder_layers", "native", states.device, states.dtype) is None
+            and all(type(layer) is EncoderLayer and not layer._forward_hooks for layer in self.layers)
+        )
+
+
+def _parameters(layer: EncoderLayer) -> LayerParameters:
+    part = layer.self_attn
+    return LayerParameters(
+        _pair(layer.norm1),
+        (part.in_proj_weight, part.in_proj_bias),
+        _pair(part.out_proj),
+        _pair(layer.norm2),
+        _pair(layer.linear1),
+        _pair(layer.linear2),
+    )
+
+
+def _pair(part: nn.Linear | nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    return part.weight, part.bias
 
 
 class EncoderLayer(nn.TransformerEncoderLayer):

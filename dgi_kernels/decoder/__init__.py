@@ -16,7 +16,7 @@ from torch import Tensor
 from dgi_kernels import checks
 from dgi_kernels.backend import choose_without_gradient, tracing
 from dgi_kernels.decoder import native, reference
-from dgi_kernels.decoder.layer import DecoderLayer
+from dgi_kernels.decoder.layer import DecoderLayer, check_floats, check_layer
 from dgi_kernels.types import Backend
 
 __all__ = ["DecoderLayer", "decoder_step"]
@@ -113,31 +113,13 @@ def _check(
     if len(past) != len(ancestors):
         raise ValueError(f"ancestors must hold one tensor per position of past; got {len(ancestors)} for {len(past)}")
     for number, layer in enumerate(layers):
-        _check_layer(f"layers[{number}]", layer, states)
+        check_layer(f"layers[{number}]", layer, DecoderLayer, states)
     checks.tensor("mask", mask, dtypes=(torch.bool,), ndim=2, like=states)
     checks.shape("mask", mask, (batch, None), "(B, S)")
     for number, slots in enumerate(memory):
-        _check_floats(f"memory[{number}]", slots, (batch, mask.shape[1], 2 * dim), "(B, S, 2 D)", states)
+        check_floats(f"memory[{number}]", slots, (batch, mask.shape[1], 2 * dim), "(B, S, 2 D)", states)
     for number, (before, of) in enumerate(zip(past, ancestors, strict=True)):
-        _check_floats(f"past[{number}]", before, (len(layers), batch, None, 2 * dim), "(layers, B, M, 2 D)", states)
+        check_floats(f"past[{number}]", before, (len(layers), batch, None, 2 * dim), "(layers, B, M, 2 D)", states)
         checks.tensor(f"ancestors[{number}]", of, dtypes=(torch.int64,), like=states)
         checks.shape(f"ancestors[{number}]", of, (batch, beams), "(B, M)")
         checks.index(f"ancestors[{number}]", of, 0, before.shape[2])
-
-
-def _check_layer(name: str, layer: DecoderLayer, states: Tensor) -> None:
-    if not isinstance(layer, DecoderLayer):
-        raise TypeError(f"{name} must be a DecoderLayer; got {type(layer).__name__}")
-    dim = states.shape[2]
-    hidden = len(layer.feed_in[0])
-    maps = {"self_in": (3 * dim, dim), "feed_in": (hidden, dim), "feed_out": (dim, hidden)}
-    for field, (weight, bias) in layer._asdict().items():
-        shape = (dim,) if field.endswith("norm") else maps.get(field, (dim, dim))
-        _check_floats(f"{name}.{field}[0]", weight, shape, "of a weight", states)
-        _check_floats(f"{name}.{field}[1]", bias, shape[:1], "of a bias", states)
-
-
-def _check_floats(name: str, value: Tensor, shape: tuple[int | None, ...], meaning: str, states: Tensor) -> None:
-    checks.float_tensor(name, value, like=states)
-    checks.shape(name, value, shape, meaning)
-    checks.same_dtype(name, value, "states", states)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dgi_kernels import (
     DecoderLayer,
+    EncoderLayer,
     Trie,
     assign_codes,
     balanced_codes,
@@ -21,6 +22,7 @@ from dgi_kernels import (
     cosine_cross_entropy,
     cosine_logits,
     decoder_step,
+    encoder_layers,
     gumbel_noise,
     gumbel_softmax,
     log_normalizer,
@@ -198,7 +200,7 @@ def test_backward_sees_the_noise_of_forward() -> None:
 
 
 def test_a_step_of_a_search() -> None:
-    """A decoder's position, the normalizer of a vocabulary, and the beams with node scores; the batch changes."""
+    """An encoder, a decoder's position, the normalizer of a vocabulary, beams with node scores; the batch changes."""
     dim, codes = 4, 5
     trie = Trie.from_codes(torch.randint(codes, (20, 2)), codebook_sizes=[codes] * 2)
     scores = trie.node_scores(torch.rand(20) + 0.1)
@@ -208,9 +210,12 @@ def test_a_step_of_a_search() -> None:
 
     norm, square = pair(dim), pair(dim, dim)
     layer = DecoderLayer(norm, pair(3 * dim, dim), square, norm, square, square, norm, pair(6, dim), pair(dim, 6))
+    read = EncoderLayer(norm, pair(3 * dim, dim), square, norm, pair(6, dim), pair(dim, 6))
     words = torch.randn(30, dim)
 
     def step(states: Tensor, memory: Tensor, mask: Tensor, strength: Tensor) -> tuple[Tensor, ...]:
+        read_memory = encoder_layers(memory[..., :dim].contiguous(), [read], mask, heads=2)
+        memory = torch.cat([read_memory, read_memory], -1)
         hidden, left = decoder_step(states, [layer], [memory], mask, heads=2)
         logits = hidden @ words.T
         options = {"log_normalizer": log_normalizer(logits), "node_scores": scores, "strength": strength}

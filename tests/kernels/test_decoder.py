@@ -263,7 +263,7 @@ def test_the_reference_has_gradients_and_auto_takes_it_for_them() -> None:
         ({"mask": torch.ones(3, 4, dtype=torch.bool)}, ValueError, "mask must have shape"),
         ({"memory": []}, ValueError, "memory must hold one tensor per layer"),
         ({"memory": [torch.zeros(2, 4, 8)]}, ValueError, r"memory\[0\] must have shape"),
-        ({"layers": [0]}, TypeError, r"layers\[0\] must be a DecoderLayer"),
+        ({"layers": [0]}, TypeError, r"layers\[0\] must be of type DecoderLayer"),
         ({"past": [torch.zeros(1, 2, 1, 16)]}, ValueError, "ancestors must hold one tensor"),
         (
             {"past": [torch.zeros(1, 2, 1, 15)], "ancestors": [torch.zeros(2, 1, dtype=torch.int64)]},

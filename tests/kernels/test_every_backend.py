@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dgi_kernels import (
     DecoderLayer,
+    EncoderLayer,
     Trie,
     assign_codes,
     attention,
@@ -27,6 +28,7 @@ from dgi_kernels import (
     cosine_logits,
     decoder_step,
     dropout,
+    encoder_layers,
     gumbel_noise,
     gumbel_softmax,
     kmeans,
@@ -310,6 +312,32 @@ def test_decoder_step(name: str, device: str, dtype: torch.dtype) -> None:
 
     want, usual = step("reference", "cpu", dtype, torch.float64), step("reference", "cpu", dtype)
     assert_all_near(["states", "keys and values"], step(name, device, dtype), want, usual)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_encoder_layers(name: str, device: str, dtype: torch.dtype) -> None:
+    skip_without("encoder_layers", name, device, dtype)
+    dim, length = 8, random.choice([1, 11, 40])
+
+    def pair(*shape: int) -> tuple[Tensor, Tensor]:
+        return torch.randn(shape) / shape[-1] ** 0.5, torch.randn(shape[0])
+
+    layer = EncoderLayer(pair(dim), pair(3 * dim, dim), pair(dim, dim), pair(dim), pair(20, dim), pair(dim, 20))
+    states, mask = torch.randn(3, length, dim), torch.rand(3, length) < 0.8
+
+    def run(name: str, device: str, *dtypes: torch.dtype) -> Tensor:
+        def cast(x: Tensor) -> Tensor:
+            for dtype in dtypes:
+                x = x.to(dtype)
+            return x.to(device)
+
+        own = EncoderLayer(*((cast(weight), cast(bias)) for weight, bias in layer))
+        return encoder_layers(cast(states), [own], mask.to(device), heads=2, backend=name)
+
+    want, usual = run("reference", "cpu", dtype, torch.float64), run("reference", "cpu", dtype)
+    assert_all_near(["states"], [run(name, device, dtype)], [want], [usual])
 
 
 def catalog() -> tuple[Trie, int]:

@@ -14,6 +14,7 @@ from dgi_kernels import (
     BeamResult,
     CosineLinear,
     DecoderLayer,
+    EncoderLayer,
     NodeScores,
     Trie,
     _extension,
@@ -27,6 +28,7 @@ from dgi_kernels import (
     cosine_logits,
     decoder_step,
     dropout,
+    encoder_layers,
     gumbel_noise,
     gumbel_softmax,
     log_normalizer,
@@ -85,6 +87,14 @@ def decoded(i: Inputs) -> Tensor:
     return decoder_step(first, [layer], memory, mask, [left], [parents], heads=2)[0]
 
 
+def encoded(i: Inputs) -> Tensor:
+    """Sequences of one place, with the weight (4, 8) as every parameter."""
+    wide, vector = i["weight"].detach().repeat(6, 2)[:, :DIM], i["weight"].detach()[0]
+    norm, square = (vector, vector), (wide[:DIM], vector)
+    layer = EncoderLayer(norm, (wide, wide[:, 0]), square, norm, square, square)
+    return encoder_layers(i["h"].detach()[:, None], [layer], torch.ones(ROWS, 1, dtype=torch.bool), heads=2)
+
+
 def mixtures(i: Inputs) -> Tensor:
     """By distance, with values, a scale of the noise, rows without noise and padding."""
     rows = (i["target"] > 1).reshape(2, 3)
@@ -138,6 +148,7 @@ OPS: dict[str, Callable[[Trie, Inputs], Tensor]] = {
         cosine_beam_step(trie, i["h"].detach()[:, None], i["weight"].detach(), 9.0, trie.root(ROWS), num_beams=3).scores
     ),
     "decoder_step": lambda _, i: decoded(i),
+    "encoder_layers": lambda _, i: encoded(i),
     "beam_search": lambda trie, i: search(trie, i).codes,
     "rank_candidates": lambda trie, i: rank_candidates(i["h"].detach(), i["vectors"], trie, search(trie, i), 5).items,
 }
@@ -206,6 +217,8 @@ def test_the_ops_of_a_model_and_of_a_vocabulary_are_well_registered() -> None:
     library.opcheck(
         ops.decoder_step.default, (torch.randn(2, 3, DIM), parameters, memory, mask, past, ancestors, 2, 1e-5)
     )
+    own = [*parameters[:6], *parameters[12:]]  # without the attention to a memory
+    library.opcheck(ops.encoder_layers.default, (torch.randn(2, 5, DIM), own, mask, 2, 1e-5))
     seed = torch.tensor([3])
     library.opcheck(ops.dropout.default, (torch.randn(3, 5), torch.randn(3, 5), 0.3, seed))
     queries, options = torch.randn(2, 4, DIM), (mask, 2, True, 0.3, seed)

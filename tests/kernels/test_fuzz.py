@@ -275,6 +275,25 @@ def decoder_step_call() -> dict[str, Any]:
     }
 
 
+def encoder_layers_call() -> dict[str, Any]:
+    heads = random.choice((1, 2, 3))
+    dim, hidden, requests, length = heads * random.choice((1, 4, 5)), size(), random.choice((0, *SIZES)), size()
+
+    def pair(out: int, *inside: int) -> tuple[Tensor, Tensor]:
+        return torch.randn(out, *inside), torch.randn(out)
+
+    def layer() -> dgi_kernels.EncoderLayer:
+        maps = pair(3 * dim, dim), pair(dim, dim), pair(dim), pair(hidden, dim), pair(dim, hidden)
+        return dgi_kernels.EncoderLayer(pair(dim), *maps)
+
+    return {
+        "states": torch.randn(requests, length, dim),
+        "layers": [layer() for _ in range(random.choice((1, 2)))],
+        "mask": torch.rand(requests, length) < 0.5,
+        "heads": heads,
+    }
+
+
 OPS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     "cosine_logits": (dgi_kernels.cosine_logits, cosine_logits_call),
     "cosine_cross_entropy": (dgi_kernels.cosine_cross_entropy, cosine_cross_entropy_call),
@@ -293,6 +312,7 @@ OPS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     "rank_candidates": (dgi_kernels.rank_candidates, rank_candidates_call),
     "log_normalizer": (dgi_kernels.log_normalizer, log_normalizer_call),
     "decoder_step": (dgi_kernels.decoder_step, decoder_step_call),
+    "encoder_layers": (dgi_kernels.encoder_layers, encoder_layers_call),
     "dropout": (dgi_kernels.dropout, lambda: {"x": floats(size(), size()), "p": 0.3, "seed": 3}),
     "attention": (
         dgi_kernels.attention,

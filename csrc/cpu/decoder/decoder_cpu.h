@@ -4,17 +4,9 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/shared/transformer.h"
+
 namespace dgi::cpu {
-
-// y = weight x + bias, weight (out, in)
-struct LinearMap {
-  const float *weight, *bias;
-  int64_t out, in;
-};
-
-struct LayerNorm {
-  const float *weight, *bias;
-};
 
 struct DecoderLayer {
   LayerNorm self_norm;
