@@ -23,7 +23,7 @@ from dgi.retrieval.index import MAX_ITEM_SCORE, DGIIndex
 from dgi.retrieval.search import Searcher
 from dgi_kernels.beam import beam_widths
 
-COSINE_WEIGHTS = (0.0, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 40.0, 60.0, 80.0, 120.0, 200.0)
+COSINE_WEIGHTS = (0.0, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 40.0, 60.0, 80.0, 120.0, 200.0, 400.0)
 # Where the item softmax is of cos(q, n) / τ + b_n, the sum has 1 of the beam's and λτ of this one's log-probabilities.
 TEMPERATURE = 0.05
 BIAS_SHARES = (0.0, 0.5, 1.0, 2.0)  # β = share · λτ
@@ -91,10 +91,28 @@ class Candidates:
         """(n, k) the best items by the sum; the order of the search where all weights are 0."""
         if weights.lexicographic:
             return self.items[:, :k]
-        own = item_scores[self.items.clamp(min=0)] if item_scores.ndim else item_scores
-        scores = self.scores + weights.cosine * self.cosines + own - self.log_share  # padding stays at -inf
+        scores = self._sums(weights, item_scores)
         best = scores.topk(min(k, scores.shape[1]), dim=1).indices
         return self.items.gather(1, best)
+
+    def _sums(self, weights: RankingWeights, item_scores: Tensor) -> Tensor:
+        own = item_scores[self.items.clamp(min=0)] if item_scores.ndim else item_scores
+        return self.scores + weights.cosine * self.cosines + own - self.log_share  # padding stays at -inf
+
+    def with_target(self, targets: Tensor) -> tuple[Candidates, Tensor]:
+        """Those of the requests that have found their target (n,), and the places where it is among them."""
+        is_target = self.items == targets.unsqueeze(1)
+        rows = is_target.any(1).nonzero().flatten()
+        parts = (part[rows] for part in (self.items, self.scores, self.cosines, self.log_share))
+        return Candidates(*parts), is_target[rows].to(torch.uint8).argmax(1)
+
+    def gains(self, places: Tensor, weights: RankingWeights, item_scores: Tensor, k: int) -> Tensor:
+        """(n,) float64 what the target at each of ``places`` gains in NDCG@k, by its rank in :meth:`ranked`."""
+        ranks = places
+        if not weights.lexicographic:
+            scores = self._sums(weights, item_scores)
+            ranks = (scores > scores.gather(1, places.unsqueeze(1))).sum(1)
+        return torch.where(ranks < k, 1 / (ranks.double() + 2).log2(), 0.0)
 
 
 def choose_weights(
@@ -130,15 +148,15 @@ def choose_weights(
     targets = torch.from_numpy(validation.items)
     tried = {}
     for of_guide in sorted(guide):
-        found = Candidates.find(searcher, validation, guide_weight=of_guide, **search)
+        found, places = Candidates.find(searcher, validation, guide_weight=of_guide, **search).with_target(targets)
         for value in sorted(cosine):
             biases = bias if value and own is not None else (0.0,)
             powers = popularity if value and counts is not None else (0.0,)
             for of_bias, of_popularity in itertools.product(biases, powers):
                 logs = value * TEMPERATURE
                 weights = RankingWeights(value, of_bias * logs, of_popularity * (1.0 + logs), of_guide)
-                items = found.ranked(weights, weights.item_scores(own, counts), K)
-                tried[weights] = hit_rate_and_ndcg(items, targets)[1]
+                gains = found.gains(places, weights, weights.item_scores(own, counts), K)
+                tried[weights] = float(gains.sum()) / len(validation)
     return max(tried, key=tried.__getitem__), tried
 
 

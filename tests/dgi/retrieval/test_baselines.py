@@ -42,7 +42,7 @@ from dgi.retrieval.baselines import (
 )
 from dgi.retrieval.baselines.dense import STD, own_encoder
 from dgi.retrieval.baselines.protocol import best_items, request_texts
-from dgi.retrieval.fused import GUIDE_WEIGHTS, Candidates, RankingWeights, choose_weights
+from dgi.retrieval.fused import GUIDE_WEIGHTS, Candidates, RankingWeights, choose_weights, hit_rate_and_ndcg
 from tests.dgi.tiny_folder import ITEMS, write_data
 
 PLAN = Plan(
@@ -395,6 +395,10 @@ def test_the_bias_of_an_item_counts_in_the_sum(data: Dataset) -> None:
     for weights in (RankingWeights(200.0, 20.0, 5.0, 9.0), RankingWeights(5.0, 0.0, -0.1), RankingWeights(1.0)):
         candidates = Candidates.find(searcher, data.test, num_beams=6, guide_weight=weights.guide)
         quick = candidates.ranked(weights, weights.item_scores(own, counts), 6)
+        targets = torch.from_numpy(data.test.items)
+        found, places = candidates.with_target(targets)
+        gains = found.gains(places, weights, weights.item_scores(own, counts), 6)
+        assert float(gains.sum()) / len(targets) == pytest.approx(hit_rate_and_ndcg(quick, targets)[1], abs=1e-3)
         searcher.index = weights.applied(searcher.index, own, counts)
         slow = searcher.search_interactions(data.test, k=6, num_beams=6).items
         assert (quick == slow).float().mean() > 0.99  # equal sums to rounding may change places
