@@ -30,12 +30,16 @@ def curve(title: str, over: str, points: Points, palette: Sequence[str]) -> Figu
     spent = [1e3 * seconds for line in points.values() for _, seconds in line]
     low, high = min(spent) / 1.4, max(spent) * 1.4
     labels = {name: f"{name} {significant(1e3 * line[-1][1])}" for name, line in points.items()}
-    heights = _apart({name: 1e3 * line[-1][1] for name, line in points.items()}, (high / low) ** LINE)
+    ends = {name: 1e3 * line[-1][1] for name, line in points.items() if line[-1][0] == values[-1]}
+    heights = _apart(ends, (high / low) ** LINE)
     for (name, line), colour in zip(points.items(), palette[1:], strict=False):
         x, seconds = zip(*line, strict=True)
         axes.plot(x, [1e3 * one for one in seconds], color=colour, marker="o", markersize=4, gid=f"line-{name}")
-        place = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "fontsize": 8.5}
-        axes.annotate(labels[name], (x[-1], heights[name]), color=colour, **place)
+        place = {"xytext": (7, 0), "va": "center"}
+        if name not in heights:  # a line that ends before others: below its end, where those go on above
+            place = {"xytext": (5, -4), "va": "top"}
+        end = (x[-1], heights.get(name, 1e3 * seconds[-1]))
+        axes.annotate(labels[name], end, color=colour, textcoords="offset points", fontsize=8.5, **place)
     room = min(0.5, LETTER * max(map(len, labels.values())) + 0.03)  # for the labels of the lines that go furthest
     left = values[0] / 1.2
     axes.set(xscale="log", yscale="log", xlabel=f"{over}, logarithmic", ylabel="milliseconds, logarithmic")
