@@ -16,7 +16,8 @@ from torch import Tensor
 from dgi_kernels import checks
 from dgi_kernels.backend import choose_without_gradient, tracing
 from dgi_kernels.decoder import native, reference
-from dgi_kernels.decoder.layer import DecoderLayer, check_floats, check_layer
+from dgi_kernels.decoder.layer import DecoderLayer
+from dgi_kernels.transformer import check_floats, check_layer
 from dgi_kernels.types import Backend
 
 __all__ = ["DecoderLayer", "decoder_step"]

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from dgi_kernels import checks
 from dgi_kernels.backend import choose_without_gradient, tracing
-from dgi_kernels.decoder.layer import check_layer
 from dgi_kernels.encoder import native, reference
 from dgi_kernels.encoder.layer import EncoderLayer
+from dgi_kernels.transformer import check_layer
 from dgi_kernels.types import Backend
 
 __all__ = ["EncoderLayer", "encoder_layers"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from dgi_kernels.decoder.layer import Pair
+from dgi_kernels.transformer import Pair
 
 
 class EncoderLayer(NamedTuple):
