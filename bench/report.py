@@ -410,6 +410,9 @@ def side_by_side(names: list[str], options: dict[str, str]) -> str:
     """NDCG of systems in several comparisons, one column each."""
     from dgi.evaluation.comparison_report import ndcg_side_by_side
 
+    missing = [name for name in names if not (RESULTS / f"{name}.json").is_file()]
+    if missing:
+        return f"*Not measured yet, so nothing is claimed: {', '.join(missing)}.*"
     results = [json.loads((RESULTS / f"{name}.json").read_text()) for name in names]
     data = [part for of_file in results for part in of_file["data"].values()]
     sources = ", ".join(f"`bench/results/{name}.json`" for name in names)

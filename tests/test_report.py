@@ -337,3 +337,4 @@ def test_a_page_shows_a_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     *_, popularity, dense = [row for row in report.rendered(page, text)[0].splitlines() if row.startswith("|")]
     assert popularity.count(f"{measures['ndcg@10']['mean']:.4f}".removeprefix("0")) == 2  # a column each
     assert dense.endswith("| – | – |")
+    assert "nothing is claimed: compare-y" in report.rendered(page, text.replace("x,compare-x", "x,compare-y"))[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from dgi.config import BEFORE, ModelConfig, TrainConfig, from_dict, to_dict
 HELP = "train a model on the interactions of a data set"
 CONFIG_FILE = "config.json"
 _INDENT = " " * 4
+_POINT_FIRST = re.compile(r"[+-]?\.\d+(e[+-]?\d+)?")  # JSON has no such numbers
 
 
 def _fields(config: type) -> str:
@@ -170,7 +172,9 @@ def read_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _parse(text: str) -> Any:
-    """JSON, a list without its brackets, or a plain word."""
+    """JSON, a number that begins with its point, a list without its brackets, or a plain word."""
+    if _POINT_FIRST.fullmatch(text):
+        return float(text)
     for candidate in (text, f"[{text}]"):
         try:
             return json.loads(candidate)

@@ -114,6 +114,8 @@ def own_encoder(config: ModelConfig, data: Dataset, items: ItemVectors) -> IdEnc
     """
     if items == "text":
         return None
+    if items == "given" and not config.principal_axes:
+        raise ValueError("items can start at the vectors of the data with principal_axes=True only; it is False")
     return IdEncoder(config, len(data.catalog), queries=any(data.train.queries), from_vectors=items == "given")
 
 

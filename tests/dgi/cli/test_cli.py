@@ -48,6 +48,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "epochs=2",
                 "--set",
                 "codebook_sizes=8,3",
+                "--set",
+                "dropout=.1",
                 QUIET,
             ]
         )

@@ -141,6 +141,8 @@ def test_vectors_of_items_start_at_the_given_ones() -> None:
     torch.testing.assert_close(F.normalize(z, dim=1) @ F.normalize(z, dim=1).T, given @ given.T, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="no vectors for its items to start at"):
         encoder.start(Catalog(data.catalog.ids, data.catalog.texts))
+    with pytest.raises(ValueError, match="principal_axes=True only"):
+        own_encoder(dataclasses.replace(PLAN.model, principal_axes=False), data, "given")
     random = own_encoder(PLAN.model, data, "random")
     assert isinstance(random, IdEncoder)
     before = random.tower.items.weight.clone()
