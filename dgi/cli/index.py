@@ -54,7 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tune",
         action="store_true",
         help="choose on validation data what the cosine, a learnt bias and popularity count when results are ranked by "
-        "a sum, and what the cosine counts when beams are kept, and store it with the index, which searches then go by",
+        "a sum, and what the cosine counts when beams are kept (by searches with 50 of them), and store it with the "
+        "index, which searches then go by",
     )
     add_run_options(parser)
 

@@ -15,7 +15,7 @@ from dgi.config import BEFORE, ModelConfig, TrainConfig, from_dict, to_dict
 HELP = "train a model on the interactions of a data set"
 CONFIG_FILE = "config.json"
 _INDENT = " " * 4
-_POINT_FIRST = re.compile(r"[+-]?\.\d+(e[+-]?\d+)?")  # JSON has no such numbers
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)  # JSON has no .1 and no 1.
 
 
 def _fields(config: type) -> str:
@@ -172,14 +172,16 @@ def read_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _parse(text: str) -> Any:
-    """JSON, a number that begins with its point, a list without its brackets, or a plain word."""
-    if _POINT_FIRST.fullmatch(text):
-        return float(text)
+    """JSON, a list without its brackets, numbers such as .1, or a plain word."""
     for candidate in (text, f"[{text}]"):
         try:
             return json.loads(candidate)
         except (ValueError, RecursionError):
             continue
+    parts = [part.strip() for part in text.split(",")]
+    if all(map(_NUMBER.fullmatch, parts)):
+        numbers = [float(part) for part in parts]
+        return numbers if len(numbers) > 1 else numbers[0]
     return text
 
 

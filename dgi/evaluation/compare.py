@@ -34,7 +34,7 @@ from dgi.model.dgi_model import DualEncoder
 from dgi.progress import Progress
 from dgi.retrieval.baselines import Plan, Retriever
 from dgi.retrieval.baselines.plan import validation_sample
-from dgi.retrieval.fused import hit_rate_and_ndcg
+from dgi.retrieval.fused import GUIDE_WEIGHTS, hit_rate_and_ndcg
 from dgi_kernels.files import atomic_write, check_output
 
 Json = dict[str, Any]
@@ -262,6 +262,7 @@ def _about(data: Dataset, test: Interactions, plan: Plan, comparison: Comparison
                 "minutes": comparison.minutes,
                 "encoder_share": plan.encoder_share,
                 "num_beams": plan.num_beams,
+                "guides": GUIDE_WEIGHTS,
                 "model": to_dict(plan.model),
                 "training": training,
                 "sha256": digest.hexdigest(),
@@ -286,7 +287,8 @@ def _as_now(about: Json) -> Json:
     for name in NO_PART:
         del training[name]
     model = to_dict(from_file(ModelConfig, about["model"]))
-    return json.loads(json.dumps({"batches_of": "interactions", **about, "model": model, "training": training}))
+    before = {"batches_of": "interactions", "guides": [0.0]}
+    return json.loads(json.dumps({**before, **about, "model": model, "training": training}))
 
 
 def join(output: Path, other: Path) -> list[Path]:

@@ -44,6 +44,7 @@ def _protocol(data: Json) -> str:
     # Before batches could be of sequences, items could share an ID.
     unique = ", and make semantic IDs unique" if "batches_of" in data else ""
     beams = f", and search with {_widths(data['num_beams'])} beams" if "num_beams" in data else ""
+    half = " (`dgi_ids` half)" if "dgi_ids" in data["systems"] else ""
     minutes = f" (the dense system's in {data['minutes']:g} minutes)" if data["minutes"] else ""
     return (
         f"{data['items']:,} items, {data['train']:,} training, {data['validation']:,} validation and {which} test "
@@ -51,7 +52,7 @@ def _protocol(data: Json) -> str:
         f"trained system: {data['steps']:,} steps{minutes} of {data['training']['batch_size']} "
         f"{data.get('batches_of', 'interactions')}, {data['epochs']:.1f} epochs; generative systems spend "
         f"{data['encoder_share']:.0%} of it on the encoder that they start from, those in stages a "
-        f"third{unique}{beams}. Width "
+        f"third{half}{unique}{beams}. Width "
         f"{data['model']['dim']}. In brackets: 95 % intervals, bootstrap over requests; Δ: paired, against "
         f"`{data['best_baseline']}`, the best baseline{_chosen_on(data)}."
     )

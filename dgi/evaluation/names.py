@@ -21,7 +21,7 @@ DESCRIPTIONS: dict[str, str] = {
     "dsi_hierarchical": "DSI-like: clusters of clusters",
     "straight_through": "UniSearch-like: straight-through",
     "dgi": "DGI, in stages",
-    "dgi_ids": "dgi_equal_weights without distillation, items as dense_ids has them",
+    "dgi_ids": "DGI, half of the steps for the encoder, next-token weight 1, items as dense_ids has them",
     "dgi_equal_weights": "DGI, in stages, next-token loss with weight 1",
     "dgi_soft": "dgi_equal_weights with soft gradient to items and codes",
     "dgi_moving_codes": "DGI, from a trained encoder, codes move at every step",

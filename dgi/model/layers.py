@@ -42,23 +42,47 @@ class Encoder(nn.TransformerEncoder):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool | None = None,
     ) -> Tensor:
-        if mask is not None or src_key_padding_mask is None or not self._in_one_call(src):
+        if mask is not None or is_causal or src_key_padding_mask is None or not self._in_one_call(src):
             return super().forward(src, mask, src_key_padding_mask, is_causal)
         layers = [cast(EncoderLayer, layer) for layer in self.layers]
-        heads, eps = layers[0].self_attn.num_heads, layers[0].norm1.eps
+        heads, eps = _shape(layers[0])
         real = src_key_padding_mask.logical_not()
         states = encoder_layers(src, [_parameters(layer) for layer in layers], real, heads=heads, eps=eps)
         return states if self.norm is None else self.norm(states)
 
     def _in_one_call(self, states: Tensor) -> bool:
-        """Whether no gradient and no dropout is wanted, there is a kernel, and no module in between is looked at."""
+        """Whether no gradient and no dropout is wanted, there is a kernel, and all layers are as it takes them."""
         return (
             not self.training
             and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled(states.device.type)
+            and states.ndim == 3
             and why_not("encoder_layers", "native", states.device, states.dtype) is None
-            and all(type(layer) is EncoderLayer and not layer._forward_hooks for layer in self.layers)
+            and not torch.is_autocast_enabled(states.device.type)
+            and all(type(layer) is EncoderLayer and _is_usual(layer) for layer in self.layers)
+            and len({_shape(cast(EncoderLayer, layer)) for layer in self.layers}) == 1
         )
+
+
+def _is_usual(layer: EncoderLayer) -> bool:
+    """Whether a layer is a pre-norm one with GELU, of torch's own modules, which no hook looks at or changes."""
+    part = layer.self_attn
+    modules = (layer, part, part.out_proj, layer.norm1, layer.norm2, layer.linear1, layer.linear2)
+    return (
+        layer.norm_first
+        and layer.activation_relu_or_gelu == 2
+        and part.batch_first
+        and part.in_proj_weight is not None
+        and part.in_proj_bias is not None
+        and layer.norm1.eps == layer.norm2.eps
+        and type(layer.norm1) is type(layer.norm2) is nn.LayerNorm
+        and type(layer.linear1) is type(layer.linear2) is nn.Linear
+        and not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+    )
+
+
+def _shape(layer: EncoderLayer) -> tuple[int, float]:
+    """Heads of a layer, and the eps of its norms."""
+    return layer.self_attn.num_heads, layer.norm1.eps
 
 
 def _parameters(layer: EncoderLayer) -> LayerParameters:

@@ -9,7 +9,6 @@ other settings.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -65,7 +64,7 @@ class RankingWeights:
         scores = self.item_scores(bias, counts)
         scores = scores - scores.mean()
         kept = None if scores.ndim == 0 else scores.clamp(-MAX_ITEM_SCORE, MAX_ITEM_SCORE).to(index.vectors.device)
-        return dataclasses.replace(index, cosine_weight=self.cosine, item_scores=kept, guide_weight=self.guide)
+        return index.replaced(cosine_weight=self.cosine, item_scores=kept, guide_weight=self.guide)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,11 +106,13 @@ class Candidates:
         return Candidates(*parts), is_target[rows].to(torch.uint8).argmax(1)
 
     def gains(self, places: Tensor, weights: RankingWeights, item_scores: Tensor, k: int) -> Tensor:
-        """(n,) float64 what the target at each of ``places`` gains in NDCG@k, by its rank in :meth:`ranked`."""
+        """(n,) float64 what the target at each of ``places`` gains in NDCG@k by its rank in the sum; of equal sums the
+        first candidate is the better one."""
         ranks = places
         if not weights.lexicographic:
             scores = self._sums(weights, item_scores)
-            ranks = (scores > scores.gather(1, places.unsqueeze(1))).sum(1)
+            own, before = scores.gather(1, places.unsqueeze(1)), torch.arange(scores.shape[1]) < places.unsqueeze(1)
+            ranks = ((scores > own) | ((scores == own) & before)).sum(1)
         return torch.where(ranks < k, 1 / (ranks.double() + 2).log2(), 0.0)
 
 
@@ -142,8 +143,11 @@ def choose_weights(
     Raises:
         ValueError: there are no interactions or no weights.
     """
-    if len(validation) == 0 or len(cosine) == 0:
-        raise ValueError(f"there must be interactions and weights; got {len(validation)} and {len(cosine)}")
+    if len(validation) == 0 or len(cosine) == 0 or len(guide) == 0:
+        raise ValueError(
+            f"there must be interactions and weights; got {len(validation)} interactions, {len(cosine)} weights of the "
+            f"cosine and {len(guide)} of the guide"
+        )
     own = searcher.model.item_bias
     targets = torch.from_numpy(validation.items)
     tried = {}

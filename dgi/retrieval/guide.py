@@ -18,9 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dgi_kernels import BeamResult, HiddenStates, log_normalizer
+from dgi_kernels import BeamResult, HiddenStates, cosine_logits, log_normalizer
 
 Step = Callable[[int, Tensor | None, Tensor | None], Tensor | HiddenStates]
+MAX_WEIGHT = 1e4  # beyond it nothing else counts, and scores lose their last digits
+_ROWS = 1 << 16  # items whose rest is in memory at once
 
 
 def fit_guides(vectors: Tensor, codes: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
@@ -29,20 +31,24 @@ def fit_guides(vectors: Tensor, codes: Tensor, sizes: Sequence[int]) -> tuple[Te
     Unlike the model's codebooks they are of the items as they are, with codes that have been moved or kept.
 
     Args:
-        vectors: (N, d) float32 unit vectors of the items.
-        codes: (N, m) int64.
+        vectors: (N, d) float32 unit vectors of the items, on the CPU, where the order of sums is always the same.
+        codes: (N, m) int64, -1 behind the end of a semantic ID.
         sizes: K_j of every level.
 
     Returns:
         m tensors (K_j, d) float32; 0 for codes that no item has.
     """
-    rest, guides = vectors.clone(), []
+    guides: list[Tensor] = []
     for level, size in enumerate(sizes):
-        own = codes[:, level]
-        counts = torch.bincount(own, minlength=size).clamp(min=1)
-        guide = rest.new_zeros(size, rest.shape[1]).index_add_(0, own, rest) / counts.unsqueeze(1)
-        rest -= guide[own]
-        guides.append(guide)
+        sums, counts = vectors.new_zeros(size, vectors.shape[1]), torch.zeros(size, dtype=torch.int64)
+        for rows, own in zip(vectors.split(_ROWS), codes.split(_ROWS), strict=True):
+            known = own[:, level] >= 0
+            rest = rows[known]
+            for guide, column in zip(guides, own[known].T, strict=False):
+                rest = rest - guide[column]
+            sums.index_add_(0, own[known, level], rest)
+            counts += torch.bincount(own[known, level], minlength=size)
+        guides.append(sums / counts.clamp(min=1).unsqueeze(1))
     return tuple(guides)
 
 
@@ -56,21 +62,26 @@ class Guide:
     """
 
     def __init__(self, query: Tensor, guides: Sequence[Tensor], weight: float) -> None:
-        unit = F.normalize(query.float(), dim=1)
-        self.scores = [weight * (unit @ guide.T) for guide in guides]  # (B, K_j)
+        with torch.autocast(query.device.type, enabled=False):
+            unit = weight * F.normalize(query.float(), dim=1)
+            self.scores = [unit @ guide.T for guide in guides]  # (B, K_j)
 
     def guided(self, step: Step) -> Step:
         """The step of a search with ``normalize="none"``: log-probabilities and what the guide adds to them."""
 
         def log_probabilities(depth: int, tokens: Tensor | None, parents: Tensor | None) -> Tensor:
             found = step(depth, tokens, parents)
-            logits = (found.logits() if isinstance(found, HiddenStates) else found).float()
-            return logits - log_normalizer(logits).unsqueeze(-1) + self.scores[depth].unsqueeze(1)
+            with torch.autocast(self.scores[depth].device.type, enabled=False):
+                if isinstance(found, HiddenStates):  # in float32 whatever their dtype, as a search without a guide
+                    found = cosine_logits(found.h.float(), found.codebook.float(), found.scale, eps=found.eps)
+                logits = found.float()
+                return (logits - log_normalizer(logits).unsqueeze(-1)).add_(self.scores[depth].unsqueeze(1))
 
         return log_probabilities
 
     def without(self, beams: BeamResult) -> BeamResult:
         """The beams with what the guide has added taken off, in the order that it has given them."""
-        codes = beams.codes.clamp(min=0)  # of a dead beam any will do
-        added = sum(scores.gather(1, codes[..., level]) for level, scores in enumerate(self.scores))
-        return beams._replace(scores=beams.scores - added)
+        left = beams.scores
+        for scores, codes in zip(self.scores, beams.codes.unbind(2), strict=True):
+            left = left - scores.gather(1, codes.clamp(min=0)).masked_fill(codes < 0, 0)
+        return beams._replace(scores=left)

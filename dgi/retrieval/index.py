@@ -26,7 +26,7 @@ from dgi.model.decoders import CachedDecoder, caches
 from dgi.model.dgi_model import DGIModel
 from dgi.model.encoders import QueryEncoding
 from dgi.model.encoding import device_of, encode_items, evaluating
-from dgi.retrieval.guide import Guide, fit_guides
+from dgi.retrieval.guide import MAX_WEIGHT, Guide, fit_guides
 from dgi.retrieval.shares import EncodedItems, codes_of
 from dgi.training.checkpoint import CheckpointError, read_tensors, write_tensors
 from dgi_kernels import (
@@ -117,8 +117,7 @@ class DGIIndex:
             )
         if scores is not None and not bool((scores.abs() <= MAX_ITEM_SCORE).all()):
             raise ValueError(f"item_scores must be finite and at most {MAX_ITEM_SCORE:g} in size")
-        if not math.isfinite(self.guide_weight):
-            raise ValueError(f"guide_weight must be finite; got {self.guide_weight}")
+        checks.number("guide_weight", self.guide_weight, low=-MAX_WEIGHT, high=MAX_WEIGHT)
 
     @classmethod
     def build(
@@ -196,8 +195,20 @@ class DGIIndex:
     def to(self, device: torch.device | str) -> DGIIndex:
         """The index on ``device``."""
         scores = None if self.item_scores is None else self.item_scores.to(device)
-        trie, vectors = self.trie.to(device), self.vectors.to(device)
-        return dataclasses.replace(self, trie=trie, vectors=vectors, item_scores=scores)
+        moved = dataclasses.replace(
+            self, trie=self.trie.to(device), vectors=self.vectors.to(device), item_scores=scores
+        )
+        return moved._with_guides(self.__dict__.get("guides"))
+
+    def replaced(self, **changes: Any) -> DGIIndex:
+        """The index with other weights."""
+        return dataclasses.replace(self, **changes)._with_guides(self.__dict__.get("guides"))
+
+    def _with_guides(self, guides: tuple[Tensor, ...] | None) -> DGIIndex:
+        """With guides that were fitted before."""
+        if guides is not None:
+            self.__dict__["guides"] = tuple(guide.to(self.vectors.device) for guide in guides)
+        return self
 
     def items_of_id(self) -> Tensor:
         """(N,) int64, on the CPU: how many items have the semantic ID of each item, itself among them."""
@@ -207,7 +218,8 @@ class DGIIndex:
     @functools.cached_property
     def guides(self) -> tuple[Tensor, ...]:
         """Vectors of the codes of each level, (K_j, d), that guide beams: :mod:`dgi.retrieval.guide`."""
-        return fit_guides(self.vectors, self.codes, self.trie.codebook_sizes)
+        found = fit_guides(self.vectors.cpu(), self.codes.cpu(), self.trie.codebook_sizes)
+        return tuple(guide.to(self.vectors.device) for guide in found)
 
     @functools.cached_property
     def _most_items(self) -> int:
@@ -231,6 +243,7 @@ class DGIIndex:
             description["cosine_weight"] = self.cosine_weight
         if self.guide_weight:
             description["guide_weight"] = self.guide_weight
+            tensors |= {f"guides.{level}": guide for level, guide in enumerate(self.guides)}
         write_tensors(path, tensors, description)
 
     @classmethod
@@ -248,13 +261,18 @@ class DGIIndex:
         try:
             parts = {name: tensors.pop(name) for name in ("vectors", "id_bytes", "id_offsets")}
             scores = tensors.pop("item_scores", None)
+            guides = [tensors.pop(name) for name in sorted(tensors, key=_number) if name.startswith("guides.")]
             trie = Trie.from_state(
                 {name.removeprefix("trie."): array for name, array in tensors.items()}, description["trie"]
             )
             ids = _decode_ids(parts["id_bytes"], parts["id_offsets"])
             weight = description.get("cosine_weight")  # files of before have none, nor a guide's
             cosine = None if weight is None else float(weight)
-            return cls(trie, parts["vectors"], ids, cosine, scores, float(description.get("guide_weight", 0.0)))
+            index = cls(trie, parts["vectors"], ids, cosine, scores, float(description.get("guide_weight", 0.0)))
+            wanted = [(size, index.vectors.shape[1]) for size in trie.codebook_sizes]
+            if guides and [tuple(guide.shape) for guide in guides] != wanted:
+                raise ValueError(f"guides must have the shapes {wanted}")
+            return index._with_guides(tuple(guides) or None)
         except KeyError as error:
             raise IndexFormatError(f"{path} describes no index: it has no {error}") from error
         except (TypeError, ValueError) as error:
@@ -296,21 +314,21 @@ class DGIIndex:
                 them.
             guide_weight: what the cosine of query and items, as far as their codes tell, counts when beams are kept,
                 see :mod:`dgi.retrieval.guide`; by default the index's own. Scores in the result are without it. Logits
-                of all beams of a level are then formed.
+                of all beams of a level are then formed, (B, M, K).
 
         Raises:
-            ValueError: the index and the model, or the batch, do not fit, or ``guide_weight`` is not finite.
+            ValueError: the index and the model, or the batch, do not fit, or ``guide_weight`` is not within ±1e4.
         """
         self._check_fit(model, batch, exclude)
         guide_weight = self.guide_weight if guide_weight is None else guide_weight
-        guide_weight = checks.number("guide_weight", guide_weight)
+        guide_weight = checks.number("guide_weight", guide_weight, low=-MAX_WEIGHT, high=MAX_WEIGHT)
         order = order or ("sum" if self.cosine_weight else "lexicographic")
         weight = self.cosine_weight if cosine_weight is None else cosine_weight
         ranked_by = {"order": order, "cosine_weight": 1.0 if weight is None else weight, "share": share}
         with evaluating(model):
             query = model.encode_queries(batch)
             widest = max(beam_widths(num_beams, self.trie.depth))
-            logits = max(self.trie.codebook_sizes) if guide_weight else 0
+            logits = 3 * max(self.trie.codebook_sizes) if guide_weight else 0
             at_once = max(1, MEMORY_FLOATS // (widest * (self._floats_per_beam(model, query) + logits)))
             parts = []
             for start in range(0, max(1, len(batch)), at_once):
@@ -416,6 +434,12 @@ def first_allowed(items: Tensor, exclude: Tensor, k: int) -> tuple[Tensor, Tenso
 def item_ids(ids: Sequence[str], items: Tensor) -> list[list[str]]:
     """The ids of catalog rows (B, k), without the padding of -1."""
     return [[ids[row] for row in rows if row >= 0] for rows in items.tolist()]
+
+
+def _number(name: str) -> int:
+    """The number at the end of the name of a tensor, 0 where there is none."""
+    last = name.rpartition(".")[2]
+    return int(last) if last.isdigit() else 0
 
 
 def _checked(model: DGIModel) -> DGIModel:

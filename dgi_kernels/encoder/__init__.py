@@ -67,7 +67,10 @@ def encoder_layers(
     layers = list(layers)
     checks.float_tensor("states", states, ndim=3)
     eps = checks.number("eps", eps, positive=True)
-    parameters = [part for layer in layers if isinstance(layer, EncoderLayer) for pair in layer for part in pair]
+    for number, layer in enumerate(layers):
+        if not isinstance(layer, EncoderLayer):
+            raise TypeError(f"layers[{number}] must be of type EncoderLayer; got {type(layer).__name__}")
+    parameters = [part for layer in layers for pair in layer for part in pair]
     chosen = choose_without_gradient("encoder_layers", backend, states, *parameters)
     if chosen == "reference" or tracing():
         _check(states, layers, mask, heads)

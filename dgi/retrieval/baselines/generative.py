@@ -107,8 +107,11 @@ class Generative(Retriever):
     def _choose(self, validation: Interactions, counts: Tensor) -> None:
         """The weights of the sum that ranks, on the validation set; see :mod:`dgi.retrieval.fused`."""
         own = self.model.item_bias
-        # TIGER's items have codes and no vectors of their own: a cosine would say nothing.
-        options = self._search_options | ({"cosine": (0.0,), "guide": (0.0,)} if self.codes == "given" else {})
+        options = self._search_options
+        if self.codes == "given":  # TIGER's items have codes and no vectors of their own: a cosine would say nothing
+            options |= {"cosine": (0.0,), "guide": (0.0,)}
+        if self.codes == "atomic":  # by a code for each item the guide would be exact dense retrieval
+            options["guide"] = (0.0,)
         self.weights, _ = choose_weights(self.searcher, validation, counts=counts, **options)
         self.searcher.index = self.weights.applied(self.searcher.index, own, counts)
         self.settings = {

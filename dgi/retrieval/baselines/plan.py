@@ -36,7 +36,7 @@ class Plan:
         progress: show progress bars.
         curve_points: how often the model is measured on the validation set in training.
         num_beams: semantic IDs that survive each level of a search, in all generative systems: one number or one per
-            level. The last costs no pass of the decoder.
+            level. The decoder does not read the last level's beams again, so that they may be many.
         exclude_history: leave the items of a request's history out when settings are chosen.
     """
 

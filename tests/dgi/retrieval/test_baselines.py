@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
@@ -404,6 +405,29 @@ def test_the_bias_of_an_item_counts_in_the_sum(data: Dataset) -> None:
         searcher.index = weights.applied(searcher.index, own, counts)
         slow = searcher.search_interactions(data.test, k=6, num_beams=6).items
         assert (quick == slow).float().mean() > 0.99  # equal sums to rounding may change places
+
+
+def test_of_equal_sums_the_first_candidate_is_ahead() -> None:
+    """As in a search: a target gains nothing by being level with many."""
+    items = torch.arange(20).unsqueeze(0)
+    candidates = Candidates(items, torch.zeros(1, 20), torch.ones(1, 20), torch.zeros(1, 20))
+    weights, none = RankingWeights(3.0), torch.zeros(())
+    for target in (0, 7, 19):
+        found, places = candidates.with_target(torch.tensor([target]))
+        gain = 1 / math.log2(target + 2) if target < 10 else 0.0
+        assert found.gains(places, weights, none, 10).tolist() == pytest.approx([gain])
+        assert found.gains(places, RankingWeights(), none, 10).tolist() == pytest.approx([gain])
+    assert len(candidates.with_target(torch.tensor([20]))[1]) == 0
+
+
+def test_beams_may_have_a_width_for_each_level(data: Dataset) -> None:
+    """Where semantic IDs have another length, as many as the widest level has."""
+    plan = dataclasses.replace(PLAN, num_beams=(3, 5), training=dataclasses.replace(PLAN.training, steps=8))
+    two, one = Generative(plan).fit(data), Generative(plan, "atomic").fit(data)
+    assert two.num_beams == (3, 5) and one.num_beams == 5 and one.weights.guide == 0.0
+    assert int((two.search(data.test, ITEMS).items >= 0).sum(1).max()) <= 5
+    with pytest.raises(ValueError, match="one per level"):
+        dataclasses.replace(PLAN, num_beams=(3, 5, 7))
 
 
 def test_systems_of_one_seed_share_the_encoder(data: Dataset, tmp_path: Path, no_pictures: None) -> None:

@@ -18,9 +18,11 @@ from dgi.data import Catalog, Interactions, pad_histories
 from dgi.data.batches import Batch
 from dgi.evaluation.tuning import tune_cosine_weight
 from dgi.model.dgi_model import DGIModel, DualEncoder
+from dgi.retrieval.guide import Guide, fit_guides
 from dgi.retrieval.index import DGIIndex, IndexFormatError
 from dgi.retrieval.search import Requests, Searcher
 from dgi.training.checkpoint import read_tensors, save_model, write_tensors
+from dgi_kernels import HiddenStates, Trie, beam_search
 
 ITEMS = 40
 
@@ -115,8 +117,11 @@ def test_a_guide_decides_which_beams_survive_and_is_in_no_score(searcher: Search
         unit = F.normalize(searcher.model.encode_queries(batch).vector.double(), dim=1)
     added = torch.stack([unit @ guide.double()[index.codes[:, level]].T for level, guide in enumerate(index.guides)], 2)
     guided = (levels + weight * added).cumsum(2)
+    changed = 0
     for widths in ((1, 1), (3, 3), (2, 5)):
         found = index.search(searcher.model, batch, ITEMS, num_beams=widths, guide_weight=weight)
+        plain = index.search(searcher.model, batch, ITEMS, num_beams=widths)
+        changed += sum({*a} != {*b} for a, b in zip(found.ids, plain.ids, strict=True))
         for row in range(len(batch)):
             survivors = {()}
             for level, width in enumerate(widths, start=1):
@@ -132,15 +137,37 @@ def test_a_guide_decides_which_beams_survive_and_is_in_no_score(searcher: Search
             own = found.scores[row, : len(items)].double()
             torch.testing.assert_close(own, levels[row].sum(1)[items], atol=1e-4, rtol=0)
             assert own.tolist() == sorted(own.tolist(), reverse=True), "by the decoder's score alone"
+    assert changed, "or it has decided nothing"
     wide = {"num_beams": ITEMS}
     one, other = (index.search(searcher.model, batch, ITEMS, guide_weight=w, **wide) for w in (0.0, weight))
     torch.testing.assert_close(one.scores, other.scores, atol=1e-4, rtol=0)
-    changed = dataclasses.replace(index, guide_weight=weight).search(searcher.model, batch, 5, num_beams=2)
-    assert same_results(changed, index.search(searcher.model, batch, 5, num_beams=2, guide_weight=weight))
+    own = index.replaced(guide_weight=weight).search(searcher.model, batch, 5, num_beams=2)
+    assert same_results(own, index.search(searcher.model, batch, 5, num_beams=2, guide_weight=weight))
     with pytest.raises(ValueError, match="guide_weight must be finite"):
         index.search(searcher.model, batch, guide_weight=float("nan"))
-    with pytest.raises(ValueError, match="guide_weight must be finite"):
-        dataclasses.replace(index, guide_weight=float("inf"))
+    with pytest.raises(ValueError, match="guide_weight must be within"):
+        index.replaced(guide_weight=1e5)
+
+
+def test_guides_of_half_precision_and_of_ids_that_end_early() -> None:
+    """Scores without the guide are those of a search without one, also in bfloat16, and an end has no guide."""
+    sids = [[0, 1, 2], [0, 1, -1], [1, 2, 0], [1, 0, 1], [2, -1, -1]]
+    trie = Trie.from_codes(torch.tensor(sids), codebook_sizes=(3, 3, 3))
+    books = [torch.randn(3, 8).bfloat16() for _ in range(3)]
+    states = [torch.randn(2, 1 if level == 0 else 5, 8).bfloat16() for level in range(3)]
+    guides = fit_guides(F.normalize(torch.randn(5, 8), dim=1), torch.tensor(sids), (3, 3, 3))
+
+    def step(depth: int, tokens: Tensor | None, parents: Tensor | None) -> HiddenStates:
+        return HiddenStates(states[depth], books[depth], 30.0)
+
+    plain = beam_search(trie, step, batch_size=2, num_beams=5)
+    guide = Guide(torch.randn(2, 8), guides, 1e-6)
+    guided = guide.without(beam_search(trie, guide.guided(step), batch_size=2, num_beams=5, normalize="none"))
+    assert torch.equal(guided.nodes, plain.nodes)
+    torch.testing.assert_close(guided.scores, plain.scores, atol=1e-4, rtol=0)
+    strong = Guide(torch.randn(2, 8), guides, 50.0)
+    found = strong.without(beam_search(trie, strong.guided(step), batch_size=2, num_beams=5, normalize="none"))
+    assert found.scores.isfinite().all(), "an end is found too"
 
 
 def test_guides_are_means_of_what_is_left_of_the_vectors(searcher: Searcher) -> None:
@@ -380,6 +407,8 @@ def test_weights_widths_and_sums_are_those_of_the_ops(searcher: Searcher, tmp_pa
     loaded = DGIIndex.load(tmp_path / "index")
     assert loaded.cosine_weight == 3.0 and index.cosine_weight is None
     assert loaded.guide_weight == 2.0 and loaded.to("cpu").guide_weight == 2.0
+    assert "guides" in vars(loaded) and "guides" in vars(loaded.to("cpu").replaced(guide_weight=1.0)), "fitted once"
+    assert all(map(torch.equal, loaded.guides, index.guides))
     ranked = Searcher(searcher.model, loaded, searcher.catalog).search_interactions(
         requests, k=ITEMS, num_beams=ITEMS, order="sum"
     )
