@@ -330,7 +330,8 @@ def collect(output: Path) -> Json:
     Returns:
         JSON-ready ``{"version", "machine", "data": {name: {…what the data set's cells agree in…, "best_baseline",
         "systems": {name: {"seeds", "measures": {"recall@10": {"mean", "low", "high", "seeds"}}, "validation": NDCG,
-        "exact_cosine": NDCG of a generative system by its own vectors without beams, "difference": NDCG against the
+        "exact_cosine": NDCG of a generative system by its own vectors without beams, "over_two_stage": NDCG of DGI
+        against two-stage retrieval with the same encoder, "difference": NDCG against the
         baseline that is best on validation requests, with its paired interval, "buckets", "hubness", "geometry",
         "settings", "tail", "parameters", "seconds", "curve"}}}}}``; of ``tail`` see
         :func:`dgi.evaluation.tail.tail_curve`. Intervals are over requests, each request's measure being the mean over
@@ -372,6 +373,10 @@ def _collect_data(folder: Path) -> Json:
         for name in SYSTEMS
         if name in cells
     }
+    for name, of_system in systems.items():
+        other = "two_stage_ids" if name.endswith("_ids") else "two_stage"
+        if name.startswith("dgi") and other in values:
+            of_system["over_two_stage"] = {f"ndcg@{K}": interval(values[name][place] - values[other][place])}
     about = next(iter(cells.values()))[0]["about"]
     return {**about, "best_baseline": best, "systems": systems}
 

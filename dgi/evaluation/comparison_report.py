@@ -54,8 +54,14 @@ def _protocol(data: Json) -> str:
         f"{data['encoder_share']:.0%} of it on the encoder that they start from, those in stages a "
         f"third{half}{unique}{beams}. Width "
         f"{data['model']['dim']}. In brackets: 95 % intervals, bootstrap over requests; Δ: paired, against "
-        f"`{data['best_baseline']}`, the best baseline{_chosen_on(data)}."
+        f"`{data['best_baseline']}`, the best baseline{_chosen_on(data)}{_over_two_stage(data)}."
     )
+
+
+def _over_two_stage(data: Json) -> str:
+    """What the column of differences from two-stage retrieval is; nothing where no system has one."""
+    known = any("over_two_stage" in one for one in data["systems"].values())
+    return ", and against two-stage retrieval with the same encoder" if known else ""
 
 
 def _widths(num_beams: int | list[int]) -> str:
@@ -73,12 +79,14 @@ def _quality(data: Json) -> str:
     systems = data["systems"]
     buckets = list(next(iter(systems.values()))["buckets"])
     recall = f"R@{K}"
+    beside = ["Δ NDCG, two-stage"] if _over_two_stage(data) else []
     header = [
         "system",
         "seeds",
         recall,
         f"NDCG@{K}",
         "Δ NDCG",
+        *beside,
         f"NDCG@{K} by seed",
         "on validation requests",
         *(f"{recall}, {bucket}" for bucket in buckets),
@@ -87,7 +95,7 @@ def _quality(data: Json) -> str:
     rows = []
     for name, of_system in systems.items():
         measures = of_system["measures"]
-        difference = of_system["difference"]
+        difference, over = of_system["difference"], of_system.get("over_two_stage")
         rows.append(
             [
                 f"`{name}`",
@@ -95,6 +103,7 @@ def _quality(data: Json) -> str:
                 _interval(measures[f"recall@{K}"]),
                 _interval(measures[f"ndcg@{K}"]),
                 "" if difference is None else _interval(difference[f"ndcg@{K}"], signed=True),
+                *("" if over is None else _interval(over[f"ndcg@{K}"], signed=True) for _ in beside),
                 " ".join(map(_number, measures[f"ndcg@{K}"]["seeds"], [4] * len(of_system["seeds"]))),
                 _number(of_system.get("validation", {}).get(f"ndcg@{K}"), 4),
                 *(_number(of_system["buckets"][bucket]) for bucket in buckets),

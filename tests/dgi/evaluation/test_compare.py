@@ -14,7 +14,7 @@ from dgi.data import Catalog, Dataset, Interactions, Judgments, load_dataset, pa
 from dgi.evaluation import compare as comparing
 from dgi.evaluation import metrics
 from dgi.evaluation.compare import Comparison, compare
-from dgi.evaluation.comparison_report import _bare, comparison_picture, data_markdown, tail_markdown
+from dgi.evaluation.comparison_report import _bare, comparison_picture, data_markdown, markdown, tail_markdown
 from dgi.evaluation.per_query import MEASURES, bucket_means, interval, measure_queries
 from tests.dgi.retrieval.test_baselines import PLAN
 from tests.dgi.tiny_folder import write_data
@@ -179,6 +179,26 @@ def test_cells_of_another_comparison_join(tmp_path: Path) -> None:
         comparing.join(folders[0], folders[1])
     with pytest.raises(FileNotFoundError, match="holds no cells"):
         comparing.join(folders[0], folders[3])
+
+
+def test_dgi_is_compared_with_two_stage_retrieval_too(tmp_path: Path) -> None:
+    """By the cells of other systems under these names; the column is there only where there is such a difference."""
+    folder = tmp_path / "out"
+    results = compare(skewed_data(), Comparison(PLAN, ("random", "popularity"), seeds=(0,)), folder)
+    assert "two-stage" not in markdown(results)
+    for name, kind in (("random", "two_stage"), ("popularity", "dgi")):
+        source = folder / "cells" / "clicks" / f"{name}-0.json"
+        cell = json.loads(source.read_text()) | {"system": kind}
+        source.with_name(f"{kind}-0.json").write_text(json.dumps(cell))
+        source.with_name(f"{kind}-0.npy").write_bytes(source.with_suffix(".npy").read_bytes())
+    results = comparing.collect(folder)
+    systems = results["data"]["clicks"]["systems"]
+    means = {name: one["measures"]["ndcg@10"]["mean"] for name, one in systems.items()}
+    found = systems["dgi"]["over_two_stage"]["ndcg@10"]
+    assert found["mean"] == pytest.approx(means["popularity"] - means["random"]) and found["low"] > 0
+    assert [name for name, one in systems.items() if "over_two_stage" in one] == ["dgi"]
+    text = markdown(results)
+    assert "| Δ NDCG, two-stage |" in text and "against two-stage retrieval with the same encoder" in text
 
 
 def test_the_best_baseline_is_chosen_on_validation_requests(tmp_path: Path) -> None:
