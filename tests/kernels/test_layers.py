@@ -18,8 +18,8 @@ LAYERS = (
     {"triton_common"},
     {"backend"},
     {"checks"},
-    {"noise"},
-    {"cosine", "decoder", "dropout", "gumbel", "normalizer", "trie"},
+    {"noise", "transformer"},
+    {"cosine", "decoder", "dropout", "encoder", "gumbel", "normalizer", "trie"},
     {"beam", "quantize"},
     {"clustering", "ranking"},
     {""},  # dgi_kernels itself
