@@ -373,10 +373,10 @@ def _collect_data(folder: Path) -> Json:
         for name in SYSTEMS
         if name in cells
     }
-    for name, of_system in systems.items():
+    for name, found in systems.items():
         other = "two_stage_ids" if name.endswith("_ids") else "two_stage"
         if name.startswith("dgi") and other in values:
-            of_system["over_two_stage"] = {f"ndcg@{K}": interval(values[name][place] - values[other][place])}
+            found["over_two_stage"] = {f"ndcg@{K}": interval(values[name][place] - values[other][place])}
     about = next(iter(cells.values()))[0]["about"]
     return {**about, "best_baseline": best, "systems": systems}
 
