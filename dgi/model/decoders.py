@@ -151,17 +151,14 @@ class TransformerDecoder(nn.Module):
 def _parameters(layer: nn.TransformerDecoderLayer, width: int) -> DecoderLayer:
     prefix, memory = layer.self_attn, layer.multihead_attn
 
-    def pair(part: nn.Linear | nn.LayerNorm) -> tuple[Tensor, Tensor]:
-        return part.weight, part.bias
-
     return DecoderLayer(
-        pair(layer.norm1),
+        layers.pair(layer.norm1),
         (prefix.in_proj_weight, prefix.in_proj_bias),
-        pair(prefix.out_proj),
-        pair(layer.norm2),
+        layers.pair(prefix.out_proj),
+        layers.pair(layer.norm2),
         (memory.in_proj_weight[:width], memory.in_proj_bias[:width]),
-        pair(memory.out_proj),
-        pair(layer.norm3),
-        pair(layer.linear1),
-        pair(layer.linear2),
+        layers.pair(memory.out_proj),
+        layers.pair(layer.norm3),
+        layers.pair(layer.linear1),
+        layers.pair(layer.linear2),
     )

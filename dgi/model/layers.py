@@ -88,16 +88,17 @@ def _shape(layer: EncoderLayer) -> tuple[int, float]:
 def _parameters(layer: EncoderLayer) -> LayerParameters:
     part = layer.self_attn
     return LayerParameters(
-        _pair(layer.norm1),
+        pair(layer.norm1),
         (part.in_proj_weight, part.in_proj_bias),
-        _pair(part.out_proj),
-        _pair(layer.norm2),
-        _pair(layer.linear1),
-        _pair(layer.linear2),
+        pair(part.out_proj),
+        pair(layer.norm2),
+        pair(layer.linear1),
+        pair(layer.linear2),
     )
 
 
-def _pair(part: nn.Linear | nn.LayerNorm) -> tuple[Tensor, Tensor]:
+def pair(part: nn.Linear | nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """Weight and bias, as the ops take them."""
     return part.weight, part.bias
 
 

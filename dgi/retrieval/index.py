@@ -261,7 +261,7 @@ class DGIIndex:
         try:
             parts = {name: tensors.pop(name) for name in ("vectors", "id_bytes", "id_offsets")}
             scores = tensors.pop("item_scores", None)
-            guides = [tensors.pop(name) for name in sorted(tensors, key=_number) if name.startswith("guides.")]
+            stored = {name: tensors.pop(name) for name in list(tensors) if name.startswith("guides.")}
             trie = Trie.from_state(
                 {name.removeprefix("trie."): array for name, array in tensors.items()}, description["trie"]
             )
@@ -269,10 +269,13 @@ class DGIIndex:
             weight = description.get("cosine_weight")  # files of before have none, nor a guide's
             cosine = None if weight is None else float(weight)
             index = cls(trie, parts["vectors"], ids, cosine, scores, float(description.get("guide_weight", 0.0)))
+            if not stored:
+                return index
+            guides = tuple(stored[f"guides.{level}"] for level in range(trie.depth))
             wanted = [(size, index.vectors.shape[1]) for size in trie.codebook_sizes]
-            if guides and [tuple(guide.shape) for guide in guides] != wanted:
+            if [tuple(guide.shape) for guide in guides] != wanted:
                 raise ValueError(f"guides must have the shapes {wanted}")
-            return index._with_guides(tuple(guides) or None)
+            return index._with_guides(guides)
         except KeyError as error:
             raise IndexFormatError(f"{path} describes no index: it has no {error}") from error
         except (TypeError, ValueError) as error:
@@ -434,12 +437,6 @@ def first_allowed(items: Tensor, exclude: Tensor, k: int) -> tuple[Tensor, Tenso
 def item_ids(ids: Sequence[str], items: Tensor) -> list[list[str]]:
     """The ids of catalog rows (B, k), without the padding of -1."""
     return [[ids[row] for row in rows if row >= 0] for rows in items.tolist()]
-
-
-def _number(name: str) -> int:
-    """The number at the end of the name of a tensor, 0 where there is none."""
-    last = name.rpartition(".")[2]
-    return int(last) if last.isdigit() else 0
 
 
 def _checked(model: DGIModel) -> DGIModel:

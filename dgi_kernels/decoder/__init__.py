@@ -17,7 +17,7 @@ from dgi_kernels import checks
 from dgi_kernels.backend import choose_without_gradient, tracing
 from dgi_kernels.decoder import native, reference
 from dgi_kernels.decoder.layer import DecoderLayer
-from dgi_kernels.transformer import check_floats, check_layer
+from dgi_kernels.transformer import check_floats, check_layer, layer_parameters
 from dgi_kernels.types import Backend
 
 __all__ = ["DecoderLayer", "decoder_step"]
@@ -80,7 +80,9 @@ def decoder_step(
     checks.float_tensor("states", states, ndim=3)
     eps = checks.number("eps", eps, positive=True)
     arguments = (states, layers, memory, mask, past, ancestors, heads, eps)
-    chosen = choose_without_gradient("decoder_step", backend, states, *memory, *past, *_parameters(layers))
+    chosen = choose_without_gradient(
+        "decoder_step", backend, states, *memory, *past, *layer_parameters(layers, DecoderLayer)
+    )
     if chosen == "reference" or tracing():
         _check(*arguments)
         with torch.autocast(states.device.type, enabled=False):
@@ -90,10 +92,6 @@ def decoder_step(
     except (RuntimeError, TypeError, AttributeError):
         _check(*arguments)
         raise
-
-
-def _parameters(layers: list[DecoderLayer]) -> list[Tensor]:
-    return [part for layer in layers if isinstance(layer, DecoderLayer) for pair in layer for part in pair]
 
 
 def _check(
@@ -114,7 +112,7 @@ def _check(
     if len(past) != len(ancestors):
         raise ValueError(f"ancestors must hold one tensor per position of past; got {len(ancestors)} for {len(past)}")
     for number, layer in enumerate(layers):
-        check_layer(f"layers[{number}]", layer, DecoderLayer, states)
+        check_layer(f"layers[{number}]", layer, states)
     checks.tensor("mask", mask, dtypes=(torch.bool,), ndim=2, like=states)
     checks.shape("mask", mask, (batch, None), "(B, S)")
     for number, slots in enumerate(memory):

@@ -15,7 +15,7 @@ from dgi_kernels import checks
 from dgi_kernels.backend import choose_without_gradient, tracing
 from dgi_kernels.encoder import native, reference
 from dgi_kernels.encoder.layer import EncoderLayer
-from dgi_kernels.transformer import check_layer
+from dgi_kernels.transformer import check_layer, layer_parameters
 from dgi_kernels.types import Backend
 
 __all__ = ["EncoderLayer", "encoder_layers"]
@@ -67,10 +67,7 @@ def encoder_layers(
     layers = list(layers)
     checks.float_tensor("states", states, ndim=3)
     eps = checks.number("eps", eps, positive=True)
-    for number, layer in enumerate(layers):
-        if not isinstance(layer, EncoderLayer):
-            raise TypeError(f"layers[{number}] must be of type EncoderLayer; got {type(layer).__name__}")
-    parameters = [part for layer in layers for pair in layer for part in pair]
+    parameters = layer_parameters(layers, EncoderLayer)
     chosen = choose_without_gradient("encoder_layers", backend, states, *parameters)
     if chosen == "reference" or tracing():
         _check(states, layers, mask, heads)
@@ -90,6 +87,6 @@ def _check(states: Tensor, layers: list[EncoderLayer], mask: Tensor, heads: int)
     if not layers:
         raise ValueError("layers must not be empty")
     for number, layer in enumerate(layers):
-        check_layer(f"layers[{number}]", layer, EncoderLayer, states)
+        check_layer(f"layers[{number}]", layer, states)
     checks.tensor("mask", mask, dtypes=(torch.bool,), ndim=2, like=states)
     checks.shape("mask", mask, tuple(states.shape[:2]), "(B, S)")
