@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -63,8 +63,31 @@ def forward(v: Values, grid: tuple[int, ...]) -> Work:
     return flash(1 + v["with_mean"], owns_rows=True)(v, grid)
 
 
+def kept_bytes(v: Values, times: int) -> int:
+    """Of p and the weights of a chunk, each read or written once."""
+    return times * v["N"] * v["K"] * v["p_kept"].element_size()
+
+
 def level(v: Values, grid: tuple[int, ...]) -> Work:
-    return flash(1 + v["soft"], owns_rows=True)(v, grid)
+    work = flash(1 + v["soft"], owns_rows=True)(v, grid)
+    if v["p_kept"] is None:
+        return work
+    return replace(work, moved=kept_bytes(v, 1) + 2 * v["N"] * v["D"] + 4 * v["soft"] * v["N"] * v["D"])
+
+
+def usage(v: Values, grid: tuple[int, ...]) -> Work:
+    return Work(v["N"] * v["K"], moved=kept_bytes(v, 1))
+
+
+def probabilities(v: Values, grid: tuple[int, ...]) -> Work:
+    work = flash(1, owns_rows=True)(v, grid)
+    return replace(work, moved=kept_bytes(v, 1) + 2 * v["N"] * v["D"] * grid[1])
+
+
+def weights(v: Values, grid: tuple[int, ...]) -> Work:
+    sums = v["p_out"] is not None
+    work = flash(1 + sums, owns_rows=True)(v, grid)
+    return replace(work, moved=kept_bytes(v, 2 + v["straight_through"]) + (2 + 4 * sums) * v["N"] * v["D"])
 
 
 WORK: dict[str, Callable[[Values, tuple[int, ...]], Work]] = {
@@ -78,9 +101,9 @@ WORK: dict[str, Callable[[Values, tuple[int, ...]], Work]] = {
     "chunk_loss_kernel": rows_of_chunk,
     "chunk_gradient_kernel": rows_of_chunk,
     "level_kernel": level,
-    "usage_kernel": flash(1, owns_rows=False),
-    "row_gradient_kernel": flash(5, owns_rows=True),
-    "code_gradient_kernel": flash(4, owns_rows=False),
+    "usage_kernel": usage,
+    "probability_kernel": probabilities,
+    "weight_kernel": weights,
     "chunk_level_kernel": rows_of_chunk,
 }
 

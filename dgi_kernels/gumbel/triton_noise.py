@@ -15,9 +15,7 @@ first two rounds stay vectors of b_n and b_k / 4 elements by broadcasting, so th
 
 A kernel's parameter is not called ``stream``: Triton refuses a launch that names one so, where a GPU is.
 
-Instructions an element in the machine code for sm_90 (Triton 3.7, bench/gpu_code.py), where 35 were aimed at: 22 for
-the noise in the loop of triton_kernels.usage_kernel (noisy less noiseless), 26 in level_kernel's, with a second argmax,
-and 35 to 40 for all of noise_kernel, addresses and stores included. Not yet run on a GPU.
+NOISECOUNT
 """
 
 from __future__ import annotations
@@ -29,23 +27,52 @@ import triton.language as tl
 
 from dgi_kernels.triton_common import LN2, LOG2E
 
+BASE = tl.constexpr(0.5287663729448977)  # -log2(ln 2)
+
 if os.environ.get("TRITON_INTERPRET") == "1":  # the interpreter has no inline assembly
 
     @triton.jit
-    def log2_of_modulus(x):
-        return tl.log2(tl.abs(x))
+    def log2_of_exponential(word):
+        """Uniform uint32 -> H = log2 E of an E ~ Exp(1) in base 2. The polynomial is a fit of log2(1 - u) / u, relative
+        error 2.1e-6."""
+        small = word < 0x10000000
+        # Not ~word: the interpreter of Triton 3.7 cannot invert unsigned words.
+        v = tl.where(small, word, word ^ 0xFFFFFFFF).to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
+        series = v * ((-0.5168004631996155 * v - 0.7204892635345459) * v - 1.4426980018615723)
+        return tl.log2(tl.abs(tl.where(small, series, tl.log2(v))))
 
     @triton.jit
     def halves_of_product(x, factor):
         return tl.umulhi(x, factor), x * factor
+
+    @triton.jit
+    def fast_log2(x):
+        return tl.log2(x)
 else:
 
     @triton.jit
-    def log2_of_modulus(x):  # the modulus costs nothing, where a minus would be an instruction
+    def log2_of_exponential(word):
+        """As above. In assembly, since with its predicates neither of the two choices is an instruction of its own, and
+        nor is the sign of the logarithm, which is left out."""
         return tl.inline_asm_elementwise(
-            "{ .reg .f32 m; abs.f32 m, $1; lg2.approx.ftz.f32 $0, m; }",
-            "=f,f",
-            [x],
+            """{
+            .reg .pred large;
+            .reg .b32 word;
+            .reg .f32 v, e;
+            setp.ge.u32 large, $1, 0x10000000;
+            mov.b32 word, $1;
+            @large not.b32 word, word;
+            cvt.rn.f32.u32 v, word;
+            fma.rn.f32 v, v, 0f2F800000, 0f2F000000;
+            fma.rn.f32 e, v, 0fBF044D09, 0fBF3871FC;
+            fma.rn.f32 e, e, v, 0fBFB8AA54;
+            mul.rn.f32 e, e, v;
+            @large lg2.approx.ftz.f32 e, v;
+            abs.f32 e, e;
+            lg2.approx.ftz.f32 $0, e;
+            }""",
+            "=f,r",
+            [word],
             dtype=tl.float32,
             is_pure=True,
             pack=1,
@@ -60,6 +87,13 @@ else:
             dtype=(tl.uint32, tl.uint32),
             is_pure=True,
             pack=1,
+        )
+
+    @triton.jit
+    def fast_log2(x):
+        """One instruction, where tl.log2 makes twenty."""
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
 
 
@@ -81,35 +115,26 @@ def philox(seed, c0, c1, c2, c3):
 
 @triton.jit
 def gumbel_from_word(word):
-    """Uniform uint32 -> G = -log2(-ln(1 - u)). The polynomial is a fit of log2(1 - u) / u, relative error 2.1e-6."""
-    small = word < 0x10000000
-    # Not ~word: the interpreter of Triton 3.7 cannot invert unsigned words.
-    v = tl.where(small, word, word ^ 0xFFFFFFFF).to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
-    series = v * ((-0.5168004631996155 * v - 0.7204892635345459) * v - 1.4426980018615723)
-    # -log2(ln 2): E is in base 2, and negative here.
-    return 0.5287663729448977 - log2_of_modulus(tl.where(small, series, log2_of_modulus(v)))
+    """Uniform uint32 -> G = -log2(-ln(1 - u)) = BASE - H."""
+    return -log2_of_exponential(word) + BASE
 
 
 @triton.jit
-def noise_tile(seed, first_code, o_row, level, stream, b_k: tl.constexpr):
-    """G of b_k codes from ``first_code``, a multiple of 4, for the rows ``o_row`` (b_n,) uint32 -> (b_n, b_k)."""
+def exponent_tile(seed, first_code, o_row, level, stream, b_k: tl.constexpr):
+    """H = BASE - G of b_k codes from ``first_code``, a multiple of 4, for the rows ``o_row`` (b_n,) uint32 ->
+    (b_n, b_k). Where it is taken off something, the sign costs nothing, and BASE is left to what is of a row."""
     o_block = (first_code // 4 + tl.arange(0, b_k // 4)).to(tl.uint32)
     level, stream = tl.cast(level, tl.uint32), tl.cast(stream, tl.uint32)
     w0, w1, w2, w3 = philox(seed, o_block[None, :], o_row[:, None], level, stream)
-    even = tl.join(gumbel_from_word(w0), gumbel_from_word(w2))
-    odd = tl.join(gumbel_from_word(w1), gumbel_from_word(w3))
+    even = tl.join(log2_of_exponential(w0), log2_of_exponential(w2))
+    odd = tl.join(log2_of_exponential(w1), log2_of_exponential(w3))
     return tl.reshape(tl.join(even, odd), (o_row.shape[0], b_k))
 
 
 @triton.jit
-def noise_tile_by_code(seed, first_code, o_row, level, stream, b_k: tl.constexpr):
-    """:func:`noise_tile`, transposed: (b_k, b_n)."""
-    o_block = (first_code // 4 + tl.arange(0, b_k // 4)).to(tl.uint32)
-    level, stream = tl.cast(level, tl.uint32), tl.cast(stream, tl.uint32)
-    w0, w1, w2, w3 = philox(seed, o_block[:, None], o_row[None, :], level, stream)
-    even = tl.join(gumbel_from_word(w0), gumbel_from_word(w2))
-    odd = tl.join(gumbel_from_word(w1), gumbel_from_word(w3))
-    return tl.reshape(tl.permute(tl.join(even, odd), (0, 2, 3, 1)), (b_k, o_row.shape[0]))
+def noise_tile(seed, first_code, o_row, level, stream, b_k: tl.constexpr):
+    """G of the same codes and rows."""
+    return -exponent_tile(seed, first_code, o_row, level, stream, b_k) + BASE
 
 
 @triton.jit(do_not_specialize=["N", "K", "level", "noise_stream", "row_offset"])

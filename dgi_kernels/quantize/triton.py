@@ -19,13 +19,14 @@ from dgi_kernels.quantize.result import ResidualQuantization
 from dgi_kernels.quantize.triton_gradients import chunked_gradients, flash_gradients, upstream_of
 from dgi_kernels.quantize.triton_levels import (
     HARD,
+    SOFT,
     Sampling,
     chunked_level,
     emit,
     flash,
+    flash_forward,
     flash_level,
     levels_of,
-    tile_counts,
 )
 from dgi_kernels.triton_common import LN2, norms
 
@@ -49,10 +50,6 @@ def residual_quantize(operands: Operands, options: QuantizeOptions) -> ResidualQ
         weight = torch.cat([part.float() - own for part, own in zip(weight.split(sizes), centres, strict=True)])
         weight = weight.to(z.dtype)
         bias = -scale * weight.float().square().sum(1)
-    with_grad = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad
-        for x in (z, weight, scale, tau, sigma, mixed)  # bias: of the others
-    )
     noisy = seed is not None
     seed = torch.zeros(1, dtype=torch.int64, device=z.device) if seed is None else seed
     quantized, codes, sampled, usage, residuals, log_normalizer, mixtures, *_ = _forward(
@@ -73,7 +70,6 @@ def residual_quantize(operands: Operands, options: QuantizeOptions) -> ResidualQ
         options.mode_number,
         options.metric_number,
         noisy,
-        with_grad,
     )
     if centres is not None:
         squares = residuals.float().square().sum(-1)
@@ -109,17 +105,15 @@ def _forward(
     mode: int,
     metric: int,
     noisy: bool,
-    with_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> quantized, codes, sampled, usage, residuals, log_normalizer, mixtures; rnorm, rnorm_e, order, largest for
-    backward.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> quantized, codes, sampled, usage, residuals, log_normalizer, mixtures; rnorm, rnorm_e for backward.
 
     ``weight`` (sum K_j, D) is relative to ``centres`` (m, D), where there are any, and ``vectors`` (sum K_j, D) are the
     codebooks; so are the residuals, and log_normalizer lacks the row's own part of the scores. ``values`` are
     (sum K_j, V).
     """
     outputs = _empty_outputs(z, weight, sizes, values)
-    quantized, codes, sampled, usage, residuals, lse, mixtures, rnorm, rnorm_e, order, largest = outputs
+    quantized, codes, sampled, usage, residuals, lse, mixtures, rnorm, rnorm_e = outputs
     rows = z.shape[0]
     if rows == 0:
         usage.zero_()
@@ -134,11 +128,11 @@ def _forward(
         else:
             norms(weight, eps, rnorm_e)
         shared = (sizes, weight, bias, centres, vectors, rnorm_e)
-        levels = list(levels_of(*shared, residuals, codes, sampled, lse, rnorm, order, largest, values, mixtures))
+        levels = list(levels_of(*shared, residuals, codes, sampled, lse, rnorm, None, values, mixtures))
         emit(rest, None, None, None, levels[0], sampling)
         for level, after in zip(levels, [*levels[1:], None], strict=True):
-            run = flash_level if flash(rows, weight, values) else chunked_level
-            mean = run(level, sampling, rest, usages[level.index], with_grad)
+            run = flash_level if flash_forward(rows, weight, values) else chunked_level
+            mean = run(level, sampling, rest, usages[level.index])
             emit(rest, mean, level, quantized[:, level.index], after, sampling)
             if mode == HARD:
                 uses = torch.ones_like(level.codes) if padding is None else (~padding).long()
@@ -149,7 +143,7 @@ def _forward(
 
 def _empty_outputs(
     z: Tensor, weight: Tensor, sizes: Sequence[int], values: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (rows, dim), levels, codes = z.shape, len(sizes), weight.shape[0]
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -165,8 +159,6 @@ def _empty_outputs(
         empty(rows, levels, 0 if values is None else values.shape[1], dtype=z.dtype),
         empty(rows, levels),
         empty(codes),
-        empty(levels, rows if flash(rows, z, values) else 0, dtype=torch.int64),
-        empty(sum(tile_counts(z, sizes, values))),
     )
 
 
@@ -189,15 +181,15 @@ def _backward(
     padding: Tensor | None,
     sigma: Tensor | None,
     bias: Tensor | None,
+    centres: Tensor | None,
     values: Tensor | None,
+    quantized: Tensor | None,
     codes: Tensor,
     sampled: Tensor,
     residuals: Tensor,
     lse: Tensor,
     rnorm: Tensor,
     rnorm_e: Tensor,
-    order: Tensor,
-    largest: Tensor,
     sizes: list[int],
     row_offset: int,
     eps: float,
@@ -222,8 +214,8 @@ def _backward(
     dusages = (dusage.float() / sampling.counted(rows)).split(sizes) if dusage is not None else [None] * len(sizes)
     run = flash_gradients if flash(rows, weight, values) else chunked_gradients
     with torch.cuda.device_of(residuals):
-        shared = (sizes, weight, bias, None, None, rnorm_e)
-        levels = list(levels_of(*shared, residuals, codes, sampled, lse, rnorm, order, largest, values, None))
+        shared = (sizes, weight, bias, centres, None, rnorm_e)
+        levels = list(levels_of(*shared, residuals, codes, sampled, lse, rnorm, quantized, values, None))
         value_parts = [None] * len(sizes) if dmixtures is None or values is None else dvalues.split(sizes)
         bias_parts = [None] * len(sizes) if bias is None else dbias.split(sizes)
         for j, level in reversed(list(enumerate(levels))):
@@ -263,15 +255,15 @@ def _(
     padding,
     sigma,
     bias,
+    centres,
     values,
+    quantized,
     codes,
     sampled,
     residuals,
     lse,
     rnorm,
     rnorm_e,
-    order,
-    largest,
     sizes,
     row_offset,
     eps,
@@ -293,12 +285,14 @@ def _(
 
 
 def _save(ctx, inputs, output) -> None:
-    _, weight, ctx.sizes, scale, tau, seed, padding, sigma, bias, _, _, values, *ctx.options, _ = inputs
-    _, codes, sampled, _, residuals, lse, _, rnorm, rnorm_e, order, largest = output
-    saved = (codes, sampled, residuals, lse, rnorm, rnorm_e, order, largest)
-    ctx.save_for_backward(weight, scale, tau, seed, padding, sigma, bias, values, *saved)
+    _, weight, ctx.sizes, scale, tau, seed, padding, sigma, bias, centres, _, values, *ctx.options = inputs
+    quantized, codes, sampled, _, residuals, lse, _, rnorm, rnorm_e = output
+    is_flash = flash(len(residuals), weight, values)
+    mean = quantized if is_flash and ctx.options[2] == SOFT else None
+    saved = (codes, sampled, residuals, lse, rnorm, rnorm_e)
+    ctx.save_for_backward(weight, scale, tau, seed, padding, sigma, bias, centres, values, mean, *saved)
     ctx.has_bias, ctx.has_values = bias is not None, values is not None
-    ctx.mark_non_differentiable(codes, sampled, rnorm, rnorm_e, order, largest)
+    ctx.mark_non_differentiable(codes, sampled, rnorm, rnorm_e)
     ctx.set_materialize_grads(False)
 
 
@@ -310,7 +304,7 @@ def _differentiate(ctx, dquantized, _codes, _sampled, dusage, dresiduals, dlse, 
     )
     dsigma, dbias = dsigma if wants_sigma else None, dbias if ctx.has_bias else None
     dvalues = dvalues if ctx.has_values else None
-    return dz, dweight, None, dscale, dtau, None, None, dsigma, dbias, None, None, dvalues, *([None] * 6)
+    return dz, dweight, None, dscale, dtau, None, None, dsigma, dbias, None, None, dvalues, *([None] * 5)
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -149,7 +149,7 @@ def chunk_gradient_kernel(
     p_tau,  # ()
     p_lse,  # (rows,), elements stride_m apart, natural
     p_sampled,  # (rows,) int64, elements stride_m apart
-    p_norm,  # (rows,) |z|
+    p_norm,  # (rows,) |z|, or None: 1
     p_dusage,  # (K,) v, or None where it is 0
     p_dlse,  # (rows,) L, elements stride_m apart, or None
     p_gain,  # () or None
@@ -171,7 +171,7 @@ def chunk_gradient_kernel(
     inv_tau = 1.0 / tl.load(p_tau)
     sigma = 1.0 if p_sigma is None else tl.load(p_sigma + i_n)
     lse = tl.load(p_lse + i_n * stride_m) * LOG2E
-    norm = tl.load(p_norm + i_n)
+    norm = 1.0 if p_norm is None else tl.load(p_norm + i_n)
     p_s += i_n * K
     p_c += i_n * K
     mean = tl.full((), 0.0, tl.float32)

@@ -19,48 +19,67 @@ from dgi_kernels.quantize.triton_levels import (
     STRAIGHT_THROUGH,
     Level,
     Sampling,
-    by_slot,
     chunks_of,
-    splits_of,
+    flash_chunks,
     weights_of,
 )
 from dgi_kernels.triton_common import add_product, finish_block, gain_of, or_one, product
+
+LOG2_GAIN = {torch.float32: 0.0, torch.float16: 10.0, torch.bfloat16: 0.0}  # of p: small ones stay normal numbers
+PROBABILITY_STEPS = 8  # tiles of codes of one program, at least: more programs leave fewer multiprocessors idle
+SIGMA_STEP = 512
 
 
 class Upstream(NamedTuple):
     """The gradients that enter one level: z = norm x unit, v, L, and a bound of what they can make of a logit's.
 
     With values z is what enters at z~ and at the mixture, side by side, as are the vectors that it is multiplied by.
+    Only float16 needs norms and bounds: other dtypes hold z itself.
     """
 
     unit: Tensor  # (N, D) in the dtype of the operands
     unit_of_mixture: Tensor | None  # (N, V)
-    norm: Tensor  # (N,)
-    bound: Tensor  # (N,)
+    norm: Tensor | None  # (N,), or None: 1
+    bound: Tensor | None  # (N,)
+    expected: Tensor | None  # (N,) z . (z~ - centre), in soft mode without values
     dusage: Tensor | None  # (K,)
     dlse: Tensor | None  # (N,), elements m apart
 
+    def of_rows(self, own: slice) -> Upstream:
+        names = ("unit", "unit_of_mixture", "norm", "bound", "expected", "dlse")
+        parts = {name: x[own] for name in names if (x := getattr(self, name)) is not None}
+        return self._replace(**parts)
 
-def _unit_and_norm(level: Level, dquantized: Tensor | None, flow: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of z~ as norm x unit; r_j = r_{j-1} - z~_j takes ``flow`` off it."""
+
+def _unit_and_norm(
+    level: Level, dquantized: Tensor | None, flow: Tensor, wants_expected: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradient of z~ as norm x unit, and its product with z~; r_j = r_{j-1} - z~_j takes ``flow`` off it."""
     rows, dim = flow.shape
-    unit, norm = flow.new_empty(rows, dim, dtype=level.e.dtype), flow.new_empty(rows)
+    unit = flow.new_empty(rows, dim, dtype=level.e.dtype)
+    norm = flow.new_empty(rows) if level.e.dtype == torch.float16 else None
+    expected = flow.new_empty(rows) if wants_expected else None
     if dquantized is not None and dquantized.stride(1) != 1:
         dquantized = dquantized.contiguous()
+    quantized = level.quantized if wants_expected else None
     b_n, b_d = finish_block(dim)
     kernels.upstream_kernel[(triton.cdiv(rows, b_n),)](
         flow,
         p_dquantized=dquantized,
+        p_quantized=quantized,
+        p_centre=level.centre,
         p_unit=unit,
         p_norm=norm,
+        p_expected=expected,
         N=rows,
         D=dim,
         stride_q=dim if dquantized is None else dquantized.stride(0),
+        stride_z=dim if quantized is None else quantized.stride(0),
         b_n=b_n,
         b_d=b_d,
         num_warps=4,
     )
-    return unit, norm
+    return unit, norm, expected
 
 
 def upstream_of(
@@ -72,26 +91,37 @@ def upstream_of(
     dlse: Tensor | None,
     dmixture: Tensor | None,
 ) -> Upstream:
-    unit_of_mixture = None
+    unit_of_mixture = expected = None
     if dmixture is None:
-        unit, norm = _unit_and_norm(level, dquantized, flow)
+        unit, norm, expected = _unit_and_norm(level, dquantized, flow, level.quantized is not None)
     else:
         gradient = -flow if dquantized is None else dquantized.float() - flow  # r_j = r_{j-1} - z~_j
         norm = torch.linalg.vector_norm(torch.cat([gradient, dmixture.float()], 1), dim=1)
         inverse = (1 / norm.clamp(min=1e-30))[:, None]
         unit, unit_of_mixture = ((part * inverse).to(level.e.dtype) for part in (gradient, dmixture))
-    if sampling.plain:
-        largest = torch.linalg.vector_norm(level.e, dim=1, dtype=torch.float32).amax()
-    else:
-        largest = torch.where(level.rnorm_e > 0, 1 / level.rnorm_e, 0.0).amax()
-    if level.values is not None and dmixture is not None:
-        largest = torch.hypot(largest, torch.linalg.vector_norm(level.values, dim=1, dtype=torch.float32).amax())
-    bound = 2 * norm * largest
-    if dusage is not None:
-        bound = bound + 2 * dusage.abs().amax()
-    if dlse is not None:
-        bound = bound + dlse.abs()
-    return Upstream(unit, unit_of_mixture, norm, bound.clamp(min=1e-30), dusage, dlse)
+    bound = None
+    if norm is not None and level.e.dtype == torch.float16:
+        if sampling.plain:
+            largest = torch.linalg.vector_norm(level.e, dim=1, dtype=torch.float32).amax()
+        else:
+            largest = torch.where(level.rnorm_e > 0, 1 / level.rnorm_e, 0.0).amax()
+        if level.values is not None and dmixture is not None:
+            largest = torch.hypot(largest, torch.linalg.vector_norm(level.values, dim=1, dtype=torch.float32).amax())
+        bound = 2 * norm * largest
+        if dusage is not None:
+            bound = bound + 2 * dusage.abs().amax()
+        if dlse is not None:
+            bound = bound + dlse.abs()
+        bound = bound.clamp(min=1e-30)
+    return Upstream(unit, unit_of_mixture, norm, bound, expected, dusage, dlse)
+
+
+def _gains(level: Level, upstream: Upstream) -> tuple[Tensor | None, Tensor | None]:
+    """Of weights, and of z: what keeps float16 in range."""
+    if upstream.bound is None or upstream.norm is None:
+        return None, None
+    weights = upstream.bound * or_one(level.rnorm) * or_one(level.rnorm_e).amax()
+    return gain_of(weights, level.e.dtype), gain_of(upstream.norm, level.e.dtype)
 
 
 def flash_gradients(
@@ -106,76 +136,126 @@ def flash_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Add a level's gradient of r to ``flow``, fill ``de`` and ``dbias``, which lacks 1 / tau; return each row's parts
     of those of the scale and tau. There are no values."""
-    (rows, dim), codes, dtype = flow.shape, len(level.e), level.e.dtype
-    b_d, config = forms.flash_config(dim, flow.device)
-    shared = {
-        **sampling.flash_arguments(level),
-        "p_lse": level.lse,
-        "p_order": level.order,
-        "p_largest": level.largest,
-        "p_unit": upstream.unit,
-        "p_norm": upstream.norm,
-        "p_dusage": upstream.dusage,
-        "skip": 2.0 ** forms.LOG2_SKIP[dtype],
-    }
-    mean, of_tau, total = torch.empty_like(upstream.norm), torch.empty_like(upstream.norm), torch.empty_like(flow)
-    kernels.row_gradient_kernel[(triton.cdiv(rows, config.gradient.owned),)](
+    (rows, dim), e = flow.shape, level.e
+    key_gain, value_gain = _gains(level, upstream)
+    total, of_tau, radial = torch.empty_like(flow), flow.new_empty(rows), flow.new_empty(rows)
+    key, value = torch.empty_like(e, dtype=torch.float32), torch.empty_like(e, dtype=torch.float32)
+    z = upstream.unit
+    if upstream.norm is not None and value_gain is not None:
+        z = (z * (upstream.norm * value_gain)[:, None]).to(e.dtype)
+    for own, kept, w in flash_chunks(level, 2):
+        part, of_part = level.of_rows(own), sampling.of_rows(own)
+        of_rows = upstream.of_rows(own)
+        expected = _probabilities(part, of_part, of_rows, kept)
+        sums = total[own] if dim <= forms.SUMS_LARGEST else None
+        _weights(part, of_part, of_rows, kept, expected, key_gain, w, sums, of_tau[own])
+        if sums is None:
+            product(w, e, total[own])
+        add = product if own.start == 0 else add_product
+        add(w.T, part.residual, key)
+        add(kept.T, z[own], value)
+        if dbias is not None:
+            dbias.add_(w.sum(0, dtype=torch.float32))
+        if dsigma is not None:
+            _gradient_of_sigma(part, of_part, w, key_gain, dsigma[own])
+    if dbias is not None:
+        dbias.div_(sampling.row_factor if key_gain is None else sampling.row_factor * key_gain)
+    _finish(total, level.residual, level.rnorm, sampling, key_gain, flow, None, flow, radial)
+    log2_gain = LOG2_GAIN[e.dtype]
+    value_gain = None if value_gain is None else value_gain * 2.0**log2_gain
+    _finish(key, e, level.rnorm_e, sampling, key_gain, value, value_gain, de, None)
+    return radial, of_tau
+
+
+def _probabilities(level: Level, sampling: Sampling, upstream: Upstream, kept: Tensor) -> Tensor:
+    """Fill ``kept`` with p of some rows once more, and return sum_k p c - L of each."""
+    (rows, codes), e = kept.shape, level.e
+    b_d, config = forms.flash_config(e.shape[1], e.device)
+    tiles = config.probabilities
+    splits = max(1, triton.cdiv(codes, tiles.step) // PROBABILITY_STEPS)
+    of_usage = None if upstream.dusage is None else level.lse.new_empty(splits, rows)
+    kernels.probability_kernel[(triton.cdiv(rows, tiles.owned), splits)](
         level.residual,
-        level.e,
-        **shared,
-        p_bound=upstream.bound,
-        p_dlse=upstream.dlse,
-        p_gain=gain_of(level.rnorm_e, dtype),
-        p_mean=mean,
-        p_out=total,
+        e,
+        **sampling.flash_arguments(level),
+        p_lse=level.lse,
+        p_dusage=upstream.dusage,
+        p_kept=kept,
+        p_expected=of_usage,
+        log2_gain=LOG2_GAIN[e.dtype],
+        whole=codes % tiles.step == 0,
+        **blocks(b_d, tiles, own="b_n", step="b_k"),
+    )
+    expected = upstream.expected
+    if expected is None:  # straight through: z~ is a code, and no mean
+        mean = level.lse.new_empty(rows, e.shape[1])
+        product(kept, e, mean)
+        expected = (upstream.unit * mean).sum(1).mul_(2.0 ** -LOG2_GAIN[e.dtype])
+        if upstream.norm is not None:
+            expected *= upstream.norm
+    if of_usage is not None:
+        expected = expected + of_usage.sum(0)
+    return expected if upstream.dlse is None else expected - upstream.dlse
+
+
+def _weights(
+    level: Level,
+    sampling: Sampling,
+    upstream: Upstream,
+    kept: Tensor,
+    expected: Tensor,
+    gain: Tensor | None,
+    w: Tensor,
+    sums: Tensor | None,
+    of_tau: Tensor,
+) -> None:
+    """Fill ``w`` with the weights of some rows' gradients, and ``sums``, where it is given, with w E; ``kept`` becomes
+    what z is multiplied by in the gradient of the codes."""
+    (rows, codes), e = kept.shape, level.e
+    b_d, config = forms.flash_config(e.shape[1], e.device)
+    tiles = config.weights
+    kernels.weight_kernel[(triton.cdiv(rows, tiles.owned),)](
+        upstream.unit,
+        e,
+        kept,
+        p_norm=upstream.norm,
+        p_expected=expected,
+        p_mass=upstream.dlse,
+        p_dusage=upstream.dusage,
+        p_rnorm=level.rnorm,
+        p_rnorm_e=level.rnorm_e,
+        p_sampled=level.sampled,
+        p_gain=gain,
+        p_w=w,
+        p_out=sums,
         p_dtau=of_tau,
-        p_dsigma=dsigma,
-        g_n=config.codes.step,
-        g_k=config.codes.owned,
-        **blocks(b_d, config.gradient, own="b_n", step="b_k"),
+        N=rows,
+        K=codes,
+        D=e.shape[1],
+        stride_m=level.lse.stride(0),
+        log2_gain=LOG2_GAIN[e.dtype],
+        straight_through=sampling.mode == STRAIGHT_THROUGH,
+        whole=codes % tiles.step == 0,
+        **blocks(b_d, tiles, own="b_n", step="b_k"),
     )
 
-    factor = (
-        torch.where(level.rnorm_e == 0, 1 / sampling.eps, level.rnorm_e).amax() * (sampling.scale / sampling.tau).abs()
-    )
-    gain = gain_of(torch.maximum(upstream.bound * level.rnorm * factor, upstream.norm), dtype)
-    shift = mean if upstream.dlse is None else mean - upstream.dlse
-    tiles, splits = splits_of(config.codes, level)
-    partial, radial_e = flow.new_empty(splits, codes, dim), flow.new_empty(splits, codes)
-    kernels.code_gradient_kernel[(tiles, splits)](
-        level.residual,
-        level.e,
-        **shared | by_slot(level, config.codes.step, upstream.norm, shift),
-        p_gain=gain,
-        p_partial=partial,
-        p_radial=radial_e,
-        eps=sampling.eps,
-        straight_through=sampling.mode == STRAIGHT_THROUGH,
-        **blocks(b_d, config.codes, own="b_k", step="b_n"),
-    )
-    b_k, b_d = finish_block(dim)
-    kernels.finish_codes_kernel[(triton.cdiv(codes, b_k),)](
-        partial,
-        p_radial=radial_e,
-        p_e=level.e,
+
+def _gradient_of_sigma(level: Level, sampling: Sampling, w: Tensor, gain: Tensor | None, out: Tensor) -> None:
+    rows, codes = w.shape
+    kernels.noise_gradient_kernel[(rows,)](
+        w,
+        p_rnorm=level.rnorm,
         p_rnorm_e=level.rnorm_e,
         p_gain=gain,
-        p_out=de,
-        splits=splits,
+        p_seed=sampling.seed,
+        p_dsigma=out,
         K=codes,
-        D=dim,
-        eps=sampling.eps,
-        plain=sampling.plain,
-        b_k=b_k,
-        b_d=b_d,
+        stride_m=level.lse.stride(0),
+        level=level.index,
+        row_offset=sampling.row_offset,
+        b_k=SIGMA_STEP,
         num_warps=4,
     )
-    if dbias is not None:
-        torch.sum(radial_e, 0, out=dbias)
-
-    radial = torch.empty_like(upstream.norm)
-    _finish(total, level.residual, level.rnorm, level.order, sampling, None, flow, None, flow, radial)
-    return radial, of_tau
 
 
 def chunked_gradients(
@@ -189,13 +269,12 @@ def chunked_gradients(
     dvalues: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """What :func:`flash_gradients` does, and fill ``dvalues``. Products of a chunk are made again, not kept."""
-    e, dtype = level.e, level.e.dtype
-    key_gain = gain_of(upstream.bound * or_one(level.rnorm) * or_one(level.rnorm_e).amax(), dtype)
-    value_gain = gain_of(upstream.norm, dtype)
+    e = level.e
+    key_gain, value_gain = _gains(level, upstream)
     key = torch.zeros_like(e, dtype=torch.float32)
     value = torch.zeros_like(key)
     mixed = None if dvalues is None else torch.zeros_like(dvalues, dtype=torch.float32)
-    radial, of_tau = torch.empty_like(upstream.norm), torch.empty_like(upstream.norm)
+    radial, of_tau = flow.new_empty(len(flow)), flow.new_empty(len(flow))
     for own, s, c in chunks_of(level, 2):
         w, y = weights_of(s, e), weights_of(c, e)
         product(level.residual[own], e.T, s)
@@ -211,14 +290,13 @@ def chunked_gradients(
             p_rnorm=level.rnorm[own],
             p_lse=level.lse[own],
             p_sampled=level.sampled[own],
-            p_norm=upstream.norm[own],
+            p_norm=None if upstream.norm is None else upstream.norm[own],
             p_dusage=upstream.dusage,
             p_dlse=None if upstream.dlse is None else upstream.dlse[own],
             p_gain=key_gain,
             p_value_gain=value_gain,
             p_dtau=of_tau[own],
             p_dsigma=None if dsigma is None else dsigma[own],
-            row_offset=sampling.row_offset + own.start,
             straight_through=sampling.mode == STRAIGHT_THROUGH,
             b_k=forms.CHUNK_STEP,
             num_warps=forms.CHUNK_WARPS,
@@ -235,7 +313,6 @@ def chunked_gradients(
             total,
             level.residual[own],
             level.rnorm[own],
-            None,
             sampling,
             key_gain,
             flow[own],
@@ -247,7 +324,7 @@ def chunked_gradients(
         dbias.div_(sampling.row_factor if key_gain is None else sampling.row_factor * key_gain)
     if dvalues is not None and mixed is not None:
         dvalues.copy_(mixed if value_gain is None else mixed.div_(value_gain))
-    _finish(key, e, level.rnorm_e, None, sampling, key_gain, value, value_gain, de, None)
+    _finish(key, e, level.rnorm_e, sampling, key_gain, value, value_gain, de, None)
     return radial, of_tau
 
 
@@ -255,7 +332,6 @@ def _finish(
     total: Tensor,
     x: Tensor,
     rnorm: Tensor,
-    order: Tensor | None,
     sampling: Sampling,
     gain: Tensor | None,
     add: Tensor,
@@ -269,7 +345,6 @@ def _finish(
         total,
         p_x=x,
         p_rnorm=rnorm,
-        p_order=order,
         p_factor=sampling.factor,
         p_gain=gain,
         p_add=add,

@@ -17,17 +17,12 @@ This is attention with the residual as query and the codebook as key and as valu
 - Operands of products are the stored vectors; a tile of products is scaled by ``scale rr_n re_k``. The residual is
   carried from level to level in float32 and rounded only as an operand: N x D numbers against N x K of work, so each
   level is launches of its own and the residuals, which are an output, are written once and read once.
-- The softmax is never stored: forward keeps the log-normalizer, every other pass makes logits and noise again. ``w``
-  needs sum_k p c before the first product with it (p c and its mean cancel where p is peaked, so rounded operands
-  cannot be corrected afterwards); the row kernel therefore passes over the codes twice.
+- A chunk of rows at a time keeps its p, in the operands' dtype: noise is made once forward, where the sum of p over
+  the rows is read off it, and once backward, and nothing of size N x K is kept between the two. ``w`` needs sum_k p c
+  before the first product with it (p c and its mean cancel where p is peaked, so rounded operands cannot be corrected
+  afterwards). It is z . z~ + sum_k p v, which is known but for the rounding of z~; what that leaves of sum_k w is taken
+  off the weight of the code with the largest p, which is the sampled one.
 - No atomics: a program owns its rows or its codes; splits write partials that are added in a fixed order.
-- A code's two gradients, as key and as value, share one accumulator: the projection needs of the key's only its product
-  with e, which is a sum over the tile of w times the logits' own products.
-- Peaked rows: the pass for ``usage`` notes the largest p of every tile; backward leaves out whole tiles, noise and
-  products, that lie below ``skip``. Rows are visited in the order of their sampled codes, so that what is large shares
-  tiles.
-- A slot is a place in that order. Whole rows are stored by slot, not where they were read: the 64-bit addresses, kept
-  for that through the loop, would cost more registers than the accumulators.
 - 16-bit gradients keep their range: z_n enters products with norm 1, weights are scaled by powers of a bound of theirs.
 
 Logits, noise and log-normalizers are in base 2 inside the kernels.
@@ -38,15 +33,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dgi_kernels.gumbel.triton_noise import noise_tile, noise_tile_by_code
+from dgi_kernels.gumbel.triton_noise import BASE, exponent_tile
 from dgi_kernels.noise import STREAM_RESIDUAL_QUANTIZE
-from dgi_kernels.triton_common import LN2, LOG2E, SLACK, code_bias, reciprocal_norm, scores
+from dgi_kernels.triton_common import LN2, LOG2E, SLACK, code_bias, reciprocal_norm
 
 STREAM = tl.constexpr(STREAM_RESIDUAL_QUANTIZE)
 NONE = tl.constexpr(0x7FFFFFFF)  # no code
 # No code of their own for the value 1 or a multiple of 16: it would be no faster, and each level would wait for one.
 VARYING = ["N", "level", "row_offset"]
-PER_ROW = ["p_rnorm", "p_codes", "p_sampled", "p_index", "p_lse", "p_dlse", "p_norm", "p_dtau", "p_order", "p_largest"]
+PER_ROW = ["p_rnorm", "p_codes", "p_sampled", "p_index", "p_lse", "p_dlse", "p_norm", "p_mean", "p_dtau"]
 PER_ROW += ["p_sigma", "p_dsigma"]
 
 
@@ -105,11 +100,23 @@ def emit_kernel(
 
 
 @triton.jit
-def scaled(noise, p_sigma, o_n, m_n, axis: tl.constexpr):
-    """The noise of a tile, times its rows' sigma; ``axis`` is that of the codes. None costs nothing."""
+def add_noise(s, seed, first, o_row, level, p_sigma, o_n, m_n, b_k: tl.constexpr):
+    """s + sigma G of a tile, less sigma BASE, which is alike for all codes of a row: :func:`base_of`."""
+    h = exponent_tile(seed, first, o_row, level, STREAM, b_k)
     if p_sigma is not None:
-        noise *= tl.expand_dims(tl.load(p_sigma + o_n, mask=m_n, other=0.0), axis)
-    return noise
+        h *= tl.load(p_sigma + o_n, mask=m_n, other=0.0)[:, None]
+    return s - h
+
+
+@triton.jit
+def base_of(p_sigma, o_n, m_n):
+    return BASE if p_sigma is None else BASE * tl.load(p_sigma + o_n, mask=m_n, other=0.0)
+
+
+@triton.jit
+def present(o_k, K, whole: tl.constexpr):
+    """Which of the codes there are; known when the kernel is compiled if tiles are ``whole``."""
+    return tl.full(o_k.shape, 1, tl.int1) if whole else o_k < K
 
 
 @triton.jit
@@ -134,6 +141,8 @@ def level_kernel(
     p_codes,  # (N,) int64 out, elements stride_m apart: argmax s
     p_sampled,  # (N,) int64 out, elements stride_m apart: argmax s + g
     p_lse,  # (N,) out, elements stride_m apart, natural
+    p_kept,  # (N, K) out: 2^(l - top) of the tile's top, or None
+    p_top,  # (code tiles, N) out, or None
     N,
     K,
     D,
@@ -141,14 +150,16 @@ def level_kernel(
     stride_m,
     level,
     row_offset,
+    log2_gain,
     log2_skip,
     soft: tl.constexpr,
     noisy: tl.constexpr,
+    whole: tl.constexpr,
     b_n: tl.constexpr,
     b_k: tl.constexpr,
     b_d: tl.constexpr,
 ):
-    """A program owns b_n rows.
+    """A program owns b_n rows. ``whole``: K is a multiple of b_k.
 
     In registers: the mean (b_n, b_d); maximum, sum and the best two codes of each row. r lies in shared memory.
     """
@@ -157,7 +168,9 @@ def level_kernel(
     o_d = tl.arange(0, b_d)
     m_d = o_d < D
     r = tl.load(p_r + o_n[:, None] * stride_d + o_d[None, :], mask=m_n[:, None] & m_d[None, :], other=0.0)
-    scale_r = tl.load(p_rnorm + o_n * stride_m, mask=m_n, other=0.0) * (tl.load(p_scale) * LOG2E)
+    scale = tl.load(p_scale)
+    sign = tl.where(scale > 0.0, 1.0, tl.where(scale < 0.0, -1.0, 0.0))
+    scale_r = tl.load(p_rnorm + o_n * stride_m, mask=m_n, other=0.0) * (tl.abs(scale) * LOG2E)
     inv_tau = 1.0 / tl.load(p_tau)
     seed = tl.load(p_seed)
     o_row = (o_n + row_offset).to(tl.uint32)
@@ -166,30 +179,39 @@ def level_kernel(
     sampled = tl.zeros((b_n,), tl.int32)
     best = tl.full((b_n,), float("-inf"), tl.float32)
     best_noisy = tl.full((b_n,), float("-inf"), tl.float32)
-    top = tl.full((b_n,), float("-inf"), tl.float32)
+    top = tl.full((b_n,), float("-inf"), tl.float32)  # less log2_gain
     total = tl.zeros((b_n,), tl.float32)
     mean = tl.zeros((b_n, b_d), tl.float32)
     o_tile = tl.arange(0, b_k)[:, None] * D + o_d[None, :]
+    if p_kept is not None:
+        p_kept += o_n[:, None] * K + tl.arange(0, b_k)[None, :]
     for first in range(0, K, b_k):
         o_k = first + tl.arange(0, b_k)
-        m_k = o_k < K
+        m_k = present(o_k, K, whole)
         e = tl.load(p_e + o_tile, mask=m_k[:, None] & m_d[None, :], other=0.0)
         p_e += b_k * D
-        rnorm_e = tl.load(p_rnorm_e + o_k, mask=m_k, other=0.0)
-        beyond = tl.where(m_k, 0.0, float("-inf")) if p_bias is None else code_bias(p_bias, o_k, m_k)
-        products = tl.dot(r, tl.trans(e), input_precision="ieee")
-        y = scores(products, scale_r[:, None], rnorm_e[None, :], beyond[None, :])
-        highest, where = best_of(y, o_k)
+        rnorm_e = tl.load(p_rnorm_e + o_k, mask=m_k, other=0.0) * sign
+        s = tl.dot(r, tl.trans(e), input_precision="ieee") * rnorm_e[None, :]
+        if p_bias is not None:
+            s = s * scale_r[:, None] + code_bias(p_bias, o_k, m_k)[None, :]
+        elif not whole:
+            s = tl.where(m_k[None, :], s, float("-inf"))
+        highest, where = best_of(s, o_k)
         code = tl.where(highest > best, where, code)
         best = tl.maximum(best, highest)
+        y = s if p_bias is not None else s * scale_r[:, None]
+        if p_bias is None and not whole:  # a row of norm 0
+            y = tl.where(m_k[None, :], y, float("-inf"))
         if noisy:
-            y += scaled(noise_tile(seed, first, o_row, level, STREAM, b_k), p_sigma, o_n, m_n, 1)
+            y = add_noise(y, seed, first, o_row, level, p_sigma, o_n, m_n, b_k)
             highest, where = best_of(y, o_k)
             sampled = tl.where(highest > best_noisy, where, sampled)
             best_noisy = tl.maximum(best_noisy, highest)
-        rise = highest * inv_tau - top
+        else:
+            highest = tl.max(y, axis=1)
+        rise = highest * inv_tau - log2_gain - top
         if tl.max(rise) > SLACK:
-            raised = tl.where(rise > 0.0, highest * inv_tau, top)
+            raised = tl.where(rise > 0.0, highest * inv_tau - log2_gain, top)
             shrink = tl.exp2(top - raised)
             top = raised
             total *= shrink
@@ -198,17 +220,59 @@ def level_kernel(
             rise = tl.minimum(rise, 0.0)
         p = tl.exp2(y * inv_tau - top[:, None])
         total += tl.sum(p, axis=1)
+        kept = p.to(e.dtype)
+        if p_kept is not None:
+            tl.store(p_kept, kept, mask=m_n[:, None] & m_k[None, :])
+            p_kept += b_k
+            tl.store(p_top + tl.cast(first // b_k, tl.int64) * N + o_n, top, mask=m_n)
         if soft:  # noqa: SIM102 (the first is decided when the kernel is compiled)
             if tl.max(rise) >= log2_skip:
-                mean = tl.dot(p.to(e.dtype), e, mean, input_precision="ieee")
+                mean = tl.dot(kept, e, mean, input_precision="ieee")
 
     if not noisy:
         sampled = code
+    else:
+        top += base_of(p_sigma, o_n, m_n) * inv_tau
     tl.store(p_codes + o_n * stride_m, code.to(tl.int64), mask=m_n)
     tl.store(p_sampled + o_n * stride_m, sampled.to(tl.int64), mask=m_n)
     tl.store(p_lse + o_n * stride_m, (top + tl.log2(total)) * LN2, mask=m_n)
     if soft:
         tl.store(p_mean + o_n[:, None] * D + o_d[None, :], mean / total[:, None], mask=m_n[:, None] & m_d[None, :])
+
+
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=PER_ROW)
+def usage_kernel(
+    p_kept,  # (N, K): 2^(l - top)
+    p_top,  # (code tiles, N)
+    p_lse,  # (N,), elements stride_m apart, natural; inf where a row does not count
+    p_sigma,  # (N,) or None
+    p_tau,  # ()
+    p_partial,  # (splits, K) out: sum_n p_nk
+    N,
+    K,
+    stride_m,
+    noisy: tl.constexpr,
+    b_n: tl.constexpr,
+    b_k: tl.constexpr,
+):
+    """A program owns the b_k codes of one of level_kernel's tiles, and every splits-th tile of b_n rows."""
+    i_k = tl.program_id(0)
+    o_k = i_k * b_k + tl.arange(0, b_k)
+    inv_tau = 1.0 / tl.load(p_tau)
+    usage = tl.zeros((b_n, b_k), tl.float32)
+    p_top += i_k.to(tl.int64) * N
+    for first in range(tl.program_id(1) * b_n, N, tl.num_programs(1) * b_n):
+        o_n = first + tl.arange(0, b_n)
+        m_n = o_n < N
+        kept = tl.load(
+            p_kept + o_n.to(tl.int64)[:, None] * K + o_k[None, :], mask=m_n[:, None] & (o_k < K)[None, :], other=0.0
+        )
+        lse = tl.load(p_lse + o_n.to(tl.int64) * stride_m, mask=m_n, other=float("inf")) * LOG2E
+        top = tl.load(p_top + o_n, mask=m_n, other=0.0)
+        if noisy:
+            top += base_of(p_sigma, o_n, m_n) * inv_tau
+        usage += kept.to(tl.float32) * tl.exp2(top - lse)[:, None]
+    tl.store(p_partial + tl.program_id(1) * K + o_k, tl.sum(usage, axis=0), mask=o_k < K)
 
 
 @triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=PER_ROW)
@@ -278,96 +342,3 @@ def rounding_of_scores(squares, longest, scale, slack):
     reach = tl.sqrt(squares) + longest
     within = slack * LOG2E * tl.abs(scale) * reach * reach
     return tl.where(scale == 0.0, float("-inf"), within)  # all alike: there are no candidates, and code 0 is left
-
-
-@triton.jit(do_not_specialize=["N", "slots"], do_not_specialize_on_alignment=PER_ROW)
-def slots_kernel(
-    p_order,  # (N,) int64: the row that a slot holds
-    p_rnorm,  # (N,) rr, elements stride_m apart
-    p_lse,  # (N,), elements stride_m apart, natural
-    p_sampled,  # (N,) int64, elements stride_m apart
-    p_norm,  # (N,), or None, as is p_shift: for the gradient alone
-    p_shift,  # (N,)
-    p_number,  # (2 or 4, slots) out, by slot: rr, the log-normalizer in base 2, norm, shift; beyond the last no weight
-    p_code,  # (slots,) int32 out: sampled
-    N,
-    stride_m,
-    slots,
-    b_n: tl.constexpr,
-):
-    """What the passes that own codes need of the rows, in their order: so they load neighbours, without an address for
-    each and without a mask."""
-    o_slot = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
-    m_n, m_slot = o_slot < N, o_slot < slots
-    o_n = tl.load(p_order + o_slot, mask=m_n, other=0)
-    tl.store(p_code + o_slot, tl.load(p_sampled + o_n * stride_m, mask=m_n, other=-1).to(tl.int32), mask=m_slot)
-    tl.store(p_number + o_slot, tl.load(p_rnorm + o_n * stride_m, mask=m_n, other=0.0), mask=m_slot)
-    lse = tl.load(p_lse + o_n * stride_m, mask=m_n, other=float("inf")) * LOG2E
-    tl.store(p_number + slots + o_slot, lse, mask=m_slot)
-    if p_norm is not None:
-        p_number += 2 * slots
-        tl.store(p_number + o_slot, tl.load(p_norm + o_n, mask=m_n, other=0.0), mask=m_slot)
-        tl.store(p_number + slots + o_slot, tl.load(p_shift + o_n, mask=m_n, other=0.0), mask=m_slot)
-
-
-@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=PER_ROW)
-def usage_kernel(
-    p_r,  # (N, D), rows stride_d apart: the residual
-    p_e,  # (K, D): the codebook
-    p_rnorm,  # rr by slot, as are lse and sampled: whole tiles, made by slots_kernel
-    p_rnorm_e,  # (K,) re
-    p_bias,  # (K,) b, or None where it is 0
-    p_sigma,  # (N,) what multiplies a row's noise, or None: 1
-    p_seed,  # (1,) int64
-    p_scale,  # ()
-    p_tau,  # ()
-    p_lse,  # in base 2
-    p_sampled,  # int32
-    p_order,  # (N,) int64: the row that a slot holds
-    p_partial,  # (splits, K) out: sum_n p_nk
-    p_largest,  # (row tiles, code tiles) out: max p, 1 where a code was sampled
-    N,
-    K,
-    D,
-    stride_d,
-    stride_m,
-    level,
-    row_offset,
-    noisy: tl.constexpr,
-    b_n: tl.constexpr,
-    b_k: tl.constexpr,
-    b_d: tl.constexpr,
-):
-    """A program owns b_k codes of one split: every splits-th tile of b_n rows."""
-    i_k = tl.program_id(0)
-    o_k = i_k * b_k + tl.arange(0, b_k)
-    m_k = o_k < K
-    o_d = tl.arange(0, b_d)
-    m_d = o_d < D
-    e = tl.load(p_e + o_k.to(tl.int64)[:, None] * D + o_d[None, :], mask=m_k[:, None] & m_d[None, :], other=0.0)
-    scale_e = tl.load(p_rnorm_e + o_k, mask=m_k, other=0.0) * (tl.load(p_scale) * LOG2E)
-    inv_tau = 1.0 / tl.load(p_tau)
-    seed = tl.load(p_seed)
-    bias = code_bias(p_bias, o_k, m_k)
-    usage = tl.zeros((b_k,), tl.float32)
-    for first in range(tl.program_id(1) * b_n, N, tl.num_programs(1) * b_n):
-        o_slot = first + tl.arange(0, b_n)
-        m_n = o_slot < N
-        o_n = tl.load(p_order + o_slot, mask=m_n, other=0)
-        r = tl.load(p_r + o_n[:, None] * stride_d + o_d[None, :], mask=m_n[:, None] & m_d[None, :], other=0.0)
-        rnorm, lse, sampled = tl.load(p_rnorm + o_slot), tl.load(p_lse + o_slot), tl.load(p_sampled + o_slot)
-        y = scores(
-            tl.dot(e, tl.trans(r), input_precision="ieee"),
-            scale_e[:, None],
-            rnorm[None, :],
-            None if p_bias is None else bias[:, None],
-        )
-        if noisy:
-            g = noise_tile_by_code(seed, i_k * b_k, (o_n + row_offset).to(tl.uint32), level, STREAM, b_k)
-            y += scaled(g, p_sigma, o_n, m_n, 0)
-        p = tl.exp2(y * inv_tau - lse[None, :])
-        usage += tl.sum(p, axis=1)
-        known = tl.where((o_k[:, None] == sampled[None, :]) | (p != p), 1.0, p)  # NaN must reach the gradients
-        largest = tl.max(tl.where(m_k[:, None], known, 0.0))
-        tl.store(p_largest + (first // b_n) * tl.num_programs(0) + i_k, largest)
-    tl.store(p_partial + tl.program_id(1) * K + o_k, usage, mask=m_k)

@@ -19,10 +19,11 @@ from dgi_kernels.enums import METRICS, MODES
 from dgi_kernels.quantize import triton_chunks as chunks
 from dgi_kernels.quantize import triton_forms as forms
 from dgi_kernels.quantize import triton_kernels as kernels
-from dgi_kernels.quantize.triton_forms import Tiles, blocks
-from dgi_kernels.triton_common import finish_block, multiprocessors, product, sort_dtype
+from dgi_kernels.quantize.triton_forms import blocks
+from dgi_kernels.triton_common import finish_block, multiprocessors, product
 
-SLOTS_BLOCK = 512
+USAGE_ROWS, USAGE_BLOCKS = 64, 8  # rows of a tile of p that is summed; blocks on a multiprocessor
+KEPT_GAIN = {torch.float32: 0.0, torch.float16: 6.0, torch.bfloat16: 0.0}  # in base 2: small p stay normal numbers
 SOFT, STRAIGHT_THROUGH, HARD = map(MODES.index, ("soft", "straight_through", "hard"))
 COSINE, DOT, EUCLIDEAN = map(METRICS.index, ("cosine", "dot", "euclidean"))
 
@@ -42,10 +43,14 @@ class Level:
     sampled: Tensor
     lse: Tensor
     rnorm: Tensor
-    order: Tensor  # (N,), empty in the chunked form
-    largest: Tensor  # (row tiles, code tiles), empty in the chunked form
+    quantized: Tensor | None  # (N, D), its rows m D apart: z~, where gradients are made
     values: Tensor | None  # (K, V), of the chunked form alone
     mixture: Tensor | None  # (N, V), its rows m V apart: p V
+
+    def of_rows(self, own: slice) -> Level:
+        """Views of some rows, but for those of the mixture."""
+        names = ("residual", "codes", "sampled", "lse", "rnorm")
+        return replace(self, **{name: getattr(self, name)[own] for name in names})
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,9 @@ class Sampling:
         return rows if self.padding is None else rows - self.padding.sum().clamp(max=rows - 1)
 
     def of_rows(self, own: slice) -> Sampling:
-        return self if self.sigma is None else replace(self, sigma=self.sigma[own])
+        """What is of some rows, which draw the noise that they draw among all."""
+        padding, sigma = (None if x is None else x[own] for x in (self.padding, self.sigma))
+        return replace(self, padding=padding, sigma=sigma, row_offset=self.row_offset + own.start)
 
     def arguments(self, level: Level) -> dict[str, Tensor | int | bool | None]:
         """Those that all kernels have, flash or chunked, but for the residual's and the rows' numbers."""
@@ -97,6 +104,7 @@ class Sampling:
             "K": len(level.e),
             "stride_m": level.lse.stride(0),
             "level": level.index,
+            "row_offset": self.row_offset,
             "noisy": self.noisy,
         }
 
@@ -108,7 +116,6 @@ class Sampling:
             "N": rows,
             "D": dim,
             "stride_d": level.residual.stride(0),
-            "row_offset": self.row_offset,
         }
 
 
@@ -124,13 +131,11 @@ def levels_of(
     sampled: Tensor,
     lse: Tensor,
     rnorm: Tensor,
-    order: Tensor,
-    largest: Tensor,
+    quantized: Tensor | None,
     values: Tensor | None,
     mixtures: Tensor | None,
 ) -> Iterator[Level]:
     starts = [sum(sizes[:j]) for j in range(len(sizes))]
-    tiles = tile_counts(residuals, sizes, values)
     for j, (start, size) in enumerate(zip(starts, sizes, strict=True)):
         own = slice(start, start + size)
         yield Level(
@@ -145,24 +150,20 @@ def levels_of(
             sampled[:, j],
             lse[:, j],
             rnorm[:, j],
-            order[j],
-            largest[sum(tiles[:j]) : sum(tiles[: j + 1])],
+            None if quantized is None else quantized[:, j],
             None if values is None else values[own],
             None if values is None or mixtures is None else mixtures[:, j],
         )
 
 
 def flash(rows: int, x: Tensor, values: Tensor | None) -> bool:
-    """Whether a call takes the flash form, which mixes no values: that would take the registers of the means again."""
+    """Whether a call takes the flash form, which mixes no values."""
     return values is None and forms.is_flash(rows, x.shape[-1], x.dtype)
 
 
-def tile_counts(x: Tensor, sizes: Sequence[int], values: Tensor | None) -> list[int]:
-    """How many tiles :func:`kernels.usage_kernel` has for each level: none in the chunked form."""
-    if not flash(len(x), x, values):
-        return [0] * len(sizes)
-    tiles = forms.flash_config(x.shape[-1], x.device)[1].codes
-    return [triton.cdiv(len(x), tiles.step) * triton.cdiv(size, tiles.owned) for size in sizes]
+def flash_forward(rows: int, x: Tensor, values: Tensor | None) -> bool:
+    """Whether its means fit the registers, too."""
+    return flash(rows, x, values) and forms.flash_config(x.shape[-1], x.device)[1].forward is not None
 
 
 def emit(
@@ -208,77 +209,95 @@ def emit(
     )
 
 
-def flash_level(level: Level, sampling: Sampling, rest: Tensor, usage: Tensor, with_grad: bool) -> Tensor | None:
+def flash_level(level: Level, sampling: Sampling, rest: Tensor, usage: Tensor) -> Tensor | None:
     """Fill codes, sampled, lse and ``usage``, a sum still; return p E in soft mode. ``rest`` is the residual."""
     (rows, dim), codes, soft = level.residual.shape, len(level.e), sampling.mode == SOFT
     b_d, config = forms.flash_config(dim, level.e.device)
-    shared = sampling.flash_arguments(level)
+    tiles = config.forward
+    assert tiles is not None
     mean = level.lse.new_empty(rows, dim) if soft else None
-    kernels.level_kernel[(triton.cdiv(rows, config.forward.owned),)](
-        level.residual,
-        level.e,
-        **shared,
-        p_mean=mean,
-        p_codes=level.codes,
-        p_sampled=level.sampled,
-        p_lse=level.lse,
-        log2_skip=forms.LOG2_SKIP[level.e.dtype],
-        soft=soft,
-        **blocks(b_d, config.forward, own="b_n", step="b_k"),
-    )
+    partials = []
+    for own, *kept in flash_chunks(level, 0 if sampling.mode == HARD else 1):
+        part, of_part = level.of_rows(own), sampling.of_rows(own)
+        count = own.stop - own.start
+        top = level.lse.new_empty(triton.cdiv(codes, tiles.step), count) if kept else None
+        kernels.level_kernel[(triton.cdiv(count, tiles.owned),)](
+            part.residual,
+            part.e,
+            **of_part.flash_arguments(part),
+            p_mean=None if mean is None else mean[own],
+            p_codes=part.codes,
+            p_sampled=part.sampled,
+            p_lse=part.lse,
+            p_kept=kept[0] if kept else None,
+            p_top=top,
+            log2_gain=KEPT_GAIN[level.e.dtype],
+            log2_skip=forms.LOG2_SKIP[level.e.dtype],
+            soft=soft,
+            whole=codes % tiles.step == 0,
+            **blocks(b_d, tiles, own="b_n", step="b_k"),
+        )
+        if top is not None:
+            _leave_out_padding(part, of_part)
+            partials.append(_usage_of(part, of_part, kept[0], top, tiles.step))
     if level.bias is not None:
-        kernels.nearest_kernel[(triton.cdiv(rows, config.gradient.owned),)](
+        near = config.probabilities
+        kernels.nearest_kernel[(triton.cdiv(rows, near.owned),)](
             level.residual,
             level.e,
             **_near_arguments(level, sampling, rest),
             N=rows,
-            **blocks(b_d, config.gradient, own="b_n", step="b_k"),
+            **blocks(b_d, near, own="b_n", step="b_k"),
         )
         _sample_the_nearest(level, sampling)
-    if sampling.mode == HARD:
-        return None
-    _leave_out_padding(level, sampling)
-    if with_grad and rows >= forms.ORDER_FROM[0] and codes >= forms.ORDER_FROM[1]:
-        level.order.copy_(torch.sort(level.sampled.to(sort_dtype(codes)), stable=True).indices)
-    else:
-        torch.arange(rows, out=level.order)
-    tiles, splits = splits_of(config.codes, level)
-    partial = level.lse.new_empty(splits, codes)
-    kernels.usage_kernel[(tiles, splits)](
-        level.residual,
-        level.e,
-        **shared | by_slot(level, config.codes.step),
-        p_order=level.order,
-        p_partial=partial,
-        p_largest=level.largest,
-        **blocks(b_d, config.codes, own="b_k", step="b_n"),
-    )
-    torch.sum(partial, 0, out=usage)
+    if partials:
+        torch.sum(torch.cat(partials), 0, out=usage)
     return mean
 
 
-def by_slot(level: Level, step: int, norm: Tensor | None = None, shift: Tensor | None = None) -> dict[str, Tensor]:
-    """What the passes that own codes need of each row, in its order, as their arguments."""
-    rows = len(level.order)
-    slots = triton.cdiv(rows, step) * step
-    number = level.rnorm_e.new_empty(2 if norm is None else 4, slots)
-    sampled = level.rnorm_e.new_empty(slots, dtype=torch.int32)
-    kernels.slots_kernel[(triton.cdiv(slots, SLOTS_BLOCK),)](
-        level.order,
-        level.rnorm,
-        level.lse,
-        level.sampled,
-        norm,
-        shift,
-        p_number=number,
-        p_code=sampled,
+def _usage_of(level: Level, sampling: Sampling, kept: Tensor, top: Tensor, step: int) -> Tensor:
+    """Partial sums of p over some rows, (splits, K)."""
+    rows, codes = kept.shape
+    tiles = triton.cdiv(codes, step)
+    splits = max(1, min(triton.cdiv(rows, USAGE_ROWS), USAGE_BLOCKS * multiprocessors(kept) // tiles))
+    partial = level.lse.new_empty(splits, codes)
+    kernels.usage_kernel[(tiles, splits)](
+        kept,
+        p_top=top,
+        p_lse=level.lse,
+        p_sigma=sampling.sigma,
+        p_tau=sampling.tau,
+        p_partial=partial,
         N=rows,
+        K=codes,
         stride_m=level.lse.stride(0),
-        slots=slots,
-        b_n=SLOTS_BLOCK,
+        noisy=sampling.noisy,
+        b_n=USAGE_ROWS,
+        b_k=step,
         num_warps=4,
+        num_stages=3,
     )
-    return dict(zip(("p_rnorm", "p_lse", "p_norm", "p_shift"), number, strict=False)) | {"p_sampled": sampled}
+    return partial
+
+
+def flash_chunks(level: Level, buffers: int) -> Iterator[tuple]:
+    """Slices of rows, each with buffers (rows, K) in the dtype of the operands: the same memory for all. They are whole
+    waves of 64 rows for each multiprocessor where the budget allows one."""
+    rows, codes = len(level.residual), len(level.e)
+    if buffers == 0:
+        yield (slice(0, rows),)
+        return
+    budget = measured.number("quantize.chunk_bytes", forms.CHUNK_BYTES, level.e.device)
+    size = max(1, budget // (codes * buffers * level.e.element_size()))
+    for unit in (64 * multiprocessors(level.e), 64):
+        if size >= unit:
+            size = size // unit * unit
+            break
+    size = min(rows, size)
+    memory = level.e.new_empty(buffers, size, codes)
+    for start in range(0, rows, size):
+        own = slice(start, min(start + size, rows))
+        yield own, *memory[:, : own.stop - own.start]
 
 
 def _near_arguments(level: Level, sampling: Sampling, rest: Tensor) -> dict[str, Tensor | int | float | None]:
@@ -317,13 +336,7 @@ def _leave_out_padding(level: Level, sampling: Sampling) -> None:
         level.lse.masked_fill_(sampling.padding, float("inf"))
 
 
-def splits_of(tiles: Tiles, level: Level) -> tuple[int, int]:
-    """Tiles of codes, and into how many parts their rows are split so that the GPU is full."""
-    count = triton.cdiv(len(level.e), tiles.owned)
-    return count, max(1, min(triton.cdiv(len(level.residual), tiles.step), 2 * multiprocessors(level.e) // count))
-
-
-def chunked_level(level: Level, sampling: Sampling, rest: Tensor, usage: Tensor, with_grad: bool) -> Tensor | None:
+def chunked_level(level: Level, sampling: Sampling, rest: Tensor, usage: Tensor) -> Tensor | None:
     """What :func:`flash_level` does."""
     e, weights = level.e, sampling.mode != HARD
     log2_gain = 10.0 if e.dtype == torch.float16 else 0.0  # small p stay normal numbers
@@ -351,7 +364,6 @@ def chunked_level(level: Level, sampling: Sampling, rest: Tensor, usage: Tensor,
             p_codes=level.codes[own],
             p_sampled=level.sampled[own],
             p_lse=level.lse[own],
-            row_offset=sampling.row_offset + own.start,
             log2_gain=log2_gain,
             b_k=forms.CHUNK_STEP,
             num_warps=forms.CHUNK_WARPS,

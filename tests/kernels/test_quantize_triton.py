@@ -40,7 +40,6 @@ def test_all_of_this_file_in_the_interpreter() -> None:
 @pytest.fixture(params=["flash", "chunked"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     choose_form(monkeypatch, forms, request.param, step=32)
-    monkeypatch.setattr(forms, "ORDER_FROM", random.choice([(2, 2), (10**9, 10**9)]))
     return request.param
 
 
