@@ -28,7 +28,7 @@ from dgi_kernels.quantize.triton_levels import (
     flash_level,
     levels_of,
 )
-from dgi_kernels.triton_common import LN2, norms
+from dgi_kernels.triton_common import LN2, norms, or_one
 
 
 def residual_quantize(operands: Operands, options: QuantizeOptions) -> ResidualQuantization:
@@ -127,7 +127,7 @@ def _forward(
             rnorm_e.fill_(1.0)
         else:
             norms(weight, eps, rnorm_e)
-        shared = (sizes, weight, bias, centres, vectors, rnorm_e)
+        shared = (sizes, weight, bias, centres, vectors, rnorm_e, rnorm_e * scale.sign())
         levels = list(levels_of(*shared, residuals, codes, sampled, lse, rnorm, None, values, mixtures))
         emit(rest, None, None, None, levels[0], sampling)
         for level, after in zip(levels, [*levels[1:], None], strict=True):
@@ -214,7 +214,7 @@ def _backward(
     dusages = (dusage.float() / sampling.counted(rows)).split(sizes) if dusage is not None else [None] * len(sizes)
     run = flash_gradients if flash(rows, weight, values) else chunked_gradients
     with torch.cuda.device_of(residuals):
-        shared = (sizes, weight, bias, centres, None, rnorm_e)
+        shared = (sizes, weight, bias, centres, None, rnorm_e, or_one(rnorm_e))
         levels = list(levels_of(*shared, residuals, codes, sampled, lse, rnorm, quantized, values, None))
         value_parts = [None] * len(sizes) if dmixtures is None or values is None else dvalues.split(sizes)
         bias_parts = [None] * len(sizes) if bias is None else dbias.split(sizes)

@@ -128,11 +128,12 @@ def weight_kernel(
     p_mass,  # (N,) L, elements stride_m apart, or None where it is 0
     p_dusage,  # (K,) v, or None where it is 0
     p_rnorm,  # (N,) rr, elements stride_m apart
-    p_rnorm_e,  # (K,) re
+    p_rnorm_e,  # (K,) re, 1 where it is 0
     p_sampled,  # (N,) int64, elements stride_m apart
     p_gain,  # () or None: keeps float16 weights in range
     p_w,  # (N, K) out: w rr_n re_k gain
-    p_out,  # (N, D) out: rr_n gain sum_k w e^_k, or None
+    p_out,  # (N, D) out: rr_n gain sum_k w e^_k, of weights that lack the residue; or None
+    p_residue,  # (N,) out: what is to be taken off the weight of the sampled code, where there are these sums
     p_dtau,  # (N,) out: sum_k w log2 p
     N,
     K,
@@ -159,7 +160,7 @@ def weight_kernel(
         factor *= tl.load(p_gain)
     shift = tl.load(p_expected + o_n, mask=m_n, other=0.0) * factor
     norm = factor if p_norm is None else factor * tl.load(p_norm + o_n, mask=m_n, other=0.0)
-    o_tile = tl.arange(0, b_k)[:, None] * D + o_d[None, :]
+    p_tile = p_e + tl.arange(0, b_k)[:, None] * D + o_d[None, :]
     o_nk = o_n[:, None] * K + tl.arange(0, b_k)[None, :]
     code = tl.load(p_sampled + o_n * stride_m, mask=m_n, other=0)
     largest = tl.load(p_kept + o_n * K + code, mask=m_n, other=1.0).to(tl.float32)
@@ -172,8 +173,9 @@ def weight_kernel(
     for first in range(0, K, b_k):
         o_k = first + tl.arange(0, b_k)
         m_k = present(o_k, K, whole)
-        e = tl.load(p_e + tl.cast(first, tl.int64) * D + o_tile, mask=m_k[:, None] & m_d[None, :], other=0.0)
-        kept = tl.load(p_kept + o_nk + first, mask=m_n[:, None] & m_k[None, :], other=0.0).to(tl.float32)
+        e = tl.load(p_tile, mask=m_k[:, None] & m_d[None, :], other=0.0)
+        p_tile += b_k * D
+        kept = tl.load(p_kept + o_nk, mask=m_n[:, None] & m_k[None, :], other=0.0).to(tl.float32)
         rnorm_e = tl.load(p_rnorm_e + o_k, mask=m_k, other=0.0)
         c = tl.dot(unit, tl.trans(e), input_precision="ieee") * norm[:, None] - shift[:, None]
         if p_dusage is not None:
@@ -183,11 +185,12 @@ def weight_kernel(
         if p_mass is not None:
             mass += tl.sum(kept, axis=1)
         dtau += tl.sum(w * tl.maximum(fast_log2(kept), -150.0), axis=1)
-        w = (w * tl.where(rnorm_e == 0.0, 1.0, rnorm_e)[None, :]).to(e.dtype)
-        tl.store(p_w + o_nk + first, w, mask=m_n[:, None] & m_k[None, :])
+        w = (w * rnorm_e[None, :]).to(e.dtype)
+        tl.store(p_w + o_nk, w, mask=m_n[:, None] & m_k[None, :])
         if straight_through:
             one_hot = tl.where(o_k[None, :] == code[:, None], tl.exp2(log2_gain), 0.0)
-            tl.store(p_kept + o_nk + first, one_hot.to(e.dtype), mask=m_n[:, None] & m_k[None, :])
+            tl.store(p_kept + o_nk, one_hot.to(e.dtype), mask=m_n[:, None] & m_k[None, :])
+        o_nk += b_k
         if p_out is not None:
             out = tl.dot(w, e, out, input_precision="ieee")
 
@@ -198,21 +201,20 @@ def weight_kernel(
     if p_mass is not None:
         dtau -= log2_gain * tl.load(p_mass + o_n * stride_m, mask=m_n, other=0.0) * mass * factor
     tl.store(p_dtau + o_n, dtau / factor * tl.exp2(-log2_gain), mask=m_n)
-    rnorm_e = tl.load(p_rnorm_e + code, mask=m_n, other=0.0)
-    residue *= tl.where(rnorm_e == 0.0, 1.0, rnorm_e)
+    residue *= tl.load(p_rnorm_e + code, mask=m_n, other=0.0)
     tl.debug_barrier()  # other threads have written these weights
     w = tl.load(p_w + o_n * K + code, mask=m_n, other=0.0).to(tl.float32)
     tl.store(p_w + o_n * K + code, (w - residue).to(p_w.dtype.element_ty), mask=m_n)
     if p_out is not None:
-        e = tl.load(p_e + code[:, None] * D + o_d[None, :], mask=m_nd, other=0.0).to(tl.float32)
-        tl.store(p_out + o_n[:, None] * D + o_d[None, :], out - residue[:, None] * e, mask=m_nd)
+        tl.store(p_residue + o_n, residue, mask=m_n)
+        tl.store(p_out + o_n[:, None] * D + o_d[None, :], out, mask=m_nd)
 
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=PER_ROW)
 def noise_gradient_kernel(
     p_w,  # (N, K) w rr_n re_k gain
     p_rnorm,  # (N,) rr, elements stride_m apart
-    p_rnorm_e,  # (K,) re
+    p_rnorm_e,  # (K,) re, 1 where it is 0
     p_gain,  # () or None
     p_seed,  # (1,) int64
     p_dsigma,  # (N,) out: sum_k w g, in base 2
@@ -229,7 +231,7 @@ def noise_gradient_kernel(
     total = tl.zeros((1, b_k), tl.float32)
     for first in range(0, K, b_k):
         o_k = first + tl.arange(0, b_k)
-        rnorm_e = tl.load(p_rnorm_e + o_k, mask=o_k < K, other=0.0)
+        rnorm_e = tl.load(p_rnorm_e + o_k, mask=o_k < K, other=1.0)
         w = tl.load(p_w + i_n * K + o_k, mask=o_k < K, other=0.0).to(tl.float32) / tl.where(
             rnorm_e == 0.0, 1.0, rnorm_e
         )
@@ -241,9 +243,12 @@ def noise_gradient_kernel(
     tl.store(p_dsigma + i_n, tl.sum(tl.sum(total, axis=1), axis=0) / factor)
 
 
-@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["p_rnorm", "p_radial"])
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["p_rnorm", "p_radial", "p_residue", "p_code"])
 def finish_kernel(
     p_sum,  # (N, D) rx times a gradient of x^
+    p_residue,  # (N,) or None: what the row of p_e that ``code`` names has too much weight in the sum
+    p_code,  # (N,) int64, elements stride_m apart
+    p_e,  # (K, D)
     p_x,  # (N, D), rows stride_d apart
     p_rnorm,  # (N,) rx, elements stride_m apart
     p_factor,  # () scale / tau
@@ -268,6 +273,10 @@ def finish_kernel(
     m_nd = m_n[:, None] & (o_d < D)[None, :]
     o_nd = o_n[:, None] * D + o_d[None, :]
     total = tl.load(p_sum + o_nd, mask=m_nd, other=0.0)
+    if p_residue is not None:
+        code = tl.load(p_code + o_n * stride_m, mask=m_n, other=0)
+        e = tl.load(p_e + code[:, None] * D + o_d[None, :], mask=m_nd, other=0.0).to(tl.float32)
+        total -= tl.load(p_residue + o_n, mask=m_n, other=0.0)[:, None] * e
     added = tl.load(p_add + o_nd, mask=m_nd, other=0.0)
     if p_gain is not None:
         total /= tl.load(p_gain)

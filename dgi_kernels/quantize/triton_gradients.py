@@ -138,7 +138,8 @@ def flash_gradients(
     of those of the scale and tau. There are no values."""
     (rows, dim), e = flow.shape, level.e
     key_gain, value_gain = _gains(level, upstream)
-    total, of_tau, radial = torch.empty_like(flow), flow.new_empty(rows), flow.new_empty(rows)
+    total, (of_tau, radial, residue) = torch.empty_like(flow), flow.new_empty(3, rows)
+    sums_in_registers = dim <= forms.SUMS_LARGEST
     key, value = torch.empty_like(e, dtype=torch.float32), torch.empty_like(e, dtype=torch.float32)
     z = upstream.unit
     if upstream.norm is not None and value_gain is not None:
@@ -147,7 +148,7 @@ def flash_gradients(
         part, of_part = level.of_rows(own), sampling.of_rows(own)
         of_rows = upstream.of_rows(own)
         expected = _probabilities(part, of_part, of_rows, kept)
-        sums = total[own] if dim <= forms.SUMS_LARGEST else None
+        sums = (total[own], residue[own]) if sums_in_registers else None
         _weights(part, of_part, of_rows, kept, expected, key_gain, w, sums, of_tau[own])
         if sums is None:
             product(w, e, total[own])
@@ -160,7 +161,8 @@ def flash_gradients(
             _gradient_of_sigma(part, of_part, w, key_gain, dsigma[own])
     if dbias is not None:
         dbias.div_(sampling.row_factor if key_gain is None else sampling.row_factor * key_gain)
-    _finish(total, level.residual, level.rnorm, sampling, key_gain, flow, None, flow, radial)
+    off = (residue, level.sampled, e) if sums_in_registers else None
+    _finish(total, level.residual, level.rnorm, sampling, key_gain, flow, None, flow, radial, off)
     log2_gain = LOG2_GAIN[e.dtype]
     value_gain = None if value_gain is None else value_gain * 2.0**log2_gain
     _finish(key, e, level.rnorm_e, sampling, key_gain, value, value_gain, de, None)
@@ -206,11 +208,11 @@ def _weights(
     expected: Tensor,
     gain: Tensor | None,
     w: Tensor,
-    sums: Tensor | None,
+    sums: tuple[Tensor, Tensor] | None,
     of_tau: Tensor,
 ) -> None:
-    """Fill ``w`` with the weights of some rows' gradients, and ``sums``, where it is given, with w E; ``kept`` becomes
-    what z is multiplied by in the gradient of the codes."""
+    """Fill ``w`` with the weights of some rows' gradients, and ``sums``, where they are given, with w E and what is to
+    be taken off w for it; ``kept`` becomes what z is multiplied by in the gradient of the codes."""
     (rows, codes), e = kept.shape, level.e
     b_d, config = forms.flash_config(e.shape[1], e.device)
     tiles = config.weights
@@ -223,11 +225,12 @@ def _weights(
         p_mass=upstream.dlse,
         p_dusage=upstream.dusage,
         p_rnorm=level.rnorm,
-        p_rnorm_e=level.rnorm_e,
+        p_rnorm_e=level.factor_e,
         p_sampled=level.sampled,
         p_gain=gain,
         p_w=w,
-        p_out=sums,
+        p_out=sums and sums[0],
+        p_residue=sums and sums[1],
         p_dtau=of_tau,
         N=rows,
         K=codes,
@@ -245,7 +248,7 @@ def _gradient_of_sigma(level: Level, sampling: Sampling, w: Tensor, gain: Tensor
     kernels.noise_gradient_kernel[(rows,)](
         w,
         p_rnorm=level.rnorm,
-        p_rnorm_e=level.rnorm_e,
+        p_rnorm_e=level.factor_e,
         p_gain=gain,
         p_seed=sampling.seed,
         p_dsigma=out,
@@ -338,11 +341,16 @@ def _finish(
     add_gain: Tensor | None,
     out: Tensor,
     radial: Tensor | None,
+    off: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> None:
     rows, dim = total.shape
     b_n, b_d = finish_block(dim)
+    residue, code, e = off or (None, None, None)
     kernels.finish_kernel[(triton.cdiv(rows, b_n),)](
         total,
+        p_residue=residue,
+        p_code=code,
+        p_e=e,
         p_x=x,
         p_rnorm=rnorm,
         p_factor=sampling.factor,

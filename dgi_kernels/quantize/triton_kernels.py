@@ -131,7 +131,7 @@ def level_kernel(
     p_r,  # (N, D), rows stride_d apart: the residual
     p_e,  # (K, D): the codebook
     p_rnorm,  # (N,) rr, elements stride_m apart
-    p_rnorm_e,  # (K,) re
+    p_rnorm_e,  # (K,) re, with the sign of the scale
     p_bias,  # (K,) b, or None where it is 0
     p_sigma,  # (N,) what multiplies a row's noise, or None: 1
     p_seed,  # (1,) int64
@@ -151,7 +151,6 @@ def level_kernel(
     level,
     row_offset,
     log2_gain,
-    log2_skip,
     soft: tl.constexpr,
     noisy: tl.constexpr,
     whole: tl.constexpr,
@@ -168,9 +167,7 @@ def level_kernel(
     o_d = tl.arange(0, b_d)
     m_d = o_d < D
     r = tl.load(p_r + o_n[:, None] * stride_d + o_d[None, :], mask=m_n[:, None] & m_d[None, :], other=0.0)
-    scale = tl.load(p_scale)
-    sign = tl.where(scale > 0.0, 1.0, tl.where(scale < 0.0, -1.0, 0.0))
-    scale_r = tl.load(p_rnorm + o_n * stride_m, mask=m_n, other=0.0) * (tl.abs(scale) * LOG2E)
+    scale_r = tl.load(p_rnorm + o_n * stride_m, mask=m_n, other=0.0) * (tl.abs(tl.load(p_scale)) * LOG2E)
     inv_tau = 1.0 / tl.load(p_tau)
     seed = tl.load(p_seed)
     o_row = (o_n + row_offset).to(tl.uint32)
@@ -190,7 +187,7 @@ def level_kernel(
         m_k = present(o_k, K, whole)
         e = tl.load(p_e + o_tile, mask=m_k[:, None] & m_d[None, :], other=0.0)
         p_e += b_k * D
-        rnorm_e = tl.load(p_rnorm_e + o_k, mask=m_k, other=0.0) * sign
+        rnorm_e = tl.load(p_rnorm_e + o_k, mask=m_k, other=0.0)
         s = tl.dot(r, tl.trans(e), input_precision="ieee") * rnorm_e[None, :]
         if p_bias is not None:
             s = s * scale_r[:, None] + code_bias(p_bias, o_k, m_k)[None, :]
@@ -217,7 +214,6 @@ def level_kernel(
             total *= shrink
             if soft:
                 mean *= shrink[:, None]
-            rise = tl.minimum(rise, 0.0)
         p = tl.exp2(y * inv_tau - top[:, None])
         total += tl.sum(p, axis=1)
         kept = p.to(e.dtype)
@@ -225,9 +221,8 @@ def level_kernel(
             tl.store(p_kept, kept, mask=m_n[:, None] & m_k[None, :])
             p_kept += b_k
             tl.store(p_top + tl.cast(first // b_k, tl.int64) * N + o_n, top, mask=m_n)
-        if soft:  # noqa: SIM102 (the first is decided when the kernel is compiled)
-            if tl.max(rise) >= log2_skip:
-                mean = tl.dot(kept, e, mean, input_precision="ieee")
+        if soft:
+            mean = tl.dot(kept, e, mean, input_precision="ieee")
 
     if not noisy:
         sampled = code

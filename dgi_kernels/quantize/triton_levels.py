@@ -37,6 +37,7 @@ class Level:
     vectors: Tensor  # (K, D), what is emitted
     centre: Tensor | None  # (D,)
     rnorm_e: Tensor  # (K,)
+    factor_e: Tensor  # (K,): forward rnorm_e with the sign of the scale, backward 1 where it is 0
     bias: Tensor | None  # (K,)
     residual: Tensor  # (N, D), its rows m D apart; the others' elements m apart
     codes: Tensor
@@ -126,6 +127,7 @@ def levels_of(
     centres: Tensor | None,
     vectors: Tensor | None,
     rnorm_e: Tensor,
+    factor_e: Tensor,
     residuals: Tensor,
     codes: Tensor,
     sampled: Tensor,
@@ -144,6 +146,7 @@ def levels_of(
             (weight if vectors is None else vectors)[own],
             None if centres is None else centres[j],
             rnorm_e[own],
+            factor_e[own],
             None if bias is None else bias[own],
             residuals[:, j],
             codes[:, j],
@@ -224,7 +227,7 @@ def flash_level(level: Level, sampling: Sampling, rest: Tensor, usage: Tensor) -
         kernels.level_kernel[(triton.cdiv(count, tiles.owned),)](
             part.residual,
             part.e,
-            **of_part.flash_arguments(part),
+            **of_part.flash_arguments(part) | {"p_rnorm_e": part.factor_e},
             p_mean=None if mean is None else mean[own],
             p_codes=part.codes,
             p_sampled=part.sampled,
@@ -232,7 +235,6 @@ def flash_level(level: Level, sampling: Sampling, rest: Tensor, usage: Tensor) -
             p_kept=kept[0] if kept else None,
             p_top=top,
             log2_gain=KEPT_GAIN[level.e.dtype],
-            log2_skip=forms.LOG2_SKIP[level.e.dtype],
             soft=soft,
             whole=codes % tiles.step == 0,
             **blocks(b_d, tiles, own="b_n", step="b_k"),
