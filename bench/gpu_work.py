@@ -59,6 +59,10 @@ def rows_of_chunk(v: Values, grid: tuple[int, ...]) -> Work:
     return Work(grid[0] * v["K"])
 
 
+def whole_rows(v: Values, grid: tuple[int, ...]) -> Work:
+    return Work(v["N"] * v["K"])
+
+
 def forward(v: Values, grid: tuple[int, ...]) -> Work:
     return flash(1 + v["with_mean"], owns_rows=True)(v, grid)
 
@@ -105,6 +109,8 @@ WORK: dict[str, Callable[[Values, tuple[int, ...]], Work]] = {
     "probability_kernel": probabilities,
     "weight_kernel": weights,
     "chunk_level_kernel": rows_of_chunk,
+    "row_level_kernel": whole_rows,
+    "row_gradient_kernel": rows_of_chunk,
 }
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, library
 from dgi_kernels import checks
 from dgi_kernels.quantize.options import Operands, QuantizeOptions
 from dgi_kernels.quantize.result import ResidualQuantization
-from dgi_kernels.quantize.triton_gradients import chunked_gradients, flash_gradients, upstream_of
+from dgi_kernels.quantize.triton_gradients import RowSums, chunked_gradients, flash_gradients, upstream_of
 from dgi_kernels.quantize.triton_levels import (
     HARD,
     SOFT,
@@ -120,7 +120,10 @@ def _forward(
         return outputs
     weight = weight.contiguous()
     sampling = Sampling(scale, tau, seed, padding, sigma, row_offset, eps, mode, metric, noisy)
-    rest = torch.empty_like(z, dtype=torch.float32, memory_format=torch.contiguous_format).copy_(z)
+    left = z if z.stride(1) == 1 else z.contiguous()
+    rest = z.new_empty(z.shape, dtype=torch.float32) if len(sizes) > 1 else None
+    if bias is not None:  # its nearest codes are by exact differences
+        left = rest = torch.empty_like(z, dtype=torch.float32, memory_format=torch.contiguous_format).copy_(z)
     usages = usage.split(sizes)
     with torch.cuda.device_of(z):
         if sampling.plain:
@@ -129,11 +132,14 @@ def _forward(
             norms(weight, eps, rnorm_e)
         shared = (sizes, weight, bias, centres, vectors, rnorm_e, rnorm_e * scale.sign())
         levels = list(levels_of(*shared, residuals, codes, sampled, lse, rnorm, None, values, mixtures))
-        emit(rest, None, None, None, levels[0], sampling)
+        emit(left, None, None, None, None, levels[0], sampling)
         for level, after in zip(levels, [*levels[1:], None], strict=True):
             run = flash_level if flash_forward(rows, weight, values) else chunked_level
-            mean = run(level, sampling, rest, usages[level.index])
-            emit(rest, mean, level, quantized[:, level.index], after, sampling)
+            mean = run(level, sampling, left, usages[level.index])
+            if after is None:
+                rest = None
+            emit(left, rest, mean, level, quantized[:, level.index], after, sampling)
+            left = left if rest is None else rest
             if mode == HARD:
                 uses = torch.ones_like(level.codes) if padding is None else (~padding).long()
                 usages[level.index].copy_(uses.new_zeros(len(level.e)).index_add_(0, level.codes, uses))
@@ -196,18 +202,19 @@ def _backward(
     mode: int,
     metric: int,
     noisy: bool,
+    wants_tau: bool,
     wants_sigma: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> dz, dweight, dscale, dtau; dsigma, dbias and dvalues, which are empty where they are not wanted."""
     rows, _, dim = residuals.shape
-    flow = residuals.new_zeros(rows, dim, dtype=torch.float32)  # the gradient of r_j, then of r_{j-1}
-    dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
-    dscale, dtau = torch.zeros_like(scale), torch.zeros_like(tau)
+    flow = residuals.new_empty(rows, dim, dtype=torch.float32)  # the gradient of r_j, then of r_{j-1}
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    dtau = torch.zeros_like(tau)
     dbias = scale.new_zeros(0 if bias is None else len(weight))
     dsigma = scale.new_zeros(rows if wants_sigma else 0)
     dvalues = weight.new_zeros(0 if values is None else values.shape)
     if rows == 0:
-        return flow.to(residuals.dtype), dweight, dscale, dtau, dsigma, dbias, dvalues
+        return flow.to(residuals.dtype), dweight.zero_(), torch.zeros_like(scale), dtau, dsigma, dbias, dvalues
     weight = weight.contiguous()
     sampling = Sampling(scale, tau, seed, padding, sigma, row_offset, eps, mode, metric, noisy)
     parts = dweight.split(sizes)
@@ -218,27 +225,32 @@ def _backward(
         levels = list(levels_of(*shared, residuals, codes, sampled, lse, rnorm, quantized, values, None))
         value_parts = [None] * len(sizes) if dmixtures is None or values is None else dvalues.split(sizes)
         bias_parts = [None] * len(sizes) if bias is None else dbias.split(sizes)
+        # Of each row and level, what the gradients of scale and tau are sums of.
+        of_scale, of_tau = flow.new_empty(len(sizes), rows), flow.new_empty(len(sizes) if wants_tau else 0, rows)
+        comes: Tensor | None = None  # ``flow``, once something has come
         for j, level in reversed(list(enumerate(levels))):
             upstream = upstream_of(
                 level,
                 sampling,
                 None if dquantized is None else dquantized[:, j],
-                flow,
+                comes,
                 dusages[j],
                 None if dlse is None else dlse.contiguous()[:, j],
                 None if dmixtures is None else dmixtures[:, j],
             )
             if dresiduals is not None:
-                flow.add_(dresiduals[:, j])
+                comes = flow.copy_(dresiduals[:, j]) if comes is None else flow.add_(dresiduals[:, j])
             of_sigma = torch.empty_like(dsigma) if wants_sigma else None
-            radial, of_tau = run(level, sampling, upstream, flow, parts[j], bias_parts[j], of_sigma, value_parts[j])
+            rows_of = RowSums(flow, comes, of_scale[j], of_tau[j] if wants_tau else None, of_sigma)
+            run(level, sampling, upstream, rows_of, parts[j], bias_parts[j], value_parts[j])
+            comes = flow
             if of_sigma is not None:
                 dsigma.add_(of_sigma, alpha=LN2.value)
-            dscale += radial.sum()
-            dtau -= of_tau.sum() * LN2.value
-            if upstream.dlse is not None:
+            if wants_tau and upstream.dlse is not None:
                 dtau -= torch.where(upstream.dlse == 0, 0.0, level.lse * upstream.dlse).sum()
-    return flow.to(residuals.dtype), dweight, dscale / tau, dtau / tau, dsigma.div_(tau), dbias.div_(tau), dvalues
+    if wants_tau:
+        dtau = (dtau - of_tau.sum() * LN2.value) / tau
+    return flow.to(residuals.dtype), dweight, of_scale.sum() / tau, dtau, dsigma.div_(tau), dbias.div_(tau), dvalues
 
 
 @_backward.register_fake
@@ -270,6 +282,7 @@ def _(
     mode,
     metric,
     noisy,
+    wants_tau,
     wants_sigma,
 ):
     rows, _, dim = residuals.shape
@@ -297,10 +310,19 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, dquantized, _codes, _sampled, dusage, dresiduals, dlse, dmixtures, *_):
-    wants_sigma = ctx.needs_input_grad[7]
+    wants_tau, wants_sigma = ctx.needs_input_grad[4], ctx.needs_input_grad[7]
     dmixtures = dmixtures if ctx.has_values else None
     dz, dweight, dscale, dtau, dsigma, dbias, dvalues = _backward(
-        dquantized, dusage, dresiduals, dlse, dmixtures, *ctx.saved_tensors, ctx.sizes, *ctx.options, wants_sigma
+        dquantized,
+        dusage,
+        dresiduals,
+        dlse,
+        dmixtures,
+        *ctx.saved_tensors,
+        ctx.sizes,
+        *ctx.options,
+        wants_tau,
+        wants_sigma,
     )
     dsigma, dbias = dsigma if wants_sigma else None, dbias if ctx.has_bias else None
     dvalues = dvalues if ctx.has_values else None

@@ -1,9 +1,8 @@
 """Epilogues of residual quantization's chunked form: products of a chunk of rows come from cuBLAS and stay in the L2.
 
-The formulas are those of :mod:`dgi_kernels.quantize.triton_kernels`. One row a program; each kernel passes over its row
-twice, and what the second pass needs lies where the products lay, so that noise is made once forward and once backward.
-Per (row, code) the L2 sees, for 16-bit operands, 14 bytes forward (products written and read, l written and read by way
-of the L1, p written and read) and 24 backward.
+The formulas are those of :mod:`dgi_kernels.quantize.triton_kernels`. A program takes whole rows. Where a row fits its
+registers (K <= ROW_LARGEST) it is read once; else a kernel passes over it twice, and what the second pass needs lies
+where the products lay, so that noise is made once forward and once backward either way.
 """
 
 from __future__ import annotations
@@ -11,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dgi_kernels.gumbel.triton_noise import noise_tile
-from dgi_kernels.quantize.triton_kernels import NONE, PER_ROW, STREAM, VARYING, rounding_of_scores
+from dgi_kernels.gumbel.triton_noise import BASE, exponent_tile, noise_tile
+from dgi_kernels.quantize.triton_kernels import NONE, PER_ROW, STREAM, VARYING, present, rounding_of_scores
 from dgi_kernels.triton_common import LN2, LOG2E, code_bias, scores
 
 
@@ -20,6 +19,91 @@ from dgi_kernels.triton_common import LN2, LOG2E, code_bias, scores
 def row_noise(p_seed, i_n, row_offset, level, first, b_k: tl.constexpr):
     o_row = (i_n + row_offset + tl.zeros((1,), tl.int64)).to(tl.uint32)
     return tl.reshape(noise_tile(tl.load(p_seed), first, o_row, level, STREAM, b_k), (b_k,))
+
+
+@triton.jit
+def best_of_row(y, o_k):
+    """The maximum of a row, and the first of the codes that reaches it; 0 of a row of NaN."""
+    highest = tl.max(y, axis=0)
+    where = tl.min(tl.where(y == highest, o_k, NONE), axis=0)
+    return highest, tl.where(highest > float("-inf"), where, 0)
+
+
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=PER_ROW)
+def row_level_kernel(
+    p_s,  # (N, K) float32: products
+    p_p,  # (N, K) out: p 2^log2_gain, maybe in place of s, or None
+    p_rnorm,  # (N,) rr, elements stride_m apart
+    p_rnorm_e,  # (K,) re, with the sign of the scale
+    p_bias,  # (K,) b, or None where it is 0
+    p_sigma,  # (N,) what multiplies a row's noise, or None: 1
+    p_padding,  # (N,) bool: rows whose p is 0, or None
+    p_seed,  # (1,) int64
+    p_scale,  # ()
+    p_tau,  # ()
+    p_codes,  # (N,) int64 out, elements stride_m apart: argmax s
+    p_sampled,  # (N,) int64 out, elements stride_m apart: argmax s + g
+    p_lse,  # (N,) out, elements stride_m apart, natural
+    p_partial,  # (programs, K) out: sum_n p_nk of a program's rows, or None
+    N,
+    K,
+    stride_m,
+    level,
+    row_offset,
+    log2_gain,
+    noisy: tl.constexpr,
+    whole: tl.constexpr,
+    b_k: tl.constexpr,
+):
+    """What a level needs of a chunk's products. A program takes every programs-th row; b_k >= K, ``whole``: =."""
+    o_k = tl.arange(0, b_k)
+    m_k = present(o_k, K, whole)
+    rnorm_e = tl.load(p_rnorm_e + o_k, mask=m_k, other=0.0)
+    bias = code_bias(p_bias, o_k, m_k)
+    scale = tl.abs(tl.load(p_scale)) * LOG2E
+    inv_tau = 1.0 / tl.load(p_tau)
+    seed = tl.load(p_seed)
+    usage = tl.zeros((b_k,), tl.float32)
+    for row in range(tl.program_id(0), N, tl.num_programs(0)):
+        i_n = tl.cast(row, tl.int64)
+        scale_r = tl.load(p_rnorm + i_n * stride_m) * scale
+        s = tl.load(p_s + i_n * K + o_k, mask=m_k, other=0.0) * rnorm_e
+        if p_bias is not None:
+            s = s * scale_r + bias
+        elif not whole:
+            s = tl.where(m_k, s, float("-inf"))
+        best, code = best_of_row(s, o_k)
+        y = s if p_bias is not None else s * scale_r
+        base = 0.0
+        if p_bias is None and not whole:  # 0 times infinity of a row of norm 0
+            y = tl.where(m_k, y, float("-inf"))
+        sampled = code
+        if noisy:
+            o_row = (i_n + row_offset + tl.zeros((1,), tl.int64)).to(tl.uint32)
+            h = tl.reshape(exponent_tile(seed, 0, o_row, level, STREAM, b_k), (b_k,))
+            base = BASE
+            if p_sigma is not None:
+                sigma = tl.load(p_sigma + i_n)
+                h *= sigma
+                base *= sigma
+            y -= h
+            best, sampled = best_of_row(y, o_k)
+        else:
+            best = tl.max(y, axis=0)
+        top = best * inv_tau
+        p = tl.exp2(y * inv_tau - top)
+        total = tl.sum(p, axis=0)
+        tl.store(p_codes + i_n * stride_m, code.to(tl.int64))
+        tl.store(p_sampled + i_n * stride_m, sampled.to(tl.int64))
+        tl.store(p_lse + i_n * stride_m, (top + base * inv_tau + tl.log2(total)) * LN2)
+        if p_p is not None:
+            if p_padding is not None:
+                p = tl.where(tl.load(p_padding + i_n), 0.0, p)
+            p *= tl.exp2(log2_gain) / total
+            usage += p
+            tl.store(p_p + i_n * K + o_k, p.to(p_p.dtype.element_ty), mask=m_k)
+    if p_partial is not None:
+        tl.store(p_partial + tl.program_id(0) * K + o_k, usage * tl.exp2(-log2_gain), mask=m_k)
 
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=PER_ROW)
@@ -154,7 +238,7 @@ def chunk_gradient_kernel(
     p_dlse,  # (rows,) L, elements stride_m apart, or None
     p_gain,  # () or None
     p_value_gain,  # () or None
-    p_dtau,  # (rows,) out: sum_k w log2 p
+    p_dtau,  # (rows,) out: sum_k w log2 p, or None
     p_dsigma,  # (rows,) out: sum_k w g, in base 2, or None
     K,
     stride_m,
@@ -210,7 +294,8 @@ def chunk_gradient_kernel(
         rnorm_e = tl.load(p_rnorm_e + o_k, mask=m_k, other=0.0)
         p = tl.where(m_k, tl.exp2(log_p), 0.0)
         w = p * (c - shift)
-        dtau += tl.sum(tl.where(p > 0.0, w * log_p, p), axis=0)
+        if p_dtau is not None:
+            dtau += tl.sum(tl.where(p > 0.0, w * log_p, p), axis=0)
         if p_dsigma is not None:
             dsigma += tl.sum(w * row_noise(p_seed, i_n, row_offset, level, first, b_k), axis=0)
         w *= gain * tl.where(rnorm_e == 0.0, 1.0, rnorm_e)
@@ -218,6 +303,75 @@ def chunk_gradient_kernel(
         if straight_through:
             p = (o_k == sampled).to(tl.float32)
         tl.store(p_y + i_n * K + o_k, (p * value_gain).to(p_y.dtype.element_ty), mask=m_k)
-    tl.store(p_dtau + i_n, dtau)
+    if p_dtau is not None:
+        tl.store(p_dtau + i_n, dtau)
     if p_dsigma is not None:
         tl.store(p_dsigma + i_n, dsigma)
+
+
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=PER_ROW)
+def row_gradient_kernel(
+    p_s,  # (N, K) float32: products r . e
+    p_c,  # (N, K) float32: products z / |z| . e
+    p_w,  # (N, K) out: w rr_n re_k gain, ready for products; maybe s itself
+    p_y,  # (N, K) out: y |z_n| value_gain, maybe c itself; y is p, or the one-hot of ``sampled``
+    p_rnorm,  # (N,) rr, elements stride_m apart
+    p_rnorm_e,  # (K,) re
+    p_bias,  # (K,) b, or None where it is 0
+    p_sigma,  # (N,) what multiplies a row's noise, or None: 1
+    p_seed,  # (1,) int64
+    p_scale,  # ()
+    p_tau,  # ()
+    p_lse,  # (N,), elements stride_m apart, natural
+    p_sampled,  # (N,) int64, elements stride_m apart
+    p_norm,  # (N,) |z|, or None: 1
+    p_dusage,  # (K,) v, or None where it is 0
+    p_dlse,  # (N,) L, elements stride_m apart, or None
+    p_gain,  # () or None
+    p_value_gain,  # () or None
+    p_dtau,  # (N,) out: sum_k w log2 p, or None
+    p_dsigma,  # (N,) out: sum_k w g, in base 2, or None
+    K,
+    stride_m,
+    level,
+    row_offset,
+    straight_through: tl.constexpr,
+    noisy: tl.constexpr,
+    b_k: tl.constexpr,
+):
+    """:func:`chunk_gradient_kernel` of a row that is one tile: b_k >= K."""
+    i_n = tl.program_id(0).to(tl.int64)
+    o_k = tl.arange(0, b_k)
+    m_k = o_k < K
+    rnorm = tl.load(p_rnorm + i_n * stride_m)
+    rnorm_e = tl.load(p_rnorm_e + o_k, mask=m_k, other=0.0)
+    scale_r = rnorm * (tl.load(p_scale) * LOG2E)
+    inv_tau = 1.0 / tl.load(p_tau)
+    norm = 1.0 if p_norm is None else tl.load(p_norm + i_n)
+    s = tl.load(p_s + i_n * K + o_k, mask=m_k, other=0.0)
+    c = tl.load(p_c + i_n * K + o_k, mask=m_k, other=0.0) * norm
+    if p_dusage is not None:
+        c += tl.load(p_dusage + o_k, mask=m_k, other=0.0)
+    y = scores(s, scale_r, rnorm_e, code_bias(p_bias, o_k, m_k))
+    g = y
+    if noisy:
+        g = row_noise(p_seed, i_n, row_offset, level, 0, b_k)
+        y += g if p_sigma is None else g * tl.load(p_sigma + i_n)
+    log_p = y * inv_tau - tl.load(p_lse + i_n * stride_m) * LOG2E
+    p = tl.where(m_k, tl.exp2(log_p), 0.0)
+    mass = tl.sum(p, axis=0)
+    shift = tl.where(mass == 0.0, 0.0, tl.sum(p * c, axis=0) / mass)  # 0 of padding
+    if p_dlse is not None:
+        shift -= tl.load(p_dlse + i_n * stride_m)
+    w = p * (c - shift)
+    if p_dtau is not None:
+        tl.store(p_dtau + i_n, tl.sum(tl.where(p > 0.0, w * log_p, p), axis=0))
+    if p_dsigma is not None:
+        tl.store(p_dsigma + i_n, tl.sum(w * g, axis=0))
+    gain = tl.where(rnorm == 0.0, 1.0, rnorm) * (1.0 if p_gain is None else tl.load(p_gain))
+    w *= gain * tl.where(rnorm_e == 0.0, 1.0, rnorm_e)
+    tl.store(p_w + i_n * K + o_k, w.to(p_w.dtype.element_ty), mask=m_k)
+    if straight_through:
+        p = (o_k == tl.load(p_sampled + i_n * stride_m)).to(tl.float32)
+    value_gain = norm * (1.0 if p_value_gain is None else tl.load(p_value_gain))
+    tl.store(p_y + i_n * K + o_k, (p * value_gain).to(p_y.dtype.element_ty), mask=m_k)

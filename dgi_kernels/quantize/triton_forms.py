@@ -47,6 +47,8 @@ CHUNK_BYTES = 272 << 20
 # Codes of one pass of the chunked epilogues: with one warp a row, reductions need no shared memory, and 16 codes a
 # thread share their cost.
 CHUNK_STEP, CHUNK_WARPS = 512, 1
+# Codes of a row that fits the registers of a program; warps of such programs on a multiprocessor.
+ROW_LARGEST, ROW_WARPS = 8192, 16
 
 
 def uses_flash(dim: int, dtype: torch.dtype) -> bool:

@@ -15,7 +15,7 @@ from dgi_kernels.triton_common import LOG2E, code_bias, radial_part, scores
 
 @triton.jit(do_not_specialize=["N"])
 def upstream_kernel(
-    p_flow,  # (N, D) float32: the gradient of r_j
+    p_flow,  # (N, D) float32: the gradient of r_j, or None: 0
     p_dquantized,  # (N, D), rows stride_q apart: the gradient of z~_j, or None: 0
     p_quantized,  # (N, D), rows stride_z apart: z~_j, or None
     p_centre,  # (D,) what the codes are relative to, or None: 0
@@ -35,7 +35,9 @@ def upstream_kernel(
     o_d = tl.arange(0, b_d)
     m_n = o_n < N
     m_nd = m_n[:, None] & (o_d < D)[None, :]
-    z = -tl.load(p_flow + o_n[:, None] * D + o_d[None, :], mask=m_nd, other=0.0)
+    z = tl.zeros((b_n, b_d), tl.float32)
+    if p_flow is not None:
+        z -= tl.load(p_flow + o_n[:, None] * D + o_d[None, :], mask=m_nd, other=0.0)
     if p_dquantized is not None:
         z += tl.load(p_dquantized + o_n[:, None] * stride_q + o_d[None, :], mask=m_nd, other=0.0).to(tl.float32)
     if p_norm is not None:
@@ -124,8 +126,8 @@ def weight_kernel(
     p_e,  # (K, D): the codebook
     p_kept,  # (N, K): p 2^log2_gain; out, if ``straight_through``: the one-hot of ``sampled``, times the same
     p_norm,  # (N,) |z|, or None: 1
-    p_expected,  # (N,) sum_k p c - L
-    p_mass,  # (N,) L, elements stride_m apart, or None where it is 0
+    p_expected,  # (parts, N) that add up to sum_k p c
+    p_dlse,  # (N,) L, elements stride_m apart, or None where it is 0
     p_dusage,  # (K,) v, or None where it is 0
     p_rnorm,  # (N,) rr, elements stride_m apart
     p_rnorm_e,  # (K,) re, 1 where it is 0
@@ -134,11 +136,12 @@ def weight_kernel(
     p_w,  # (N, K) out: w rr_n re_k gain
     p_out,  # (N, D) out: rr_n gain sum_k w e^_k, of weights that lack the residue; or None
     p_residue,  # (N,) out: what is to be taken off the weight of the sampled code, where there are these sums
-    p_dtau,  # (N,) out: sum_k w log2 p
+    p_dtau,  # (N,) out: sum_k w log2 p, or None
     N,
     K,
     D,
     stride_m,
+    parts,
     log2_gain,
     straight_through: tl.constexpr,
     whole: tl.constexpr,
@@ -158,7 +161,11 @@ def weight_kernel(
     factor = tl.where(rnorm == 0.0, 1.0, rnorm) * tl.exp2(-log2_gain)
     if p_gain is not None:
         factor *= tl.load(p_gain)
-    shift = tl.load(p_expected + o_n, mask=m_n, other=0.0) * factor
+    shift = tl.load(p_expected + o_n, mask=m_n, other=0.0)
+    for i in range(1, parts):
+        shift += tl.load(p_expected + tl.cast(i, tl.int64) * N + o_n, mask=m_n, other=0.0)
+    dlse = 0.0 if p_dlse is None else tl.load(p_dlse + o_n * stride_m, mask=m_n, other=0.0)
+    shift = (shift - dlse) * factor
     norm = factor if p_norm is None else factor * tl.load(p_norm + o_n, mask=m_n, other=0.0)
     p_tile = p_e + tl.arange(0, b_k)[:, None] * D + o_d[None, :]
     o_nk = o_n[:, None] * K + tl.arange(0, b_k)[None, :]
@@ -182,9 +189,10 @@ def weight_kernel(
             c += tl.load(p_dusage + o_k, mask=m_k, other=0.0)[None, :] * factor[:, None]
         w = kept * c
         residue += tl.sum(w, axis=1)
-        if p_mass is not None:
+        if p_dlse is not None:
             mass += tl.sum(kept, axis=1)
-        dtau += tl.sum(w * tl.maximum(fast_log2(kept), -150.0), axis=1)
+        if p_dtau is not None:
+            dtau += tl.sum(w * tl.maximum(fast_log2(kept), -150.0), axis=1)
         w = (w * rnorm_e[None, :]).to(e.dtype)
         tl.store(p_w + o_nk, w, mask=m_n[:, None] & m_k[None, :])
         if straight_through:
@@ -194,13 +202,14 @@ def weight_kernel(
         if p_out is not None:
             out = tl.dot(w, e, out, input_precision="ieee")
 
-    if p_mass is not None:
-        residue -= tl.load(p_mass + o_n * stride_m, mask=m_n, other=0.0) * mass * factor
-    # sum_k w log2 p, where so far p is 2^log2_gain too large, and w by the factor of the row
-    dtau -= residue * tl.maximum(fast_log2(largest), -150.0)
-    if p_mass is not None:
-        dtau -= log2_gain * tl.load(p_mass + o_n * stride_m, mask=m_n, other=0.0) * mass * factor
-    tl.store(p_dtau + o_n, dtau / factor * tl.exp2(-log2_gain), mask=m_n)
+    if p_dlse is not None:
+        residue -= dlse * mass * factor
+    if p_dtau is not None:
+        # sum_k w log2 p, where so far p is 2^log2_gain too large, and w by the factor of the row
+        dtau -= residue * tl.maximum(fast_log2(largest), -150.0)
+        if p_dlse is not None:
+            dtau -= log2_gain * dlse * mass * factor
+        tl.store(p_dtau + o_n, dtau / factor * tl.exp2(-log2_gain), mask=m_n)
     residue *= tl.load(p_rnorm_e + code, mask=m_n, other=0.0)
     tl.debug_barrier()  # other threads have written these weights
     w = tl.load(p_w + o_n * K + code, mask=m_n, other=0.0).to(tl.float32)
@@ -253,7 +262,7 @@ def finish_kernel(
     p_rnorm,  # (N,) rx, elements stride_m apart
     p_factor,  # () scale / tau
     p_gain,  # () or None: what sum is too large by
-    p_add,  # (N, D), added; may be p_out itself
+    p_add,  # (N, D), added; may be p_out itself, or None: 0
     p_add_gain,  # () or None: what p_add is too large by
     p_out,  # (N, D) out: factor rx (I - x^ x^T) (...) + add / add_gain
     p_radial,  # (N,) out: x^ . (...), or None
@@ -277,7 +286,7 @@ def finish_kernel(
         code = tl.load(p_code + o_n * stride_m, mask=m_n, other=0)
         e = tl.load(p_e + code[:, None] * D + o_d[None, :], mask=m_nd, other=0.0).to(tl.float32)
         total -= tl.load(p_residue + o_n, mask=m_n, other=0.0)[:, None] * e
-    added = tl.load(p_add + o_nd, mask=m_nd, other=0.0)
+    added = tl.zeros((b_n, b_d), tl.float32) if p_add is None else tl.load(p_add + o_nd, mask=m_nd, other=0.0)
     if p_gain is not None:
         total /= tl.load(p_gain)
     if p_add_gain is not None:

@@ -21,6 +21,7 @@ from dgi_kernels.quantize.triton_levels import (
     Sampling,
     chunks_of,
     flash_chunks,
+    row_block,
     weights_of,
 )
 from dgi_kernels.triton_common import add_product, finish_block, gain_of, or_one, product
@@ -51,14 +52,24 @@ class Upstream(NamedTuple):
         return self._replace(**parts)
 
 
+class RowSums(NamedTuple):
+    """Where a level's gradients of each row go."""
+
+    flow: Tensor  # (N, D) out: the gradient of r
+    comes: Tensor | None  # ``flow``, if what it holds is to be added
+    of_scale: Tensor  # (N,) out
+    of_tau: Tensor | None  # (N,) out, in base 2
+    of_sigma: Tensor | None  # (N,) out, in base 2
+
+
 def _unit_and_norm(
-    level: Level, dquantized: Tensor | None, flow: Tensor, wants_expected: bool
+    level: Level, dquantized: Tensor | None, flow: Tensor | None, wants_expected: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The gradient of z~ as norm x unit, and its product with z~; r_j = r_{j-1} - z~_j takes ``flow`` off it."""
-    rows, dim = flow.shape
-    unit = flow.new_empty(rows, dim, dtype=level.e.dtype)
-    norm = flow.new_empty(rows) if level.e.dtype == torch.float16 else None
-    expected = flow.new_empty(rows) if wants_expected else None
+    rows, dim = level.residual.shape
+    unit = level.e.new_empty(rows, dim)
+    norm = level.lse.new_empty(rows) if level.e.dtype == torch.float16 else None
+    expected = level.lse.new_empty(rows) if wants_expected else None
     if dquantized is not None and dquantized.stride(1) != 1:
         dquantized = dquantized.contiguous()
     quantized = level.quantized if wants_expected else None
@@ -86,7 +97,7 @@ def upstream_of(
     level: Level,
     sampling: Sampling,
     dquantized: Tensor | None,
-    flow: Tensor,
+    flow: Tensor | None,
     dusage: Tensor | None,
     dlse: Tensor | None,
     dmixture: Tensor | None,
@@ -95,7 +106,9 @@ def upstream_of(
     if dmixture is None:
         unit, norm, expected = _unit_and_norm(level, dquantized, flow, level.quantized is not None)
     else:
-        gradient = -flow if dquantized is None else dquantized.float() - flow  # r_j = r_{j-1} - z~_j
+        gradient = level.lse.new_zeros(level.residual.shape) if dquantized is None else dquantized.float()
+        if flow is not None:
+            gradient = gradient - flow  # r_j = r_{j-1} - z~_j
         norm = torch.linalg.vector_norm(torch.cat([gradient, dmixture.float()], 1), dim=1)
         inverse = (1 / norm.clamp(min=1e-30))[:, None]
         unit, unit_of_mixture = ((part * inverse).to(level.e.dtype) for part in (gradient, dmixture))
@@ -128,17 +141,15 @@ def flash_gradients(
     level: Level,
     sampling: Sampling,
     upstream: Upstream,
-    flow: Tensor,
+    rows_of: RowSums,
     de: Tensor,
     dbias: Tensor | None,
-    dsigma: Tensor | None,
     dvalues: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Add a level's gradient of r to ``flow``, fill ``de`` and ``dbias``, which lacks 1 / tau; return each row's parts
-    of those of the scale and tau. There are no values."""
-    (rows, dim), e = flow.shape, level.e
+) -> None:
+    """Fill ``rows_of``, ``de`` and ``dbias``, which lacks 1 / tau. There are no values."""
+    (rows, dim), e = level.residual.shape, level.e
     key_gain, value_gain = _gains(level, upstream)
-    total, (of_tau, radial, residue) = torch.empty_like(flow), flow.new_empty(3, rows)
+    total, residue = torch.empty_like(rows_of.flow), level.lse.new_empty(rows)
     sums_in_registers = dim <= forms.SUMS_LARGEST
     key, value = torch.empty_like(e, dtype=torch.float32), torch.empty_like(e, dtype=torch.float32)
     z = upstream.unit
@@ -149,7 +160,8 @@ def flash_gradients(
         of_rows = upstream.of_rows(own)
         expected = _probabilities(part, of_part, of_rows, kept)
         sums = (total[own], residue[own]) if sums_in_registers else None
-        _weights(part, of_part, of_rows, kept, expected, key_gain, w, sums, of_tau[own])
+        of_tau = None if rows_of.of_tau is None else rows_of.of_tau[own]
+        _weights(part, of_part, of_rows, kept, expected, key_gain, w, sums, of_tau)
         if sums is None:
             product(w, e, total[own])
         add = product if own.start == 0 else add_product
@@ -157,25 +169,35 @@ def flash_gradients(
         add(kept.T, z[own], value)
         if dbias is not None:
             dbias.add_(w.sum(0, dtype=torch.float32))
-        if dsigma is not None:
-            _gradient_of_sigma(part, of_part, w, key_gain, dsigma[own])
+        if rows_of.of_sigma is not None:
+            _gradient_of_sigma(part, of_part, w, key_gain, rows_of.of_sigma[own])
     if dbias is not None:
         dbias.div_(sampling.row_factor if key_gain is None else sampling.row_factor * key_gain)
     off = (residue, level.sampled, e) if sums_in_registers else None
-    _finish(total, level.residual, level.rnorm, sampling, key_gain, flow, None, flow, radial, off)
+    _finish(
+        total,
+        level.residual,
+        level.rnorm,
+        sampling,
+        key_gain,
+        rows_of.comes,
+        None,
+        rows_of.flow,
+        rows_of.of_scale,
+        off,
+    )
     log2_gain = LOG2_GAIN[e.dtype]
     value_gain = None if value_gain is None else value_gain * 2.0**log2_gain
     _finish(key, e, level.rnorm_e, sampling, key_gain, value, value_gain, de, None)
-    return radial, of_tau
 
 
 def _probabilities(level: Level, sampling: Sampling, upstream: Upstream, kept: Tensor) -> Tensor:
-    """Fill ``kept`` with p of some rows once more, and return sum_k p c - L of each."""
+    """Fill ``kept`` with p of some rows once more, and return what adds up to sum_k p c, (parts, N)."""
     (rows, codes), e = kept.shape, level.e
     b_d, config = forms.flash_config(e.shape[1], e.device)
     tiles = config.probabilities
     splits = max(1, triton.cdiv(codes, tiles.step) // PROBABILITY_STEPS)
-    of_usage = None if upstream.dusage is None else level.lse.new_empty(splits, rows)
+    parts = level.lse.new_empty(1 if upstream.dusage is None else 1 + splits, rows)
     kernels.probability_kernel[(triton.cdiv(rows, tiles.owned), splits)](
         level.residual,
         e,
@@ -183,21 +205,20 @@ def _probabilities(level: Level, sampling: Sampling, upstream: Upstream, kept: T
         p_lse=level.lse,
         p_dusage=upstream.dusage,
         p_kept=kept,
-        p_expected=of_usage,
+        p_expected=None if upstream.dusage is None else parts[1:],
         log2_gain=LOG2_GAIN[e.dtype],
         whole=codes % tiles.step == 0,
         **blocks(b_d, tiles, own="b_n", step="b_k"),
     )
-    expected = upstream.expected
-    if expected is None:  # straight through: z~ is a code, and no mean
+    if upstream.expected is not None:
+        parts[0] = upstream.expected
+    else:  # straight through: z~ is a code, and no mean
         mean = level.lse.new_empty(rows, e.shape[1])
         product(kept, e, mean)
-        expected = (upstream.unit * mean).sum(1).mul_(2.0 ** -LOG2_GAIN[e.dtype])
+        torch.sum(upstream.unit * mean, 1, out=parts[0]).mul_(2.0 ** -LOG2_GAIN[e.dtype])
         if upstream.norm is not None:
-            expected *= upstream.norm
-    if of_usage is not None:
-        expected = expected + of_usage.sum(0)
-    return expected if upstream.dlse is None else expected - upstream.dlse
+            parts[0] *= upstream.norm
+    return parts
 
 
 def _weights(
@@ -209,7 +230,7 @@ def _weights(
     gain: Tensor | None,
     w: Tensor,
     sums: tuple[Tensor, Tensor] | None,
-    of_tau: Tensor,
+    of_tau: Tensor | None,
 ) -> None:
     """Fill ``w`` with the weights of some rows' gradients, and ``sums``, where they are given, with w E and what is to
     be taken off w for it; ``kept`` becomes what z is multiplied by in the gradient of the codes."""
@@ -222,7 +243,7 @@ def _weights(
         kept,
         p_norm=upstream.norm,
         p_expected=expected,
-        p_mass=upstream.dlse,
+        p_dlse=upstream.dlse,
         p_dusage=upstream.dusage,
         p_rnorm=level.rnorm,
         p_rnorm_e=level.factor_e,
@@ -236,6 +257,7 @@ def _weights(
         K=codes,
         D=e.shape[1],
         stride_m=level.lse.stride(0),
+        parts=len(expected),
         log2_gain=LOG2_GAIN[e.dtype],
         straight_through=sampling.mode == STRAIGHT_THROUGH,
         whole=codes % tiles.step == 0,
@@ -265,26 +287,28 @@ def chunked_gradients(
     level: Level,
     sampling: Sampling,
     upstream: Upstream,
-    flow: Tensor,
+    rows_of: RowSums,
     de: Tensor,
     dbias: Tensor | None,
-    dsigma: Tensor | None,
     dvalues: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> None:
     """What :func:`flash_gradients` does, and fill ``dvalues``. Products of a chunk are made again, not kept."""
+    flow, comes, of_scale, of_tau, of_sigma = rows_of
     e = level.e
     key_gain, value_gain = _gains(level, upstream)
     key = torch.zeros_like(e, dtype=torch.float32)
     value = torch.zeros_like(key)
     mixed = None if dvalues is None else torch.zeros_like(dvalues, dtype=torch.float32)
-    radial, of_tau = flow.new_empty(len(flow)), flow.new_empty(len(flow))
     for own, s, c in chunks_of(level, 2):
         w, y = weights_of(s, e), weights_of(c, e)
         product(level.residual[own], e.T, s)
         product(upstream.unit[own], e.T, c)
         if upstream.unit_of_mixture is not None and level.values is not None:
             add_product(upstream.unit_of_mixture[own], level.values.T, c)
-        chunks.chunk_gradient_kernel[(len(s),)](
+        in_registers = len(e) <= forms.ROW_LARGEST
+        kernel = chunks.row_gradient_kernel if in_registers else chunks.chunk_gradient_kernel
+        b_k, warps = row_block(len(e)) if in_registers else (forms.CHUNK_STEP, forms.CHUNK_WARPS)
+        kernel[(len(s),)](
             s,
             c,
             w,
@@ -298,11 +322,11 @@ def chunked_gradients(
             p_dlse=None if upstream.dlse is None else upstream.dlse[own],
             p_gain=key_gain,
             p_value_gain=value_gain,
-            p_dtau=of_tau[own],
-            p_dsigma=None if dsigma is None else dsigma[own],
+            p_dtau=None if of_tau is None else of_tau[own],
+            p_dsigma=None if of_sigma is None else of_sigma[own],
             straight_through=sampling.mode == STRAIGHT_THROUGH,
-            b_k=forms.CHUNK_STEP,
-            num_warps=forms.CHUNK_WARPS,
+            b_k=b_k,
+            num_warps=warps,
         )
         if dbias is not None:
             dbias.add_(w.sum(0, dtype=torch.float32))
@@ -318,17 +342,16 @@ def chunked_gradients(
             level.rnorm[own],
             sampling,
             key_gain,
-            flow[own],
+            None if comes is None else comes[own],
             None,
             flow[own],
-            radial[own],
+            of_scale[own],
         )
     if dbias is not None:
         dbias.div_(sampling.row_factor if key_gain is None else sampling.row_factor * key_gain)
     if dvalues is not None and mixed is not None:
         dvalues.copy_(mixed if value_gain is None else mixed.div_(value_gain))
     _finish(key, e, level.rnorm_e, sampling, key_gain, value, value_gain, de, None)
-    return radial, of_tau
 
 
 def _finish(
@@ -337,7 +360,7 @@ def _finish(
     rnorm: Tensor,
     sampling: Sampling,
     gain: Tensor | None,
-    add: Tensor,
+    add: Tensor | None,
     add_gain: Tensor | None,
     out: Tensor,
     radial: Tensor | None,

@@ -47,7 +47,8 @@ PER_ROW += ["p_sigma", "p_dsigma"]
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=PER_ROW)
 def emit_kernel(
-    p_rest,  # (N, D) float32, changed: what is left of z
+    p_before,  # (N, D), rows stride_b apart: z, or what was left of it
+    p_rest,  # (N, D) float32 out, maybe p_before itself: what is left, or None where nobody asks
     p_mean,  # (N, D) z~, or None: it is the codebook's rows
     p_e,  # (K, D) of the level that ends, or None before the first
     p_index,  # (N,) int64, elements stride_m apart: the row's code, or None
@@ -59,6 +60,7 @@ def emit_kernel(
     p_next_centre,  # (D,) of the next level, or None: what p_residual is made relative to
     N,
     D,
+    stride_b,
     stride_d,
     stride_m,
     eps,
@@ -66,12 +68,12 @@ def emit_kernel(
     b_n: tl.constexpr,
     b_d: tl.constexpr,
 ):
-    """The seam of two levels: rest -= z~, and its rounding and factor for the next level. b_d >= D."""
+    """The seam of two levels: rest = before - z~, and its rounding and factor for the next level. b_d >= D."""
     o_n = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
     o_d = tl.arange(0, b_d)
     m_n = o_n < N
     m_nd = m_n[:, None] & (o_d < D)[None, :]
-    rest = tl.load(p_rest + o_n[:, None] * D + o_d[None, :], mask=m_nd, other=0.0)
+    rest = tl.load(p_before + o_n[:, None] * stride_b + o_d[None, :], mask=m_nd, other=0.0).to(tl.float32)
     if p_quantized is not None:
         if p_mean is not None:
             quantized = tl.load(p_mean + o_n[:, None] * D + o_d[None, :], mask=m_nd, other=0.0)
@@ -87,7 +89,8 @@ def emit_kernel(
             p_quantized + o_n[:, None] * stride_d + o_d[None, :], quantized.to(p_quantized.dtype.element_ty), mask=m_nd
         )
         rest -= quantized
-        tl.store(p_rest + o_n[:, None] * D + o_d[None, :], rest, mask=m_nd)
+        if p_rest is not None:
+            tl.store(p_rest + o_n[:, None] * D + o_d[None, :], rest, mask=m_nd)
     if p_residual is not None:
         if p_next_centre is not None:
             rest -= tl.load(p_next_centre + o_d, mask=o_d < D, other=0.0)[None, :]

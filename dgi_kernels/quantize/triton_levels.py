@@ -14,7 +14,6 @@ import triton
 from torch import Tensor
 
 from dgi_kernels import tiles as measured
-from dgi_kernels import triton_common as common
 from dgi_kernels.enums import METRICS, MODES
 from dgi_kernels.quantize import triton_chunks as chunks
 from dgi_kernels.quantize import triton_forms as forms
@@ -170,7 +169,8 @@ def flash_forward(rows: int, x: Tensor, values: Tensor | None) -> bool:
 
 
 def emit(
-    rest: Tensor,
+    before: Tensor,
+    rest: Tensor | None,
     mean: Tensor | None,
     level: Level | None,
     quantized: Tensor | None,
@@ -178,7 +178,7 @@ def emit(
     sampling: Sampling,
 ) -> None:
     """From ``level``, None before the first, to the one after, None after the last."""
-    rows, dim = rest.shape
+    rows, dim = before.shape
     e = index = lse = residual = rnorm = centre = next_centre = None
     if level is not None:
         centre = level.centre
@@ -190,7 +190,8 @@ def emit(
     assert near is not None
     b_n, b_d = finish_block(dim)
     kernels.emit_kernel[(triton.cdiv(rows, b_n),)](
-        rest,
+        before,
+        p_rest=rest,
         p_mean=mean,
         p_e=e,
         p_index=index,
@@ -202,6 +203,7 @@ def emit(
         p_next_centre=next_centre,
         N=rows,
         D=dim,
+        stride_b=before.stride(0),
         stride_d=near.residual.stride(0),
         stride_m=near.lse.stride(0),
         eps=sampling.eps,
@@ -283,23 +285,29 @@ def _usage_of(level: Level, sampling: Sampling, kept: Tensor, top: Tensor, step:
 
 
 def flash_chunks(level: Level, buffers: int) -> Iterator[tuple]:
-    """Slices of rows, each with buffers (rows, K) in the dtype of the operands: the same memory for all. They are whole
-    waves of 64 rows for each multiprocessor where the budget allows one."""
+    """Slices of rows, each with buffers (rows, K) in the dtype of the operands: the same memory for all."""
     rows, codes = len(level.residual), len(level.e)
     if buffers == 0:
         yield (slice(0, rows),)
         return
-    budget = measured.number("quantize.chunk_bytes", forms.CHUNK_BYTES, level.e.device)
-    size = max(1, budget // (codes * buffers * level.e.element_size()))
-    for unit in (64 * multiprocessors(level.e), 64):
-        if size >= unit:
-            size = size // unit * unit
-            break
-    size = min(rows, size)
+    size = rows_of_chunk(level, buffers * level.e.element_size())
     memory = level.e.new_empty(buffers, size, codes)
     for start in range(0, rows, size):
         own = slice(start, min(start + size, rows))
         yield own, *memory[:, : own.stop - own.start]
+
+
+def rows_of_chunk(level: Level, each: int) -> int:
+    """So many that ``each`` bytes a (row, code) fit the budget, and that the GPU is full if it can be: by 64 rows of a
+    flash form's tile on each multiprocessor, or by tiles of 128 rows and a third of 768 columns."""
+    rows, codes = len(level.residual), len(level.e)
+    budget = measured.number("quantize.chunk_bytes", forms.CHUNK_BYTES, level.e.device)
+    size = max(1, budget // (codes * each))
+    for unit in (64 * multiprocessors(level.e), 128 * (multiprocessors(level.e) // 3), 128):
+        if 0 < unit <= size:
+            size = size // unit * unit
+            break
+    return min(rows, size)
 
 
 def _near_arguments(level: Level, sampling: Sampling, rest: Tensor) -> dict[str, Tensor | int | float | None]:
@@ -343,7 +351,7 @@ def chunked_level(level: Level, sampling: Sampling, rest: Tensor, usage: Tensor)
     e, weights = level.e, sampling.mode != HARD
     log2_gain = 10.0 if e.dtype == torch.float16 else 0.0  # small p stay normal numbers
     mean = level.lse.new_empty(level.residual.shape) if sampling.mode == SOFT else None
-    usage.zero_()
+    partials = []
     for own, s in chunks_of(level, 1):
         p = weights_of(s, e) if weights else None
         product(level.residual[own], e.T, s)
@@ -358,24 +366,10 @@ def chunked_level(level: Level, sampling: Sampling, rest: Tensor, usage: Tensor)
                 b_d=finish_block(rest.shape[1])[1],
                 num_warps=4,
             )
-        chunks.chunk_level_kernel[(len(s),)](
-            s,
-            p,
-            **sampling.of_rows(own).arguments(level),
-            p_rnorm=level.rnorm[own],
-            p_codes=level.codes[own],
-            p_sampled=level.sampled[own],
-            p_lse=level.lse[own],
-            log2_gain=log2_gain,
-            b_k=forms.CHUNK_STEP,
-            num_warps=forms.CHUNK_WARPS,
-        )
+        part, of_part = level.of_rows(own), sampling.of_rows(own)
+        partials.append(_chunk(part, of_part, s, p, log2_gain))
         if nearest is not None:
             level.codes[own] = nearest
-        if p is not None:
-            if sampling.padding is not None:
-                p.masked_fill_(sampling.padding[own].unsqueeze(1), 0.0)
-            usage.add_(p.sum(0, dtype=torch.float32), alpha=2.0**-log2_gain)
         if mean is not None and p is not None:
             product(p, e, mean[own])
             if level.values is not None and level.mixture is not None:
@@ -389,16 +383,59 @@ def chunked_level(level: Level, sampling: Sampling, rest: Tensor, usage: Tensor)
         level.mixture.copy_(level.values[level.sampled].masked_fill(is_lost, float("nan")))
     if weights:
         _leave_out_padding(level, sampling)
+        torch.sum(torch.cat([x for x in partials if x is not None]), 0, out=usage)
     return mean if mean is None or log2_gain == 0 else mean.mul_(2.0**-log2_gain)
+
+
+def _chunk(level: Level, sampling: Sampling, s: Tensor, p: Tensor | None, log2_gain: float) -> Tensor | None:
+    """Fill codes, sampled and lse of some rows, and p 2^log2_gain, where it is given; return partial sums of p."""
+    rows, codes = s.shape
+    shared = {
+        **sampling.arguments(level),
+        "p_rnorm": level.rnorm,
+        "p_codes": level.codes,
+        "p_sampled": level.sampled,
+        "p_lse": level.lse,
+        "log2_gain": log2_gain,
+    }
+    if codes <= forms.ROW_LARGEST:
+        b_k, warps = row_block(codes)
+        programs = min(rows, forms.ROW_WARPS // warps * multiprocessors(s))
+        partial = None if p is None else s.new_empty(programs, codes)
+        chunks.row_level_kernel[(programs,)](
+            s,
+            p,
+            **shared | {"p_rnorm_e": level.factor_e},
+            p_padding=sampling.padding,
+            p_partial=partial,
+            N=rows,
+            whole=codes == b_k,
+            b_k=b_k,
+            num_warps=warps,
+            num_stages=2,
+        )
+        return partial
+    chunks.chunk_level_kernel[(rows,)](s, p, **shared, b_k=forms.CHUNK_STEP, num_warps=forms.CHUNK_WARPS)
+    if p is None:
+        return None
+    if sampling.padding is not None:
+        p.masked_fill_(sampling.padding.unsqueeze(1), 0.0)
+    return p.sum(0, keepdim=True, dtype=torch.float32).mul_(2.0**-log2_gain)
+
+
+def row_block(codes: int) -> tuple[int, int]:
+    """Codes of a tile that is a whole row, and warps: 16 codes a thread, or less."""
+    b_k = max(32, triton.next_power_of_2(codes))
+    return b_k, max(1, b_k // 512)
 
 
 def chunks_of(level: Level, buffers: int) -> Iterator[tuple]:
     """Slices of rows, each with float32 buffers (rows, K) for products: the same memory for all."""
-    budget = measured.number("quantize.chunk_bytes", forms.CHUNK_BYTES, level.e.device)
-    memory = None
-    for own in common.chunks(len(level.residual), len(level.e), buffers, level.e.dtype, budget):
-        if memory is None:
-            memory = level.rnorm_e.new_empty(buffers, own.stop, len(level.e))
+    rows, e = len(level.residual), level.e
+    size = rows_of_chunk(level, buffers * (4 if e.dtype == torch.float32 else 6))
+    memory = level.rnorm_e.new_empty(buffers, size, len(e))
+    for start in range(0, rows, size):
+        own = slice(start, min(start + size, rows))
         yield own, *memory[:, : own.stop - own.start]
 
 
