@@ -91,7 +91,7 @@ def describe(label: str, kernel: triton.JITFunction, args: tuple, kwargs: dict[s
     if reserved := {"stream", "device", "device_type"} & set(kwargs):
         raise TypeError(f"{kernel.__name__} is launched with {', '.join(reserved)}, a name which Triton keeps")
     values = dict(zip(kernel.arg_names, args, strict=False))
-    options = tuple((name, kwargs.pop(name)) for name in ("num_warps", "num_stages") if name in kwargs)
+    options = tuple((name, kwargs.pop(name)) for name in ("num_warps", "num_stages", "maxnreg") if name in kwargs)
     values |= kwargs
     signature, constants, aligned = [], [], []
     for i, parameter in enumerate(kernel.params):

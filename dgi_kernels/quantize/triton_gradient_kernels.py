@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from dgi_kernels.gumbel.triton_noise import fast_log2, noise_tile
-from dgi_kernels.quantize.triton_kernels import PER_ROW, STREAM, VARYING, add_noise, base_of, present
+from dgi_kernels.quantize.triton_kernels import PER_ROW, STREAM, VARYING, base_of, exponents, present
 from dgi_kernels.triton_common import LOG2E, code_bias, radial_part, scores
 
 
@@ -111,7 +111,7 @@ def probability_kernel(
         bias = code_bias(p_bias, o_k, m_k)
         y = scores(products, rnorm_e[None, :], scale_r[:, None], None if p_bias is None else bias[None, :])
         if noisy:
-            y = add_noise(y, seed, first, o_row, level, p_sigma, o_n, m_n, b_k)
+            y -= exponents(seed, first, o_row, level, p_sigma, o_n, m_n, b_k)
         p = tl.exp2(y * inv_tau - lse[:, None])
         if p_expected is not None:
             expected += tl.sum(p * tl.load(p_dusage + o_k, mask=m_k, other=0.0)[None, :], axis=1)

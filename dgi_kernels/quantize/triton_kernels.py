@@ -103,12 +103,13 @@ def emit_kernel(
 
 
 @triton.jit
-def add_noise(s, seed, first, o_row, level, p_sigma, o_n, m_n, b_k: tl.constexpr):
-    """s + sigma G of a tile, less sigma BASE, which is alike for all codes of a row: :func:`base_of`."""
+def exponents(seed, first, o_row, level, p_sigma, o_n, m_n, b_k: tl.constexpr):
+    """What noise takes off the scores of a tile, beside sigma BASE, which is alike for all codes of a row and is
+    :func:`base_of`."""
     h = exponent_tile(seed, first, o_row, level, STREAM, b_k)
     if p_sigma is not None:
         h *= tl.load(p_sigma + o_n, mask=m_n, other=0.0)[:, None]
-    return s - h
+    return h
 
 
 @triton.jit
@@ -188,6 +189,8 @@ def level_kernel(
     for first in range(0, K, b_k):
         o_k = first + tl.arange(0, b_k)
         m_k = present(o_k, K, whole)
+        if noisy:
+            h = exponents(seed, first, o_row, level, p_sigma, o_n, m_n, b_k)
         e = tl.load(p_e + o_tile, mask=m_k[:, None] & m_d[None, :], other=0.0)
         p_e += b_k * D
         rnorm_e = tl.load(p_rnorm_e + o_k, mask=m_k, other=0.0)
@@ -203,7 +206,7 @@ def level_kernel(
         if p_bias is None and not whole:  # a row of norm 0
             y = tl.where(m_k[None, :], y, float("-inf"))
         if noisy:
-            y = add_noise(y, seed, first, o_row, level, p_sigma, o_n, m_n, b_k)
+            y -= h
             highest, where = best_of(y, o_k)
             sampled = tl.where(highest > best_noisy, where, sampled)
             best_noisy = tl.maximum(best_noisy, highest)

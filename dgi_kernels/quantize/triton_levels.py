@@ -413,6 +413,7 @@ def _chunk(level: Level, sampling: Sampling, s: Tensor, p: Tensor | None, log2_g
             b_k=b_k,
             num_warps=warps,
             num_stages=2,
+            maxnreg=forms.ROW_REGISTERS,
         )
         return partial
     chunks.chunk_level_kernel[(rows,)](s, p, **shared, b_k=forms.CHUNK_STEP, num_warps=forms.CHUNK_WARPS)
