@@ -146,6 +146,12 @@ def radial_part(product, rnorm, eps):
 
 
 @triton.jit
+def present(o_k, K, whole: tl.constexpr):
+    """Which of the codes of a tile there are; known when the kernel is compiled if tiles are ``whole``."""
+    return tl.full(o_k.shape, 1, tl.int1) if whole else o_k < K
+
+
+@triton.jit
 def code_bias(p_bias, o_k, m_k):
     """b of the codes ``o_k`` in base 2, -inf beyond the last; None where there is no bias."""
     return None if p_bias is None else tl.load(p_bias + o_k, mask=m_k, other=float("-inf")) * LOG2E

@@ -44,6 +44,7 @@ from dgi_kernels.triton_common import (
     SLACK,
     code_bias,
     is_constant,
+    present,
     radial_part,
     reciprocal_norm,
     scores,
@@ -52,6 +53,7 @@ from dgi_kernels.triton_common import (
 IGNORED = tl.constexpr(-1)
 WILD = tl.constexpr(-2)
 UNSET = tl.constexpr(-1e38)  # a running maximum that has met no score yet
+PLAIN = tl.constexpr(48.0)  # 2^(48 log2 e) = 2^69: 2^58 are left for the number of columns and for 1 / norms
 FAR = tl.constexpr(-256.0)  # a target's logit below it is no start for a running maximum
 
 
@@ -163,6 +165,22 @@ def finish_loss(top, others, logit, extra, label, smoothing):
 
 
 @triton.jit
+def is_plain(scale):
+    """Whether exponentials of all scores, and their sums, are in range without an offset."""
+    return tl.abs(scale) <= PLAIN
+
+
+@triton.jit
+def loss_of_plain(offset, others, logit, extra, label, smoothing):
+    """:func:`finish_loss` of sums that are relative to an offset, not to a maximum.
+
+    It gets them relative to the largest, or what is near 0 of a loss would be the difference of two logarithms.
+    """
+    top = tl.maximum(logit, offset + tl.log2(tl.maximum(others, 1e-38)))
+    return finish_loss(top, others * tl.exp2(offset - top), logit, extra, label, smoothing)
+
+
+@triton.jit
 def group_of_column(p_group, o_k, m_k):
     """What a row compares with :func:`group_of_target`: columns of one group are one item."""
     return o_k if p_group is None else tl.load(p_group + o_k, mask=m_k, other=-3)
@@ -217,14 +235,21 @@ def flash_forward_kernel(
     smoothing,
     log2_skip,
     with_mean: tl.constexpr,
+    plain: tl.constexpr,
+    whole: tl.constexpr,
     b_n: tl.constexpr,
     b_k: tl.constexpr,
     b_d: tl.constexpr,
 ):
     """A program owns b_n rows. Kept in registers: the mean, maximum and sum of each; h in shared memory.
 
-    The mean is of the size of 1 however small the p_k are, so float16 can keep it.
+    The mean is of the size of 1 however small the p_k are, so float16 can keep it. ``plain``: True for plain scales
+    alone, which need no maximum, False for the others alone, None for all; of the rest a program ends at once.
+    ``whole``: K is a multiple of b_k.
     """
+    if plain is not None:  # noqa: SIM102 (the first is decided when the kernel is compiled)
+        if is_plain(tl.load(p_scale)) != plain:
+            return
     o_slot = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
     m_n = o_slot < N
     o_n = tl.load(p_order + o_slot, mask=m_n, other=0).to(tl.int32)
@@ -247,36 +272,44 @@ def flash_forward_kernel(
     o_tile = tl.arange(0, b_k)[:, None] * stride_w + o_d[None, :]
     for start in range(0, K, b_k):
         o_k = start + tl.arange(0, b_k)
-        m_k = o_k < K
+        m_k = present(o_k, K, whole)
         w = tl.load(p_w + o_tile, mask=m_k[:, None] & m_d[None, :], other=0.0)
         p_w += b_k * stride_w
         rnorm_w = tl.load(p_rnorm_w + o_k, mask=m_k, other=0.0)
         s = tl.dot(h, tl.trans(w), input_precision="ieee")
         bias = code_bias(p_bias, o_k[None, :], m_k[None, :])
         s = scores(s, rnorm_w[None, :], scale_h[:, None], bias)
-        apart = (group_of_column(p_group, o_k, m_k)[None, :] == group[:, None]) | (o_k >= K)[None, :]
-        if p_bias is not None:  # noqa: SIM102 (the first is decided when the kernel is compiled)
-            if waiting != 0:
-                top = tl.where(top == UNSET, tl.maximum(tl.max(tl.where(apart, UNSET, s), axis=1), UNSET), top)
-                waiting = (tl.min(top) == UNSET).to(tl.int32)
-        s = tl.where(apart, float("-inf"), s - top[:, None])
-        highest = tl.max(s)
-        if highest > SLACK:
-            rise = tl.maximum(tl.max(s, axis=1), 0.0)
-            s -= rise[:, None]
-            top += rise
-            others *= tl.exp2(-rise)
-            if with_mean:
-                mean *= tl.exp2(-rise)[:, None]
-        p = tl.exp2(s)
+        apart = group_of_column(p_group, o_k, m_k)[None, :] == group[:, None]
+        if not whole:
+            apart |= (o_k >= K)[None, :]
+        if plain:
+            p = tl.where(apart, 0.0, tl.exp2(s))
+        else:
+            if p_bias is not None:  # noqa: SIM102 (the first is decided when the kernel is compiled)
+                if waiting != 0:
+                    top = tl.where(top == UNSET, tl.maximum(tl.max(tl.where(apart, UNSET, s), axis=1), UNSET), top)
+                    waiting = (tl.min(top) == UNSET).to(tl.int32)
+            s = tl.where(apart, float("-inf"), s - top[:, None])
+            highest = tl.max(s)
+            if highest > SLACK:
+                rise = tl.maximum(tl.max(s, axis=1), 0.0)
+                s -= rise[:, None]
+                top += rise
+                others *= tl.exp2(-rise)
+                if with_mean:
+                    mean *= tl.exp2(-rise)[:, None]
+            p = tl.exp2(s)
         others += tl.sum(p, axis=1)
         if with_mean:  # noqa: SIM102 (the first is decided when the kernel is compiled)
-            if highest >= log2_skip:
+            if plain or highest >= log2_skip:
                 mean = tl.dot((p * (rnorm_w * gain)[None, :]).to(w.dtype), w, mean, input_precision="ieee")
 
     extra = tl.load(p_extra + o_n, mask=m_n, other=0.0)
-    highest_of_row, others_by_it = with_target(top, others, logit, p_bias)
-    loss, lse, residue = finish_loss(highest_of_row, others_by_it, logit, extra, label, smoothing)
+    if plain:
+        loss, lse, residue = loss_of_plain(0.0, others, logit, extra, label, smoothing)
+    else:
+        highest_of_row, others_by_it = with_target(top, others, logit, p_bias)
+        loss, lse, residue = finish_loss(highest_of_row, others_by_it, logit, extra, label, smoothing)
     tl.store(p_loss + o_n, loss, mask=m_n)
     tl.store(p_lse + o_n, lse, mask=m_n)
     tl.store(p_residue + o_n, residue, mask=m_n)

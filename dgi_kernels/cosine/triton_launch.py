@@ -39,6 +39,7 @@ FLASH = {
     },
 }
 FLASH_LARGEST = 128
+IN_RANGE = (torch.bfloat16,)  # dtypes that hold exponentials of all scores of a plain scale
 FLASH_ROWS = 8192  # from which the rows alone fill a GPU: 64 tiles
 SUM_BLOCK = (32, 64)
 SUM_PROGRAMS = 64
@@ -135,25 +136,32 @@ def flash_forward(
     tiles: Tiles,
     b_d: int,
 ) -> None:
-    """Fill the outputs among ``arguments``, by the names that the kernel has for them."""
-    kernels.flash_forward_kernel[(triton.cdiv(len(h), tiles.owned),)](
-        h,
-        weight,
-        **arguments,
-        N=len(h),
-        K=len(weight),
-        D=h.shape[1],
-        stride_h=h.stride(0),
-        stride_w=weight.stride(0),
-        smoothing=smoothing,
-        log2_skip=log2_skip,
-        with_mean=with_mean,
-        b_n=tiles.owned,
-        b_k=tiles.step,
-        b_d=b_d,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )
+    """Fill the outputs among ``arguments``, by the names that the kernel has for them.
+
+    Whether the scale is plain is known on the device alone: of two launches one ends at once.
+    """
+    has_columns = any(arguments[name] is not None for name in ("p_bias", "p_group"))
+    for plain in (True, False) if h.dtype in IN_RANGE and not has_columns else (None,):
+        kernels.flash_forward_kernel[(triton.cdiv(len(h), tiles.owned),)](
+            h,
+            weight,
+            **arguments,
+            N=len(h),
+            K=len(weight),
+            D=h.shape[1],
+            stride_h=h.stride(0),
+            stride_w=weight.stride(0),
+            smoothing=smoothing,
+            log2_skip=log2_skip,
+            with_mean=with_mean,
+            plain=plain,
+            whole=len(weight) % tiles.step == 0,
+            b_n=tiles.owned,
+            b_k=tiles.step,
+            b_d=b_d,
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+        )
 
 
 def flash_hidden(

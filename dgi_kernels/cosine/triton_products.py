@@ -32,10 +32,10 @@ from dgi_kernels.cosine.triton_kernels import (
     finish_loss,
     group_of_column,
     group_of_target,
+    is_plain,
+    loss_of_plain,
 )
 from dgi_kernels.triton_common import LN2, LOG2E, code_bias, scores
-
-PLAIN = tl.constexpr(48.0)  # 2^(48 log2 e) = 2^69: 2^58 are left for the number of columns and for 1 / norms
 
 
 @triton.jit
@@ -49,12 +49,6 @@ def tile_products(p_a, p_b, m_a, m_b, D, b_r: tl.constexpr, b_c: tl.constexpr, b
         b = tl.load(p_b[:, None] + (start + o_d)[None, :], mask=m_b[:, None] & m_d[None, :], other=0.0)
         products = tl.dot(a, tl.trans(b), products, input_precision="ieee")
     return products
-
-
-@triton.jit
-def is_plain(scale):
-    """Whether exponentials of all scores, and their sums, are in range without an offset."""
-    return tl.abs(scale) <= PLAIN
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -338,9 +332,7 @@ def finish_weights_kernel(
     extra = tl.load(p_extra + o_n, mask=m_n, other=0.0)
     offset = offset_of(p_lse + o_n, m_n, tl.load(p_scale))
     known = label >= 0
-    # Relative to the largest, or what is near 0 of a loss would be the difference of two logarithms.
-    top = tl.maximum(logit, offset + tl.log2(tl.maximum(others, 1e-38)))
-    loss, _, _ = finish_loss(top, others * tl.exp2(offset - top), logit, extra, label, smoothing)
+    loss, _, _ = loss_of_plain(offset, others, logit, extra, label, smoothing)
     tl.store(p_loss + o_n, loss, mask=m_n)
     total = tl.exp2(logit - offset) + others
     inverse = tl.where(known, 1.0 / total, 0.0)

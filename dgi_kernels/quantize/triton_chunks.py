@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from dgi_kernels.gumbel.triton_noise import BASE, exponent_tile, noise_tile
-from dgi_kernels.quantize.triton_kernels import NONE, PER_ROW, STREAM, VARYING, present, rounding_of_scores
-from dgi_kernels.triton_common import LN2, LOG2E, code_bias, scores
+from dgi_kernels.quantize.triton_kernels import NONE, PER_ROW, STREAM, VARYING, rounding_of_scores
+from dgi_kernels.triton_common import LN2, LOG2E, code_bias, present, scores
 
 
 @triton.jit

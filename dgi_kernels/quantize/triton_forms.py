@@ -47,8 +47,8 @@ CHUNK_BYTES = 272 << 20
 # Codes of one pass of the chunked epilogues: with one warp a row, reductions need no shared memory, and 16 codes a
 # thread share their cost.
 CHUNK_STEP, CHUNK_WARPS = 512, 1
-# Codes of a row that fits the registers of a program; warps of such programs on a multiprocessor, and registers of their
-# threads, so that there are so many.
+# Codes of a row that fits the registers of a program; warps of such programs on a multiprocessor, and registers of a
+# thread, so that there are so many.
 ROW_LARGEST, ROW_WARPS, ROW_REGISTERS = 8192, 16, 128
 
 

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from dgi_kernels.gumbel.triton_noise import fast_log2, noise_tile
-from dgi_kernels.quantize.triton_kernels import PER_ROW, STREAM, VARYING, base_of, exponents, present
-from dgi_kernels.triton_common import LOG2E, code_bias, radial_part, scores
+from dgi_kernels.quantize.triton_kernels import PER_ROW, STREAM, VARYING, base_of, exponents
+from dgi_kernels.triton_common import LOG2E, code_bias, present, radial_part, scores
 
 
 @triton.jit(do_not_specialize=["N"])

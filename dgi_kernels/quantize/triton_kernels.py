@@ -35,7 +35,7 @@ import triton.language as tl
 
 from dgi_kernels.gumbel.triton_noise import BASE, exponent_tile
 from dgi_kernels.noise import STREAM_RESIDUAL_QUANTIZE
-from dgi_kernels.triton_common import LN2, LOG2E, SLACK, code_bias, reciprocal_norm
+from dgi_kernels.triton_common import LN2, LOG2E, SLACK, code_bias, present, reciprocal_norm
 
 STREAM = tl.constexpr(STREAM_RESIDUAL_QUANTIZE)
 NONE = tl.constexpr(0x7FFFFFFF)  # no code
@@ -115,12 +115,6 @@ def exponents(seed, first, o_row, level, p_sigma, o_n, m_n, b_k: tl.constexpr):
 @triton.jit
 def base_of(p_sigma, o_n, m_n):
     return BASE if p_sigma is None else BASE * tl.load(p_sigma + o_n, mask=m_n, other=0.0)
-
-
-@triton.jit
-def present(o_k, K, whole: tl.constexpr):
-    """Which of the codes there are; known when the kernel is compiled if tiles are ``whole``."""
-    return tl.full(o_k.shape, 1, tl.int1) if whole else o_k < K
 
 
 @triton.jit
