@@ -24,7 +24,6 @@ HALF = (torch.float16, torch.bfloat16)
 NORM_BLOCK = (16, 128)  # rows, dimensions
 CHUNK_BYTES = 32 << 20  # products and weights of one chunk: they stay in the L2 of an H100 or H200 (50 MB)
 SUMS_IN_PLACE = hasattr(torch.ops.aten.addmm, "dtype_out")  # of float32 and 16-bit products, from torch 2.11 on
-ORDER_FROM = (4096, 512)  # rows and codes from which sorting rows costs less than the tiles it can save
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -87,11 +86,6 @@ def gain_of(largest: Tensor, dtype: torch.dtype) -> Tensor | None:
 def or_one(rnorm: Tensor) -> Tensor:
     """A vector of norm 0 has a gradient too, of 1 / eps: its products are not to be multiplied by 0."""
     return torch.where(rnorm == 0, 1.0, rnorm)
-
-
-def sort_dtype(largest: int) -> torch.dtype:
-    """Of keys up to ``largest``: a GPU's radix sort passes over them once for each of their bytes."""
-    return torch.int16 if largest < 2**15 else torch.int32
 
 
 def finish_block(dim: int) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from dgi_kernels import triton_common as common
 from dgi_kernels.cosine import triton_chunks as chunks
 from dgi_kernels.cosine import triton_fused as fused
 from dgi_kernels.cosine import triton_kernels as kernels
+from dgi_kernels.cosine import triton_launch as launch  # noqa: F401 (tests choose by it)
 from dgi_kernels.cosine import triton_reduced as reduced
 from dgi_kernels.cosine.options import Columns, LossOptions
 from dgi_kernels.cosine.triton_launch import (
@@ -47,25 +48,19 @@ from dgi_kernels.triton_common import (
     CHUNK_BYTES,
     HALF,
     LN2,
-    ORDER_FROM,
     add_product,
     gain_of,
     multiprocessors,
     norms,
     or_one,
     product,
-    sort_dtype,
 )
 from dgi_kernels.triton_common import (
     Tiles as Tiles,
 )
 
-# Base-2 logarithm of the part of its row's mass below which a weight needs no product: what float32 sums drop, and for
-# 16-bit operands the square of the rounding (2^-9 in bfloat16, 2^-11 in float16) that every weight suffers anyway.
-LOG2_SKIP = {torch.float32: -24.0, torch.float16: -22.0, torch.bfloat16: -18.0}
 CHUNK_STEP = 2048  # columns of one pass of the chunked epilogues
 BIAS_BLOCK = (32, 64)  # rows, columns
-SLOTS_BLOCK = 512
 
 
 def cosine_cross_entropy(
@@ -140,18 +135,19 @@ def _forward(
     eps: float,
     keep_mean: bool,
     with_lse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> loss, lse, residue, mean, centre, rnorm_h, rnorm_w, label, order; mean (N, D) is what dh is made of.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> loss, lse, residue, mean, centre, rnorm_h, rnorm_w, label; mean (N, D) is what dh is made of.
 
-    The chunked form has neither mean nor order: they are empty, as is the mean that nobody asks for.
+    The chunked form has no mean: it is empty, as is the mean that nobody asks for.
     """
     outputs = _empty_outputs(h, weight, groups, smoothing, keep_mean)
-    loss, lse, residue, mean, centre, rnorm_h, rnorm_w, label, order = outputs
+    loss, lse, residue, mean, centre, rnorm_h, rnorm_w, label = outputs
+    flash = _is_flash(h.shape[0], tiled_dim(h.shape[1]), h.dtype, groups, smoothing)
     if h.shape[0] == 0:
         return outputs
     h, weight = tiled(h), tiled(weight)
     bias = None if bias is None else bias.contiguous()
-    (rows, dim), codes = h.shape, weight.shape[0]
+    dim, codes = h.shape[1], weight.shape[0]
     smooth_apart = groups is not None and smoothing > 0  # the chunks' epilogue adds up the scores that count itself
     with torch.cuda.device_of(h):
         norms(weight, eps, rnorm_w)
@@ -160,25 +156,24 @@ def _forward(
         if bias is not None and smoothing > 0:
             bias_centre = bias.new_zeros(()) if smooth_apart else bias.mean() * smoothing
         logit, extra = torch.empty_like(loss), torch.empty_like(loss)
-        key = torch.empty_like(label, dtype=sort_dtype(2 * codes))
         meet_targets(
             h,
             weight,
             {"p_target": target.contiguous(), "p_scale": scale, "p_centre": centre},
             {"p_bias": bias, "p_bias_centre": bias_centre},
-            {"p_rnorm": rnorm_h, "p_logit": logit, "p_extra": extra, "p_label": label, "p_key": key},
+            {"p_rnorm": rnorm_h, "p_logit": logit, "p_extra": extra, "p_label": label},
             ignore_index,
             eps,
             smoothing,
         )
         terms = column_terms(bias, groups)
         rows_of = {"p_rnorm_h": rnorm_h, "p_logit": logit, "p_extra": extra, "p_label": label}
-        if not len(order) and h.dtype in HALF:
+        if not flash and h.dtype in HALF:
             columns = {"p_rnorm_w": rnorm_w, **terms}
             results = {"p_loss": loss, "p_lse": lse, "p_residue": residue}
             fused.loss_of_rows(h, weight, columns, rows_of | {"p_scale": scale}, results, smoothing, smooth_apart)
             return outputs
-        if not len(order):
+        if not flash:
             for own, s in _chunks(h, weight):
                 product(h[own], weight.T, s)
                 chunks.chunk_loss_kernel[(len(s),)](
@@ -199,19 +194,14 @@ def _forward(
                     num_warps=8,
                 )
             return outputs
-        if rows >= ORDER_FROM[0] and codes >= ORDER_FROM[1]:
-            order.copy_(torch.sort(key, stable=True).indices)
-        else:
-            torch.arange(rows, out=order)
         gain = 2.0**6 / rnorm_w.amax() if h.dtype == torch.float16 and codes else None
         b_d, config = flash_config(dim, h.device)
         tiles = config.forward if keep_mean else config.weight
         if bias is not None or groups is not None:
             tiles = with_columns(tiles, b_d)
-        rows_of["p_order"] = order
         results = {"p_loss": loss, "p_lse": lse, "p_residue": residue, "p_mean": mean}
         shared = {"p_rnorm_w": rnorm_w, **terms, "p_scale": scale, "p_gain": gain}
-        flash_forward(h, weight, {**rows_of, **shared, **results}, smoothing, LOG2_SKIP[h.dtype], keep_mean, tiles, b_d)
+        flash_forward(h, weight, {**rows_of, **shared, **results}, smoothing, keep_mean, tiles, b_d)
     return outputs
 
 
@@ -227,7 +217,7 @@ def _empty_outputs(
     groups: Tensor | None,
     smoothing: float,
     keep_mean: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, codes, dim = h.shape[0], weight.shape[0], tiled_dim(h.shape[1])
     flash = _is_flash(rows, dim, h.dtype, groups, smoothing)
     loss, lse, residue, rnorm_h = (h.new_empty(rows, dtype=torch.float32) for _ in range(4))
@@ -240,7 +230,6 @@ def _empty_outputs(
         rnorm_h,
         h.new_empty(codes, dtype=torch.float32),
         h.new_empty(rows, dtype=torch.int32),
-        h.new_empty(rows if flash else 0, dtype=torch.int64),
     )
 
 
@@ -265,7 +254,6 @@ def _backward(
     rnorm_h: Tensor,
     rnorm_w: Tensor,
     label: Tensor,
-    order: Tensor,
     smoothing: float,
     eps: float,
     need_h: bool,
@@ -273,9 +261,7 @@ def _backward(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> dh, dweight, dbias (empty where not needed), dscale."""
-    saved = Saved(
-        h, weight, scale, bias, groups, lse, residue, mean, centre, rnorm_h, rnorm_w, label, order, smoothing, eps
-    )
+    saved = Saved(h, weight, scale, bias, groups, lse, residue, mean, centre, rnorm_h, rnorm_w, label, smoothing, eps)
     return _gradients(h.new_empty(h.shape if need_h else (0, 0)), of_loss, of_lse, saved, need_weight, need_bias)
 
 
@@ -304,7 +290,7 @@ def _gradients(
         saved, h=tiled(h), weight=tiled(weight), bias=None if saved.bias is None else saved.bias.contiguous()
     )
     with torch.cuda.device_of(h):
-        if not len(saved.order):
+        if not _is_flash(len(h), saved.h.shape[1], h.dtype, saved.groups, saved.smoothing):
             radial = _chunked_gradients(upstream, saved, dh, dweight, dbias)
             return dh, dweight, dbias, radial.sum()
         by_row = len(saved.mean) > 0
@@ -329,11 +315,9 @@ def _gradients(
 
 def _save(ctx, inputs, output) -> None:
     h, weight, target, scale, bias, groups, *ctx.options, ctx.keeps_mean, ctx.with_lse = inputs
-    _, lse, residue, mean, centre, rnorm_h, rnorm_w, label, order = output
-    ctx.save_for_backward(
-        target, h, weight, scale, bias, groups, lse, residue, mean, centre, rnorm_h, rnorm_w, label, order
-    )
-    ctx.mark_non_differentiable(residue, mean, centre, rnorm_h, rnorm_w, label, order)
+    _, lse, residue, mean, centre, rnorm_h, rnorm_w, label = output
+    ctx.save_for_backward(target, h, weight, scale, bias, groups, lse, residue, mean, centre, rnorm_h, rnorm_w, label)
+    ctx.mark_non_differentiable(residue, mean, centre, rnorm_h, rnorm_w, label)
     ctx.set_materialize_grads(False)
     ctx.mean_is_gone = False
 
@@ -388,14 +372,18 @@ def _flash_weight(upstream: Upstream, saved: Saved, dweight: Tensor, dbias: Tens
     partial = h.new_empty(splits, codes, dim, dtype=torch.float16 if h.dtype in HALF else torch.float32)
     largest = h.new_empty(splits, codes, dtype=torch.float32)
     of_bias = torch.empty_like(largest) if dbias.numel() else None
-    by_slot = _by_slot(upstream, saved, per_row if gain is None or per_row is None else per_row * gain, tiles.step)
     kernels.flash_weight_kernel[(programs, splits)](
         h,
         weight,
         **saved.shared(),
-        **by_slot,
+        p_rnorm_h=saved.rnorm_h,
+        p_lse=saved.lse,
+        p_residue=None if per_row is None else saved.residue,
+        p_upstream=per_row if gain is None or per_row is None else per_row * gain,
+        p_both=upstream.both,
+        p_own=upstream.own,
         p_gain=None if upstream.both is None else gain,
-        p_order=saved.order,
+        p_label=saved.label,
         p_partial=partial,
         p_largest=largest,
         p_dbias=of_bias,
@@ -403,7 +391,6 @@ def _flash_weight(upstream: Upstream, saved: Saved, dweight: Tensor, dbias: Tens
         D=dim,
         stride_h=h.stride(0),
         stride_w=weight.stride(0),
-        skip=2.0 ** LOG2_SKIP[h.dtype],
         b_k=tiles.owned,
         b_n=tiles.step,
         b_d=b_d,
@@ -415,32 +402,6 @@ def _flash_weight(upstream: Upstream, saved: Saved, dweight: Tensor, dbias: Tens
         dbias -= upstream.loss.sum() * (saved.smoothing / codes)
     finish(partial, largest, weight, saved.rnorm_w, gain, centre, saved.scale, saved.eps, False, dweight, radial)
     return radial.mul_(saved.rnorm_w)
-
-
-def _by_slot(upstream: Upstream, saved: Saved, per_row: Tensor | None, step: int) -> dict[str, Tensor | None]:
-    """What the pass for dweight needs of each row, in its order, as the kernel's arguments."""
-    rows = len(saved.order)
-    slots = triton.cdiv(rows, step) * step
-    number, label = saved.lse.new_empty(4, slots), saved.label.new_empty(slots)
-    kernels.slots_kernel[(triton.cdiv(slots, SLOTS_BLOCK),)](
-        saved.order,
-        saved.rnorm_h,
-        saved.lse,
-        saved.residue,
-        per_row,
-        p_both=upstream.both,
-        p_own=upstream.own,
-        p_label=saved.label,
-        p_number=number,
-        p_slot_label=label,
-        N=rows,
-        slots=slots,
-        b_n=SLOTS_BLOCK,
-        num_warps=4,
-    )
-    names = ("p_residue", "p_upstream") if upstream.both is None else ("p_both", "p_own")
-    found = dict.fromkeys(("p_residue", "p_upstream", "p_both", "p_own"))
-    return found | dict(zip(("p_rnorm_h", "p_lse", *names), number, strict=True)) | {"p_label": label}
 
 
 def _chunked_gradients(upstream: Upstream, saved: Saved, dh: Tensor, dweight: Tensor, dbias: Tensor) -> Tensor:

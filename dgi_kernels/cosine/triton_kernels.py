@@ -17,11 +17,12 @@ What makes it legal and cheap:
   ``p_t - 1 = -(sum of the others) / (sum of all)`` has no cancellation where p_t is nearly 1.
 - Smoothing is of rank one: ``e sum_k w^_k / K`` is one vector of D numbers, never a term of a tile. With columns left
   out it is not: that case takes the chunked form, whose tiles have room for it.
-- The running maximum is raised (and the sums rescaled) only by a step of more than 2^SLACK: after the first tiles of a
-  row it costs one comparison a tile. So it serves every scale, with no look by the host at a scale that lies on the
-  device; a fixed offset for scale <= 64 would save only the maximum that the skipping needs anyway.
-- A tile whose weights are all below ``2^log2_skip`` of their rows' mass does no second product. The running maximum is
-  a lower bound of the mass from the first tile on, since it starts at the target's logit.
+- ``|s| <= |scale|``, so a scale of up to PLAIN needs no maximum: bfloat16 and float32 hold exp(s) and sums of it. What
+  the scale is only the device knows: of two launches, one for plain scales and one for others, one ends at once.
+- For others, for float16 and with biases the running maximum is raised (and the sums rescaled) only by a step of more
+  than 2^SLACK: after the first tiles of a row it costs one comparison a tile.
+- No tile is left out, however peaked the softmax: to find that its weights are negligible takes as long as the product
+  that it saves, since the elements' work and not the products bind these kernels.
 - dw has no atomics: a program owns its columns and loops over rows; row splits write partials, added in a fixed order.
 
 Logits are in base 2 inside the kernels (exp2 is one instruction). ``label`` is the target, -1 where it is ignored and
@@ -95,7 +96,6 @@ def target_kernel(
     p_logit,  # (N,) out: s_t in base 2
     p_extra,  # (N,) out: e s_t - e mean_k s_k, natural
     p_label,  # (N,) out, int32: the target, IGNORED or WILD
-    p_key,  # (N,) out, int16 or int32: rows of near keys are to share tiles
     N,
     K,
     D,
@@ -107,11 +107,7 @@ def target_kernel(
     b_n: tl.constexpr,
     b_d: tl.constexpr,
 ):
-    """All that a row knows before it meets the codebook: its norm, its target's logit, its part of the order.
-
-    By their keys come first the rows far from their target (a flat softmax), then those near it (cosine >= 1/2: most of
-    a tile's weights are negligible), by target, so that few tiles hold targets; last the ignored.
-    """
+    """All that a row knows before it meets the codebook: its norm and its target's logit."""
     o_n = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
     m_n = o_n < N
     target = tl.load(p_target + o_n, mask=m_n, other=0)
@@ -142,12 +138,10 @@ def target_kernel(
     if p_bias_centre is not None:  # a target that the bias takes out has an infinite loss, whatever the others'
         extra += tl.where(logit > float("-inf"), smoothing * LN2 * bias - tl.load(p_bias_centre), 0.0)
     label = tl.where(known, target, tl.where(target == ignore_index, IGNORED, WILD)).to(tl.int32)
-    key = tl.where(known, tl.where(cosine >= 0.5, K + target, target), 2 * K)
     tl.store(p_rnorm + o_n, rnorm, mask=m_n)
     tl.store(p_logit + o_n, tl.where(known, logit, 0.0), mask=m_n)
     tl.store(p_extra + o_n, extra, mask=m_n)
     tl.store(p_label + o_n, label, mask=m_n)
-    tl.store(p_key + o_n, key.to(p_key.dtype.element_ty), mask=m_n)
 
 
 @triton.jit
@@ -220,7 +214,6 @@ def flash_forward_kernel(
     p_logit,  # (N,)
     p_extra,  # (N,)
     p_label,  # (N,) int32
-    p_order,  # (N,) int64: the row that a slot holds
     p_scale,  # ()
     p_gain,  # () or None: keeps float16 weights in range
     p_loss,  # (N,) out
@@ -233,7 +226,6 @@ def flash_forward_kernel(
     stride_h,
     stride_w,
     smoothing,
-    log2_skip,
     with_mean: tl.constexpr,
     plain: tl.constexpr,
     whole: tl.constexpr,
@@ -250,13 +242,12 @@ def flash_forward_kernel(
     if plain is not None:  # noqa: SIM102 (the first is decided when the kernel is compiled)
         if is_plain(tl.load(p_scale)) != plain:
             return
-    o_slot = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
-    m_n = o_slot < N
-    o_n = tl.load(p_order + o_slot, mask=m_n, other=0).to(tl.int32)
+    o_n = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
+    m_n = o_n < N
     o_d = tl.arange(0, b_d)
     m_d = o_d < D
     m_nd = m_n[:, None] & m_d[None, :]
-    h = tl.load(p_h + o_n[:, None].to(tl.int64) * stride_h + o_d[None, :], mask=m_nd, other=0.0)
+    h = tl.load(p_h + o_n[:, None] * stride_h + o_d[None, :], mask=m_nd, other=0.0)
     label = tl.load(p_label + o_n, mask=m_n, other=IGNORED)
     logit = tl.load(p_logit + o_n, mask=m_n, other=0.0)
     rnorm = tl.load(p_rnorm_h + o_n, mask=m_n, other=0.0)
@@ -290,8 +281,7 @@ def flash_forward_kernel(
                     top = tl.where(top == UNSET, tl.maximum(tl.max(tl.where(apart, UNSET, s), axis=1), UNSET), top)
                     waiting = (tl.min(top) == UNSET).to(tl.int32)
             s = tl.where(apart, float("-inf"), s - top[:, None])
-            highest = tl.max(s)
-            if highest > SLACK:
+            if tl.max(s) > SLACK:
                 rise = tl.maximum(tl.max(s, axis=1), 0.0)
                 s -= rise[:, None]
                 top += rise
@@ -300,9 +290,8 @@ def flash_forward_kernel(
                     mean *= tl.exp2(-rise)[:, None]
             p = tl.exp2(s)
         others += tl.sum(p, axis=1)
-        if with_mean:  # noqa: SIM102 (the first is decided when the kernel is compiled)
-            if plain or highest >= log2_skip:
-                mean = tl.dot((p * (rnorm_w * gain)[None, :]).to(w.dtype), w, mean, input_precision="ieee")
+        if with_mean:
+            mean = tl.dot((p * (rnorm_w * gain)[None, :]).to(w.dtype), w, mean, input_precision="ieee")
 
     extra = tl.load(p_extra + o_n, mask=m_n, other=0.0)
     if plain:
@@ -316,8 +305,6 @@ def flash_forward_kernel(
     if with_mean:
         # Others that weigh next to nothing move nothing, and the reciprocal of a subnormal sum would be infinite.
         mean *= tl.where(others > 1e-30, 1.0 / (others * gain), 0.0)[:, None]
-        # The rows are read again, or the addresses made of them would take 32 registers all through the loop.
-        o_n = tl.load(p_order + o_slot, mask=m_n, other=0, volatile=True)
         tl.store(p_mean + o_n[:, None] * D + o_d[None, :], mean.to(h.dtype), mask=m_nd)
 
 
@@ -380,47 +367,11 @@ def flash_hidden_kernel(
     tl.store(p_radial + o_n, tl.where(known, radial * upstream, 0.0), mask=m_n)
 
 
-@triton.jit(do_not_specialize=["N", "slots"])
-def slots_kernel(
-    p_order,  # (N,) int64
-    p_rnorm_h,  # (N,), as are those that follow: see flash_weight_kernel
-    p_lse,
-    p_residue,
-    p_upstream,
-    p_both,  # or None, as is p_own
-    p_own,
-    p_label,  # (N,) int32
-    p_number,  # (4, slots) out: by slot, of rows that have no weight beyond the last
-    p_slot_label,  # (slots,) int32 out
-    N,
-    slots,
-    b_n: tl.constexpr,
-):
-    """What flash_weight_kernel needs of the rows, in its order: so it loads neighbours, without an address for each and
-    without a mask."""
-    o_slot = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
-    m_n, m_slot = o_slot < N, o_slot < slots
-    o_n = tl.load(p_order + o_slot, mask=m_n, other=0)
-    tl.store(p_slot_label + o_slot, tl.load(p_label + o_n, mask=m_n, other=IGNORED), mask=m_slot)
-    tl.store(p_number + o_slot, tl.load(p_rnorm_h + o_n, mask=m_n, other=0.0), mask=m_slot)
-    p_number += slots
-    tl.store(p_number + o_slot, tl.load(p_lse + o_n, mask=m_n, other=float("inf")), mask=m_slot)
-    p_number += slots
-    if p_both is None:
-        tl.store(p_number + o_slot, tl.load(p_residue + o_n, mask=m_n, other=0.0), mask=m_slot)
-        p_number += slots
-        tl.store(p_number + o_slot, tl.load(p_upstream + o_n, mask=m_n, other=0.0), mask=m_slot)
-    else:
-        tl.store(p_number + o_slot, tl.load(p_both + o_n, mask=m_n, other=0.0), mask=m_slot)
-        p_number += slots
-        tl.store(p_number + o_slot, tl.load(p_own + o_n, mask=m_n, other=0.0), mask=m_slot)
-
-
 @triton.jit(do_not_specialize=["N", "K"])
 def flash_weight_kernel(
     p_h,  # (N, D), rows stride_h apart
     p_w,  # (K, D), rows stride_w apart
-    p_rnorm_h,  # by slot, as are lse, residue, upstream, both, own and label: whole tiles, made by slots_kernel
+    p_rnorm_h,  # (N,), as are lse, residue, upstream, both, own and label
     p_rnorm_w,  # (K,)
     p_bias,  # (K,) or None
     p_group,  # (K,) int32 or None
@@ -431,7 +382,6 @@ def flash_weight_kernel(
     p_own,  # t_nk of the target but for its e / K, or None
     p_gain,  # () or None: the gain, where p_both is given
     p_label,  # int32
-    p_order,  # (N,) int64
     p_scale,  # ()
     p_partial,  # (splits, K, D) out: over every splits-th tile of rows sum_n t_nk h^_n, but for what is e / K
     p_largest,  # (splits, K) out: its largest number, which it is divided by
@@ -441,7 +391,6 @@ def flash_weight_kernel(
     D,
     stride_h,
     stride_w,
-    skip,
     b_k: tl.constexpr,
     b_n: tl.constexpr,
     b_d: tl.constexpr,
@@ -460,32 +409,28 @@ def flash_weight_kernel(
     dw = tl.zeros((b_k, b_d), tl.float32)
     dbias = tl.zeros((b_k,), tl.float32)
     for start in range(i_split * b_n, N, tl.num_programs(1) * b_n):
-        o_slot = start + tl.arange(0, b_n)
-        m_n = o_slot < N
-        o_n = tl.load(p_order + o_slot, mask=m_n, other=0)
-        h = tl.load(p_h + o_n[:, None] * stride_h + o_d[None, :], mask=m_n[:, None] & (o_d < D)[None, :], other=0.0)
-        rnorm = tl.load(p_rnorm_h + o_slot)
-        lse = tl.load(p_lse + o_slot)
-        if p_both is None:
-            residue = tl.load(p_residue + o_slot)
-            upstream = tl.load(p_upstream + o_slot)
-        label = tl.load(p_label + o_slot)
+        o_n = start + tl.arange(0, b_n)
+        m_n = o_n < N
+        o_nd = o_n.to(tl.int64)[:, None] * stride_h + o_d[None, :]
+        h = tl.load(p_h + o_nd, mask=m_n[:, None] & (o_d < D)[None, :], other=0.0)
+        rnorm = tl.load(p_rnorm_h + o_n, mask=m_n, other=0.0)
+        lse = tl.load(p_lse + o_n, mask=m_n, other=float("inf"))
+        label = tl.load(p_label + o_n, mask=m_n, other=IGNORED)
         s = tl.dot(w, tl.trans(h), input_precision="ieee")
         g = tl.exp2(scores(s, scale_w[:, None], rnorm[None, :], bias) - lse[None, :])
         if p_group is not None:
             g = tl.where(group[:, None] == group_of_target(p_group, label)[None, :], 0.0, g)
         is_target = o_k[:, None] == label[None, :]
-        g = tl.where(is_target, residue[None, :] if p_both is None else 1.0, g)
-        unknown = tl.max((lse != lse).to(tl.int32), axis=0)  # tl.max drops NaN, which must reach dw
-        counts = (tl.max(tl.abs(g)) >= skip) | (unknown > 0)
-        if p_both is not None:
-            both = tl.load(p_both + o_slot)
-            own = tl.load(p_own + o_slot)
+        if p_both is None:
+            g = tl.where(is_target, tl.load(p_residue + o_n, mask=m_n, other=0.0)[None, :], g)
+            upstream = tl.load(p_upstream + o_n, mask=m_n, other=0.0)
+        else:
+            both = tl.load(p_both + o_n, mask=m_n, other=0.0)
+            own = tl.load(p_own + o_n, mask=m_n, other=0.0)
             g = tl.where(is_target, own[None, :], g * both[None, :])
             dbias += tl.sum(g, axis=1)
             upstream = rnorm if p_gain is None else rnorm * tl.load(p_gain)
-        if counts:
-            dw = tl.dot((g * upstream[None, :]).to(h.dtype), h, dw, input_precision="ieee")
+        dw = tl.dot((g * upstream[None, :]).to(h.dtype), h, dw, input_precision="ieee")
     o_partial = i_split.to(tl.int64) * K + o_k
     largest = tl.max(tl.abs(dw), axis=1)
     dw *= tl.where(largest > 1e-30, 1.0 / largest, 1e30)[:, None]

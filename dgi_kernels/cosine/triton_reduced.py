@@ -23,7 +23,7 @@ from dgi_kernels.cosine import triton_products as products
 from dgi_kernels.cosine.options import LossOptions
 from dgi_kernels.cosine.triton_launch import finish, meet_targets, tiled, tiled_dim, weighted_sum
 from dgi_kernels.cosine.triton_saved import may_replace
-from dgi_kernels.triton_common import add_product, norms, product, sort_dtype
+from dgi_kernels.triton_common import add_product, norms, product
 
 IN_RANGE = (torch.bfloat16,)  # dtypes that hold exponentials of all scores of a plain scale, and have fused products
 KEPT_BYTES = 20 << 20  # a chunk's weights and dw's sums
@@ -94,7 +94,6 @@ def _forward(
                 "p_logit": logit,
                 "p_extra": extra,
                 "p_label": made.label,
-                "p_key": torch.empty_like(made.label, dtype=sort_dtype(2 * len(weight))),
             },
             ignore_index,
             eps,

@@ -40,7 +40,6 @@ class Saved:
     rnorm_h: Tensor  # (N,)
     rnorm_w: Tensor  # (K,)
     label: Tensor  # (N,) int32
-    order: Tensor  # (N,), empty in the chunked form
     smoothing: float
     eps: float
 

@@ -14,10 +14,6 @@ from dgi_kernels import triton_common as common
 from dgi_kernels.triton_common import HALF as HALF
 from dgi_kernels.triton_common import Tiles as Tiles
 
-# Tiles of codes whose p are all below this part of their row's largest are left out of the mean: what is lost of a
-# row's mass, at most K times as much, stays below the rounding of 16-bit weights.
-LOG2_SKIP = {torch.float32: -24.0, torch.float16: -22.0, torch.bfloat16: -20.0}
-
 
 class FlashConfig(NamedTuple):
     """Tiles of the passes over codes, all of which own rows: a level forward (None: in chunks of products), its softmax

@@ -70,6 +70,9 @@ def choose_form(monkeypatch: pytest.MonkeyPatch, forms: ModuleType, form: str, s
     monkeypatch.setattr(forms, "CHUNK_STEP", 32)
     if hasattr(forms, "FLASH_ROWS"):
         monkeypatch.setattr(forms, "FLASH_ROWS", 0)
+    launch = getattr(forms, "launch", None)
+    if launch is not None:
+        monkeypatch.setattr(launch, "IN_RANGE", (torch.float32, torch.bfloat16))
     reduced = getattr(forms, "reduced", None)
     if reduced is not None:
         monkeypatch.setattr(reduced, "IN_RANGE", (torch.float32, torch.bfloat16) if form == "reduced" else ())

@@ -83,7 +83,6 @@ def ours_by_columns(
 def test_options_of_columns_and_log_normalizers(
     form: str, dtype: torch.dtype, columns: str, weights: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton, "ORDER_FROM", random.choice([(1, 1), (10**9, 1)]))
     for _ in range(2):
         h, weight, target = inputs(*random.choice([(33, 17, 65), (7, 3, 5)]), dtype)
         target[2] = -100
@@ -295,41 +294,14 @@ def peaked(n: int, d: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, 
 
 
 @runs
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_what_is_skipped_is_below_rounding(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products of negligible tiles are left out (the bits show it), and the error stays what the dense kernel's is."""
-    n, d, k, scale = (4096, 256, 1024, 30.0) if GPU else (128, 64, 96, 60.0)
-    if not GPU:
-        tiles = triton.Tiles(owned=16, step=16, warps=4, stages=2)
-        monkeypatch.setattr(triton, "flash_config", lambda dim, device: (64, triton.FlashConfig(tiles, tiles)))
-    monkeypatch.setattr(triton, "uses_flash", lambda dim, dtype: True)
-    monkeypatch.setattr(triton, "FLASH_ROWS", 0)
-    monkeypatch.setattr(triton, "ORDER_FROM", (1, 1))
-    if GPU and dtype == torch.float32:
-        pytest.skip("float32 is chunked on a GPU")
-    h, weight, target = peaked(n, d, k, dtype)
+@pytest.mark.parametrize("scale", [30.0, 60.0], ids=["plain", "large"])
+def test_peaked_rows_lose_nothing(form: str, scale: float) -> None:
+    """Nearly all weights are far below the largest; with a plain scale there is not even a maximum to be near."""
+    h, weight, target = peaked(*((4096, 64, 1024) if GPU else (96, 16, 80)), torch.float32)
+    target[::7] = -100
     truth = loss_and_gradients(eager, h, weight, target, scale, torch.float64)
     usual = loss_and_gradients(eager, h, weight, target, scale, torch.float32)
-    sparse = loss_and_gradients(ours, h, weight, target, scale)
-    monkeypatch.setattr(triton, "LOG2_SKIP", dict.fromkeys(triton.LOG2_SKIP, -1e30))
-    dense = loss_and_gradients(ours, h, weight, target, scale)
-    assert torch.equal(sparse[0], dense[0])  # the loss sums every weight
-    # In float16 dh may round to the same bits.
-    assert not torch.equal(sparse[2], dense[2]) and (dtype != torch.float32 or not torch.equal(sparse[1], dense[1]))
+    found = loss_and_gradients(ours, h, weight, target, scale)
     rounding = scale * 2.0**-24  # of a logit, and so of its weight: how much of it eager suffers depends on the machine
-    for gradients in zip(sparse[1:], dense[1:], usual[1:], truth[1:], strict=True):
-        sparse_error, dense_error, eager_error = (error(x, gradients[3]) for x in gradients[:3])
-        if dtype == torch.float32:
-            assert sparse_error <= max(2 * eager_error, rounding)
-        assert sparse_error <= 1.1 * dense_error + 1e-7
-
-
-@runs
-def test_the_order_of_rows_changes_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
-    h, weight, target = peaked(50, 16, 40, torch.float16)
-    target[::7] = -100
-    plain = loss_and_gradients(ours, h, weight, target, 30.0, reduction="none", label_smoothing=0.1)
-    monkeypatch.setattr(triton, "ORDER_FROM", (1, 1))
-    ordered = loss_and_gradients(ours, h, weight, target, 30.0, reduction="none", label_smoothing=0.1)
-    for a, b in zip(ordered, plain, strict=True):
-        assert error(a, b.double(), floor=1e-3) < 2e-3
+    for ours_is, eager_is, expected in zip(found, usual, truth, strict=True):
+        assert error(ours_is, expected) <= max(2 * error(eager_is, expected), rounding)
