@@ -391,6 +391,7 @@ def _flash_weight(upstream: Upstream, saved: Saved, dweight: Tensor, dbias: Tens
         D=dim,
         stride_h=h.stride(0),
         stride_w=weight.stride(0),
+        whole=rows % tiles.step == 0,
         b_k=tiles.owned,
         b_n=tiles.step,
         b_d=b_d,

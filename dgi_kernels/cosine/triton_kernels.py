@@ -391,11 +391,12 @@ def flash_weight_kernel(
     D,
     stride_h,
     stride_w,
+    whole: tl.constexpr,
     b_k: tl.constexpr,
     b_n: tl.constexpr,
     b_d: tl.constexpr,
 ):
-    """A program owns b_k columns of one split."""
+    """A program owns b_k columns of one split. ``whole``: N is a multiple of b_n."""
     o_k = tl.program_id(0) * b_k + tl.arange(0, b_k)
     i_split = tl.program_id(1)
     m_k = o_k < K
@@ -410,7 +411,7 @@ def flash_weight_kernel(
     dbias = tl.zeros((b_k,), tl.float32)
     for start in range(i_split * b_n, N, tl.num_programs(1) * b_n):
         o_n = start + tl.arange(0, b_n)
-        m_n = o_n < N
+        m_n = present(o_n, N, whole)
         o_nd = o_n.to(tl.int64)[:, None] * stride_h + o_d[None, :]
         h = tl.load(p_h + o_nd, mask=m_n[:, None] & (o_d < D)[None, :], other=0.0)
         rnorm = tl.load(p_rnorm_h + o_n, mask=m_n, other=0.0)

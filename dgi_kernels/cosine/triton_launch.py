@@ -30,7 +30,7 @@ FLASH = {
         128: FlashConfig(Tiles(128, 32, 8, 3), Tiles(128, 64, 8, 2)),
     },
     9: {
-        64: FlashConfig(Tiles(128, 64, 4, 3), Tiles(128, 64, 4, 3)),
+        64: FlashConfig(Tiles(64, 32, 4, 2), Tiles(128, 64, 4, 3)),
         128: FlashConfig(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3)),
     },
     10: {
