@@ -350,6 +350,40 @@ def finish_weights_kernel(
             tl.store(p_rows + o_row.to(tl.int64)[:, None] * stride_rows + o_d[None, :], h, mask=m_nd)
 
 
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["p_sum", "p_counted"])
+def sum_loss_kernel(
+    p_loss,  # (count,) losses of rows, or of parts of them
+    p_label,  # (count,) int32 labels of rows, or how many of each part are not ignored
+    p_sum,  # (programs,) out: the sum of the losses; of all rows divided by how many count, if ``mean``
+    p_counted,  # (programs,) out: how many are not ignored; of all rows at least 1, and 1 unless ``mean``
+    count,
+    of_rows: tl.constexpr,
+    of_all: tl.constexpr,
+    mean: tl.constexpr,
+    b_n: tl.constexpr,
+):
+    """The loss of b_n rows, or of all rows from those of such parts, in a fixed order."""
+    i_part = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((b_n,), tl.float32)
+    counted = tl.zeros((b_n,), tl.int64)
+    for start in range(0, count if of_all else b_n, b_n):
+        o_n = i_part * b_n + start + tl.arange(0, b_n)
+        m_n = o_n < count
+        total += tl.load(p_loss + o_n, mask=m_n, other=0.0)
+        label = tl.load(p_label + o_n, mask=m_n, other=IGNORED if of_rows else 0)
+        counted += (label != IGNORED).to(tl.int64) if of_rows else label.to(tl.int64)
+    loss = tl.sum(total, axis=0)
+    rows = tl.sum(counted, axis=0)
+    if of_all:
+        if mean:
+            loss = loss / rows.to(tl.float32)
+            rows = tl.maximum(rows, 1)
+        else:
+            rows = tl.full((), 1, tl.int64)
+    tl.store(p_sum + i_part, loss)
+    tl.store(p_counted + i_part, rows.to(p_counted.dtype.element_ty))
+
+
 @triton.jit(do_not_specialize=["N"])
 def cosine_logits_kernel(
     p_h,  # (N, D), rows stride_h apart

@@ -28,6 +28,7 @@ from dgi_kernels.triton_common import add_product, norms, product
 IN_RANGE = (torch.bfloat16,)  # dtypes that hold exponentials of all scores of a plain scale, and have fused products
 KEPT_BYTES = 20 << 20  # a chunk's weights and dw's sums
 ROWS_BLOCK = (16, 32, 128)  # rows, column tiles, dimensions
+SUM_ROWS = 2048  # of a part of the loss
 
 
 class Made(NamedTuple):
@@ -101,10 +102,20 @@ def _forward(
         )
         of_row = {"p_logit": logit, "p_extra": extra, "p_scale": scale, "p_loss": loss_of_row}
         _chunks(h, weight, made, of_row, smoothing)
-    counted = (target != ignore_index).sum() if mean else torch.ones_like(made.counted)
-    torch.clamp(counted, min=1, out=made.counted)
-    torch.div(loss_of_row.sum(), counted, out=loss)
+        _sum_losses(loss_of_row, made.label, loss, made.counted, mean)
     return loss, *made
+
+
+def _sum_losses(of_row: Tensor, label: Tensor, loss: Tensor, counted: Tensor, mean: bool) -> None:
+    """Fill the loss () and what it is divided by: in one launch, or in two where rows are many."""
+    rows, parts = len(of_row), triton.cdiv(len(of_row), SUM_ROWS)
+    options = {"mean": mean, "b_n": SUM_ROWS, "num_warps": 4}
+    if parts == 1:
+        products.sum_loss_kernel[(1,)](of_row, label, loss, counted, rows, of_rows=True, of_all=True, **options)
+        return
+    sums, numbers = of_row.new_empty(parts), label.new_empty(parts)
+    products.sum_loss_kernel[(parts,)](of_row, label, sums, numbers, rows, of_rows=True, of_all=False, **options)
+    products.sum_loss_kernel[(1,)](sums, numbers, loss, counted, parts, of_rows=False, of_all=True, **options)
 
 
 def _empty(h: Tensor, weight: Tensor, need_h: bool, need_weight: bool) -> tuple[Tensor, Made]:
