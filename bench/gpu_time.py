@@ -272,8 +272,6 @@ class Loops:
 
 
 PRODUCT = re.compile(r"HGMMA\S*\s+R\d+, (gdesc)?")
-# Every load and product of these is inside a branch, where Triton's pipeliner does not look: they wait for both.
-NOT_PIPELINED = ("row_gradient_kernel", "code_gradient_kernel")
 
 
 def loops_of(code: str) -> Loops:
@@ -289,7 +287,7 @@ def unpipelined(launches: list[triton_code.Launch], kept: Kept) -> list[str]:
     operands both in shared memory."""
     problems = []
     for launch in launches:
-        if not {"b_n", "b_k", "b_d"} <= set(dict(launch.constants)) or launch.kernel in NOT_PIPELINED:
+        if not {"b_n", "b_k", "b_d"} <= set(dict(launch.constants)):
             continue
         key = triton_code.key_of(launch, ARCH)
         known = kept.get(key)

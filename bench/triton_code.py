@@ -144,7 +144,7 @@ def cosine_launches() -> Iterator[Launch]:
         (torch.float32, 17),
     ]
     for dtype, dim in cases:
-        rows, codes = (32, 48) if dim % 16 == 0 else (33, 47)
+        rows, codes = (128, 64) if dim % 16 == 0 else (33, 47)  # whole tiles, or ragged ones
         for columns in (False, True) if dim % 16 == 0 else (False,):
 
             def call(
@@ -186,10 +186,14 @@ def _logits(h: Tensor, weight: Tensor) -> None:
 
 def quantize_launches() -> Iterator[Launch]:
     """Residual quantization: each dtype, form, mode and metric, with and without noise, with all optional gradients
-    and with none (less than all is less code), and once each form with codebooks of no multiple of 16."""
+    and with none (less than all is less code), with whole tiles of codes, once each form with ragged ones, and once
+    with rows of each size that the chunked form has code for."""
     seed, tau = torch.zeros(1, dtype=torch.int64), torch.tensor(0.5, requires_grad=True)
-    cases = [(dtype, dim, 48) for dtype in common.HALF for dim in (*quantize_forms.FLASH[9], 768)]
-    cases += [(torch.float32, 64, 48), (torch.bfloat16, 128, 47), (torch.bfloat16, 768, 47)]
+    cases = [(dtype, dim, 64) for dtype in common.HALF for dim in (*quantize_forms.FLASH[9], 768)]
+    cases += [(torch.float32, 64, 64), *((torch.bfloat16, dim, 47) for dim in (*quantize_forms.FLASH[9], 768))]
+    cases += [
+        (torch.bfloat16, 768, codes) for codes in (4096, quantize_forms.ROW_LARGEST, quantize_forms.ROW_LARGEST + 16)
+    ]
     for dtype, dim, codes in cases:
         by_cosine = [
             ("soft", seed, "cosine"),

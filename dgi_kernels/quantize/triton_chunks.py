@@ -32,7 +32,7 @@ def best_of_row(y, o_k):
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=PER_ROW)
 def row_level_kernel(
     p_s,  # (N, K) float32: products
-    p_p,  # (N, K) out: p 2^log2_gain, maybe in place of s, or None
+    p_p,  # (N, K) out, rows stride_p apart: p 2^log2_gain, maybe in place of s, or None
     p_rnorm,  # (N,) rr, elements stride_m apart
     p_rnorm_e,  # (K,) re, with the sign of the scale
     p_bias,  # (K,) b, or None where it is 0
@@ -47,6 +47,7 @@ def row_level_kernel(
     p_partial,  # (programs, K) out: sum_n p_nk of a program's rows, or None
     N,
     K,
+    stride_p,
     stride_m,
     level,
     row_offset,
@@ -101,7 +102,8 @@ def row_level_kernel(
                 p = tl.where(tl.load(p_padding + i_n), 0.0, p)
             p *= tl.exp2(log2_gain) / total
             usage += p
-            tl.store(p_p + i_n * K + o_k, p.to(p_p.dtype.element_ty), mask=m_k)
+            tl.debug_barrier()  # in place of what other threads have read
+            tl.store(p_p + i_n * stride_p + o_k, p.to(p_p.dtype.element_ty), mask=m_k)
     if p_partial is not None:
         tl.store(p_partial + tl.program_id(0) * K + o_k, usage * tl.exp2(-log2_gain), mask=m_k)
 
@@ -313,8 +315,8 @@ def chunk_gradient_kernel(
 def row_gradient_kernel(
     p_s,  # (N, K) float32: products r . e
     p_c,  # (N, K) float32: products z / |z| . e
-    p_w,  # (N, K) out: w rr_n re_k gain, ready for products; maybe s itself
-    p_y,  # (N, K) out: y |z_n| value_gain, maybe c itself; y is p, or the one-hot of ``sampled``
+    p_w,  # (N, K) out, rows stride_w apart, as y's: w rr_n re_k gain, ready for products; maybe in place of s
+    p_y,  # (N, K) out: y |z_n| value_gain, maybe in place of c; y is p, or the one-hot of ``sampled``
     p_rnorm,  # (N,) rr, elements stride_m apart
     p_rnorm_e,  # (K,) re
     p_bias,  # (K,) b, or None where it is 0
@@ -332,6 +334,7 @@ def row_gradient_kernel(
     p_dtau,  # (N,) out: sum_k w log2 p, or None
     p_dsigma,  # (N,) out: sum_k w g, in base 2, or None
     K,
+    stride_w,
     stride_m,
     level,
     row_offset,
@@ -370,8 +373,9 @@ def row_gradient_kernel(
         tl.store(p_dsigma + i_n, tl.sum(w * g, axis=0))
     gain = tl.where(rnorm == 0.0, 1.0, rnorm) * (1.0 if p_gain is None else tl.load(p_gain))
     w *= gain * tl.where(rnorm_e == 0.0, 1.0, rnorm_e)
-    tl.store(p_w + i_n * K + o_k, w.to(p_w.dtype.element_ty), mask=m_k)
+    tl.debug_barrier()  # in place of what other threads have read
+    tl.store(p_w + i_n * stride_w + o_k, w.to(p_w.dtype.element_ty), mask=m_k)
     if straight_through:
         p = (o_k == tl.load(p_sampled + i_n * stride_m)).to(tl.float32)
     value_gain = norm * (1.0 if p_value_gain is None else tl.load(p_value_gain))
-    tl.store(p_y + i_n * K + o_k, (p * value_gain).to(p_y.dtype.element_ty), mask=m_k)
+    tl.store(p_y + i_n * stride_w + o_k, (p * value_gain).to(p_y.dtype.element_ty), mask=m_k)

@@ -120,7 +120,7 @@ def probability_kernel(
         tl.store(p_expected + tl.program_id(1).to(tl.int64) * N + o_n, expected * tl.exp2(-log2_gain), mask=m_n)
 
 
-@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=PER_ROW)
+@triton.jit(do_not_specialize=["N", "parts"], do_not_specialize_on_alignment=PER_ROW)
 def weight_kernel(
     p_unit,  # (N, D) z / |z|, or z itself
     p_e,  # (K, D): the codebook

@@ -27,7 +27,7 @@ from dgi_kernels.quantize.triton_levels import (
 from dgi_kernels.triton_common import add_product, finish_block, gain_of, or_one, product
 
 LOG2_GAIN = {torch.float32: 0.0, torch.float16: 10.0, torch.bfloat16: 0.0}  # of p: small ones stay normal numbers
-PROBABILITY_STEPS = 8  # tiles of codes of one program, at least: more programs leave fewer multiprocessors idle
+PROBABILITY_CODES = 256  # of one program, at least: more programs leave fewer multiprocessors idle
 SIGMA_STEP = 512
 
 
@@ -196,7 +196,7 @@ def _probabilities(level: Level, sampling: Sampling, upstream: Upstream, kept: T
     (rows, codes), e = kept.shape, level.e
     b_d, config = forms.flash_config(e.shape[1], e.device)
     tiles = config.probabilities
-    splits = max(1, triton.cdiv(codes, tiles.step) // PROBABILITY_STEPS)
+    splits = max(1, codes // PROBABILITY_CODES)
     parts = level.lse.new_empty(1 if upstream.dusage is None else 1 + splits, rows)
     kernels.probability_kernel[(triton.cdiv(rows, tiles.owned), splits)](
         level.residual,
@@ -308,6 +308,7 @@ def chunked_gradients(
         in_registers = len(e) <= forms.ROW_LARGEST
         kernel = chunks.row_gradient_kernel if in_registers else chunks.chunk_gradient_kernel
         b_k, warps = row_block(len(e)) if in_registers else (forms.CHUNK_STEP, forms.CHUNK_WARPS)
+        strides = {"stride_w": w.stride(0)} if in_registers else {}
         kernel[(len(s),)](
             s,
             c,
@@ -325,6 +326,7 @@ def chunked_gradients(
             p_dtau=None if of_tau is None else of_tau[own],
             p_dsigma=None if of_sigma is None else of_sigma[own],
             straight_through=sampling.mode == STRAIGHT_THROUGH,
+            **strides,
             b_k=b_k,
             num_warps=warps,
         )

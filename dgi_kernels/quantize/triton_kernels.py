@@ -42,7 +42,7 @@ NONE = tl.constexpr(0x7FFFFFFF)  # no code
 # No code of their own for the value 1 or a multiple of 16: it would be no faster, and each level would wait for one.
 VARYING = ["N", "level", "row_offset"]
 PER_ROW = ["p_rnorm", "p_codes", "p_sampled", "p_index", "p_lse", "p_dlse", "p_norm", "p_mean", "p_dtau"]
-PER_ROW += ["p_sigma", "p_dsigma"]
+PER_ROW += ["p_sigma", "p_dsigma", "p_expected", "p_residue"]
 
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=PER_ROW)

@@ -409,6 +409,7 @@ def _chunk(level: Level, sampling: Sampling, s: Tensor, p: Tensor | None, log2_g
             p_padding=sampling.padding,
             p_partial=partial,
             N=rows,
+            stride_p=0 if p is None else p.stride(0),
             whole=codes == b_k,
             b_k=b_k,
             num_warps=warps,
@@ -433,13 +434,20 @@ def row_block(codes: int) -> tuple[int, int]:
 def chunks_of(level: Level, buffers: int) -> Iterator[tuple]:
     """Slices of rows, each with float32 buffers (rows, K) for products: the same memory for all."""
     rows, e = len(level.residual), level.e
-    size = rows_of_chunk(level, buffers * (4 if e.dtype == torch.float32 else 6))
+    size = rows_of_chunk(level, buffers * (4 if in_place(e) else 6))
     memory = level.rnorm_e.new_empty(buffers, size, len(e))
     for start in range(0, rows, size):
         own = slice(start, min(start + size, rows))
         yield own, *memory[:, : own.stop - own.start]
 
 
+def in_place(e: Tensor) -> bool:
+    """Whether weights can take the place of the products that they are made of: a program has read its whole row."""
+    return e.dtype == torch.float32 or len(e) <= forms.ROW_LARGEST
+
+
 def weights_of(products: Tensor, e: Tensor) -> Tensor:
-    """Where weights in the dtype of ``e`` go: into the place of their products where they fit."""
-    return products if e.dtype == torch.float32 else torch.empty_like(products, dtype=e.dtype)
+    """Where weights in the dtype of ``e`` go: their rows may be further apart than they are long."""
+    if e.dtype == torch.float32:
+        return products
+    return products.view(e.dtype)[:, : len(e)] if in_place(e) else torch.empty_like(products, dtype=e.dtype)
