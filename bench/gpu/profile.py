@@ -8,7 +8,7 @@ import time
 from .session import Session
 from .tests import ROOT
 
-KERNELS = ("flash_forward_kernel", "code_gradient_kernel", "select_kernel")
+KERNELS = ("flash_forward_kernel", "level_kernel", "select_kernel")
 
 
 def run(session: Session) -> None:

@@ -24,7 +24,7 @@ from .session import Session
 # pass -> dimensions -> tiles to try beside those of the tables: [owned, step, warps, stages]
 CANDIDATES: dict[str, dict[int, list[tuple[int, int, int, int]]]] = {
     "cosine.forward": {
-        64: [(64, 64, 4, 3), (128, 64, 8, 3)],
+        64: [(64, 64, 4, 2), (128, 64, 8, 3)],
     },
     "cosine.weight": {
         64: [(64, 64, 4, 3), (128, 64, 8, 3)],
@@ -33,9 +33,9 @@ CANDIDATES: dict[str, dict[int, list[tuple[int, int, int, int]]]] = {
         256: [(128, 128, 8, 3), (128, 256, 8, 3)],
         1024: [(128, 128, 8, 3), (128, 256, 8, 4)],
     },
-    "quantize.forward": {64: [(128, 64, 8, 2), (128, 32, 8, 2)]},
-    "quantize.gradient": {64: [(128, 32, 8, 2), (64, 32, 4, 3)]},
-    "quantize.codes": {64: [(64, 32, 4, 2), (128, 32, 4, 2)]},
+    "quantize.forward": {64: [(64, 32, 4, 2), (128, 64, 8, 2)]},
+    "quantize.probabilities": {64: [(64, 32, 4, 2), (128, 64, 8, 2)]},
+    "quantize.weights": {64: [(64, 32, 4, 2), (128, 64, 8, 2)]},
 }
 ROUNDS = 3
 CHUNKS = (64 << 20, 128 << 20, 256 << 20)
@@ -62,7 +62,7 @@ def cases(session: Session) -> list[Case]:
     found.append(Case(tuple(now), 64, now, step))
     step = quantize.step(quantize.ours, *quantize.inputs(gpu, 16384, 64, "flat"))
     config = quantize_forms.flash_config(64, torch.device(gpu.device))[1]._asdict()
-    now = {f"quantize.{name}": tile for name, tile in config.items()}
+    now = {f"quantize.{name}": tile for name, tile in config.items() if tile is not None}
     found.append(Case(tuple(now), 64, now, step))
     return found
 

@@ -34,7 +34,7 @@ _TABLE = {
 }
 FLASH = {8: _TABLE, 9: _TABLE, 10: _TABLE}
 FLASH_LARGEST = 256
-SUMS_LARGEST = 128  # dimensions of rows' gradients that fit the registers beside their weights
+SUMS_LARGEST = 64  # dimensions of rows' gradients that fit the registers beside their weights
 FLASH_ROWS = 8192  # from which the rows alone fill a GPU: 128 tiles
 # Products and weights of one chunk. In the L2's 50 MB they would be nearer, but N = 65536 rows would come in 200 chunks
 # of a dozen launches each, for which the host takes longer than the GPU. At K = 4096 two waves of 64 rows for each of

@@ -70,13 +70,14 @@ def probability_kernel(
     p_tau,  # ()
     p_lse,  # (N,), elements stride_m apart, natural
     p_dusage,  # (K,) v, or None where it is 0
-    p_kept,  # (N, K) out: p 2^log2_gain
+    p_kept,  # (N, stride_k) out: p 2^log2_gain, 0 beyond K
     p_expected,  # (splits, N) out: sum_k p v of a split's codes, or None
     N,
     K,
     D,
     stride_d,
     stride_m,
+    stride_k,
     level,
     row_offset,
     log2_gain,
@@ -100,7 +101,7 @@ def probability_kernel(
         lse -= base_of(p_sigma, o_n, m_n) * inv_tau
     o_row = (o_n + row_offset).to(tl.uint32)
     o_tile = tl.arange(0, b_k)[:, None] * D + o_d[None, :]
-    p_kept += o_n[:, None] * K + tl.arange(0, b_k)[None, :]
+    p_kept += o_n[:, None] * stride_k + tl.arange(0, b_k)[None, :]
     expected = tl.zeros((b_n,), tl.float32)
     for first in range(tl.program_id(1) * b_k, K, tl.num_programs(1) * b_k):
         o_k = first + tl.arange(0, b_k)
@@ -113,9 +114,11 @@ def probability_kernel(
         if noisy:
             y -= exponents(seed, first, o_row, level, p_sigma, o_n, m_n, b_k)
         p = tl.exp2(y * inv_tau - lse[:, None])
+        if not whole:
+            p = tl.where(m_k[None, :], p, 0.0)
         if p_expected is not None:
             expected += tl.sum(p * tl.load(p_dusage + o_k, mask=m_k, other=0.0)[None, :], axis=1)
-        tl.store(p_kept + first, p.to(p_kept.dtype.element_ty), mask=m_n[:, None] & m_k[None, :])
+        tl.store(p_kept + first, p.to(p_kept.dtype.element_ty), mask=m_n[:, None])
     if p_expected is not None:
         tl.store(p_expected + tl.program_id(1).to(tl.int64) * N + o_n, expected * tl.exp2(-log2_gain), mask=m_n)
 
@@ -124,7 +127,7 @@ def probability_kernel(
 def weight_kernel(
     p_unit,  # (N, D) z / |z|, or z itself
     p_e,  # (K, D): the codebook
-    p_kept,  # (N, K): p 2^log2_gain; out, if ``straight_through``: the one-hot of ``sampled``, times the same
+    p_kept,  # (N, stride_k): p 2^log2_gain, 0 beyond K; out, if ``straight_through``: the one-hot of the sampled code
     p_norm,  # (N,) |z|, or None: 1
     p_expected,  # (parts, N) that add up to sum_k p c
     p_dlse,  # (N,) L, elements stride_m apart, or None where it is 0
@@ -133,7 +136,7 @@ def weight_kernel(
     p_rnorm_e,  # (K,) re, 1 where it is 0
     p_sampled,  # (N,) int64, elements stride_m apart
     p_gain,  # () or None: keeps float16 weights in range
-    p_w,  # (N, K) out: w rr_n re_k gain
+    p_w,  # (N, stride_k) out: w rr_n re_k gain
     p_out,  # (N, D) out: rr_n gain sum_k w e^_k, of weights that lack the residue; or None
     p_residue,  # (N,) out: what is to be taken off the weight of the sampled code, where there are these sums
     p_dtau,  # (N,) out: sum_k w log2 p, or None
@@ -141,6 +144,7 @@ def weight_kernel(
     K,
     D,
     stride_m,
+    stride_k,
     parts,
     log2_gain,
     straight_through: tl.constexpr,
@@ -168,9 +172,9 @@ def weight_kernel(
     shift = (shift - dlse) * factor
     norm = factor if p_norm is None else factor * tl.load(p_norm + o_n, mask=m_n, other=0.0)
     p_tile = p_e + tl.arange(0, b_k)[:, None] * D + o_d[None, :]
-    o_nk = o_n[:, None] * K + tl.arange(0, b_k)[None, :]
+    o_nk = o_n[:, None] * stride_k + tl.arange(0, b_k)[None, :]
     code = tl.load(p_sampled + o_n * stride_m, mask=m_n, other=0)
-    largest = tl.load(p_kept + o_n * K + code, mask=m_n, other=1.0).to(tl.float32)
+    largest = tl.load(p_kept + o_n * stride_k + code, mask=m_n, other=1.0).to(tl.float32)
     if straight_through:
         tl.debug_barrier()  # other threads write where this one has read
     residue = tl.zeros((b_n,), tl.float32)
@@ -182,7 +186,7 @@ def weight_kernel(
         m_k = present(o_k, K, whole)
         e = tl.load(p_tile, mask=m_k[:, None] & m_d[None, :], other=0.0)
         p_tile += b_k * D
-        kept = tl.load(p_kept + o_nk, mask=m_n[:, None] & m_k[None, :], other=0.0).to(tl.float32)
+        kept = tl.load(p_kept + o_nk, mask=m_n[:, None], other=0.0).to(tl.float32)
         rnorm_e = tl.load(p_rnorm_e + o_k, mask=m_k, other=0.0)
         c = tl.dot(unit, tl.trans(e), input_precision="ieee") * norm[:, None] - shift[:, None]
         if p_dusage is not None:
@@ -194,10 +198,10 @@ def weight_kernel(
         if p_dtau is not None:
             dtau += tl.sum(w * tl.maximum(fast_log2(kept), -150.0), axis=1)
         w = (w * rnorm_e[None, :]).to(e.dtype)
-        tl.store(p_w + o_nk, w, mask=m_n[:, None] & m_k[None, :])
+        tl.store(p_w + o_nk, w, mask=m_n[:, None])
         if straight_through:
             one_hot = tl.where(o_k[None, :] == code[:, None], tl.exp2(log2_gain), 0.0)
-            tl.store(p_kept + o_nk, one_hot.to(e.dtype), mask=m_n[:, None] & m_k[None, :])
+            tl.store(p_kept + o_nk, one_hot.to(e.dtype), mask=m_n[:, None])
         o_nk += b_k
         if p_out is not None:
             out = tl.dot(w, e, out, input_precision="ieee")
@@ -212,8 +216,8 @@ def weight_kernel(
         tl.store(p_dtau + o_n, dtau / factor * tl.exp2(-log2_gain), mask=m_n)
     residue *= tl.load(p_rnorm_e + code, mask=m_n, other=0.0)
     tl.debug_barrier()  # other threads have written these weights
-    w = tl.load(p_w + o_n * K + code, mask=m_n, other=0.0).to(tl.float32)
-    tl.store(p_w + o_n * K + code, (w - residue).to(p_w.dtype.element_ty), mask=m_n)
+    w = tl.load(p_w + o_n * stride_k + code, mask=m_n, other=0.0).to(tl.float32)
+    tl.store(p_w + o_n * stride_k + code, (w - residue).to(p_w.dtype.element_ty), mask=m_n)
     if p_out is not None:
         tl.store(p_residue + o_n, residue, mask=m_n)
         tl.store(p_out + o_n[:, None] * D + o_d[None, :], out, mask=m_nd)
@@ -221,7 +225,7 @@ def weight_kernel(
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=PER_ROW)
 def noise_gradient_kernel(
-    p_w,  # (N, K) w rr_n re_k gain
+    p_w,  # (N, stride_k) w rr_n re_k gain
     p_rnorm,  # (N,) rr, elements stride_m apart
     p_rnorm_e,  # (K,) re, 1 where it is 0
     p_gain,  # () or None
@@ -229,6 +233,7 @@ def noise_gradient_kernel(
     p_dsigma,  # (N,) out: sum_k w g, in base 2
     K,
     stride_m,
+    stride_k,
     level,
     row_offset,
     b_k: tl.constexpr,
@@ -241,7 +246,7 @@ def noise_gradient_kernel(
     for first in range(0, K, b_k):
         o_k = first + tl.arange(0, b_k)
         rnorm_e = tl.load(p_rnorm_e + o_k, mask=o_k < K, other=1.0)
-        w = tl.load(p_w + i_n * K + o_k, mask=o_k < K, other=0.0).to(tl.float32) / tl.where(
+        w = tl.load(p_w + i_n * stride_k + o_k, mask=o_k < K, other=0.0).to(tl.float32) / tl.where(
             rnorm_e == 0.0, 1.0, rnorm_e
         )
         total += w[None, :] * noise_tile(seed, first, o_row, level, STREAM, b_k)

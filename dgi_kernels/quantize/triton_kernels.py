@@ -139,13 +139,14 @@ def level_kernel(
     p_codes,  # (N,) int64 out, elements stride_m apart: argmax s
     p_sampled,  # (N,) int64 out, elements stride_m apart: argmax s + g
     p_lse,  # (N,) out, elements stride_m apart, natural
-    p_kept,  # (N, K) out: 2^(l - top) of the tile's top, or None
+    p_kept,  # (N, stride_k) out: 2^(l - top) of the tile's top, 0 beyond K, or None
     p_top,  # (code tiles, N) out, or None
     N,
     K,
     D,
     stride_d,
     stride_m,
+    stride_k,
     level,
     row_offset,
     log2_gain,
@@ -179,7 +180,7 @@ def level_kernel(
     mean = tl.zeros((b_n, b_d), tl.float32)
     o_tile = tl.arange(0, b_k)[:, None] * D + o_d[None, :]
     if p_kept is not None:
-        p_kept += o_n[:, None] * K + tl.arange(0, b_k)[None, :]
+        p_kept += o_n[:, None] * stride_k + tl.arange(0, b_k)[None, :]
     for first in range(0, K, b_k):
         o_k = first + tl.arange(0, b_k)
         m_k = present(o_k, K, whole)
@@ -218,7 +219,7 @@ def level_kernel(
         total += tl.sum(p, axis=1)
         kept = p.to(e.dtype)
         if p_kept is not None:
-            tl.store(p_kept, kept, mask=m_n[:, None] & m_k[None, :])
+            tl.store(p_kept, kept, mask=m_n[:, None])
             p_kept += b_k
             tl.store(p_top + tl.cast(first // b_k, tl.int64) * N + o_n, top, mask=m_n)
         if soft:
@@ -237,7 +238,7 @@ def level_kernel(
 
 @triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=PER_ROW)
 def usage_kernel(
-    p_kept,  # (N, K): 2^(l - top)
+    p_kept,  # (N, stride_k): 2^(l - top)
     p_top,  # (code tiles, N)
     p_lse,  # (N,), elements stride_m apart, natural; inf where a row does not count
     p_sigma,  # (N,) or None
@@ -246,6 +247,7 @@ def usage_kernel(
     N,
     K,
     stride_m,
+    stride_k,
     noisy: tl.constexpr,
     b_n: tl.constexpr,
     b_k: tl.constexpr,
@@ -259,10 +261,9 @@ def usage_kernel(
     for first in range(tl.program_id(1) * b_n, N, tl.num_programs(1) * b_n):
         o_n = first + tl.arange(0, b_n)
         m_n = o_n < N
-        kept = tl.load(
-            p_kept + o_n.to(tl.int64)[:, None] * K + o_k[None, :], mask=m_n[:, None] & (o_k < K)[None, :], other=0.0
-        )
-        lse = tl.load(p_lse + o_n.to(tl.int64) * stride_m, mask=m_n, other=float("inf")) * LOG2E
+        o_row = o_n.to(tl.int64)
+        kept = tl.load(p_kept + o_row[:, None] * stride_k + o_k[None, :], mask=m_n[:, None], other=0.0)
+        lse = tl.load(p_lse + o_row * stride_m, mask=m_n, other=float("inf")) * LOG2E
         top = tl.load(p_top + o_n, mask=m_n, other=0.0)
         if noisy:
             top += base_of(p_sigma, o_n, m_n) * inv_tau

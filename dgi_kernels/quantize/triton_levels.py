@@ -22,6 +22,7 @@ from dgi_kernels.quantize.triton_forms import blocks
 from dgi_kernels.triton_common import finish_block, multiprocessors, product
 
 USAGE_ROWS, USAGE_BLOCKS = 64, 8  # rows of a tile of p that is summed; blocks on a multiprocessor
+KEPT_PITCH = 64  # a multiple of the codes of every tile
 KEPT_GAIN = {torch.float32: 0.0, torch.float16: 6.0, torch.bfloat16: 0.0}  # in base 2: small p stay normal numbers
 SOFT, STRAIGHT_THROUGH, HARD = map(MODES.index, ("soft", "straight_through", "hard"))
 COSINE, DOT, EUCLIDEAN = map(METRICS.index, ("cosine", "dot", "euclidean"))
@@ -236,6 +237,7 @@ def flash_level(level: Level, sampling: Sampling, rest: Tensor, usage: Tensor) -
             p_lse=part.lse,
             p_kept=kept[0] if kept else None,
             p_top=top,
+            stride_k=kept[0].stride(0) if kept else 0,
             log2_gain=KEPT_GAIN[level.e.dtype],
             soft=soft,
             whole=codes % tiles.step == 0,
@@ -275,6 +277,7 @@ def _usage_of(level: Level, sampling: Sampling, kept: Tensor, top: Tensor, step:
         N=rows,
         K=codes,
         stride_m=level.lse.stride(0),
+        stride_k=kept.stride(0),
         noisy=sampling.noisy,
         b_n=USAGE_ROWS,
         b_k=step,
@@ -285,29 +288,30 @@ def _usage_of(level: Level, sampling: Sampling, kept: Tensor, top: Tensor, step:
 
 
 def flash_chunks(level: Level, buffers: int) -> Iterator[tuple]:
-    """Slices of rows, each with buffers (rows, K) in the dtype of the operands: the same memory for all."""
-    rows, codes = len(level.residual), len(level.e)
+    """Slices of rows, each with buffers (rows, K) in the dtype of the operands: the same memory for all. Their rows are
+    as far apart as whole tiles of codes are long, so that none of what is loaded and stored has an end."""
+    rows, e = len(level.residual), level.e
     if buffers == 0:
         yield (slice(0, rows),)
         return
-    size = rows_of_chunk(level, buffers * level.e.element_size())
-    memory = level.e.new_empty(buffers, size, codes)
+    pitch = triton.cdiv(len(e), KEPT_PITCH) * KEPT_PITCH
+    size = rows_of_chunk(level, pitch * buffers * e.element_size())
+    memory = e.new_empty(buffers, size, pitch)[:, :, : len(e)]
     for start in range(0, rows, size):
         own = slice(start, min(start + size, rows))
         yield own, *memory[:, : own.stop - own.start]
 
 
 def rows_of_chunk(level: Level, each: int) -> int:
-    """So many that ``each`` bytes a (row, code) fit the budget, and that the GPU is full if it can be: by 64 rows of a
+    """So many that ``each`` bytes a row fit the budget, and that the GPU is full if it can be: by 64 rows of a
     flash form's tile on each multiprocessor, or by tiles of 128 rows and a third of 768 columns."""
-    rows, codes = len(level.residual), len(level.e)
     budget = measured.number("quantize.chunk_bytes", forms.CHUNK_BYTES, level.e.device)
-    size = max(1, budget // (codes * each))
+    size = max(1, budget // each)
     for unit in (64 * multiprocessors(level.e), 128 * (multiprocessors(level.e) // 3), 128):
         if 0 < unit <= size:
             size = size // unit * unit
             break
-    return min(rows, size)
+    return min(len(level.residual), size)
 
 
 def _near_arguments(level: Level, sampling: Sampling, rest: Tensor) -> dict[str, Tensor | int | float | None]:
@@ -434,7 +438,7 @@ def row_block(codes: int) -> tuple[int, int]:
 def chunks_of(level: Level, buffers: int) -> Iterator[tuple]:
     """Slices of rows, each with float32 buffers (rows, K) for products: the same memory for all."""
     rows, e = len(level.residual), level.e
-    size = rows_of_chunk(level, buffers * (4 if in_place(e) else 6))
+    size = rows_of_chunk(level, len(e) * buffers * (4 if in_place(e) else 6))
     memory = level.rnorm_e.new_empty(buffers, size, len(e))
     for start in range(0, rows, size):
         own = slice(start, min(start + size, rows))

@@ -31,8 +31,8 @@ PASSES = (
     "cosine.weight",
     "cosine.products",
     "quantize.forward",
-    "quantize.gradient",
-    "quantize.codes",
+    "quantize.probabilities",
+    "quantize.weights",
     "softmax",
     "noise",
 )
