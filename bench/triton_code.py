@@ -201,6 +201,7 @@ def quantize_launches() -> Iterator[Launch]:
             ("straight_through", seed, "cosine"),
             ("straight_through", None, "cosine"),
             ("hard", None, "cosine"),
+            ("constant tau", seed, "cosine"),  # soft, with the least that a gradient is asked for
         ]
         # By the metric "dot" only the kernels without products differ, which are short: one dtype stands for all.
         by_cosine += [("soft", None, "dot")] * (dtype == torch.bfloat16 and dim != 128)
@@ -212,14 +213,16 @@ def quantize_launches() -> Iterator[Launch]:
             for mode, noise, metric in modes:
                 z, *codebooks = (torch.randn(rows, dim).to(dtype).requires_grad_() for rows in (32, codes, codes))
                 with torch.set_grad_enabled(mode != "hard"):
-                    options = QuantizeOptions(mode, metric, 0, 1e-12)
+                    constant = mode == "constant tau"
+                    options = QuantizeOptions("soft" if constant else mode, metric, 0, 1e-12)
                     sigma = torch.ones(32, requires_grad=True) if metric == "euclidean" else None
-                    operands = Operands(z, codebooks, torch.tensor(30.0), tau, sigma, seed=noise)
+                    own_tau = tau.detach() if constant else tau
+                    operands = Operands(z, codebooks, torch.tensor(30.0), own_tau, sigma, seed=noise)
                     result = quantize.residual_quantize(operands, options)
                 if mode != "hard":
                     loss = result.quantized.sum()
                     if noise is not None:
-                        loss = loss + result.usage[0].sum() + result.log_normalizer.sum()
+                        loss = loss + result.usage[0].sum() + (0.0 if constant else result.log_normalizer.sum())
                     loss.backward()
 
         label = f"{str(dtype).removeprefix('torch.')} D={dim}"

@@ -27,12 +27,25 @@ class FlashConfig(NamedTuple):
 # Architecture -> dimensions up to -> tiles: all that the launchers can choose, each compiled by bench/gpu_code.py;
 # those of Hopper take the least time by the counts of bench/gpu_time.py. Which are fastest is to be measured, and is
 # then kept by GPU model in dgi_kernels/tiles. Others than 9 and 10 take those of 8.
-_TABLE = {
-    64: FlashConfig(Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
-    128: FlashConfig(Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2)),
-    256: FlashConfig(None, Tiles(64, 32, 4, 2), Tiles(64, 64, 4, 2)),
+_NARROW = Tiles(64, 32, 4, 2)
+_WIDE = Tiles(64, 64, 4, 2)
+FLASH = {
+    8: {
+        64: FlashConfig(_WIDE, _WIDE, _NARROW),
+        128: FlashConfig(Tiles(64, 64, 8, 2), _NARROW, _NARROW),
+        256: FlashConfig(None, _NARROW, _NARROW),
+    },
+    9: {
+        64: FlashConfig(_WIDE, _WIDE, _WIDE),
+        128: FlashConfig(_NARROW, _NARROW, _WIDE),
+        256: FlashConfig(None, _NARROW, _WIDE),
+    },
+    10: {
+        64: FlashConfig(_NARROW, _WIDE, _WIDE),
+        128: FlashConfig(_NARROW, _NARROW, _NARROW),
+        256: FlashConfig(None, _NARROW, _NARROW),
+    },
 }
-FLASH = {8: _TABLE, 9: _TABLE, 10: _TABLE}
 FLASH_LARGEST = 256
 SUMS_LARGEST = 64  # dimensions of rows' gradients that fit the registers beside their weights
 FLASH_ROWS = 8192  # from which the rows alone fill a GPU: 128 tiles

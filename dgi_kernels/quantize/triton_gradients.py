@@ -236,8 +236,11 @@ def _weights(
     """Fill ``w`` with the weights of some rows' gradients, and ``sums``, where they are given, with w E and what is to
     be taken off w for it; ``kept`` becomes what z is multiplied by in the gradient of the codes."""
     (rows, codes), e = kept.shape, level.e
+    straight_through = sampling.mode == STRAIGHT_THROUGH
     b_d, config = forms.flash_config(e.shape[1], e.device)
     tiles = config.weights
+    if straight_through or of_tau is not None or upstream.dlse is not None:  # these take registers of their own
+        tiles = tiles._replace(step=min(tiles.step, 32))
     kernels.weight_kernel[(triton.cdiv(rows, tiles.owned),)](
         upstream.unit,
         e,
@@ -261,7 +264,7 @@ def _weights(
         stride_k=kept.stride(0),
         parts=len(expected),
         log2_gain=LOG2_GAIN[e.dtype],
-        straight_through=sampling.mode == STRAIGHT_THROUGH,
+        straight_through=straight_through,
         whole=codes % tiles.step == 0,
         **blocks(b_d, tiles, own="b_n", step="b_k"),
     )
