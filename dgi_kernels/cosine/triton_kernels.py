@@ -28,10 +28,10 @@ What makes it legal and cheap:
 Logits are in base 2 inside the kernels (exp2 is one instruction). ``label`` is the target, -1 where it is ignored and
 -2 where it is out of range: such a row has no gradient, and the loss 0 or NaN.
 
-Operations for each of the N K elements beside the products, counted: about 10 forward and 10 in dw (scale 2, target 2,
-maximum 1, exp2 1, sum or weight 2, conversion 1); bytes: h and w once for each tile that owns rows of the other, from
-L2, and 8 N D of device memory. No kernel of this file has run on a GPU yet; ``bench/gpu_time.py`` has the estimated
-times.
+Operations for each of the N K elements beside the products, counted: about 8 forward, with a plain scale, and 7 in dw
+(scale 2, target 2, exp2 1, weight 1, conversion 1/2, forward a sum); bytes: h and w once for each tile that owns rows
+of the other, from L2, and 8 N D of device memory. No kernel of this file has run on a GPU yet; ``bench/gpu_time.py``
+has the estimated times.
 """
 
 from __future__ import annotations

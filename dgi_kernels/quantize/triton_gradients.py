@@ -302,9 +302,8 @@ def chunked_gradients(
     flow, comes, of_scale, of_tau, of_sigma = rows_of
     e = level.e
     key_gain, value_gain = _gains(level, upstream)
-    key = torch.zeros_like(e, dtype=torch.float32)
-    value = torch.zeros_like(key)
-    mixed = None if dvalues is None else torch.zeros_like(dvalues, dtype=torch.float32)
+    key, value = torch.empty_like(e, dtype=torch.float32), torch.empty_like(e, dtype=torch.float32)
+    mixed = None if dvalues is None else torch.empty_like(dvalues, dtype=torch.float32)
     for own, s, c in chunks_of(level, 2):
         w, y = weights_of(s, e), weights_of(c, e)
         product(level.residual[own], e.T, s)
@@ -338,10 +337,11 @@ def chunked_gradients(
         )
         if dbias is not None:
             dbias.add_(w.sum(0, dtype=torch.float32))
-        add_product(w.T, level.residual[own], key)
-        add_product(y.T, upstream.unit[own], value)
+        add = product if own.start == 0 else add_product
+        add(w.T, level.residual[own], key)
+        add(y.T, upstream.unit[own], value)
         if upstream.unit_of_mixture is not None and mixed is not None:
-            add_product(y.T, upstream.unit_of_mixture[own], mixed)
+            add(y.T, upstream.unit_of_mixture[own], mixed)
         total = torch.empty_like(flow[own])
         product(w, e, total)
         _finish(
