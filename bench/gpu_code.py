@@ -41,21 +41,7 @@ JUSTIFIED_SPILLS = {
         "ptxas keeps to 128 registers, for two blocks a multiprocessor, in the pass for the loss alone, and puts "
         "up to six words into local memory",
     ),
-    ("quantize.level_kernel", 100): (
-        8,
-        "two words in bfloat16 at D = 128, where a row's mean and its tiles fill all 255",
-    ),
-    ("quantize.row_gradient_kernel", 80): (
-        96,
-        "two words, where the tiles without take half as many instructions again; 24 at D = 128 where codes have a "
-        "bias and rows a scale of their noise, both with gradients",
-    ),
-    ("quantize.row_gradient_kernel", 100): (8, "two words: ptxas keeps to 96 registers, for five blocks at once"),
-    ("quantize.usage_kernel", 100): (
-        32,
-        "eight words at D = 64 where codes have a bias and rows a scale of their noise: ptxas keeps to 128 registers, "
-        "for two blocks a multiprocessor",
-    ),
+    ("gumbel.softmax_backward_kernel", 80): (40, "ten words: ptxas keeps to 168 registers, for three blocks at once"),
     ("quantize.chunk_level_kernel", 100): (8, "two words: ptxas keeps to 48 registers, for ten blocks at once"),
     ("quantize.chunk_gradient_kernel", 80): (8, "two words: ptxas keeps to 40 registers, for twelve blocks at once"),
 }

@@ -67,7 +67,7 @@ def flash_config(dim: int, device: torch.device) -> tuple[int, FlashConfig]:
 
 def with_columns(tiles: Tiles, b_d: int) -> Tiles:
     """Those of a pass whose columns have options, or whose rows have two gradients: smaller, not to spill."""
-    return tiles if b_d <= 64 else tiles._replace(step=max(16, tiles.step // 2))
+    return tiles._replace(step=min(tiles.step, 32) if b_d <= 64 else max(16, tiles.step // 2))
 
 
 def weighted_sum(x: Tensor, weight: Tensor, factor: float, out: Tensor) -> None:
