@@ -41,6 +41,12 @@ JUSTIFIED_SPILLS = {
         "ptxas keeps to 128 registers, for two blocks a multiprocessor, in the pass for the loss alone, and puts "
         "up to six words into local memory",
     ),
+    ("quantize.row_level_kernel", 100): (
+        24,
+        "six words where codes have a bias and rows a scale of their noise: 128 registers, for two blocks of eight warps",
+    ),
+    ("quantize.level_kernel", 100): (8, "two words: ptxas keeps to 128 registers, for four blocks at once"),
+    ("cosine.flash_forward_kernel", 100): (8, "two words: ptxas keeps to 128 registers, for four blocks at once"),
     ("gumbel.softmax_backward_kernel", 80): (40, "ten words: ptxas keeps to 168 registers, for three blocks at once"),
     ("quantize.chunk_level_kernel", 100): (8, "two words: ptxas keeps to 48 registers, for ten blocks at once"),
     ("quantize.chunk_gradient_kernel", 80): (8, "two words: ptxas keeps to 40 registers, for twelve blocks at once"),
