@@ -43,7 +43,7 @@ JUSTIFIED_SPILLS = {
     ),
     ("quantize.row_level_kernel", 100): (
         24,
-        "six words where codes have a bias and rows a scale of their noise: 128 registers, for two blocks of eight warps",
+        "six words where codes have a bias and rows a scale of noise: 128 registers, for two blocks of eight warps",
     ),
     ("quantize.level_kernel", 100): (8, "two words: ptxas keeps to 128 registers, for four blocks at once"),
     ("cosine.flash_forward_kernel", 100): (8, "two words: ptxas keeps to 128 registers, for four blocks at once"),

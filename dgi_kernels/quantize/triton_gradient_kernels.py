@@ -1,4 +1,4 @@
-"""Triton kernels of residual quantization's gradients: weights of a chunk of rows, and what begins and ends all forms.
+"""Triton kernels of residual quantization's gradients: flash form, for D <= 256, and both ends of those of all forms.
 
 Formulas, what is kept and what is made again: :mod:`dgi_kernels.quantize.triton_kernels`.
 """

@@ -1,4 +1,4 @@
-"""Triton kernels of a level of residual quantization: flash form for D <= 128, epilogues of the chunked form beyond.
+"""Triton kernels of a level of residual quantization: flash form, forward for D <= 128; the formulas of all forms.
 
     l_nk = (s_nk + sigma_n g_nk) / tau,    p = softmax(l),    z~_n = sum_k p_nk e_k,    r'_n = r_n - z~_n
     s_nk = scale r^_n . e^_k + b_k,  x^ = rx x   (rx = 1 / ||x||, b = 0)
@@ -23,7 +23,7 @@ This is attention with the residual as query and the codebook as key and as valu
   afterwards). It is z . z~ + sum_k p v, which is known but for the rounding of z~; what that leaves of sum_k w is taken
   off the weight of the code with the largest p, which is the sampled one.
 - No atomics: a program owns its rows or its codes; splits write partials that are added in a fixed order.
-- 16-bit gradients keep their range: z_n enters products with norm 1, weights are scaled by powers of a bound of theirs.
+- float16 keeps its range: z_n enters products with norm 1, p and weights are scaled by bounds of theirs.
 
 Logits, noise and log-normalizers are in base 2 inside the kernels.
 """
