@@ -70,7 +70,7 @@ def _on_trie(model: DGIModel, query: QueryEncoding, table: Tensor, seed: int) ->
         probabilities = head(hidden).float().softmax(-1)
         exists = torch.zeros_like(probabilities).index_add_(1, table[:, level], below.to(probabilities.dtype)) > 0
         allowed = probabilities * exists
-        kept = kept * allowed.sum(1)
+        kept = kept * allowed.sum(1).clamp(max=1)  # a sum of all that exists may round beyond it
         # Where every child that exists has underflowed, any of them will do: kept is 0 from here on.
         summed = (allowed + 1e-30 * exists).cumsum(1)
         place = torch.searchsorted(summed, chance[:, level : level + 1] * summed[:, -1:], right=True)[:, 0]
