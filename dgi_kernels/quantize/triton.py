@@ -219,7 +219,8 @@ def _backward(
     sampling = Sampling(scale, tau, seed, padding, sigma, row_offset, eps, mode, metric, noisy)
     parts = dweight.split(sizes)
     dusages = (dusage.float() / sampling.counted(rows)).split(sizes) if dusage is not None else [None] * len(sizes)
-    run = flash_gradients if flash(rows, weight, values) else chunked_gradients
+    # The chunked form has noise at hand where it has the weights.
+    run = flash_gradients if flash(rows, weight, values) and not wants_sigma else chunked_gradients
     with torch.cuda.device_of(residuals):
         shared = (sizes, weight, bias, centres, None, rnorm_e, or_one(rnorm_e))
         levels = list(levels_of(*shared, residuals, codes, sampled, lse, rnorm, quantized, values, None))

@@ -8,8 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dgi_kernels.gumbel.triton_noise import fast_log2, noise_tile
-from dgi_kernels.quantize.triton_kernels import PER_ROW, STREAM, VARYING, base_of, exponents
+from dgi_kernels.gumbel.triton_noise import fast_log2
+from dgi_kernels.quantize.triton_kernels import PER_ROW, VARYING, base_of, exponents
 from dgi_kernels.triton_common import LOG2E, code_bias, present, radial_part, scores
 
 
@@ -137,8 +137,9 @@ def weight_kernel(
     p_sampled,  # (N,) int64, elements stride_m apart
     p_gain,  # () or None: keeps float16 weights in range
     p_w,  # (N, stride_k) out: w rr_n re_k gain
-    p_out,  # (N, D) out: rr_n gain sum_k w e^_k, of weights that lack the residue; or None
-    p_residue,  # (N,) out: what is to be taken off the weight of the sampled code, where there are these sums
+    p_out,  # (N, D) out: rr_n gain sum_k w e^_k, of weights before their largest changed, or None
+    p_residue,  # (N,) out: rr_n gain (sum_k w - L) sum_k p re_k
+    p_share,  # (N,) out: what the weight of the sampled code has lost, or None where these sums do not know it
     p_dtau,  # (N,) out: sum_k w log2 p, or None
     N,
     K,
@@ -153,8 +154,12 @@ def weight_kernel(
     b_k: tl.constexpr,
     b_d: tl.constexpr,
 ):
-    """The weights of the gradients. A program owns b_n rows. sum_k w = L holds but for the rounding of ``expected``:
-    what is left is taken off the weight of the code that was sampled, whose p is the largest."""
+    """The weights of the gradients. A program owns b_n rows.
+
+    sum_k w = L but for the rounding of ``expected``. What is left is to be taken off the weights in proportion to p.
+    finish_kernel does so to the rows' sums, in which it is nearly a multiple of z~. For the gradient of the codes only
+    the sampled code's weight, of the largest p, loses its share: where that is not nearly all, it is no matter.
+    """
     o_n = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
     m_n = o_n < N
     o_d = tl.arange(0, b_d)
@@ -175,8 +180,9 @@ def weight_kernel(
     o_nk = o_n[:, None] * stride_k + tl.arange(0, b_k)[None, :]
     code = tl.load(p_sampled + o_n * stride_m, mask=m_n, other=0)
     largest = tl.load(p_kept + o_n * stride_k + code, mask=m_n, other=1.0).to(tl.float32)
-    if straight_through:
-        tl.debug_barrier()  # other threads write where this one has read
+    tl.debug_barrier()  # other threads write where this one has read
+    lengths = tl.zeros((b_n,), tl.float32)
+    entropy = tl.zeros((b_n,), tl.float32)
     residue = tl.zeros((b_n,), tl.float32)
     mass = tl.zeros((b_n,), tl.float32)
     dtau = tl.zeros((b_n,), tl.float32)
@@ -195,8 +201,11 @@ def weight_kernel(
         residue += tl.sum(w, axis=1)
         if p_dlse is not None:
             mass += tl.sum(kept, axis=1)
+        lengths += tl.sum(kept * rnorm_e[None, :], axis=1)
         if p_dtau is not None:
-            dtau += tl.sum(w * tl.maximum(fast_log2(kept), -150.0), axis=1)
+            log_p = tl.maximum(fast_log2(kept), -150.0)
+            dtau += tl.sum(w * log_p, axis=1)
+            entropy += tl.sum(kept * log_p, axis=1)
         w = (w * rnorm_e[None, :]).to(e.dtype)
         tl.store(p_w + o_nk, w, mask=m_n[:, None])
         if straight_through:
@@ -210,58 +219,31 @@ def weight_kernel(
         residue -= dlse * mass * factor
     if p_dtau is not None:
         # sum_k w log2 p, where so far p is 2^log2_gain too large, and w by the factor of the row
-        dtau -= residue * tl.maximum(fast_log2(largest), -150.0)
+        dtau -= residue * entropy * tl.exp2(-log2_gain)
         if p_dlse is not None:
             dtau -= log2_gain * dlse * mass * factor
         tl.store(p_dtau + o_n, dtau / factor * tl.exp2(-log2_gain), mask=m_n)
-    residue *= tl.load(p_rnorm_e + code, mask=m_n, other=0.0)
+    tl.store(p_residue + o_n, residue * lengths * tl.exp2(-log2_gain), mask=m_n)
+    share = residue * largest * tl.exp2(-log2_gain) * tl.load(p_rnorm_e + code, mask=m_n, other=0.0)
+    if p_share is not None:
+        tl.store(p_share + o_n, share, mask=m_n)
     tl.debug_barrier()  # other threads have written these weights
     w = tl.load(p_w + o_n * stride_k + code, mask=m_n, other=0.0).to(tl.float32)
-    tl.store(p_w + o_n * stride_k + code, (w - residue).to(p_w.dtype.element_ty), mask=m_n)
+    tl.store(p_w + o_n * stride_k + code, (w - share).to(p_w.dtype.element_ty), mask=m_n)
     if p_out is not None:
-        tl.store(p_residue + o_n, residue, mask=m_n)
         tl.store(p_out + o_n[:, None] * D + o_d[None, :], out, mask=m_nd)
 
 
-@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=PER_ROW)
-def noise_gradient_kernel(
-    p_w,  # (N, stride_k) w rr_n re_k gain
-    p_rnorm,  # (N,) rr, elements stride_m apart
-    p_rnorm_e,  # (K,) re, 1 where it is 0
-    p_gain,  # () or None
-    p_seed,  # (1,) int64
-    p_dsigma,  # (N,) out: sum_k w g, in base 2
-    K,
-    stride_m,
-    stride_k,
-    level,
-    row_offset,
-    b_k: tl.constexpr,
-):
-    """The gradient of what multiplies the noise, which is made once more. A program owns a row."""
-    i_n = tl.program_id(0).to(tl.int64)
-    o_row = (i_n + row_offset + tl.zeros((1,), tl.int64)).to(tl.uint32)
-    seed = tl.load(p_seed)
-    total = tl.zeros((1, b_k), tl.float32)
-    for first in range(0, K, b_k):
-        o_k = first + tl.arange(0, b_k)
-        rnorm_e = tl.load(p_rnorm_e + o_k, mask=o_k < K, other=1.0)
-        w = tl.load(p_w + i_n * stride_k + o_k, mask=o_k < K, other=0.0).to(tl.float32) / tl.where(
-            rnorm_e == 0.0, 1.0, rnorm_e
-        )
-        total += w[None, :] * noise_tile(seed, first, o_row, level, STREAM, b_k)
-    rnorm = tl.load(p_rnorm + i_n * stride_m)
-    factor = tl.where(rnorm == 0.0, 1.0, rnorm)
-    if p_gain is not None:
-        factor *= tl.load(p_gain)
-    tl.store(p_dsigma + i_n, tl.sum(tl.sum(total, axis=1), axis=0) / factor)
-
-
-@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["p_rnorm", "p_radial", "p_residue", "p_code"])
+@triton.jit(
+    do_not_specialize=["N"], do_not_specialize_on_alignment=["p_rnorm", "p_radial", "p_residue", "p_share", "p_code"]
+)
 def finish_kernel(
     p_sum,  # (N, D) rx times a gradient of x^
-    p_residue,  # (N,) or None: what the row of p_e that ``code`` names has too much weight in the sum
-    p_code,  # (N,) int64, elements stride_m apart
+    p_residue,  # (N,) of weight_kernel, or None, as are those that follow
+    p_mixed,  # (N, D), rows stride_z apart: z~
+    p_centre,  # (D,) what the codes are relative to, or None: 0
+    p_share,  # (N,) of weight_kernel, or None: not in the sum
+    p_code,  # (N,) int64, elements stride_m apart: the sampled code
     p_e,  # (K, D)
     p_x,  # (N, D), rows stride_d apart
     p_rnorm,  # (N,) rx, elements stride_m apart
@@ -275,6 +257,7 @@ def finish_kernel(
     D,
     stride_d,
     stride_m,
+    stride_z,
     eps,
     plain: tl.constexpr,
     b_n: tl.constexpr,
@@ -288,9 +271,14 @@ def finish_kernel(
     o_nd = o_n[:, None] * D + o_d[None, :]
     total = tl.load(p_sum + o_nd, mask=m_nd, other=0.0)
     if p_residue is not None:
-        code = tl.load(p_code + o_n * stride_m, mask=m_n, other=0)
-        e = tl.load(p_e + code[:, None] * D + o_d[None, :], mask=m_nd, other=0.0).to(tl.float32)
-        total -= tl.load(p_residue + o_n, mask=m_n, other=0.0)[:, None] * e
+        mixed = tl.load(p_mixed + o_n[:, None] * stride_z + o_d[None, :], mask=m_nd, other=0.0).to(tl.float32)
+        if p_centre is not None:
+            mixed -= tl.load(p_centre + o_d, mask=o_d < D, other=0.0)[None, :]
+        total -= tl.load(p_residue + o_n, mask=m_n, other=0.0)[:, None] * mixed
+        if p_share is not None:
+            code = tl.load(p_code + o_n * stride_m, mask=m_n, other=0)
+            e = tl.load(p_e + code[:, None] * D + o_d[None, :], mask=m_nd, other=0.0).to(tl.float32)
+            total += tl.load(p_share + o_n, mask=m_n, other=0.0)[:, None] * e
     added = tl.zeros((b_n, b_d), tl.float32) if p_add is None else tl.load(p_add + o_nd, mask=m_nd, other=0.0)
     if p_gain is not None:
         total /= tl.load(p_gain)

@@ -28,7 +28,6 @@ from dgi_kernels.triton_common import add_product, finish_block, gain_of, or_one
 
 LOG2_GAIN = {torch.float32: 0.0, torch.float16: 10.0, torch.bfloat16: 0.0}  # of p: small ones stay normal numbers
 PROBABILITY_CODES = 256  # of one program, at least: more programs leave fewer multiprocessors idle
-SIGMA_STEP = 512
 
 
 class Upstream(NamedTuple):
@@ -50,6 +49,15 @@ class Upstream(NamedTuple):
         names = ("unit", "unit_of_mixture", "norm", "bound", "expected", "dlse")
         parts = {name: x[own] for name in names if (x := getattr(self, name)) is not None}
         return self._replace(**parts)
+
+
+class Off(NamedTuple):
+    """What is to be taken off the sums of a level's weights and codes: names are those of finish_kernel's arguments."""
+
+    residue: Tensor  # (N,)
+    mixed: Tensor  # (N, D)
+    centre: Tensor | None  # (D,)
+    share: Tensor | None  # (N,)
 
 
 class RowSums(NamedTuple):
@@ -146,11 +154,14 @@ def flash_gradients(
     dbias: Tensor | None,
     dvalues: Tensor | None,
 ) -> None:
-    """Fill ``rows_of``, ``de`` and ``dbias``, which lacks 1 / tau. There are no values."""
+    """Fill ``rows_of``, ``de`` and ``dbias``, which lacks 1 / tau. There are no values and no gradient of sigma."""
     (rows, dim), e = level.residual.shape, level.e
     key_gain, value_gain = _gains(level, upstream)
-    total, residue = torch.empty_like(rows_of.flow), level.lse.new_empty(rows)
-    sums_in_registers = dim <= forms.SUMS_LARGEST
+    total, rest = torch.empty_like(rows_of.flow), level.lse.new_empty(2, rows)
+    in_registers = dim <= forms.SUMS_LARGEST
+    mixed = level.quantized
+    if mixed is None:  # straight through: z~ is a code, and no mixture
+        mixed = level.lse.new_empty(rows, dim)
     key, value = torch.empty_like(e, dtype=torch.float32), torch.empty_like(e, dtype=torch.float32)
     z = upstream.unit
     if upstream.norm is not None and value_gain is not None:
@@ -158,10 +169,10 @@ def flash_gradients(
     for own, kept, w in flash_chunks(level, 2):
         part, of_part = level.of_rows(own), sampling.of_rows(own)
         of_rows = upstream.of_rows(own)
-        expected = _probabilities(part, of_part, of_rows, kept)
-        sums = (total[own], residue[own]) if sums_in_registers else None
+        expected = _probabilities(part, of_part, of_rows, kept, mixed[own])
         of_tau = None if rows_of.of_tau is None else rows_of.of_tau[own]
-        _weights(part, of_part, of_rows, kept, expected, key_gain, w, sums, of_tau)
+        sums = total[own] if in_registers else None
+        _weights(part, of_part, of_rows, kept, expected, key_gain, w, sums, rest[:, own], of_tau)
         if sums is None:
             product(w, e, total[own])
         add = product if own.start == 0 else add_product
@@ -169,11 +180,9 @@ def flash_gradients(
         add(kept.T, z[own], value)
         if dbias is not None:
             dbias.add_(w.sum(0, dtype=torch.float32))
-        if rows_of.of_sigma is not None:
-            _gradient_of_sigma(part, of_part, w, key_gain, rows_of.of_sigma[own])
     if dbias is not None:
         dbias.div_(sampling.row_factor if key_gain is None else sampling.row_factor * key_gain)
-    off = (residue, level.sampled, e) if sums_in_registers else None
+    off = Off(rest[0], mixed, level.centre if level.quantized is not None else None, None if in_registers else rest[1])
     _finish(
         total,
         level.residual,
@@ -185,14 +194,16 @@ def flash_gradients(
         rows_of.flow,
         rows_of.of_scale,
         off,
+        level,
     )
     log2_gain = LOG2_GAIN[e.dtype]
     value_gain = None if value_gain is None else value_gain * 2.0**log2_gain
     _finish(key, e, level.rnorm_e, sampling, key_gain, value, value_gain, de, None)
 
 
-def _probabilities(level: Level, sampling: Sampling, upstream: Upstream, kept: Tensor) -> Tensor:
-    """Fill ``kept`` with p of some rows once more, and return what adds up to sum_k p c, (parts, N)."""
+def _probabilities(level: Level, sampling: Sampling, upstream: Upstream, kept: Tensor, mixed: Tensor) -> Tensor:
+    """Fill ``kept`` with p of some rows once more, and return what adds up to sum_k p c, (parts, N). ``mixed`` is p E,
+    or, straight through, filled with it."""
     (rows, codes), e = kept.shape, level.e
     b_d, config = forms.flash_config(e.shape[1], e.device)
     tiles = config.probabilities
@@ -213,10 +224,11 @@ def _probabilities(level: Level, sampling: Sampling, upstream: Upstream, kept: T
     )
     if upstream.expected is not None:
         parts[0] = upstream.expected
-    else:  # straight through: z~ is a code, and no mean
-        mean = level.lse.new_empty(rows, e.shape[1])
-        product(kept, e, mean)
-        torch.sum(upstream.unit * mean, 1, out=parts[0]).mul_(2.0 ** -LOG2_GAIN[e.dtype])
+    else:
+        product(kept, e, mixed)
+        if LOG2_GAIN[e.dtype]:
+            mixed *= 2.0 ** -LOG2_GAIN[e.dtype]
+        torch.sum(upstream.unit * mixed, 1, out=parts[0])
         if upstream.norm is not None:
             parts[0] *= upstream.norm
     return parts
@@ -230,11 +242,12 @@ def _weights(
     expected: Tensor,
     gain: Tensor | None,
     w: Tensor,
-    sums: tuple[Tensor, Tensor] | None,
+    sums: Tensor | None,
+    rest: Tensor,
     of_tau: Tensor | None,
 ) -> None:
-    """Fill ``w`` with the weights of some rows' gradients, and ``sums``, where they are given, with w E and what is to
-    be taken off w for it; ``kept`` becomes what z is multiplied by in the gradient of the codes."""
+    """Fill ``w`` with the weights of some rows' gradients, ``sums``, where they are given, with w E, and ``rest`` with
+    what is to be taken off them; ``kept`` becomes what z is multiplied by in the gradient of the codes."""
     (rows, codes), e = kept.shape, level.e
     straight_through = sampling.mode == STRAIGHT_THROUGH
     b_d, config = forms.flash_config(e.shape[1], e.device)
@@ -254,8 +267,9 @@ def _weights(
         p_sampled=level.sampled,
         p_gain=gain,
         p_w=w,
-        p_out=sums and sums[0],
-        p_residue=sums and sums[1],
+        p_out=sums,
+        p_residue=rest[0],
+        p_share=rest[1] if sums is None else None,
         p_dtau=of_tau,
         N=rows,
         K=codes,
@@ -267,25 +281,6 @@ def _weights(
         straight_through=straight_through,
         whole=codes % tiles.step == 0,
         **blocks(b_d, tiles, own="b_n", step="b_k"),
-    )
-
-
-def _gradient_of_sigma(level: Level, sampling: Sampling, w: Tensor, gain: Tensor | None, out: Tensor) -> None:
-    rows, codes = w.shape
-    kernels.noise_gradient_kernel[(rows,)](
-        w,
-        p_rnorm=level.rnorm,
-        p_rnorm_e=level.factor_e,
-        p_gain=gain,
-        p_seed=sampling.seed,
-        p_dsigma=out,
-        K=codes,
-        stride_m=level.lse.stride(0),
-        stride_k=w.stride(0),
-        level=level.index,
-        row_offset=sampling.row_offset,
-        b_k=SIGMA_STEP,
-        num_warps=4,
     )
 
 
@@ -372,16 +367,20 @@ def _finish(
     add_gain: Tensor | None,
     out: Tensor,
     radial: Tensor | None,
-    off: tuple[Tensor, Tensor, Tensor] | None = None,
+    off: Off | None = None,
+    level: Level | None = None,
 ) -> None:
     rows, dim = total.shape
     b_n, b_d = finish_block(dim)
-    residue, code, e = off or (None, None, None)
+    residue, mixed, centre, share = off or (None, None, None, None)
     kernels.finish_kernel[(triton.cdiv(rows, b_n),)](
         total,
         p_residue=residue,
-        p_code=code,
-        p_e=e,
+        p_mixed=mixed,
+        p_centre=centre,
+        p_share=share,
+        p_code=None if level is None or share is None else level.sampled,
+        p_e=None if level is None or share is None else level.e,
         p_x=x,
         p_rnorm=rnorm,
         p_factor=sampling.factor,
@@ -394,6 +393,7 @@ def _finish(
         D=dim,
         stride_d=x.stride(0),
         stride_m=rnorm.stride(0),
+        stride_z=dim if mixed is None else mixed.stride(0),
         eps=sampling.eps,
         plain=sampling.plain,
         b_n=b_n,

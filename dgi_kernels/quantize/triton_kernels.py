@@ -20,8 +20,8 @@ This is attention with the residual as query and the codebook as key and as valu
 - A chunk of rows at a time keeps its p, in the operands' dtype: noise is made once forward, where the sum of p over
   the rows is read off it, and once backward, and nothing of size N x K is kept between the two. ``w`` needs sum_k p c
   before the first product with it (p c and its mean cancel where p is peaked, so rounded operands cannot be corrected
-  afterwards). It is z . z~ + sum_k p v, which is known but for the rounding of z~; what that leaves of sum_k w is taken
-  off the weight of the code with the largest p, which is the sampled one.
+  afterwards). It is z . z~ + sum_k p v, which is known but for the rounding of z~. What that leaves of sum_k w - L is
+  taken off later: see weight_kernel.
 - No atomics: a program owns its rows or its codes; splits write partials that are added in a fixed order.
 - float16 keeps its range: z_n enters products with norm 1, p and weights are scaled by bounds of theirs.
 
@@ -42,7 +42,7 @@ NONE = tl.constexpr(0x7FFFFFFF)  # no code
 # No code of their own for the value 1 or a multiple of 16: it would be no faster, and each level would wait for one.
 VARYING = ["N", "level", "row_offset"]
 PER_ROW = ["p_rnorm", "p_codes", "p_sampled", "p_index", "p_lse", "p_dlse", "p_norm", "p_mean", "p_dtau"]
-PER_ROW += ["p_sigma", "p_dsigma", "p_expected", "p_residue"]
+PER_ROW += ["p_sigma", "p_dsigma", "p_expected", "p_residue", "p_share"]
 
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=PER_ROW)

@@ -22,7 +22,6 @@ from dgi_kernels.quantize.triton_forms import blocks
 from dgi_kernels.triton_common import finish_block, multiprocessors, product
 
 USAGE_ROWS, USAGE_BLOCKS = 64, 8  # rows of a tile of p that is summed; blocks on a multiprocessor
-KEPT_PITCH = 64  # a multiple of the codes of every tile
 KEPT_GAIN = {torch.float32: 0.0, torch.float16: 6.0, torch.bfloat16: 0.0}  # in base 2: small p stay normal numbers
 SOFT, STRAIGHT_THROUGH, HARD = map(MODES.index, ("soft", "straight_through", "hard"))
 COSINE, DOT, EUCLIDEAN = map(METRICS.index, ("cosine", "dot", "euclidean"))
@@ -255,7 +254,7 @@ def flash_level(level: Level, sampling: Sampling, rest: Tensor, usage: Tensor) -
             N=rows,
             **blocks(b_d, near, own="b_n", step="b_k"),
         )
-        _sample_the_nearest(level, sampling)
+    _sample_the_nearest(level, sampling)
     if partials:
         torch.sum(torch.cat(partials), 0, out=usage)
     return mean
@@ -294,9 +293,13 @@ def flash_chunks(level: Level, buffers: int) -> Iterator[tuple]:
     if buffers == 0:
         yield (slice(0, rows),)
         return
-    pitch = triton.cdiv(len(e), KEPT_PITCH) * KEPT_PITCH
+    longest = max(tiles.step for tiles in forms.flash_config(e.shape[1], e.device)[1] if tiles is not None)
+    pitch = triton.cdiv(len(e), longest) * longest
     size = rows_of_chunk(level, pitch * buffers * e.element_size())
-    memory = e.new_empty(buffers, size, pitch)[:, :, : len(e)]
+    memory = e.new_empty(buffers, size, pitch)
+    if pitch > len(e):
+        memory[:, :, len(e) :] = 0.0
+    memory = memory[:, :, : len(e)]
     for start in range(0, rows, size):
         own = slice(start, min(start + size, rows))
         yield own, *memory[:, : own.stop - own.start]
@@ -337,10 +340,10 @@ def _near_arguments(level: Level, sampling: Sampling, rest: Tensor) -> dict[str,
 
 
 def _sample_the_nearest(level: Level, sampling: Sampling) -> None:
-    """Where there is no noise."""
-    if not sampling.noisy:
+    """Where there is no noise: of equal scores the rounding of noisy ones might take another."""
+    if not sampling.noisy and level.bias is not None:
         level.sampled.copy_(level.codes)
-    elif sampling.sigma is not None:
+    elif sampling.noisy and sampling.sigma is not None:
         level.sampled.copy_(torch.where(sampling.sigma == 0, level.codes, level.sampled))
 
 
@@ -371,7 +374,9 @@ def chunked_level(level: Level, sampling: Sampling, rest: Tensor, usage: Tensor)
                 num_warps=4,
             )
         part, of_part = level.of_rows(own), sampling.of_rows(own)
-        partials.append(_chunk(part, of_part, s, p, log2_gain))
+        partial = _chunk(part, of_part, s, p, log2_gain)
+        if partial is not None:
+            partials.append(partial.sum(0, keepdim=True))
         if nearest is not None:
             level.codes[own] = nearest
         if mean is not None and p is not None:
@@ -380,14 +385,13 @@ def chunked_level(level: Level, sampling: Sampling, rest: Tensor, usage: Tensor)
                 mixture = mean.new_empty(len(p), level.values.shape[1])
                 product(p, level.values, mixture)
                 level.mixture[own] = mixture.mul_(2.0**-log2_gain)
-    if level.bias is not None:
-        _sample_the_nearest(level, sampling)
+    _sample_the_nearest(level, sampling)
     if level.values is not None and level.mixture is not None and mean is None:
         is_lost = level.lse.isnan().unsqueeze(1)
         level.mixture.copy_(level.values[level.sampled].masked_fill(is_lost, float("nan")))
     if weights:
         _leave_out_padding(level, sampling)
-        torch.sum(torch.cat([x for x in partials if x is not None]), 0, out=usage)
+        torch.sum(torch.cat(partials), 0, out=usage)
     return mean if mean is None or log2_gain == 0 else mean.mul_(2.0**-log2_gain)
 
 

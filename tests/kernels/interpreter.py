@@ -75,6 +75,7 @@ def choose_form(monkeypatch: pytest.MonkeyPatch, forms: ModuleType, form: str, s
         monkeypatch.setattr(launch, "IN_RANGE", (torch.float32, torch.bfloat16))
     reduced = getattr(forms, "reduced", None)
     if reduced is not None:
+        monkeypatch.setattr(reduced, "SUM_ROWS", 16)
         monkeypatch.setattr(reduced, "IN_RANGE", (torch.float32, torch.bfloat16) if form == "reduced" else ())
         monkeypatch.setattr(reduced, "KEPT_BYTES", 0)
     fused = getattr(forms, "fused", None)
@@ -88,7 +89,9 @@ def choose_form(monkeypatch: pytest.MonkeyPatch, forms: ModuleType, form: str, s
             monkeypatch.setattr(fused, "fused_tiles", lambda dim, device: small)
     if INTERPRETED:
         tiles = forms.Tiles(owned=32, step=step, warps=4, stages=2)
-        config = forms.FlashConfig(*[tiles] * len(forms.FlashConfig._fields))
+        # Passes that share a buffer have steps of their own, as on a GPU.
+        others = [tiles._replace(step=max(16, step >> i % 2)) for i in range(len(forms.FlashConfig._fields))]
+        config = forms.FlashConfig(*others)
         monkeypatch.setattr(forms, "flash_config", lambda dim, device: (max(16, 1 << (dim - 1).bit_length()), config))
 
 

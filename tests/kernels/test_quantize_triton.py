@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -30,6 +30,7 @@ if TRITON and (GPU or INTERPRETED):
     from dgi_kernels import ResidualQuantization, assign_codes, residual_quantize
     from dgi_kernels import tiles as measured
     from dgi_kernels.quantize import triton_forms as forms
+    from dgi_kernels.quantize import triton_gradients as gradients_of_levels
 
 
 @launcher
@@ -38,15 +39,20 @@ def test_all_of_this_file_in_the_interpreter() -> None:
 
 
 @pytest.fixture(params=["flash", "chunked"])
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A form of the launchers; what they allocate holds NaN until it is written."""
     choose_form(monkeypatch, forms, request.param, step=32)
+    monkeypatch.setattr(gradients_of_levels, "PROBABILITY_CODES", 16)
     if request.param == "flash" and random.random() < 0.5:  # as where means do not fit the registers
         b_d_and_config = forms.flash_config
         monkeypatch.setattr(
             forms, "flash_config", lambda *of: (b_d_and_config(*of)[0], b_d_and_config(*of)[1]._replace(forward=None))
         )
     monkeypatch.setattr(forms, "ROW_LARGEST", random.choice([16, 40]))  # rows of 33 codes in two passes, or in one
-    return request.param
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield request.param
+    torch.use_deterministic_algorithms(before)
 
 
 # The least there is; a level of one code; several tiles of rows and, of 32 codes, of codes.
@@ -303,6 +309,34 @@ def test_peaked_rows_lose_nothing(form: str, dtype: torch.dtype) -> None:
     )
     own, floats = ((x - truth).norm(dim=1) / truth.norm(dim=1) for x in (found, usual))
     assert z.dtype == dtype and own.median() <= (20 * floats.median() + 1e-5 if dtype == torch.float32 else 0.02)
+
+
+@runs
+def test_codes_with_a_common_part_keep_their_gradients(form: str) -> None:
+    """Products of z with codes that point one way are large and nearly equal, as is their mean, which is rounded."""
+    offset = 3.0
+    leaves = [
+        (offset + torch.randn(n, 16, device=DEVICE)).to(torch.float16).requires_grad_()
+        for n in (48, random.choice([96, 70]))
+    ]
+    assert_exact(leaves, *scalars(10.0, 2.0), "soft", (1, 0, 0, 9))
+
+    upstream = 0.5 + torch.randn(48, 16, device=DEVICE)
+    (found,), (truth,), (usual,) = (
+        torch.autograd.grad(
+            (
+                residual_quantize(x, [y], 10.0, 2.0, seed=5, backend=backend).quantized[:, 0] * upstream.to(x.dtype)
+            ).sum(),
+            x,
+        )
+        for backend, x, y in (
+            ("triton", *leaves),
+            ("reference", *(x.detach().double().requires_grad_() for x in leaves)),
+            ("reference", *leaves),
+        )
+    )
+    own, theirs = ((x.double() - truth).norm() / truth.norm() for x in (found, usual))
+    assert own < max(2e-3, 0.5 * theirs)
 
 
 @runs
