@@ -134,11 +134,12 @@ def weight_kernel(
     p_dusage,  # (K,) v, or None where it is 0
     p_rnorm,  # (N,) rr, elements stride_m apart
     p_rnorm_e,  # (K,) re, 1 where it is 0
+    p_mean_rnorm_e,  # () their mean
     p_sampled,  # (N,) int64, elements stride_m apart
     p_gain,  # () or None: keeps float16 weights in range
     p_w,  # (N, stride_k) out: w rr_n re_k gain
     p_out,  # (N, D) out: rr_n gain sum_k w e^_k, of weights before their largest changed, or None
-    p_residue,  # (N,) out: rr_n gain (sum_k w - L) sum_k p re_k
+    p_residue,  # (N,) out: rr_n gain (sum_k w - L) sum_k p re_k, the mean standing for all re but the sampled code's
     p_share,  # (N,) out: what the weight of the sampled code has lost, or None where these sums do not know it
     p_dtau,  # (N,) out: sum_k w log2 p, or None
     N,
@@ -181,7 +182,6 @@ def weight_kernel(
     code = tl.load(p_sampled + o_n * stride_m, mask=m_n, other=0)
     largest = tl.load(p_kept + o_n * stride_k + code, mask=m_n, other=1.0).to(tl.float32)
     tl.debug_barrier()  # other threads write where this one has read
-    lengths = tl.zeros((b_n,), tl.float32)
     entropy = tl.zeros((b_n,), tl.float32)
     residue = tl.zeros((b_n,), tl.float32)
     mass = tl.zeros((b_n,), tl.float32)
@@ -201,7 +201,6 @@ def weight_kernel(
         residue += tl.sum(w, axis=1)
         if p_dlse is not None:
             mass += tl.sum(kept, axis=1)
-        lengths += tl.sum(kept * rnorm_e[None, :], axis=1)
         if p_dtau is not None:
             log_p = tl.maximum(fast_log2(kept), -150.0)
             dtau += tl.sum(w * log_p, axis=1)
@@ -223,8 +222,9 @@ def weight_kernel(
         if p_dlse is not None:
             dtau -= log2_gain * dlse * mass * factor
         tl.store(p_dtau + o_n, dtau / factor * tl.exp2(-log2_gain), mask=m_n)
-    tl.store(p_residue + o_n, residue * lengths * tl.exp2(-log2_gain), mask=m_n)
-    share = residue * largest * tl.exp2(-log2_gain) * tl.load(p_rnorm_e + code, mask=m_n, other=0.0)
+    largest *= tl.exp2(-log2_gain)
+    share = residue * largest * tl.load(p_rnorm_e + code, mask=m_n, other=0.0)
+    tl.store(p_residue + o_n, share + residue * (1.0 - largest) * tl.load(p_mean_rnorm_e), mask=m_n)
     if p_share is not None:
         tl.store(p_share + o_n, share, mask=m_n)
     tl.debug_barrier()  # other threads have written these weights

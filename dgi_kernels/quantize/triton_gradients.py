@@ -158,7 +158,7 @@ def flash_gradients(
     (rows, dim), e = level.residual.shape, level.e
     key_gain, value_gain = _gains(level, upstream)
     total, rest = torch.empty_like(rows_of.flow), level.lse.new_empty(2, rows)
-    in_registers = dim <= forms.SUMS_LARGEST
+    in_registers, mean_rnorm_e = dim <= forms.SUMS_LARGEST, level.factor_e.mean()
     mixed = level.quantized
     if mixed is None:  # straight through: z~ is a code, and no mixture
         mixed = level.lse.new_empty(rows, dim)
@@ -172,7 +172,7 @@ def flash_gradients(
         expected = _probabilities(part, of_part, of_rows, kept, mixed[own])
         of_tau = None if rows_of.of_tau is None else rows_of.of_tau[own]
         sums = total[own] if in_registers else None
-        _weights(part, of_part, of_rows, kept, expected, key_gain, w, sums, rest[:, own], of_tau)
+        _weights(part, of_part, of_rows, kept, expected, mean_rnorm_e, key_gain, w, sums, rest[:, own], of_tau)
         if sums is None:
             product(w, e, total[own])
         add = product if own.start == 0 else add_product
@@ -240,6 +240,7 @@ def _weights(
     upstream: Upstream,
     kept: Tensor,
     expected: Tensor,
+    mean_rnorm_e: Tensor,
     gain: Tensor | None,
     w: Tensor,
     sums: Tensor | None,
@@ -264,6 +265,7 @@ def _weights(
         p_dusage=upstream.dusage,
         p_rnorm=level.rnorm,
         p_rnorm_e=level.factor_e,
+        p_mean_rnorm_e=mean_rnorm_e,
         p_sampled=level.sampled,
         p_gain=gain,
         p_w=w,
