@@ -79,11 +79,12 @@ def level(v: Values, grid: tuple[int, ...]) -> Work:
     work = flash(1 + v["soft"], owns_rows=True)(v, grid)
     if v["p_kept"] is None:
         return work
-    return replace(work, moved=kept_bytes(v, 1) + 2 * v["N"] * v["D"] + 4 * v["soft"] * v["N"] * v["D"])
+    of_rows = v["N"] * ((2 + 4 * v["soft"]) * v["D"] + 24)  # what is read and mixed; two codes and the log-normalizer
+    return replace(work, moved=kept_bytes(v, 1) + v["p_top"].numel() * 4 + of_rows)
 
 
 def usage(v: Values, grid: tuple[int, ...]) -> Work:
-    return Work(v["N"] * v["K"], moved=kept_bytes(v, 1))
+    return Work(v["N"] * v["K"], moved=kept_bytes(v, 1) + v["p_top"].numel() * 4)
 
 
 def probabilities(v: Values, grid: tuple[int, ...]) -> Work:

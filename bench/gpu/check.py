@@ -55,7 +55,7 @@ def cosine(gpu: Gpu, dtype: torch.dtype, d: int, n: int, k: int, *, columns: boo
     torch.manual_seed(d)
     h, weight = (torch.randn(rows, d, device=gpu.device).to(dtype) for rows in (n, k))
     target = torch.randint(k, (n,), device=gpu.device)
-    near = torch.arange(n, device=gpu.device) % 3 == 0  # rows near their target: most of their tiles are left out
+    near = torch.arange(n, device=gpu.device) % 3 == 0  # rows near their target
     h = torch.where(near[:, None], weight[target] + 0.3 * h, h)
     options: dict[str, Any] = {"label_smoothing": 0.0 if columns else 0.1, "reduction": "sum"}
     given: dict[str, Tensor] = {}

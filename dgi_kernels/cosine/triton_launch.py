@@ -22,8 +22,9 @@ class FlashConfig(NamedTuple):
 
 
 # Architecture -> dimensions up to -> tiles: all that the launchers can choose, each compiled by bench/gpu_code.py. They
-# are the largest tried that spill no registers; which are the fastest is to be measured, and is then kept by GPU model
-# in dgi_kernels/tiles. Others than 9 and 10 take those of 8, which need at most 99 KB of shared memory.
+# are the largest tried that spill no registers, on Hopper for D <= 64 those of least time by the counts of
+# bench/gpu_time.py; which are the fastest is to be measured, and is then kept by GPU model in dgi_kernels/tiles. Others
+# than 9 and 10 take those of 8, which need at most 99 KB of shared memory.
 FLASH = {
     8: {
         64: FlashConfig(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3)),
@@ -40,7 +41,7 @@ FLASH = {
 }
 FLASH_LARGEST = 128
 IN_RANGE = (torch.bfloat16,)  # dtypes that hold exponentials of all scores of a plain scale
-FLASH_ROWS = 8192  # from which the rows alone fill a GPU: 64 tiles
+FLASH_ROWS = 8192  # from which the rows alone fill a GPU: 64 tiles or more
 SUM_BLOCK = (32, 64)
 SUM_PROGRAMS = 64
 
