@@ -52,12 +52,17 @@ class Upstream(NamedTuple):
 
 
 class Off(NamedTuple):
-    """What is to be taken off the sums of a level's weights and codes: names are those of finish_kernel's arguments."""
+    """What is to be taken off the sums of a level's weights and codes, by the names of finish_kernel's arguments."""
 
-    residue: Tensor  # (N,)
-    mixed: Tensor  # (N, D)
-    centre: Tensor | None  # (D,)
-    share: Tensor | None  # (N,)
+    p_residue: Tensor | None = None  # (N,)
+    p_mixed: Tensor | None = None  # (N, D)
+    p_centre: Tensor | None = None  # (D,)
+    p_share: Tensor | None = None  # (N,)
+    p_code: Tensor | None = None  # (N,)
+    p_e: Tensor | None = None  # (K, D)
+
+
+NOTHING = Off()
 
 
 class RowSums(NamedTuple):
@@ -182,7 +187,9 @@ def flash_gradients(
             dbias.add_(w.sum(0, dtype=torch.float32))
     if dbias is not None:
         dbias.div_(sampling.row_factor if key_gain is None else sampling.row_factor * key_gain)
-    off = Off(rest[0], mixed, level.centre if level.quantized is not None else None, None if in_registers else rest[1])
+    off = Off(rest[0], mixed, None if level.quantized is None else level.centre)
+    if not in_registers:
+        off = off._replace(p_share=rest[1], p_code=level.sampled, p_e=e)
     _finish(
         total,
         level.residual,
@@ -194,7 +201,6 @@ def flash_gradients(
         rows_of.flow,
         rows_of.of_scale,
         off,
-        level,
     )
     log2_gain = LOG2_GAIN[e.dtype]
     value_gain = None if value_gain is None else value_gain * 2.0**log2_gain
@@ -369,20 +375,13 @@ def _finish(
     add_gain: Tensor | None,
     out: Tensor,
     radial: Tensor | None,
-    off: Off | None = None,
-    level: Level | None = None,
+    off: Off = NOTHING,
 ) -> None:
     rows, dim = total.shape
     b_n, b_d = finish_block(dim)
-    residue, mixed, centre, share = off or (None, None, None, None)
     kernels.finish_kernel[(triton.cdiv(rows, b_n),)](
         total,
-        p_residue=residue,
-        p_mixed=mixed,
-        p_centre=centre,
-        p_share=share,
-        p_code=None if level is None or share is None else level.sampled,
-        p_e=None if level is None or share is None else level.e,
+        **off._asdict(),
         p_x=x,
         p_rnorm=rnorm,
         p_factor=sampling.factor,
@@ -395,7 +394,7 @@ def _finish(
         D=dim,
         stride_d=x.stride(0),
         stride_m=rnorm.stride(0),
-        stride_z=dim if mixed is None else mixed.stride(0),
+        stride_z=dim if off.p_mixed is None else off.p_mixed.stride(0),
         eps=sampling.eps,
         plain=sampling.plain,
         b_n=b_n,
