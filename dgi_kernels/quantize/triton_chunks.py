@@ -2,7 +2,8 @@
 
 The formulas are those of :mod:`dgi_kernels.quantize.triton_kernels`. A program takes whole rows. Where a row fits its
 registers (K <= ROW_LARGEST) it is read once; else a kernel passes over it twice, and what the second pass needs lies
-where the products lay, so that noise is made once forward and once backward either way.
+where the products lay, so that noise is made once forward and once backward either way (backward in the second pass
+once more, for a gradient of sigma).
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class Level:
     mixture: Tensor | None  # (N, V), its rows m V apart: p V
 
     def of_rows(self, own: slice) -> Level:
-        """Views of some rows, but for those of the mixture."""
+        """Views of some rows, but for those of z~ and the mixture."""
         names = ("residual", "codes", "sampled", "lse", "rnorm")
         return replace(self, **{name: getattr(self, name)[own] for name in names})
 
