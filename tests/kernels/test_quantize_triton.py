@@ -237,6 +237,17 @@ def test_scale_of_the_noise_and_its_rows(form: str, metric: str) -> None:
 
 
 @runs
+@pytest.mark.parametrize("mode", ["soft", "straight_through"])
+def test_rows_without_noise_sample_their_code(form: str, mode: str) -> None:
+    """Also of codes that are so near each other that the rounding of another formula would choose another."""
+    z = torch.randn(64, 16, device=DEVICE)
+    codebook = torch.randn(16, device=DEVICE) + 1e-7 * torch.randn(16, 16, device=DEVICE)
+    given = random.choice([{"noise_scale": 0.0}, {"noise_rows": torch.zeros(64, dtype=torch.bool, device=DEVICE)}])
+    result = residual_quantize(z, [codebook, codebook], 7.3, mode=mode, seed=3, backend="triton", **given)
+    assert torch.equal(result.sampled, result.codes)
+
+
+@runs
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("mode", ["soft", "straight_through"])
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
