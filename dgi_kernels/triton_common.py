@@ -57,9 +57,11 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.mm(a.float(), b.float(), out=out)
 
 
-def add_product(a: Tensor, b: Tensor, total: Tensor) -> None:
-    """total (float32) += a @ b"""
-    if a.dtype == torch.float32:
+def add_product(a: Tensor, b: Tensor, total: Tensor, *, begins: bool = False) -> None:
+    """total (float32) += a @ b, or = where the sum ``begins``"""
+    if begins:
+        product(a, b, total)
+    elif a.dtype == torch.float32:
         total.addmm_(a, b)
     elif total.is_cuda and SUMS_IN_PLACE:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)

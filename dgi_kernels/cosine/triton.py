@@ -20,7 +20,6 @@ from dgi_kernels import triton_common as common
 from dgi_kernels.cosine import triton_chunks as chunks
 from dgi_kernels.cosine import triton_fused as fused
 from dgi_kernels.cosine import triton_kernels as kernels
-from dgi_kernels.cosine import triton_launch as launch  # noqa: F401 (tests choose by it)
 from dgi_kernels.cosine import triton_reduced as reduced
 from dgi_kernels.cosine.options import Columns, LossOptions
 from dgi_kernels.cosine.triton_launch import (

@@ -158,8 +158,7 @@ def gradients(
         if of_bias is not None:
             dbias += of_bias[:row_tiles].sum(0)
         if dweight.numel():
-            add = product if first == 0 else add_product
-            add(chunk.T, own_h, total)
+            add_product(chunk.T, own_h, total, begins=first == 0)
         part = row_total[:, :count]
         product(chunk, weight, part[0])
         finish(part, None, own_h, rnorm_h[own], gain, None, saved.scale, saved.eps, True, dh[own], radial[own])

@@ -21,11 +21,11 @@ from dgi_kernels import tiles as measured
 from dgi_kernels.cosine import triton_fused as fused
 from dgi_kernels.cosine import triton_products as products
 from dgi_kernels.cosine.options import LossOptions
+from dgi_kernels.cosine.triton_launch import IN_RANGE as IN_RANGE
 from dgi_kernels.cosine.triton_launch import finish, meet_targets, tiled, tiled_dim, weighted_sum
 from dgi_kernels.cosine.triton_saved import may_replace
-from dgi_kernels.triton_common import add_product, norms, product
+from dgi_kernels.triton_common import add_product, norms
 
-IN_RANGE = (torch.bfloat16,)  # dtypes that hold exponentials of all scores of a plain scale, and have fused products
 KEPT_BYTES = 20 << 20  # a chunk's weights and dw's sums
 ROWS_BLOCK = (16, 32, 128)  # rows, column tiles, dimensions
 SUM_ROWS = 2048  # of a part of the loss
@@ -202,8 +202,7 @@ def _chunks(h: Tensor, weight: Tensor, made: Made, of_row: dict[str, Tensor], sm
             num_warps=4,
         )
         if scaled is not None:
-            add = product if first == 0 else add_product
-            add(chunk.T, scaled, made.dweight)
+            add_product(chunk.T, scaled, made.dweight, begins=first == 0)
         if len(made.dh):
             torch.mm(chunk, weight, out=made.dh[own])
 

@@ -221,6 +221,42 @@ def chunk_nearest_kernel(
     tl.store(p_codes + i_n * stride_m, code.to(tl.int64))
 
 
+@triton.jit
+def log_p_of(
+    p_s, p_rnorm_e, p_bias, p_seed, scale_r, inv_tau, sigma, lse, i_n, row_offset, level, first, K,
+    noisy: tl.constexpr, b_k: tl.constexpr,
+):  # fmt: skip
+    """log2 p of the codes first ... first + b_k - 1 of a row, and their noise, where there is any."""
+    o_k = first + tl.arange(0, b_k)
+    m_k = o_k < K
+    rnorm_e = tl.load(p_rnorm_e + o_k, mask=m_k, other=0.0)
+    y = scores(tl.load(p_s + o_k, mask=m_k, other=0.0), scale_r, rnorm_e, code_bias(p_bias, o_k, m_k))
+    g = y
+    if noisy:
+        g = row_noise(p_seed, i_n, row_offset, level, first, b_k)
+        y += g * sigma
+    return y * inv_tau - lse, g
+
+
+@triton.jit
+def c_of(p_c, p_dusage, norm, o_k, m_k):
+    c = tl.load(p_c + o_k, mask=m_k, other=0.0) * norm
+    if p_dusage is not None:
+        c += tl.load(p_dusage + o_k, mask=m_k, other=0.0)
+    return c
+
+
+@triton.jit
+def store_weights(p_w, p_y, w, p, gain, value_gain, p_rnorm_e, sampled, o_k, m_k, straight_through: tl.constexpr):
+    """What both gradients' products need of w and of p."""
+    rnorm_e = tl.load(p_rnorm_e + o_k, mask=m_k, other=0.0)
+    w *= gain * tl.where(rnorm_e == 0.0, 1.0, rnorm_e)
+    tl.store(p_w + o_k, w.to(p_w.dtype.element_ty), mask=m_k)
+    if straight_through:
+        p = (o_k == sampled).to(tl.float32)
+    tl.store(p_y + o_k, (p * value_gain).to(p_y.dtype.element_ty), mask=m_k)
+
+
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=PER_ROW)
 def chunk_gradient_kernel(
     p_s,  # (rows, K) float32: products r . e
@@ -266,14 +302,10 @@ def chunk_gradient_kernel(
     for first in range(0, K, b_k):
         o_k = first + tl.arange(0, b_k)
         m_k = o_k < K
-        rnorm_e = tl.load(p_rnorm_e + o_k, mask=m_k, other=0.0)
-        y = scores(tl.load(p_s + o_k, mask=m_k, other=0.0), scale_r, rnorm_e, code_bias(p_bias, o_k, m_k))
-        if noisy:
-            y += row_noise(p_seed, i_n, row_offset, level, first, b_k) * sigma
-        log_p = y * inv_tau - lse
-        c = tl.load(p_c + o_k, mask=m_k, other=0.0) * norm
-        if p_dusage is not None:
-            c += tl.load(p_dusage + o_k, mask=m_k, other=0.0)
+        log_p, _ = log_p_of(
+            p_s, p_rnorm_e, p_bias, p_seed, scale_r, inv_tau, sigma, lse, i_n, row_offset, level, first, K, noisy, b_k
+        )
+        c = c_of(p_c, p_dusage, norm, o_k, m_k)
         p = tl.where(m_k, tl.exp2(log_p), 0.0)
         mean += tl.sum(p * c, axis=0)
         mass += tl.sum(p, axis=0)
@@ -291,21 +323,16 @@ def chunk_gradient_kernel(
         o_k = first + tl.arange(0, b_k)
         m_k = o_k < K
         log_p = tl.load(p_s + o_k, mask=m_k, other=0.0)
-        c = tl.load(p_c + o_k, mask=m_k, other=0.0) * norm
-        if p_dusage is not None:
-            c += tl.load(p_dusage + o_k, mask=m_k, other=0.0)
-        rnorm_e = tl.load(p_rnorm_e + o_k, mask=m_k, other=0.0)
+        c = c_of(p_c, p_dusage, norm, o_k, m_k)
         p = tl.where(m_k, tl.exp2(log_p), 0.0)
         w = p * (c - shift)
         if p_dtau is not None:
             dtau += tl.sum(tl.where(p > 0.0, w * log_p, p), axis=0)
         if p_dsigma is not None:
             dsigma += tl.sum(w * row_noise(p_seed, i_n, row_offset, level, first, b_k), axis=0)
-        w *= gain * tl.where(rnorm_e == 0.0, 1.0, rnorm_e)
-        tl.store(p_w + i_n * K + o_k, w.to(p_w.dtype.element_ty), mask=m_k)
-        if straight_through:
-            p = (o_k == sampled).to(tl.float32)
-        tl.store(p_y + i_n * K + o_k, (p * value_gain).to(p_y.dtype.element_ty), mask=m_k)
+        store_weights(
+            p_w + i_n * K, p_y + i_n * K, w, p, gain, value_gain, p_rnorm_e, sampled, o_k, m_k, straight_through
+        )
     if p_dtau is not None:
         tl.store(p_dtau + i_n, dtau)
     if p_dsigma is not None:
@@ -348,20 +375,15 @@ def row_gradient_kernel(
     o_k = tl.arange(0, b_k)
     m_k = o_k < K
     rnorm = tl.load(p_rnorm + i_n * stride_m)
-    rnorm_e = tl.load(p_rnorm_e + o_k, mask=m_k, other=0.0)
     scale_r = rnorm * (tl.load(p_scale) * LOG2E)
     inv_tau = 1.0 / tl.load(p_tau)
+    sigma = 1.0 if p_sigma is None else tl.load(p_sigma + i_n)
+    lse = tl.load(p_lse + i_n * stride_m) * LOG2E
     norm = 1.0 if p_norm is None else tl.load(p_norm + i_n)
-    s = tl.load(p_s + i_n * K + o_k, mask=m_k, other=0.0)
-    c = tl.load(p_c + i_n * K + o_k, mask=m_k, other=0.0) * norm
-    if p_dusage is not None:
-        c += tl.load(p_dusage + o_k, mask=m_k, other=0.0)
-    y = scores(s, scale_r, rnorm_e, code_bias(p_bias, o_k, m_k))
-    g = y
-    if noisy:
-        g = row_noise(p_seed, i_n, row_offset, level, 0, b_k)
-        y += g if p_sigma is None else g * tl.load(p_sigma + i_n)
-    log_p = y * inv_tau - tl.load(p_lse + i_n * stride_m) * LOG2E
+    log_p, g = log_p_of(
+        p_s + i_n * K, p_rnorm_e, p_bias, p_seed, scale_r, inv_tau, sigma, lse, i_n, row_offset, level, 0, K, noisy, b_k
+    )
+    c = c_of(p_c + i_n * K, p_dusage, norm, o_k, m_k)
     p = tl.where(m_k, tl.exp2(log_p), 0.0)
     mass = tl.sum(p, axis=0)
     shift = tl.where(mass == 0.0, 0.0, tl.sum(p * c, axis=0) / mass)  # 0 of padding
@@ -373,10 +395,9 @@ def row_gradient_kernel(
     if p_dsigma is not None:
         tl.store(p_dsigma + i_n, tl.sum(w * g, axis=0))
     gain = tl.where(rnorm == 0.0, 1.0, rnorm) * (1.0 if p_gain is None else tl.load(p_gain))
-    w *= gain * tl.where(rnorm_e == 0.0, 1.0, rnorm_e)
-    tl.debug_barrier()  # in place of what other threads have read
-    tl.store(p_w + i_n * stride_w + o_k, w.to(p_w.dtype.element_ty), mask=m_k)
-    if straight_through:
-        p = (o_k == tl.load(p_sampled + i_n * stride_m)).to(tl.float32)
     value_gain = norm * (1.0 if p_value_gain is None else tl.load(p_value_gain))
-    tl.store(p_y + i_n * stride_w + o_k, (p * value_gain).to(p_y.dtype.element_ty), mask=m_k)
+    sampled = tl.load(p_sampled + i_n * stride_m)
+    p_w += i_n * stride_w
+    p_y += i_n * stride_w
+    tl.debug_barrier()  # in place of what other threads have read
+    store_weights(p_w, p_y, w, p, gain, value_gain, p_rnorm_e, sampled, o_k, m_k, straight_through)

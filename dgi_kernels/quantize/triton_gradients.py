@@ -16,6 +16,7 @@ from dgi_kernels.quantize import triton_forms as forms
 from dgi_kernels.quantize import triton_gradient_kernels as kernels
 from dgi_kernels.quantize.triton_forms import blocks
 from dgi_kernels.quantize.triton_levels import (
+    LOG2_GAIN,
     STRAIGHT_THROUGH,
     Level,
     Sampling,
@@ -26,7 +27,6 @@ from dgi_kernels.quantize.triton_levels import (
 )
 from dgi_kernels.triton_common import add_product, finish_block, gain_of, or_one, product
 
-LOG2_GAIN = {torch.float32: 0.0, torch.float16: 10.0, torch.bfloat16: 0.0}  # of p: small ones stay normal numbers
 PROBABILITY_CODES = 256  # of one program, at least: more programs leave fewer multiprocessors idle
 
 
@@ -180,9 +180,8 @@ def flash_gradients(
         _weights(part, of_part, of_rows, kept, expected, mean_rnorm_e, key_gain, w, sums, rest[:, own], of_tau)
         if sums is None:
             product(w, e, total[own])
-        add = product if own.start == 0 else add_product
-        add(w.T, part.residual, key)
-        add(kept.T, z[own], value)
+        add_product(w.T, part.residual, key, begins=own.start == 0)
+        add_product(kept.T, z[own], value, begins=own.start == 0)
         if dbias is not None:
             dbias.add_(w.sum(0, dtype=torch.float32))
     if dbias is not None:
@@ -340,11 +339,10 @@ def chunked_gradients(
         )
         if dbias is not None:
             dbias.add_(w.sum(0, dtype=torch.float32))
-        add = product if own.start == 0 else add_product
-        add(w.T, level.residual[own], key)
-        add(y.T, upstream.unit[own], value)
+        add_product(w.T, level.residual[own], key, begins=own.start == 0)
+        add_product(y.T, upstream.unit[own], value, begins=own.start == 0)
         if upstream.unit_of_mixture is not None and mixed is not None:
-            add(y.T, upstream.unit_of_mixture[own], mixed)
+            add_product(y.T, upstream.unit_of_mixture[own], mixed, begins=own.start == 0)
         total = torch.empty_like(flow[own])
         product(w, e, total)
         _finish(

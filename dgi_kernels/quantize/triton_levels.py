@@ -22,7 +22,9 @@ from dgi_kernels.quantize.triton_forms import blocks
 from dgi_kernels.triton_common import finish_block, multiprocessors, product
 
 USAGE_ROWS, USAGE_BLOCKS = 64, 8  # rows of a tile of p that is summed; blocks on a multiprocessor
-KEPT_GAIN = {torch.float32: 0.0, torch.float16: 6.0, torch.bfloat16: 0.0}  # in base 2: small p stay normal numbers
+# In base 2, so that small p stay normal numbers: of those relative to a running maximum, up to 2^SLACK, and of others.
+KEPT_GAIN = {torch.float32: 0.0, torch.float16: 6.0, torch.bfloat16: 0.0}
+LOG2_GAIN = {torch.float32: 0.0, torch.float16: 10.0, torch.bfloat16: 0.0}
 SOFT, STRAIGHT_THROUGH, HARD = map(MODES.index, ("soft", "straight_through", "hard"))
 COSINE, DOT, EUCLIDEAN = map(METRICS.index, ("cosine", "dot", "euclidean"))
 
@@ -299,7 +301,12 @@ def flash_chunks(level: Level, buffers: int) -> Iterator[tuple]:
     memory = e.new_empty(buffers, size, pitch)
     if pitch > len(e):
         memory[:, :, len(e) :] = 0.0
-    memory = memory[:, :, : len(e)]
+    yield from _slices(rows, memory[:, :, : len(e)])
+
+
+def _slices(rows: int, memory: Tensor) -> Iterator[tuple]:
+    """Slices of rows, each with its part of the buffers (buffers, size, ...)."""
+    size = memory.shape[1]
     for start in range(0, rows, size):
         own = slice(start, min(start + size, rows))
         yield own, *memory[:, : own.stop - own.start]
@@ -356,7 +363,7 @@ def _leave_out_padding(level: Level, sampling: Sampling) -> None:
 def chunked_level(level: Level, sampling: Sampling, rest: Tensor, usage: Tensor) -> Tensor | None:
     """What :func:`flash_level` does."""
     e, weights = level.e, sampling.mode != HARD
-    log2_gain = 10.0 if e.dtype == torch.float16 else 0.0  # small p stay normal numbers
+    log2_gain = LOG2_GAIN[e.dtype]
     mean = level.lse.new_empty(level.residual.shape) if sampling.mode == SOFT else None
     partials = []
     for own, s in chunks_of(level, 1):
@@ -374,9 +381,9 @@ def chunked_level(level: Level, sampling: Sampling, rest: Tensor, usage: Tensor)
                 num_warps=4,
             )
         part, of_part = level.of_rows(own), sampling.of_rows(own)
-        partial = _chunk(part, of_part, s, p, log2_gain)
-        if partial is not None:
-            partials.append(partial.sum(0, keepdim=True))
+        uses = _chunk(part, of_part, s, p, log2_gain)
+        if uses is not None:
+            partials.append(uses)
         if nearest is not None:
             level.codes[own] = nearest
         if mean is not None and p is not None:
@@ -396,7 +403,7 @@ def chunked_level(level: Level, sampling: Sampling, rest: Tensor, usage: Tensor)
 
 
 def _chunk(level: Level, sampling: Sampling, s: Tensor, p: Tensor | None, log2_gain: float) -> Tensor | None:
-    """Fill codes, sampled and lse of some rows, and p 2^log2_gain, where it is given; return partial sums of p."""
+    """Fill codes, sampled and lse of some rows, and p 2^log2_gain, where it is given; return the sum of p, (1, K)."""
     rows, codes = s.shape
     shared = {
         **sampling.arguments(level),
@@ -424,7 +431,7 @@ def _chunk(level: Level, sampling: Sampling, s: Tensor, p: Tensor | None, log2_g
             num_stages=2,
             maxnreg=forms.ROW_REGISTERS,
         )
-        return partial
+        return partial if partial is None else partial.sum(0, keepdim=True)
     chunks.chunk_level_kernel[(rows,)](s, p, **shared, b_k=forms.CHUNK_STEP, num_warps=forms.CHUNK_WARPS)
     if p is None:
         return None
@@ -443,10 +450,7 @@ def chunks_of(level: Level, buffers: int) -> Iterator[tuple]:
     """Slices of rows, each with float32 buffers (rows, K) for products: the same memory for all."""
     rows, e = len(level.residual), level.e
     size = rows_of_chunk(level, len(e) * buffers * (4 if in_place(e) else 6))
-    memory = level.rnorm_e.new_empty(buffers, size, len(e))
-    for start in range(0, rows, size):
-        own = slice(start, min(start + size, rows))
-        yield own, *memory[:, : own.stop - own.start]
+    yield from _slices(rows, level.rnorm_e.new_empty(buffers, size, len(e)))
 
 
 def in_place(e: Tensor) -> bool:
@@ -456,6 +460,4 @@ def in_place(e: Tensor) -> bool:
 
 def weights_of(products: Tensor, e: Tensor) -> Tensor:
     """Where weights in the dtype of ``e`` go: their rows may be further apart than they are long."""
-    if e.dtype == torch.float32:
-        return products
     return products.view(e.dtype)[:, : len(e)] if in_place(e) else torch.empty_like(products, dtype=e.dtype)

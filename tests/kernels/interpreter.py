@@ -70,7 +70,7 @@ def choose_form(monkeypatch: pytest.MonkeyPatch, forms: ModuleType, form: str, s
     monkeypatch.setattr(forms, "CHUNK_STEP", 32)
     if hasattr(forms, "FLASH_ROWS"):
         monkeypatch.setattr(forms, "FLASH_ROWS", 0)
-    launch = getattr(forms, "launch", None)
+    launch = sys.modules.get(f"{forms.__name__}_launch")
     if launch is not None:
         monkeypatch.setattr(launch, "IN_RANGE", (torch.float32, torch.bfloat16))
     reduced = getattr(forms, "reduced", None)
