@@ -4,7 +4,8 @@ Two models with the same weights, batches and noise are trained side by side, st
 ``backend="auto"`` in all ops, the other with ``backend="reference"`` (plain PyTorch). The table has the median seconds
 of a step and the largest relative difference of their losses over the first steps and over all: rounding grows from
 step to step, as it does between any two kernels. "demo" is ``make demo``'s model and data (MovieLens-100K, fetched on
-first use); "large" the default codebooks (4096, 1024, 256) at D = 256 over item vectors, random ones.
+first use); "large" the default codebooks (4096, 1024, 256) at D = 256 over item vectors, random ones. On a GPU a third
+model takes each step as one CUDA graph.
 
 ``DGI_BASE=<checkout of another commit, built in place>`` adds a table of a step beside the same by that commit's code,
 in a process that takes turns with this one: of "demo", and of "deep", the demo at D = 128 with 4 + 4 layers. Both start
@@ -35,7 +36,8 @@ from dgi.data import Catalog, Interactions, load_movielens
 from dgi.demo import DEMO_MODEL, DEMO_TRAINING
 from dgi.progress import Progress
 
-BACKENDS = ("auto", "reference")
+# "graph": as "auto", each step one CUDA graph.
+BACKENDS = ("auto", "reference", "graph") if torch.cuda.is_available() else ("auto", "reference")
 FIRST = 10  # steps within which rounding has not grown yet
 
 
@@ -96,7 +98,13 @@ def trainers(make: Callable[[], Case]) -> dict[str, Trainer]:
     first._start(resume=False)  # sets the codebooks
     return {
         backend: Trainer(
-            with_backend(copy.deepcopy(model), backend), training, catalog, interactions, None, progress=False
+            copy.deepcopy(model),
+            training,
+            catalog,
+            interactions,
+            None,
+            progress=False,
+            **({"cuda_graph": True} if backend == "graph" else {}),
         )
         for backend in BACKENDS
     }
@@ -105,41 +113,68 @@ def trainers(make: Callable[[], Case]) -> dict[str, Trainer]:
 def with_backend(module: torch.nn.Module, backend: str) -> torch.nn.Module:
     for part in module.modules():
         if hasattr(part, "backend"):
-            part.backend = backend
+            part.backend = "auto" if backend == "graph" else backend
     return module.train()
 
 
 def update_steps(make: Callable[[], Case]) -> dict[str, Step]:
     """One training step of each backend, every call with the next batch."""
-    return {backend: update_step(trainer, backend) for backend, trainer in trainers(make).items()}
+    return {backend: endless_steps(trainer, backend) for backend, trainer in trainers(make).items()}
 
 
-def prepared(trainer: Trainer) -> tuple[torch.nn.Module, list[tuple[int, object]]]:
-    """The loss of a trainer without stages, and the batches of its first epoch with the steps they belong to."""
-    if not hasattr(trainer, "_loss_step"):  # an older commit
-        return LossStep(trainer.model.train(), trainer.config), list(trainer._batches(0))
+# batch, step -> the values of its losses, for which it waits
+Take = Callable[[object, int], dict[str, float]]
+
+
+def prepared(trainer: Trainer, backend: str = "auto") -> tuple[Take, list[tuple[int, object]]]:
+    """What takes the steps of a trainer without stages, and the batches of its first epoch with their steps."""
+    if not hasattr(trainer, "_stage_update"):
+        return prepared_before(trainer)
     (span,) = trainer.schedule.spans
-    return trainer._loss_step(span), [(step, trainer._batch(step, span)) for step in range(trainer.epoch_steps)]
+    update = trainer._stage_update(span)
+    with_backend(update.loss_step, backend)
+
+    def take(batch: object, step: int) -> dict[str, float]:
+        result = trainer._update(update, batch, step)
+        values = update.values()[1]
+        trainer._tend_codes(step, result)
+        return values
+
+    return take, [(step, trainer._batch(step, span)) for step in range(trainer.epoch_steps)]
 
 
-def update_step(trainer: Trainer, backend: str) -> Step:
-    loss_step, batches = prepared(trainer)
-    with_backend(loss_step, backend)
+def prepared_before(trainer: Trainer) -> tuple[Take, list[tuple[int, object]]]:
+    """As :func:`prepared`, of older commits."""
+    if not hasattr(trainer, "_loss_step"):
+        loss_step, batches = LossStep(trainer.model.train(), trainer.config), list(trainer._batches(0))
+    else:
+        (span,) = trainer.schedule.spans
+        loss_step = trainer._loss_step(span)
+        batches = [(step, trainer._batch(step, span)) for step in range(trainer.epoch_steps)]
+
+    def take(batch: object, step: int) -> dict[str, float]:
+        result, values = trainer._update(loss_step, batch, step)
+        trainer._tend_codes(step, result)
+        return values
+
+    return take, batches
+
+
+def endless_steps(trainer: Trainer, backend: str) -> Step:
+    take, batches = prepared(trainer, backend)
     steps = itertools.cycle(batches)
-    return lambda: trainer._update(loss_step, *reversed(next(steps)))
+    return lambda: take(*reversed(next(steps)))
 
 
 def run(case: str, steps: int, results: Results) -> None:
     systems = trainers(CASES[case])
     losses: dict[str, list[float]] = {backend: [] for backend in BACKENDS}
     times: dict[str, list[float]] = {backend: [] for backend in BACKENDS}
-    loss_steps = {name: with_backend(prepared(trainer)[0], name) for name, trainer in systems.items()}
+    takes = {name: prepared(trainer, name)[0] for name, trainer in systems.items()}
     batches = prepared(systems["auto"])[1]
 
     def update(name: str, batch: object, step: int) -> None:
-        result, values = systems[name]._update(loss_steps[name], batch, step)
-        systems[name]._tend_codes(step, result)
-        losses[name].append(values["loss"])
+        losses[name].append(takes[name](batch, step)["loss"])
 
     with Progress(steps, case, unit="steps") as bar:
         for step, batch in batches[:steps]:
@@ -148,11 +183,12 @@ def run(case: str, steps: int, results: Results) -> None:
             bar.update()
     differences = [abs(a - b) / abs(b) for a, b in zip(losses["auto"], losses["reference"], strict=True)]
     median = {name: statistics.median(values[1:]) for name, values in times.items()}
+    in_graph = f"; in a graph {median['graph']:.4f}" if "graph" in median else ""
     config = systems["auto"].model.config
     print(
         f"{case}: D={config.dim}, K={config.codebook_sizes}, batches of {systems['auto'].rank_batch}; {title()}\n"
         f"  seconds a step, medians of {len(differences) - 1}: auto {median['auto']:.4f}, reference "
-        f"{median['reference']:.4f}; auto is {median['reference'] / median['auto']:.2f} times as fast\n"
+        f"{median['reference']:.4f}; auto is {median['reference'] / median['auto']:.2f} times as fast{in_graph}\n"
         f"  loss {losses['auto'][0]:.4f} -> {losses['auto'][-1]:.4f}; largest relative difference over the first "
         f"{FIRST} steps {max(differences[:FIRST]):.1e}, over all {max(differences):.1e}",
         flush=True,
@@ -168,14 +204,7 @@ def plain_step(make: Callable[[], Case]) -> Step:
     torch.manual_seed(training.seed)
     trainer = Trainer(DGIModel(config), training, catalog, interactions, None, progress=False)
     trainer._start(resume=False)
-    loss_step, batches = prepared(trainer)
-    steps = itertools.cycle(batches)
-
-    def update() -> None:
-        step, batch = next(steps)
-        trainer._tend_codes(step, trainer._update(loss_step, batch, step)[0])
-
-    return update
+    return endless_steps(trainer, "auto")
 
 
 def run_beside_base(case: str, steps: int, results: Results) -> None:

@@ -26,6 +26,7 @@ TRITON = (
     "tests/kernels/test_cosine_logits_triton.py",
     "tests/kernels/test_log_normalizer_triton.py",
     "tests/kernels/test_clustering_triton.py",
+    "tests/dgi/training/test_update.py",
 )
 EACH = "gpu.each_test"  # the plugin that writes each outcome when it is there
 

@@ -62,6 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help=f"continue the run in --output from its last checkpoint, with its {CONFIG_FILE}",
     )
+    parser.add_argument(
+        "--cuda-graph",
+        action="store_true",
+        help="take each step as one CUDA graph, for models of which a step takes longer to launch than to run; needs a "
+        "CUDA device and one process",
+    )
     add_run_options(parser)
 
 
@@ -106,6 +112,7 @@ def run(args: argparse.Namespace) -> None:
             args.output,
             device=None if args.device is None else device(args.device),
             progress=args.progress,
+            cuda_graph=args.cuda_graph,
         )
         if trainer.folder is not None and not trainer.folder.checkpoints.paths():
             _write_config(args.output / CONFIG_FILE, model_config, train_config)

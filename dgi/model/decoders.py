@@ -124,7 +124,10 @@ class TransformerDecoder(nn.Module):
         bos = self.bos.to(inputs.dtype).expand(len(inputs), 1, -1)
         states = torch.cat([bos, self.input(inputs)], 1) + self.positions[: inputs.shape[1] + 1]
         future = torch.ones(states.shape[1], states.shape[1], dtype=torch.bool, device=states.device).triu(1)
-        states = self.layers(states, self.memory(memory), tgt_mask=future, memory_key_padding_mask=~mask)
+        # Told that the mask is causal, torch need not compare it, which would wait for the device.
+        states = self.layers(
+            states, self.memory(memory), tgt_mask=future, tgt_is_causal=True, memory_key_padding_mask=~mask
+        )
         return self.output(states)
 
     def start_search(self, memory: Tensor, mask: Tensor) -> DecoderCache:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 _LEAST = 1e-9  # of a prefix that the softmax gives nothing
@@ -29,23 +28,31 @@ def code_targets(
         sizes: K_j of every level.
         share: from 0 to 1.
     """
-    rows = len(probabilities)
-    group, own_group = codes.new_zeros(len(item_codes)), codes.new_zeros(rows)  # prefixes so far, of items and rows
-    targets, left, left_codes = [], probabilities, item_codes.expand(rows, -1, -1)  # of the items below own prefixes
+    left, left_codes = probabilities, item_codes.expand(len(codes), -1, -1)  # of items below each row's own prefix
+    prefix, own_prefix = codes.new_zeros(len(item_codes)), codes.new_zeros(len(codes))
+    targets = []
     for level, size in enumerate(sizes):
-        if level:
-            members = _members(group, own_group)
-            below = members >= 0
-            members = members.clamp(min=0)
-            left, left_codes = probabilities.gather(1, members) * below, item_codes[members]
-        summed = left.new_zeros(rows, size).scatter_add_(1, left_codes[..., level], left)
-        own = F.one_hot(codes[:, level], size).to(summed.dtype)
+        summed = left.new_zeros(len(codes), size).scatter_add_(1, left_codes[..., level], left)
+        own = torch.zeros_like(summed).scatter_(1, codes[:, level, None], 1)
         total = summed.sum(1, keepdim=True)
         softened = torch.where(total > _LEAST, summed / total.clamp(min=_LEAST), own)
         targets.append(share * softened + (1 - share) * own)
-        of_both = torch.cat([group * size + item_codes[:, level], own_group * size + codes[:, level]])
-        group, own_group = torch.unique(of_both, return_inverse=True)[1].split([len(group), rows])
+        if level + 1 == len(sizes):
+            break
+        if not _narrows(left.device):
+            left = left * (item_codes[:, level] == codes[:, level, None])
+            continue
+        of_both = torch.cat([prefix * size + item_codes[:, level], own_prefix * size + codes[:, level]])
+        prefix, own_prefix = torch.unique(of_both, return_inverse=True)[1].split([len(item_codes), len(codes)])
+        members = _members(prefix, own_prefix)
+        left = probabilities.gather(1, members.clamp(min=0)) * (members >= 0)
+        left_codes = item_codes[members.clamp(min=0)]
     return targets
+
+
+def _narrows(device: torch.device) -> bool:
+    """Whether to gather the items below a prefix, or to keep all, the others with 0: how many there are, is a wait."""
+    return device.type == "cpu"
 
 
 def _members(group: Tensor, own: Tensor) -> Tensor:

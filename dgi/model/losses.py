@@ -124,8 +124,10 @@ class DGILoss(nn.Module):
     def _infonce(self, output: DGIOutput) -> Tensor:
         """InfoNCE over the candidates, each with its bias −log q."""
         if self.contrastive == "in_batch":
-            items, rows, targets = _distinct_items(output)
-            return self._softmax(output.query, items, targets, self._bias(rows))
+            items, rows, targets, again = _items_of_batch(output)
+            bias = self._bias(rows)
+            bias = output.query.new_zeros(len(rows), dtype=torch.float32) if bias is None else bias
+            return self._softmax(output.query, items, targets, bias.masked_fill(again, -torch.inf))
         if output.candidates is None or output.candidate_rows is None:
             raise ValueError(f"output must have candidates where contrastive is {self.contrastive!r}; it has none")
         if self.contrastive == "all_items":
@@ -175,19 +177,19 @@ def _token_loss(head: CosineHead, hidden: Tensor, target: Tensor) -> Tensor:
     return head.loss(hidden, target) if target.ndim == 1 else F.cross_entropy(head(hidden).float(), target.float())
 
 
-def _distinct_items(output: DGIOutput) -> tuple[Tensor, Tensor, Tensor]:
-    """Vectors and rows (U, d), (U,) of the distinct items of the global batch, and the place of every query's own.
+def _items_of_batch(output: DGIOutput) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Vectors and rows (B, d), (B,) of the global batch's items, the place of every query's own, and (B,) repetitions.
 
-    An item clicked twice is no negative of itself.  Items are gathered: with as many items as queries on every rank, to
-    gather the queries instead (:func:`dgi_kernels.vocabulary_parallel_cosine_cross_entropy`) sends as many bytes, in
+    An item clicked twice is no negative of itself: its place is the first, and the others are True in the repetitions,
+    so that no shape depends on how many items differ.  Items are gathered: with as many items as queries on every rank,
+    to gather the queries instead (:func:`dgi_kernels.vocabulary_parallel_cosine_cross_entropy`) sends as many bytes, in
     more exchanges.
     """
     rows, items = gather_rows(output.item_rows), gather_rows(output.z)
-    distinct, group = torch.unique(rows, return_inverse=True)
-    first = torch.full_like(distinct, len(rows)).scatter_reduce_(
-        0, group, torch.arange(len(rows), device=rows.device), "amin"
-    )
-    return items[first], distinct, torch.searchsorted(distinct, output.item_rows)
+    ranked, order = rows.sort(stable=True)
+    place = order[torch.searchsorted(ranked, rows)]
+    again = place != torch.arange(len(rows), device=rows.device)
+    return items, rows, order[torch.searchsorted(ranked, output.item_rows)], again
 
 
 def reconstruction_loss(z: Tensor, quantization: ResidualQuantization) -> Tensor:

@@ -136,10 +136,20 @@ class ResidualQuantizer(nn.Module):
             residual = residual - chosen.quantized[:, 0]
 
     @torch.no_grad()
-    def count(self, codes: Tensor, *, decay: float = 0.99) -> None:
-        """Add a batch's hard ``codes`` (N, m) to the decayed counts that :meth:`revive` goes by."""
+    def count(self, codes: Tensor, *, decay: float = 0.99, unless: Tensor | None = None) -> None:
+        """Add a batch's hard ``codes`` (N, m) to the decayed counts that :meth:`revive` goes by.
+
+        Args:
+            codes: int64.
+            decay: what is kept of the counts before.
+            unless: 0-d bool; where it is True, nothing is counted.
+        """
         for level, counts in enumerate(self.code_counts):
-            counts.mul_(decay).add_(torch.bincount(codes[:, level], minlength=len(counts)).to(counts.dtype))
+            own = codes[:, level]
+            # Sums of ones are exact in any order; bincount would wait for the device.
+            counted = torch.zeros_like(counts).scatter_add_(0, own, counts.new_ones(()).expand(len(own)))
+            counted += counts * decay
+            counts.copy_(counted if unless is None else torch.where(unless, counts, counted))
 
     @torch.no_grad()
     def usage(self) -> list[float]:

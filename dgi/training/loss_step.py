@@ -94,11 +94,16 @@ def parts_of(model: DualEncoder) -> dict[str, list[nn.Parameter]]:
     return parts
 
 
-def build_optimizer(model: DualEncoder, config: TrainConfig) -> torch.optim.AdamW:
+def build_optimizer(model: DualEncoder, config: TrainConfig, *, captured: bool = False) -> torch.optim.AdamW:
     """AdamW with a separate learning rate for codebooks, heads and γ, which do not decay.
 
     Neither do norms, biases and other vectors of the backbone.  The moments are made here, at zero, not in the first
     step: the state of training then has the same tensors from start to end, to be saved, loaded and broadcast alike.
+
+    Args:
+        model: on its device.
+        config: peak learning rates and decay.
+        captured: for steps in a CUDA graph: learning rates are tensors, which its replays read.
     """
     groups = []
     for part, parameters in parts_of(model).items():
@@ -109,11 +114,15 @@ def build_optimizer(model: DualEncoder, config: TrainConfig) -> torch.optim.Adam
         groups.append(_group(part, [p for p in trained if p.ndim > 1], config.backbone_lr, config.weight_decay))
         groups.append(_group(part, [p for p in trained if p.ndim <= 1], config.backbone_lr, 0.0))
     # One pass over each tensor, where torch's own default takes some ten on a CPU.
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], fused=True, capturable=captured)
     for group in optimizer.param_groups:
+        if captured:
+            device = group["params"][0].device
+            group["lr"] = torch.full((), group["lr"], dtype=torch.float32, device=device)
         for parameter in group["params"]:
             optimizer.state[parameter] = {
-                "step": torch.zeros(()),
+                # On the parameter's device, where the fused update reads it.
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }

@@ -7,7 +7,6 @@ processes, each with its contiguous part of the global batch, take the steps tha
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import logging
@@ -34,11 +33,12 @@ from dgi.training.candidates import Candidates
 from dgi.training.checkpoint import Checkpoints, RunFolder, copy_tensors, save_model, unique_tensors
 from dgi.training.data import TrainingData
 from dgi.training.diagnostics import diagnose
-from dgi.training.distributed import broadcast, gather_rows, global_mean, local_device, rank, world_size
+from dgi.training.distributed import broadcast, gather_rows, local_device, rank, world_size
 from dgi.training.loss_step import LossStep, StepResult, build_optimizer, parts_of, stage_weights
 from dgi.training.schedule import REVIVED_SHARE as REVIVED_SHARE
 from dgi.training.schedule import Schedule, Span
 from dgi.training.seeds import CANDIDATES, CLUSTERING, DROPOUT, NOISE, ORDER, PATHS, REVIVAL, derived_seed, generator
+from dgi.training.update import CapturedUpdate, Update, check_captured
 
 logger = logging.getLogger("dgi")
 
@@ -69,9 +69,14 @@ class Trainer:
         progress: show a progress bar (rank 0).
         validate: measures the model, in evaluation mode, every ``validate_every`` steps and at the end; its values join
             the row of metrics of that step (rank 0).
+        cuda_graph: take the steps as CUDA graphs, one a stage (:class:`dgi.training.update.CapturedUpdate`): for models
+            of which a step takes longer to launch than to run.  The host then waits for the device only where metrics
+            or a checkpoint are due, and only there learns of a loss that is not finite.
 
     Raises:
-        ValueError: no interactions, or ``batch_size`` is no multiple of the number of processes.
+        ValueError: no interactions, ``batch_size`` is no multiple of the number of processes, or ``cuda_graph`` where
+            there is no CUDA device, with several processes, and with models whose steps have no fixed shape (causal
+            ones, and encoders that do not read item vectors).
     """
 
     def __init__(
@@ -86,6 +91,7 @@ class Trainer:
         progress: bool = True,
         validate: Callable[[], Mapping[str, float]] | None = None,
         validate_every: int = 0,
+        cuda_graph: bool = False,
     ) -> None:
         if config.batch_size % world_size():
             raise ValueError(f"batch_size must be a multiple of the {world_size()} processes; got {config.batch_size}")
@@ -95,6 +101,9 @@ class Trainer:
             )
         self.device = local_device() if device is None else torch.device(device)
         self.model = model.to(self.device)
+        self.cuda_graph = cuda_graph
+        if cuda_graph:
+            check_captured(model, self.device)
         self.config = config
         self.data = self.prepare(model, catalog, interactions)
         self._keep_items(catalog)
@@ -115,7 +124,7 @@ class Trainer:
         }
         self.changed_codes = torch.full((), math.nan)
         self._epoch, self._order = -1, torch.empty(0)
-        self.optimizer = build_optimizer(model, config)
+        self.optimizer = build_optimizer(model, config, captured=cuda_graph)
         self.steps_done = torch.zeros((), dtype=torch.int64)
         self.progress = progress and rank() == 0
         self.validate = validate if rank() == 0 else None
@@ -157,22 +166,22 @@ class Trainer:
         self.model.train()
         started = time.perf_counter()
         done = int(self.steps_done)
-        loss_step: nn.Module = nn.Identity()
         with Progress(self.schedule.total_steps, "training", unit="steps", done=done, shown=self.progress) as bar:
             for step in range(done, self.schedule.total_steps):
                 span = self.schedule.span(step)
                 self._tend_items(step, span)
                 if step in (done, span.start):
-                    loss_step = self._loss_step(span)
-                batch = self._batch(step, span)
-                result, values = self._update(loss_step, batch, step)
+                    first, update = step, self._stage_update(span)
+                result = self._update(update, self._batch(step, span), step)
+                if not self.cuda_graph or self._tells(step, span):
+                    values = self._values(update, first)
                 self._tend_codes(step, result)
                 self.steps_done += 1
                 bar.update()
                 measured = self._validated(step)
                 if measured or self._is_due(step, self.config.log_every) or self._ends_epoch(step, span):
                     row = self._metrics(step, span, result, values)
-                    row |= self._diagnosed(step, span, batch)
+                    row |= self._diagnosed(step, span, update.batch)
                     row["seconds"] = round(time.perf_counter() - started, 3)
                     row |= measured
                     bar.note(_summary(row))
@@ -224,8 +233,8 @@ class Trainer:
         checkpoints.prune(path)
         logger.info("resuming from %s", path)
 
-    def _loss_step(self, span: Span) -> nn.Module:
-        """What a stage's steps run; parameters that it does not train get no gradient."""
+    def _stage_update(self, span: Span) -> Update:
+        """What takes a stage's steps; parameters that it does not train get no gradient."""
         if self.config.stages:
             for part, parameters in parts_of(self.model).items():
                 for parameter in parameters:
@@ -233,7 +242,9 @@ class Trainer:
         log_q = self._candidates(span).log_q if self.config.log_q else None
         log_q = None if log_q is None else log_q.to(self.device)
         self.model.train()
-        return _distributed(LossStep(self.model, self.config, span, log_q))
+        loss_step = _distributed(LossStep(self.model, self.config, span, log_q))
+        common = (loss_step, self.model, self.optimizer, self.config.clip_norm, self.device)
+        return CapturedUpdate(*common, num_items=len(self.data.item_features)) if self.cuda_graph else Update(*common)
 
     def _tend_items(self, step: int, span: Span) -> None:
         """Give the items their semantic IDs where a stage or an epoch begins that wants them."""
@@ -276,7 +287,7 @@ class Trainer:
         wanted = stage_weights(self.config, span)["infonce"] or span.stage.distillation
         source = generator(self.config.seed, CANDIDATES, step)
         candidates = self._candidates(span).draw(source) if wanted else None
-        return self.data.batch(self._order_of(epoch)[first : first + self.rank_batch], candidates).to(self.device)
+        return self.data.batch(self._order_of(epoch)[first : first + self.rank_batch], candidates)
 
     def _order_of(self, epoch: int) -> Tensor:
         if epoch != self._epoch:
@@ -284,45 +295,35 @@ class Trainer:
             self._order = torch.randperm(len(self.data), generator=generator(self.config.seed, ORDER, epoch))
         return self._order
 
-    def _update(self, loss_step: nn.Module, batch: Batch, step: int) -> tuple[StepResult, dict[str, float]]:
-        """One step of the optimizer; the terms, as means over all processes, and the gradient's norm."""
+    def _update(self, update: Update, batch: Batch, step: int) -> StepResult:
+        """One step of the optimizer."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule.peak(step, group["part"]) * self.schedule.rate(step, group["part"])
+            rate = self.schedule.peak(step, group["part"]) * self.schedule.rate(step, group["part"])
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
         torch.manual_seed(derived_seed(self.config.seed, DROPOUT, step, rank()))
-        with self._autocast():
-            result = loss_step(
-                batch, self.schedule.tau(step), derived_seed(self.config.seed, NOISE, step), rank() * self.rank_batch
-            )
-        self.optimizer.zero_grad()
-        result.terms["loss"].backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
-        with torch.no_grad():
-            means = global_mean(torch.stack([*result.terms.values(), norm]))
-        values = dict(zip([*result.terms, "grad_norm"], means.tolist(), strict=True))
-        self._check_finite(step, values)
-        self.optimizer.step()
-        return result, values
+        seed = derived_seed(self.config.seed, NOISE, step)
+        return update(batch, self.schedule.tau(step), seed, rank() * self.rank_batch)
 
-    def _autocast(self) -> contextlib.AbstractContextManager[object]:
-        if self.device.type == "cuda" and torch.cuda.is_bf16_supported():
-            return torch.autocast("cuda", torch.bfloat16)
-        return contextlib.nullcontext()
-
-    def _check_finite(self, step: int, values: dict[str, float]) -> None:
+    def _values(self, update: Update, first: int) -> dict[str, float]:
+        """Values of the last step of an update whose first one was ``first``, if all have been finite."""
+        failed, values = update.values()
+        if failed is None:
+            return values
+        step = first + failed
+        self.steps_done.fill_(step)
         bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
-        if bad:
-            backbone, quantizer = (self.schedule.learning_rate(step, part) for part in ("backbone", "quantizer"))
-            raise FloatingPointError(
-                f"training stopped in step {step + 1}, before its update: {', '.join(bad)}; the learning rates were "
-                f"{backbone:.2g} (backbone) and {quantizer:.2g} (quantizer): lower them, or raise warmup_steps"
-            )
+        backbone, quantizer = (self.schedule.learning_rate(step, part) for part in ("backbone", "quantizer"))
+        raise FloatingPointError(
+            f"training stopped in step {step + 1}, before its update: {', '.join(bad)}; the learning rates were "
+            f"{backbone:.2g} (backbone) and {quantizer:.2g} (quantizer): lower them, or raise warmup_steps"
+        )
 
     def _tend_codes(self, step: int, result: StepResult) -> None:
-        """Count the codes in use, and revive dead ones; every process sees the whole batch and so does the same."""
-        if not isinstance(self.model, DGIModel) or result.codes is None or result.residuals is None:
-            return
-        self.model.quantizer.count(gather_rows(result.codes))
-        if self.schedule.revives(step):
+        """Revive dead codes; every process sees the whole batch and so does the same."""
+        if isinstance(self.model, DGIModel) and result.residuals is not None and self.schedule.revives(step):
             source = generator(self.config.seed, REVIVAL, step)
             self.model.quantizer.revive(gather_rows(result.residuals), generator=source)
 
@@ -331,6 +332,16 @@ class Trainer:
             return {}
         with evaluating(self.model):
             return self.validate()
+
+    def _tells(self, step: int, span: Span) -> bool:
+        """Whether metrics or a checkpoint follow a step, or it revives codes."""
+        config = self.config
+        due = [every for every in (config.log_every, config.checkpoint_every, self.validate_every) if every]
+        return (
+            any(self._is_due(step, every) for every in due)
+            or self._ends_epoch(step, span)
+            or self.schedule.revives(step)
+        )
 
     def _is_due(self, step: int, every: int) -> bool:
         return (step + 1) % every == 0 or step + 1 == self.schedule.total_steps

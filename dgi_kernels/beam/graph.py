@@ -5,20 +5,18 @@ Possible because no step waits for the host, and its launches have shapes that f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from dgi_kernels import checks
+from dgi_kernels import checks, cuda_graphs
 from dgi_kernels.beam import BeamResult, Step, beam_search
 from dgi_kernels.trie import NodeScores, Trie
 from dgi_kernels.trie.filters import Filters
 from dgi_kernels.types import Backend, Normalize
 
 __all__ = ["CapturedSearch", "capture_search"]
-
-WARMUPS = 3  # runs before the capture, in which libraries choose their kernels and take their memory
 
 
 class CapturedSearch:
@@ -99,7 +97,7 @@ def capture_search(
     """
     if not isinstance(trie, Trie):
         raise TypeError(f"trie must be a Trie; got {type(trie).__name__}")
-    if trie.device.type != "cuda":
+    if not cuda_graphs.possible(trie.device):
         raise ValueError(f"trie must be on a CUDA device, which a CUDA graph needs; it is on {trie.device}")
     kept = tuple(inputs)
     for i, tensor in enumerate(kept):
@@ -120,19 +118,7 @@ def capture_search(
                 backend=backend,
             )
 
-    with torch.cuda.device(trie.device):
-        graph, result = _capture(search)
+    for _ in range(cuda_graphs.WARMUPS):
+        cuda_graphs.aside(search, trie.device)
+    graph, result = cuda_graphs.capture(search, trie.device)
     return CapturedSearch(graph, kept, result, (trie, step, filters, node_scores, strength))
-
-
-def _capture(search: Callable[[], BeamResult]) -> tuple[torch.cuda.CUDAGraph, BeamResult]:
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(WARMUPS):
-            search()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = search()
-    return graph, result

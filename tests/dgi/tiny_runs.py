@@ -54,8 +54,9 @@ def tiny_trainer(
     model: dict[str, Any] | None = None,
     train: dict[str, Any] | None = None,
     kind: type[DualEncoder] = DGIModel,
+    **options: Any,
 ) -> Trainer:
-    """A trainer for :func:`tiny_data`, with fields of ``MODEL`` and ``TRAIN`` replaced.
+    """A trainer for :func:`tiny_data`, with fields of ``MODEL`` and ``TRAIN`` replaced, and options of its own.
 
     A code that the first batches do not use counts as dead, so that revival has something to do.
     """
@@ -64,9 +65,8 @@ def tiny_trainer(
     if isinstance(made, DGIModel):
         for counts in made.quantizer.code_counts:
             counts.zero_()
-    return Trainer(
-        made, from_dict(TrainConfig, {**TRAIN, "seed": seed, **(train or {})}), *tiny_data(seed), output, progress=False
-    )
+    config = from_dict(TrainConfig, {**TRAIN, "seed": seed, **(train or {})})
+    return Trainer(made, config, *tiny_data(seed), output, progress=False, **options)
 
 
 def train_until_killed(output: Path, seed: int, train: dict[str, Any], function: str | None, calls: int) -> None:

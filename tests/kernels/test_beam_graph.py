@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from dgi_kernels import Trie, beam_search
+from dgi_kernels import Trie, beam_search, cuda_graphs
 from dgi_kernels.beam import BeamResult, HiddenStates
-from dgi_kernels.beam.graph import WARMUPS, CapturedSearch, _capture, capture_search
+from dgi_kernels.beam.graph import CapturedSearch, capture_search
 
 SIZES = [7, 5, 6]
 
@@ -59,7 +59,9 @@ def test_a_search_is_warmed_up_aside_and_captured_once(monkeypatch: pytest.Monke
         now.pop()
 
     for name, fake in {
-        "Stream": lambda: streams[1],
+        "Stream": lambda device: streams[1],
+        "current_device": lambda: 0,
+        "device": lambda device: nullcontext(),
         "current_stream": lambda: now[-1],
         "stream": on,
         "graph": on,
@@ -71,9 +73,12 @@ def test_a_search_is_warmed_up_aside_and_captured_once(monkeypatch: pytest.Monke
         steps.append((now[-1].name, depth))
         return torch.zeros(2, 1 if depth == 0 else 5, SIZES[depth])
 
-    _, result = _capture(lambda: beam_search(trie, step, batch_size=2, num_beams=5))
+    monkeypatch.setattr(cuda_graphs, "possible", lambda device: True)
+    cuda_graphs._other_stream.cache_clear()
+    result = capture_search(trie, step, [], batch_size=2, num_beams=5).result
+    cuda_graphs._other_stream.cache_clear()
     assert result.codes.shape == (2, 5, 3)
-    assert steps == [(where, depth) for where in ["aside"] * WARMUPS + ["graph"] for depth in range(3)]
+    assert steps == [(where, depth) for where in ["aside"] * cuda_graphs.WARMUPS + ["graph"] for depth in range(3)]
 
 
 def test_calls_copy_their_inputs_and_replay() -> None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from dgi.config import ModelConfig, TrainConfig, from_dict
 from dgi.data import Catalog
+from dgi.model import distillation
 from dgi.model.dgi_model import DGIModel, DualEncoder
 from dgi.model.distillation import code_targets
 from dgi.model.encoding import encode_items
@@ -210,6 +211,17 @@ def test_item_targets_against_enumeration(seed: int) -> None:
     nothing = torch.zeros(6, 40)
     targets = code_targets(nothing, codes, own, (3, 4), 1.0)
     assert torch.equal(targets[1], F.one_hot(own[:, 1], 4).float()), "no NaN below a prefix without probability"
+
+
+def test_item_targets_are_the_same_from_all_items_and_from_those_below(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU and as on the CPU, to the bit; an item's code may be that of none."""
+    sizes = (3, 4, 5)
+    codes, own = (torch.stack([torch.randint(0, size, (rows,)) for size in sizes], 1) for rows in (60, 9))
+    probabilities = torch.randn(9, 60).mul(3).softmax(1)
+    below = code_targets(probabilities, codes, own, sizes, 0.7)
+    monkeypatch.setattr(distillation, "_narrows", lambda device: False)
+    for want, got in zip(below, code_targets(probabilities, codes, own, sizes, 0.7), strict=True):
+        assert torch.equal(got, want)
 
 
 def test_probability_off_the_trie_against_enumeration() -> None:

@@ -61,6 +61,18 @@ def test_every_parameter_has_its_learning_rate_and_decay(heads: str) -> None:
     assert not settings
 
 
+@pytest.mark.parametrize("captured", [False, True])
+def test_the_optimizers_state_is_where_its_parameters_are(captured: bool) -> None:
+    """The fused update reads all of it on their device, the number of steps too, and in a graph the learning rates."""
+    model = DGIModel(from_dict(ModelConfig, MODEL)).to("meta")
+    optimizer = build_optimizer(model, TrainConfig(), captured=captured)
+    for state in optimizer.state.values():
+        assert {tensor.device.type for tensor in state.values()} == {"meta"}
+        assert state["step"].dtype == torch.float32
+    for group in optimizer.param_groups:
+        assert (group["lr"].device.type if captured else type(group["lr"])) == ("meta" if captured else float)
+
+
 def batches_of(trainer: Trainer, start: int = 0) -> list[Batch]:
     steps = range(start, trainer.schedule.total_steps)
     return [trainer._batch(step, trainer.schedule.span(step)) for step in steps]

@@ -1,0 +1,204 @@
+"""The optimizer's steps of a stage: losses, gradients and the update, without a wait for the device in between."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dgi.data.batches import Batch
+from dgi.model.dgi_model import DGIModel, DualEncoder
+from dgi.training.distributed import gather_rows, global_mean, world_size
+from dgi.training.loss_step import StepResult
+from dgi_kernels import cuda_graphs
+from dgi_kernels.noise import resolve_seed
+
+
+class Update:
+    """Takes the steps of one stage.
+
+    A step whose losses or gradient are not finite changes nothing in the model, and neither does any after it: that is
+    decided on the device, and :meth:`values` tells.
+
+    Args:
+        loss_step: a :class:`dgi.training.loss_step.LossStep`, or what distributes it over processes.
+        model: what it trains.
+        optimizer: of :func:`dgi.training.loss_step.build_optimizer`.
+        clip_norm: largest norm of the whole gradient.
+        device: the model's.
+
+    Attributes:
+        batch: of the last step, on the device.
+    """
+
+    batch: Batch
+
+    def __init__(
+        self,
+        loss_step: nn.Module,
+        model: DualEncoder,
+        optimizer: torch.optim.Optimizer,
+        clip_norm: float,
+        device: torch.device,
+    ) -> None:
+        self.loss_step = loss_step
+        self.model = model
+        self.optimizer = optimizer
+        self.clip_norm = clip_norm
+        self.device = device
+        self._failed = torch.zeros((), dtype=torch.float32, device=device)  # 1 once a value was not finite
+        self._taken = torch.zeros((), dtype=torch.int64, device=device)  # steps before that one
+        self._names: list[str] = []
+        self._last = self._failing = torch.empty(0, device=device)  # values by name: of the last step, of that one
+        # The scale of float16's gradients asks the same of the fused update: to leave weights and moments as they are.
+        optimizer.found_inf = self._failed  # type: ignore[attr-defined]
+
+    def __call__(self, batch: Batch, tau: float, seed: int, row_offset: int) -> StepResult:
+        """Take a step; the result has no gradient.
+
+        Args:
+            batch: this process's rows.
+            tau: Gumbel-Softmax temperature.
+            seed, row_offset: of the quantizer's noise.
+        """
+        self.batch = batch.to(self.device)
+        return self._step(self.batch, tau, seed, row_offset)
+
+    def values(self) -> tuple[int | None, dict[str, float]]:
+        """None, and the terms and ``grad_norm`` of the last step; or which step was not finite, from 0, and its values.
+
+        Terms are means over all processes.  Waits for the device.
+        """
+        ends = torch.stack([self._failed, self._taken])
+        failed, taken, *values = torch.cat([ends, self._last, self._failing]).double().tolist()
+        count = len(self._names)
+        chosen = values[count:] if failed else values[:count]
+        return int(taken) if failed else None, dict(zip(self._names, chosen, strict=True))
+
+    def _step(self, batch: Batch, tau: float | Tensor, seed: int | Tensor, row_offset: int) -> StepResult:
+        with self._autocast():
+            result = cast(StepResult, self.loss_step(batch, tau, seed, row_offset))
+        self.optimizer.zero_grad()
+        result.terms["loss"].backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        terms = {name: term.detach() for name, term in result.terms.items()}
+        self._keep({**terms, "grad_norm": norm})
+        self.optimizer.step()
+        if isinstance(self.model, DGIModel) and result.codes is not None and result.residuals is not None:
+            self.model.quantizer.count(gather_rows(result.codes), unless=self._failed > 0)
+        return result._replace(terms=terms)
+
+    @torch.no_grad()
+    def _keep(self, values: dict[str, Tensor]) -> None:
+        """Note the values of a step, and whether it is the first that is not finite."""
+        self._names = [*values]
+        self._last = global_mean(torch.stack([*values.values()]))
+        if not len(self._failing):
+            self._failing = torch.zeros_like(self._last)
+        before = self._failed > 0
+        self._failing.copy_(torch.where(before, self._failing, self._last))
+        self._failed.copy_(before | ~self._last.isfinite().all())
+        self._taken += self._failed == 0
+
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        if self.device.type == "cuda" and torch.cuda.is_bf16_supported():
+            return torch.autocast("cuda", torch.bfloat16)
+        return contextlib.nullcontext()
+
+
+class CapturedUpdate(Update):
+    """Steps that are one CUDA graph: the first few are taken as any others, the next is recorded, and that replayed.
+
+    A graph reads and writes the same memory at every step, so what differs from step to step is copied there: the
+    batch, filled up to one shape, the temperature and the seed, and the learning rates, which the optimizer has as
+    tensors (``build_optimizer(captured=True)``).  What a step returns is overwritten by the next one.
+
+    Args:
+        num_items: size of the catalog.
+        others: as of :class:`Update`.
+    """
+
+    def __init__(
+        self,
+        loss_step: nn.Module,
+        model: DualEncoder,
+        optimizer: torch.optim.Optimizer,
+        clip_norm: float,
+        device: torch.device,
+        *,
+        num_items: int,
+    ) -> None:
+        super().__init__(loss_step, model, optimizer, clip_norm, device)
+        self._num_items = num_items
+        self._tau = torch.zeros((), dtype=torch.float32, device=device)
+        self._seed = torch.zeros(1, dtype=torch.int64, device=device)
+        self._warmups = 0
+        self._recorded: tuple[torch.cuda.CUDAGraph, StepResult] | None = None
+
+    def __call__(self, batch: Batch, tau: float, seed: int, row_offset: int) -> StepResult:
+        self._read(filled_up(batch, self._num_items))
+        self._tau.fill_(tau)
+        self._seed.copy_(resolve_seed(seed, self._seed.device))
+
+        def step() -> StepResult:
+            return self._step(self.batch, self._tau, self._seed, row_offset)
+
+        if self._warmups < cuda_graphs.WARMUPS:
+            self._warmups += 1
+            return cuda_graphs.aside(step, self.device)
+        if self._recorded is None:
+            self._recorded = cuda_graphs.capture(step, self.device)
+        graph, result = self._recorded
+        graph.replay()
+        return result
+
+    def _read(self, batch: Batch) -> None:
+        """Copy a batch to where the graph reads it."""
+        if not hasattr(self, "batch"):
+            self.batch = batch.to(self.device)
+            return
+        for field in dataclasses.fields(Batch):
+            kept, given = getattr(self.batch, field.name), getattr(batch, field.name)
+            if (kept is None) != (given is None) or (kept is not None and kept.shape != given.shape):
+                raise ValueError(
+                    f"batch must have the shapes of the first one for a CUDA graph; {field.name} had "
+                    f"{_shape(kept)} and has {_shape(given)}"
+                )
+            if kept is not None:
+                kept.copy_(given, non_blocking=True)
+
+
+def check_captured(model: DualEncoder, device: torch.device) -> None:
+    """Whether the steps of a model's training can be CUDA graphs.
+
+    Raises:
+        ValueError: naming what stands in the way.
+    """
+    if not cuda_graphs.possible(device):
+        raise ValueError(f"cuda_graph needs a CUDA device; the model is on {device}")
+    if world_size() > 1:
+        raise ValueError(f"cuda_graph needs training in one process; there are {world_size()}")
+    if model.config.causal or not model.encoder.reads_item_vectors:
+        kind = "a causal model" if model.config.causal else f"the encoder {type(model.encoder).__name__}"
+        raise ValueError(f"cuda_graph needs steps of one shape, whatever the batch; {kind} cuts padding off")
+
+
+def filled_up(batch: Batch, num_items: int) -> Batch:
+    """A batch with as many items as any of its shape can have: the first one again, as row -1, which nothing reads."""
+    read = [batch.targets, batch.histories, batch.candidates]
+    most = min(num_items, sum(rows.numel() for rows in read if rows is not None))
+    more = most - len(batch.item_rows)
+    again = batch.item_features[:1].expand(more, *batch.item_features.shape[1:])
+    return dataclasses.replace(
+        batch,
+        item_rows=F.pad(batch.item_rows, (0, more), value=-1),
+        item_features=torch.cat([batch.item_features, again]),
+    )
+
+
+def _shape(value: Tensor | None) -> tuple[int, ...] | None:
+    return None if value is None else tuple(value.shape)
