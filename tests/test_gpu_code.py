@@ -16,7 +16,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 import cuda_code  # noqa: E402
 import machine_code  # noqa: E402
-from machine_code import Budgets, Kept, Usage, loop_instructions, repeated_instructions  # noqa: E402
+from machine_code import (  # noqa: E402
+    Budgets,
+    Kept,
+    Usage,
+    instructions_of_every_program,
+    loop_instructions,
+    repeated_instructions,
+)
 
 
 def sass(*instructions: str) -> str:
@@ -37,6 +44,21 @@ def test_instructions_of_several_passes() -> None:
     assert loop_instructions(code, "I2F", 1, passes=3) == 0.0
     assert repeated_instructions(code) == 5
     assert repeated_instructions(sass("MOV R1", "EXIT", "BRA 0x0020")) == 3  # what follows the end jumps to itself
+
+
+def test_instructions_of_every_program() -> None:
+    """Up to where all but the last one leave; an exit before the count, of programs without work, is none."""
+    counting = (
+        "@P1 EXIT",
+        "FFMA R1",
+        "MEMBAR.ALL.GPU",
+        "ATOMG.E.ADD.STRONG.GPU PT, R2",
+        "BAR.SYNC",
+        "@P0 EXIT",
+        "FADD R3",
+    )
+    assert instructions_of_every_program(sass(*counting, "EXIT")) == 6
+    assert instructions_of_every_program(sass("FFMA R1", "@P0 EXIT", "FADD R3", "EXIT")) == 0
 
 
 def test_budgets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,6 +84,7 @@ class Operators(TorchDispatchMode):
 
     CUDA_ALONE = (torch.ops.aten.mm.dtype_out, torch.ops.aten.addmm.dtype_out)
     COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
+    UPDATES = (torch.ops.aten._fused_adamw_.default, torch.ops.aten._fused_adamw_.tensor_lr)  # all lies on the device
 
     def __init__(self, launchers: dict[object, Callable], launches: Launches) -> None:
         super().__init__()
@@ -93,12 +94,12 @@ class Operators(TorchDispatchMode):
         kwargs = kwargs or {}
         if func not in self.COPIES:
             tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-            _check_devices(func, tensors, scalars=func.namespace == "aten")
+            _check_devices(func, tensors, scalars=func.namespace == "aten" and func not in self.UPDATES)
         if func in self.launchers:
             with Devices(), self:
                 return self.launchers[func](*args, **kwargs)
-        if func in self.CUDA_ALONE:
-            result = kwargs["out"]
+        if func in self.CUDA_ALONE or func in self.UPDATES:
+            result = kwargs.get("out")
         else:
             before, FakeCuda.within = FakeCuda.within, True
             try:
