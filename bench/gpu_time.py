@@ -13,7 +13,9 @@ A launch takes the time of its products, of its instructions and of its bytes:
 each over the part of the multiprocessors' time that the grid fills (registers, shared memory, waves). With one block on
 a multiprocessor products and instructions add up, since a block waits for its products; with r blocks the larger
 counts, and of the others a part of 1 / r. Launches follow each other by GAP; the host takes HOST for each. What a
-kernel does in dependent steps, not by throughput, is counted apart: sorts, and the beam step's kernels.
+kernel does in dependent steps, not by throughput, is counted apart: sorts, and the beam step's kernels. Not counted is
+what the steps of small kernels take beside their bytes, and those of a program that finishes what others began: a
+microsecond or two each.
 
 The constants are those measured on such machines (copy, products: performance targets) or published ones, and each
 estimate names the part that binds it. An estimate is no measurement: bench/gpu.sh makes those.

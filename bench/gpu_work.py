@@ -12,7 +12,7 @@ from typing import Any
 class Work:
     """elements: (row, column) pairs, each with the loops' instructions; operations of products; ``reread``: bytes that
     tiles read of their operands, from the L2; ``moved``: bytes of tensors, None: every argument once. ``whole``: a tile
-    is the whole kernel, not a loop's body."""
+    is the whole kernel, not a loop's body, or what every program does."""
 
     elements: float = 0.0
     operations: float = 0.0
@@ -49,10 +49,11 @@ def products_for_loss(v: Values, grid: tuple[int, ...]) -> Work:
     return Work() if v["large_alone"] else tiles_of_products(v, grid)
 
 
-def weights_finished(v: Values, grid: tuple[int, ...]) -> Work:
-    """The sums and the rows, which are read and written; of the weights one a row."""
-    rows = v["p_rows"]
-    return Work(moved=0.0, reread=4 * v["tiles"] * v["rows"] + (0 if rows is None else 4 * rows.numel()))
+def tiles_of_weights(v: Values, grid: tuple[int, ...]) -> Work:
+    """The last program of each tile of rows also reads their sums, and reads and writes the rows."""
+    work, rows = tiles_of_products(v, grid), v["p_rows"]
+    finished = 4 * grid[0] * v["rows"] + (0 if rows is None else 4 * rows.numel())
+    return replace(work, reread=work.reread + finished, whole=False)
 
 
 def rows_of_chunk(v: Values, grid: tuple[int, ...]) -> Work:
@@ -102,8 +103,7 @@ WORK: dict[str, Callable[[Values, tuple[int, ...]], Work]] = {
     "flash_forward_kernel": forward,
     "flash_weight_kernel": flash(2, owns_rows=False),
     "product_loss_kernel": products_for_loss,
-    "product_weights_kernel": tiles_of_products,
-    "finish_weights_kernel": weights_finished,
+    "product_weights_kernel": tiles_of_weights,
     "product_gradient_kernel": tiles_of_products,
     "cosine_logits_kernel": tiles_of_products,
     "chunk_loss_kernel": rows_of_chunk,

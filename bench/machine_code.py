@@ -102,7 +102,23 @@ def repeated_instructions(code: str) -> int:
     return inside or len(lines)
 
 
-READERS = (functions_of, lines_and_loops, loop_instructions, repeated_instructions)  # what a usage follows from, too
+def instructions_of_every_program(code: str) -> int:
+    """Instructions up to where programs leave all that is left to the last one, which an atomic count has told them; 0
+    where none does."""
+    lines, _ = lines_and_loops(code)
+    counts = [i for i, (_, text) in enumerate(lines) if "ATOMG" in text]
+    exits = [i for i, (_, text) in enumerate(lines) if re.match(r"@!?P\d EXIT", text)]
+    return next((i + 1 for i in exits if counts and i > counts[0]), 0)
+
+
+# What a usage follows from, too.
+READERS = (
+    functions_of,
+    lines_and_loops,
+    loop_instructions,
+    repeated_instructions,
+    instructions_of_every_program,
+)
 
 
 class Kept:

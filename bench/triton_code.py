@@ -20,7 +20,7 @@ from unittest import mock
 import source_key
 import torch
 import triton
-from machine_code import READERS, Kept, Usage, functions_of, repeated_instructions
+from machine_code import READERS, Kept, Usage, functions_of, instructions_of_every_program, repeated_instructions
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -309,12 +309,14 @@ def elements(launch: Launch) -> float:
 def compile_for(launch: Launch, arch: int) -> tuple[Usage, float]:
     """What a kernel takes, and how many seconds its compilation took.
 
-    Instructions by element: those of its loops over tiles of logits (of the whole kernel where a row is one tile), by a
-    thread's elements of a tile; two variants' difference says what one ingredient costs.
+    Instructions by element, by a thread's elements of a tile: those of its loops over tiles of logits; of the whole
+    kernel where a row is one tile; of what every program does where the last one does more. Two variants' difference
+    says what one ingredient costs.
     """
     start = time.perf_counter()
     usage, code = machine_code(launch, arch)
-    counted = usage.instructions if dict(launch.constants).get("one_tile") else repeated_instructions(code)
+    one_tile = usage.instructions if dict(launch.constants).get("one_tile") else 0
+    counted = one_tile or instructions_of_every_program(code) or repeated_instructions(code)
     per_element = counted / (elements(launch) or math.inf)
     return (
         Usage(usage.registers, usage.spilled, usage.shared, usage.instructions, round(per_element, 1)),

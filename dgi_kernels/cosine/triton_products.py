@@ -16,7 +16,8 @@ A loss that is reduced weighs all rows alike, so that its gradients are made tog
 6 N K D operations. A chunk's weights are then E_nk = 2^(s_nk - o_n) with an offset o_n that is known before the row's
 sum: since ``|s_nk| <= |scale|``, it is 0 for ``|scale| <= PLAIN``, where neither E nor a sum of it leaves the range of
 float32 and bfloat16. For larger scales it is the log-sum-exp, of a pass of product_loss_kernel that returns at once
-for the others. What is 1 / sum_k E_nk is applied to the other operand: to h for dw, to the result for dh.
+for the others. What is 1 / sum_k E_nk is applied to the other operand: to h for dw, to the result for dh. A row's sum
+is added up by the program that is the last with that row's tiles, in their order; an atomic count says which one it is.
 Not yet run on a GPU; ``bench/gpu_time.py`` has the estimated time.
 """
 
@@ -234,28 +235,37 @@ def product_gradient_kernel(
 def product_weights_kernel(
     p_h,  # (N, D), rows stride_h apart
     p_w,  # (K, D), rows stride_w apart
-    p_g,  # (rows, K) out: rw_k E_nk, 0 at the target
+    p_g,  # (rows, K) out: rw_k E_nk; at the target rw_k g_nk sum_k E_nk, g_nk but for its e / K
     p_sums,  # (column tiles, rows) out: sum_k E_nk of the tile, but for the target
+    p_arrived,  # (row tiles,) int32: programs that are done with their tile of these rows; 0 before and after
     p_rnorm_h,  # (N,)
     p_rnorm_w,  # (K,)
+    p_logit,  # (N,)
+    p_extra,  # (N,)
     p_lse,  # (N,) in base 2, of scales that are not plain
     p_label,  # (N,) int32
     p_scale,  # ()
+    p_loss,  # (N,) out
+    p_inverse,  # (N,) out: 1 / sum_k E_nk, 0 for a row without a target
+    p_rows,  # (rows, D) out: h^_n / sum_k E_nk, rows stride_rows apart, or None
     first,
     rows,
     K,
     D,
     stride_h,
     stride_w,
+    stride_rows,
+    smoothing,
     ragged: tl.constexpr,
     b_n: tl.constexpr,
     b_k: tl.constexpr,
     b_d: tl.constexpr,
+    b_t: tl.constexpr,
 ):
     """A tile of a chunk's weights before its rows' sums are known: rows first ... first + rows - 1. Unless it is
-    ragged, K is a multiple of b_k."""
-    i_k = tl.program_id(0)
-    o_row = tl.program_id(1) * b_n + tl.arange(0, b_n)
+    ragged, K is a multiple of b_k. Whichever program of a tile of rows is the last has all sums, and finishes them."""
+    i_k, i_n = tl.program_id(0), tl.program_id(1)
+    o_row = i_n * b_n + tl.arange(0, b_n)
     m_n = o_row < rows
     o_n = first + o_row.to(tl.int64)
     o_k = i_k * b_k + tl.arange(0, b_k)
@@ -276,6 +286,36 @@ def product_weights_kernel(
     o_g = o_row.to(tl.int64)[:, None] * K + o_k[None, :]
     tl.store(p_g + o_g, g.to(p_g.dtype.element_ty), mask=m_n[:, None] & m_k[None, :])
 
+    # All threads have stored before one of them says so: who counts the last of these sees what the others stored.
+    tl.debug_barrier()
+    if tl.atomic_add(p_arrived + i_n, 1) == tl.num_programs(0) - 1:
+        tl.store(p_arrived + i_n, 0)
+        finish_rows(
+            p_g,
+            p_sums,
+            p_h,
+            p_rnorm_h,
+            p_rnorm_w,
+            p_logit,
+            p_extra,
+            p_label,
+            p_loss,
+            p_inverse,
+            p_rows,
+            o_row,
+            m_n,
+            offset,
+            first,
+            rows,
+            K,
+            D,
+            stride_h,
+            stride_rows,
+            smoothing,
+            b_d,
+            b_t,
+        )
+
 
 @triton.jit
 def factor_of(rnorm_w):
@@ -289,48 +329,44 @@ def offset_of(p_lse, m_n, scale):
     return tl.where(is_plain(scale), 0.0, tl.load(p_lse, mask=m_n, other=0.0))
 
 
-@triton.jit(do_not_specialize=["first", "rows", "tiles"], do_not_specialize_on_alignment=PER_ROW)
-def finish_weights_kernel(
-    p_g,  # (rows, K) of product_weights_kernel; at the target, out: rw_k g_nk sum_k E_nk, g_nk but for its e / K
-    p_sums,  # (tiles, rows) of it
-    p_h,  # (N, D), rows stride_h apart
-    p_rnorm_h,  # (N,)
-    p_rnorm_w,  # (K,)
-    p_logit,  # (N,)
-    p_extra,  # (N,)
-    p_lse,  # (N,) in base 2, of scales that are not plain
-    p_label,  # (N,) int32
-    p_scale,  # ()
-    p_loss,  # (N,) out
-    p_inverse,  # (N,) out: 1 / sum_k E_nk, 0 for a row without a target
-    p_rows,  # (rows, D) out: h^_n / sum_k E_nk, rows stride_rows apart, or None
+@triton.jit
+def finish_rows(
+    p_g,
+    p_sums,
+    p_h,
+    p_rnorm_h,
+    p_rnorm_w,
+    p_logit,
+    p_extra,
+    p_label,
+    p_loss,
+    p_inverse,
+    p_rows,
+    o_row,
+    m_n,
+    offset,
     first,
     rows,
-    tiles,
     K,
     D,
     stride_h,
     stride_rows,
     smoothing,
-    b_n: tl.constexpr,
-    b_t: tl.constexpr,
     b_d: tl.constexpr,
+    b_t: tl.constexpr,
 ):
-    """What follows from the sums of a chunk's rows: the loss, the target's weights, the rows that make dw."""
-    o_row = tl.program_id(0) * b_n + tl.arange(0, b_n)
-    m_n = o_row < rows
+    """What follows from the sums of rows: the loss, the target's weights, the rows that make dw."""
     o_n = first + o_row.to(tl.int64)
-    others = tl.zeros((b_n,), tl.float32)
+    tiles = tl.num_programs(0)
+    others = tl.zeros_like(offset)
     for start in range(0, tiles, b_t):
         o_t = (start + tl.arange(0, b_t)).to(tl.int64)
-        sums = tl.load(
-            p_sums + o_t[:, None] * rows + o_row[None, :], mask=(o_t < tiles)[:, None] & m_n[None, :], other=0.0
-        )
-        others += tl.sum(sums, axis=0)
+        p_own = p_sums + o_t[:, None] * rows + o_row[None, :]
+        m_own = (o_t < tiles)[:, None] & m_n[None, :]
+        others += tl.sum(tl.load(p_own, mask=m_own, other=0.0, cache_modifier=".cg"), axis=0)
     label = tl.load(p_label + o_n, mask=m_n, other=IGNORED)
     logit = tl.load(p_logit + o_n, mask=m_n, other=0.0)
     extra = tl.load(p_extra + o_n, mask=m_n, other=0.0)
-    offset = offset_of(p_lse + o_n, m_n, tl.load(p_scale))
     known = label >= 0
     loss, _, _ = loss_of_plain(offset, others, logit, extra, label, smoothing)
     tl.store(p_loss + o_n, loss, mask=m_n)

@@ -27,7 +27,7 @@ from dgi_kernels.cosine.triton_saved import may_replace
 from dgi_kernels.triton_common import add_product, norms
 
 KEPT_BYTES = 20 << 20  # a chunk's weights and dw's sums
-ROWS_BLOCK = (16, 32, 128)  # rows, column tiles, dimensions
+SUMS_BLOCK = 32  # tiles of columns whose sums are read at once
 SUM_ROWS = 2048  # of a part of the loss
 
 
@@ -155,9 +155,8 @@ def _chunks(h: Tensor, weight: Tensor, made: Made, of_row: dict[str, Tensor], sm
     size = min(rows, chunk_rows(codes, dim, tiles.owned, h.device))
     g = h.new_empty(size, codes)
     sums = made.rnorm_h.new_empty(triton.cdiv(codes, tiles.step), size)
+    arrived = made.label.new_zeros(triton.cdiv(size, tiles.owned))
     spare = h.new_empty(0 if len(made.dh) or not len(made.dweight) else size, dim)
-    shared = {"p_rnorm_h": made.rnorm_h, "p_rnorm_w": made.rnorm_w, "p_lse": lse, "p_label": made.label}
-    b_n, b_t, b_d = ROWS_BLOCK
     for first in range(0, rows, size):
         own = slice(first, min(first + size, rows))
         count = own.stop - first
@@ -169,37 +168,25 @@ def _chunks(h: Tensor, weight: Tensor, made: Made, of_row: dict[str, Tensor], sm
             weight,
             chunk,
             sums,
-            **shared,
-            p_scale=of_row["p_scale"],
+            arrived,
+            **of_row,
+            p_rnorm_h=made.rnorm_h,
+            p_rnorm_w=made.rnorm_w,
+            p_lse=lse,
+            p_label=made.label,
+            p_inverse=made.inverse,
+            p_rows=scaled,
             first=first,
             rows=count,
             K=codes,
             D=dim,
             stride_h=h.stride(0),
             stride_w=weight.stride(0),
-            ragged=codes % tiles.step > 0,
-            **fused.blocks(tiles),
-        )
-        products.finish_weights_kernel[(triton.cdiv(count, b_n),)](
-            chunk,
-            sums,
-            h,
-            **shared,
-            **of_row,
-            p_inverse=made.inverse,
-            p_rows=scaled,
-            first=first,
-            rows=count,
-            tiles=len(sums),
-            K=codes,
-            D=dim,
-            stride_h=h.stride(0),
             stride_rows=dim,
             smoothing=smoothing,
-            b_n=b_n,
-            b_t=b_t,
-            b_d=b_d,
-            num_warps=4,
+            ragged=codes % tiles.step > 0,
+            b_t=SUMS_BLOCK,
+            **fused.blocks(tiles),
         )
         if scaled is not None:
             add_product(chunk.T, scaled, made.dweight, begins=first == 0)

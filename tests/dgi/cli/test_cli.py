@@ -321,6 +321,7 @@ MISTAKES = {
     "eval --model {run}/none --index {run}/none --data {run}/none --output {run}/settings.json": (
         "settings.json is a file; a folder is needed"
     ),
+    "train --data {run}/data --output {run}/x --device cpu --cuda-graph": "cuda_graph needs a CUDA device; the",
     "train --data {run}/data --output {run}/x --device warp": "--device warp cannot be used",
     "index --model {run}/data --data {run}/data --output {run}/x": "data/model.safetensors: there is no such file",
     "search --index {run}/new/index.safetensors --model {run}/model --data {run}/data": (
