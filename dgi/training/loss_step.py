@@ -118,7 +118,7 @@ def build_optimizer(model: DualEncoder, config: TrainConfig, *, captured: bool =
     for group in optimizer.param_groups:
         if captured:
             device = group["params"][0].device
-            group["lr"] = torch.full((), group["lr"], dtype=torch.float32, device=device)
+            group["lr"] = torch.full((), group["lr"], device=device)
         for parameter in group["params"]:
             optimizer.state[parameter] = {
                 # On the parameter's device, where the fused update reads it.

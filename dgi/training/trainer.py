@@ -71,12 +71,12 @@ class Trainer:
             the row of metrics of that step (rank 0).
         cuda_graph: take the steps as CUDA graphs, one a stage (:class:`dgi.training.update.CapturedUpdate`): for models
             of which a step takes longer to launch than to run.  The host then waits for the device only where metrics
-            or a checkpoint are due, and only there learns of a loss that is not finite.
+            or a checkpoint are due or codes are revived, and only there learns of a loss that is not finite.
 
     Raises:
         ValueError: no interactions, ``batch_size`` is no multiple of the number of processes, or ``cuda_graph`` where
-            there is no CUDA device, with several processes, and with models whose steps have no fixed shape (causal
-            ones, and encoders that do not read item vectors).
+            there is no CUDA device, under ``DGI_DEBUG``, with several processes, and with models whose steps have no
+            fixed shape (causal ones, and encoders that do not read item vectors).
     """
 
     def __init__(

@@ -7,7 +7,6 @@ import dataclasses
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dgi.data.batches import Batch
@@ -15,7 +14,10 @@ from dgi.model.dgi_model import DGIModel, DualEncoder
 from dgi.training.distributed import gather_rows, global_mean, world_size
 from dgi.training.loss_step import StepResult
 from dgi_kernels import cuda_graphs
+from dgi_kernels.backend import checks_values
 from dgi_kernels.noise import resolve_seed
+
+OF_ITEMS = ("item_rows", "item_features")  # the fields of a batch that are as long as it has items
 
 
 class Update:
@@ -114,7 +116,7 @@ class CapturedUpdate(Update):
     """Steps that are one CUDA graph: the first few are taken as any others, the next is recorded, and that replayed.
 
     A graph reads and writes the same memory at every step, so what differs from step to step is copied there: the
-    batch, filled up to one shape, the temperature and the seed, and the learning rates, which the optimizer has as
+    batch, the temperature and the seed, and the learning rates, which the optimizer has as
     tensors (``build_optimizer(captured=True)``).  What a step returns is overwritten by the next one.
 
     Args:
@@ -134,13 +136,15 @@ class CapturedUpdate(Update):
     ) -> None:
         super().__init__(loss_step, model, optimizer, clip_norm, device)
         self._num_items = num_items
-        self._tau = torch.zeros((), dtype=torch.float32, device=device)
+        self._tau = torch.zeros((), device=device)
         self._seed = torch.zeros(1, dtype=torch.int64, device=device)
         self._warmups = 0
         self._recorded: tuple[torch.cuda.CUDAGraph, StepResult] | None = None
 
     def __call__(self, batch: Batch, tau: float, seed: int, row_offset: int) -> StepResult:
-        self._read(filled_up(batch, self._num_items))
+        if not self._warmups:
+            self.batch = room_for(batch, self._num_items, self.device)
+        self._read(batch)
         self._tau.fill_(tau)
         self._seed.copy_(resolve_seed(seed, self._seed.device))
 
@@ -157,19 +161,36 @@ class CapturedUpdate(Update):
         return result
 
     def _read(self, batch: Batch) -> None:
-        """Copy a batch to where the graph reads it."""
-        if not hasattr(self, "batch"):
-            self.batch = batch.to(self.device)
-            return
-        for field in dataclasses.fields(Batch):
-            kept, given = getattr(self.batch, field.name), getattr(batch, field.name)
-            if (kept is None) != (given is None) or (kept is not None and kept.shape != given.shape):
-                raise ValueError(
-                    f"batch must have the shapes of the first one for a CUDA graph; {field.name} had "
-                    f"{_shape(kept)} and has {_shape(given)}"
-                )
-            if kept is not None:
-                kept.copy_(given, non_blocking=True)
+        """Copy a batch to where the graph reads it, its items before what room for more there is."""
+        kept, given = fields_of(self.batch), fields_of(batch)
+        shapes, others = ({name: _shape(name, x) for name, x in fields.items()} for fields in (kept, given))
+        if shapes != others:
+            raise ValueError(f"batch must have the shapes of the first one for a CUDA graph, {shapes}; got {others}")
+        for name, value in given.items():
+            if self.device.type == "cuda":  # from other memory the copy would wait for the step before
+                value = value.pin_memory()
+            kept[name][: len(value)].copy_(value, non_blocking=True)
+
+
+def room_for(batch: Batch, num_items: int, device: torch.device) -> Batch:
+    """A batch on the device with the shapes of ``batch``, but room for as many items as any of these shapes can have.
+
+    Behind the items that a batch has are vectors that nothing reads: at first all are the first item's.
+    """
+    read = [rows.numel() for rows in (batch.targets, batch.histories, batch.candidates) if rows is not None]
+    most = min(num_items, sum(read))
+    room: dict[str, Tensor] = {}
+    for name, value in fields_of(batch).items():
+        if name in OF_ITEMS:
+            room[name] = value[:1].to(device).expand(most, *value.shape[1:]).contiguous()
+        else:
+            room[name] = torch.empty_like(value, device=device)
+    return dataclasses.replace(batch, **room)
+
+
+def fields_of(batch: Batch) -> dict[str, Tensor]:
+    """The tensors that a batch has."""
+    return {name: value for name, value in vars(batch).items() if value is not None}
 
 
 def check_captured(model: DualEncoder, device: torch.device) -> None:
@@ -180,6 +201,10 @@ def check_captured(model: DualEncoder, device: torch.device) -> None:
     """
     if not cuda_graphs.possible(device):
         raise ValueError(f"cuda_graph needs a CUDA device; the model is on {device}")
+    if device.type == "cuda" and checks_values(device):
+        raise ValueError(
+            "cuda_graph needs ops that do not look at values; unset DGI_DEBUG, or leave dgi_kernels.debug()"
+        )
     if world_size() > 1:
         raise ValueError(f"cuda_graph needs training in one process; there are {world_size()}")
     if model.config.causal or not model.encoder.reads_item_vectors:
@@ -187,18 +212,6 @@ def check_captured(model: DualEncoder, device: torch.device) -> None:
         raise ValueError(f"cuda_graph needs steps of one shape, whatever the batch; {kind} cuts padding off")
 
 
-def filled_up(batch: Batch, num_items: int) -> Batch:
-    """A batch with as many items as any of its shape can have: the first one again, as row -1, which nothing reads."""
-    read = [batch.targets, batch.histories, batch.candidates]
-    most = min(num_items, sum(rows.numel() for rows in read if rows is not None))
-    more = most - len(batch.item_rows)
-    again = batch.item_features[:1].expand(more, *batch.item_features.shape[1:])
-    return dataclasses.replace(
-        batch,
-        item_rows=F.pad(batch.item_rows, (0, more), value=-1),
-        item_features=torch.cat([batch.item_features, again]),
-    )
-
-
-def _shape(value: Tensor | None) -> tuple[int, ...] | None:
-    return None if value is None else tuple(value.shape)
+def _shape(name: str, value: Tensor) -> tuple[int, ...]:
+    """Of what may not differ from batch to batch: not the number of items."""
+    return tuple(value.shape[name in OF_ITEMS :])

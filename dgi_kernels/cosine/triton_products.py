@@ -261,6 +261,7 @@ def product_weights_kernel(
     b_k: tl.constexpr,
     b_d: tl.constexpr,
     b_t: tl.constexpr,
+    b_r: tl.constexpr,
 ):
     """A tile of a chunk's weights before its rows' sums are known: rows first ... first + rows - 1. Unless it is
     ragged, K is a multiple of b_k. Whichever program of a tile of rows is the last has all sums, and finishes them."""
@@ -312,8 +313,8 @@ def product_weights_kernel(
             stride_h,
             stride_rows,
             smoothing,
-            b_d,
             b_t,
+            b_r,
         )
 
 
@@ -352,10 +353,11 @@ def finish_rows(
     stride_h,
     stride_rows,
     smoothing,
-    b_d: tl.constexpr,
     b_t: tl.constexpr,
+    b_r: tl.constexpr,
 ):
-    """What follows from the sums of rows: the loss, the target's weights, the rows that make dw."""
+    """What follows from the sums of rows: the loss, the target's weights, the rows that make dw. b_t tiles' sums are
+    read at once, and b_r dimensions of the rows."""
     o_n = first + o_row.to(tl.int64)
     tiles = tl.num_programs(0)
     others = tl.zeros_like(offset)
@@ -378,8 +380,8 @@ def finish_rows(
     tl.store(p_g + o_row.to(tl.int64) * K + label, g.to(p_g.dtype.element_ty), mask=m_t)
     if p_rows is not None:
         factor = inverse * tl.load(p_rnorm_h + o_n, mask=m_n, other=0.0)
-        for start in range(0, D, b_d):
-            o_d = start + tl.arange(0, b_d)
+        for start in range(0, D, b_r):
+            o_d = start + tl.arange(0, b_r)
             m_nd = m_n[:, None] & (o_d < D)[None, :]
             h = tl.load(p_h + o_n[:, None] * stride_h + o_d[None, :], mask=m_nd, other=0.0).to(tl.float32)
             h = tl.where(known[:, None], h * factor[:, None], 0.0)

@@ -27,7 +27,7 @@ from dgi_kernels.cosine.triton_saved import may_replace
 from dgi_kernels.triton_common import add_product, norms
 
 KEPT_BYTES = 20 << 20  # a chunk's weights and dw's sums
-SUMS_BLOCK = 32  # tiles of columns whose sums are read at once
+SUMS_BLOCK, ROWS_BLOCK = 32, 32  # tiles of columns whose sums, and dimensions of rows that are read at once
 SUM_ROWS = 2048  # of a part of the loss
 
 
@@ -186,6 +186,7 @@ def _chunks(h: Tensor, weight: Tensor, made: Made, of_row: dict[str, Tensor], sm
             smoothing=smoothing,
             ragged=codes % tiles.step > 0,
             b_t=SUMS_BLOCK,
+            b_r=ROWS_BLOCK,
             **fused.blocks(tiles),
         )
         if scaled is not None:

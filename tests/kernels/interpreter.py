@@ -8,6 +8,7 @@ through both forms.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import random
 import re
@@ -76,6 +77,7 @@ def choose_form(monkeypatch: pytest.MonkeyPatch, forms: ModuleType, form: str, s
     reduced = getattr(forms, "reduced", None)
     if reduced is not None:
         monkeypatch.setattr(reduced, "SUM_ROWS", 16)
+        monkeypatch.setattr(reduced, "SUMS_BLOCK", 2)
         monkeypatch.setattr(reduced, "IN_RANGE", (torch.float32, torch.bfloat16) if form == "reduced" else ())
         monkeypatch.setattr(reduced, "KEPT_BYTES", 0)
     fused = getattr(forms, "fused", None)
@@ -88,11 +90,28 @@ def choose_form(monkeypatch: pytest.MonkeyPatch, forms: ModuleType, form: str, s
             small = forms.Tiles(owned=32, step=step, warps=4, stages=2)
             monkeypatch.setattr(fused, "fused_tiles", lambda dim, device: small)
     if INTERPRETED:
+        shuffle_programs(monkeypatch)
         tiles = forms.Tiles(owned=32, step=step, warps=4, stages=2)
         # Passes that share a buffer have steps of their own, as on a GPU.
         others = [tiles._replace(step=max(16, step >> i % 2)) for i in range(len(forms.FlashConfig._fields))]
         config = forms.FlashConfig(*others)
         monkeypatch.setattr(forms, "flash_config", lambda dim, device: (max(16, 1 << (dim - 1).bit_length()), config))
+
+
+def shuffle_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the interpreter run the programs of a launch in any order, as a GPU may."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    set_grid, set_program = interpreter_builder.set_grid_dim, interpreter_builder.set_grid_idx
+    left: list[tuple[int, ...]] = []
+
+    def shuffled(*grid: int) -> None:
+        set_grid(*grid)
+        left[:] = itertools.product(*map(range, grid))
+        random.shuffle(left)
+
+    monkeypatch.setattr(interpreter_builder, "set_grid_dim", shuffled)
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", lambda *_: set_program(*left.pop()))
 
 
 def seed_tensor() -> Tensor:
