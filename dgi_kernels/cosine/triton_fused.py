@@ -16,6 +16,7 @@ from dgi_kernels.triton_common import Tiles, add_product, multiprocessors, or_on
 STEP = 64  # dimensions of a step of the products
 # Architecture -> dimensions up to -> tiles. With short vectors the epilogue is as long as the products, and two blocks
 # on a multiprocessor do one's beside the other's; with long ones the L2's reads bind, which a larger tile has less of.
+# Chosen for Hopper. Elsewhere product_weights_kernel, which finishes rows, has registers for one block alone.
 _LARGE = Tiles(128, 128, 8, 3)
 TILES = {
     8: {128: _LARGE, 256: _LARGE, 1024: _LARGE},

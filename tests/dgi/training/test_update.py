@@ -56,8 +56,13 @@ def trained(case: str, seed: int, captured: bool, dropout: float = 0.0) -> tuple
 
 
 @pytest.mark.usefixtures("graphs")
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_a_recorded_step_replays_as_one_that_is_run(case: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recorded_step_replays_as_one_that_is_run(
+    case: str, autocast: bool, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16, too, as on a GPU."""
+    monkeypatch.setattr(Update, "_autocast", lambda self: torch.autocast("cpu", torch.bfloat16, enabled=autocast))
     replayed, replayed_metrics = trained(case, seed, True, 0.2)
     monkeypatch.setattr(cuda_graphs, "WARMUPS", 1000)
     run, metrics = trained(case, seed, True, 0.2)
@@ -69,7 +74,7 @@ def test_a_recorded_step_replays_as_one_that_is_run(case: str, seed: int, monkey
 @pytest.mark.usefixtures("graphs")
 @pytest.mark.parametrize("case", CASES)
 def test_training_with_graphs_is_that_without(case: str, seed: int) -> None:
-    """But for rounding: batches are filled up, and rates and temperature are float32."""
+    """But for rounding: in a graph all batches have the shape of the largest."""
     torch.set_default_dtype(torch.float64)
     try:
         _, metrics = trained(case, seed, False)
