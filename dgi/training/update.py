@@ -115,9 +115,9 @@ class Update:
 class CapturedUpdate(Update):
     """Steps that are one CUDA graph: the first few are taken as any others, the next is recorded, and that replayed.
 
-    A graph reads and writes the same memory at every step, so what differs from step to step is copied there: the
-    batch, the temperature and the seed, and the learning rates, which the optimizer has as
-    tensors (``build_optimizer(captured=True)``).  What a step returns is overwritten by the next one.
+    A graph reads and writes the same memory at every step, so what differs from step to step is copied there: batch,
+    temperature and seed, and the learning rates, which the optimizer has as tensors
+    (``build_optimizer(captured=True)``).  What a step returns is overwritten by the next one.
 
     Args:
         num_items: size of the catalog.

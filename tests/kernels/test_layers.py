@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "dgi_kernels"
 # What a module imports stands in an earlier layer than itself, or in its own folder.
 LAYERS = (
-    {"_extension", "collectives", "files", "native_common", "progress", "tiles", "types"},  # they know nothing of ours
+    # they know nothing of ours
+    {"_extension", "collectives", "cuda_graphs", "files", "native_common", "progress", "tiles", "types"},
     {"enums"},
     {"triton_common"},
     {"backend"},
