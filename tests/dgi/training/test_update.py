@@ -187,7 +187,7 @@ def test_a_recording_refuses_what_waits_for_the_device() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["dgi", "stages", "sampled"])  # each compiles for some seconds
 def test_a_captured_step_replays_as_one_that_is_run_on_a_gpu(
     case: str, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
