@@ -51,7 +51,8 @@ def code_targets(
 
 
 def _narrows(device: torch.device) -> bool:
-    """Whether to gather the items below a prefix, or to keep all, the others with 0: how many there are, is a wait."""
+    """Whether to gather the items below each prefix. Where their number would have to be waited for, all items stay,
+    those of other prefixes with probability 0."""
     return device.type == "cpu"
 
 
