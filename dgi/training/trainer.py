@@ -70,8 +70,7 @@ class Trainer:
         validate: measures the model, in evaluation mode, every ``validate_every`` steps and at the end; its values join
             the row of metrics of that step (rank 0).
         cuda_graph: take the steps as CUDA graphs, one a stage (:class:`dgi.training.update.CapturedUpdate`): for models
-            of which a step takes longer to launch than to run.  The host then waits for the device only where metrics
-            or a checkpoint are due or codes are revived, and only there learns of a loss that is not finite.
+            of which a step takes longer to launch than to run.
 
     Raises:
         ValueError: no interactions, ``batch_size`` is no multiple of the number of processes, or ``cuda_graph`` where
@@ -102,6 +101,9 @@ class Trainer:
         self.device = local_device() if device is None else torch.device(device)
         self.model = model.to(self.device)
         self.cuda_graph = cuda_graph
+        self._checks_every_step = (
+            self.device.type == "cpu" and not cuda_graph
+        )  # a GPU's host prepares the next step meanwhile
         if cuda_graph:
             check_captured(model, self.device)
         self.config = config
@@ -158,7 +160,8 @@ class Trainer:
             CheckpointError: no checkpoint can be read.
             FileExistsError: without ``resume``, ``output`` holds checkpoints already.
             OSError: ``output`` cannot be written to, or its disk has no room for the checkpoints; told before training.
-            FloatingPointError: a loss or the gradient is no longer finite; nothing was updated with it.
+            FloatingPointError: a loss or the gradient is no longer finite; nothing was updated with it.  On a GPU that is
+                told where the host waits: where metrics or a checkpoint are due, or codes are revived.
         """
         if resume and self.folder is None and rank() == 0:
             raise ValueError("resume needs the output folder of the run to continue; output is None")
@@ -173,7 +176,7 @@ class Trainer:
                 if step in (done, span.start):
                     first, update = step, self._stage_update(span)
                 result = self._update(update, self._batch(step, span), step)
-                if not self.cuda_graph or self._tells(step, span):
+                if self._checks_every_step or self._tells(step, span):
                     values = self._values(update, first)
                 self._tend_codes(step, result)
                 self.steps_done += 1
