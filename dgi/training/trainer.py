@@ -101,9 +101,8 @@ class Trainer:
         self.device = local_device() if device is None else torch.device(device)
         self.model = model.to(self.device)
         self.cuda_graph = cuda_graph
-        self._checks_every_step = (
-            self.device.type == "cpu" and not cuda_graph
-        )  # a GPU's host prepares the next step meanwhile
+        # A GPU's host prepares the next step while it runs one.
+        self._checks_every_step = self.device.type == "cpu" and not cuda_graph
         if cuda_graph:
             check_captured(model, self.device)
         self.config = config
@@ -160,7 +159,7 @@ class Trainer:
             CheckpointError: no checkpoint can be read.
             FileExistsError: without ``resume``, ``output`` holds checkpoints already.
             OSError: ``output`` cannot be written to, or its disk has no room for the checkpoints; told before training.
-            FloatingPointError: a loss or the gradient is no longer finite; nothing was updated with it.  On a GPU that is
+            FloatingPointError: a loss or the gradient is no longer finite; nothing was updated with it.  On a GPU this is
                 told where the host waits: where metrics or a checkpoint are due, or codes are revived.
         """
         if resume and self.folder is None and rank() == 0:
