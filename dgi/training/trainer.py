@@ -159,8 +159,8 @@ class Trainer:
             CheckpointError: no checkpoint can be read.
             FileExistsError: without ``resume``, ``output`` holds checkpoints already.
             OSError: ``output`` cannot be written to, or its disk has no room for the checkpoints; told before training.
-            FloatingPointError: a loss or the gradient is no longer finite; nothing was updated with it.  On a GPU this is
-                told where the host waits: where metrics or a checkpoint are due, or codes are revived.
+            FloatingPointError: a loss or the gradient is no longer finite; nothing was updated with it.  On a GPU this
+                is told where the host waits: where metrics or a checkpoint are due, or codes are revived.
         """
         if resume and self.folder is None and rank() == 0:
             raise ValueError("resume needs the output folder of the run to continue; output is None")
