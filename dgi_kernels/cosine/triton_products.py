@@ -264,7 +264,8 @@ def product_weights_kernel(
     b_r: tl.constexpr,
 ):
     """A tile of a chunk's weights before its rows' sums are known: rows first ... first + rows - 1. Unless it is
-    ragged, K is a multiple of b_k. Whichever program of a tile of rows is the last has all sums, and finishes them."""
+    ragged, K is a multiple of b_k. Whichever program of a tile of rows is the last has all sums, and finishes them: it
+    reads those of b_t tiles at once, and b_r dimensions of the rows."""
     i_k, i_n = tl.program_id(0), tl.program_id(1)
     o_row = i_n * b_n + tl.arange(0, b_n)
     m_n = o_row < rows
@@ -289,33 +290,36 @@ def product_weights_kernel(
 
     # All threads have stored before one of them says so: who counts the last of these sees what the others stored.
     tl.debug_barrier()
-    if tl.atomic_add(p_arrived + i_n, 1) == tl.num_programs(0) - 1:
-        tl.store(p_arrived + i_n, 0)
-        finish_rows(
-            p_g,
-            p_sums,
-            p_h,
-            p_rnorm_h,
-            p_rnorm_w,
-            p_logit,
-            p_extra,
-            p_label,
-            p_loss,
-            p_inverse,
-            p_rows,
-            o_row,
-            m_n,
-            offset,
-            first,
-            rows,
-            K,
-            D,
-            stride_h,
-            stride_rows,
-            smoothing,
-            b_t,
-            b_r,
-        )
+    if tl.atomic_add(p_arrived + i_n, 1) < tl.num_programs(0) - 1:
+        return
+    # What follows from the sums of rows: the loss, the target's weights, the rows that make dw.
+    tl.store(p_arrived + i_n, 0)
+    tiles = tl.num_programs(0)
+    others = tl.zeros((b_n,), tl.float32)
+    for start in range(0, tiles, b_t):
+        o_t = (start + tl.arange(0, b_t)).to(tl.int64)
+        p_own = p_sums + o_t[:, None] * rows + o_row[None, :]
+        m_own = (o_t < tiles)[:, None] & m_n[None, :]
+        others += tl.sum(tl.load(p_own, mask=m_own, other=0.0, cache_modifier=".cg"), axis=0)
+    logit = tl.load(p_logit + o_n, mask=m_n, other=0.0)
+    extra = tl.load(p_extra + o_n, mask=m_n, other=0.0)
+    known = label >= 0
+    loss, _, _ = loss_of_plain(offset, others, logit, extra, label, smoothing)
+    tl.store(p_loss + o_n, loss, mask=m_n)
+    total = tl.exp2(logit - offset) + others
+    inverse = tl.where(known, 1.0 / total, 0.0)
+    tl.store(p_inverse + o_n, inverse, mask=m_n)
+    m_t = m_n & known
+    g_t = (smoothing * total - others) * factor_of(tl.load(p_rnorm_w + label, mask=m_t, other=0.0))
+    tl.store(p_g + o_row.to(tl.int64) * K + label, g_t.to(p_g.dtype.element_ty), mask=m_t)
+    if p_rows is not None:
+        factor = inverse * tl.load(p_rnorm_h + o_n, mask=m_n, other=0.0)
+        for start in range(0, D, b_r):
+            o_d = start + tl.arange(0, b_r)
+            m_nd = m_n[:, None] & (o_d < D)[None, :]
+            h = tl.load(p_h + o_n[:, None] * stride_h + o_d[None, :], mask=m_nd, other=0.0).to(tl.float32)
+            h = tl.where(known[:, None], h * factor[:, None], 0.0)
+            tl.store(p_rows + o_row.to(tl.int64)[:, None] * stride_rows + o_d[None, :], h, mask=m_nd)
 
 
 @triton.jit
@@ -328,64 +332,6 @@ def factor_of(rnorm_w):
 def offset_of(p_lse, m_n, scale):
     """o_n; a row without a target has an infinite log-sum-exp, and weights that nothing reads."""
     return tl.where(is_plain(scale), 0.0, tl.load(p_lse, mask=m_n, other=0.0))
-
-
-@triton.jit
-def finish_rows(
-    p_g,
-    p_sums,
-    p_h,
-    p_rnorm_h,
-    p_rnorm_w,
-    p_logit,
-    p_extra,
-    p_label,
-    p_loss,
-    p_inverse,
-    p_rows,
-    o_row,
-    m_n,
-    offset,
-    first,
-    rows,
-    K,
-    D,
-    stride_h,
-    stride_rows,
-    smoothing,
-    b_t: tl.constexpr,
-    b_r: tl.constexpr,
-):
-    """What follows from the sums of rows: the loss, the target's weights, the rows that make dw. b_t tiles' sums are
-    read at once, and b_r dimensions of the rows."""
-    o_n = first + o_row.to(tl.int64)
-    tiles = tl.num_programs(0)
-    others = tl.zeros_like(offset)
-    for start in range(0, tiles, b_t):
-        o_t = (start + tl.arange(0, b_t)).to(tl.int64)
-        p_own = p_sums + o_t[:, None] * rows + o_row[None, :]
-        m_own = (o_t < tiles)[:, None] & m_n[None, :]
-        others += tl.sum(tl.load(p_own, mask=m_own, other=0.0, cache_modifier=".cg"), axis=0)
-    label = tl.load(p_label + o_n, mask=m_n, other=IGNORED)
-    logit = tl.load(p_logit + o_n, mask=m_n, other=0.0)
-    extra = tl.load(p_extra + o_n, mask=m_n, other=0.0)
-    known = label >= 0
-    loss, _, _ = loss_of_plain(offset, others, logit, extra, label, smoothing)
-    tl.store(p_loss + o_n, loss, mask=m_n)
-    total = tl.exp2(logit - offset) + others
-    inverse = tl.where(known, 1.0 / total, 0.0)
-    tl.store(p_inverse + o_n, inverse, mask=m_n)
-    m_t = m_n & known
-    g = (smoothing * total - others) * factor_of(tl.load(p_rnorm_w + label, mask=m_t, other=0.0))
-    tl.store(p_g + o_row.to(tl.int64) * K + label, g.to(p_g.dtype.element_ty), mask=m_t)
-    if p_rows is not None:
-        factor = inverse * tl.load(p_rnorm_h + o_n, mask=m_n, other=0.0)
-        for start in range(0, D, b_r):
-            o_d = start + tl.arange(0, b_r)
-            m_nd = m_n[:, None] & (o_d < D)[None, :]
-            h = tl.load(p_h + o_n[:, None] * stride_h + o_d[None, :], mask=m_nd, other=0.0).to(tl.float32)
-            h = tl.where(known[:, None], h * factor[:, None], 0.0)
-            tl.store(p_rows + o_row.to(tl.int64)[:, None] * stride_rows + o_d[None, :], h, mask=m_nd)
 
 
 @triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["p_sum", "p_counted"])
