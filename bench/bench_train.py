@@ -170,11 +170,11 @@ def run(case: str, steps: int, results: Results) -> None:
     systems = trainers(CASES[case])
     losses: dict[str, list[float]] = {backend: [] for backend in BACKENDS}
     times: dict[str, list[float]] = {backend: [] for backend in BACKENDS}
-    takes = {name: prepared(trainer, name)[0] for name, trainer in systems.items()}
-    batches = prepared(systems["auto"])[1]
+    ready = {name: prepared(trainer, name) for name, trainer in systems.items()}
+    batches = ready["auto"][1]
 
     def update(name: str, batch: object, step: int) -> None:
-        losses[name].append(takes[name](batch, step)["loss"])
+        losses[name].append(ready[name][0](batch, step)["loss"])
 
     with Progress(steps, case, unit="steps") as bar:
         for step, batch in batches[:steps]:

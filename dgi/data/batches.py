@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+OF_ITEMS = ("item_rows", "item_features")  # the attributes of a batch that are as long as it has items
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -32,19 +34,13 @@ class Batch:
     candidates: Tensor | None = None
     places: Tensor | None = None
 
-    def to(self, device: torch.device | str) -> Batch:
-        def move(value: Tensor) -> Tensor:
-            return value.to(device, non_blocking=True)
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that there are, by the names of their attributes."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
-        return Batch(
-            move(self.item_rows),
-            move(self.item_features),
-            None if self.targets is None else move(self.targets),
-            move(self.histories),
-            None if self.query_features is None else move(self.query_features),
-            None if self.candidates is None else move(self.candidates),
-            None if self.places is None else move(self.places),
-        )
+    def to(self, device: torch.device | str) -> Batch:
+        moved = {name: value.to(device, non_blocking=True) for name, value in self.tensors().items()}
+        return dataclasses.replace(self, **moved)
 
     def __len__(self) -> int:
         return len(self.histories)

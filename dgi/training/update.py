@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from dgi.data.batches import Batch
+from dgi.data.batches import OF_ITEMS, Batch
 from dgi.model.dgi_model import DGIModel, DualEncoder
 from dgi.training.distributed import gather_rows, global_mean, world_size
 from dgi.training.loss_step import StepResult
@@ -17,9 +18,8 @@ from dgi_kernels import cuda_graphs
 from dgi_kernels.backend import checks_values
 from dgi_kernels.noise import resolve_seed
 
-OF_ITEMS = ("item_rows", "item_features")  # the fields of a batch that are as long as it has items
 
-
+@dataclass(eq=False, repr=False)
 class Update:
     """Takes the steps of one stage.
 
@@ -37,27 +37,21 @@ class Update:
         batch: of the last step, on the device.
     """
 
-    batch: Batch
+    loss_step: nn.Module
+    model: DualEncoder
+    optimizer: torch.optim.Optimizer
+    clip_norm: float
+    device: torch.device
+    batch: Batch = field(init=False)
 
-    def __init__(
-        self,
-        loss_step: nn.Module,
-        model: DualEncoder,
-        optimizer: torch.optim.Optimizer,
-        clip_norm: float,
-        device: torch.device,
-    ) -> None:
-        self.loss_step = loss_step
-        self.model = model
-        self.optimizer = optimizer
-        self.clip_norm = clip_norm
-        self.device = device
+    def __post_init__(self) -> None:
+        device = self.device
         self._failed = torch.zeros((), dtype=torch.float32, device=device)  # 1 once a value was not finite
         self._taken = torch.zeros((), dtype=torch.int64, device=device)  # steps before that one
         self._names: list[str] = []
         self._last = self._failing = torch.empty(0, device=device)  # values by name: of the last step, of that one
         # The scale of float16's gradients asks the same of the fused update: to leave weights and moments as they are.
-        optimizer.found_inf = self._failed  # type: ignore[attr-defined]
+        self.optimizer.found_inf = self._failed  # type: ignore[attr-defined]
 
     def __call__(self, batch: Batch, tau: float, seed: int, row_offset: int) -> StepResult:
         """Take a step; the result has no gradient.
@@ -112,6 +106,7 @@ class Update:
         return contextlib.nullcontext()
 
 
+@dataclass(eq=False, repr=False)
 class CapturedUpdate(Update):
     """Steps that are one CUDA graph: the first few are taken as any others, the next is recorded, and that replayed.
 
@@ -124,26 +119,18 @@ class CapturedUpdate(Update):
         others: as of :class:`Update`.
     """
 
-    def __init__(
-        self,
-        loss_step: nn.Module,
-        model: DualEncoder,
-        optimizer: torch.optim.Optimizer,
-        clip_norm: float,
-        device: torch.device,
-        *,
-        num_items: int,
-    ) -> None:
-        super().__init__(loss_step, model, optimizer, clip_norm, device)
-        self._num_items = num_items
-        self._tau = torch.zeros((), device=device)
-        self._seed = torch.zeros(1, dtype=torch.int64, device=device)
+    num_items: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._tau = torch.zeros((), device=self.device)
+        self._seed = torch.zeros(1, dtype=torch.int64, device=self.device)
         self._warmups = 0
         self._recorded: tuple[torch.cuda.CUDAGraph, StepResult] | None = None
 
     def __call__(self, batch: Batch, tau: float, seed: int, row_offset: int) -> StepResult:
         if not self._warmups:
-            self.batch = room_for(batch, self._num_items, self.device)
+            self.batch = room_for(batch, self.num_items, self.device)
         self._read(batch)
         self._tau.fill_(tau)
         self._seed.copy_(resolve_seed(seed, self._seed.device))
@@ -162,7 +149,7 @@ class CapturedUpdate(Update):
 
     def _read(self, batch: Batch) -> None:
         """Copy a batch to where the graph reads it, its items before what room for more there is."""
-        kept, given = fields_of(self.batch), fields_of(batch)
+        kept, given = self.batch.tensors(), batch.tensors()
         shapes, others = ({name: _shape(name, x) for name, x in fields.items()} for fields in (kept, given))
         if shapes != others:
             raise ValueError(f"batch must have the shapes of the first one for a CUDA graph, {shapes}; got {others}")
@@ -180,17 +167,12 @@ def room_for(batch: Batch, num_items: int, device: torch.device) -> Batch:
     read = [rows.numel() for rows in (batch.targets, batch.histories, batch.candidates) if rows is not None]
     most = min(num_items, sum(read))
     room: dict[str, Tensor] = {}
-    for name, value in fields_of(batch).items():
+    for name, value in batch.tensors().items():
         if name in OF_ITEMS:
             room[name] = value[:1].to(device).expand(most, *value.shape[1:]).contiguous()
         else:
             room[name] = torch.empty_like(value, device=device)
     return dataclasses.replace(batch, **room)
-
-
-def fields_of(batch: Batch) -> dict[str, Tensor]:
-    """The tensors that a batch has."""
-    return {name: value for name, value in vars(batch).items() if value is not None}
 
 
 def check_captured(model: DualEncoder, device: torch.device) -> None:
