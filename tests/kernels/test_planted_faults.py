@@ -61,8 +61,8 @@ FAULTS = {
     ),
     "a target has no weight of its own": Fault(
         "cosine/triton_products.py",
-        "g = (smoothing * total - others) *",
-        "g = (smoothing * total) *",
+        "(smoothing * total - others) * factor_of(",
+        "(smoothing * total) * factor_of(",
         *REDUCED,
         "is off by",
     ),
