@@ -151,10 +151,11 @@ def torch_part(call: Call) -> Part | None:
     name = str(function).removeprefix("aten.").split(".")[0]
     results = [x for x in tree_leaves(values["result"]) if isinstance(x, Tensor)]
     info = function._schema.returns[0].alias_info if function._schema.returns else None
-    is_view = (info is not None and not info.is_write) or name in VIEWS or not any(x.numel() for x in results)
-    if is_view:
-        return None
     given = [x for x in tree_leaves((values["args"], values["kwargs"])) if isinstance(x, Tensor)]
+    is_view = (info is not None and not info.is_write) or name in VIEWS or not any(x.numel() for x in results)
+    is_cast = name == "to" and given[0].dtype != results[0].dtype
+    if is_view and not is_cast:
+        return None
     device, near = seconds_of_bytes(list({id(x): x for x in (*given, *results)}.values()))
     alone = {"memory": device, "L2": near}
     if name in ("mm", "addmm", "addmm_"):

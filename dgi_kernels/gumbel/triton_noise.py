@@ -3,12 +3,12 @@
     u = (x + 1/2) 2^-32,    E = -log1p(-u),    g = -log E,    x = word k % 4 of Philox4x32-10 at (k // 4, n, level,
     stream)
 
-Everything here is in base 2, G = g / ln 2, so that both logarithms and the softmax's exponential are one instruction of
-the GPU each. ``lg2.approx`` errs by 2^-22, absolutely where its argument is within (1/2, 2) and relatively elsewhere
-(PTX ISA). Near u = 0, where E = -log(1 - u) loses what 1 - u has rounded away, a polynomial in u takes its place below
-u = 1/16: then the error of g is below 2e-5 for every word: 3e-6 from E, 6e-6 from log E at its largest, 23 (a test adds
-them up over both ends and a sample). One conversion serves both sides: it takes x for small u and ~x, which is 1 - u,
-for the rest.
+Everything here is in base 2, G = g / ln 2 = BASE - log2 E_2 with E_2 = E / ln 2, so that both logarithms and the
+softmax's exponential are one instruction of the GPU each. ``lg2.approx`` errs by 2^-22, absolutely where its argument
+is within (1/2, 2) and relatively elsewhere (PTX ISA). Near u = 0, where E_2 = -log2(1 - u) loses what 1 - u has rounded
+away, a parabola in x takes its place below x = SMALL, u = 0.0137: then the error of g is below 2e-5 for every word:
+8e-6 from the parabola or 12e-6 from the logarithm, and 5e-6 from log2 E_2 at its largest, 32 (a test adds them up over
+both ends and a sample). One conversion serves both sides: it takes x for small u and ~x, which is 1 - u, for the rest.
 
 A tile computes one Philox block for four neighbouring codes and uses all four words. A row's and a code's parts of the
 first two rounds stay vectors of b_n and b_k / 4 elements by broadcasting, so that eight rounds are paid for.
@@ -30,18 +30,19 @@ import triton.language as tl
 from dgi_kernels.triton_common import LN2, LOG2E
 
 BASE = tl.constexpr(0.5287663729448977)  # -log2(ln 2)
+SMALL = tl.constexpr(0x03800000)
 
 if os.environ.get("TRITON_INTERPRET") == "1":  # the interpreter has no inline assembly
 
     @triton.jit
-    def log2_of_exponential(word):
-        """Uniform uint32 -> H = log2 E of an E ~ Exp(1) in base 2. The polynomial is a fit of log2(1 - u) / u, relative
-        error 2.1e-6."""
-        small = word < 0x10000000
+    def gumbel_less_base(word):
+        """Uniform uint32 -> G - BASE = -log2 E_2 of an E ~ Exp(1). The parabola is a fit of -log2(1 - u) that errs
+        relatively by 7.9e-6."""
+        small = word < SMALL
         # Not ~word: the interpreter of Triton 3.7 cannot invert unsigned words.
-        v = tl.where(small, word, word ^ 0xFFFFFFFF).to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
-        series = v * ((-0.5168004631996155 * v - 0.7204892635345459) * v - 1.4426980018615723)
-        return tl.log2(tl.abs(tl.where(small, series, tl.log2(v))))
+        f = tl.where(small, word, word ^ 0xFFFFFFFF).to(tl.float32)
+        parabola = f * (f * 3.946412786535432e-20 + 3.359009737025076e-10) + 1.679504868512538e-10
+        return -tl.log2(tl.abs(tl.where(small, parabola, tl.log2(f * 2.0**-32 + 2.0**-33))))
 
     @triton.jit
     def halves_of_product(x, factor):
@@ -53,25 +54,25 @@ if os.environ.get("TRITON_INTERPRET") == "1":  # the interpreter has no inline a
 else:
 
     @triton.jit
-    def log2_of_exponential(word):
-        """As above. In assembly, since with its predicates neither of the two choices is an instruction of its own, and
-        nor is the sign of the logarithm, which is left out."""
+    def gumbel_less_base(word):
+        """As above. In assembly, since with its predicates the choices are no instructions of their own, and nor are
+        the signs of both logarithms."""
         return tl.inline_asm_elementwise(
             """{
             .reg .pred large;
             .reg .b32 word;
-            .reg .f32 v, e;
-            setp.ge.u32 large, $1, 0x10000000;
+            .reg .f32 f, e;
+            setp.ge.u32 large, $1, 0x03800000;
             mov.b32 word, $1;
             @large not.b32 word, word;
-            cvt.rn.f32.u32 v, word;
-            fma.rn.f32 v, v, 0f2F800000, 0f2F000000;
-            fma.rn.f32 e, v, 0fBF044D09, 0fBF3871FC;
-            fma.rn.f32 e, e, v, 0fBFB8AA54;
-            mul.rn.f32 e, e, v;
-            @large lg2.approx.ftz.f32 e, v;
+            cvt.rn.f32.u32 f, word;
+            fma.rn.f32 e, f, 0f1F3A5D34, 0f2FB8A9DC;
+            fma.rn.f32 e, e, f, 0f2F38A9DC;
+            @large fma.rn.f32 e, f, 0f2F800000, 0f2F000000;
+            @large lg2.approx.ftz.f32 e, e;
             abs.f32 e, e;
-            lg2.approx.ftz.f32 $0, e;
+            lg2.approx.ftz.f32 e, e;
+            neg.f32 $0, e;
             }""",
             "=f,r",
             [word],
@@ -116,27 +117,22 @@ def philox(seed, c0, c1, c2, c3):
 
 
 @triton.jit
-def gumbel_from_word(word):
-    """Uniform uint32 -> G = -log2(-ln(1 - u)) = BASE - H."""
-    return -log2_of_exponential(word) + BASE
-
-
-@triton.jit
-def exponent_tile(seed, first_code, o_row, level, stream, b_k: tl.constexpr):
-    """H = BASE - G of b_k codes from ``first_code``, a multiple of 4, for the rows ``o_row`` (b_n,) uint32 ->
-    (b_n, b_k). Where it is taken off something, the sign costs nothing, and BASE is left to what is of a row."""
-    o_block = (first_code // 4 + tl.arange(0, b_k // 4)).to(tl.uint32)
+def noise_less_base(seed, o_block, o_row, level, stream):
+    """G - BASE of the four codes from 4 o_block, for the rows ``o_row``, both uint32 tensors -> (..., 2, 2) after the
+    dimensions that they broadcast to. Where it is added to something, BASE can be left to what is of a row."""
     level, stream = tl.cast(level, tl.uint32), tl.cast(stream, tl.uint32)
-    w0, w1, w2, w3 = philox(seed, o_block[None, :], o_row[:, None], level, stream)
-    even = tl.join(log2_of_exponential(w0), log2_of_exponential(w2))
-    odd = tl.join(log2_of_exponential(w1), log2_of_exponential(w3))
-    return tl.reshape(tl.join(even, odd), (o_row.shape[0], b_k))
+    w0, w1, w2, w3 = philox(seed, o_block, o_row, level, stream)
+    even = tl.join(gumbel_less_base(w0), gumbel_less_base(w2))
+    odd = tl.join(gumbel_less_base(w1), gumbel_less_base(w3))
+    return tl.join(even, odd)
 
 
 @triton.jit
 def noise_tile(seed, first_code, o_row, level, stream, b_k: tl.constexpr):
-    """G of the same codes and rows."""
-    return -exponent_tile(seed, first_code, o_row, level, stream, b_k) + BASE
+    """G of b_k codes from ``first_code``, a multiple of 4, for the rows ``o_row`` (b_n,) uint32 -> (b_n, b_k)."""
+    o_block = (first_code // 4 + tl.arange(0, b_k // 4)).to(tl.uint32)
+    noise = noise_less_base(seed, o_block[None, :], o_row[:, None], level, stream)
+    return tl.reshape(noise, (o_row.shape[0], b_k)) + BASE
 
 
 @triton.jit(do_not_specialize=["N", "K", "level", "noise_stream", "row_offset"])

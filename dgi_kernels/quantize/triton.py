@@ -16,7 +16,16 @@ from torch import Tensor, library
 from dgi_kernels import checks
 from dgi_kernels.quantize.options import Operands, QuantizeOptions
 from dgi_kernels.quantize.result import ResidualQuantization
-from dgi_kernels.quantize.triton_gradients import RowSums, chunked_gradients, flash_gradients, upstream_of
+from dgi_kernels.quantize.triton_gradients import (
+    NO_ENTRY,
+    RowSums,
+    chunked_gradients,
+    enter_last,
+    entry_of,
+    flash_gradients,
+    upstream_of,
+    upstream_with_mixture,
+)
 from dgi_kernels.quantize.triton_levels import (
     HARD,
     SOFT,
@@ -207,14 +216,15 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> dz, dweight, dscale, dtau; dsigma, dbias and dvalues, which are empty where they are not wanted."""
     rows, _, dim = residuals.shape
+    dz = residuals.new_empty(rows, dim)
     flow = residuals.new_empty(rows, dim, dtype=torch.float32)  # the gradient of r_j, then of r_{j-1}
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    dtau = torch.zeros_like(tau)
+    dtau = torch.zeros_like(tau) if wants_tau else torch.empty_like(tau)
     dbias = scale.new_zeros(0 if bias is None else len(weight))
     dsigma = scale.new_zeros(rows if wants_sigma else 0)
     dvalues = weight.new_zeros(0 if values is None else values.shape)
     if rows == 0:
-        return flow.to(residuals.dtype), dweight.zero_(), torch.zeros_like(scale), dtau, dsigma, dbias, dvalues
+        return dz, dweight.zero_(), torch.zeros_like(scale), dtau, dsigma, dbias, dvalues
     weight = weight.contiguous()
     sampling = Sampling(scale, tau, seed, padding, sigma, row_offset, eps, mode, metric, noisy)
     parts = dweight.split(sizes)
@@ -229,20 +239,24 @@ def _backward(
         # Of each row and level, what the gradients of scale and tau are sums of.
         of_scale, of_tau = flow.new_empty(len(sizes), rows), flow.new_empty(len(sizes) if wants_tau else 0, rows)
         comes: Tensor | None = None  # ``flow``, once something has come
+        gradients = [None] * len(sizes) if dquantized is None else dquantized.unbind(1)
+        normalizers = None if dlse is None else dlse.contiguous()
+        entry = NO_ENTRY
+        if dmixtures is None:
+            entry = entry_of(levels[-1], gradients[-1])
+            enter_last(entry)
         for j, level in reversed(list(enumerate(levels))):
-            upstream = upstream_of(
-                level,
-                sampling,
-                None if dquantized is None else dquantized[:, j],
-                comes,
-                dusages[j],
-                None if dlse is None else dlse.contiguous()[:, j],
-                None if dmixtures is None else dmixtures[:, j],
-            )
+            of_level = (dusages[j], None if normalizers is None else normalizers[:, j])
+            if dmixtures is None:
+                upstream = upstream_of(level, sampling, entry, *of_level)
+                entry = entry_of(levels[j - 1], gradients[j - 1]) if j > 0 else NO_ENTRY
+            else:
+                upstream = upstream_with_mixture(level, sampling, gradients[j], comes, *of_level, dmixtures[:, j])
             if dresiduals is not None:
                 comes = flow.copy_(dresiduals[:, j]) if comes is None else flow.add_(dresiduals[:, j])
             of_sigma = torch.empty_like(dsigma) if wants_sigma else None
-            rows_of = RowSums(flow, comes, of_scale[j], of_tau[j] if wants_tau else None, of_sigma)
+            out = flow if j > 0 else dz
+            rows_of = RowSums(out, comes, of_scale[j], of_tau[j] if wants_tau else None, of_sigma, entry)
             run(level, sampling, upstream, rows_of, parts[j], bias_parts[j], value_parts[j])
             comes = flow
             if of_sigma is not None:
@@ -251,7 +265,7 @@ def _backward(
                 dtau -= torch.where(upstream.dlse == 0, 0.0, level.lse * upstream.dlse).sum()
     if wants_tau:
         dtau = (dtau - of_tau.sum() * LN2.value) / tau
-    return flow.to(residuals.dtype), dweight, of_scale.sum() / tau, dtau, dsigma.div_(tau), dbias.div_(tau), dvalues
+    return dz, dweight, of_scale.sum() / tau, dtau, dsigma.div_(tau), dbias.div_(tau), dvalues
 
 
 @_backward.register_fake

@@ -11,9 +11,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dgi_kernels.gumbel.triton_noise import BASE, exponent_tile, noise_tile
-from dgi_kernels.quantize.triton_kernels import NONE, PER_ROW, STREAM, VARYING, rounding_of_scores
-from dgi_kernels.triton_common import LN2, LOG2E, code_bias, present, scores
+from dgi_kernels.gumbel.triton_noise import BASE, noise_less_base, noise_tile
+from dgi_kernels.quantize.triton_columns import best_of
+from dgi_kernels.quantize.triton_kernels import PER_ROW, STREAM, VARYING, rounding_of_scores
+from dgi_kernels.triton_common import LN2, LOG2E, NONE, code_bias, present, scores
 
 
 @triton.jit
@@ -23,14 +24,29 @@ def row_noise(p_seed, i_n, row_offset, level, first, b_k: tl.constexpr):
 
 
 @triton.jit
-def best_of_row(y, o_k):
-    """The maximum of a row, and the first of the codes that reaches it; 0 of a row of NaN."""
-    highest = tl.max(y, axis=0)
-    where = tl.min(tl.where(y == highest, o_k, NONE), axis=0)
-    return highest, tl.where(highest > float("-inf"), where, 0)
+def best_of_row(y, b_k: tl.constexpr):
+    """The maximum of a row (b_k,), -inf of NaN alone, and the first of the codes that reaches it, 0 of -inf. Every
+    thread finds the best of its own codes first, which are blocks of eight."""
+    threads: tl.constexpr = b_k // 32 if b_k >= 1024 else 32 if b_k >= 256 else b_k // 8
+    own = tl.permute(tl.reshape(y, (b_k // (8 * threads), threads, 8)), (1, 0, 2))
+    largest, item = best_of(tl.reshape(own, (1, threads, b_k // threads)))
+    largest, item = tl.reshape(largest, (threads,)), tl.reshape(item, (threads,))
+    code = (item // 8 * threads + tl.arange(0, threads)) * 8 + item % 8
+    largest = tl.where(largest == largest, largest, float("-inf"))
+    # As integers in the same order, whose maximum of a warp is one instruction.
+    highest = tl.max(in_order(tl.cast(largest, tl.int32, bitcast=True)), axis=0)
+    highest = tl.cast(in_order(highest), tl.float32, bitcast=True)
+    first = tl.min(tl.where(largest == highest, code, NONE), axis=0)
+    return highest, tl.where(highest > float("-inf"), first, 0)
 
 
-@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=PER_ROW)
+@triton.jit
+def in_order(bits):
+    """Of a float32's bits the integer that is ordered as it is, and the other way round."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit(do_not_specialize=[*VARYING, "adds"], do_not_specialize_on_alignment=PER_ROW)
 def row_level_kernel(
     p_s,  # (N, K) float32: products
     p_p,  # (N, K) out, rows stride_p apart: p 2^log2_gain, maybe in place of s, or None
@@ -45,7 +61,7 @@ def row_level_kernel(
     p_codes,  # (N,) int64 out, elements stride_m apart: argmax s
     p_sampled,  # (N,) int64 out, elements stride_m apart: argmax s + g
     p_lse,  # (N,) out, elements stride_m apart, natural
-    p_partial,  # (programs, K) out: sum_n p_nk of a program's rows, or None
+    p_partial,  # (programs, K) out: sum_n p_nk of a program's rows, and what it has held, if it ``adds``; or None
     N,
     K,
     stride_p,
@@ -53,6 +69,7 @@ def row_level_kernel(
     level,
     row_offset,
     log2_gain,
+    adds,
     noisy: tl.constexpr,
     whole: tl.constexpr,
     b_k: tl.constexpr,
@@ -60,21 +77,21 @@ def row_level_kernel(
     """What a level needs of a chunk's products. A program takes every programs-th row; b_k >= K, ``whole``: =."""
     o_k = tl.arange(0, b_k)
     m_k = present(o_k, K, whole)
-    rnorm_e = tl.load(p_rnorm_e + o_k, mask=m_k, other=0.0)
-    bias = code_bias(p_bias, o_k, m_k)
     scale = tl.abs(tl.load(p_scale)) * LOG2E
     inv_tau = 1.0 / tl.load(p_tau)
     seed = tl.load(p_seed)
     usage = tl.zeros((b_k,), tl.float32)
+    o_block = tl.arange(0, b_k // 4).to(tl.uint32)
     for row in range(tl.program_id(0), N, tl.num_programs(0)):
         i_n = tl.cast(row, tl.int64)
         scale_r = tl.load(p_rnorm + i_n * stride_m) * scale
+        rnorm_e = tl.load(p_rnorm_e + o_k, mask=m_k, other=0.0)
         s = tl.load(p_s + i_n * K + o_k, mask=m_k, other=0.0) * rnorm_e
         if p_bias is not None:
-            s = s * scale_r + bias
+            s = s * scale_r + code_bias(p_bias, o_k, m_k)
         elif not whole:
             s = tl.where(m_k, s, float("-inf"))
-        best, code = best_of_row(s, o_k)
+        best, code = best_of_row(s, b_k)
         y = s if p_bias is not None else s * scale_r
         base = 0.0
         if p_bias is None and not whole:  # 0 times infinity of a row of norm 0
@@ -82,14 +99,14 @@ def row_level_kernel(
         sampled = code
         if noisy:
             o_row = (i_n + row_offset + tl.zeros((1,), tl.int64)).to(tl.uint32)
-            h = tl.reshape(exponent_tile(seed, 0, o_row, level, STREAM, b_k), (b_k,))
+            noise = tl.reshape(noise_less_base(seed, o_block, o_row, level, STREAM), (b_k,))
             base = BASE
             if p_sigma is not None:
                 sigma = tl.load(p_sigma + i_n)
-                h *= sigma
+                noise *= sigma
                 base *= sigma
-            y -= h
-            best, sampled = best_of_row(y, o_k)
+            y += noise
+            best, sampled = best_of_row(y, b_k)
         else:
             best = tl.max(y, axis=0)
         top = best * inv_tau
@@ -106,7 +123,9 @@ def row_level_kernel(
             tl.debug_barrier()  # in place of what other threads have read
             tl.store(p_p + i_n * stride_p + o_k, p.to(p_p.dtype.element_ty), mask=m_k)
     if p_partial is not None:
-        tl.store(p_partial + tl.program_id(0) * K + o_k, usage * tl.exp2(-log2_gain), mask=m_k)
+        p_partial += tl.program_id(0) * K + o_k
+        before = tl.load(p_partial, mask=m_k & (adds != 0), other=0.0)
+        tl.store(p_partial, before + usage * tl.exp2(-log2_gain), mask=m_k)
 
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=PER_ROW)

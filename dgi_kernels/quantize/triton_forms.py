@@ -56,9 +56,11 @@ CHUNK_BYTES = 272 << 20
 # Codes of one pass of the chunked epilogues: with one warp a row, reductions need no shared memory, and 16 codes a
 # thread share their cost.
 CHUNK_STEP, CHUNK_WARPS = 512, 1
-# Codes of a row that fits the registers of a program; warps of such programs on a multiprocessor, and registers of a
-# thread, so that there are so many.
-ROW_LARGEST, ROW_WARPS, ROW_REGISTERS = 8192, 16, 128
+# Codes of a row that fits the registers of a program, and of each of its threads: a level's epilogue takes a sixth
+# fewer instructions a code with 32 than with 16, which share the reductions; that of the gradients waits for memory. Of
+# the former's programs a multiprocessor holds so many warps, and threads have so many registers that there is room.
+ROW_LARGEST, ROW_CODES, ROW_GRADIENT_CODES = 8192, 32, 16
+ROW_WARPS, ROW_REGISTERS = 12, 168
 
 
 def uses_flash(dim: int, dtype: torch.dtype) -> bool:
@@ -89,6 +91,11 @@ def flash_config(dim: int, device: torch.device) -> tuple[int, FlashConfig]:
         chosen("probabilities", probabilities),
         chosen("weights", weights),
     )
+
+
+def threads_of_row(device: torch.device) -> int:
+    """Those among which the tensor cores divide a row of a tile of products (triton_columns.py), or 1."""
+    return 4 if common.architecture(device) == 9 else 1
 
 
 def blocks(b_d: int, tiles: Tiles, *, own: str, step: str) -> dict[str, int]:

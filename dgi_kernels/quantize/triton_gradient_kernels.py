@@ -9,37 +9,31 @@ import triton
 import triton.language as tl
 
 from dgi_kernels.gumbel.triton_noise import fast_log2
-from dgi_kernels.quantize.triton_kernels import PER_ROW, VARYING, base_of, exponents
+from dgi_kernels.quantize.triton_columns import (
+    by_code,
+    by_thread,
+    codes_of_columns,
+    codes_of_threads,
+    of_threads,
+    over_codes,
+    over_rows,
+    sum_in_row,
+    sum_of,
+)
+from dgi_kernels.quantize.triton_kernels import PER_ROW, VARYING, base_of, noise_of_tile
 from dgi_kernels.triton_common import LOG2E, code_bias, present, radial_part, scores
 
 
-@triton.jit(do_not_specialize=["N"])
-def upstream_kernel(
-    p_flow,  # (N, D) float32: the gradient of r_j, or None: 0
-    p_dquantized,  # (N, D), rows stride_q apart: the gradient of z~_j, or None: 0
-    p_quantized,  # (N, D), rows stride_z apart: z~_j, or None
-    p_centre,  # (D,) what the codes are relative to, or None: 0
-    p_unit,  # (N, D) out: z / ||z||, or z where there is no p_norm
-    p_norm,  # (N,) out: ||z||, or None
-    p_expected,  # (N,) out, where z~_j is given: z . (z~_j - centre)
-    N,
-    D,
-    stride_q,
-    stride_z,
-    b_n: tl.constexpr,
-    b_d: tl.constexpr,
+@triton.jit
+def enter_level(
+    flow, p_dquantized, p_quantized, p_centre, p_unit, p_norm, p_expected, o_n, o_d, m_n, D, stride_dq, stride_q
 ):
-    """z = dz~ - dr, since r_j = r_{j-1} - z~_j, as a direction and a norm. Squares are of what is divided by the row's
-    largest, so that none overflows or vanishes. b_d >= D."""
-    o_n = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
-    o_d = tl.arange(0, b_d)
-    m_n = o_n < N
+    """What enters a level, of some rows: z = dz~ - flow (b_n, b_d), since r_j = r_{j-1} - z~_j, as a direction and a
+    norm. Squares are of what is divided by the row's largest, so that none overflows or vanishes. b_d >= D."""
     m_nd = m_n[:, None] & (o_d < D)[None, :]
-    z = tl.zeros((b_n, b_d), tl.float32)
-    if p_flow is not None:
-        z -= tl.load(p_flow + o_n[:, None] * D + o_d[None, :], mask=m_nd, other=0.0)
+    z = -flow
     if p_dquantized is not None:
-        z += tl.load(p_dquantized + o_n[:, None] * stride_q + o_d[None, :], mask=m_nd, other=0.0).to(tl.float32)
+        z += tl.load(p_dquantized + o_n[:, None] * stride_dq + o_d[None, :], mask=m_nd, other=0.0).to(tl.float32)
     if p_norm is not None:
         largest = tl.maximum(tl.max(tl.abs(z), axis=1), 1e-30)
         z = z / largest[:, None]
@@ -50,11 +44,35 @@ def upstream_kernel(
     unit = z.to(p_unit.dtype.element_ty)
     tl.store(p_unit + o_n[:, None] * D + o_d[None, :], unit, mask=m_nd)
     if p_quantized is not None:
-        quantized = tl.load(p_quantized + o_n[:, None] * stride_z + o_d[None, :], mask=m_nd, other=0.0).to(tl.float32)
+        quantized = tl.load(p_quantized + o_n[:, None] * stride_q + o_d[None, :], mask=m_nd, other=0.0).to(tl.float32)
         if p_centre is not None:
             quantized -= tl.load(p_centre + o_d, mask=o_d < D, other=0.0)[None, :]
         expected = tl.sum(unit.to(tl.float32) * quantized, axis=1)
         tl.store(p_expected + o_n, expected if p_norm is None else expected * norm, mask=m_n)
+
+
+@triton.jit(do_not_specialize=["N"])
+def upstream_kernel(
+    p_dquantized,  # (N, D), rows stride_dq apart: the gradient of z~, or None: 0
+    p_quantized,  # (N, D), rows stride_q apart: z~, or None
+    p_centre,  # (D,) what the codes are relative to, or None: 0
+    p_unit,  # (N, D) out: z / ||z||, or z where there is no p_norm
+    p_norm,  # (N,) out: ||z||, or None
+    p_expected,  # (N,) out, where z~ is given: z . (z~ - centre)
+    N,
+    D,
+    stride_dq,
+    stride_q,
+    b_n: tl.constexpr,
+    b_d: tl.constexpr,
+):
+    """What enters the last level; for the others finish_kernel does so."""
+    o_n = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
+    o_d = tl.arange(0, b_d)
+    flow = tl.zeros((b_n, b_d), tl.float32)
+    enter_level(
+        flow, p_dquantized, p_quantized, p_centre, p_unit, p_norm, p_expected, o_n, o_d, o_n < N, D, stride_dq, stride_q
+    )
 
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=PER_ROW)
@@ -83,6 +101,7 @@ def probability_kernel(
     log2_gain,
     noisy: tl.constexpr,
     whole: tl.constexpr,
+    threads: tl.constexpr,
     b_n: tl.constexpr,
     b_k: tl.constexpr,
     b_d: tl.constexpr,
@@ -100,27 +119,31 @@ def probability_kernel(
     if noisy:
         lse -= base_of(p_sigma, o_n, m_n) * inv_tau
     o_row = (o_n + row_offset).to(tl.uint32)
-    o_tile = tl.arange(0, b_k)[:, None] * D + o_d[None, :]
+    o_column = codes_of_columns(b_k, threads)
+    o_own = codes_of_threads(b_k, threads)
+    o_tile = o_column[:, None] * D + o_d[None, :]
     p_kept += o_n[:, None] * stride_k + tl.arange(0, b_k)[None, :]
-    expected = tl.zeros((b_n,), tl.float32)
+    expected = of_threads(0.0, tl.float32, b_n, threads)
     for first in range(tl.program_id(1) * b_k, K, tl.num_programs(1) * b_k):
-        o_k = first + tl.arange(0, b_k)
+        o_k = first + o_own
         m_k = present(o_k, K, whole)
-        e = tl.load(p_e + tl.cast(first, tl.int64) * D + o_tile, mask=m_k[:, None] & m_d[None, :], other=0.0)
+        m_kd = present(first + o_column, K, whole)[:, None] & m_d[None, :]
+        e = tl.load(p_e + tl.cast(first, tl.int64) * D + o_tile, mask=m_kd, other=0.0)
         rnorm_e = tl.load(p_rnorm_e + o_k, mask=m_k, other=0.0)
-        products = tl.dot(r, tl.trans(e), input_precision="ieee")
-        bias = code_bias(p_bias, o_k, m_k)
-        y = scores(products, rnorm_e[None, :], scale_r[:, None], None if p_bias is None else bias[None, :])
+        products = by_thread(tl.dot(r, tl.trans(e), input_precision="ieee"), threads)
+        bias = None if p_bias is None else over_codes(code_bias(p_bias, o_k, m_k))
+        y = scores(products, over_codes(rnorm_e), over_rows(scale_r, threads), bias)
         if noisy:
-            y -= exponents(seed, first, o_row, level, p_sigma, o_n, m_n, b_k)
-        p = tl.exp2(y * inv_tau - lse[:, None])
+            y += noise_of_tile(seed, first, o_row, level, p_sigma, o_n, m_n, b_k, threads)
+        p = tl.exp2(y * inv_tau - over_rows(lse, threads))
         if not whole:
-            p = tl.where(m_k[None, :], p, 0.0)
+            p = tl.where(over_codes(m_k), p, 0.0)
         if p_expected is not None:
-            expected += tl.sum(p * tl.load(p_dusage + o_k, mask=m_k, other=0.0)[None, :], axis=1)
-        tl.store(p_kept + first, p.to(p_kept.dtype.element_ty), mask=m_n[:, None])
+            expected += sum_of(p * over_codes(tl.load(p_dusage + o_k, mask=m_k, other=0.0)))
+        tl.store(p_kept + first, by_code(p.to(p_kept.dtype.element_ty)), mask=m_n[:, None])
     if p_expected is not None:
-        tl.store(p_expected + tl.program_id(1).to(tl.int64) * N + o_n, expected * tl.exp2(-log2_gain), mask=m_n)
+        expected = sum_in_row(expected) * tl.exp2(-log2_gain)
+        tl.store(p_expected + tl.program_id(1).to(tl.int64) * N + o_n, expected, mask=m_n)
 
 
 @triton.jit(do_not_specialize=["N", "parts"], do_not_specialize_on_alignment=PER_ROW)
@@ -129,7 +152,8 @@ def weight_kernel(
     p_e,  # (K, D): the codebook
     p_kept,  # (N, stride_k): p 2^log2_gain, 0 beyond K; out, if ``straight_through``: the one-hot of the sampled code
     p_norm,  # (N,) |z|, or None: 1
-    p_expected,  # (parts, N) that add up to sum_k p c
+    p_expected,  # (N,) sum_k p c, but for what usage adds
+    p_expected_usage,  # (parts, N) that add up to sum_k p v, or None
     p_dlse,  # (N,) L, elements stride_m apart, or None where it is 0
     p_dusage,  # (K,) v, or None where it is 0
     p_rnorm,  # (N,) rr, elements stride_m apart
@@ -172,8 +196,9 @@ def weight_kernel(
     if p_gain is not None:
         factor *= tl.load(p_gain)
     shift = tl.load(p_expected + o_n, mask=m_n, other=0.0)
-    for i in range(1, parts):
-        shift += tl.load(p_expected + tl.cast(i, tl.int64) * N + o_n, mask=m_n, other=0.0)
+    if p_expected_usage is not None:
+        for i in range(0, parts):
+            shift += tl.load(p_expected_usage + tl.cast(i, tl.int64) * N + o_n, mask=m_n, other=0.0)
     dlse = 0.0 if p_dlse is None else tl.load(p_dlse + o_n * stride_m, mask=m_n, other=0.0)
     shift = (shift - dlse) * factor
     norm = factor if p_norm is None else factor * tl.load(p_norm + o_n, mask=m_n, other=0.0)
@@ -235,7 +260,8 @@ def weight_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["N"], do_not_specialize_on_alignment=["p_rnorm", "p_radial", "p_residue", "p_share", "p_code"]
+    do_not_specialize=["N"],
+    do_not_specialize_on_alignment=["p_rnorm", "p_radial", "p_residue", "p_share", "p_code", "p_norm", "p_expected"],
 )
 def finish_kernel(
     p_sum,  # (N, D) rx times a gradient of x^
@@ -253,17 +279,26 @@ def finish_kernel(
     p_add_gain,  # () or None: what p_add is too large by
     p_out,  # (N, D) out: factor rx (I - x^ x^T) (...) + add / add_gain
     p_radial,  # (N,) out: x^ . (...), or None
+    p_dquantized,  # of upstream_kernel for the level before, as are those that follow
+    p_quantized,
+    p_next_centre,
+    p_unit,  # or None: nothing enters another level
+    p_norm,
+    p_expected,
     N,
     D,
     stride_d,
     stride_m,
     stride_z,
+    stride_dq,
+    stride_q,
     eps,
     plain: tl.constexpr,
     b_n: tl.constexpr,
     b_d: tl.constexpr,
 ):
-    """The end of a gradient of vectors, less what is radial of cosines'. b_d >= D."""
+    """The end of a gradient of vectors, less what is radial of cosines'; that of a residual enters the level before,
+    and is not read again for it. b_d >= D."""
     o_n = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
     o_d = tl.arange(0, b_d)
     m_n = o_n < N
@@ -290,6 +325,23 @@ def finish_kernel(
     if not plain:
         total -= radial_part(radial, rnorm, eps)[:, None] * x
     factor = tl.where(rnorm == 0.0, 1.0 / eps, 1.0) * tl.load(p_factor)
-    tl.store(p_out + o_nd, (added + total * factor[:, None]).to(p_out.dtype.element_ty), mask=m_nd)
+    out = added + total * factor[:, None]
+    tl.store(p_out + o_nd, out.to(p_out.dtype.element_ty), mask=m_nd)
     if p_radial is not None:
         tl.store(p_radial + o_n, radial, mask=m_n)
+    if p_unit is not None:
+        enter_level(
+            out,
+            p_dquantized,
+            p_quantized,
+            p_next_centre,
+            p_unit,
+            p_norm,
+            p_expected,
+            o_n,
+            o_d,
+            m_n,
+            D,
+            stride_dq,
+            stride_q,
+        )

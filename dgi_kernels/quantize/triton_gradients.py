@@ -65,81 +65,116 @@ class Off(NamedTuple):
 NOTHING = Off()
 
 
+class Entry(NamedTuple):
+    """What enters a level, and what it is made of beside the gradient of what the level leaves, by the names of
+    enter_level's arguments."""
+
+    p_dquantized: Tensor | None  # (N, D)
+    p_quantized: Tensor | None  # (N, D)
+    p_centre: Tensor | None  # (D,)
+    p_unit: Tensor | None  # (N, D) out
+    p_norm: Tensor | None  # (N,) out
+    p_expected: Tensor | None  # (N,) out
+
+    def of_rows(self, own: slice) -> Entry:
+        return Entry(*(x if x is None or x is self.p_centre else x[own] for x in self))
+
+    def renamed(self) -> dict[str, Tensor | None]:
+        """By the names of finish_kernel's arguments, which has a centre of its own."""
+        names = self._asdict()
+        return {"p_next_centre": names.pop("p_centre"), **names}
+
+    def strides(self) -> dict[str, int]:
+        return {
+            "stride_dq": 0 if self.p_dquantized is None else self.p_dquantized.stride(0),
+            "stride_q": 0 if self.p_quantized is None else self.p_quantized.stride(0),
+        }
+
+
+NO_ENTRY = Entry(None, None, None, None, None, None)
+
+
 class RowSums(NamedTuple):
     """Where a level's gradients of each row go."""
 
-    flow: Tensor  # (N, D) out: the gradient of r
-    comes: Tensor | None  # ``flow``, if what it holds is to be added
+    out: Tensor  # (N, D) out: the gradient of the residual
+    comes: Tensor | None  # (N, D) float32, maybe ``out``: what is added to it
     of_scale: Tensor  # (N,) out
     of_tau: Tensor | None  # (N,) out, in base 2
     of_sigma: Tensor | None  # (N,) out, in base 2
+    entry: Entry  # of the level before, which takes ``out`` off
 
 
-def _unit_and_norm(
-    level: Level, dquantized: Tensor | None, flow: Tensor | None, wants_expected: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradient of z~ as norm x unit, and its product with z~; r_j = r_{j-1} - z~_j takes ``flow`` off it."""
+def entry_of(level: Level, dquantized: Tensor | None) -> Entry:
+    """Room for what enters a level, and its part of the gradient of z~."""
     rows, dim = level.residual.shape
-    unit = level.e.new_empty(rows, dim)
-    norm = level.lse.new_empty(rows) if level.e.dtype == torch.float16 else None
-    expected = level.lse.new_empty(rows) if wants_expected else None
     if dquantized is not None and dquantized.stride(1) != 1:
         dquantized = dquantized.contiguous()
-    quantized = level.quantized if wants_expected else None
+    return Entry(
+        dquantized,
+        level.quantized,
+        level.centre,
+        level.e.new_empty(rows, dim),
+        level.lse.new_empty(rows) if level.e.dtype == torch.float16 else None,
+        None if level.quantized is None else level.lse.new_empty(rows),
+    )
+
+
+def enter_last(entry: Entry) -> None:
+    """Fill what enters the last level, which leaves nothing that has a gradient."""
+    assert entry.p_unit is not None
+    rows, dim = entry.p_unit.shape
     b_n, b_d = finish_block(dim)
     kernels.upstream_kernel[(triton.cdiv(rows, b_n),)](
-        flow,
-        p_dquantized=dquantized,
-        p_quantized=quantized,
-        p_centre=level.centre,
-        p_unit=unit,
-        p_norm=norm,
-        p_expected=expected,
-        N=rows,
-        D=dim,
-        stride_q=dim if dquantized is None else dquantized.stride(0),
-        stride_z=dim if quantized is None else quantized.stride(0),
-        b_n=b_n,
-        b_d=b_d,
-        num_warps=4,
+        **entry._asdict(), **entry.strides(), N=rows, D=dim, b_n=b_n, b_d=b_d, num_warps=4
     )
-    return unit, norm, expected
 
 
-def upstream_of(
+def upstream_of(level: Level, sampling: Sampling, entry: Entry, dusage: Tensor | None, dlse: Tensor | None) -> Upstream:
+    """Of what has entered."""
+    assert entry.p_unit is not None
+    bound = _bound(level, sampling, entry.p_norm, dusage, dlse, mixes=False)
+    return Upstream(entry.p_unit, None, entry.p_norm, bound, entry.p_expected, dusage, dlse)
+
+
+def upstream_with_mixture(
     level: Level,
     sampling: Sampling,
     dquantized: Tensor | None,
     flow: Tensor | None,
     dusage: Tensor | None,
     dlse: Tensor | None,
-    dmixture: Tensor | None,
+    dmixture: Tensor,
 ) -> Upstream:
-    unit_of_mixture = expected = None
-    if dmixture is None:
-        unit, norm, expected = _unit_and_norm(level, dquantized, flow, level.quantized is not None)
+    """Of a level with values, where the gradient of the mixture enters, too."""
+    gradient = level.lse.new_zeros(level.residual.shape) if dquantized is None else dquantized.float()
+    if flow is not None:
+        gradient = gradient - flow  # r_j = r_{j-1} - z~_j
+    norm = torch.linalg.vector_norm(torch.cat([gradient, dmixture.float()], 1), dim=1)
+    inverse = (1 / norm.clamp(min=1e-30))[:, None]
+    unit, unit_of_mixture = ((part * inverse).to(level.e.dtype) for part in (gradient, dmixture))
+    bound = _bound(level, sampling, norm, dusage, dlse, mixes=True)
+    return Upstream(unit, unit_of_mixture, norm, bound, None, dusage, dlse)
+
+
+def _bound(
+    level: Level, sampling: Sampling, norm: Tensor | None, dusage: Tensor | None, dlse: Tensor | None, *, mixes: bool
+) -> Tensor | None:
+    """Of the gradient of a row's logits, (N,); None where the dtype needs none."""
+    if norm is None or level.e.dtype != torch.float16:
+        return None
+    if sampling.plain:
+        largest = torch.linalg.vector_norm(level.e, dim=1, dtype=torch.float32).amax()
     else:
-        gradient = level.lse.new_zeros(level.residual.shape) if dquantized is None else dquantized.float()
-        if flow is not None:
-            gradient = gradient - flow  # r_j = r_{j-1} - z~_j
-        norm = torch.linalg.vector_norm(torch.cat([gradient, dmixture.float()], 1), dim=1)
-        inverse = (1 / norm.clamp(min=1e-30))[:, None]
-        unit, unit_of_mixture = ((part * inverse).to(level.e.dtype) for part in (gradient, dmixture))
-    bound = None
-    if norm is not None and level.e.dtype == torch.float16:
-        if sampling.plain:
-            largest = torch.linalg.vector_norm(level.e, dim=1, dtype=torch.float32).amax()
-        else:
-            largest = torch.where(level.rnorm_e > 0, 1 / level.rnorm_e, 0.0).amax()
-        if level.values is not None and dmixture is not None:
-            largest = torch.hypot(largest, torch.linalg.vector_norm(level.values, dim=1, dtype=torch.float32).amax())
-        bound = 2 * norm * largest
-        if dusage is not None:
-            bound = bound + 2 * dusage.abs().amax()
-        if dlse is not None:
-            bound = bound + dlse.abs()
-        bound = bound.clamp(min=1e-30)
-    return Upstream(unit, unit_of_mixture, norm, bound, expected, dusage, dlse)
+        largest = torch.where(level.rnorm_e > 0, 1 / level.rnorm_e, 0.0).amax()
+    if level.values is not None and mixes:
+        largest = torch.hypot(largest, torch.linalg.vector_norm(level.values, dim=1, dtype=torch.float32).amax())
+    bound = 2 * norm * largest
+    if dusage is not None:
+        bound = bound + 2 * dusage.abs().amax()
+    if dlse is not None:
+        bound = bound + dlse.abs()
+    return bound.clamp(min=1e-30)
 
 
 def _gains(level: Level, upstream: Upstream) -> tuple[Tensor | None, Tensor | None]:
@@ -162,7 +197,7 @@ def flash_gradients(
     """Fill ``rows_of``, ``de`` and ``dbias``, which lacks 1 / tau. There are no values and no gradient of sigma."""
     (rows, dim), e = level.residual.shape, level.e
     key_gain, value_gain = _gains(level, upstream)
-    total, rest = torch.empty_like(rows_of.flow), level.lse.new_empty(2, rows)
+    total, rest = level.lse.new_empty(rows, dim), level.lse.new_empty(2, rows)
     in_registers, mean_rnorm_e = dim <= forms.SUMS_LARGEST, level.factor_e.mean()
     mixed = level.quantized
     if mixed is None:  # straight through: z~ is a code, and no mixture
@@ -174,10 +209,12 @@ def flash_gradients(
     for own, kept, w in flash_chunks(level, 2):
         part, of_part = level.of_rows(own), sampling.of_rows(own)
         of_rows = upstream.of_rows(own)
-        expected = _probabilities(part, of_part, of_rows, kept, mixed[own])
+        expected, of_usage = _probabilities(part, of_part, of_rows, kept, mixed[own])
         of_tau = None if rows_of.of_tau is None else rows_of.of_tau[own]
         sums = total[own] if in_registers else None
-        _weights(part, of_part, of_rows, kept, expected, mean_rnorm_e, key_gain, w, sums, rest[:, own], of_tau)
+        _weights(
+            part, of_part, of_rows, kept, expected, of_usage, mean_rnorm_e, key_gain, w, sums, rest[:, own], of_tau
+        )
         if sums is None:
             product(w, e, total[own])
         add_product(w.T, part.residual, key, begins=own.start == 0)
@@ -197,23 +234,26 @@ def flash_gradients(
         key_gain,
         rows_of.comes,
         None,
-        rows_of.flow,
+        rows_of.out,
         rows_of.of_scale,
         off,
+        rows_of.entry,
     )
     log2_gain = LOG2_GAIN[e.dtype]
     value_gain = None if value_gain is None else value_gain * 2.0**log2_gain
     _finish(key, e, level.rnorm_e, sampling, key_gain, value, value_gain, de, None)
 
 
-def _probabilities(level: Level, sampling: Sampling, upstream: Upstream, kept: Tensor, mixed: Tensor) -> Tensor:
-    """Fill ``kept`` with p of some rows once more, and return what adds up to sum_k p c, (parts, N). ``mixed`` is p E,
-    or, straight through, filled with it."""
+def _probabilities(
+    level: Level, sampling: Sampling, upstream: Upstream, kept: Tensor, mixed: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Fill ``kept`` with p of some rows once more; return sum_k p c but for what usage adds, (N,), and what adds up to
+    that, (parts, N). ``mixed`` is p E, or, straight through, filled with it."""
     (rows, codes), e = kept.shape, level.e
     b_d, config = forms.flash_config(e.shape[1], e.device)
     tiles = config.probabilities
     splits = max(1, codes // PROBABILITY_CODES)
-    parts = level.lse.new_empty(1 if upstream.dusage is None else 1 + splits, rows)
+    of_usage = None if upstream.dusage is None else level.lse.new_empty(splits, rows)
     kernels.probability_kernel[(triton.cdiv(rows, tiles.owned), splits)](
         level.residual,
         e,
@@ -221,22 +261,20 @@ def _probabilities(level: Level, sampling: Sampling, upstream: Upstream, kept: T
         p_lse=level.lse,
         p_dusage=upstream.dusage,
         p_kept=kept,
-        p_expected=None if upstream.dusage is None else parts[1:],
+        p_expected=of_usage,
         stride_k=kept.stride(0),
         log2_gain=LOG2_GAIN[e.dtype],
+        threads=forms.threads_of_row(level.e.device),
         whole=codes % tiles.step == 0,
         **blocks(b_d, tiles, own="b_n", step="b_k"),
     )
     if upstream.expected is not None:
-        parts[0] = upstream.expected
-    else:
-        product(kept, e, mixed)
-        if LOG2_GAIN[e.dtype]:
-            mixed *= 2.0 ** -LOG2_GAIN[e.dtype]
-        torch.sum(upstream.unit * mixed, 1, out=parts[0])
-        if upstream.norm is not None:
-            parts[0] *= upstream.norm
-    return parts
+        return upstream.expected, of_usage
+    product(kept, e, mixed)
+    if LOG2_GAIN[e.dtype]:
+        mixed *= 2.0 ** -LOG2_GAIN[e.dtype]
+    expected = (upstream.unit * mixed).sum(1)
+    return expected if upstream.norm is None else expected * upstream.norm, of_usage
 
 
 def _weights(
@@ -245,6 +283,7 @@ def _weights(
     upstream: Upstream,
     kept: Tensor,
     expected: Tensor,
+    of_usage: Tensor | None,
     mean_rnorm_e: Tensor,
     gain: Tensor | None,
     w: Tensor,
@@ -266,6 +305,7 @@ def _weights(
         kept,
         p_norm=upstream.norm,
         p_expected=expected,
+        p_expected_usage=of_usage,
         p_dlse=upstream.dlse,
         p_dusage=upstream.dusage,
         p_rnorm=level.rnorm,
@@ -283,7 +323,7 @@ def _weights(
         D=e.shape[1],
         stride_m=level.lse.stride(0),
         stride_k=kept.stride(0),
-        parts=len(expected),
+        parts=0 if of_usage is None else len(of_usage),
         log2_gain=LOG2_GAIN[e.dtype],
         straight_through=straight_through,
         whole=codes % tiles.step == 0,
@@ -301,7 +341,7 @@ def chunked_gradients(
     dvalues: Tensor | None,
 ) -> None:
     """What :func:`flash_gradients` does, and fill ``dvalues``. Products of a chunk are made again, not kept."""
-    flow, comes, of_scale, of_tau, of_sigma = rows_of
+    out, comes, of_scale, of_tau, of_sigma, entry = rows_of
     e = level.e
     key_gain, value_gain = _gains(level, upstream)
     key, value = torch.empty_like(e, dtype=torch.float32), torch.empty_like(e, dtype=torch.float32)
@@ -314,7 +354,9 @@ def chunked_gradients(
             add_product(upstream.unit_of_mixture[own], level.values.T, c)
         in_registers = len(e) <= forms.ROW_LARGEST
         kernel = chunks.row_gradient_kernel if in_registers else chunks.chunk_gradient_kernel
-        b_k, warps = row_block(len(e)) if in_registers else (forms.CHUNK_STEP, forms.CHUNK_WARPS)
+        b_k, warps = (
+            row_block(len(e), forms.ROW_GRADIENT_CODES) if in_registers else (forms.CHUNK_STEP, forms.CHUNK_WARPS)
+        )
         strides = {"stride_w": w.stride(0)} if in_registers else {}
         kernel[(len(s),)](
             s,
@@ -343,7 +385,7 @@ def chunked_gradients(
         add_product(y.T, upstream.unit[own], value, begins=own.start == 0)
         if upstream.unit_of_mixture is not None and mixed is not None:
             add_product(y.T, upstream.unit_of_mixture[own], mixed, begins=own.start == 0)
-        total = torch.empty_like(flow[own])
+        total = level.lse.new_empty(len(s), e.shape[1])
         product(w, e, total)
         _finish(
             total,
@@ -353,8 +395,9 @@ def chunked_gradients(
             key_gain,
             None if comes is None else comes[own],
             None,
-            flow[own],
+            out[own],
             of_scale[own],
+            entry=entry.of_rows(own),
         )
     if dbias is not None:
         dbias.div_(sampling.row_factor if key_gain is None else sampling.row_factor * key_gain)
@@ -374,6 +417,7 @@ def _finish(
     out: Tensor,
     radial: Tensor | None,
     off: Off = NOTHING,
+    entry: Entry = NO_ENTRY,
 ) -> None:
     rows, dim = total.shape
     b_n, b_d = finish_block(dim)
@@ -388,11 +432,13 @@ def _finish(
         p_add_gain=add_gain,
         p_out=out,
         p_radial=radial,
+        **entry.renamed(),
         N=rows,
         D=dim,
         stride_d=x.stride(0),
         stride_m=rnorm.stride(0),
         stride_z=dim if off.p_mixed is None else off.p_mixed.stride(0),
+        **entry.strides(),
         eps=sampling.eps,
         plain=sampling.plain,
         b_n=b_n,

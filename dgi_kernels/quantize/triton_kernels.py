@@ -33,12 +33,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dgi_kernels.gumbel.triton_noise import BASE, exponent_tile
+from dgi_kernels.gumbel.triton_noise import BASE, noise_less_base
 from dgi_kernels.noise import STREAM_RESIDUAL_QUANTIZE
-from dgi_kernels.triton_common import LN2, LOG2E, SLACK, code_bias, present, reciprocal_norm
+from dgi_kernels.quantize.triton_columns import (
+    best_of,
+    by_code,
+    by_column,
+    by_thread,
+    codes_of_columns,
+    codes_of_threads,
+    first_code,
+    largest_in_row,
+    largest_of,
+    of_threads,
+    over_codes,
+    over_rows,
+    sum_in_row,
+    sum_of,
+)
+from dgi_kernels.triton_common import LN2, LOG2E, NONE, SLACK, code_bias, present, reciprocal_norm
 
 STREAM = tl.constexpr(STREAM_RESIDUAL_QUANTIZE)
-NONE = tl.constexpr(0x7FFFFFFF)  # no code
 # No code of their own for the value 1 or a multiple of 16: it would be no faster, and each level would wait for one.
 VARYING = ["N", "level", "row_offset"]
 PER_ROW = ["p_rnorm", "p_codes", "p_sampled", "p_index", "p_lse", "p_dlse", "p_norm", "p_mean", "p_dtau"]
@@ -103,25 +118,26 @@ def emit_kernel(
 
 
 @triton.jit
-def exponents(seed, first, o_row, level, p_sigma, o_n, m_n, b_k: tl.constexpr):
-    """What noise takes off the scores of a tile, beside sigma BASE, which is alike for all codes of a row and is
-    :func:`base_of`."""
-    h = exponent_tile(seed, first, o_row, level, STREAM, b_k)
+def noise_of_tile(seed, first, o_row, level, p_sigma, o_n, m_n, b_k: tl.constexpr, threads: tl.constexpr):
+    """What noise adds to the scores of a tile, by thread, beside sigma BASE, which is alike for all codes of a row and
+    is :func:`base_of`."""
+    if threads == 1:
+        o_block = (first // 4 + tl.arange(0, b_k // 4)).to(tl.uint32)[None, :]
+        noise = noise_less_base(seed, o_block, o_row[:, None], level, STREAM)
+        noise = tl.reshape(noise, (o_row.shape[0], b_k))
+    else:
+        o_block = tl.arange(0, 4)[:, None] + 4 * tl.arange(0, b_k // 16)[None, :]
+        o_block = (first // 4 + o_block).to(tl.uint32)[None, :, :]
+        noise = noise_less_base(seed, o_block, o_row[:, None, None], level, STREAM)
+        noise = tl.reshape(noise, (o_row.shape[0], 4, b_k // 4))
     if p_sigma is not None:
-        h *= tl.load(p_sigma + o_n, mask=m_n, other=0.0)[:, None]
-    return h
+        noise *= over_rows(tl.load(p_sigma + o_n, mask=m_n, other=0.0), threads)
+    return noise
 
 
 @triton.jit
 def base_of(p_sigma, o_n, m_n):
     return BASE if p_sigma is None else BASE * tl.load(p_sigma + o_n, mask=m_n, other=0.0)
-
-
-@triton.jit
-def best_of(y, o_k):
-    """Maximum of every row, and the first of the codes ``o_k`` (b_k,) that reaches it."""
-    highest = tl.max(y, axis=1)
-    return highest, tl.min(tl.where(y == highest[:, None], o_k[None, :], 0x7FFFFFFF), axis=1)
 
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=PER_ROW)
@@ -153,13 +169,15 @@ def level_kernel(
     soft: tl.constexpr,
     noisy: tl.constexpr,
     whole: tl.constexpr,
+    threads: tl.constexpr,
     b_n: tl.constexpr,
     b_k: tl.constexpr,
     b_d: tl.constexpr,
 ):
     """A program owns b_n rows. ``whole``: K is a multiple of b_k.
 
-    In registers: the mean (b_n, b_d); maximum, sum and the best two codes of each row. r lies in shared memory.
+    In registers: the mean (b_n, b_d); of each row its maximum, and its sum and best two codes of each of the threads
+    that share it (:mod:`dgi_kernels.quantize.triton_columns`). r lies in shared memory.
     """
     o_n = tl.program_id(0).to(tl.int64) * b_n + tl.arange(0, b_n)
     m_n = o_n < N
@@ -171,83 +189,91 @@ def level_kernel(
     seed = tl.load(p_seed)
     o_row = (o_n + row_offset).to(tl.uint32)
 
-    code = tl.zeros((b_n,), tl.int32)
-    sampled = tl.zeros((b_n,), tl.int32)
-    best = tl.full((b_n,), float("-inf"), tl.float32)
-    best_noisy = tl.full((b_n,), float("-inf"), tl.float32)
+    best_item = of_threads(0, tl.int32, b_n, threads)
+    best_noisy_item = of_threads(0, tl.int32, b_n, threads)
+    best = of_threads(float("-inf"), tl.float32, b_n, threads)
+    best_noisy = of_threads(float("-inf"), tl.float32, b_n, threads)
+    total = of_threads(0.0, tl.float32, b_n, threads)
     top = tl.full((b_n,), float("-inf"), tl.float32)  # less log2_gain
-    total = tl.zeros((b_n,), tl.float32)
     mean = tl.zeros((b_n, b_d), tl.float32)
-    o_tile = tl.arange(0, b_k)[:, None] * D + o_d[None, :]
+    o_column = codes_of_columns(b_k, threads)
+    o_own = codes_of_threads(b_k, threads)
+    o_tile = o_column[:, None] * D + o_d[None, :]
     if p_kept is not None:
         p_kept += o_n[:, None] * stride_k + tl.arange(0, b_k)[None, :]
     for first in range(0, K, b_k):
-        o_k = first + tl.arange(0, b_k)
+        o_k = first + o_own
         m_k = present(o_k, K, whole)
         if noisy:
-            h = exponents(seed, first, o_row, level, p_sigma, o_n, m_n, b_k)
-        e = tl.load(p_e + o_tile, mask=m_k[:, None] & m_d[None, :], other=0.0)
+            noise = noise_of_tile(seed, first, o_row, level, p_sigma, o_n, m_n, b_k, threads)
+        e = tl.load(p_e + o_tile, mask=present(first + o_column, K, whole)[:, None] & m_d[None, :], other=0.0)
         p_e += b_k * D
         rnorm_e = tl.load(p_rnorm_e + o_k, mask=m_k, other=0.0)
-        s = tl.dot(r, tl.trans(e), input_precision="ieee") * rnorm_e[None, :]
+        s = by_thread(tl.dot(r, tl.trans(e), input_precision="ieee"), threads) * over_codes(rnorm_e)
         if p_bias is not None:
-            s = s * scale_r[:, None] + code_bias(p_bias, o_k, m_k)[None, :]
+            s = s * over_rows(scale_r, threads) + over_codes(code_bias(p_bias, o_k, m_k))
         elif not whole:
-            s = tl.where(m_k[None, :], s, float("-inf"))
-        highest, where = best_of(s, o_k)
-        code = tl.where(highest > best, where, code)
-        best = tl.maximum(best, highest)
-        y = s if p_bias is not None else s * scale_r[:, None]
+            s = tl.where(over_codes(m_k), s, float("-inf"))
+        highest, item = best_of(s)
+        is_better = highest > best
+        best_item = tl.where(is_better, first // threads + item, best_item)
+        best = tl.where(is_better, highest, best)
+        y = s if p_bias is not None else s * over_rows(scale_r, threads)
         if p_bias is None and not whole:  # a row of norm 0
-            y = tl.where(m_k[None, :], y, float("-inf"))
+            y = tl.where(over_codes(m_k), y, float("-inf"))
         if noisy:
-            y -= h
-            highest, where = best_of(y, o_k)
-            sampled = tl.where(highest > best_noisy, where, sampled)
-            best_noisy = tl.maximum(best_noisy, highest)
+            y += noise
+            highest, item = best_of(y)
+            is_better = highest > best_noisy
+            best_noisy_item = tl.where(is_better, first // threads + item, best_noisy_item)
+            best_noisy = tl.where(is_better, highest, best_noisy)
         else:
-            highest = tl.max(y, axis=1)
-        rise = highest * inv_tau - log2_gain - top
-        if tl.max(rise) > SLACK:
-            raised = tl.where(rise > 0.0, highest * inv_tau - log2_gain, top)
+            highest = largest_of(y)
+        highest_of_row = largest_in_row(highest) * inv_tau - log2_gain
+        rise = highest_of_row - top
+        if tl.max((rise > SLACK).to(tl.int32)) > 0:
+            raised = tl.where(rise > 0.0, highest_of_row, top)
             shrink = tl.exp2(top - raised)
             top = raised
-            total *= shrink
+            total *= shrink if threads == 1 else shrink[:, None]
             if soft:
                 mean *= shrink[:, None]
-        p = tl.exp2(y * inv_tau - top[:, None])
-        total += tl.sum(p, axis=1)
+        p = tl.exp2(y * inv_tau - over_rows(top, threads))
+        total += sum_of(p)
         kept = p.to(e.dtype)
         if p_kept is not None:
-            tl.store(p_kept, kept, mask=m_n[:, None])
+            tl.store(p_kept, by_code(kept), mask=m_n[:, None])
             p_kept += b_k
             tl.store(p_top + tl.cast(first // b_k, tl.int64) * N + o_n, top, mask=m_n)
         if soft:
-            mean = tl.dot(kept, e, mean, input_precision="ieee")
+            mean = tl.dot(by_column(kept), e, mean, input_precision="ieee")
 
-    if not noisy:
-        sampled = code
-    else:
+    code = first_code(best, best_item)
+    sampled = code
+    if noisy:
+        sampled = first_code(best_noisy, best_noisy_item)
         top += base_of(p_sigma, o_n, m_n) * inv_tau
+    mass = sum_in_row(total)
     tl.store(p_codes + o_n * stride_m, code.to(tl.int64), mask=m_n)
     tl.store(p_sampled + o_n * stride_m, sampled.to(tl.int64), mask=m_n)
-    tl.store(p_lse + o_n * stride_m, (top + tl.log2(total)) * LN2, mask=m_n)
+    tl.store(p_lse + o_n * stride_m, (top + tl.log2(mass)) * LN2, mask=m_n)
     if soft:
-        tl.store(p_mean + o_n[:, None] * D + o_d[None, :], mean / total[:, None], mask=m_n[:, None] & m_d[None, :])
+        tl.store(p_mean + o_n[:, None] * D + o_d[None, :], mean / mass[:, None], mask=m_n[:, None] & m_d[None, :])
 
 
-@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=PER_ROW)
+@triton.jit(do_not_specialize=["N", "adds"], do_not_specialize_on_alignment=PER_ROW)
 def usage_kernel(
     p_kept,  # (N, stride_k): 2^(l - top)
     p_top,  # (code tiles, N)
     p_lse,  # (N,), elements stride_m apart, natural; inf where a row does not count
     p_sigma,  # (N,) or None
     p_tau,  # ()
-    p_partial,  # (splits, K) out: sum_n p_nk
+    p_partial,  # (splits, K) out: sum_n p_nk, and what it has held, if it ``adds``
     N,
     K,
     stride_m,
     stride_k,
+    adds,
     noisy: tl.constexpr,
     b_n: tl.constexpr,
     b_k: tl.constexpr,
@@ -268,7 +294,9 @@ def usage_kernel(
         if noisy:
             top += base_of(p_sigma, o_n, m_n) * inv_tau
         usage += kept.to(tl.float32) * tl.exp2(top - lse)[:, None]
-    tl.store(p_partial + tl.program_id(1) * K + o_k, tl.sum(usage, axis=0), mask=o_k < K)
+    p_partial += tl.program_id(1) * K + o_k
+    before = tl.load(p_partial, mask=(o_k < K) & (adds != 0), other=0.0)
+    tl.store(p_partial, before + tl.sum(usage, axis=0), mask=o_k < K)
 
 
 @triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=PER_ROW)

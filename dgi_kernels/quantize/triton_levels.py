@@ -223,7 +223,7 @@ def flash_level(level: Level, sampling: Sampling, rest: Tensor, usage: Tensor) -
     tiles = config.forward
     assert tiles is not None
     mean = level.lse.new_empty(rows, dim) if soft else None
-    partials = []
+    partial = None
     for own, *kept in flash_chunks(level, 0 if sampling.mode == HARD else 1):
         part, of_part = level.of_rows(own), sampling.of_rows(own)
         count = own.stop - own.start
@@ -241,12 +241,13 @@ def flash_level(level: Level, sampling: Sampling, rest: Tensor, usage: Tensor) -
             stride_k=kept[0].stride(0) if kept else 0,
             log2_gain=KEPT_GAIN[level.e.dtype],
             soft=soft,
+            threads=forms.threads_of_row(level.e.device),
             whole=codes % tiles.step == 0,
             **blocks(b_d, tiles, own="b_n", step="b_k"),
         )
         if top is not None:
             _leave_out_padding(part, of_part)
-            partials.append(_usage_of(part, of_part, kept[0], top, tiles.step))
+            partial = _sum_usage(part, of_part, kept[0], top, tiles.step, partial)
     if level.bias is not None:
         near = config.probabilities
         kernels.nearest_kernel[(triton.cdiv(rows, near.owned),)](
@@ -257,18 +258,18 @@ def flash_level(level: Level, sampling: Sampling, rest: Tensor, usage: Tensor) -
             **blocks(b_d, near, own="b_n", step="b_k"),
         )
     _sample_the_nearest(level, sampling)
-    if partials:
-        torch.sum(torch.cat(partials), 0, out=usage)
+    if partial is not None:
+        torch.sum(partial, 0, out=usage)
     return mean
 
 
-def _usage_of(level: Level, sampling: Sampling, kept: Tensor, top: Tensor, step: int) -> Tensor:
-    """Partial sums of p over some rows, (splits, K)."""
+def _sum_usage(level: Level, sampling: Sampling, kept: Tensor, top: Tensor, step: int, before: Tensor | None) -> Tensor:
+    """Partial sums of p over some rows and those ``before``, (splits, K), in the place of the latter."""
     rows, codes = kept.shape
     tiles = triton.cdiv(codes, step)
     splits = max(1, min(triton.cdiv(rows, USAGE_ROWS), USAGE_BLOCKS * multiprocessors(kept) // tiles))
-    partial = level.lse.new_empty(splits, codes)
-    kernels.usage_kernel[(tiles, splits)](
+    partial = level.lse.new_empty(splits, codes) if before is None else before
+    kernels.usage_kernel[(tiles, len(partial))](
         kept,
         p_top=top,
         p_lse=level.lse,
@@ -279,6 +280,7 @@ def _usage_of(level: Level, sampling: Sampling, kept: Tensor, top: Tensor, step:
         K=codes,
         stride_m=level.lse.stride(0),
         stride_k=kept.stride(0),
+        adds=int(before is not None),
         noisy=sampling.noisy,
         b_n=USAGE_ROWS,
         b_k=step,
@@ -365,7 +367,7 @@ def chunked_level(level: Level, sampling: Sampling, rest: Tensor, usage: Tensor)
     e, weights = level.e, sampling.mode != HARD
     log2_gain = LOG2_GAIN[e.dtype]
     mean = level.lse.new_empty(level.residual.shape) if sampling.mode == SOFT else None
-    partials = []
+    partial = None
     for own, s in chunks_of(level, 1):
         p = weights_of(s, e) if weights else None
         product(level.residual[own], e.T, s)
@@ -381,9 +383,7 @@ def chunked_level(level: Level, sampling: Sampling, rest: Tensor, usage: Tensor)
                 num_warps=4,
             )
         part, of_part = level.of_rows(own), sampling.of_rows(own)
-        uses = _chunk(part, of_part, s, p, log2_gain)
-        if uses is not None:
-            partials.append(uses)
+        partial = _chunk(part, of_part, s, p, log2_gain, partial)
         if nearest is not None:
             level.codes[own] = nearest
         if mean is not None and p is not None:
@@ -396,14 +396,17 @@ def chunked_level(level: Level, sampling: Sampling, rest: Tensor, usage: Tensor)
     if level.values is not None and level.mixture is not None and mean is None:
         is_lost = level.lse.isnan().unsqueeze(1)
         level.mixture.copy_(level.values[level.sampled].masked_fill(is_lost, float("nan")))
-    if weights:
+    if partial is not None:
         _leave_out_padding(level, sampling)
-        torch.sum(torch.cat(partials), 0, out=usage)
+        torch.sum(partial, 0, out=usage)
     return mean if mean is None or log2_gain == 0 else mean.mul_(2.0**-log2_gain)
 
 
-def _chunk(level: Level, sampling: Sampling, s: Tensor, p: Tensor | None, log2_gain: float) -> Tensor | None:
-    """Fill codes, sampled and lse of some rows, and p 2^log2_gain, where it is given; return the sum of p, (1, K)."""
+def _chunk(
+    level: Level, sampling: Sampling, s: Tensor, p: Tensor | None, log2_gain: float, before: Tensor | None
+) -> Tensor | None:
+    """Fill codes, sampled and lse of some rows, and p 2^log2_gain, where it is given; return partial sums of p over
+    them and those ``before``, (programs, K), in the place of the latter."""
     rows, codes = s.shape
     shared = {
         **sampling.arguments(level),
@@ -414,10 +417,12 @@ def _chunk(level: Level, sampling: Sampling, s: Tensor, p: Tensor | None, log2_g
         "log2_gain": log2_gain,
     }
     if codes <= forms.ROW_LARGEST:
-        b_k, warps = row_block(codes)
-        programs = min(rows, forms.ROW_WARPS // warps * multiprocessors(s))
-        partial = None if p is None else s.new_empty(programs, codes)
-        chunks.row_level_kernel[(programs,)](
+        b_k, warps = row_block(codes, forms.ROW_CODES)
+        programs = min(rows, max(1, forms.ROW_WARPS // warps) * multiprocessors(s))
+        partial = before
+        if p is not None and before is None:
+            partial = s.new_empty(programs, codes)
+        chunks.row_level_kernel[(programs if partial is None else len(partial),)](
             s,
             p,
             **shared | {"p_rnorm_e": level.factor_e},
@@ -425,25 +430,27 @@ def _chunk(level: Level, sampling: Sampling, s: Tensor, p: Tensor | None, log2_g
             p_partial=partial,
             N=rows,
             stride_p=0 if p is None else p.stride(0),
+            adds=int(before is not None),
             whole=codes == b_k,
             b_k=b_k,
             num_warps=warps,
             num_stages=2,
             maxnreg=forms.ROW_REGISTERS,
         )
-        return partial if partial is None else partial.sum(0, keepdim=True)
+        return partial
     chunks.chunk_level_kernel[(rows,)](s, p, **shared, b_k=forms.CHUNK_STEP, num_warps=forms.CHUNK_WARPS)
     if p is None:
         return None
     if sampling.padding is not None:
         p.masked_fill_(sampling.padding.unsqueeze(1), 0.0)
-    return p.sum(0, keepdim=True, dtype=torch.float32).mul_(2.0**-log2_gain)
+    partial = p.sum(0, keepdim=True, dtype=torch.float32).mul_(2.0**-log2_gain)
+    return partial if before is None else before.add_(partial)
 
 
-def row_block(codes: int) -> tuple[int, int]:
-    """Codes of a tile that is a whole row, and warps: 16 codes a thread, or less."""
+def row_block(codes: int, of_thread: int) -> tuple[int, int]:
+    """Codes of a tile that is a whole row, and warps, whose threads have ``of_thread`` codes each, or less."""
     b_k = max(32, triton.next_power_of_2(codes))
-    return b_k, max(1, b_k // 512)
+    return b_k, max(1, b_k // (32 * of_thread))
 
 
 def chunks_of(level: Level, buffers: int) -> Iterator[tuple]:

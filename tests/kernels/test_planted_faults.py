@@ -33,14 +33,14 @@ REDUCED = "cosine_triton_calls.py", "test_gradients_made_with_the_loss and 33x17
 FAULTS = {
     "codes of later tiles are never the best": Fault(
         "quantize/triton_kernels.py",
-        "code = tl.where(highest > best, where, code)",
-        "code = tl.where(first == 0, where, code)",
+        "best_item = tl.where(is_better, first // threads + item, best_item)",
+        "best_item = tl.where(first == 0, item, best_item)",
         *QUANTIZE,
         "codes of level 1 are worse than the best",
     ),
     "the sample forgets the noise": Fault(
         "quantize/triton_kernels.py",
-        "sampled = tl.where(highest > best_noisy, where, sampled)",
+        "sampled = first_code(best_noisy, best_noisy_item)",
         "sampled = code",
         *QUANTIZE,
         "sampled of level 0 are worse than the best",
@@ -51,6 +51,14 @@ FAULTS = {
         "for start in range(0, K - b_k, b_k):",
         *COSINE,
         "is off by",
+    ),
+    "the last of equal codes is taken": Fault(
+        "quantize/triton_columns.py",
+        "is_first = largest_of(first) == value",
+        "is_first = largest_of(last) != value",
+        QUANTIZE[0],
+        "test_the_first_of_equal_codes and chunked-300",
+        "assert",
     ),
     "the radial part stays": Fault(
         "triton_common.py",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ from .quantize_cases import Inputs, oracle
 from .shapes import Quantize, name_of
 
 if TRITON and (GPU or INTERPRETED):
-    from dgi_kernels import ResidualQuantization, assign_codes, residual_quantize
+    from dgi_kernels import ResidualQuantization, assign_codes, gumbel_noise, residual_quantize
     from dgi_kernels import tiles as measured
     from dgi_kernels.quantize import triton_forms as forms
     from dgi_kernels.quantize import triton_gradients as gradients_of_levels
@@ -49,6 +50,8 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
             forms, "flash_config", lambda *of: (b_d_and_config(*of)[0], b_d_and_config(*of)[1]._replace(forward=None))
         )
     monkeypatch.setattr(forms, "ROW_LARGEST", random.choice([16, 40]))  # rows of 33 codes in two passes, or in one
+    if INTERPRETED:  # tiles as Hopper's, and as other GPUs'
+        monkeypatch.setattr(forms, "threads_of_row", lambda device: random.choice([1, 4]))
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield request.param
@@ -354,6 +357,25 @@ def test_rows_with_nan_and_ties(form: str) -> None:
         assert mode == "hard" or result.quantized[0].isnan().all()
         assert result.codes[0] == 0 and result.codes[1] == 2, "ties go to the lower code"
         assert result.quantized[1:].isfinite().all()
+
+
+@runs
+@pytest.mark.parametrize("codes", [3, 40, 100, 300, 700, 1500])
+def test_the_first_of_equal_codes(form: str, codes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever they lie: each thread finds the best of its own codes first, of which it has one or up to 32."""
+    monkeypatch.setattr(forms, "ROW_LARGEST", 8192)
+    monkeypatch.setattr(forms, "CHUNK_BYTES", 1 << 20)
+    dtype = torch.bfloat16 if GPU and form == "flash" else torch.float32
+    few, z = (torch.randint(-1, 2, (rows, 16), device=DEVICE).to(dtype) for rows in (random.randint(1, 6), 20))
+    codebook = few[torch.randint(len(few), (codes,))]
+    scores = (z.float() @ codebook.float().T).cpu().numpy()  # exact, and argmax takes the first
+    result = residual_quantize(z, [codebook], 1.0, metric="dot", noise=False, backend="triton")
+    assert result.codes[:, 0].tolist() == result.sampled[:, 0].tolist() == scores.argmax(1).tolist()
+    seed = seed_tensor()
+    result = residual_quantize(z, [codebook], 1.0, metric="dot", seed=seed, backend="triton")
+    noisy = scores + gumbel_noise(seed, 0, *scores.shape, backend="reference").cpu().numpy()
+    assert result.codes[:, 0].tolist() == scores.argmax(1).tolist()
+    assert noisy[np.arange(20), result.sampled[:, 0].cpu()] == pytest.approx(noisy.max(1), abs=1e-4)
 
 
 @runs
