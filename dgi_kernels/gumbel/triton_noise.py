@@ -15,8 +15,8 @@ first two rounds stay vectors of b_n and b_k / 4 elements by broadcasting, so th
 
 A kernel's parameter is not called ``stream``: Triton refuses a launch that names one so, where a GPU is.
 
-Instructions an element in the machine code for sm_90 (Triton 3.7, bench/gpu_code.py), where 35 were aimed at: 20 for
-the noise in the loop of the quantizer's probability_kernel (noisy less noiseless), 22 in level_kernel's, with a second
+Instructions an element in the machine code for sm_90 (Triton 3.7, bench/gpu_code.py), where 35 were aimed at: 19 for
+the noise in the loop of the quantizer's probability_kernel (noisy less noiseless), 18 in level_kernel's, with a second
 argmax. Not yet run on a GPU.
 """
 
