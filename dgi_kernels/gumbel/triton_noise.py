@@ -7,8 +7,9 @@ Everything here is in base 2, G = g / ln 2 = BASE - log2 E_2 with E_2 = E / ln 2
 softmax's exponential are one instruction of the GPU each. ``lg2.approx`` errs by 2^-22, absolutely where its argument
 is within (1/2, 2) and relatively elsewhere (PTX ISA). Near u = 0, where E_2 = -log2(1 - u) loses what 1 - u has rounded
 away, a parabola in x takes its place below x = SMALL, u = 0.0137: then the error of g is below 2e-5 for every word:
-8e-6 from the parabola or 12e-6 from the logarithm, and 5e-6 from log2 E_2 at its largest, 32 (a test adds them up over
-both ends and a sample). One conversion serves both sides: it takes x for small u and ~x, which is 1 - u, for the rest.
+8e-6 from the parabola, or 12e-6 from the logarithm and 4e-6 from the rounding of 1 - u, and up to 5e-6 from log2 E_2,
+whose largest is 32 (a test adds them up over both ends and a sample). One conversion serves both sides: it takes x for
+small u and ~x, which is 1 - u, for the rest.
 
 A tile computes one Philox block for four neighbouring codes and uses all four words. A row's and a code's parts of the
 first two rounds stay vectors of b_n and b_k / 4 elements by broadcasting, so that eight rounds are paid for.

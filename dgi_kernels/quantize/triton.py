@@ -214,10 +214,12 @@ def _backward(
     wants_tau: bool,
     wants_sigma: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> dz, dweight, dscale, dtau; dsigma, dbias and dvalues, which are empty where they are not wanted."""
+    """-> dz, dweight, dscale; dtau, of no value where it is not wanted; dsigma, dbias and dvalues, which are empty
+    then."""
     rows, _, dim = residuals.shape
     dz = residuals.new_empty(rows, dim)
-    flow = residuals.new_empty(rows, dim, dtype=torch.float32)  # the gradient of r_j, then of r_{j-1}
+    # The gradient of r_j, then of r_{j-1}; the first level's goes to ``dz``.
+    flow = residuals.new_empty(rows if len(sizes) > 1 or dresiduals is not None else 0, dim, dtype=torch.float32)
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     dtau = torch.zeros_like(tau) if wants_tau else torch.empty_like(tau)
     dbias = scale.new_zeros(0 if bias is None else len(weight))
@@ -339,8 +341,8 @@ def _differentiate(ctx, dquantized, _codes, _sampled, dusage, dresiduals, dlse, 
         wants_tau,
         wants_sigma,
     )
-    dsigma, dbias = dsigma if wants_sigma else None, dbias if ctx.has_bias else None
-    dvalues = dvalues if ctx.has_values else None
+    dtau, dsigma = dtau if wants_tau else None, dsigma if wants_sigma else None
+    dbias, dvalues = dbias if ctx.has_bias else None, dvalues if ctx.has_values else None
     return dz, dweight, None, dscale, dtau, None, None, dsigma, dbias, None, None, dvalues, *([None] * 5)
 
 

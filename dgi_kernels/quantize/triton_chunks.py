@@ -107,7 +107,7 @@ def row_level_kernel(
                 base *= sigma
             y += noise
             best, sampled = best_of_row(y, b_k)
-        else:
+        elif p_bias is None:
             best = tl.max(y, axis=0)
         top = best * inv_tau
         p = tl.exp2(y * inv_tau - top)

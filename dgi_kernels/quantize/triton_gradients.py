@@ -77,7 +77,8 @@ class Entry(NamedTuple):
     p_expected: Tensor | None  # (N,) out
 
     def of_rows(self, own: slice) -> Entry:
-        return Entry(*(x if x is None or x is self.p_centre else x[own] for x in self))
+        names = ("p_dquantized", "p_quantized", "p_unit", "p_norm", "p_expected")
+        return self._replace(**{name: x[own] for name in names if (x := getattr(self, name)) is not None})
 
     def renamed(self) -> dict[str, Tensor | None]:
         """By the names of finish_kernel's arguments, which has a centre of its own."""

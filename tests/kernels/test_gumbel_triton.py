@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +29,8 @@ if TRITON and (GPU or INTERPRETED):
     from dgi_kernels import gumbel_noise, gumbel_softmax
     from dgi_kernels.gumbel import triton_softmax
 
-SMALL = 0x03800000  # words below which the kernels take their parabola
+SMALL = 0x03800000  # words below which the kernels take their parabola, A x^2 + B x + C
+A, B, C = 3.946412786535432e-20, 3.359009737025076e-10, 1.679504868512538e-10
 
 
 @launcher
@@ -59,7 +62,7 @@ def worst_noise_error(words: np.ndarray) -> float:
 
     small = words < SMALL
     f = np.where(small, words, ~words).astype(single)
-    a, b, c = (float(single(value)) for value in (3.946412786535432e-20, 3.359009737025076e-10, 1.679504868512538e-10))
+    a, b, c = (float(single(value)) for value in (A, B, C))
     parabola = fma(fma(f, a, b), f.astype(np.float64), c)
     v = fma(f, 2.0**-32, 2.0**-33)
     exact = -np.log(-np.log1p(-(words.astype(np.float64) + 0.5) * 2.0**-32))
@@ -85,6 +88,20 @@ def test_noise_formula_holds_with_the_worst_logarithms() -> None:
         ]
     )
     assert worst_noise_error(seams.astype(np.uint32)) < 2e-5
+
+
+def test_constants_are_the_same_everywhere() -> None:
+    """In Triton's assembly, in what is interpreted instead, and in C++; the test above has those of this file."""
+    root = Path(__file__).parents[2]
+    triton, header = (
+        (root / path).read_text() for path in ("dgi_kernels/gumbel/triton_noise.py", "csrc/include/dgi/gumbel_log2.h")
+    )
+    words = [int(word, 16) for word in re.findall(r"\b0f([0-9A-F]{8})\b", triton)]
+    assembly = np.array(words, np.uint32).view(np.float32).tolist()
+    assert assembly == np.array([A, B, C, 2.0**-32, 2.0**-33], np.float32).tolist()
+    assert f"setp.ge.u32 large, $1, 0x{SMALL:08X};" in triton and f"SMALL = tl.constexpr(0x{SMALL:08X})" in triton
+    assert f"f * (f * {A} + {B}) + {C}\n" in triton
+    assert f"f * (f * {A}f + {B}f) + {C}f;" in header and f"word < 0x{SMALL:08X}u" in header
 
 
 @runs

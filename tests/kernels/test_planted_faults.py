@@ -29,6 +29,8 @@ class Fault(NamedTuple):
 
 QUANTIZE = "quantize_triton.py", "test_quantization and flash-n35-d7-k9.33-float32"
 COSINE = "cosine_triton.py", "test_every_option and flash-33x17x65-float32-none"
+EQUAL = "quantize_triton.py", "test_the_first_of_equal_codes and chunked-300"
+THREADS = "quantize_triton.py", "test_the_first_of_equal_codes and flash-100"
 REDUCED = "cosine_triton_calls.py", "test_gradients_made_with_the_loss and 33x17x65-30.0-mean-reduced"
 FAULTS = {
     "codes of later tiles are never the best": Fault(
@@ -56,9 +58,15 @@ FAULTS = {
         "quantize/triton_columns.py",
         "is_first = largest_of(first) == value",
         "is_first = largest_of(last) != value",
-        QUANTIZE[0],
-        "test_the_first_of_equal_codes and chunked-300",
-        "assert",
+        *EQUAL,
+        "not the first of equal codes",
+    ),
+    "every thread's best code counts": Fault(
+        "quantize/triton_columns.py",
+        "is_best = largest == tl.max(largest, axis=1)[:, None]",
+        "is_best = largest == largest",
+        *THREADS,
+        "not the first of equal codes",
     ),
     "the radial part stays": Fault(
         "triton_common.py",
@@ -133,7 +141,7 @@ def test_a_planted_fault_is_found(name: str, tmp_path: Path) -> None:
 
 def test_the_same_tests_pass_without_a_fault(tmp_path: Path) -> None:
     copy_of_the_project(tmp_path)
-    tests = (QUANTIZE, COSINE, REDUCED)
+    tests = (QUANTIZE, COSINE, REDUCED, EQUAL, THREADS)
     run = run_tests(tmp_path, *tests)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
     for file, _ in tests:

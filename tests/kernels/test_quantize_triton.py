@@ -33,6 +33,8 @@ if TRITON and (GPU or INTERPRETED):
     from dgi_kernels.quantize import triton_forms as forms
     from dgi_kernels.quantize import triton_gradients as gradients_of_levels
 
+    flash_config = forms.flash_config
+
 
 @launcher
 def test_all_of_this_file_in_the_interpreter() -> None:
@@ -50,8 +52,9 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
             forms, "flash_config", lambda *of: (b_d_and_config(*of)[0], b_d_and_config(*of)[1]._replace(forward=None))
         )
     monkeypatch.setattr(forms, "ROW_LARGEST", random.choice([16, 40]))  # rows of 33 codes in two passes, or in one
-    if INTERPRETED:  # tiles as Hopper's, and as other GPUs'
-        monkeypatch.setattr(forms, "threads_of_row", lambda device: random.choice([1, 4]))
+    if INTERPRETED:  # tiles as Hopper's, or as other GPUs'
+        threads = random.choice([1, 4])
+        monkeypatch.setattr(forms, "threads_of_row", lambda device: threads)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield request.param
@@ -363,19 +366,33 @@ def test_rows_with_nan_and_ties(form: str) -> None:
 @pytest.mark.parametrize("codes", [3, 40, 100, 300, 700, 1500])
 def test_the_first_of_equal_codes(form: str, codes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever they lie: each thread finds the best of its own codes first, of which it has one or up to 32."""
+    monkeypatch.setattr(forms, "flash_config", flash_config)
     monkeypatch.setattr(forms, "ROW_LARGEST", 8192)
     monkeypatch.setattr(forms, "CHUNK_BYTES", 1 << 20)
     dtype = torch.bfloat16 if GPU and form == "flash" else torch.float32
     few, z = (torch.randint(-1, 2, (rows, 16), device=DEVICE).to(dtype) for rows in (random.randint(1, 6), 20))
     codebook = few[torch.randint(len(few), (codes,))]
     scores = (z.float() @ codebook.float().T).cpu().numpy()  # exact, and argmax takes the first
-    result = residual_quantize(z, [codebook], 1.0, metric="dot", noise=False, backend="triton")
-    assert result.codes[:, 0].tolist() == result.sampled[:, 0].tolist() == scores.argmax(1).tolist()
-    seed = seed_tensor()
-    result = residual_quantize(z, [codebook], 1.0, metric="dot", seed=seed, backend="triton")
+    first, seed = scores.argmax(1).tolist(), seed_tensor()
     noisy = scores + gumbel_noise(seed, 0, *scores.shape, backend="reference").cpu().numpy()
-    assert result.codes[:, 0].tolist() == scores.argmax(1).tolist()
-    assert noisy[np.arange(20), result.sampled[:, 0].cpu()] == pytest.approx(noisy.max(1), abs=1e-4)
+    for threads in (1, 4) if form == "flash" and INTERPRETED else (None,):
+        if threads is not None:
+            monkeypatch.setattr(forms, "threads_of_row", lambda device, threads=threads: threads)
+        result = residual_quantize(z, [codebook], 1.0, metric="dot", noise=False, backend="triton")
+        assert result.codes[:, 0].tolist() == result.sampled[:, 0].tolist() == first, "not the first of equal codes"
+        result = residual_quantize(z, [codebook], 1.0, metric="dot", seed=seed, backend="triton")
+        assert result.codes[:, 0].tolist() == first, "not the first of equal codes"
+        assert noisy[np.arange(20), result.sampled[:, 0].cpu()] == pytest.approx(noisy.max(1), abs=1e-4)
+
+
+@runs
+def test_anomalies_are_not_seen_where_nothing_is_wrong(form: str) -> None:
+    """Autograd's search for NaN looks at gradients that nobody wants, too."""
+    z, *codebooks = inputs(Quantize(n=6, d=3, sizes=(4, 3)), torch.float32)
+    with torch.autograd.detect_anomaly(check_nan=True):
+        result = residual_quantize(z, codebooks, 3.0, 0.7, seed=1, backend="triton")
+        (result.quantized.sum() + result.usage[0].square().sum()).backward()
+    assert z.grad is not None and z.grad.isfinite().all()
 
 
 @runs
