@@ -27,6 +27,7 @@ def row_noise(p_seed, i_n, row_offset, level, first, b_k: tl.constexpr):
 def best_of_row(y, b_k: tl.constexpr):
     """The maximum of a row (b_k,), -inf of NaN alone, and the first of the codes that reaches it, 0 of -inf. Every
     thread finds the best of its own codes first, which are blocks of eight."""
+    # As many as the launcher's ROW_CODES leave; with another number the results are the same, but codes move.
     threads: tl.constexpr = b_k // 32 if b_k >= 1024 else 32 if b_k >= 256 else b_k // 8
     own = tl.permute(tl.reshape(y, (b_k // (8 * threads), threads, 8)), (1, 0, 2))
     largest, item = best_of(tl.reshape(own, (1, threads, b_k // threads)))
