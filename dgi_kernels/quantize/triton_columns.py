@@ -35,6 +35,15 @@ def codes_of_threads(b_k: tl.constexpr, threads: tl.constexpr):
 
 
 @triton.jit
+def blocks_of_threads(b_k: tl.constexpr, threads: tl.constexpr):
+    """The same in blocks of four codes: (4, b_k / 16), or (b_k / 4,)"""
+    if threads == 1:
+        return tl.arange(0, b_k // 4)
+    else:
+        return tl.arange(0, 4)[:, None] + tl.arange(0, b_k // 16)[None, :] * 4
+
+
+@triton.jit
 def code_of(thread, item):
     return item // 4 * 16 + thread * 4 + item % 4
 
@@ -51,22 +60,24 @@ def by_thread(x, threads: tl.constexpr):
 
 @triton.jit
 def by_column(x):
-    """The opposite."""
-    if len(x.shape) == 2:
-        return x
-    else:
-        x = tl.permute(tl.reshape(x, (x.shape[0], 4, x.shape[2] // 2, 2)), (0, 2, 1, 3))
-        return tl.reshape(x, (x.shape[0], x.shape[1] * 8))
+    """The opposite: a thread's items lie two by two."""
+    return side_by_side(x, 2)
 
 
 @triton.jit
 def by_code(x):
-    """(b_n, 4, b_k / 4) -> (b_n, b_k), in the order of the codes"""
+    """(b_n, 4, b_k / 4) -> (b_n, b_k), in the order of the codes: a thread's items lie four by four."""
+    return side_by_side(x, 4)
+
+
+@triton.jit
+def side_by_side(x, run: tl.constexpr):
+    """The threads' items in one row, ``run`` of each thread in turn."""
     if len(x.shape) == 2:
         return x
     else:
-        x = tl.permute(tl.reshape(x, (x.shape[0], 4, x.shape[2] // 4, 4)), (0, 2, 1, 3))
-        return tl.reshape(x, (x.shape[0], x.shape[1] * 16))
+        x = tl.permute(tl.reshape(x, (x.shape[0], 4, x.shape[2] // run, run)), (0, 2, 1, 3))
+        return tl.reshape(x, (x.shape[0], x.shape[1] * 4 * run))
 
 
 @triton.jit

@@ -267,7 +267,7 @@ def finish_kernel(
     p_sum,  # (N, D) rx times a gradient of x^
     p_residue,  # (N,) of weight_kernel, or None, as are those that follow
     p_mixed,  # (N, D), rows stride_z apart: z~
-    p_centre,  # (D,) what the codes are relative to, or None: 0
+    p_mixed_centre,  # (D,) what the codes are relative to, or None: 0
     p_share,  # (N,) of weight_kernel, or None: not in the sum
     p_code,  # (N,) int64, elements stride_m apart: the sampled code
     p_e,  # (K, D)
@@ -281,7 +281,7 @@ def finish_kernel(
     p_radial,  # (N,) out: x^ . (...), or None
     p_dquantized,  # of upstream_kernel for the level before, as are those that follow
     p_quantized,
-    p_next_centre,
+    p_centre,
     p_unit,  # or None: nothing enters another level
     p_norm,
     p_expected,
@@ -307,8 +307,8 @@ def finish_kernel(
     total = tl.load(p_sum + o_nd, mask=m_nd, other=0.0)
     if p_residue is not None:
         mixed = tl.load(p_mixed + o_n[:, None] * stride_z + o_d[None, :], mask=m_nd, other=0.0).to(tl.float32)
-        if p_centre is not None:
-            mixed -= tl.load(p_centre + o_d, mask=o_d < D, other=0.0)[None, :]
+        if p_mixed_centre is not None:
+            mixed -= tl.load(p_mixed_centre + o_d, mask=o_d < D, other=0.0)[None, :]
         total -= tl.load(p_residue + o_n, mask=m_n, other=0.0)[:, None] * mixed
         if p_share is not None:
             code = tl.load(p_code + o_n * stride_m, mask=m_n, other=0)
@@ -334,7 +334,7 @@ def finish_kernel(
             out,
             p_dquantized,
             p_quantized,
-            p_next_centre,
+            p_centre,
             p_unit,
             p_norm,
             p_expected,

@@ -56,7 +56,7 @@ class Off(NamedTuple):
 
     p_residue: Tensor | None = None  # (N,)
     p_mixed: Tensor | None = None  # (N, D)
-    p_centre: Tensor | None = None  # (D,)
+    p_mixed_centre: Tensor | None = None  # (D,)
     p_share: Tensor | None = None  # (N,)
     p_code: Tensor | None = None  # (N,)
     p_e: Tensor | None = None  # (K, D)
@@ -79,11 +79,6 @@ class Entry(NamedTuple):
     def of_rows(self, own: slice) -> Entry:
         names = ("p_dquantized", "p_quantized", "p_unit", "p_norm", "p_expected")
         return self._replace(**{name: x[own] for name in names if (x := getattr(self, name)) is not None})
-
-    def renamed(self) -> dict[str, Tensor | None]:
-        """By the names of finish_kernel's arguments, which has a centre of its own."""
-        names = self._asdict()
-        return {"p_next_centre": names.pop("p_centre"), **names}
 
     def strides(self) -> dict[str, int]:
         return {
@@ -433,7 +428,7 @@ def _finish(
         p_add_gain=add_gain,
         p_out=out,
         p_radial=radial,
-        **entry.renamed(),
+        **entry._asdict(),
         N=rows,
         D=dim,
         stride_d=x.stride(0),

@@ -37,6 +37,7 @@ from dgi_kernels.gumbel.triton_noise import BASE, noise_less_base
 from dgi_kernels.noise import STREAM_RESIDUAL_QUANTIZE
 from dgi_kernels.quantize.triton_columns import (
     best_of,
+    blocks_of_threads,
     by_code,
     by_column,
     by_thread,
@@ -121,14 +122,11 @@ def emit_kernel(
 def noise_of_tile(seed, first, o_row, level, p_sigma, o_n, m_n, b_k: tl.constexpr, threads: tl.constexpr):
     """What noise adds to the scores of a tile, by thread, beside sigma BASE, which is alike for all codes of a row and
     is :func:`base_of`."""
+    o_block = over_codes((first // 4 + blocks_of_threads(b_k, threads)).to(tl.uint32))
+    noise = noise_less_base(seed, o_block, over_rows(o_row, threads), level, STREAM)
     if threads == 1:
-        o_block = (first // 4 + tl.arange(0, b_k // 4)).to(tl.uint32)[None, :]
-        noise = noise_less_base(seed, o_block, o_row[:, None], level, STREAM)
         noise = tl.reshape(noise, (o_row.shape[0], b_k))
     else:
-        o_block = tl.arange(0, 4)[:, None] + 4 * tl.arange(0, b_k // 16)[None, :]
-        o_block = (first // 4 + o_block).to(tl.uint32)[None, :, :]
-        noise = noise_less_base(seed, o_block, o_row[:, None, None], level, STREAM)
         noise = tl.reshape(noise, (o_row.shape[0], 4, b_k // 4))
     if p_sigma is not None:
         noise *= over_rows(tl.load(p_sigma + o_n, mask=m_n, other=0.0), threads)
